@@ -1,0 +1,147 @@
+"""A bundle: what ships. A folder that needs no torch, knows where it came from, and can prove that it still works.
+
+image_encoder.onnx | .xml + .bin    float32 [B, 3, H, W] to unit image_features [B, D]: P(u_s)
+class_features.npy, labels.json     [N, D] baked words; the head is a matrix product
+head.npz                            EduAttention over the active class matrix, where it was kept
+text_encoder.*, tokenizer.json      optional; opened only for words that were never baked
+golden/                             pictures and texts, with the fp32 torch student's own answers
+manifest.json                       last: preprocess, runtime, target, parents, versions, licences, sha256 of every file
+
+bundle = Bundle.load("runs/latest/bundles/onnx-int8")
+bundle.classify("cat.jpg", ["a cat", "a dog"])
+"""
+
+import json
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from edgeclip import disk
+from edgeclip.errors import EdgeclipError
+from edgeclip.preprocess import Preprocess, normalise, open_picture, to_pixels
+from edgeclip.runtime import Session, open_session
+from edgeclip.zero_shot import EduAttention, class_scores, ensemble, prompts
+
+TEXT_BATCH = 32
+
+
+class Bundle:
+    """Opens what it needs when it is needed. Not safe to share between threads."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int):
+        self.folder, self.manifest, self.threads = folder, manifest, threads
+        self.preprocess = msgspec.convert(manifest["preprocess"], Preprocess)
+        self.logit_scale: float = manifest["logit_scale"]
+
+    @classmethod
+    def load(cls, folder: str | Path, threads: int = 1, check: bool = True) -> "Bundle":
+        """check: compare every file with the manifest's sha256. Raises `EdgeclipError` for a changed or unfinished one."""
+        folder = Path(folder)
+        manifest = disk.read_manifest(folder, "bundle")
+        if check:
+            disk.verify(folder, manifest)
+        return cls(folder, manifest, threads)
+
+    def open_image_encoder(self, threads: int | None = None, optimisation: str = "all") -> Session:
+        return open_session(self.manifest["runtime"], self.folder / self.manifest["image_encoder"], threads or self.threads, optimisation)
+
+    @cached_property
+    def image_encoder(self) -> Session:
+        return self.open_image_encoder()
+
+    @cached_property
+    def text_encoder(self) -> Session:
+        if not self.manifest["text"]:
+            raise EdgeclipError(
+                self.folder, "this bundle has no text encoder, so it knows its baked labels only", "export it with one (recipe: text_encoder: true)"
+            )
+        return open_session(self.manifest["runtime"], self.folder / self.manifest["text"]["encoder"], self.threads)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        labels: list[str] = json.loads((self.folder / "labels.json").read_text(encoding="utf-8"))
+        return labels
+
+    @cached_property
+    def class_features(self) -> np.ndarray:
+        """[N, D], unit rows."""
+        return np.load(self.folder / "class_features.npy")
+
+    @cached_property
+    def head(self) -> EduAttention | None:
+        if not (self.folder / "head.npz").exists():
+            return None
+        with np.load(self.folder / "head.npz", allow_pickle=False) as z:
+            return EduAttention(z["weight"], z["bias"], float(z["alpha"]), float(z["temperature"]))
+
+    def pixels(self, image: str | Path | bytes | Image.Image) -> np.ndarray:
+        """uint8 [H, W, 3]. Raises `EdgeclipError` for a picture that cannot be read."""
+        if not isinstance(image, Image.Image):
+            image = open_picture(Path(image) if isinstance(image, str) else image)
+        return to_pixels(image.convert("RGB"), self.preprocess)
+
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """[B, D] unit rows from uint8 [B, H, W, 3]."""
+        return self.image_encoder.run(normalise(pixels, self.preprocess))
+
+    def encode_image(self, images: list[Any]) -> np.ndarray:
+        """[B, D] unit rows from paths, encoded bytes or PIL images."""
+        return np.concatenate([self.encode_pixels(self.pixels(i)[None]) for i in images])
+
+    def encode_text(self, texts: list[str]) -> np.ndarray:
+        """[N, D] unit rows, of texts as they are: no prompt template is put around them."""
+        from edgeclip import tokenizer  # the library is needed for new words only
+
+        text = self.manifest["text"]
+        encoder = self.text_encoder
+        words = tokenizer.load((self.folder / "tokenizer.json").read_text(encoding="utf-8"), text["context_length"])
+        ids = tokenizer.encode(words, texts, text["context_length"]).astype(encoder.input.dtype)
+        return np.concatenate([encoder.run(ids[i : i + TEXT_BATCH]) for i in range(0, len(ids), TEXT_BATCH)])
+
+    def bake(self, labels: list[str]) -> np.ndarray:
+        """[N, D] class features of any labels, through the bundle's own prompt templates."""
+        if not labels:
+            raise EdgeclipError("labels", "the list is empty", "give at least one")
+        if repeated := sorted({x for x in labels if labels.count(x) > 1}):
+            raise EdgeclipError("labels", f"'{repeated[0]}' occurs more than once", "give each label once")
+        templates = self.manifest["templates"] or ["{c}"]
+        return ensemble(self.encode_text(prompts(labels, templates)).reshape(len(labels), len(templates), -1))
+
+    def classify(self, image: str | Path | bytes | Image.Image, labels: list[str] | None = None, top: int = 5) -> list[dict[str, Any]]:
+        """The `top` best labels, best first: label, cosine score, and probability among the active labels."""
+        if labels is None:
+            labels, active = self.labels, self.class_features
+            if not labels:
+                raise EdgeclipError(self.folder, "this bundle has no baked labels", "give --labels")
+        else:
+            known = {label: i for i, label in enumerate(self.labels)}
+            baked = all(label in known for label in labels) and labels
+            active = self.class_features[[known[label] for label in labels]] if baked else self.bake(labels)
+        scores = class_scores(self.encode_pixels(self.pixels(image)[None]), active, self.head)[0]
+        logits = self.logit_scale * (scores - scores.max())
+        probability = np.exp(logits) / np.exp(logits).sum()
+        best = np.argsort(-scores, kind="stable")[:top]
+        return [{"label": labels[i], "score": float(scores[i]), "probability": float(probability[i])} for i in best]
+
+
+def bake_labels(bundle_folder: Path, labels: list[str], out: Path) -> Path:
+    """A copy of a bundle at `out` with other baked labels, no retraining; its parent is the old bundle.
+
+    Raises `EdgeclipError` when the bundle has no text encoder or the list is empty or repeats a label.
+    """
+    bundle = Bundle.load(bundle_folder)
+    features = bundle.bake(labels)
+    with disk.new_folder(out) as folder:
+        shutil.copytree(bundle_folder, folder, dirs_exist_ok=True)
+        (folder / disk.MANIFEST).unlink()
+        disk.write_json(folder / "labels.json", labels)
+        disk.write_array(folder / "class_features.npy", features)
+        content = {k: v for k, v in bundle.manifest.items() if k not in ("kind", "files")}
+        content["parents"] = {**content["parents"], "bundle": disk.sha256(bundle_folder / disk.MANIFEST)}
+        disk.write_manifest(folder, "bundle", content)
+    return out

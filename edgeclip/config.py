@@ -1,0 +1,96 @@
+"""YAML into frozen typed structs, strictly.
+
+A YAML file is the complete description of a thing: no inheritance, no interpolation, no overrides. Unknown keys are
+errors with a did-you-mean, wrong types are errors with the path of the field. msgspec does the converting.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+from edgeclip.errors import EdgeclipError, did_you_mean
+
+T = TypeVar("T")
+FOLDERS = {"recipe": "recipes", "target": "export", "device": "devices"}
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What every description is: immutable, and closed to fields that it does not know."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: PyYAML reads 1e-3 as a string, which nobody means."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
+
+
+def load(path: Path, type_: type[T]) -> T:
+    """Raises `EdgeclipError` for a missing file, broken YAML, an unknown key or a wrong type."""
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise EdgeclipError(path, "there is no such file", "check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise EdgeclipError(path, f"not valid YAML ({' '.join(str(e).split())})", "correct it") from None
+    return convert(value, type_, path)
+
+
+def convert(value: Any, type_: type[T], where: object) -> T:
+    if not isinstance(value, dict):
+        raise EdgeclipError(where, "is not a mapping of fields", "see the files that `edgeclip list` names")
+    _refuse_unknown(value, msgspec.inspect.type_info(type_), where, "")
+    try:
+        return msgspec.convert(value, type_)
+    except msgspec.ValidationError as e:
+        what, _, at = str(e).partition(" - at ")
+        field = at.strip("`").removeprefix("$.") or "the file"
+        raise EdgeclipError(f"{where}: {field}", what[0].lower() + what[1:], "correct the field") from None
+
+
+def _refuse_unknown(value: Any, info: Any, where: object, at: str) -> None:
+    if isinstance(info, msgspec.inspect.UnionType):
+        structs = [t for t in info.types if isinstance(t, msgspec.inspect.StructType)]
+        if isinstance(value, dict) and len(structs) > 1:  # tagged by `kind`: judge by the one that is meant
+            kinds = {t.tag: t for t in structs}
+            if value.get("kind") not in kinds:
+                word = str(value.get("kind"))
+                raise EdgeclipError(f"{where}: {at}kind", f"unknown kind '{word}'", did_you_mean(word, map(str, kinds)))
+            structs = [kinds[value["kind"]]]
+        for t in structs:
+            _refuse_unknown(value, t, where, at)
+    elif isinstance(info, msgspec.inspect.StructType) and isinstance(value, dict):
+        fields = {f.encode_name: f.type for f in info.fields}
+        for key, item in value.items():
+            if key in fields:
+                _refuse_unknown(item, fields[key], where, f"{at}{key}.")
+            elif key != info.tag_field:
+                raise EdgeclipError(f"{where}: {at}{key}", "unknown field", did_you_mean(str(key), fields))
+    elif isinstance(info, msgspec.inspect.ListType) and isinstance(value, list):
+        for i, item in enumerate(value):
+            _refuse_unknown(item, info.item_type, where, f"{at}{i}.")
+
+
+def shipped(kind: str) -> dict[str, Path]:
+    """Name to path of every YAML of a kind ('recipe', 'target' or 'device') within reach.
+
+    Looked for in the working folder, then in the checkout or wheel that edgeclip runs from.
+    """
+    package = Path(__file__).parent
+    found: dict[str, Path] = {}
+    for folder in (package / "yaml" / FOLDERS[kind], package.parent / FOLDERS[kind], Path(FOLDERS[kind])):
+        found.update({p.stem: p for p in sorted(folder.glob("*.yaml"))})
+    return found
+
+
+def find(kind: str, name: str) -> Path:
+    """A path as it is, a bare name among the shipped ones; unknown names are an error with a did-you-mean."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    known = shipped(kind)
+    if name not in known:
+        raise EdgeclipError(name, f"unknown {kind}", did_you_mean(name, known))
+    return known[name]

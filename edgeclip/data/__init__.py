@@ -1,0 +1,128 @@
+"""Data sets: what is labelled, what is only seen, what is scored.
+
+`load` gives a `Dataset` whatever the kind. A kind is one function here or in a file of its own, and one line in
+`DATASETS`.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgeclip import recipe as R
+from edgeclip.errors import EdgeclipError
+from edgeclip.pictures import Picture, index_folder, index_tar
+
+
+class EvaluationSet(NamedTuple):
+    name: str
+    pictures: list[Picture]
+    classes: list[int]
+    """the class list that is active when this set is scored: indices into Dataset.classes"""
+    note: str
+    """how to read its figure: transductive or not, style, chance is added by the report"""
+    headline: bool = True
+    """False: kept for parity only, never scored for the teacher"""
+
+
+class Dataset(NamedTuple):
+    name: str
+    licence: str
+    classes: list[str]
+    """class names in index order; empty: the pictures have captions only"""
+    templates: tuple[str, ...]
+    labelled: list[Picture]
+    """what the teacher may be adapted on"""
+    train: list[Picture]
+    """what the student sees, without labels"""
+    train_classes: list[int]
+    """the class list of the distillation losses: no class that is held out from training"""
+    evaluation: list[EvaluationSet]
+
+
+def load(spec: R.Data, cache: Path) -> Dataset:
+    """Raises `EdgeclipError` where a folder, a class list or every picture is missing."""
+    data = DATASETS[type(spec)](spec, cache)
+    for p in (p for part in (data.labelled, *(s.pictures for s in data.evaluation)) for p in part):
+        if not 0 <= p.label < len(data.classes):
+            raise EdgeclipError(
+                p.path, f"picture '{p.key}' has class index {p.label}, and there are {len(data.classes)} classes", "correct the labels or the class list"
+            )
+    return data
+
+
+def _webdataset(spec: R.WebDataset, cache: Path) -> Dataset:
+    root = _root(spec.root, spec.name)
+    classes, templates = list[str](), spec.templates
+    if spec.classes:
+        classes = _lines(root / spec.classes)
+        templates = templates or tuple(_lines(root / "zeroshot_classification_templates.txt"))
+    train = _shards(root, spec.train) if spec.train else []
+    test = _shards(root, spec.test) if spec.test else []
+    return _split(spec, classes, templates, train, test)
+
+
+def _folders(spec: R.Folders, cache: Path) -> Dataset:
+    root = _root(spec.root, spec.name)
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = [p.name.replace("_", " ") for p in folders]
+    if not classes:
+        raise EdgeclipError(root, "empty class list: it has no sub-folder", "make one sub-folder a class")
+    parts: dict[bool, list[Picture]] = {False: [], True: []}
+    for label, folder in enumerate(folders):
+        for p in index_folder(folder):
+            p = p._replace(key=f"{folder.name}/{p.key}", label=label)
+            # By a hash of the name, so that a photo keeps its part when others come or go.
+            parts[int(hashlib.sha256(p.key.encode()).hexdigest()[:8], 16) / 2**32 < spec.test_fraction].append(p)
+    return _split(spec, classes, spec.templates, parts[False], parts[True])
+
+
+def _split(spec: R.WebDataset | R.Folders, classes: list[str], templates: tuple[str, ...], train: list[Picture], test: list[Picture]) -> Dataset:
+    everything = list(range(len(classes)))
+    if spec.protocol == "zero_shot":
+        labelled = [p for p in train if p.label >= 0] if classes else []
+        sets = [EvaluationSet(f"{spec.name} test", test, everything, "test pictures, all classes")] if test else []
+    else:
+        half = (len(classes) + 1) // 2
+        if half == len(classes):
+            raise EdgeclipError(spec.root, "too few classes for base_to_novel", "give at least two, or use protocol: zero_shot")
+        labelled = [p for p in train if p.label < half]
+        note = "test photos; transductive: the student saw this half's training photos without labels"
+        sets = [
+            EvaluationSet("base", [p for p in test if p.label < half], everything[:half], "test photos of the classes whose labels the teacher saw"),
+            EvaluationSet("novel", [p for p in test if p.label >= half], everything[half:], note),
+        ]
+    return Dataset(spec.name, spec.licence, classes, templates, labelled, train, everything, sets)
+
+
+def _root(root: str, name: str) -> Path:
+    path = Path(root)
+    if not path.is_dir():
+        raise EdgeclipError(path, f"there is no such folder for the data '{name}'", f"say where it lies: --data {name}=DIR")
+    return path
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise EdgeclipError(path, "there is no such file", "write one line a class (or template)") from None
+    if not lines:
+        raise EdgeclipError(path, "is empty", "write one line a class (or template)")
+    return lines
+
+
+def _shards(root: Path, pattern: str) -> list[Picture]:
+    shards = sorted(root.glob(pattern), key=lambda p: (len(p.name), p.name))
+    if not shards:
+        raise EdgeclipError(root / pattern, "no shard matches", "check the glob and the folder")
+    return [p for shard in shards for p in index_tar(shard)]
+
+
+def _openmoji(spec: R.OpenMoji, cache: Path) -> Dataset:
+    from edgeclip.data import openmoji
+
+    return openmoji.load(spec, cache)
+
+
+DATASETS: dict[type, Callable[[Any, Path], Dataset]] = {R.OpenMoji: _openmoji, R.WebDataset: _webdataset, R.Folders: _folders}

@@ -1,0 +1,135 @@
+"""Everything edgeclip leaves on disk goes through here, so that a half-written thing is never taken for a whole one.
+
+A file is written under a temporary name, synced and renamed. A folder is built beside its final place, its
+`manifest.json` is written last and carries the sha256 of every other file, and one rename makes it visible.
+Whoever finds a manifest may trust the folder; whoever distrusts it can check the hashes.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeclip.errors import EdgeclipError
+
+MANIFEST = "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        if hasattr(hashlib, "file_digest"):  # Python 3.11 and newer
+            return hashlib.file_digest(f, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := f.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of a JSON-able description: equal descriptions, and only they, share a fingerprint."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path; on success the file there is synced and renamed to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays: numpy and others choose a format, or append one, by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    with new_file(path) as temporary:
+        np.save(temporary, array, allow_pickle=False)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EdgeclipError(path, "there is no such file", "check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise EdgeclipError(path, f"not valid JSON ({e})", "make it anew with the command that wrote it") from None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path`; on success it takes the place of `path`, on failure nothing is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> None:
+    """Last step of a folder: `content` plus the kind and the sha256 of every file that lies in it."""
+    files = {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file() and f.name != MANIFEST}
+    write_json(folder / MANIFEST, {"kind": kind, **content, "files": files})
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise EdgeclipError(folder, "there is no such folder", "check the path")
+    if not (folder / MANIFEST).exists():
+        raise EdgeclipError(folder, f"has no {MANIFEST}, so it is no finished {kind}", f"check the path, or make the {kind} anew")
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        raise EdgeclipError(folder, f"is not a {kind}", "check the path")
+    return manifest
+
+
+def verify(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises `EdgeclipError` that names every file whose bytes are not those the manifest was written for."""
+    wrong = []
+    for name, digest in manifest["files"].items():
+        file = (folder / name).resolve()
+        if not file.is_relative_to(folder.resolve()):
+            raise EdgeclipError(folder, f"its manifest names a file outside it ({name})", "do not use this folder")
+        if not file.exists():
+            wrong.append(f"{name} is missing")
+        elif sha256(file) != digest:
+            wrong.append(f"{name} was changed")
+    if wrong:
+        raise EdgeclipError(folder, ", ".join(wrong), f"make the {manifest['kind']} anew or copy it again")
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,87 @@
+"""ComKD stage 1 for the assembled teacher: learn the domain from labelled classes without losing the others.
+
+The tower stays frozen; a residual head on its pooled features is trained with cross-entropy over the labelled
+classes' text features and pulled toward the unadapted feature, which is all that classes without labels have.
+
+    u = norm(conse) + MLP(pooled)
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeclip import disk
+from edgeclip.cache import TeacherCache
+from edgeclip.data import Dataset
+from edgeclip.errors import EdgeclipError
+from edgeclip.progress import track
+from edgeclip.recipe import Adapt
+from edgeclip.teachers import Teacher
+
+
+class ResidualHead(nn.Module):
+    """Rows [B, H + D] (pooled | unadapted feature) to adapted features [B, D]."""
+
+    def __init__(self, width: int, embed_dim: int, spec: Adapt):
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.mlp = nn.Sequential(
+            nn.BatchNorm1d(width),
+            nn.Dropout(spec.dropout),
+            nn.Linear(width, spec.hidden),
+            nn.ReLU(),
+            nn.Dropout(spec.dropout),
+            nn.Linear(spec.hidden, embed_dim),
+        )
+
+    def forward(self, rows: Float[Tensor, "B R"]) -> Float[Tensor, "B D"]:
+        return F.normalize(rows[:, -self.embed_dim :], dim=-1) + self.mlp(rows[:, : -self.embed_dim])
+
+
+def adapt(teacher: Teacher, cache: TeacherCache, data: Dataset, spec: Adapt, seed: int, folder: Path) -> Teacher:
+    """The teacher with a trained residual head; the head is kept in `folder` and read from there next time."""
+    width = cache.rows.shape[2] - teacher.embed_dim
+    torch.manual_seed(seed)
+    head = ResidualHead(width, teacher.embed_dim, spec)
+    if (folder / disk.MANIFEST).exists():
+        disk.verify(folder, disk.read_manifest(folder, "adapted teacher"))
+        head.load_state_dict(load_file(folder / "head.safetensors"))
+    else:
+        _train(head, teacher, cache, data, spec, seed)
+        with disk.new_folder(folder) as temporary:
+            save_file(head.state_dict(), temporary / "head.safetensors")
+            disk.write_manifest(temporary, "adapted teacher", {"teacher": teacher.identity, "cache": cache.folder.name})
+    return dataclasses.replace(teacher, name=f"{teacher.name}, adapted", features=head.eval().requires_grad_(False))
+
+
+def _train(head: ResidualHead, teacher: Teacher, cache: TeacherCache, data: Dataset, spec: Adapt, seed: int) -> None:
+    label_of = {p.key: p.label for p in data.labelled}
+    positions = [i for i, p in enumerate(cache.pictures) if p.key in label_of]
+    if not positions:
+        raise EdgeclipError(data.name, "has no labelled pictures to adapt the teacher on", "set adapt to null, or label some")
+    classes = sorted({label_of[cache.pictures[i].key] for i in positions})
+    target = torch.tensor([classes.index(label_of[cache.pictures[i].key]) for i in positions])
+    rows = torch.from_numpy(cache.rows[positions].astype("float32"))
+    class_features = torch.from_numpy(cache.class_features[classes])
+
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.lr, spec.steps)
+    head.train()
+    for _ in track(range(spec.steps), "stage 1: adapt the teacher", spec.steps):
+        pick = torch.randint(len(rows), (spec.batch_size,), generator=generator)
+        view = torch.randint(rows.shape[1], (spec.batch_size,), generator=generator)
+        r = rows[pick, view]
+        u = F.normalize(head(r), dim=-1)
+        unadapted = F.normalize(teacher.features(r), dim=-1)
+        loss = F.cross_entropy(teacher.logit_scale * u @ class_features.T, target[pick])
+        loss = loss + spec.toward_unadapted * (1.0 - (u * unadapted).sum(dim=-1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()

@@ -1,0 +1,156 @@
+"""ComKD stage 2: the training loop, top to bottom.
+
+Every picture is seen once an epoch in one of its cached views: the student from pixels, the teacher from the cache.
+First, optionally, the new projector (and EduAttention) are trained on the frozen tower's features, which costs
+seconds and keeps the fresh layers' noise away from the tower's weights; then all weights are.
+
+What bounds it: the student's own forward and backward. The teacher costs a row read and, when adapted, a small MLP.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeclip.cache import TeacherCache, replay
+from edgeclip.distill import losses as L
+from edgeclip.errors import EdgeclipError
+from edgeclip.pictures import read, stream
+from edgeclip.preprocess import Preprocess, normalise, open_picture
+from edgeclip.progress import track
+from edgeclip.recipe import Recipe
+from edgeclip.students import EduAttentionHead, Student
+from edgeclip.teachers import Teacher
+
+
+def train(
+    student: Student,
+    head: EduAttentionHead | None,
+    teacher: Teacher,
+    cache: TeacherCache,
+    preprocess: Preprocess,
+    train_classes: list[int],
+    recipe: Recipe,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Trains `student` and `head` in place; returns the log: a row an epoch, each loss before its weight, and alpha.
+
+    Raises `EdgeclipError` when the loss is not finite.
+    """
+    spec, seed = recipe.train, recipe.seed
+    student.to(device, memory_format=torch.channels_last)
+    class_features = torch.from_numpy(cache.class_features[train_classes]).to(device)
+    features = teacher.features.to(device) if isinstance(teacher.features, nn.Module) else teacher.features
+    if head is not None:
+        head.to(device)
+
+    def batch(image_features: Tensor, index: np.ndarray, view: np.ndarray) -> L.Batch:
+        with torch.no_grad():
+            rows = torch.from_numpy(cache.rows[index, view].astype(np.float32)).to(device)
+            teacher_features = F.normalize(features(rows), dim=-1)
+            captions = None if cache.caption_features is None else torch.from_numpy(cache.caption_features[index].astype(np.float32)).to(device)
+        head_features = image_features if head is None else head(image_features, class_features)
+        return L.Batch(image_features, head_features, teacher_features, class_features, captions, teacher.logit_scale)
+
+    log: list[dict[str, Any]] = []
+    order = np.random.default_rng(seed)
+    new_layers = [*student.projector.parameters(), *(head.parameters() if head else [])]
+    if spec.warmup_steps:
+        tower_features = _tower_features(student, cache, preprocess, recipe, device)
+        optimizer = torch.optim.AdamW(new_layers, lr=spec.warmup_lr, weight_decay=spec.weight_decay)
+        student.projector.train()
+        averages = _Averages()
+        for step in track(range(spec.warmup_steps), "stage 2: projector", spec.warmup_steps):
+            index = order.choice(len(tower_features), min(spec.warmup_batch_size, len(tower_features)), replace=False)
+            view = order.integers(tower_features.shape[1], size=len(index))
+            loss, parts = L.total(batch(student.project(tower_features[index, view]), index, view), recipe.losses)
+            _step(optimizer, loss, _cosine(step, spec.warmup_steps), f"projector step {step}")
+            averages.add(loss, parts)
+        log.append({"epoch": 0, **averages.row(head)})
+
+    groups = [{"params": list(student.tower.parameters()), "lr": spec.lr * spec.tower_lr_ratio}, {"params": new_layers, "lr": spec.lr}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
+    steps_per_epoch = max(1, len(cache.pictures) // spec.batch_size)
+    for epoch in range(spec.epochs):
+        student.train()
+        if spec.freeze_batch_norm:
+            for module in student.tower.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        averages = _Averages()
+        index_order = order.permutation(len(cache.pictures))[: steps_per_epoch * spec.batch_size]
+        views = order.integers(cache.views.shape[1], size=len(cache.pictures))
+        batches = _pixels(cache, index_order, views, preprocess, spec.batch_size, spec.threads)
+        for step, (index, x) in enumerate(track(batches, f"stage 2: epoch {epoch + 1} of {spec.epochs}", steps_per_epoch)):
+            loss, parts = L.total(batch(student(_to(x, preprocess, device)), index, views[index]), recipe.losses)
+            position = epoch * steps_per_epoch + step
+            _step(optimizer, loss, _cosine(position, spec.epochs * steps_per_epoch), f"step {position}")
+            averages.add(loss, parts)
+        log.append({"epoch": epoch + 1, **averages.row(head)})
+    student.eval()
+    return log
+
+
+def _cosine(step: int, steps: int) -> float:
+    """The learning rate's factor: 5 % linear warm-up, then a half cosine to 0."""
+    warm = max(1, steps // 20)
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor, factor: float, where: str) -> None:
+    if not torch.isfinite(loss):
+        raise EdgeclipError(where, f"the loss is {loss.item()}", "lower the learning rate or look for broken features")
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+        group["lr"] = group["initial_lr"] * factor
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def _pixels(
+    cache: TeacherCache, order: np.ndarray, views: np.ndarray, preprocess: Preprocess, batch_size: int, threads: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def make(i: int) -> np.ndarray:
+        picture = cache.pictures[i]
+        return replay(open_picture(read(picture), picture.key), cache.views[i, views[i]], preprocess)
+
+    skipped: list[str] = []
+    yield from stream(order.tolist(), make, batch_size, skipped, threads)
+    if skipped:  # it was readable when the cache was built
+        raise EdgeclipError(cache.folder, f"a picture changed since the cache was built ({skipped[0]})", "restore it, or delete this cache")
+
+
+def _to(pixels: np.ndarray, preprocess: Preprocess, device: torch.device) -> Tensor:
+    return torch.from_numpy(normalise(pixels, preprocess)).to(device, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def _tower_features(student: Student, cache: TeacherCache, preprocess: Preprocess, recipe: Recipe, device: torch.device) -> Tensor:
+    """[n, K, T]: the frozen student tower's features of every cached view."""
+    student.eval()
+    n, k = cache.views.shape[:2]
+    out = []
+    total = k * math.ceil(n / recipe.train.batch_size)
+    parts = ((v, part) for v in range(k) for part in _pixels(cache, np.arange(n), np.full(n, v), preprocess, recipe.train.batch_size, recipe.train.threads))
+    for _, (_, x) in track(parts, "student features", total):
+        out.append(student.tower(_to(x, preprocess, device)))
+    return torch.cat(out).reshape(k, n, -1).transpose(0, 1)
+
+
+class _Averages:
+    """Means over one epoch, kept on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Tensor]] = []
+
+    def add(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
+        self.rows.append({"loss": loss.detach(), **parts})
+
+    def row(self, head: EduAttentionHead | None) -> dict[str, Any]:
+        means = {k: float(torch.stack([r[k] for r in self.rows]).mean()) for k in self.rows[0]}
+        return means | ({"alpha": head.alpha.item()} if head else {})

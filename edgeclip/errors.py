@@ -1,0 +1,23 @@
+"""Three kinds of failure, two of them here.
+
+A user's mistake is an `EdgeclipError`: one line, *where: what; what to do*, exit code 1. A failed gate (parity,
+budget) is no exception at all: the report is written and the command exits 3, or 4 when there were too few pictures
+to tell. Everything else is a bug and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class EdgeclipError(Exception):
+    """`where` is a file, field or flag; `what` is what is wrong with it; `do` is the next thing to type."""
+
+    def __init__(self, where: object, what: str, do: str):
+        super().__init__(f"{where}: {what}; {do}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The second half of a message about an unknown name: the nearest known one, or all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"

@@ -1,0 +1,164 @@
+"""`edgeclip export`: a source and a target become a bundle, or nothing at all.
+
+The float graph is compared with torch at two batch sizes before it is converted, so a wrong trace never ships; what
+the conversion to int8 costs is `validate`'s question.
+"""
+
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from edgeclip import __version__, disk
+from edgeclip.errors import EdgeclipError
+from edgeclip.export import graph, tensorrt
+from edgeclip.export.source import Source
+from edgeclip.fold import fold
+from edgeclip.metrics import l2_normalise
+from edgeclip.pictures import Picture, read, refuse_unreadable, stream
+from edgeclip.preprocess import normalise, open_picture, to_pixels
+from edgeclip.progress import say
+from edgeclip.target import Target
+
+EXPORTERS = {"onnxruntime": "edgeclip.export.onnxruntime", "openvino": "edgeclip.export.openvino", "tensorrt": "edgeclip.export.tensorrt"}
+GOLDEN_TEXTS = ["a photo of a cat", "a red umbrella", "the letter A", "two people shaking hands"]
+MAX_EXPORT_ERROR = 1e-5
+
+
+def export(source: Source, name: str, target: Target, out: Path) -> Path:
+    """Writes the bundle of `source` for `target` to `out`; returns it.
+
+    Raises `EdgeclipError` for too few calibration pictures or a missing runtime, `AssertionError` when the exported
+    graph does not compute what torch computes.
+    """
+    exporter = importlib.import_module(EXPORTERS[target.runtime])
+    size = source.preprocess.size
+    pixels = _golden_pixels(source)
+    golden_input = torch.from_numpy(normalise(pixels, source.preprocess))
+    with torch.inference_mode():
+        golden_features = source.image_encoder(golden_input).numpy()
+
+    say(f"1/5 fold and trace the image encoder at {size} px")
+    encoder = fold(source.image_encoder, golden_input[:1])
+    model = graph.to_onnx(encoder, golden_input[:1], "pixels", "image_features", target.opset)
+    for batch in (1, 3):
+        x = golden_input[[i % len(golden_input) for i in range(batch)]].numpy()
+        error = np.abs(_run_float(model, x) - golden_features[[i % len(golden_features) for i in range(batch)]]).max()
+        assert error < MAX_EXPORT_ERROR, f"the exported graph differs from torch by {error:.1e} at batch {batch}"
+
+    calibration, used = _calibration(source, target)
+    say(f"2/5 write the image encoder as {name}" + (f", calibrated on {len(used)} training pictures" if used else ""))
+    with disk.new_folder(out) as folder:
+        manifest: dict[str, Any] = {
+            "format": 1,
+            "target": {"name": name, **msgspec.to_builtins(target)},
+            "runtime": target.runtime,
+            "image_encoder": exporter.write(model, target, calibration, folder),
+            "preprocess": msgspec.to_builtins(source.preprocess),
+            "logit_scale": source.logit_scale,
+            "embed_dim": int(golden_features.shape[1]),
+            "templates": source.templates,
+            "text": None,
+            "licences": source.licences,
+            "parents": source.parents,
+            "calibration": used,
+            "versions": _versions(),
+        }
+        (folder / "golden").mkdir()
+        if source.load_text:
+            say("3/5 write the text encoder")
+            manifest["text"] = _write_text(source, target, exporter, folder)
+        say("4/5 write labels, head and golden answers")
+        disk.write_json(folder / "labels.json", source.labels)
+        disk.write_array(folder / "class_features.npy", source.class_features)
+        if source.head is not None:
+            h = source.head
+            np.savez(folder / "head.npz", weight=h.weight, bias=h.bias, alpha=np.float32(h.alpha), temperature=np.float32(h.temperature))
+        for i, picture in enumerate(source.golden):
+            (folder / "golden" / f"{i}{Path(picture.key).suffix or '.png'}").write_bytes(read(picture))
+        disk.write_array(folder / "golden" / "pixels.npy", pixels)
+        disk.write_array(folder / "golden" / "image_features.npy", golden_features)
+        manifest["golden"] = {"pictures": [f"golden/{i}{Path(p.key).suffix or '.png'}" for i, p in enumerate(source.golden)], "licence": source.golden_licence}
+        manifest["lint"] = None
+        if target.runtime == "tensorrt":
+            say("5/5 check with TensorRT-RTX's parser and builder")
+            manifest["lint"] = tensorrt.require_legal(folder / manifest["image_encoder"])
+            if manifest["lint"]["checked_by"] is None:
+                say(manifest["lint"]["errors"][0])
+        manifest["image_encoder_bytes"] = sum(f.stat().st_size for f in folder.glob("image_encoder.*"))
+        disk.write_manifest(folder, "bundle", manifest)
+    return out
+
+
+def _golden_pixels(source: Source) -> np.ndarray:
+    """uint8 [G, H, W, 3]: the golden pictures, or two synthetic ones where the source has none."""
+    if source.golden:
+        return np.stack([to_pixels(open_picture(read(p), p.key), source.preprocess) for p in source.golden])
+    ramp = np.linspace(0, 255, source.preprocess.size).astype(np.uint8)
+    picture = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], ramp[::-1, None]), axis=-1)
+    return np.stack([picture, picture[::-1, ::-1]])
+
+
+def _calibration(source: Source, target: Target) -> tuple[np.ndarray | None, list[dict[str, str]]]:
+    """(float32 [n, 3, H, W], the pictures' keys and hashes) for an int8 target, else (None, [])."""
+    if target.calibration is None:
+        return None, []
+    pictures: list[Picture] = source.calibration()
+    wanted = target.calibration.pictures
+    if len(pictures) < min(wanted, 8):
+        raise EdgeclipError("calibration", f"an int8 target needs training pictures, and there are {len(pictures)}", "give a folder of them with --images DIR")
+    rng = np.random.default_rng(target.calibration.seed)
+    chosen = [pictures[i] for i in sorted(rng.permutation(len(pictures))[:wanted])]
+    if len(chosen) < wanted:
+        say(f"calibration: {len(chosen)} pictures, the target asks for {wanted}")
+    skipped: list[str] = []
+    kept: list[int] = []
+    rows = []
+    for index, pixels in stream(range(len(chosen)), lambda i: to_pixels(open_picture(read(chosen[i]), chosen[i].key), source.preprocess), 32, skipped):
+        rows.append(normalise(pixels, source.preprocess))
+        kept += index.tolist()
+    refuse_unreadable(skipped, len(chosen), "calibration")
+    return np.concatenate(rows), [{"key": chosen[i].key, "sha256": hashlib.sha256(read(chosen[i])).hexdigest()} for i in kept]
+
+
+def _write_text(source: Source, target: Target, exporter: Any, folder: Path) -> dict[str, Any]:
+    assert source.load_text is not None
+    from edgeclip import tokenizer
+
+    text = source.load_text()
+    words = tokenizer.load(text.tokenizer, text.context_length)
+    ids = torch.from_numpy(tokenizer.encode(words, GOLDEN_TEXTS, text.context_length))
+    model = graph.to_onnx(text.module, ids[:2], "input_ids", "text_features", target.opset)
+    with torch.inference_mode():
+        features = text.module(ids).numpy()
+    error = np.abs(_run_float(model, ids.numpy()) - features).max()
+    assert error < MAX_EXPORT_ERROR, f"the exported text encoder differs from torch by {error:.1e}"
+    disk.write_text(folder / "tokenizer.json", text.tokenizer)
+    disk.write_array(folder / "golden" / "text_features.npy", l2_normalise(features))
+    disk.write_text(folder / "golden" / "texts.json", json.dumps(GOLDEN_TEXTS))
+    return {"encoder": exporter.write_text(model, target, folder), "context_length": text.context_length}
+
+
+def _run_float(model: Any, x: np.ndarray) -> np.ndarray:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    out: np.ndarray = session.run(None, {session.get_inputs()[0].name: x})[0]
+    return out
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"edgeclip": __version__}
+    for package in ("torch", "open_clip_torch", "timm", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt-rtx-cu13"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

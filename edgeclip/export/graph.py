@@ -1,0 +1,93 @@
+"""torch module to ONNX graph, in the form that every runtime here likes: few nodes, dynamic batch, old IR version.
+
+The legacy exporter is asked for by name: it is several times faster than the new one and honours opset 17. Multi-head
+attention's fast path is switched off, it would leak a torch-only operator into the graph.
+"""
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import nn
+
+IR_VERSION = 10
+"""onnxruntime 1.23, the newest for JetPack 6's Python 3.10, and newer read it"""
+
+
+def to_onnx(module: nn.Module, example: torch.Tensor, input_name: str, output_name: str, opset: int) -> onnx.ModelProto:
+    """One input, one output, both with a dynamic first axis named `batch`; checked by onnx."""
+    buffer = io.BytesIO()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")  # tracer warnings of constant shapes, and the exporter's own age
+            torch.onnx.export(
+                module.eval(), (example,), buffer, input_names=[input_name], output_names=[output_name],
+                dynamic_axes={input_name: {0: "batch"}, output_name: {0: "batch"}}, opset_version=opset, dynamo=False,
+            )  # fmt: skip
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    model = onnx.load_from_string(buffer.getvalue())
+    model.ir_version = IR_VERSION
+    merge_pads(model)
+    onnx.checker.check_model(model)
+    return model
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    model.ir_version = min(model.ir_version, IR_VERSION)
+    onnx.save(model, path)
+
+
+def initializers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """Name to value of every constant, whether it is an initializer or a Constant node."""
+    found = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            found |= {node.output[0]: numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"}
+    return found
+
+
+def merge_pads(model: onnx.ModelProto) -> None:
+    """Moves constant zero padding into the convolution that alone reads it.
+
+    TF-style SAME padding is exported as a Pad node; between quantised layers it would cost a copy of the tensor.
+    """
+    constants = initializers(model)
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    outputs = {o.name for o in model.graph.output}
+    for pad in [n for n in model.graph.node if n.op_type == "Pad"]:
+        mode = next((a.s.decode() for a in pad.attribute if a.name == "mode"), "constant")
+        amounts = constants.get(pad.input[1]) if len(pad.input) > 1 else None
+        value = constants.get(pad.input[2]) if len(pad.input) > 2 and pad.input[2] else np.zeros(())
+        after = readers.get(pad.output[0], [])
+        if mode != "constant" or amounts is None or len(amounts) != 8 or value is None or value.item() != 0:
+            continue
+        if pad.output[0] in outputs or any(amounts[[0, 1, 4, 5]]) or len(after) != 1 or after[0].op_type != "Conv":
+            continue
+        conv = after[0]
+        own = next((list(a.ints) for a in conv.attribute if a.name == "pads"), [0, 0, 0, 0])
+        kept = [a for a in conv.attribute if a.name not in ("pads", "auto_pad")]
+        del conv.attribute[:]
+        conv.attribute.extend([*kept, helper.make_attribute("pads", [int(a + b) for a, b in zip(own, amounts[[2, 3, 6, 7]], strict=True)])])
+        conv.input[0] = pad.input[0]
+        model.graph.node.remove(pad)
+
+
+def matrix_products(model: onnx.ModelProto) -> list[str]:
+    """Names of the nodes that int8 is for: Conv, Gemm and MatMul with a constant weight.
+
+    MatMuls of two activations (attention) stay in float: with asymmetric int8 a small ViT lost its accuracy under ONNX
+    Runtime's full optimisation only. Residual adds, norms, softmax and GELU are no matrix products.
+    """
+    constants = initializers(model)
+    return [n.name for n in model.graph.node if n.op_type in ("Conv", "Gemm", "MatMul") and n.input[1] in constants]

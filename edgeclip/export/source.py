@@ -1,0 +1,141 @@
+"""What is exported: a run's student, or any open_clip or timm checkpoint, as one record."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeclip import data, disk, recipe, students, teachers, weights
+from edgeclip.errors import EdgeclipError
+from edgeclip.pictures import Picture, index_folder, index_tar
+from edgeclip.preprocess import Preprocess
+from edgeclip.recipe import OpenClip, Timm
+from edgeclip.teachers import TextTower
+from edgeclip.teachers import open_clip as open_clip_teacher
+from edgeclip.zero_shot import EduAttention, ensemble, prompts
+
+
+class Source(NamedTuple):
+    image_encoder: nn.Module
+    """pixels [B, 3, H, W] to unit rows [B, D]"""
+    preprocess: Preprocess
+    load_text: Callable[[], TextTower] | None
+    """None: no text side ships"""
+    labels: list[str]
+    templates: list[str]
+    class_features: np.ndarray
+    """[N, D], unit rows"""
+    head: EduAttention | None
+    logit_scale: float
+    calibration: Callable[[], list[Picture]]
+    """training pictures; asked for by int8 targets only"""
+    golden: list[Picture]
+    """pictures that ship with the bundle as its proof"""
+    golden_licence: str
+    licences: dict[str, str]
+    parents: dict[str, Any]
+
+
+def from_run(run: Path) -> Source:
+    """The student of a finished run. Raises `EdgeclipError` where the run is not finished."""
+    disk.read_manifest(run, "run")
+    student, head, preprocess, description = students.load(run / "student")
+    asked = msgspec.convert(_with_roots(run), recipe.Recipe)
+
+    def training_pictures() -> list[Picture]:
+        # As the cache has them: nothing held out, nothing unreadable.
+        dataset = data.load(asked.data, Path("cache"))
+        return dataset.train
+
+    evaluation = run / "evaluation"
+    manifest = disk.read_manifest(evaluation, "evaluation")
+    return Source(
+        image_encoder=student,
+        preprocess=preprocess,
+        load_text=(lambda: teachers.load_text(asked.teacher)) if asked.text_encoder else None,
+        labels=description["labels"],
+        templates=description["templates"],
+        class_features=np.load(run / "student" / "class_features.npy"),
+        head=head.numpy() if head is not None and description["edu_attention_keep"] else None,
+        logit_scale=description["logit_scale"],
+        calibration=training_pictures,
+        golden=index_tar(evaluation / "pictures.tar")[:8],
+        golden_licence=manifest["licence"],
+        licences=description["licences"],
+        parents={"student": disk.sha256(run / "student" / disk.MANIFEST), **description["parents"]},
+    )
+
+
+def _with_roots(run: Path) -> dict[str, Any]:
+    """recipe.json leaves out where the data lay; the run remembers it apart."""
+    value: dict[str, Any] = disk.read_json(run / "recipe.json")
+    for field, root in disk.read_json(run / "roots.json").items():
+        value[field]["root"] = root
+    return value
+
+
+class _Normalised(nn.Module):
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        return F.normalize(self.tower(pixels), dim=-1)
+
+
+def from_model(name: str, weights_name: str, labels: list[str], images: Path | None, image_size: int = 224) -> Source:
+    """Any open_clip model, or any timm classifier.
+
+    A timm classifier has no text side, but it is a dual encoder all the same: its logits are the image feature and the
+    text feature of class i is the i-th unit vector, so the ranking by cosine is exactly the ranking by logit.
+
+    Raises `EdgeclipError` for unknown names, weights that do not fit, or labels that are not the classifier's.
+    """
+    import open_clip
+
+    pictures = index_folder(images) if images else []
+    if images and not pictures:
+        raise EdgeclipError(images, "has no pictures", "give a folder of .jpg, .png or .webp")
+    load_text: Callable[[], TextTower] | None
+    if name in open_clip.list_models():
+        spec = OpenClip(model=name, weights=weights_name)
+        teacher = open_clip_teacher.load(spec)
+        templates = ["a photo of a {c}"]
+        features = teacher.encode_text(prompts(labels, templates)).numpy() if labels else np.zeros((0, teacher.embed_dim), np.float32)
+        class_features = ensemble(features[:, None]) if labels else features
+        encoder, preprocess, load_text, scale = teacher.tower, teacher.preprocess, lambda: teachers.load_text(spec), teacher.logit_scale
+    else:
+        try:
+            encoder, preprocess = weights.timm_model(Timm(model=name, weights=weights_name, image_size=image_size), num_classes=None)
+        except EdgeclipError as e:
+            if "unknown timm model" in str(e):
+                raise EdgeclipError(name, "neither an open_clip nor a timm model", "see open_clip.list_models() and timm.list_models()") from None
+            raise
+        preprocess = msgspec.structs.replace(preprocess, size=encoder.pretrained_cfg["input_size"][-1])
+        if labels and len(labels) != encoder.num_classes:
+            raise EdgeclipError(
+                "--labels", f"has {len(labels)} labels, {name} has {encoder.num_classes} classes", "give the classifier's own labels in its order"
+            )
+        class_features = np.eye(encoder.num_classes, dtype=np.float32) if labels else np.zeros((0, encoder.num_classes), np.float32)
+        templates, load_text, scale = [], None, 1.0
+    return Source(
+        image_encoder=_Normalised(encoder).eval(),
+        preprocess=preprocess,
+        load_text=load_text,
+        labels=labels,
+        templates=templates,
+        class_features=class_features,
+        head=None,
+        logit_scale=scale,
+        calibration=lambda: pictures,
+        golden=pictures[:8],
+        golden_licence="the user's own pictures",
+        licences={"model": "unknown", "data": "none"},
+        parents={"model": name, "weights": weights.source(weights_name)},
+    )

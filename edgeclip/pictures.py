@@ -1,0 +1,111 @@
+"""Where pictures lie and how they are read: plain files, or members of uncompressed tar shards (WebDataset).
+
+A `Picture` is an address, not pixels, so a list of them is small. `stream` decodes and resizes in threads ahead of
+its consumer (PIL lets go of the interpreter lock for both) and keeps the order it was given, whatever the threads do.
+"""
+
+import collections
+import concurrent.futures
+import itertools
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from edgeclip.errors import EdgeclipError
+from edgeclip.preprocess import UnreadablePicture
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MAX_UNREADABLE = 0.01
+
+
+class Picture(NamedTuple):
+    key: str
+    """unique in its data set"""
+    path: str
+    """of the file, or of the shard that holds it"""
+    offset: int = 0
+    size: int = -1
+    """bytes from `offset`; -1: to the end of the file"""
+    label: int = -1
+    """index into the class list; -1: none"""
+    caption: str = ""
+
+
+def read(picture: Picture) -> bytes:
+    with open(picture.path, "rb") as f:
+        f.seek(picture.offset)
+        return f.read(picture.size)
+
+
+def index_tar(path: Path) -> list[Picture]:
+    """Pictures of one WebDataset shard: `key.jpg` beside optional `key.cls` (class index) and `key.txt` (caption)."""
+    found: dict[str, dict[str, tarfile.TarInfo]] = collections.defaultdict(dict)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, dot, suffix = member.name.partition(".")
+                if member.isfile() and dot:
+                    found[key]["." + suffix.lower()] = member
+            pictures = []
+            for key, members in found.items():
+                image = next((m for s, m in members.items() if s in SUFFIXES), None)
+                if image is None:
+                    continue
+                text = {s: tar.extractfile(members[s]).read().decode().strip() for s in (".cls", ".txt") if s in members}  # type: ignore[union-attr]
+                label = int(text.get(".cls", -1))
+                pictures.append(Picture(f"{path.stem}/{key}", str(path), image.offset_data, image.size, label, text.get(".txt", "")))
+            return pictures
+    except FileNotFoundError:
+        raise EdgeclipError(path, "there is no such file", "check the path") from None
+    except (tarfile.TarError, ValueError, OSError) as e:
+        raise EdgeclipError(path, f"not a readable WebDataset shard ({e})", "replace or remove it") from None
+
+
+def index_folder(folder: Path) -> list[Picture]:
+    """Every picture below `folder`, sorted by path."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    return [Picture(str(p.relative_to(folder)), str(p)) for p in files]
+
+
+def stream(
+    order: Iterable[int], make: Callable[[int], np.ndarray], batch_size: int, skipped: list[str], threads: int = 2
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (indices [B], stacked make(index) [B, ...]) in `order`, the last batch short.
+
+    What `make` raises as `UnreadablePicture` is left out and its message put into `skipped`; `refuse_unreadable`
+    judges the count.
+    """
+    pending: collections.deque[tuple[int, concurrent.futures.Future[np.ndarray]]] = collections.deque()
+    todo = iter(order)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        try:
+            for i in itertools.islice(todo, 2 * batch_size):
+                pending.append((i, pool.submit(make, i)))
+            indices, arrays = [], []
+            while pending:
+                i, future = pending.popleft()
+                for ahead in itertools.islice(todo, 1):
+                    pending.append((ahead, pool.submit(make, ahead)))
+                try:
+                    arrays.append(future.result())
+                    indices.append(i)
+                except UnreadablePicture as e:
+                    skipped.append(str(e))
+                if len(arrays) == batch_size or (arrays and not pending):
+                    yield np.array(indices), np.stack(arrays)
+                    indices, arrays = [], []
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def refuse_unreadable(skipped: list[str], total: int, where: object) -> None:
+    """Raises when more than 1 % of `total` pictures could not be read; otherwise they are the caller's to report."""
+    if len(skipped) > MAX_UNREADABLE * total:
+        raise EdgeclipError(
+            where,
+            f"{len(skipped)} of {total} pictures are unreadable, more than {MAX_UNREADABLE:.0%} (first: {skipped[0]})",
+            "repair the data",
+        )

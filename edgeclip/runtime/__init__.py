@@ -1,0 +1,58 @@
+"""Inference runtimes behind one record. One file a runtime, imported only when it is asked for.
+
+`open_session` loads a model file and reports what really runs: after loading, providers, device, precision and
+threads are read back, and a difference from what was asked is an error, never a quiet substitute.
+"""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from edgeclip.errors import EdgeclipError, did_you_mean
+
+RUNTIMES = {
+    "onnxruntime": "edgeclip.runtime.onnxruntime",
+    "openvino": "edgeclip.runtime.openvino",
+    "null": "edgeclip.runtime.null",
+}
+INSTALL = {
+    "onnxruntime": "pip install 'edgeclip[onnxruntime]'",
+    "openvino": "pip install 'edgeclip[openvino]'",
+    "tensorrt": "build the engine on the board: it has TensorRT",
+}
+
+
+class Port(NamedTuple):
+    name: str
+    shape: list[int | None]
+    """None: any size"""
+    dtype: str
+    """numpy's name"""
+
+
+class Session(NamedTuple):
+    run: Callable[[np.ndarray], np.ndarray]
+    """[B, ...] to [B, D]"""
+    input: Port
+    output: Port
+    facts: dict[str, Any]
+    """what really runs: runtime and version, providers or device, precision, threads"""
+
+
+def open_session(runtime: str, model: Path, threads: int, optimisation: str = "all") -> Session:
+    """optimisation: 'all' or 'basic', where the runtime knows the difference.
+
+    Raises `EdgeclipError` when the runtime is unknown or not installed, or does not do what was asked.
+    """
+    if runtime not in RUNTIMES:
+        do = INSTALL.get(runtime) or did_you_mean(runtime, RUNTIMES)
+        raise EdgeclipError(runtime, "this runtime cannot run on this machine", do)
+    try:
+        module = importlib.import_module(RUNTIMES[runtime])
+    except ImportError as e:
+        raise EdgeclipError(runtime, f"is not installed ({e})", INSTALL[runtime]) from None
+    session: Session = module.open_session(model, threads, optimisation)
+    return session

@@ -1,0 +1,39 @@
+"""ONNX Runtime on a CPU. Providers, precision and threads are asked for by name and read back."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from edgeclip.errors import EdgeclipError
+from edgeclip.runtime import Port, Session
+
+PROVIDERS = ["CPUExecutionProvider"]
+DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+LEVELS = {"all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL, "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC}
+
+
+def open_session(model: Path, threads: int, optimisation: str) -> Session:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = LEVELS[optimisation]
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(str(model), options, providers=PROVIDERS)
+    except Exception as e:  # pybind raises a different type for every failure
+        raise EdgeclipError(model, f"ONNX Runtime {ort.__version__} cannot load it ({str(e)[:200]})", "export it anew for this runtime version") from None
+    if session.get_providers() != PROVIDERS:
+        raise EdgeclipError(model, f"runs on {session.get_providers()}, not on {PROVIDERS}", "install a runtime that has them")
+    (i,), (o,) = session.get_inputs(), session.get_outputs()
+
+    def run(x: np.ndarray) -> np.ndarray:
+        out: np.ndarray = session.run([o.name], {i.name: x})[0]
+        return out
+
+    facts = {"runtime": "onnxruntime", "version": ort.__version__, "providers": session.get_providers(), "threads": threads, "optimisation": optimisation}
+    return Session(run, _port(i), _port(o), facts)
+
+
+def _port(node: ort.NodeArg) -> Port:
+    return Port(node.name, [d if isinstance(d, int) else None for d in node.shape], DTYPES.get(node.type, node.type))

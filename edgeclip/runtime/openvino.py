@@ -1,0 +1,38 @@
+"""OpenVINO on a CPU, latency hint, one stream. Float layers stay float32: bf16 is never taken by default."""
+
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+
+from edgeclip.errors import EdgeclipError
+from edgeclip.runtime import Port, Session
+
+
+def open_session(model: Path, threads: int, optimisation: str) -> Session:
+    core = ov.Core()
+    asked = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    try:
+        compiled = core.compile_model(core.read_model(model), "CPU", asked)
+    except Exception as e:  # RuntimeError with a page of text
+        raise EdgeclipError(
+            model, f"OpenVINO {ov.__version__} cannot load it ({' '.join(str(e).split())[:200]})", "export it anew for this runtime version"
+        ) from None
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    devices = compiled.get_property("EXECUTION_DEVICES")
+    if devices != ["CPU"] or precision != "f32":
+        raise EdgeclipError(model, f"runs on {devices} in {precision}, not on CPU in f32", "use a runtime that does what is asked")
+    request = compiled.create_infer_request()
+    i, o = compiled.input(0), compiled.output(0)
+
+    def run(x: np.ndarray) -> np.ndarray:
+        out: np.ndarray = request.infer({0: x}, share_inputs=True)[o].copy()  # the request's buffer is used again
+        return out
+
+    facts = {"runtime": "openvino", "version": ov.__version__.split("-")[0], "providers": devices, "threads": threads, "optimisation": None}
+    return Session(run, _port(i), _port(o), facts)
+
+
+def _port(port: ov.ConstOutput) -> Port:
+    shape = [int(d.get_length()) if d.is_static else None for d in port.get_partial_shape()]
+    return Port(port.get_any_name(), shape, np.dtype(port.get_element_type().to_dtype()).name)

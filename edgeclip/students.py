@@ -1,0 +1,111 @@
+"""The student: an image tower and PromptKD's projector P into the teacher's space; no text side of its own.
+
+On disk it is weights and JSON, and it is rebuilt only from those:
+
+    student/student.safetensors   tower.*, projector.*, head.*
+            class_features.npy    [N, D] float32, unit: its text side, the teacher's
+            student.json          labels, architecture, preprocess, EduAttention's constants, parents
+"""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeclip import disk, weights
+from edgeclip import recipe as R
+from edgeclip.preprocess import Preprocess
+from edgeclip.teachers.open_clip import ImageTower
+from edgeclip.zero_shot import EduAttention
+
+
+class Student(nn.Module):
+    """Pixels [B, 3, H, W] to P(u_s), unit rows [B, D] in the teacher's space: what ships."""
+
+    def __init__(self, tower: nn.Module, width: int, embed_dim: int, hidden: int | None):
+        super().__init__()
+        self.tower = tower
+        if hidden is None:
+            self.projector: nn.Module = nn.Linear(width, embed_dim)
+        else:
+            self.projector = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, embed_dim))
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        return self.project(self.tower(pixels))
+
+    def project(self, tower_features: Float[Tensor, "B T"]) -> Float[Tensor, "B D"]:
+        return F.normalize(self.projector(tower_features), dim=-1)
+
+
+class EduAttentionHead(nn.Module):
+    """Equations 6 and 7: image_features + alpha * softmax(FC(image_features) W^T / C) W, as unit rows.
+
+    Q is the student's feature, K and V are the class features (A4, A5, A7, A8); alpha starts at 0, so the FC has no
+    gradient until alpha has moved.
+    """
+
+    def __init__(self, embed_dim: int, temperature: float, generator: torch.Generator | None = None):
+        super().__init__()
+        self.fc = nn.Linear(embed_dim, embed_dim)
+        self.alpha = nn.Parameter(torch.zeros(()))
+        self.temperature = temperature
+        # A generator of its own: with alpha frozen at 0 the rest of the run is bit for bit PromptKD's.
+        bound = embed_dim**-0.5
+        for p in self.fc.parameters():
+            nn.init.uniform_(p, -bound, bound, generator=generator)
+
+    def forward(self, image_features: Float[Tensor, "B D"], class_features: Float[Tensor, "N D"]) -> Float[Tensor, "B D"]:
+        attention = F.softmax(self.fc(image_features) @ class_features.T / self.temperature, dim=-1)
+        return F.normalize(image_features + self.alpha * (attention @ class_features), dim=-1)
+
+    def numpy(self) -> EduAttention:
+        """The same head for the device layer."""
+        weight, bias = (p.detach().float().cpu().numpy() for p in (self.fc.weight, self.fc.bias))
+        return EduAttention(weight, bias, self.alpha.item(), self.temperature)
+
+
+def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
+    """A student with its tower's weights and a fresh projector; its width is asked of the tower by one dry run."""
+    if isinstance(spec.tower, R.Timm):
+        tower, preprocess = weights.timm_model(spec.tower)
+    else:
+        model, preprocess = weights.open_clip_model(spec.tower)
+        tower = ImageTower(model)
+    with torch.inference_mode():
+        width = tower.eval()(torch.zeros(1, 3, preprocess.size, preprocess.size)).shape[1]
+    return Student(tower, width, embed_dim, spec.projector_hidden).eval(), preprocess
+
+
+def save(folder: Path, student: Student, head: EduAttentionHead | None, description: dict[str, Any], class_features: np.ndarray) -> None:
+    """Writes the student's folder; class_features: the teacher's [N, D] of description["labels"]."""
+    state = {k: v.contiguous().cpu() for k, v in student.state_dict().items()}
+    if head is not None:
+        state |= {f"head.{k}": v.contiguous().cpu() for k, v in head.state_dict().items()}
+    with disk.new_folder(folder) as temporary:
+        save_file(state, temporary / "student.safetensors")
+        disk.write_array(temporary / "class_features.npy", class_features)
+        disk.write_json(temporary / "student.json", description)
+        disk.write_manifest(temporary, "student", {})
+
+
+def load(folder: Path) -> tuple[Student, EduAttentionHead | None, Preprocess, dict[str, Any]]:
+    """The student, its EduAttention head if it was trained with one, its preprocess and its description."""
+    disk.verify(folder, disk.read_manifest(folder, "student"))
+    description = disk.read_json(folder / "student.json")
+    spec = msgspec.convert(description["architecture"], R.Student)
+    # The weights come from this folder: those that the recipe started from need not be at hand any more.
+    spec = msgspec.structs.replace(spec, tower=msgspec.structs.replace(spec.tower, weights="random"))
+    student, _ = build(spec, description["embed_dim"])
+    state = load_file(folder / "student.safetensors")
+    student.load_state_dict({k: v for k, v in state.items() if not k.startswith("head.")})
+    head = None
+    if description["edu_attention_temperature"] is not None:
+        head = EduAttentionHead(description["embed_dim"], description["edu_attention_temperature"])
+        head.load_state_dict({k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")})
+    return student.eval(), head, msgspec.convert(description["preprocess"], Preprocess), description

@@ -1,0 +1,63 @@
+"""A target: how a student is exported, and how much it may lose on the way. `export/*.yaml` are read into this."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from edgeclip import config
+from edgeclip.config import Config
+from edgeclip.errors import EdgeclipError
+
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
+class Calibration(Config):
+    pictures: Annotated[int, Meta(ge=8)] = 256
+    """from the training part only, picked by `seed`"""
+    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    seed: int = 0
+
+
+class Tolerance(Config):
+    """Limits on error, each against the fp32 torch student on the same pictures."""
+
+    centred_cosine_p1: Fraction
+    """first percentile of the cosine after the mean feature is taken away"""
+    top1_agreement: Fraction
+    """share of pictures with the same first answer"""
+    accuracy_drop_pp: Annotated[float, Meta(ge=0.0)]
+    """margin in percentage points; the one-sided 95 % limit of the paired drop must lie below it"""
+    optimisation_agreement: Fraction | None = None
+    """ONNX Runtime only: top-1 agreement of the graph optimisations BASIC and ALL; null: not compared"""
+
+
+class Target(Config, kw_only=True):
+    runtime: Literal["onnxruntime", "openvino", "tensorrt"]
+    precision: Literal["fp32", "fp16", "int8"]
+    opset: Annotated[int, Meta(ge=17, le=20)] = 18
+    """of the ONNX graph; TensorRT 10.3 (JetPack 6) stops at 20"""
+    tolerance: Tolerance
+    calibration: Calibration | None = None
+    """int8 only"""
+    activations: Literal["uint8", "int8"] | None = None
+    """int8 on onnxruntime: uint8 is the fast form on x86 with VNNI, int8 symmetric that of ARM and TensorRT"""
+    model_type: Literal["transformer"] | None = None
+    """int8 on openvino: transformer for ViT towers, null for convolutional ones"""
+    text: Literal["fp32", "fp16", "int8"] = "int8"
+    """weights of the text encoder, whose embedding table is most of its bytes"""
+
+
+def load(name: str) -> tuple[str, Target]:
+    """(name, target) for a bare name or a path; raises `EdgeclipError` with a did-you-mean."""
+    path = config.find("target", name)
+    target = config.load(path, Target)
+    if (target.precision == "int8") != (target.calibration is not None):
+        raise EdgeclipError(f"{path}: calibration", "belongs to precision int8, and only to it", "add or remove it")
+    if target.runtime == "onnxruntime" and target.precision == "int8" and target.activations is None:
+        raise EdgeclipError(f"{path}: activations", "is missing", "say uint8 (x86) or int8 (ARM)")
+    return path.stem, target
+
+
+def path_of(name: str) -> Path:
+    return config.find("target", name)

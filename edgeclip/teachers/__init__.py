@@ -1,0 +1,60 @@
+"""Teachers: frozen image-text dual encoders behind one small record.
+
+The expensive part of a teacher, its image `tower`, is frozen and gives rows that the cache stores once. `features`
+maps rows to image features: the identity for a CLIP, a residual head for the adapted assembled teacher. So a teacher
+can be re-adapted without running its tower again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from edgeclip import recipe as R
+from edgeclip.preprocess import Preprocess
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTower:
+    """What export needs to ship the text side."""
+
+    module: nn.Module
+    """input_ids int64 [N, L] to unit features [N, D]; padding is id 0"""
+    tokenizer: str
+    """tokenizer.json of the `tokenizers` library, as text"""
+    context_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    name: str
+    licence: str
+    identity: dict[str, Any]
+    """decides the rows: weights and architecture, for the cache's fingerprint"""
+    preprocess: Preprocess
+    logit_scale: float
+    """already exponentiated"""
+    embed_dim: int
+    tower: nn.Module
+    """pixels [B, 3, H, W] to rows [B, R]"""
+    features: Callable[[Float[Tensor, "B R"]], Float[Tensor, "B D"]]
+    """rows to image features, not normalised"""
+    encode_text: Callable[[list[str]], Float[Tensor, "N D"]]
+    """texts to unit features"""
+
+
+TEACHERS = {R.Conse: "edgeclip.teachers.conse", R.OpenClip: "edgeclip.teachers.open_clip"}
+
+
+def load(spec: R.Teacher) -> Teacher:
+    teacher: Teacher = import_module(TEACHERS[type(spec)]).load(spec)
+    return teacher
+
+
+def load_text(spec: R.Teacher) -> TextTower:
+    """The text side alone, for export."""
+    text: TextTower = import_module(TEACHERS[type(spec)]).load_text(spec)
+    return text

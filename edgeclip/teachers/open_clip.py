@@ -1,0 +1,103 @@
+"""An open_clip model as a teacher, and its text tower in a form that exports and runs without torch."""
+
+import json
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeclip import tokenizer, weights
+from edgeclip.errors import EdgeclipError
+from edgeclip.recipe import OpenClip
+from edgeclip.teachers import Teacher, TextTower
+
+
+class ImageTower(nn.Module):
+    """open_clip's image tower: pixels [B, 3, H, W] to image features [B, D], not normalised."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.visual = model.visual
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        return self.visual(pixels)
+
+
+class TextModule(nn.Module):
+    """open_clip's text tower: input_ids [N, L] to unit features [N, D]."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Int[Tensor, "N L"]) -> Float[Tensor, "N D"]:
+        return F.normalize(self.model.encode_text(input_ids), dim=-1)
+
+
+def load(spec: OpenClip) -> Teacher:
+    model, preprocess = weights.open_clip_model(spec)
+    text = _text_tower(model, spec)
+    words = tokenizer.load(text.tokenizer, text.context_length)
+
+    @torch.inference_mode()
+    def encode_text(texts: list[str]) -> Float[Tensor, "N D"]:
+        device = next(model.parameters()).device
+        ids = torch.from_numpy(tokenizer.encode(words, texts, text.context_length)).to(device)
+        return torch.cat([text.module(part) for part in ids.split(256)]).float().cpu()
+
+    with torch.inference_mode():
+        embed_dim = text.module(torch.zeros(1, text.context_length, dtype=torch.long)).shape[1]
+    return Teacher(
+        name=f"open_clip {spec.model} ({spec.weights})",
+        licence=spec.licence,
+        identity={"kind": "open_clip", "model": spec.model, "config": spec.config, "weights": weights.source(spec.weights), "seed": spec.seed},
+        preprocess=preprocess,
+        logit_scale=float(model.logit_scale.exp()),
+        embed_dim=embed_dim,
+        tower=ImageTower(model).eval(),
+        features=lambda rows: rows,
+        encode_text=encode_text,
+    )
+
+
+def load_text(spec: OpenClip) -> TextTower:
+    return _text_tower(weights.open_clip_model(spec)[0], spec)
+
+
+def _text_tower(model: nn.Module, spec: OpenClip) -> TextTower:
+    return TextTower(module=TextModule(model).eval(), tokenizer=clip_tokenizer_json(spec.model), context_length=int(model.context_length))
+
+
+def clip_tokenizer_json(model: str) -> str:
+    """open_clip's byte-pair tokenizer as a tokenizer.json; ids are equal (`tests/test_tokenizer.py`).
+
+    Its text cleaning (ftfy, HTML entities) stays on the host side of the contract: labels are taken as they are typed.
+    """
+    import open_clip
+    from open_clip.tokenizer import SimpleTokenizer
+
+    try:
+        theirs = open_clip.get_tokenizer(model) if model in open_clip.list_models() else SimpleTokenizer()
+    except Exception as e:  # a Hugging Face tokenizer that would have to be fetched
+        raise EdgeclipError(model, f"its tokenizer could not be loaded ({type(e).__name__})", "use a model with CLIP's own tokenizer") from None
+    if not isinstance(theirs, SimpleTokenizer):
+        raise EdgeclipError(model, "its tokenizer is not CLIP's byte-pair tokenizer", "use a model with CLIP's own tokenizer")
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    bpe = Tokenizer(
+        models.BPE(vocab=dict(theirs.encoder), merges=[m for m in theirs.bpe_ranks if len(m) == 2], end_of_word_suffix="</w>", unk_token="<end_of_text>")
+    )
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()])
+    words = Regex(r"""<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    sot, eot = theirs.encoder["<start_of_text>"], theirs.encoder["<end_of_text>"]
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<start_of_text> $A <end_of_text>", special_tokens=[("<start_of_text>", sot), ("<end_of_text>", eot)]
+    )
+    value: dict[str, Any] = json.loads(bpe.to_str())
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,44 @@
+"""The classification head: cosine with class features, and ComKD's EduAttention over the active class matrix.
+
+The image encoder emits P(u_s), so that indexes and new labels work on plain features; EduAttention (METHODS: equations
+6 and 7) only sharpens the class scores and needs nothing but the features and the class matrix at hand:
+
+    f_att = softmax(FC(u) W^T / C) W        u [B, D], W [N, D], unit rows
+    scores = norm(u + alpha * f_att) W^T    [B, N]
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from edgeclip.metrics import l2_normalise
+
+
+class EduAttention(NamedTuple):
+    weight: np.ndarray
+    """[D, D], of the fully connected layer on the query"""
+    bias: np.ndarray
+    """[D]"""
+    alpha: float
+    temperature: float
+    """C in equation 6"""
+
+
+def class_scores(image_features: np.ndarray, class_features: np.ndarray, head: EduAttention | None = None) -> np.ndarray:
+    """Cosine scores [B, N] of unit rows image_features [B, D] and class_features [N, D]."""
+    if head is not None and head.alpha != 0.0:
+        logits = (image_features @ head.weight.T + head.bias) @ class_features.T / head.temperature
+        attention = np.exp(logits - logits.max(axis=1, keepdims=True))
+        attention /= attention.sum(axis=1, keepdims=True)
+        image_features = l2_normalise(image_features + head.alpha * (attention @ class_features))
+    return image_features @ class_features.T
+
+
+def ensemble(text_features: np.ndarray) -> np.ndarray:
+    """Class features [N, D] from text features [N, T, D] of T prompt templates: normalise, average, normalise."""
+    return l2_normalise(l2_normalise(text_features).mean(axis=1))
+
+
+def prompts(labels: list[str], templates: tuple[str, ...]) -> list[str]:
+    """N x T prompts, class by class; `{c}` in a template is the class name."""
+    return [t.replace("{c}", label) for label in labels for t in templates]
