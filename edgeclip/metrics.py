@@ -29,7 +29,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     copies of the raw ones.
     """
     mean = b.mean(axis=0) if len(b) > 1 else 0.0
-    out = {}
+    out: dict[str, float] = {}
     for name, x, y in (("raw", a, b), ("centred", a - mean, b - mean)):
         c = (l2_normalise(x) * l2_normalise(y)).sum(axis=1)
         out |= {f"{name}_p1": np.percentile(c, 1), f"{name}_p5": np.percentile(c, 5), f"{name}_min": c.min()}

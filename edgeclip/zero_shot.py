@@ -7,6 +7,7 @@ The image encoder emits P(u_s), so that indexes and new labels work on plain fea
     scores = norm(u + alpha * f_att) W^T    [B, N]
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,6 @@ def ensemble(text_features: np.ndarray) -> np.ndarray:
     return l2_normalise(l2_normalise(text_features).mean(axis=1))
 
 
-def prompts(labels: list[str], templates: tuple[str, ...]) -> list[str]:
+def prompts(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
     """N x T prompts, class by class; `{c}` in a template is the class name."""
     return [t.replace("{c}", label) for label in labels for t in templates]

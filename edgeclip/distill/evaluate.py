@@ -74,7 +74,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy of each evaluation set; writes the evaluation folder. class_features: [N, D] over all of data.classes."""
     edu = head.numpy() if head is not None else None
-    sets, parity = [], []
+    sets: list[dict[str, Any]] = []
+    parity: list[tuple[EvaluationSet, Picture, np.ndarray]] = []
     for s in data.evaluation:
         kept, features = image_features(student, s.pictures, preprocess, f"student: {s.name}", device)
         parity += [(s, s.pictures[i], f) for i, f in zip(kept, features, strict=True)]

@@ -50,7 +50,7 @@ def initializers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     found = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant":
-            found |= {node.output[0]: numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"}
+            found[node.output[0]] = next(numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value")
     return found
 
 

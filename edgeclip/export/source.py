@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,6 +1,7 @@
 """A runtime that does nothing: what a benchmark through it measures is the harness itself."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,5 +10,5 @@ from edgeclip.runtime import Port, Session
 
 def open_session(model: Path, threads: int, optimisation: str) -> Session:
     out = np.ones((1, 1), np.float32)
-    facts = {"runtime": "null", "version": None, "providers": [], "threads": threads, "optimisation": None}
+    facts: dict[str, Any] = {"runtime": "null", "version": None, "providers": [], "threads": threads, "optimisation": None}
     return Session(lambda x: out, Port("pixels", [None, 3, None, None], "float32"), Port("image_features", [None, 1], "float32"), facts)

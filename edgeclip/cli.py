@@ -1,0 +1,463 @@
+"""The command line: parse, call the library, print. Results go to stdout as a table or JSON, progress to stderr.
+
+The host layer (torch) is imported inside the commands that need it, so `edgeclip --help` answers at once.
+Exit codes: 0; 1 a user's mistake; 2 a malformed command line; 3 a gate failed; 4 too few pictures to tell;
+130 and 143 interrupted.
+"""
+
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from edgeclip.errors import EdgeclipError
+
+GATE_FAILED, TOO_FEW = 3, 4
+DEFAULT_RUN = Path("runs/latest")
+
+
+class _Group(click.Group):
+    """One boundary where a user's mistake becomes one line, and a signal its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, _terminated)
+        try:
+            return super().invoke(ctx)
+        except EdgeclipError as e:
+            raise click.ClickException(" ".join(str(e).split())) from None
+        except KeyboardInterrupt:
+            click.echo("Interrupted: nothing half-written is left; the same command goes on from the last finished stage.", err=True)
+            sys.exit(130)
+        except ModuleNotFoundError as e:
+            extra = HOST_PACKAGES.get((e.name or "").split(".")[0])
+            if extra is None:
+                raise
+            raise click.ClickException(f"{ctx.invoked_subcommand}: {e.name} is not installed; pip install 'edgeclip[{extra}]'") from None
+
+
+HOST_PACKAGES = {p: "train" for p in ("torch", "torchvision", "open_clip", "timm", "onnx", "jaxtyping", "safetensors", "jinja2", "matplotlib")}
+
+
+def _terminated(*_: object) -> NoReturn:
+    click.echo("Terminated: nothing half-written is left; the same command goes on from the last finished stage.", err=True)
+    sys.exit(143)
+
+
+@click.group(cls=_Group, context_settings={"max_content_width": 120, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="edgeclip")
+def main() -> None:
+    """Take a large CLIP to a small board, and prove that it arrived."""
+
+
+def _json_option(f: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(f)
+
+
+def _run_options(f: Callable[..., Any]) -> Callable[..., Any]:
+    @click.option("--run", type=click.Path(path_type=Path), help="Every bundle of this run.  [default: runs/latest]")
+    @click.option("--bundle", type=click.Path(path_type=Path), help="One bundle folder.")
+    @click.option("--device", "device_name", default="host-cpu", show_default=True, help="A name from `edgeclip list devices`, or a YAML file.")
+    @functools.wraps(f)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["run"] and kwargs["bundle"]:
+            raise click.UsageError("--run and --bundle exclude each other")
+        return f(*args, **kwargs)
+
+    return wrapped
+
+
+def _table(rows: list[list[Any]], headers: list[str]) -> None:
+    from tabulate import tabulate
+
+    click.echo(tabulate([["not measured" if c is None else c for c in row] for row in rows], headers, disable_numparse=True))
+
+
+def _latest(run: Path | None) -> Path:
+    run = run or DEFAULT_RUN
+    if not run.exists():
+        raise EdgeclipError(run, "there is no such run", "name one with --run, or make one with: edgeclip distill RECIPE")
+    if run.is_symlink():
+        click.echo(f"run: {run.resolve()}", err=True)
+    return run.resolve()
+
+
+def _one_bundle(bundle: Path | None) -> Path:
+    """--bundle, or the newest run's only bundle for this machine's CPU: int8 before fp32, onnx before others."""
+    if bundle is not None:
+        return bundle
+    run = _latest(None)
+    for name in ("onnx-int8", "onnx-fp32", "openvino-int8"):
+        if (run / "bundles" / name).is_dir():
+            click.echo(f"bundle: {run / 'bundles' / name}", err=True)
+            return run / "bundles" / name
+    raise EdgeclipError(run, "has no bundle that classifies on this machine", "name one with --bundle, or make one with: edgeclip export --target onnx-int8")
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--data", "roots", multiple=True, metavar="[NAME=]DIR", help="Where the data lies on this machine; may be repeated.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/<recipe name>]")
+@click.option("--fresh", is_flag=True, help="Start over instead of resuming.")
+@_json_option
+def distill(recipe: Path, roots: tuple[str, ...], out: Path | None, fresh: bool, as_json: bool) -> None:
+    """Distil a teacher into a student, as RECIPE says. The same line again resumes.
+
+    \b
+    Example:
+        edgeclip distill recipes/quickstart.yaml
+    """
+    from edgeclip.distill import run as host
+
+    results = host.distill(recipe, roots, out, fresh)
+    if as_json:
+        click.echo(json.dumps(results, indent=1))
+        return
+    _print_accuracy(results)
+
+
+def _print_accuracy(results: dict[str, Any]) -> None:
+    teacher, student = (results["models"][k] for k in ("teacher", "student"))
+    rows = []
+    for s in results["sets"]:
+        for model in ("teacher", "student", "student_without_edu_attention"):
+            if model == "student_without_edu_attention" and results["edu_attention"] is None:
+                continue
+            rows.append([s["name"], model.replace("_", " "), f"{s[model]['r1']:.3f}", f"{s[model]['r5']:.3f}", f"{s['chance_r1']:.4f}", s["pictures"], s["classes"]])
+    _table(rows, ["set", "model", "R@1", "R@5", "chance", "pictures", "classes"])
+    for name, value in results.get("harmonic_mean", {}).items():
+        click.echo(f"harmonic mean of base and novel, {name.replace('_', ' ')}: {value:.3f}")
+    for s in results["sets"]:
+        click.echo(f"{s['name']}: {s['note']}")
+    click.echo(f"teacher: {teacher['name']}, {teacher['parameters'] / 1e6:.1f} M parameters, {teacher['macs'] / 1e6:.0f} M MACs at {teacher['input']} px")
+    click.echo(
+        f"student: {student['name']}, {student['parameters'] / 1e6:.1f} M parameters, {student['macs'] / 1e6:.0f} M MACs at {student['input']} px "
+        f"({student['macs'] / teacher['macs']:.3f} of the teacher's)"
+    )
+    if results["skipped"]:
+        click.echo(f"unreadable pictures skipped: {len(results['skipped'])}")
+    click.echo(f"run: {results['run']}")
+
+
+@main.command()
+@click.option("--target", "targets", multiple=True, required=True, help="A name from `edgeclip list targets`, or a YAML file; may be repeated.")
+@click.option("--run", type=click.Path(path_type=Path), help="Run folder.  [default: runs/latest]")
+@click.option("--model", help="Instead of a run: any open_clip model or timm classifier.")
+@click.option("--weights", help="Of --model: a file, random, pip:PACKAGE or hub:TAG.")
+@click.option("--labels", type=click.Path(path_type=Path), help="Of --model: a file, one label a line.")
+@click.option("--images", type=click.Path(path_type=Path), help="Of --model: a folder of pictures for calibration and golden answers.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundles.  [default: <run>/bundles, or bundles/<model>]")
+@_json_option
+def export(targets: tuple[str, ...], run: Path | None, model: str | None, weights: str | None, labels: Path | None, images: Path | None, out: Path | None, as_json: bool) -> None:
+    """Export a student, or any checkpoint, to one or more targets.
+
+    \b
+    Examples:
+        edgeclip export --target onnx-int8 --target openvino-int8
+        edgeclip export --model MobileCLIP2-S0 --weights model.safetensors --labels labels.txt --target onnx-fp32
+    """
+    if bool(model) != bool(weights):
+        raise click.UsageError("--model and --weights go together")
+    if model and run:
+        raise click.UsageError("--model and --run exclude each other")
+    from edgeclip import target as T
+
+    loaded = [T.load(t) for t in targets]
+    from edgeclip.export import export as write
+    from edgeclip.export.source import from_model, from_run
+
+    if model and weights:
+        source, folder = from_model(model, weights, _label_file(labels) if labels else [], images), out or Path("bundles") / model.replace("/", "_")
+    else:
+        run = _latest(run)
+        source, folder = from_run(run), out or run / "bundles"
+    from edgeclip import disk
+
+    rows = []
+    for name, target in loaded:
+        path = write(source, name, target, folder / name)
+        manifest = disk.read_manifest(path, "bundle")
+        rows.append({"target": name, "image_encoder_mib": manifest["image_encoder_bytes"] / 2**20, "bundle": str(path), "lint": manifest["lint"]})
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    _table([[r["target"], f"{r['image_encoder_mib']:.1f}", r["bundle"]] for r in rows], ["target", "image encoder MiB", "bundle"])
+    for r in rows:
+        if r["lint"]:
+            click.echo(f"{r['target']}: {r['lint']['checked_by'] or 'not checked'}: parses {r['lint']['parses']}, builds {r['lint']['builds']}; the engine itself is built on the board")
+
+
+def _label_file(path: Path) -> list[str]:
+    try:
+        labels = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise EdgeclipError(path, "there is no such file", "check the path") from None
+    if not labels:
+        raise EdgeclipError(path, "empty class list", "write one label a line")
+    return labels
+
+
+def _each_bundle(run: Path | None, bundle: Path | None, device_name: str) -> tuple[str, Any, dict[str, Any], list[Any], Path | None]:
+    """(device name, device, this machine's facts, bundles it can run, the run's folder or None)."""
+    from edgeclip import device as D
+    from edgeclip import disk
+    from edgeclip.bundle import Bundle
+
+    name, device = D.load(device_name)
+    here = D.require_here(name, device)
+    if bundle is None:
+        run = _latest(run)
+        folders = sorted(p for p in (run / "bundles").glob("*") if (p / disk.MANIFEST).exists())
+        if not folders:
+            raise EdgeclipError(run, "has no bundle", "make one with: edgeclip export --target onnx-int8")
+    else:
+        folders = [bundle]
+        run = next((p for p in bundle.resolve().parents if (p / "evaluation" / disk.MANIFEST).exists()), None)
+    bundles = []
+    for folder in folders:
+        loaded = Bundle.load(folder, threads=device.threads)
+        if loaded.manifest["runtime"] in device.runtimes:
+            bundles.append(loaded)
+        else:
+            click.echo(f"{folder.name}: not run, {name} has no {loaded.manifest['runtime']}", err=True)
+    if not bundles:
+        raise EdgeclipError(name, f"can run none of these bundles (it has {', '.join(device.runtimes)})", "choose another --device or --bundle")
+    return name, device, here, bundles, run
+
+
+def _write_report(report: dict[str, Any], device: str, run: Path | None, kind: str) -> dict[str, Any]:
+    from edgeclip import disk
+
+    report = {"device": device, **report}
+    if run is not None:
+        disk.write_json(run / "reports" / f"{report['target']}.{device}.{kind}.json", report)
+    return report
+
+
+@main.command()
+@_run_options
+@_json_option
+def validate(run: Path | None, bundle: Path | None, device_name: str, as_json: bool) -> None:
+    """Compare bundles with the fp32 student on this device: values, decisions, accuracy.
+
+    \b
+    Exits 3 when a tolerance failed, 4 when there are too few pictures to tell.
+    Example:
+        edgeclip validate --run runs/quickstart --device host-cpu
+    """
+    from edgeclip.validate import load_evaluation
+    from edgeclip.validate import validate as compare
+
+    name, _, here, bundles, run = _each_bundle(run, bundle, device_name)
+    evaluation = load_evaluation(run / "evaluation") if run else None
+    reports = [_write_report(compare(b, evaluation, here), name, run, "parity") for b in bundles]
+    if as_json:
+        click.echo(json.dumps(reports, indent=1))
+    else:
+        rows = []
+        for r in reports:
+            if r["pictures"]:
+                a, c = r["accuracy"], r["cosine"]
+                numbers = [f"{c['centred_p1']:.4f}", f"{c['raw_p1']:.4f}", f"{r['top1_agreement']:.4f}", f"{a['reference_r1']:.4f}", f"{a['bundle_r1']:.4f}", f"{a['drop_pp']:.2f}", f"{a['upper_pp']:.2f}"]
+            else:
+                numbers = [None] * 7
+            rows.append([r["target"], r["pictures"], *numbers, r["verdict"]])
+        _table(rows, ["target", "pictures", "cosine p1 centred", "raw", "top-1 agreement", "R@1 fp32", "R@1", "drop pp", "at most pp", "verdict"])
+        for r in reports:
+            for failure in r["failures"]:
+                click.echo(f"{r['target']}: {failure}")
+            if r["verdict"] == "golden pictures only":
+                click.echo(f"{r['target']}: no run beside this bundle: only its golden pictures were compared (cosine {r['golden']['cosine_min']:.4f})")
+            if r["verdict"] == "too few pictures":
+                click.echo(f"{r['target']}: {r['pictures']} pictures cannot exclude a drop of {r['accuracy']['upper_pp']:.2f} pp")
+    sys.exit(max(GATE_FAILED if r["verdict"] == "fail" else 0 for r in reports) or max(TOO_FEW if r["verdict"] == "too few pictures" else 0 for r in reports))
+
+
+@main.command()
+@_run_options
+@click.option("--scenario", type=click.Choice(["single_stream", "offline"]), help="MLPerf's; both when omitted.")
+@_json_option
+def bench(run: Path | None, bundle: Path | None, device_name: str, scenario: str | None, as_json: bool) -> None:
+    """Measure latency, throughput, stages, cold start and memory on this device.
+
+    \b
+    Exits 3 when the device's budget is exceeded.
+    Example:
+        edgeclip bench --bundle runs/quickstart/bundles/onnx-int8 --scenario single_stream
+    """
+    from edgeclip import disk
+    from edgeclip.bench import SCENARIOS
+    from edgeclip.bench import bench as measure
+    from edgeclip.device import Minimum
+
+    name, device, here, bundles, run = _each_bundle(run, bundle, device_name)
+    short = disk.read_json(run / "recipe.json").get("bench") if run and (run / "recipe.json").exists() else None
+    minimum = Minimum(**short) if short else device.bench
+    evaluation = run / "evaluation" if run else None
+    reports = [_write_report(measure(b, device, here, evaluation, minimum, (scenario,) if scenario else SCENARIOS), name, run, "bench") for b in bundles]
+    if as_json:
+        click.echo(json.dumps(reports, indent=1))
+    else:
+        rows = []
+        for r in reports:
+            s, o, stages = r["single_stream"] or {}, r["offline"] or {}, r["stages"]
+            numbers = [s.get("latency_ms_p50"), s.get("latency_ms_p90"), s.get("latency_ms_p99"), o.get("pictures_per_second"), stages["decode_ms"], stages["preprocess_ms"], stages["head_ms"], r["cold_start"]["process_ms"]]
+            rows.append([r["target"], *(None if v is None else f"{v:.2f}" for v in numbers), r["peak_memory_mib"], f"{r['image_encoder_bytes'] / 2**20:.1f}"])
+        _table(rows, ["target", "p50 ms", "p90 ms", "p99 ms", "offline /s", "decode ms", "preprocess ms", "head ms", "cold start ms", "peak MiB", "encoder MiB"])
+        r = reports[0]
+        click.echo(f"{name}: {r['machine']['cpu']}, ISA {', '.join(r['machine']['isa'] or ['unknown'])}, {r['ran']['threads']} thread(s); energy: not measured")
+        if any(r["short_run"] for r in reports):
+            click.echo(f"short run: at least {minimum.min_duration_s:g} s and {minimum.min_query_count} queries, where MLPerf asks for 60 s and 1,024")
+        for r in reports:
+            for failure in r["failures"]:
+                click.echo(f"{r['target']}: over budget: {failure}")
+    sys.exit(GATE_FAILED if any(r["failures"] for r in reports) else 0)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+def report(run: Path | None) -> None:
+    """Write RUN's report.html: what was lost at which step, and ship or do not ship.
+
+    \b
+    Example:
+        edgeclip report runs/quickstart
+    """
+    from edgeclip.report import report as write
+
+    path, verdicts = write(_latest(run))
+    for target, verdict in verdicts.items():
+        click.echo(f"{target}: {verdict}")
+    click.echo(str(path))
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle folder.  [default: one of runs/latest]")
+@click.option("--labels", help='Comma-separated, for example "a cat, a dog".  [default: the baked labels]')
+@click.option("--top", default=5, show_default=True, help="How many labels to print.")
+@_json_option
+def classify(images: tuple[Path, ...], bundle: Path | None, labels: str | None, top: int, as_json: bool) -> None:
+    """Rank labels for each of IMAGES.
+
+    \b
+    Example:
+        edgeclip classify cat.jpg --labels "a cat, a dog, a car"
+    """
+    from edgeclip.bundle import Bundle
+
+    loaded = Bundle.load(_one_bundle(bundle))
+    words = [w.strip() for w in labels.split(",") if w.strip()] if labels is not None else None
+    results = {str(image): loaded.classify(image, words, top) for image in images}
+    if as_json:
+        click.echo(json.dumps(results, indent=1))
+        return
+    _table([[image, r["label"], f"{r['probability']:.3f}", f"{r['score']:.3f}"] for image, rows in results.items() for r in rows], ["picture", "label", "probability", "cosine"])
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the new bundle.  [default: in place of BUNDLE]")
+def labels(bundle: Path, file: Path, out: Path | None) -> None:
+    """Bake the labels in FILE (one a line) into BUNDLE, without retraining.
+
+    \b
+    Example:
+        edgeclip labels runs/latest/bundles/onnx-int8 fruit.txt --out fruit-bundle
+    """
+    from edgeclip.bundle import bake_labels
+
+    words = _label_file(file)
+    click.echo(f"{bake_labels(bundle, words, out or bundle)}: {len(words)} labels")
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A .npy file: float32 [n, D], unit rows in the order given.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle folder.  [default: one of runs/latest]")
+def embed(images: tuple[Path, ...], out: Path, bundle: Path | None) -> None:
+    """Write the image features of IMAGES, for an index.
+
+    \b
+    Example:
+        edgeclip embed photos/*.jpg --out features.npy
+    """
+    if out.suffix != ".npy":
+        raise EdgeclipError(out, "is not a .npy file", "give a name that ends in .npy")
+    from edgeclip import disk
+    from edgeclip.bundle import Bundle
+
+    features = Bundle.load(_one_bundle(bundle)).encode_image(list(images))
+    disk.write_array(out, features)
+    click.echo(f"{out}: {features.shape[0]} x {features.shape[1]}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The recipe's path.  [default: <folder name>.yaml]")
+def init(folder: Path, out: Path | None) -> None:
+    """Write a complete recipe for FOLDER, which has photos in one sub-folder a class.
+
+    \b
+    Example:
+        edgeclip init ~/photos && edgeclip distill photos.yaml
+    """
+    from edgeclip.starter import write_recipe
+
+    path, classes = write_recipe(folder, out)
+    click.echo(f"{path}: {classes} classes; next: edgeclip distill {path}")
+
+
+@main.command("list")
+@click.argument("kind", type=click.Choice(["recipes", "targets", "devices"]), required=False)
+@_json_option
+def list_(kind: str | None, as_json: bool) -> None:
+    """Name the recipes, targets and devices that ship.
+
+    \b
+    Example:
+        edgeclip list targets
+    """
+    from edgeclip.doctor import purpose
+
+    rows = [(k.rstrip("s"), *row) for k in ([kind] if kind else ["recipes", "targets", "devices"]) for row in purpose(k.rstrip("s"))]
+    if as_json:
+        click.echo(json.dumps([{"kind": k, "name": n, "purpose": p, "path": f} for k, n, p, f in rows], indent=1))
+        return
+    _table([[k, n, p] for k, n, p, _ in rows], ["kind", "name", "purpose"])
+
+
+@main.command()
+@click.option("--device", "device_name", help="Also say whether this machine is that device.")
+@_json_option
+def doctor(device_name: str | None, as_json: bool) -> None:
+    """What this machine can do, and how to install what is missing.
+
+    \b
+    Example:
+        edgeclip doctor --device host-cpu
+    """
+    from edgeclip import device as D
+    from edgeclip.doctor import doctor as examine
+
+    found = examine()
+    if device_name:
+        name, device = D.load(device_name)
+        D.require_here(name, device)
+        found["device"] = name
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    _table([[k, ", ".join(v) if isinstance(v, list) else v] for k, v in found["machine"].items()], ["machine", ""])
+    click.echo()
+    _table([[p["part"], p["version"] or "missing", p["install"] or ""] for p in found["parts"]], ["part", "version", "install with"])
+    click.echo()
+    for kind in ("targets", "devices", "recipes"):
+        click.echo(f"{kind}: {', '.join(found[kind])}")
+    if device_name:
+        click.echo(f"this machine is {device_name}")
