@@ -16,7 +16,7 @@ import torch
 
 from edgeclip import __version__, disk
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph, tensorrt
+from edgeclip.export import graph, policy, tensorrt
 from edgeclip.export.source import Source
 from edgeclip.fold import fold
 from edgeclip.metrics import l2_normalise
@@ -52,13 +52,14 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
         assert error < MAX_EXPORT_ERROR, f"the exported graph differs from torch by {error:.1e} at batch {batch}"
 
     calibration, used = _calibration(source, target)
+    quantisation = policy.choose(model, calibration, target.calibration) if calibration is not None and target.calibration else None
     say(f"2/5 write the image encoder as {name}" + (f", calibrated on {len(used)} training pictures" if used else ""))
     with disk.new_folder(out) as folder:
         manifest: dict[str, Any] = {
             "format": 1,
             "target": {"name": name, **msgspec.to_builtins(target)},
             "runtime": target.runtime,
-            "image_encoder": exporter.write(model, target, calibration, folder),
+            "image_encoder": exporter.write(model, target, quantisation, folder),
             "preprocess": msgspec.to_builtins(source.preprocess),
             "logit_scale": source.logit_scale,
             "embed_dim": int(golden_features.shape[1]),
@@ -67,6 +68,7 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
             "licences": source.licences,
             "parents": source.parents,
             "calibration": used,
+            "quantisation": quantisation.record() if quantisation else None,
             "versions": _versions(),
         }
         (folder / "golden").mkdir()

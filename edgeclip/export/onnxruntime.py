@@ -4,8 +4,14 @@ x86 with VNNI wants U8S8 (asymmetric uint8 activations, int8 weights per output 
 encoder is quantised dynamically: its inputs are a handful of tokens, and its embedding table is most of its bytes.
 """
 
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -13,15 +19,20 @@ import onnx
 from edgeclip.export import graph
 from edgeclip.target import Target
 
+if TYPE_CHECKING:
+    from edgeclip.export.policy import Quantisation
 
-def write(model: onnx.ModelProto, target: Target, calibration: np.ndarray | None, folder: Path) -> str:
-    """Writes the image encoder into `folder`, returns its file name. calibration: float32 [n, 3, H, W] for int8."""
+CALIBRATION_BATCH = 16
+
+
+def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path) -> str:
+    """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 targets."""
     path = folder / "image_encoder.onnx"
     if target.precision == "fp32":
         graph.save(model, path)
     elif target.precision == "int8":
-        assert calibration is not None and target.calibration is not None
-        graph.save(quantise(model, calibration, target.calibration.method, activations=target.activations or "uint8"), path)
+        assert quantisation is not None
+        graph.save(quantise(quantisation.calibrated, quantisation.nodes, activations=target.activations or "uint8"), path)
     else:
         raise NotImplementedError(target.precision)
     return path.name
@@ -43,33 +54,58 @@ def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:
     return path.name
 
 
-def quantise(model: onnx.ModelProto, calibration: np.ndarray, method: str, *, activations: str, float_bias: bool = False) -> onnx.ModelProto:
-    """A static Q/DQ int8 copy of a float model: weights per channel and symmetric, activations per tensor.
+class Calibrated(NamedTuple):
+    """A float model ready to be quantised any number of times."""
 
-    float_bias: leave biases in float, symmetric activations: what TensorRT accepts.
-    """
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+    model: onnx.ModelProto
+    ranges: Any
+    """ONNX Runtime's TensorsData: the range of every activation over the calibration pictures"""
+
+
+def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> Calibrated:
+    """Runs the calibration pictures [n, 3, H, W] once and keeps each activation's range."""
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
+    from onnxruntime.quantization.calibrate import create_calibrator
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.rows = iter(calibration)
+            self.batches = iter(np.array_split(calibration, -(-len(calibration) // CALIBRATION_BATCH)))
             self.name = model.graph.input[0].name
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            row = next(self.rows, None)
-            return None if row is None else {self.name: row[None]}
+            batch = next(self.batches, None)
+            return None if batch is None else {self.name: batch}
 
     methods = {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}
-    symmetric = activations == "int8"
-    with tempfile.TemporaryDirectory() as temporary:
-        plain, prepared, out = (Path(temporary) / name for name in ("float.onnx", "prepared.onnx", "int8.onnx"))
+    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(io.StringIO()):
+        plain, prepared, augmented = (Path(temporary) / name for name in ("float.onnx", "prepared.onnx", "augmented.onnx"))
         graph.save(model, plain)
         quant_pre_process(plain, prepared, skip_symbolic_shape=True)
-        nodes = graph.matrix_products(onnx.load(prepared))
-        quantize_static(
-            prepared, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, nodes_to_quantize=nodes,
-            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=methods[method],
-            extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True, "QuantizeBias": not float_bias, "CalibMovingAverage": False},
-        )  # fmt: skip
-        return onnx.load(out)
+        calibrator = create_calibrator(prepared, ["Conv", "MatMul", "Gemm", "Relu", "Clip"], augmented_model_path=augmented, calibrate_method=methods[method])
+        calibrator.collect_data(Reader())
+        return Calibrated(onnx.load(prepared), calibrator.compute_data())
+
+
+def quantise(calibrated: Calibrated, nodes: list[str], *, activations: str, float_bias: bool = False) -> onnx.ModelProto:
+    """A static Q/DQ int8 copy in which `nodes` are quantised: weights per channel and symmetric, activations per tensor.
+
+    activations: uint8 (asymmetric) or int8 (symmetric). float_bias: leave biases in float, as TensorRT wants them.
+    """
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    symmetric = activations == "int8"
+    model = copy.deepcopy(calibrated.model)
+    if not symmetric:
+        nodes = nodes + graph.fused_activations(model, nodes)
+    quantizer = QDQQuantizer(
+        model, per_channel=True, reduce_range=False, weight_qType=QuantType.QInt8, activation_qType=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+        tensors_range=calibrated.ranges, nodes_to_quantize=nodes, nodes_to_exclude=[], op_types_to_quantize=["Conv", "MatMul", "Gemm", "Relu", "Clip"],
+        extra_options={
+            "ActivationSymmetric": symmetric, "WeightSymmetric": True, "QuantizeBias": not float_bias,
+            "OpTypesToExcludeOutputQuantization": ["Conv", "MatMul", "Gemm"] if float_bias else ["MatMul", "Gemm"],
+        },
+    )  # fmt: skip
+    quantizer.quantize_model()
+    return quantizer.model.model

@@ -4,26 +4,42 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
+from edgeclip.export.policy import Quantisation
 from edgeclip.target import Target
 
 
-def write(model: onnx.ModelProto, target: Target, calibration: np.ndarray | None, folder: Path) -> str:
-    """Writes the image encoder into `folder`, returns its file name. calibration: float32 [n, 3, H, W] for int8."""
-    ov_model = _convert(model, folder)
+def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path) -> str:
+    """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 targets."""
+    ov_model = _convert(model if quantisation is None else quantisation.calibrated.model, folder)
     if target.precision == "int8":
         nncf = _nncf()
-        assert calibration is not None and target.calibration is not None
+        assert quantisation is not None
         types = {"transformer": nncf.ModelType.TRANSFORMER, None: None}
         ov_model = nncf.quantize(
-            ov_model, nncf.Dataset([row[None] for row in calibration]), model_type=types[target.model_type],
-            subset_size=len(calibration), preset=nncf.QuantizationPreset.MIXED,
+            ov_model, nncf.Dataset([row[None] for row in quantisation.calibration]), model_type=types[target.model_type],
+            subset_size=len(quantisation.calibration), preset=nncf.QuantizationPreset.MIXED, ignored_scope=_ignored(ov_model, quantisation, nncf),
         )  # fmt: skip
     return _save(ov_model, folder / "image_encoder.xml", fp16=target.precision != "fp32")
+
+
+def _ignored(ov_model: Any, quantisation: Quantisation, nncf: Any) -> Any:
+    """The layers that the policy keeps in float, by OpenVINO's names, which end in the ONNX node's output name."""
+    outputs = {n.output[0]: n.name for n in quantisation.calibrated.model.graph.node if n.name in quantisation.float_layers}
+    found: dict[str, str] = {}
+    for op in ov_model.get_ordered_ops():
+        for name in (n for o in op.outputs() for n in o.get_names()):
+            if name in outputs:
+                # a bias is an addition of its own here: the product is the operation that feeds it
+                while op.get_type_name() not in ("Convolution", "GroupConvolution", "MatMul"):
+                    op = op.input_value(0).get_node()
+                found[outputs[name]] = op.get_friendly_name()
+    if missing := quantisation.float_layers.keys() - found.keys():
+        raise EdgeclipError("openvino", f"layers to keep in float were not found after conversion ({', '.join(sorted(missing))})", "report this")
+    return nncf.IgnoredScope(names=list(found.values())) if found else None
 
 
 def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:

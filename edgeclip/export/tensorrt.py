@@ -9,20 +9,20 @@ whether the graph is legal: necessary, not sufficient, and nothing about numeric
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
 from edgeclip.export.onnxruntime import quantise
+from edgeclip.export.policy import Quantisation
 from edgeclip.target import Target
 
 
-def write(model: onnx.ModelProto, target: Target, calibration: np.ndarray | None, folder: Path) -> str:
-    """Writes the image encoder into `folder`, returns its file name. calibration: float32 [n, 3, H, W] for int8."""
+def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path) -> str:
+    """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 targets."""
     if target.precision == "int8":
-        assert calibration is not None and target.calibration is not None
-        model = quantise(model, calibration, target.calibration.method, activations="int8", float_bias=True)
+        assert quantisation is not None
+        model = quantise(quantisation.calibrated, quantisation.nodes, activations="int8", float_bias=True)
     path = folder / "image_encoder.onnx"
     graph.save(to_fp16(model), path)
     return path.name
