@@ -264,7 +264,7 @@ def validate(run: Path | None, bundle: Path | None, device_name: str, as_json: b
                 a, c = r["accuracy"], r["cosine"]
                 numbers = [f"{c['centred_p1']:.4f}", f"{c['raw_p1']:.4f}", f"{r['top1_agreement']:.4f}", f"{a['reference_r1']:.4f}", f"{a['bundle_r1']:.4f}", f"{a['drop_pp']:.2f}", f"{a['upper_pp']:.2f}"]
             else:
-                numbers = [None] * 7
+                numbers = ["not measured"] * 7
             rows.append([r["target"], r["pictures"], *numbers, r["verdict"]])
         _table(rows, ["target", "pictures", "cosine p1 centred", "raw", "top-1 agreement", "R@1 fp32", "R@1", "drop pp", "at most pp", "verdict"])
         for r in reports:

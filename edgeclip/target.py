@@ -17,9 +17,9 @@ class Calibration(Config):
     """from the training part only, picked by `seed`"""
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     seed: int = 0
-    probe_layers: Annotated[int, Meta(ge=0)] = 8
+    probe_layers: Annotated[int, Meta(ge=0)] = 12
     """so many first and last layers are quantised alone to see what each costs"""
-    layer_cosine: Fraction = 0.99
+    layer_cosine: Fraction = 0.998
     """a probed layer that alone leaves less centred cosine than this stays in float"""
 
 

@@ -4,9 +4,14 @@ Nothing is unpickled that could run code: safetensors, or torch files through th
 (`weights_only=True`). Weights are asked for by name and either come or fail; there is no second choice.
 """
 
+import contextlib
 import importlib.metadata
+import logging
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -78,7 +83,8 @@ def timm_model(spec: Timm, num_classes: int | None = 0) -> tuple[nn.Module, Prep
     hub = spec.weights.removeprefix("hub:") if spec.weights.startswith("hub:") else None
     name = f"{spec.model}.{hub}" if hub else spec.model
     try:
-        model = timm.create_model(name, pretrained=hub is not None)
+        with _hub(hub is not None):
+            model = timm.create_model(name, pretrained=hub is not None)
     except Exception as e:  # the hub client's errors have no common type
         if hub is None:
             raise
@@ -117,7 +123,8 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
         if tag not in known:
             raise EdgeclipError(f"{spec.model}: {spec.weights}", "unknown pretrained tag", did_you_mean(tag, known))
         try:
-            model = open_clip.create_model(spec.model, pretrained=tag)
+            with _hub(True):
+                model = open_clip.create_model(spec.model, pretrained=tag)
         except Exception as e:
             from open_clip.pretrained import get_pretrained_cfg
 
@@ -137,6 +144,26 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
         resize=cfg.get("resize_mode", "shortest"),
     )
     return model.eval(), preprocess
+
+
+@contextlib.contextmanager
+def _hub(wanted: bool) -> Iterator[None]:
+    """Inside, a hub that cannot be reached is told at once: its client would retry for a minute and log each time."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    if wanted and not before:
+        url = urlsplit(constants.ENDPOINT)
+        try:
+            socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        constants.HF_HUB_OFFLINE = before
 
 
 def _unreachable(weights: str, what: str, e: Exception) -> EdgeclipError:

@@ -39,6 +39,10 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     asked = recipe.load(path, roots)
     run = out or Path("runs") / path.stem
     _claim(run, path, asked, fresh)
+    if (run / disk.MANIFEST).exists():
+        say(f"{run}: finished already (--fresh starts over)")
+        _mark_latest(run)
+        return load_results(run)
     keep_freed_memory()
     device = _device(asked.train.device)
     clock = _Clock()

@@ -36,6 +36,9 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
     Raises `EdgeclipError` for too few calibration pictures or a missing runtime, `AssertionError` when the exported
     graph does not compute what torch computes.
     """
+    if _up_to_date(out, name, target, source):
+        say(f"{out}: up to date (delete it to export anew)")
+        return out
     exporter = importlib.import_module(EXPORTERS[target.runtime])
     size = source.preprocess.size
     pixels = _golden_pixels(source)
@@ -95,6 +98,18 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
         manifest["image_encoder_bytes"] = sum(f.stat().st_size for f in folder.glob("image_encoder.*"))
         disk.write_manifest(folder, "bundle", manifest)
     return out
+
+
+def _up_to_date(out: Path, name: str, target: Target, source: Source) -> bool:
+    """Is there a whole bundle of the same target, source and versions?"""
+    if not (out / disk.MANIFEST).exists():
+        return False
+    manifest = disk.read_manifest(out, "bundle")
+    wanted = {"target": {"name": name, **msgspec.to_builtins(target)}, "parents": source.parents, "versions": _versions()}
+    if any(manifest.get(k) != v for k, v in wanted.items()) or bool(manifest["text"]) != bool(source.load_text):
+        return False
+    disk.verify(out, manifest)
+    return True
 
 
 def _golden_pixels(source: Source) -> np.ndarray:

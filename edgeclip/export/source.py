@@ -136,5 +136,5 @@ def from_model(name: str, weights_name: str, labels: list[str], images: Path | N
         golden=pictures[:8],
         golden_licence="the user's own pictures",
         licences={"model": "unknown", "data": "none"},
-        parents={"model": name, "weights": weights.source(weights_name)},
+        parents={"model": name, "weights": weights.source(weights_name), "labels": disk.fingerprint(labels), "images": [p.key for p in pictures]},
     )

@@ -54,7 +54,7 @@ def load(spec: OpenClip) -> Teacher:
         licence=spec.licence,
         identity={"kind": "open_clip", "model": spec.model, "config": spec.config, "weights": weights.source(spec.weights), "seed": spec.seed},
         preprocess=preprocess,
-        logit_scale=float(model.logit_scale.exp()),
+        logit_scale=model.logit_scale.exp().item(),
         embed_dim=embed_dim,
         tower=ImageTower(model).eval(),
         features=lambda rows: rows,

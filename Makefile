@@ -1,0 +1,32 @@
+# make demo | make test | make check. Each makes .venv when it is not there.
+PYTHON ?= python3
+BIN = .venv/bin
+RUN = runs/quickstart
+
+.PHONY: demo test check clean
+.DELETE_ON_ERROR:
+
+# torch first and pinned: an open range elsewhere would bring another build of it.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch torchvision
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,openvino,lint,demo,dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/edgeclip distill recipes/quickstart.yaml
+	$(BIN)/edgeclip export --run $(RUN) --target onnx-fp32 --target onnx-int8 --target openvino-int8
+	$(BIN)/edgeclip validate --run $(RUN) --device host-cpu
+	$(BIN)/edgeclip bench --run $(RUN) --device host-cpu
+	$(BIN)/edgeclip report $(RUN)
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs cache .data

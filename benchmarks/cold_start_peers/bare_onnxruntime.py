@@ -1,0 +1,32 @@
+"""One picture, ten baked labels, and nothing else: the least that a Python process with ONNX Runtime can do.
+
+python bare_onnxruntime.py MODEL.onnx CLASS_FEATURES.npy LABELS.json PICTURE
+
+The model file is trusted, not hashed; preprocessing is that of one model, written out.
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime as ort
+from PIL import Image
+
+SIZE, MEAN, STD, SCALE = 256, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 1 / 0.07
+
+model, class_features, labels, picture = sys.argv[1:]
+options = ort.SessionOptions()
+options.intra_op_num_threads = 1
+session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+image = Image.open(picture).convert("RGB")
+w, h = image.size
+w, h = (SIZE, int(SIZE * h / w)) if w <= h else (int(SIZE * w / h), SIZE)
+left, top = round((w - SIZE) / 2), round((h - SIZE) / 2)
+image = image.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + SIZE, top + SIZE))
+x = (np.asarray(image, np.float32) / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+(features,) = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(x.transpose(2, 0, 1)[None])})
+scores = (features @ np.load(class_features).T)[0]
+probability = np.exp(SCALE * (scores - scores.max()))
+probability /= probability.sum()
+words = json.load(open(labels, encoding="utf-8"))
+print("\n".join(f"{words[i]}\t{probability[i]:.3f}\t{scores[i]:.3f}" for i in np.argsort(-scores, kind="stable")[:5]), flush=True)

@@ -1,0 +1,24 @@
+"""One picture, ten baked labels, in torch: what a user of open_clip writes.
+
+python open_clip_torch.py MODEL WEIGHTS CLASS_FEATURES.npy LABELS.json PICTURE
+"""
+
+import json
+import sys
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+
+name, weights, class_features, labels, picture = sys.argv[1:]
+model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
+model.eval()
+words = json.load(open(labels, encoding="utf-8"))
+text_features = torch.from_numpy(np.load(class_features))
+with torch.inference_mode():
+    image_features = model.encode_image(preprocess(Image.open(picture).convert("RGB"))[None], normalize=True)
+    scores = (image_features @ text_features.T)[0]
+    probability = (model.logit_scale.exp() * scores).softmax(dim=-1)
+best = scores.argsort(descending=True)[:5].tolist()
+print("\n".join(f"{words[i]}\t{probability[i]:.3f}\t{scores[i]:.3f}" for i in best), flush=True)

@@ -1,0 +1,191 @@
+"""What every script here shares: peers measured side by side, a median with its interval, and a verdict.
+
+Peers take turns, round by round, so that a slow minute of the machine hits all of them; a ratio is formed within a
+round and only then are the rounds summed up. A required ratio is judged by the median over at least 30 rounds and its
+95 % interval (order statistics, so no distribution is assumed):
+
+    met           the whole interval lies on the right side of the limit
+    missed        the whole interval lies beyond it; with --check the script then exits 3
+    not resolved  the interval holds the limit, or there are fewer than 30 rounds
+
+Only the standard library and tabulate are used: Linux starts a child's peak memory at that of the process that made it
+(`ru_maxrss` survives exec), so whoever measures small processes must stay smaller than they are.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from edgeclip import machine
+from tabulate import tabulate
+
+MIN_PAIRS = 30
+EXIT_MISSED = 3
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a short form of the same work")
+    parser.add_argument("--check", action="store_true", help="exit 3 when a required figure is missed")
+    return parser
+
+
+# --- peers
+
+
+def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """A worker's main loop: a JSON request a line on stdin, a JSON answer a line on stdout, until stdin closes."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints must not come between the answers
+    for line in sys.stdin:
+        out.write(json.dumps(answer(json.loads(line))) + "\n")
+
+
+@contextlib.contextmanager
+def workers(commands: dict[str, list[str]]) -> Iterator[dict[str, Callable[..., dict[str, Any]]]]:
+    """Starts each command as a process of its own; yields name to a function that asks it and waits for the answer."""
+    running: dict[str, subprocess.Popen[str]] = {}
+
+    def asker(name: str) -> Callable[..., dict[str, Any]]:
+        def ask(**request: Any) -> dict[str, Any]:
+            process = running[name]
+            assert process.stdin and process.stdout
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:
+                sys.exit(f"{name}: its process ended with code {process.wait()}; its message is above")
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+
+        return ask
+
+    try:
+        for name, command in commands.items():
+            running[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        yield {name: asker(name) for name in commands}
+    finally:
+        for process in running.values():
+            assert process.stdin
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            process.wait()
+
+
+def interleave(measures: dict[str, Callable[[], Any]], rounds: int, every: dict[str, int] | None = None) -> list[dict[str, Any]]:
+    """One dict of results a round. The order rotates and turns round, so that no peer always follows the same one.
+
+    every: a slow peer's name to n: it takes part in every n-th round only.
+    """
+    names = list(measures)
+    results = []
+    start = time.perf_counter()
+    for r in range(rounds):
+        k = (r // 2) % len(names)
+        order = (names[k:] + names[:k])[:: -1 if r % 2 else 1]
+        results.append({name: measures[name]() for name in order if r % (every or {}).get(name, 1) == 0})
+        elapsed = time.perf_counter() - start
+        if sys.stderr.isatty():
+            print(f"\rround {r + 1} of {rounds}, {elapsed:.0f} s, about {elapsed / (r + 1) * (rounds - r - 1):.0f} s left ", end="", file=sys.stderr)
+    clear = "\r" if sys.stderr.isatty() else ""
+    print(f"{clear}{rounds} interleaved rounds in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return results
+
+
+def column(rounds: list[dict[str, Any]], name: str, field: str | None = None) -> list[float]:
+    """A peer's values over the rounds that it took part in; field: of a result that is a dict."""
+    return [r[name] if field is None else r[name][field] for r in rounds if name in r]
+
+
+def ratios(rounds: list[dict[str, Any]], numerator: str, denominator: str, field: str | None = None) -> list[float]:
+    """numerator / denominator within each round that has both."""
+    both = [r for r in rounds if numerator in r and denominator in r]
+    return [a / b for a, b in zip(column(both, numerator, field), column(both, denominator, field), strict=True)]
+
+
+# --- figures
+
+
+class Interval(NamedTuple):
+    median: float
+    low: float | None
+    """of the median's 95 % interval; None: too few values (five or fewer) to have one"""
+    high: float | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g}" if self.low is None else f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def interval(values: list[float]) -> Interval:
+    """The median and the narrowest symmetric pair of order statistics that covers it with at least 95 %."""
+    x, n = sorted(values), len(values)
+    k, tail = -1, 1 / 2**n
+    # P(fewer than k + 1 of n values lie below the median) is a binomial tail with p = 1/2.
+    while 2 * tail <= 0.05:
+        k += 1
+        tail += math.comb(n, k + 1) / 2**n
+    low, high = (x[k], x[n - 1 - k]) if k >= 0 else (None, None)
+    return Interval(statistics.median(x), low, high, n)
+
+
+def judge(what: str, values: list[float], *, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
+    """A required figure, from repeated or paired measurements."""
+    found = interval(values)
+    verdict = "not resolved"
+    if found.n >= MIN_PAIRS and found.low is not None and found.high is not None:
+        right, wrong = (found.low, found.high) if at_least is not None else (-found.high, -found.low)
+        limit = at_least if at_least is not None else -(at_most or 0.0)
+        verdict = "met" if right >= limit else "missed" if wrong < limit else "not resolved"
+    return {"what": what, "median": found.median, "low": found.low, "high": found.high, "n": found.n, "at_least": at_least, "at_most": at_most, "verdict": verdict}
+
+
+def exact(what: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
+    """A required figure that is counted, not timed: it has no interval."""
+    met = value >= at_least if at_least is not None else value <= (at_most or 0.0)
+    verdict = "met" if met else "missed"
+    return {"what": what, "median": value, "low": None, "high": None, "n": 1, "at_least": at_least, "at_most": at_most, "verdict": verdict}
+
+
+# --- output
+
+
+def table(rows: list[list[Any]], headers: list[str]) -> None:
+    print(tabulate([["not measured" if c is None else c for c in row] for row in rows], headers, disable_numparse=True), end="\n\n")
+
+
+def this_machine() -> dict[str, Any]:
+    """Stated with every figure; the load is that before the work began, other people's jobs included."""
+    here = machine.facts()
+    return {k: here[k] for k in ("cpu", "cores", "isa", "os", "python")} | {"load_average": round(os.getloadavg()[0], 2)}
+
+
+def this_process_mib() -> float:
+    """Peak memory of the measuring process: no child of it can be seen to take less."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def finish(figures: dict[str, Any], required: list[dict[str, Any]], here: dict[str, Any], options: argparse.Namespace) -> None:
+    """Prints the required figures and, as the last line, everything as JSON; exits 3 where --check asks for it."""
+    rows = []
+    for r in required:
+        limit = f"at least {r['at_least']:.3g}" if r["at_least"] is not None else f"at most {r['at_most']:.3g}"
+        rows.append([r["what"], str(Interval(r["median"], r["low"], r["high"], r["n"])), r["n"], limit, r["verdict"]])
+    table(rows, ["required", "found (95 % interval)", "n", "limit", "verdict"])
+    print(f"{here['cpu']}, {here['cores']} cores, ISA {', '.join(here['isa'] or ['unknown'])}; load average before {here['load_average']}")
+    if here["load_average"] > 0.5:
+        print("other work was running on this machine: absolute times are too long, ratios are what counts")
+    if options.quick:
+        print("short form (--quick)")
+    print(json.dumps({**figures, "required": required, "machine": here, "quick": options.quick}))
+    if options.check and any(r["verdict"] == "missed" for r in required):
+        sys.exit(EXIT_MISSED)

@@ -1,0 +1,153 @@
+"""`edgeclip report`: one self-contained HTML page that says what was lost at which step, and ship or do not ship.
+
+Everything on it is read from the run's JSON; nothing is measured here. A number that nobody measured is printed as
+"not measured". The page needs no network: plots are inline SVG.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from edgeclip import __version__, disk
+
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+
+
+def report(run: Path) -> tuple[Path, dict[str, str]]:
+    """Writes RUN/report.html; returns its path and the verdict on each target that has a bundle."""
+    import jinja2
+
+    disk.read_manifest(run, "run")
+    results = disk.read_json(run / "results.json")
+    targets = collect(run)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = _number
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        run=run.name,
+        version=__version__,
+        results=results,
+        recipe=(run / "recipe.yaml").read_text(encoding="utf-8"),
+        targets=targets,
+        waterfall=waterfall(results, targets),
+        plots=_plots(results, targets),
+    )
+    disk.write_text(run / "report.html", page)
+    return run / "report.html", {t["row"]: t["verdict"] for t in targets}
+
+
+def collect(run: Path) -> list[dict[str, Any]]:
+    """One entry a target and device: its parity and bench reports (or None) and the verdict with its reasons.
+
+    A report counts only for the bundle that it was made with: after a new export it must be made again.
+    """
+    rows = []
+    for folder in sorted(p.parent for p in (run / "bundles").glob(f"*/{disk.MANIFEST}")):
+        manifest, digest = disk.read_manifest(folder, "bundle"), disk.sha256(folder / disk.MANIFEST)
+        found: dict[str, dict[str, Any]] = {}
+        for path in sorted((run / "reports").glob(f"{folder.name}.*.json")):
+            content = disk.read_json(path)
+            if content["bundle"] == digest:
+                found.setdefault(content["device"], {})[content["kind"]] = content
+        for device, reports in found.items() or [(None, {})]:
+            parity, bench = reports.get("parity"), reports.get("bench")
+            rows.append(
+                {
+                    "name": folder.name,
+                    "device": device,
+                    "row": folder.name if device is None else f"{folder.name} on {device}",
+                    "parity": parity,
+                    "bench": bench,
+                    "bytes": manifest["image_encoder_bytes"],
+                    "quantisation": manifest["quantisation"],
+                    "lint": manifest["lint"],
+                    "verdict": verdict(parity, bench),
+                }
+            )
+    return rows
+
+
+def verdict(parity: dict[str, Any] | None, bench: dict[str, Any] | None) -> str:
+    """One line: ship, or do not ship and why."""
+    reasons = []
+    if parity is None:
+        reasons.append("not validated")
+    elif parity["verdict"] != "pass":
+        reasons += parity["failures"] or [parity["verdict"]]
+    if bench is None:
+        reasons.append("not benchmarked")
+    else:
+        reasons += [f"over budget: {f}" for f in bench["failures"]]
+    if reasons:
+        return f"do not ship: {'; '.join(reasons)}"
+    assert parity is not None and bench is not None
+    single = bench["single_stream"]
+    latency = f", p90 {single['latency_ms_p90']:.2f} ms" if single else ""
+    return f"ship: accuracy drop {parity['accuracy']['drop_pp']:.2f} pp (at most {parity['accuracy']['upper_pp']:.2f}) on {parity['pictures']} pictures{latency}"
+
+
+def waterfall(results: dict[str, Any], targets: list[dict[str, Any]]) -> dict[str, Any]:
+    """R@1 of each step on the same pictures: {"sets": names, "steps": [(step, [R@1 or None])]}."""
+    names = [s["name"] for s in results["sets"]]
+    steps: list[tuple[str, list[float | None]]] = [(model, [s[model]["r1"] for s in results["sets"]]) for model in ("teacher", "student")]
+    for t in targets:
+        if t["parity"] and t["parity"]["sets"]:
+            of = {s["name"]: s["bundle_r1"] for s in t["parity"]["sets"]}
+            steps.append((t["row"], [of.get(n) for n in names]))
+    return {"sets": names, "steps": steps}
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "not measured" if value is None else f"{value:.{digits}f}"
+
+
+def _plots(results: dict[str, Any], targets: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(caption, inline SVG): accuracy a step; accuracy against latency; the losses."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "edgeclip", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    from matplotlib import pyplot as plt
+
+    plots = []
+    steps = waterfall(results, targets)
+    figure, axes = plt.subplots(figsize=(7, 3))
+    width = 0.8 / len(steps["steps"])
+    for i, (name, values) in enumerate(steps["steps"]):
+        axes.bar([x + i * width for x in range(len(values))], [v or 0 for v in values], width, label=name)
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(steps["sets"]))], steps["sets"])
+    axes.set_ylabel("R@1")
+    axes.legend(fontsize=7, frameon=False)
+    plots.append(("Accuracy of each step on the same pictures", _svg(figure)))
+
+    measured = [t for t in targets if t["bench"] and t["bench"]["single_stream"] and t["parity"] and t["parity"]["accuracy"]]
+    if measured:
+        figure, axes = plt.subplots(figsize=(7, 3))
+        for t in measured:
+            x, y = t["bench"]["single_stream"]["latency_ms_p90"], t["parity"]["accuracy"]["bundle_r1"]
+            axes.scatter(x, y, s=t["bytes"] / 2**20 * 12 + 20)
+            axes.annotate(t["row"], (x, y), textcoords="offset points", xytext=(8, 4), fontsize=8)
+        axes.set_xlim(left=0)
+        axes.margins(x=0.3, y=0.3)
+        axes.set_xlabel("p90 latency, ms (batch 1)")
+        axes.set_ylabel("R@1 over all parity pictures")
+        plots.append(("Accuracy against latency; the area grows with the encoder's bytes", _svg(figure)))
+
+    log = results["log"]
+    if len(log) > 1:
+        figure, axes = plt.subplots(figsize=(7, 2.6))
+        for name in sorted(log[-1].keys() - {"epoch", "loss"}):
+            axes.plot([r["epoch"] for r in log], [r.get(name) for r in log], marker=".", label=name)
+        axes.set_xlabel("epoch (0: projector on the frozen tower)")
+        axes.legend(fontsize=7, frameon=False)
+        plots.append(("Losses before their weights, and EduAttention's alpha", _svg(figure)))
+    return plots
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import pyplot as plt
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]

@@ -1,0 +1,159 @@
+"""YAML is read strictly: every shipped file loads, and every mistake is named with its field."""
+
+import msgspec
+import pytest
+from conftest import REPO
+
+from edgeclip import config, device, recipe, target
+from edgeclip.errors import EdgeclipError
+
+RECIPE = """
+data: {kind: folders, name: shop, root: /a}
+teacher: {kind: open_clip, model: ViT-B-32, weights: random}
+student: {tower: {kind: timm, model: mobilenetv4_conv_small, weights: random, image_size: 64}}
+losses: {kl: {weight: 1}}
+"""
+
+
+def write(tmp_path, text, name="r.yaml"):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def error(tmp_path, text):
+    with pytest.raises(EdgeclipError) as e:
+        recipe.load(write(tmp_path, text))
+    return str(e.value)
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_shipped_recipe_loads_and_says_its_purpose_and_command(path):
+    recipe.load(path)
+    header = path.read_text().split("\n\n")[0]
+    for word in ("Purpose", "Source", "Hardware", "Expected", "Command"):
+        assert f"# {word}" in header
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "export").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_shipped_target_loads_and_says_its_command(path):
+    assert target.load(path.stem)[0] == path.stem
+    assert f"--target {path.stem}" in path.read_text().split("\n\n")[0] + path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "devices").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_shipped_device_loads(path):
+    assert device.load(path.stem)[0] == path.stem
+
+
+def test_the_shipped_folders_are_not_empty():
+    assert {"quickstart", "mobile", "smoke", "grocery", "clothing"} <= set(config.shipped("recipe"))
+    assert {"onnx-fp32", "onnx-int8", "openvino-int8", "tensorrt-int8"} <= set(config.shipped("target"))
+    assert {"host-cpu", "jetson-orin-nano"} <= set(config.shipped("device"))
+
+
+def test_an_unknown_key_at_the_top_is_named_with_its_neighbour(tmp_path):
+    assert "losess: unknown field; did you mean 'losses'?" in error(tmp_path, RECIPE.replace("losses", "losess"))
+
+
+def test_an_unknown_key_inside_a_struct_is_named_with_its_path(tmp_path):
+    assert "losses.kl.wieght: unknown field; did you mean 'weight'?" in error(tmp_path, RECIPE.replace("{weight", "{wieght"))
+
+
+def test_an_unknown_key_inside_a_tagged_union_is_judged_by_its_kind(tmp_path):
+    assert "data.rot: unknown field; did you mean 'root'?" in error(tmp_path, RECIPE.replace("root: /a", "rot: /a"))
+    assert "student.tower.imagesize: unknown field; did you mean 'image_size'?" in error(tmp_path, RECIPE.replace("image_size", "imagesize"))
+    # a field of another kind is unknown to this one
+    assert "data.train: unknown field" in error(tmp_path, RECIPE.replace("root: /a", "root: /a, train: x"))
+
+
+def test_an_unknown_kind_is_named_with_its_neighbour(tmp_path):
+    assert "data.kind: unknown kind 'folder'; did you mean 'folders'?" in error(tmp_path, RECIPE.replace("kind: folders", "kind: folder"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field"),
+    [("weight: 1", "weight: heavy", "losses.kl.weight"), ("image_size: 64", "image_size: 6.5", "student.tower.image_size"), ("image_size: 64", "image_size: 0", "image_size"), ("weight: 1", "weight: -1", "losses.kl.weight")],
+)
+def test_a_wrong_type_or_range_is_named_with_its_field(tmp_path, old, new, field):
+    assert field in error(tmp_path, RECIPE.replace(old, new))
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1E3", 1e3), ("-2.5e+1", -25.0), (".5e1", 5.0), ("0.001", 1e-3), ("3", 3.0)])
+def test_a_number_in_any_notation_is_a_float(tmp_path, text, value):
+    loaded = recipe.load(write(tmp_path, RECIPE + f"seed: 0\ntrain: {{lr: {text.lstrip('-')}}}\n"))
+    assert loaded.train.lr == abs(value)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "just words\n", "a: [\n", "!!python/object:os.system {}\n"])
+def test_what_is_no_mapping_is_a_users_error(tmp_path, text):
+    with pytest.raises(EdgeclipError):
+        recipe.load(write(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(EdgeclipError, match=r"nothing\.yaml: there is no such file"):
+        recipe.load(tmp_path / "nothing.yaml")
+
+
+def test_a_repeated_key_is_refused(tmp_path):
+    assert "seed" in error(tmp_path, RECIPE + "seed: 1\nseed: 2\n")
+
+
+def test_an_unknown_name_offers_the_nearest():
+    with pytest.raises(EdgeclipError, match="did you mean 'onnx-int8'"):
+        target.load("onnx-int9")
+    with pytest.raises(EdgeclipError, match="did you mean 'host-cpu'"):
+        device.load("host-cpuu")
+
+
+def test_a_working_folder_may_bring_its_own(tmp_path, monkeypatch):
+    (tmp_path / "devices").mkdir()
+    write(tmp_path / "devices", "runtimes: [onnxruntime]\nthreads: 3\n", "mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    name, loaded = device.load("mine")
+    assert name == "mine" and loaded.threads == 3 and "host-cpu" in config.shipped("device")
+
+
+def test_a_device_that_is_not_this_machine_is_refused():
+    here = device.require_here("any", device.Device(runtimes=["onnxruntime"]))
+    assert device.require_here("own", device.Device(runtimes=[], recognise=device.Recognise(arch=here["arch"]))) is not None
+    with pytest.raises(EdgeclipError, match=r"other: .*not that device"):
+        device.require_here("other", device.Device(runtimes=[], recognise=device.Recognise(arch="vax")))
+
+
+def test_structs_are_frozen(tmp_path):
+    loaded = recipe.load(write(tmp_path, RECIPE))
+    with pytest.raises(AttributeError):
+        loaded.seed = 3
+
+
+def test_data_says_where_the_data_lies_and_nothing_else(tmp_path):
+    path = write(tmp_path, RECIPE)
+    here, there = recipe.load(path), recipe.load(path, ("/b",))
+    assert there.data.root == "/b" and recipe.load(path, ("shop=/c",)).data.root == "/c"
+    assert recipe.description(here) == recipe.description(there) and "/a" not in str(recipe.description(here))
+    with pytest.raises(EdgeclipError, match="no data named 'stop'"):
+        recipe.load(path, ("stop=/c",))
+
+
+def test_a_description_reads_back_as_the_same_recipe(tmp_path):
+    loaded = recipe.load(write(tmp_path, RECIPE))
+    value = recipe.description(loaded)
+    value["data"]["root"] = "/a"
+    assert msgspec.convert(value, recipe.Recipe) == loaded
+
+
+@pytest.mark.parametrize(
+    ("losses", "what"),
+    [("{}", "is empty"), ("{edu_attention: {}, feature: {}}", "no loss of its own")],
+)
+def test_combinations_that_cannot_work_are_refused(tmp_path, losses, what):
+    assert what in error(tmp_path, RECIPE.replace("{kl: {weight: 1}}", losses))
+
+
+def test_calibration_belongs_to_int8_only(tmp_path):
+    limits = "tolerance: {centred_cosine_p1: 0.9, top1_agreement: 0.9, accuracy_drop_pp: 1}"
+    for text in ("precision: int8", "precision: fp32\ncalibration: {}"):
+        with pytest.raises(EdgeclipError, match="calibration"):
+            target.load(str(write(tmp_path, f"runtime: onnxruntime\nactivations: uint8\n{text}\n{limits}\n")))
