@@ -129,7 +129,9 @@ def measure(work: Path, options: Any) -> None:
         compare.judge("of the bare script's time", compare.ratios(rounds, ours, bare, "seconds"), at_most=1.4),
         compare.judge("of the bare script's memory", compare.ratios(rounds, ours, bare, "memory_mib"), at_most=1.4),
     ]
-    compare.finish({"benchmark": "cold_start", "cold_start": figures, "same_first_answer_as_open_clip": ranked[ours][0] == ranked[torch_][0]}, required, here, options)
+    compare.finish(
+        {"benchmark": "cold_start", "cold_start": figures, "same_first_answer_as_open_clip": ranked[ours][0] == ranked[torch_][0]}, required, here, options
+    )
 
 
 def main() -> None:

@@ -25,8 +25,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from edgeclip import machine
 from tabulate import tabulate
+
+from edgeclip import machine
 
 MIN_PAIRS = 30
 EXIT_MISSED = 3
@@ -146,14 +147,23 @@ def judge(what: str, values: list[float], *, at_least: float | None = None, at_m
         right, wrong = (found.low, found.high) if at_least is not None else (-found.high, -found.low)
         limit = at_least if at_least is not None else -(at_most or 0.0)
         verdict = "met" if right >= limit else "missed" if wrong < limit else "not resolved"
-    return {"what": what, "median": found.median, "low": found.low, "high": found.high, "n": found.n, "at_least": at_least, "at_most": at_most, "verdict": verdict}
+    return {
+        "what": what,
+        "found": found.median,
+        "low": found.low,
+        "high": found.high,
+        "n": found.n,
+        "at_least": at_least,
+        "at_most": at_most,
+        "verdict": verdict,
+    }
 
 
-def exact(what: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
-    """A required figure that is counted, not timed: it has no interval."""
+def exact(what: str, value: float, *, n: int = 1, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
+    """A required figure that is counted, or averaged over n runs as the requirement says: it has no interval."""
     met = value >= at_least if at_least is not None else value <= (at_most or 0.0)
     verdict = "met" if met else "missed"
-    return {"what": what, "median": value, "low": None, "high": None, "n": 1, "at_least": at_least, "at_most": at_most, "verdict": verdict}
+    return {"what": what, "found": value, "low": None, "high": None, "n": n, "at_least": at_least, "at_most": at_most, "verdict": verdict}
 
 
 # --- output
@@ -179,7 +189,7 @@ def finish(figures: dict[str, Any], required: list[dict[str, Any]], here: dict[s
     rows = []
     for r in required:
         limit = f"at least {r['at_least']:.3g}" if r["at_least"] is not None else f"at most {r['at_most']:.3g}"
-        rows.append([r["what"], str(Interval(r["median"], r["low"], r["high"], r["n"])), r["n"], limit, r["verdict"]])
+        rows.append([r["what"], str(Interval(r["found"], r["low"], r["high"], r["n"])), r["n"], limit, r["verdict"]])
     table(rows, ["required", "found (95 % interval)", "n", "limit", "verdict"])
     print(f"{here['cpu']}, {here['cores']} cores, ISA {', '.join(here['isa'] or ['unknown'])}; load average before {here['load_average']}")
     if here["load_average"] > 0.5:

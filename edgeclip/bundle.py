@@ -39,16 +39,25 @@ class Bundle:
         self.logit_scale: float = manifest["logit_scale"]
 
     @classmethod
-    def load(cls, folder: str | Path, threads: int = 1, check: bool = True) -> "Bundle":
-        """check: compare every file with the manifest's sha256. Raises `EdgeclipError` for a changed or unfinished one."""
+    def load(cls, folder: str | Path, threads: int = 1, check: bool = False) -> "Bundle":
+        """Raises `EdgeclipError` for an unfinished bundle.
+
+        Every file is compared with the manifest's sha256 when it is opened; check: compare all of them now.
+        """
         folder = Path(folder)
         manifest = disk.read_manifest(folder, "bundle")
         if check:
             disk.verify(folder, manifest)
         return cls(folder, manifest, threads)
 
+    def file(self, name: str) -> Path:
+        """A file of the bundle that is what the manifest says. OpenVINO's .bin goes with its .xml."""
+        names = [n for n in (name, str(Path(name).with_suffix(".bin"))) if n in self.manifest["files"]]
+        disk.verify(self.folder, {**self.manifest, "files": {n: self.manifest["files"][n] for n in names or [name]}})
+        return self.folder / name
+
     def open_image_encoder(self, threads: int | None = None, optimisation: str = "all") -> Session:
-        return open_session(self.manifest["runtime"], self.folder / self.manifest["image_encoder"], threads or self.threads, optimisation)
+        return open_session(self.manifest["runtime"], self.file(self.manifest["image_encoder"]), threads or self.threads, optimisation)
 
     @cached_property
     def image_encoder(self) -> Session:
@@ -60,23 +69,23 @@ class Bundle:
             raise EdgeclipError(
                 self.folder, "this bundle has no text encoder, so it knows its baked labels only", "export it with one (recipe: text_encoder: true)"
             )
-        return open_session(self.manifest["runtime"], self.folder / self.manifest["text"]["encoder"], self.threads)
+        return open_session(self.manifest["runtime"], self.file(self.manifest["text"]["encoder"]), self.threads)
 
     @cached_property
     def labels(self) -> list[str]:
-        labels: list[str] = json.loads((self.folder / "labels.json").read_text(encoding="utf-8"))
+        labels: list[str] = json.loads(self.file("labels.json").read_text(encoding="utf-8"))
         return labels
 
     @cached_property
     def class_features(self) -> np.ndarray:
         """[N, D], unit rows."""
-        return np.load(self.folder / "class_features.npy")
+        return np.load(self.file("class_features.npy"))
 
     @cached_property
     def head(self) -> EduAttention | None:
-        if not (self.folder / "head.npz").exists():
+        if "head.npz" not in self.manifest["files"]:
             return None
-        with np.load(self.folder / "head.npz", allow_pickle=False) as z:
+        with np.load(self.file("head.npz"), allow_pickle=False) as z:
             return EduAttention(z["weight"], z["bias"], float(z["alpha"]), float(z["temperature"]))
 
     def pixels(self, image: str | Path | bytes | Image.Image) -> np.ndarray:
@@ -99,7 +108,7 @@ class Bundle:
 
         text = self.manifest["text"]
         encoder = self.text_encoder
-        words = tokenizer.load((self.folder / "tokenizer.json").read_text(encoding="utf-8"), text["context_length"])
+        words = tokenizer.load(self.file("tokenizer.json").read_text(encoding="utf-8"), text["context_length"])
         ids = tokenizer.encode(words, texts, text["context_length"]).astype(encoder.input.dtype)
         return np.concatenate([encoder.run(ids[i : i + TEXT_BATCH]) for i in range(0, len(ids), TEXT_BATCH)])
 
@@ -134,7 +143,7 @@ def bake_labels(bundle_folder: Path, labels: list[str], out: Path) -> Path:
 
     Raises `EdgeclipError` when the bundle has no text encoder or the list is empty or repeats a label.
     """
-    bundle = Bundle.load(bundle_folder)
+    bundle = Bundle.load(bundle_folder, check=True)
     features = bundle.bake(labels)
     with disk.new_folder(out) as folder:
         shutil.copytree(bundle_folder, folder, dirs_exist_ok=True)

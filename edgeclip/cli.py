@@ -219,7 +219,7 @@ def _each_bundle(run: Path | None, bundle: Path | None, device_name: str) -> tup
         run = next((p for p in bundle.resolve().parents if (p / "evaluation" / disk.MANIFEST).exists()), None)
     bundles = []
     for folder in folders:
-        loaded = Bundle.load(folder, threads=device.threads)
+        loaded = Bundle.load(folder, threads=device.threads, check=True)
         if loaded.manifest["runtime"] in device.runtimes:
             bundles.append(loaded)
         else:
@@ -356,7 +356,10 @@ def classify(images: tuple[Path, ...], bundle: Path | None, labels: str | None, 
     if as_json:
         click.echo(json.dumps(results, indent=1))
         return
-    _table([[image, r["label"], f"{r['probability']:.3f}", f"{r['score']:.3f}"] for image, rows in results.items() for r in rows], ["picture", "label", "probability", "cosine"])
+    for image, rows in results.items():  # plain lines: importing a table library would be a tenth of the cold start
+        click.echo(f"{image}\n  probability  cosine  label")
+        for r in rows:
+            click.echo(f"  {r['probability']:11.3f}  {r['score']:6.3f}  {r['label']}")
 
 
 @main.command()

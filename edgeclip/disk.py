@@ -115,9 +115,10 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
 def verify(folder: Path, manifest: dict[str, Any]) -> None:
     """Raises `EdgeclipError` that names every file whose bytes are not those the manifest was written for."""
     wrong = []
+    root = folder.resolve()
     for name, digest in manifest["files"].items():
-        file = (folder / name).resolve()
-        if not file.is_relative_to(folder.resolve()):
+        file = (root / name).resolve()
+        if not file.is_relative_to(root):
             raise EdgeclipError(folder, f"its manifest names a file outside it ({name})", "do not use this folder")
         if not file.exists():
             wrong.append(f"{name} is missing")

@@ -278,7 +278,7 @@ def description(recipe: Recipe) -> dict[str, Any]:
     """What decides the outcome, JSON-able: the recipe without the folders where its data lie."""
     import msgspec
 
-    value: dict[str, Any] = msgspec.to_builtins(recipe)
+    value: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(recipe))  # as it will be read again
     for field in ("data", "evaluation_data"):
         if value[field]:
             value[field].pop("root", None)

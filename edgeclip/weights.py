@@ -19,6 +19,7 @@ from torch import nn
 from edgeclip import disk
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.preprocess import Preprocess
+from edgeclip.progress import say
 from edgeclip.recipe import OpenClip, Timm
 
 # Trained on (x - 127) / 128, which is neither ImageNet's nor timm's mean and std (the packages' own documentation).
@@ -131,11 +132,14 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
             cfg = get_pretrained_cfg(spec.model, tag)
             raise _unreachable(spec.weights, f"{spec.model} at {cfg.get('hf_hub') or cfg.get('url')}", e) from None
     else:
-        model = open_clip.create_model(spec.model, pretrained=None)
+        with _hub(False):  # quiet: it warns that it has no weights, and they come next
+            model = open_clip.create_model(spec.model, pretrained=None)
     if spec.weights != "random" and not spec.weights.startswith("hub:"):
         _load_into(model, state_dict(Path(spec.weights)), spec.weights)
     size = model.visual.image_size
     cfg = getattr(model.visual, "preprocess_cfg", None) or {}
+    if not spec.weights.startswith("hub:") and spec.config is None:
+        cfg = _usual_preprocess(spec.model) or cfg
     preprocess = Preprocess(
         size=size[0] if isinstance(size, tuple) else size,
         mean=tuple(cfg.get("mean", open_clip.OPENAI_DATASET_MEAN)),
@@ -144,6 +148,23 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
         resize=cfg.get("resize_mode", "shortest"),
     )
     return model.eval(), preprocess
+
+
+def _usual_preprocess(model: str) -> dict[str, Any]:
+    """What open_clip says of all pretrained tags of a model, where they agree: a file of weights does not say.
+
+    MobileCLIP2 takes pixels of 0..1 as they are, which no field of its architecture tells.
+    """
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    found = [get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)]
+    seen = {str([c.get(k) for k in ("mean", "std", "interpolation", "resize_mode")]) for c in found}
+    if len(seen) == 1:
+        return {k: v for k, v in found[0].items() if k in ("mean", "std", "interpolation", "resize_mode") and v}
+    if seen:
+        say(f"{model}: its pretrained tags differ in preprocessing; open_clip's default is used, and the bundle's manifest records it")
+    return {}
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a hub
+
 REPO = Path(__file__).parent.parent
 SHARED_DATA = REPO.parent / "shared" / "data"
 LABELS = ["cat", "dog", "car", "tree", "house", "apple"]

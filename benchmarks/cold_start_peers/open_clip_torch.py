@@ -14,7 +14,8 @@ from PIL import Image
 name, weights, class_features, labels, picture = sys.argv[1:]
 model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
 model.eval()
-words = json.load(open(labels, encoding="utf-8"))
+with open(labels, encoding="utf-8") as f:
+    words = json.load(f)
 text_features = torch.from_numpy(np.load(class_features))
 with torch.inference_mode():
     image_features = model.encode_image(preprocess(Image.open(picture).convert("RGB"))[None], normalize=True)

