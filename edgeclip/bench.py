@@ -69,7 +69,9 @@ def summary(latencies: list[float]) -> dict[str, float | int | None]:
     }
 
 
-def bench(bundle: Bundle, device: Device, here: dict[str, Any], evaluation: Path | None, minimum: Minimum, scenarios: tuple[str, ...] = SCENARIOS) -> dict[str, Any]:
+def bench(
+    bundle: Bundle, device: Device, here: dict[str, Any], evaluation: Path | None, minimum: Minimum, scenarios: tuple[str, ...] = SCENARIOS
+) -> dict[str, Any]:
     """The bench report, JSON-able. `evaluation`: a run's evaluation folder, for pictures; None: the golden ones."""
     name = bundle.manifest["target"]["name"]
     sources = _pictures(bundle, evaluation)

@@ -127,7 +127,9 @@ def _print_accuracy(results: dict[str, Any]) -> None:
         for model in ("teacher", "student", "student_without_edu_attention"):
             if model == "student_without_edu_attention" and results["edu_attention"] is None:
                 continue
-            rows.append([s["name"], model.replace("_", " "), f"{s[model]['r1']:.3f}", f"{s[model]['r5']:.3f}", f"{s['chance_r1']:.4f}", s["pictures"], s["classes"]])
+            rows.append(
+                [s["name"], model.replace("_", " "), f"{s[model]['r1']:.3f}", f"{s[model]['r5']:.3f}", f"{s['chance_r1']:.4f}", s["pictures"], s["classes"]]
+            )
     _table(rows, ["set", "model", "R@1", "R@5", "chance", "pictures", "classes"])
     for name, value in results.get("harmonic_mean", {}).items():
         click.echo(f"harmonic mean of base and novel, {name.replace('_', ' ')}: {value:.3f}")
@@ -152,7 +154,16 @@ def _print_accuracy(results: dict[str, Any]) -> None:
 @click.option("--images", type=click.Path(path_type=Path), help="Of --model: a folder of pictures for calibration and golden answers.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundles.  [default: <run>/bundles, or bundles/<model>]")
 @_json_option
-def export(targets: tuple[str, ...], run: Path | None, model: str | None, weights: str | None, labels: Path | None, images: Path | None, out: Path | None, as_json: bool) -> None:
+def export(
+    targets: tuple[str, ...],
+    run: Path | None,
+    model: str | None,
+    weights: str | None,
+    labels: Path | None,
+    images: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """Export a student, or any checkpoint, to one or more targets.
 
     \b
@@ -188,7 +199,9 @@ def export(targets: tuple[str, ...], run: Path | None, model: str | None, weight
     _table([[r["target"], f"{r['image_encoder_mib']:.1f}", r["bundle"]] for r in rows], ["target", "image encoder MiB", "bundle"])
     for r in rows:
         if r["lint"]:
-            click.echo(f"{r['target']}: {r['lint']['checked_by'] or 'not checked'}: parses {r['lint']['parses']}, builds {r['lint']['builds']}; the engine itself is built on the board")
+            click.echo(
+                f"{r['target']}: {r['lint']['checked_by'] or 'not checked'}: parses {r['lint']['parses']}, builds {r['lint']['builds']}; the engine itself is built on the board"
+            )
 
 
 def _label_file(path: Path) -> list[str]:
@@ -262,7 +275,15 @@ def validate(run: Path | None, bundle: Path | None, device_name: str, as_json: b
         for r in reports:
             if r["pictures"]:
                 a, c = r["accuracy"], r["cosine"]
-                numbers = [f"{c['centred_p1']:.4f}", f"{c['raw_p1']:.4f}", f"{r['top1_agreement']:.4f}", f"{a['reference_r1']:.4f}", f"{a['bundle_r1']:.4f}", f"{a['drop_pp']:.2f}", f"{a['upper_pp']:.2f}"]
+                numbers = [
+                    f"{c['centred_p1']:.4f}",
+                    f"{c['raw_p1']:.4f}",
+                    f"{r['top1_agreement']:.4f}",
+                    f"{a['reference_r1']:.4f}",
+                    f"{a['bundle_r1']:.4f}",
+                    f"{a['drop_pp']:.2f}",
+                    f"{a['upper_pp']:.2f}",
+                ]
             else:
                 numbers = ["not measured"] * 7
             rows.append([r["target"], r["pictures"], *numbers, r["verdict"]])
@@ -305,9 +326,20 @@ def bench(run: Path | None, bundle: Path | None, device_name: str, scenario: str
         rows = []
         for r in reports:
             s, o, stages = r["single_stream"] or {}, r["offline"] or {}, r["stages"]
-            numbers = [s.get("latency_ms_p50"), s.get("latency_ms_p90"), s.get("latency_ms_p99"), o.get("pictures_per_second"), stages["decode_ms"], stages["preprocess_ms"], stages["head_ms"], r["cold_start"]["process_ms"]]
+            numbers = [
+                s.get("latency_ms_p50"),
+                s.get("latency_ms_p90"),
+                s.get("latency_ms_p99"),
+                o.get("pictures_per_second"),
+                stages["decode_ms"],
+                stages["preprocess_ms"],
+                stages["head_ms"],
+                r["cold_start"]["process_ms"],
+            ]
             rows.append([r["target"], *(None if v is None else f"{v:.2f}" for v in numbers), r["peak_memory_mib"], f"{r['image_encoder_bytes'] / 2**20:.1f}"])
-        _table(rows, ["target", "p50 ms", "p90 ms", "p99 ms", "offline /s", "decode ms", "preprocess ms", "head ms", "cold start ms", "peak MiB", "encoder MiB"])
+        _table(
+            rows, ["target", "p50 ms", "p90 ms", "p99 ms", "offline /s", "decode ms", "preprocess ms", "head ms", "cold start ms", "peak MiB", "encoder MiB"]
+        )
         r = reports[0]
         click.echo(f"{name}: {r['machine']['cpu']}, ISA {', '.join(r['machine']['isa'] or ['unknown'])}, {r['ran']['threads']} thread(s); energy: not measured")
         if any(r["short_run"] for r in reports):

@@ -82,7 +82,9 @@ def verdict(parity: dict[str, Any] | None, bench: dict[str, Any] | None) -> str:
     assert parity is not None and bench is not None
     single = bench["single_stream"]
     latency = f", p90 {single['latency_ms_p90']:.2f} ms" if single else ""
-    return f"ship: accuracy drop {parity['accuracy']['drop_pp']:.2f} pp (at most {parity['accuracy']['upper_pp']:.2f}) on {parity['pictures']} pictures{latency}"
+    return (
+        f"ship: accuracy drop {parity['accuracy']['drop_pp']:.2f} pp (at most {parity['accuracy']['upper_pp']:.2f}) on {parity['pictures']} pictures{latency}"
+    )
 
 
 def waterfall(results: dict[str, Any], targets: list[dict[str, Any]]) -> dict[str, Any]:

@@ -79,7 +79,10 @@ def _interface(bundle: Bundle) -> list[str]:
     size, width = bundle.preprocess.size, bundle.manifest["embed_dim"]
     wanted = [("pixels", [None, 3, size, size], "float32"), ("image_features", [None, width], "float32")]
     # A runtime may know the last axis of the output only after a run.
-    same = [(p.name, [w if s is None else s for s, w in zip(p.shape, shape, strict=True)] if len(p.shape) == len(shape) else p.shape, p.dtype) for p, (_, shape, _) in zip((i, o), wanted, strict=True)]
+    same = [
+        (p.name, [w if s is None else s for s, w in zip(p.shape, shape, strict=True)] if len(p.shape) == len(shape) else p.shape, p.dtype)
+        for p, (_, shape, _) in zip((i, o), wanted, strict=True)
+    ]
     return [f"interface: {got} instead of {want}" for got, want in zip(same, wanted, strict=True) if list(got) != list(want)]
 
 
@@ -141,7 +144,11 @@ def _compare(bundle: Bundle, evaluation: Evaluation, tolerance: Tolerance, repor
     report["pictures"] = len(features)
     report["cosine"] = cosine(features, reference)
     report["top1_agreement"] = float((answers["all"] == answers["reference"]).mean())
-    report["accuracy"] = {"reference_r1": float(right["reference"].mean()), "bundle_r1": float(right["all"].mean()), **accuracy_drop(right["reference"], right["all"])}
+    report["accuracy"] = {
+        "reference_r1": float(right["reference"].mean()),
+        "bundle_r1": float(right["all"].mean()),
+        **accuracy_drop(right["reference"], right["all"]),
+    }
     for s, (_, before), (_, after) in zip(evaluation.sets, decisions["reference"], decisions["all"], strict=True):
         if len(before):
             row = {"name": s["name"], "note": s["note"], "classes": len(s["classes"]), "reference_r1": float(before.mean()), "bundle_r1": float(after.mean())}

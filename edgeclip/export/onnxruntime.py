@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,9 +46,13 @@ def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:
 
         with tempfile.TemporaryDirectory() as temporary:
             graph.save(model, Path(temporary) / "float.onnx")
-            quantize_dynamic(
-                Path(temporary) / "float.onnx", path, op_types_to_quantize=["MatMul", "Gemm", "Gather"], per_channel=True, weight_type=QuantType.QInt8
-            )
+            logging.disable(logging.WARNING)  # it advises a preprocessing that folding has done
+            try:
+                quantize_dynamic(
+                    Path(temporary) / "float.onnx", path, op_types_to_quantize=["MatMul", "Gemm", "Gather"], per_channel=True, weight_type=QuantType.QInt8
+                )
+            finally:
+                logging.disable(logging.NOTSET)
         graph.save(onnx.load(path), path)
     else:
         graph.save(model, path)

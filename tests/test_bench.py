@@ -1,0 +1,97 @@
+"""The load generator counts right, stops right and costs next to nothing."""
+
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeclip import machine
+from edgeclip.bench import WARM_UP, bench, run_scenario, summary
+from edgeclip.bundle import Bundle
+from edgeclip.device import Budget, Device, Minimum
+from edgeclip.runtime import open_session
+
+
+def test_the_harness_costs_under_50_microseconds_a_query():
+    session, samples = open_session("null", Path("none"), 1), [np.zeros((1, 3, 32, 32), np.float32)] * 4
+    tries = []
+    for _ in range(7):
+        start = time.perf_counter()
+        latencies = run_scenario(session.run, samples, 0.0, 2000)
+        tries.append(max(statistics.median(latencies), (time.perf_counter() - start) / (2000 + WARM_UP)))
+    print(f"harness: {1e6 * min(tries):.2f} microseconds a query")
+    assert min(tries) < 50e-6
+
+
+def test_a_run_stops_at_its_count_where_no_duration_is_asked():
+    assert len(run_scenario(lambda x: x, [0], 0.0, 123)) == 123
+
+
+def test_a_run_goes_on_until_its_duration_is_reached_too():
+    start = time.perf_counter()
+    latencies = run_scenario(lambda x: time.sleep(0.001), [0], 0.15, 3)
+    assert time.perf_counter() - start >= 0.15 and len(latencies) > 3
+
+
+def test_a_run_goes_on_until_its_count_is_reached_too():
+    assert len(run_scenario(lambda x: time.sleep(0.002), [0], 0.001, 20)) == 20
+
+
+def test_samples_are_cycled_and_warm_up_queries_are_not_counted():
+    seen = []
+    latencies = run_scenario(seen.append, ["a", "b", "c"], 0.0, 7)
+    assert len(latencies) == 7 and seen[WARM_UP:] == list("abcabca") and len(seen) == WARM_UP + 7
+
+
+def test_a_summary_by_hand():
+    s = summary([i / 1000 for i in range(1, 101)])
+    assert s["queries"] == 100 and s["latency_ms_min"] == pytest.approx(1) and s["latency_ms_mean"] == pytest.approx(50.5)
+    assert s["latency_ms_p50"] == pytest.approx(50.5) and s["latency_ms_p90"] == pytest.approx(90.1) and s["latency_ms_p95"] == pytest.approx(95.05)
+
+
+def test_p99_is_quoted_from_a_thousand_samples_on():
+    assert summary([0.001] * 999)["latency_ms_p99"] is None
+    assert summary([0.001] * 1000)["latency_ms_p99"] == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def measured(shipped_bundle):
+    device = Device(runtimes=["onnxruntime"], offline_batch=4, budget=Budget(latency_ms_p90=1e-6, peak_memory_mib=1e9))
+    return bench(Bundle.load(shipped_bundle("onnx-fp32")), device, machine.facts(), None, Minimum(min_duration_s=0.05, min_query_count=30))
+
+
+def test_a_report_says_what_ran_and_where(measured, shipped_bundle):
+    assert measured["kind"] == "bench" and measured["target"] == "onnx-fp32" and measured["ran"]["threads"] == 1 and measured["short_run"]
+    assert measured["machine"]["arch"] and measured["image_encoder_bytes"] == Bundle.load(shipped_bundle("onnx-fp32")).manifest["image_encoder_bytes"]
+
+
+def test_both_scenarios_reach_their_minimum(measured):
+    single, offline = measured["single_stream"], measured["offline"]
+    assert single["batch"] == 1 and single["queries"] >= 30 and offline["batch"] == 4 and 4 * offline["queries"] >= 30
+    assert offline["pictures_per_second"] == pytest.approx(4e3 / offline["latency_ms_mean"])
+
+
+def test_percentiles_are_in_order(measured):
+    s = measured["single_stream"]
+    assert 0 < s["latency_ms_min"] <= s["latency_ms_p50"] <= s["latency_ms_p90"] <= s["latency_ms_p95"] and s["latency_ms_p99"] is None or s["queries"] >= 1000
+
+
+def test_stages_and_cold_start_are_measured_apart(measured):
+    assert set(measured["stages"]) == {"decode_ms", "preprocess_ms", "model_ms", "head_ms"} and all(v > 0 for v in measured["stages"].values())
+    cold = measured["cold_start"]
+    assert cold["process_ms"] > cold["load_ms"] > 0 and measured["peak_memory_mib"] == cold["peak_memory_mib"] > 10
+
+
+def test_what_was_not_measured_is_null(measured):
+    assert measured["energy_mj_per_image"] is None
+
+
+def test_only_the_exceeded_budget_is_a_failure(measured):
+    assert len(measured["failures"]) == 1 and measured["failures"][0].startswith("latency_ms_p90")
+
+
+def test_a_scenario_that_was_not_asked_for_is_null(shipped_bundle):
+    r = bench(Bundle.load(shipped_bundle("onnx-fp32")), Device(runtimes=["onnxruntime"]), machine.facts(), None, Minimum(0.0, 5), ("offline",))
+    assert r["single_stream"] is None and r["offline"]["queries"] >= 1 and r["failures"] == []
