@@ -98,7 +98,7 @@ def waterfall(results: dict[str, Any], targets: list[dict[str, Any]]) -> dict[st
     return {"sets": names, "steps": steps}
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def _number(value: float | int | None, digits: int = 2) -> str:
     return "not measured" if value is None else f"{value:.{digits}f}"
 
 
