@@ -15,7 +15,6 @@ from PIL import Image
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a hub
 
 REPO = Path(__file__).parent.parent
-SHARED_DATA = REPO.parent / "shared" / "data"
 LABELS = ["cat", "dog", "car", "tree", "house", "apple"]
 SIZE, WIDTH = 32, 16
 
@@ -26,13 +25,6 @@ def require(module: str, install_line: str) -> object:
         return importlib.import_module(module)
     except ImportError:
         pytest.skip(f"{module} is not installed: {install_line}")
-
-
-def shared_data(name: str) -> Path:
-    folder = SHARED_DATA / name
-    if not folder.is_dir():
-        pytest.skip(f"data: {folder} is not there")
-    return folder
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -248,3 +240,59 @@ def write_evaluation(folder: Path, source, count: int) -> Path:
 def evaluation(source, tmp_path_factory) -> Path:
     """400 pictures: enough for a margin of half a percentage point."""
     return write_evaluation(tmp_path_factory.mktemp("run") / "evaluation", source, 400)
+
+
+RECIPE = """
+data: {kind: folders, name: shop, root: ROOT}
+teacher:
+  kind: open_clip
+  model: tiny
+  weights: random
+  config:
+    embed_dim: 8
+    vision_cfg: {image_size: 32, layers: 1, width: 16, head_width: 8, patch_size: 16}
+    text_cfg: {context_length: 12, vocab_size: 49408, width: 8, heads: 2, layers: 1}
+student: {tower: {kind: timm, model: mobilenetv4_conv_small_035, weights: random, image_size: 32}, projector_hidden: null}
+losses: {kl: {weight: 1}}
+train: {epochs: 1, batch_size: 4, device: cpu}
+"""
+
+
+def run(*arguments):
+    """The command line in this process."""
+    from click.testing import CliRunner
+
+    from edgeclip.cli import main
+
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def mistake(*arguments, says, only_line=True):
+    """The one line of a user's mistake, which must say where, what and what to do."""
+    result = run(*arguments)
+    assert result.exit_code == 1, (result.output, result.exception)
+    lines = result.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("Error: ")]
+    assert len(errors) == 1 and lines[-1] == errors[0] and (len(lines) == 1 or not only_line), result.stderr
+    assert result.stdout == "" and says in errors[0] and "; " in errors[0] and ": " in errors[0].removeprefix("Error: "), errors[0]
+    return errors[0]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def cat(here):
+    (here / "cat.png").write_bytes(encoded(picture(1)))
+    return here / "cat.png"
+
+
+def write(folder, text, name="r.yaml"):
+    (folder / name).write_text(text)
+    return folder / name

@@ -73,7 +73,12 @@ def test_an_unknown_kind_is_named_with_its_neighbour(tmp_path):
 
 @pytest.mark.parametrize(
     ("old", "new", "field"),
-    [("weight: 1", "weight: heavy", "losses.kl.weight"), ("image_size: 64", "image_size: 6.5", "student.tower.image_size"), ("image_size: 64", "image_size: 0", "image_size"), ("weight: 1", "weight: -1", "losses.kl.weight")],
+    [
+        ("weight: 1", "weight: heavy", "losses.kl.weight"),
+        ("image_size: 64", "image_size: 6.5", "student.tower.image_size"),
+        ("image_size: 64", "image_size: 0", "image_size"),
+        ("weight: 1", "weight: -1", "losses.kl.weight"),
+    ],
 )
 def test_a_wrong_type_or_range_is_named_with_its_field(tmp_path, old, new, field):
     assert field in error(tmp_path, RECIPE.replace(old, new))

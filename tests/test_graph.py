@@ -23,7 +23,11 @@ def model(nodes, constants, shape, outputs=("y",)):
     for i, node in enumerate(nodes):
         node.name = node.name or f"{node.op_type}_{i}"
     g = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)], [helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs], constants
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs],
+        constants,
     )
     return helper.make_model(g, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
@@ -144,5 +148,7 @@ def test_an_activation_is_fused_only_where_it_alone_reads_a_product():
 
 def test_constants_are_found_as_initializers_and_as_nodes():
     node = helper.make_node("Constant", [], ["k"], value=weight("", 2, 2))
-    found = graph.initializers(model([node, helper.make_node("MatMul", ["x", "k"], ["h"]), helper.make_node("MatMul", ["h", "i"], ["y"])], [weight("i", 2, 2, seed=1)], [1, 2]))
+    found = graph.initializers(
+        model([node, helper.make_node("MatMul", ["x", "k"], ["h"]), helper.make_node("MatMul", ["h", "i"], ["y"])], [weight("i", 2, 2, seed=1)], [1, 2])
+    )
     assert set(found) == {"k", "i"} and found["k"].shape == (2, 2)

@@ -64,7 +64,11 @@ def test_the_accuracy_drop_equals_brute_force(seed):
     a, b = rng.random(300) < 0.7, rng.random(300) < 0.65
     drop = accuracy_drop(a, b)
     assert math.isclose(drop["drop_pp"], 100 * (a.mean() - b.mean()), abs_tol=1e-9)
-    assert (drop["lost"], drop["won"], drop["pictures"]) == (sum(x and not y for x, y in zip(a, b, strict=True)), sum(y and not x for x, y in zip(a, b, strict=True)), 300)
+    assert (drop["lost"], drop["won"], drop["pictures"]) == (
+        sum(x and not y for x, y in zip(a, b, strict=True)),
+        sum(y and not x for x, y in zip(a, b, strict=True)),
+        300,
+    )
 
 
 def test_the_upper_limit_is_agresti_and_mins():

@@ -63,7 +63,12 @@ def test_an_encoded_picture_comes_back_as_rgb(tmp_path):
     image = picture(0, 30, 20)
     image.save(tmp_path / "p.png")
     assert open_picture(tmp_path / "p.png").tobytes() == open_picture(encoded(image)).tobytes() == image.tobytes()
-    assert open_picture(encoded(image.convert("L"))).mode == open_picture(encoded(image.convert("P"))).mode == open_picture(encoded(image.convert("RGBA"))).mode == "RGB"
+    assert (
+        open_picture(encoded(image.convert("L"))).mode
+        == open_picture(encoded(image.convert("P"))).mode
+        == open_picture(encoded(image.convert("RGBA"))).mode
+        == "RGB"
+    )
 
 
 def test_a_truncated_jpeg_is_unreadable_and_never_padded(tmp_path):

@@ -39,7 +39,9 @@ def weights_in_int8(model):
     makers = {o: n for n in model.graph.node for o in n.output}
     constants = graph.initializers(model)
     products = [n for n in model.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
-    return [n.name for n in products if (d := makers.get(n.input[1])) is not None and d.op_type == "DequantizeLinear" and constants[d.input[0]].dtype == np.int8]
+    return [
+        n.name for n in products if (d := makers.get(n.input[1])) is not None and d.op_type == "DequantizeLinear" and constants[d.input[0]].dtype == np.int8
+    ]
 
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
@@ -103,7 +105,11 @@ def test_a_weight_has_a_scale_for_each_output_channel_and_is_symmetric(calibrate
 def test_a_relu6_is_quantised_on_the_range_behind_it(calibrated):
     model = quantise(calibrated, graph.matrix_products(calibrated.model), activations="uint8")
     makers, constants = {o: n for n in model.graph.node for o in n.output}, graph.initializers(model)
-    clips = [n for n in model.graph.node if n.op_type == "QuantizeLinear" and makers.get(n.input[0]) is not None and makers[n.input[0]].op_type in ("Clip", "Relu", "Conv")]
+    clips = [
+        n
+        for n in model.graph.node
+        if n.op_type == "QuantizeLinear" and makers.get(n.input[0]) is not None and makers[n.input[0]].op_type in ("Clip", "Relu", "Conv")
+    ]
     ranges = [float(constants[n.input[1]]) * 255 for n in clips]
     assert len(ranges) >= 2 and all(r <= 6.01 for r in ranges)
 

@@ -33,7 +33,13 @@ def test_onnxruntime_answers_as_torch_and_says_what_it_is(model, student, optimi
         np.testing.assert_allclose(session.run(x()), student(torch.from_numpy(x())).numpy(), atol=1e-5)
     assert session.input == ("pixels", [None, 3, 32, 32], "float32")
     assert session.output.name == "image_features" and session.output.shape[0] is None and session.output.dtype == "float32"
-    assert session.facts == {"runtime": "onnxruntime", "version": ort.__version__, "providers": ["CPUExecutionProvider"], "threads": 1, "optimisation": optimisation}
+    assert session.facts == {
+        "runtime": "onnxruntime",
+        "version": ort.__version__,
+        "providers": ["CPUExecutionProvider"],
+        "threads": 1,
+        "optimisation": optimisation,
+    }
 
 
 def test_openvino_answers_as_torch_in_float32(model, student):

@@ -77,7 +77,9 @@ def test_a_changed_file_is_refused(built, tmp_path, name):
 def test_the_same_seed_gives_the_same_tower_and_another_another():
     def first(seed):
         torch.manual_seed(0)
-        return students.build(R.Student(tower=R.Timm(model="mobilenetv4_conv_small", weights="random", image_size=64, seed=seed)), D)[0].tower.state_dict()["conv_stem.weight"]
+        return students.build(R.Student(tower=R.Timm(model="mobilenetv4_conv_small", weights="random", image_size=64, seed=seed)), D)[0].tower.state_dict()[
+            "conv_stem.weight"
+        ]
 
     assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))
 

@@ -21,7 +21,7 @@ naïve café Über straße façade señor Ångström
 漢字 かな カナ 한국어 русский Ελληνικά العربية עברית हिन्दी
 emoji 😀 ❤ 🏳 ★ ☂ →
 under_score snake_case__x *bold* ~tilde~ a+b=c a|b ^ \\back
-   leading and   inner    space   
+   leading and   inner    space
 tab\there newline\nthere
 ...!!!??? -- – — …
 x
@@ -35,7 +35,11 @@ U.S.A. Mr. Smith's co-op's""".split("\n")
 def varied():
     rng = random.Random(0)
     pieces = [w for line in FIXED for w in line.split()] + list("abcdefgXYZ0189.,;:!?'\"-_/()&%$ éß漢")
-    return [*(line.replace("\\t", "\t").replace("\\n", "\n") for line in FIXED), *("".join(rng.choice(pieces) + rng.choice(["", " ", "  "]) for _ in range(rng.randint(1, 9))) for _ in range(190))]
+    return [
+        "  both ends   ",
+        *(line for line in FIXED),
+        *("".join(rng.choice(pieces) + rng.choice(["", " ", "  "]) for _ in range(rng.randint(1, 9))) for _ in range(190)),
+    ]
 
 
 def test_ids_are_open_clips():

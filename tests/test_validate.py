@@ -54,7 +54,7 @@ def test_a_float_bundle_passes_against_its_own_student(shipped_bundle, evaluatio
 def test_an_int8_bundle_is_measured_not_taken_for_the_student(shipped_bundle, evaluation, name):
     r = report(shipped_bundle(name), evaluation)
     assert r["failures"] == [] or all(f.startswith((*TOLERANCES, "graph")) for f in r["failures"])
-    assert 0.95 < r["cosine"]["centred_p5"] < 0.99999 and r["cosine"]["raw_p1"] >= r["cosine"]["centred_p1"]
+    assert (0.85 if name == "openvino-int8" else 0.95) < r["cosine"]["centred_p5"] < 0.99999 and r["cosine"]["raw_p1"] >= r["cosine"]["centred_p1"]
     assert (r["optimisation"] is None) == (name == "openvino-int8")
 
 
