@@ -9,6 +9,8 @@ replay it anywhere. Rows are the frozen tower's, as float16; an adapted teacher'
                         class_features.npy    [N, D] float32, unit
                         caption_features.npy  [n, D] float16, unit; where a loss needs captions
                         keys.json             the n pictures' keys; those that could not be read are not among them
+
+The fingerprint knows a picture by its key and size, not by its bytes: who repaints a file at equal size deletes the cache.
 """
 
 import math
@@ -80,7 +82,7 @@ def build(
         "preprocess": msgspec.to_builtins(teacher.preprocess),
         "views": msgspec.to_builtins(spec),
         "seed": seed,
-        "texts": [data.classes, data.templates, captions],
+        "texts": [data.classes, data.templates, [p.caption for p in data.train] if captions else None],
         "pictures": [[p.key, p.size if p.size >= 0 else Path(p.path).stat().st_size] for p in data.train],
     }
     folder = cache / disk.fingerprint(description)[:16]

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from edgeclip import tables
 from edgeclip.errors import EdgeclipError
 
 GATE_FAILED, TOO_FEW = 3, 4
@@ -40,7 +41,7 @@ class _Group(click.Group):
             raise click.ClickException(f"{ctx.invoked_subcommand}: {e.name} is not installed; pip install 'edgeclip[{extra}]'") from None
 
 
-HOST_PACKAGES = {p: "train" for p in ("torch", "torchvision", "open_clip", "timm", "onnx", "jaxtyping", "safetensors", "jinja2", "matplotlib")}
+HOST_PACKAGES = {p: "train" for p in ("torch", "torchvision", "open_clip", "timm", "onnx", "onnxruntime", "jaxtyping", "safetensors", "jinja2", "matplotlib")}
 
 
 def _terminated(*_: object) -> NoReturn:
@@ -58,6 +59,10 @@ def _json_option(f: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(f)
 
 
+def _say(as_json: bool, value: Any, text: str) -> None:
+    click.echo(json.dumps(value, indent=1) if as_json else text)
+
+
 def _run_options(f: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--run", type=click.Path(path_type=Path), help="Every bundle of this run.  [default: runs/latest]")
     @click.option("--bundle", type=click.Path(path_type=Path), help="One bundle folder.")
@@ -69,12 +74,6 @@ def _run_options(f: Callable[..., Any]) -> Callable[..., Any]:
         return f(*args, **kwargs)
 
     return wrapped
-
-
-def _table(rows: list[list[Any]], headers: list[str]) -> None:
-    from tabulate import tabulate
-
-    click.echo(tabulate([["not measured" if c is None else c for c in row] for row in rows], headers, disable_numparse=True))
 
 
 def _latest(run: Path | None) -> Path:
@@ -117,32 +116,7 @@ def distill(recipe: Path, roots: tuple[str, ...], out: Path | None, fresh: bool,
     if as_json:
         click.echo(json.dumps(results, indent=1))
         return
-    _print_accuracy(results)
-
-
-def _print_accuracy(results: dict[str, Any]) -> None:
-    teacher, student = (results["models"][k] for k in ("teacher", "student"))
-    rows = []
-    for s in results["sets"]:
-        for model in ("teacher", "student", "student_without_edu_attention"):
-            if model == "student_without_edu_attention" and results["edu_attention"] is None:
-                continue
-            rows.append(
-                [s["name"], model.replace("_", " "), f"{s[model]['r1']:.3f}", f"{s[model]['r5']:.3f}", f"{s['chance_r1']:.4f}", s["pictures"], s["classes"]]
-            )
-    _table(rows, ["set", "model", "R@1", "R@5", "chance", "pictures", "classes"])
-    for name, value in results.get("harmonic_mean", {}).items():
-        click.echo(f"harmonic mean of base and novel, {name.replace('_', ' ')}: {value:.3f}")
-    for s in results["sets"]:
-        click.echo(f"{s['name']}: {s['note']}")
-    click.echo(f"teacher: {teacher['name']}, {teacher['parameters'] / 1e6:.1f} M parameters, {teacher['macs'] / 1e6:.0f} M MACs at {teacher['input']} px")
-    click.echo(
-        f"student: {student['name']}, {student['parameters'] / 1e6:.1f} M parameters, {student['macs'] / 1e6:.0f} M MACs at {student['input']} px "
-        f"({student['macs'] / teacher['macs']:.3f} of the teacher's)"
-    )
-    if results["skipped"]:
-        click.echo(f"unreadable pictures skipped: {len(results['skipped'])}")
-    click.echo(f"run: {results['run']}")
+    tables.accuracy(results)
 
 
 @main.command()
@@ -196,12 +170,7 @@ def export(
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
-    _table([[r["target"], f"{r['image_encoder_mib']:.1f}", r["bundle"]] for r in rows], ["target", "image encoder MiB", "bundle"])
-    for r in rows:
-        if r["lint"]:
-            click.echo(
-                f"{r['target']}: {r['lint']['checked_by'] or 'not checked'}: parses {r['lint']['parses']}, builds {r['lint']['builds']}; the engine itself is built on the board"
-            )
+    tables.bundles(rows)
 
 
 def _label_file(path: Path) -> list[str]:
@@ -271,30 +240,7 @@ def validate(run: Path | None, bundle: Path | None, device_name: str, as_json: b
     if as_json:
         click.echo(json.dumps(reports, indent=1))
     else:
-        rows = []
-        for r in reports:
-            if r["pictures"]:
-                a, c = r["accuracy"], r["cosine"]
-                numbers = [
-                    f"{c['centred_p1']:.4f}",
-                    f"{c['raw_p1']:.4f}",
-                    f"{r['top1_agreement']:.4f}",
-                    f"{a['reference_r1']:.4f}",
-                    f"{a['bundle_r1']:.4f}",
-                    f"{a['drop_pp']:.2f}",
-                    f"{a['upper_pp']:.2f}",
-                ]
-            else:
-                numbers = ["not measured"] * 7
-            rows.append([r["target"], r["pictures"], *numbers, r["verdict"]])
-        _table(rows, ["target", "pictures", "cosine p1 centred", "raw", "top-1 agreement", "R@1 fp32", "R@1", "drop pp", "at most pp", "verdict"])
-        for r in reports:
-            for failure in r["failures"]:
-                click.echo(f"{r['target']}: {failure}")
-            if r["verdict"] == "golden pictures only":
-                click.echo(f"{r['target']}: no run beside this bundle: only its golden pictures were compared (cosine {r['golden']['cosine_min']:.4f})")
-            if r["verdict"] == "too few pictures":
-                click.echo(f"{r['target']}: {r['pictures']} pictures cannot exclude a drop of {r['accuracy']['upper_pp']:.2f} pp")
+        tables.parity(reports)
     sys.exit(max(GATE_FAILED if r["verdict"] == "fail" else 0 for r in reports) or max(TOO_FEW if r["verdict"] == "too few pictures" else 0 for r in reports))
 
 
@@ -323,36 +269,14 @@ def bench(run: Path | None, bundle: Path | None, device_name: str, scenario: str
     if as_json:
         click.echo(json.dumps(reports, indent=1))
     else:
-        rows = []
-        for r in reports:
-            s, o, stages = r["single_stream"] or {}, r["offline"] or {}, r["stages"]
-            numbers = [
-                s.get("latency_ms_p50"),
-                s.get("latency_ms_p90"),
-                s.get("latency_ms_p99"),
-                o.get("pictures_per_second"),
-                stages["decode_ms"],
-                stages["preprocess_ms"],
-                stages["head_ms"],
-                r["cold_start"]["process_ms"],
-            ]
-            rows.append([r["target"], *(None if v is None else f"{v:.2f}" for v in numbers), r["peak_memory_mib"], f"{r['image_encoder_bytes'] / 2**20:.1f}"])
-        _table(
-            rows, ["target", "p50 ms", "p90 ms", "p99 ms", "offline /s", "decode ms", "preprocess ms", "head ms", "cold start ms", "peak MiB", "encoder MiB"]
-        )
-        r = reports[0]
-        click.echo(f"{name}: {r['machine']['cpu']}, ISA {', '.join(r['machine']['isa'] or ['unknown'])}, {r['ran']['threads']} thread(s); energy: not measured")
-        if any(r["short_run"] for r in reports):
-            click.echo(f"short run: at least {minimum.min_duration_s:g} s and {minimum.min_query_count} queries, where MLPerf asks for 60 s and 1,024")
-        for r in reports:
-            for failure in r["failures"]:
-                click.echo(f"{r['target']}: over budget: {failure}")
+        tables.bench(reports)
     sys.exit(GATE_FAILED if any(r["failures"] for r in reports) else 0)
 
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path), required=False)
-def report(run: Path | None) -> None:
+@_json_option
+def report(run: Path | None, as_json: bool) -> None:
     """Write RUN's report.html: what was lost at which step, and ship or do not ship.
 
     \b
@@ -362,9 +286,8 @@ def report(run: Path | None) -> None:
     from edgeclip.report import report as write
 
     path, verdicts = write(_latest(run))
-    for target, verdict in verdicts.items():
-        click.echo(f"{target}: {verdict}")
-    click.echo(str(path))
+    lines = [f"{target}: {verdict}" for target, verdict in verdicts.items()]
+    _say(as_json, {"report": str(path), "verdicts": verdicts}, "\n".join([*lines, str(path)]))
 
 
 @main.command()
@@ -388,17 +311,15 @@ def classify(images: tuple[Path, ...], bundle: Path | None, labels: str | None, 
     if as_json:
         click.echo(json.dumps(results, indent=1))
         return
-    for image, rows in results.items():  # plain lines: importing a table library would be a tenth of the cold start
-        click.echo(f"{image}\n  probability  cosine  label")
-        for r in rows:
-            click.echo(f"  {r['probability']:11.3f}  {r['score']:6.3f}  {r['label']}")
+    tables.ranking(results)
 
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the new bundle.  [default: in place of BUNDLE]")
-def labels(bundle: Path, file: Path, out: Path | None) -> None:
+@_json_option
+def labels(bundle: Path, file: Path, out: Path | None, as_json: bool) -> None:
     """Bake the labels in FILE (one a line) into BUNDLE, without retraining.
 
     \b
@@ -408,14 +329,16 @@ def labels(bundle: Path, file: Path, out: Path | None) -> None:
     from edgeclip.bundle import bake_labels
 
     words = _label_file(file)
-    click.echo(f"{bake_labels(bundle, words, out or bundle)}: {len(words)} labels")
+    path = bake_labels(bundle, words, out or bundle)
+    _say(as_json, {"bundle": str(path), "labels": words}, f"{path}: {len(words)} labels")
 
 
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A .npy file: float32 [n, D], unit rows in the order given.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Bundle folder.  [default: one of runs/latest]")
-def embed(images: tuple[Path, ...], out: Path, bundle: Path | None) -> None:
+@_json_option
+def embed(images: tuple[Path, ...], out: Path, bundle: Path | None, as_json: bool) -> None:
     """Write the image features of IMAGES, for an index.
 
     \b
@@ -429,13 +352,14 @@ def embed(images: tuple[Path, ...], out: Path, bundle: Path | None) -> None:
 
     features = Bundle.load(_one_bundle(bundle)).encode_image(list(images))
     disk.write_array(out, features)
-    click.echo(f"{out}: {features.shape[0]} x {features.shape[1]}")
+    _say(as_json, {"out": str(out), "shape": list(features.shape)}, f"{out}: {features.shape[0]} x {features.shape[1]}")
 
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The recipe's path.  [default: <folder name>.yaml]")
-def init(folder: Path, out: Path | None) -> None:
+@_json_option
+def init(folder: Path, out: Path | None, as_json: bool) -> None:
     """Write a complete recipe for FOLDER, which has photos in one sub-folder a class.
 
     \b
@@ -445,7 +369,7 @@ def init(folder: Path, out: Path | None) -> None:
     from edgeclip.starter import write_recipe
 
     path, classes = write_recipe(folder, out)
-    click.echo(f"{path}: {classes} classes; next: edgeclip distill {path}")
+    _say(as_json, {"recipe": str(path), "classes": classes}, f"{path}: {classes} classes; next: edgeclip distill {path}")
 
 
 @main.command("list")
@@ -464,7 +388,7 @@ def list_(kind: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([{"kind": k, "name": n, "purpose": p, "path": f} for k, n, p, f in rows], indent=1))
         return
-    _table([[k, n, p] for k, n, p, _ in rows], ["kind", "name", "purpose"])
+    tables.table([[k, n, p] for k, n, p, _ in rows], ["kind", "name", "purpose"])
 
 
 @main.command()
@@ -488,11 +412,4 @@ def doctor(device_name: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
-    _table([[k, ", ".join(v) if isinstance(v, list) else v] for k, v in found["machine"].items()], ["machine", ""])
-    click.echo()
-    _table([[p["part"], p["version"] or "missing", p["install"] or ""] for p in found["parts"]], ["part", "version", "install with"])
-    click.echo()
-    for kind in ("targets", "devices", "recipes"):
-        click.echo(f"{kind}: {', '.join(found[kind])}")
-    if device_name:
-        click.echo(f"this machine is {device_name}")
+    tables.doctor(found)

@@ -1,5 +1,6 @@
 """`edgeclip init`: a complete recipe for a folder of photos, ready to run and to edit."""
 
+import json
 from pathlib import Path
 
 from edgeclip import config, disk
@@ -17,8 +18,8 @@ TEMPLATE = """\
 
 data:
   kind: folders
-  name: {name}
-  root: {root}
+  name: {quoted_name}
+  root: {quoted_root}
   test_fraction: 0.2
   templates: ["a photo of a {{c}}"]
   protocol: zero_shot   # base_to_novel: labels of the first half of the classes only, both halves scored
@@ -44,6 +45,8 @@ def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
         raise EdgeclipError(path, "exists already", "choose another --out")
     # The rest is the clothing recipe's, from its teacher on: one set of values that was measured on photos.
     rest = config.find("recipe", "clothing").read_text(encoding="utf-8")
-    header = TEMPLATE.format(name=name, classes=len(counts), photos=sum(counts.values()), path=path, root=folder.resolve())
+    header = TEMPLATE.format(
+        name=name, classes=len(counts), photos=sum(counts.values()), path=path, quoted_name=json.dumps(name), quoted_root=json.dumps(str(folder.resolve()))
+    )
     disk.write_text(path, header + rest[rest.index("teacher:\n") :])
     return path, len(counts)

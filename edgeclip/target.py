@@ -1,6 +1,5 @@
 """A target: how a student is exported, and how much it may lose on the way. `export/*.yaml` are read into this."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -10,6 +9,10 @@ from edgeclip.config import Config
 from edgeclip.errors import EdgeclipError
 
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
+PRECISIONS = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "fp16", "int8"), "tensorrt": ("fp16", "int8")}
+TEXT_PRECISIONS = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "fp16", "int8"), "tensorrt": ("fp16",)}
 
 
 class Calibration(Config):
@@ -60,8 +63,10 @@ def load(name: str) -> tuple[str, Target]:
         raise EdgeclipError(f"{path}: calibration", "belongs to precision int8, and only to it", "add or remove it")
     if target.runtime == "onnxruntime" and target.precision == "int8" and target.activations is None:
         raise EdgeclipError(f"{path}: activations", "is missing", "say uint8 (x86) or int8 (ARM)")
+    for field, allowed in (("precision", PRECISIONS), ("text", TEXT_PRECISIONS)):
+        asked = getattr(target, field)
+        if asked not in allowed[target.runtime]:
+            raise EdgeclipError(
+                f"{path}: {field}", f"{target.runtime} bundles have no {field} {asked} here", f"use one of: {', '.join(allowed[target.runtime])}"
+            )
     return path.stem, target
-
-
-def path_of(name: str) -> Path:
-    return config.find("target", name)

@@ -38,8 +38,8 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     """
     asked = recipe.load(path, roots)
     run = out or Path("runs") / path.stem
-    _claim(run, path, asked, fresh)
-    if (run / disk.MANIFEST).exists():
+    _check_claim(run, asked, fresh)
+    if (run / disk.MANIFEST).exists() and not fresh:
         say(f"{run}: finished already (--fresh starts over)")
         _mark_latest(run)
         return load_results(run)
@@ -56,7 +56,8 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     clock.lap("data")
 
     teacher = teachers.load(asked.teacher)
-    example = torch.zeros(2, 3, teacher.preprocess.size, teacher.preprocess.size)
+    _claim(run, path, asked, fresh)  # only now: a mistake in what was asked leaves no folder behind
+    example = torch.randn(2, 3, teacher.preprocess.size, teacher.preprocess.size)
     tower = fold(teacher.tower, example).to(memory_format=torch.channels_last)
     cached = cache.build(CACHE, teacher, tower, dataset, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
     clock.lap("teacher cache")
@@ -136,23 +137,26 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     return results
 
 
+def _check_claim(run: Path, asked: Recipe, fresh: bool) -> None:
+    """Raises when the run folder holds a run of another recipe, or something that is no run."""
+    if (run / "recipe.json").exists():
+        different = _differences(disk.read_json(run / "recipe.json"), recipe.description(asked))
+        if different and not fresh:
+            raise EdgeclipError(run, f"holds a run of another recipe ({'; '.join(different[:5])})", "use --fresh to start over, or another --out")
+    elif run.exists() and any(run.iterdir()):
+        raise EdgeclipError(run, "is not empty and not a run", "choose another --out")
+
+
 def _claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
-    """Makes the run folder ours, or raises because it holds a run of another recipe."""
-    understood = recipe.description(asked)
-    if fresh and (run / "recipe.json").exists():
+    """Makes the run folder ours."""
+    if fresh and run.exists():
         shutil.rmtree(run)
     if (run / "recipe.json").exists():
-        before = disk.read_json(run / "recipe.json")
-        if different := _differences(before, understood):
-            raise EdgeclipError(run, f"holds a run of another recipe ({'; '.join(different[:5])})", "use --fresh to start over, or another --out")
         say(f"{run}: resuming")
-        disk.write_json(run / "roots.json", recipe.roots(asked))  # data may have moved
-        return
-    if run.exists() and any(run.iterdir()):
-        raise EdgeclipError(run, "is not empty and not a run", "choose another --out")
-    disk.write_text(run / "recipe.yaml", path.read_text(encoding="utf-8"))
-    disk.write_json(run / "roots.json", recipe.roots(asked))
-    disk.write_json(run / "recipe.json", understood)
+    else:
+        disk.write_text(run / "recipe.yaml", path.read_text(encoding="utf-8"))
+        disk.write_json(run / "recipe.json", recipe.description(asked))
+    disk.write_json(run / "roots.json", recipe.roots(asked))  # data may have moved
 
 
 def _differences(a: Any, b: Any, at: str = "") -> list[str]:

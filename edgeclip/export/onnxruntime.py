@@ -75,7 +75,8 @@ def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> C
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches = iter(np.array_split(calibration, -(-len(calibration) // CALIBRATION_BATCH)))
+            size = CALIBRATION_BATCH if method == "minmax" else 1  # the histogram methods refuse a last batch of another size
+            self.batches = iter(np.split(calibration, range(size, len(calibration), size)))
             self.name = model.graph.input[0].name
 
         def get_next(self) -> dict[str, np.ndarray] | None:
@@ -102,6 +103,8 @@ def quantise(calibrated: Calibrated, nodes: list[str], *, activations: str, floa
 
     symmetric = activations == "int8"
     model = copy.deepcopy(calibrated.model)
+    if not nodes:  # an empty list means "all" to ONNX Runtime
+        return model
     if not symmetric:
         nodes = nodes + graph.fused_activations(model, nodes)
     quantizer = QDQQuantizer(
@@ -113,4 +116,5 @@ def quantise(calibrated: Calibrated, nodes: list[str], *, activations: str, floa
         },
     )  # fmt: skip
     quantizer.quantize_model()
+    quantizer.model.topological_sort()
     return quantizer.model.model

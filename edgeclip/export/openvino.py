@@ -11,6 +11,8 @@ from edgeclip.export import graph
 from edgeclip.export.policy import Quantisation
 from edgeclip.target import Target
 
+PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
+
 
 def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path) -> str:
     """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 targets."""
@@ -34,13 +36,25 @@ def _ignored(ov_model: Any, quantisation: Quantisation, nncf: Any) -> Any:
         for name in (n for o in op.outputs() for n in o.get_names()):
             if name in outputs:
                 # a bias is an addition of its own here: the product is the operation that feeds it
-                while op.get_type_name() not in ("Convolution", "GroupConvolution", "MatMul"):
+                while op.get_type_name() not in PRODUCTS:
                     op = op.input_value(0).get_node()
                 found[outputs[name]] = op.get_friendly_name()
     if missing := quantisation.float_layers.keys() - found.keys():
         raise EdgeclipError("openvino", f"layers to keep in float were not found after conversion ({', '.join(sorted(missing))})", "report this")
-    # NNCF would put residual additions into int8 too. validate=False: a tower may have none.
-    return nncf.IgnoredScope(names=list(found.values()), types=["Add"], validate=False)
+    names = [*found.values(), *_after_last_product(ov_model)]
+    # NNCF would put residual additions and pooling into int8 too. validate=False: a tower may have none.
+    return nncf.IgnoredScope(names=names, types=["Add", "ReduceMean"], validate=False)
+
+
+def _after_last_product(ov_model: Any) -> list[str]:
+    """Names of the operations between the last product and the output: the L2 norm, which must stay exact."""
+    names, todo = [], [ov_model.get_results()[0].input_value(0).get_node()]
+    while todo:
+        op = todo.pop()
+        if op.get_type_name() not in (*PRODUCTS, "Constant", "Parameter") and op.get_friendly_name() not in names:
+            names.append(op.get_friendly_name())
+            todo += [v.get_node() for v in op.input_values()]
+    return names
 
 
 def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:

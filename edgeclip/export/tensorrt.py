@@ -36,11 +36,14 @@ def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Every float32 tensor inside becomes float16, scales of Q/DQ included; input and output stay float32."""
+    from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     blocked: list[str] = []  # nothing stays behind: a strongly typed network refuses mixed operands
     converted: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked, disable_shape_infer=True)
-    return converted
+    sortable = ONNXModel(converted)
+    sortable.topological_sort()  # its casts of the input are appended at the end
+    return sortable.model
 
 
 def lint(path: Path, batch: tuple[int, int, int] = (1, 4, 8)) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""What the commands print: tables for people, from the same records that `--json` prints."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+NOT_MEASURED = "not measured"
+
+
+def table(rows: Sequence[Sequence[Any]], headers: list[str]) -> None:
+    from tabulate import tabulate
+
+    click.echo(tabulate([[NOT_MEASURED if c is None else c for c in row] for row in rows], headers, disable_numparse=True))
+
+
+def accuracy(results: dict[str, Any]) -> None:
+    teacher, student = (results["models"][k] for k in ("teacher", "student"))
+    rows = []
+    for s in results["sets"]:
+        for model in ("teacher", "student", "student_without_edu_attention"):
+            if model == "student_without_edu_attention" and results["edu_attention"] is None:
+                continue
+            rows.append(
+                [s["name"], model.replace("_", " "), f"{s[model]['r1']:.3f}", f"{s[model]['r5']:.3f}", f"{s['chance_r1']:.4f}", s["pictures"], s["classes"]]
+            )
+    table(rows, ["set", "model", "R@1", "R@5", "chance", "pictures", "classes"])
+    for name, value in results.get("harmonic_mean", {}).items():
+        click.echo(f"harmonic mean of base and novel, {name.replace('_', ' ')}: {value:.3f}")
+    for s in results["sets"]:
+        click.echo(f"{s['name']}: {s['note']}")
+    click.echo(f"teacher: {teacher['name']}, {teacher['parameters'] / 1e6:.1f} M parameters, {teacher['macs'] / 1e6:.0f} M MACs at {teacher['input']} px")
+    share = student["macs"] / teacher["macs"]
+    click.echo(
+        f"student: {student['name']}, {student['parameters'] / 1e6:.1f} M parameters, {student['macs'] / 1e6:.0f} M MACs at {student['input']} px ({share:.3f} of the teacher's)"
+    )
+    for line in results["skipped"]:
+        click.echo(f"skipped: {line}")
+    click.echo(f"time: {', '.join(f'{stage} {seconds:.0f} s' for stage, seconds in results['seconds'].items())}; peak memory {results['peak_memory_mib']} MiB")
+    click.echo(f"run: {results['run']}")
+
+
+def bundles(rows: list[dict[str, Any]]) -> None:
+    table([[r["target"], f"{r['image_encoder_mib']:.1f}", r["bundle"]] for r in rows], ["target", "image encoder MiB", "bundle"])
+    for r in rows:
+        if lint := r["lint"]:
+            click.echo(
+                f"{r['target']}: {lint['checked_by'] or 'not checked'}: parses {lint['parses']}, builds {lint['builds']}; the engine itself is built on the board"
+            )
+
+
+def parity(reports: list[dict[str, Any]]) -> None:
+    rows = []
+    for r in reports:
+        numbers: list[str | None] = [None] * 7
+        if r["accuracy"]:
+            a, c = r["accuracy"], r["cosine"]
+            values = (c["centred_p1"], c["raw_p1"], r["top1_agreement"], a["reference_r1"], a["bundle_r1"])
+            numbers = [*(f"{v:.4f}" for v in values), f"{a['drop_pp']:.2f}", f"{a['upper_pp']:.2f}"]
+        rows.append([r["target"], r["pictures"], *numbers, r["verdict"]])
+    table(rows, ["target", "pictures", "cosine p1 centred", "raw", "top-1 agreement", "R@1 fp32", "R@1", "drop pp", "at most pp", "verdict"])
+    for r in reports:
+        for failure in r["failures"]:
+            click.echo(f"{r['target']}: {failure}")
+        if r["verdict"] == "golden pictures only":
+            click.echo(f"{r['target']}: no run beside this bundle: only its golden pictures were compared (cosine {r['golden']['cosine_min']:.4f})")
+        if r["verdict"] == "too few pictures":
+            click.echo(f"{r['target']}: {r['pictures']} pictures cannot exclude a drop of {r['accuracy']['upper_pp']:.2f} pp")
+
+
+def bench(reports: list[dict[str, Any]]) -> None:
+    rows = []
+    for r in reports:
+        s, o, stages = r["single_stream"] or {}, r["offline"] or {}, r["stages"]
+        of_stages = [stages[f"{k}_ms"] for k in ("decode", "preprocess", "model", "head")]
+        numbers = [
+            s.get("latency_ms_p50"),
+            s.get("latency_ms_p90"),
+            s.get("latency_ms_p99"),
+            o.get("pictures_per_second"),
+            *of_stages,
+            r["cold_start"]["process_ms"],
+        ]
+        rows.append([r["target"], *(None if v is None else f"{v:.2f}" for v in numbers), r["peak_memory_mib"], f"{r['image_encoder_bytes'] / 2**20:.1f}"])
+    headers = [
+        "target",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "offline /s",
+        "decode ms",
+        "preprocess ms",
+        "model ms",
+        "head ms",
+        "cold start ms",
+        "peak MiB",
+        "encoder MiB",
+    ]
+    table(rows, headers)
+    r = reports[0]
+    isa = ", ".join(r["machine"]["isa"] or ["unknown"])
+    click.echo(f"{r['device']}: {r['machine']['cpu']}, ISA {isa}, {r['ran']['threads']} thread(s), warm-up {r['warm_up']} queries; energy: {NOT_MEASURED}")
+    if any(x["short_run"] for x in reports):
+        click.echo(f"short run: at least {r['min_duration_s']:g} s and {r['min_query_count']} queries, where MLPerf asks for 60 s and 1,024")
+    for x in reports:
+        for failure in x["failures"]:
+            click.echo(f"{x['target']}: over budget: {failure}")
+
+
+def ranking(results: dict[str, list[dict[str, Any]]]) -> None:
+    # Plain lines: importing a table library would be a tenth of the cold start.
+    for image, rows in results.items():
+        click.echo(f"{image}\n  probability  cosine  label")
+        for r in rows:
+            click.echo(f"  {r['probability']:11.3f}  {r['score']:6.3f}  {r['label']}")
+
+
+def doctor(found: dict[str, Any]) -> None:
+    table([[k, ", ".join(v) if isinstance(v, list) else "unknown" if v is None else v] for k, v in found["machine"].items()], ["machine", ""])
+    click.echo()
+    table([[p["part"], p["version"] or "missing", p["install"] or ""] for p in found["parts"]], ["part", "version", "install with"])
+    click.echo()
+    for kind in ("targets", "devices", "recipes"):
+        click.echo(f"{kind}: {', '.join(found[kind])}")
+    if found.get("device"):
+        click.echo(f"this machine is {found['device']}")
