@@ -118,7 +118,7 @@ def _plots(results: dict[str, Any], targets: list[dict[str, Any]]) -> list[tuple
         axes.bar([x + i * width for x in range(len(values))], [v or 0 for v in values], width, label=name)
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(steps["sets"]))], steps["sets"])
     axes.set_ylabel("R@1")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     plots.append(("Accuracy of each step on the same pictures", _svg(figure)))
 
     measured = [t for t in targets if t["bench"] and t["bench"]["single_stream"] and t["parity"] and t["parity"]["accuracy"]]
@@ -126,10 +126,10 @@ def _plots(results: dict[str, Any], targets: list[dict[str, Any]]) -> list[tuple
         figure, axes = plt.subplots(figsize=(7, 3))
         for t in measured:
             x, y = t["bench"]["single_stream"]["latency_ms_p90"], t["parity"]["accuracy"]["bundle_r1"]
-            axes.scatter(x, y, s=t["bytes"] / 2**20 * 12 + 20)
+            axes.scatter(x, y, clip_on=False, s=t["bytes"] / 2**20 * 12 + 20)
             axes.annotate(t["row"], (x, y), textcoords="offset points", xytext=(8, 4), fontsize=8)
-        axes.set_xlim(left=0)
         axes.margins(x=0.3, y=0.3)
+        axes.set_xlim(left=0)
         axes.set_xlabel("p90 latency, ms (batch 1)")
         axes.set_ylabel("R@1 over all parity pictures")
         plots.append(("Accuracy against latency; the area grows with the encoder's bytes", _svg(figure)))
