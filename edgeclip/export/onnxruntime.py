@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 
 from edgeclip.export import graph
+from edgeclip.progress import track
 from edgeclip.target import Target
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> C
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             size = CALIBRATION_BATCH if method == "minmax" else 1  # the histogram methods refuse a last batch of another size
-            self.batches = iter(np.split(calibration, range(size, len(calibration), size)))
+            batches = np.split(calibration, range(size, len(calibration), size))
+            self.batches = iter(track(batches, "calibration", len(batches)))
             self.name = model.graph.input[0].name
 
         def get_next(self) -> dict[str, np.ndarray] | None:
