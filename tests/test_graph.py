@@ -131,21 +131,6 @@ def test_multiply_accumulates_of_a_convolution_are_torchs(groups):
     assert count == 6 * 8 * 8 * (3 // groups) * 9 == macs(module, 16)
 
 
-def test_an_activation_is_fused_only_where_it_alone_reads_a_product():
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["a"], "c1"),
-        helper.make_node("Clip", ["a", "lo", "hi"], ["b"], "clip"),
-        helper.make_node("Conv", ["b", "v"], ["c"], "c2"),
-        helper.make_node("Relu", ["c"], ["d"], "read by two"),
-        helper.make_node("Sigmoid", ["c"], ["e"], "s"),
-        helper.make_node("Mul", ["d", "e"], ["f"], "m"),
-        helper.make_node("Relu", ["f"], ["y"], "after no product"),
-    ]
-    bounds = [numpy_helper.from_array(np.float32(v), n) for n, v in (("lo", 0), ("hi", 6))]
-    m = model(nodes, [weight("w", 4, 3, 1, 1), weight("v", 4, 4, 1, 1), *bounds], [1, 3, 4, 4])
-    assert graph.fused_activations(m, ["c1", "c2"]) == ["clip"] and graph.fused_activations(m, ["c2"]) == []
-
-
 def test_constants_are_found_as_initializers_and_as_nodes():
     node = helper.make_node("Constant", [], ["k"], value=weight("", 2, 2))
     found = graph.initializers(

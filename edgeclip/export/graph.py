@@ -114,20 +114,6 @@ def matrix_products(model: onnx.ModelProto) -> list[str]:
     return [n.name for n in model.graph.node if n.op_type in ("Conv", "Gemm", "MatMul") and n.input[1] in constants]
 
 
-def fused_activations(model: onnx.ModelProto, products: list[str]) -> list[str]:
-    """Names of the Relu and Clip nodes that alone read a quantised product's output.
-
-    They run inside the integer kernel: the output is quantised on the range behind them ([0, 6] for a ReLU6), not on
-    the much wider one before. Without this a ReLU6 network keeps two or three of its eight bits.
-    """
-    outputs = {n.output[0] for n in model.graph.node if n.name in set(products)}
-    readers: dict[str, int] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers[name] = readers.get(name, 0) + 1
-    return [n.name for n in model.graph.node if n.op_type in ("Relu", "Clip") and n.input[0] in outputs and readers[n.input[0]] == 1]
-
-
 def macs(model: onnx.ModelProto, products: list[str], x: np.ndarray) -> dict[str, int]:
     """Multiply-accumulates of one picture in each of `products`; x: an input [1, ...]."""
     import onnxruntime as ort
