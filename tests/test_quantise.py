@@ -102,16 +102,13 @@ def test_a_weight_has_a_scale_for_each_output_channel_and_is_symmetric(calibrate
         assert (np.abs(values * scale.reshape(shape) - original) <= 0.51 * scale.reshape(shape)).all()
 
 
-def test_a_relu6_is_quantised_on_the_range_behind_it(calibrated):
+def test_a_relu6_stays_in_the_graph_with_its_bounds(calibrated):
+    # Removed by the quantiser, its clipping was lost under ONNX Runtime's BASIC optimisation.
+    def clips(model):
+        return sorted(n.name for n in model.graph.node if n.op_type in ("Clip", "Relu"))
+
     model = quantise(calibrated, graph.matrix_products(calibrated.model), activations="uint8")
-    makers, constants = {o: n for n in model.graph.node for o in n.output}, graph.initializers(model)
-    clips = [
-        n
-        for n in model.graph.node
-        if n.op_type == "QuantizeLinear" and makers.get(n.input[0]) is not None and makers[n.input[0]].op_type in ("Clip", "Relu", "Conv")
-    ]
-    ranges = [float(constants[n.input[1]]) * 255 for n in clips]
-    assert len(ranges) >= 2 and all(r <= 6.01 for r in ranges)
+    assert clips(model) == clips(calibrated.model) != []
 
 
 @pytest.fixture(scope="module")
