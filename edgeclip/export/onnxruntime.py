@@ -36,7 +36,7 @@ def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | N
         assert quantisation is not None
         graph.save(quantise(quantisation.calibrated, quantisation.nodes, activations=target.activations or "uint8"), path)
     else:
-        raise NotImplementedError(target.precision)
+        raise AssertionError(f"target.load lets no precision {target.precision} through")
     return path.name
 
 
