@@ -1,0 +1,94 @@
+"""Stage 1 for the assembled teacher: it starts as the unadapted one, learns what labels it has, and is kept."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from edgeclip.cache import TeacherCache
+from edgeclip.data import Dataset
+from edgeclip.disk import MANIFEST
+from edgeclip.distill.adapt import ResidualHead, adapt
+from edgeclip.errors import EdgeclipError
+from edgeclip.pictures import Picture
+from edgeclip.preprocess import Preprocess
+from edgeclip.recipe import Adapt
+from edgeclip.teachers import Teacher
+
+WIDTH, DIM, CLASSES = 16, 8, 4
+SPEC = Adapt(hidden=32, dropout=0.0, steps=80, batch_size=32, lr=1e-2, weight_decay=0.0, toward_unadapted=0.1)
+
+
+def toy(tmp_path, labelled):
+    """A cache whose pooled features tell the class and whose unadapted features do not."""
+    rng = np.random.default_rng(0)
+    label = np.arange(64) % CLASSES
+    pooled = np.eye(WIDTH)[label] * 4 + rng.normal(size=(64, WIDTH)) * 0.1
+    rows = np.concatenate([pooled, rng.normal(size=(64, DIM))], axis=1)[:, None].repeat(2, axis=1).astype(np.float16)
+    class_features = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0][:CLASSES].astype(np.float32)
+    pictures = [Picture(key=str(i), path=str(tmp_path), label=int(label[i])) for i in range(64)]
+    folder = tmp_path / "cache"
+    cache = TeacherCache(folder, {}, pictures, rows, np.zeros((64, 2, 5), np.float32), class_features, None)
+    data = Dataset(
+        name="toy",
+        train=pictures,
+        labelled=pictures if labelled else [],
+        classes=list("abcd"),
+        templates=("{c}",),
+        train_classes=list(range(CLASSES)),
+        evaluation=[],
+        licence="none",
+    )
+    teacher = Teacher(
+        name="toy",
+        licence="none",
+        identity={"kind": "toy"},
+        preprocess=Preprocess(size=8, mean=(0, 0, 0), std=(1, 1, 1)),
+        logit_scale=20.0,
+        embed_dim=DIM,
+        tower=torch.nn.Identity(),
+        features=lambda r: r[:, -DIM:],
+        encode_text=lambda texts: torch.zeros(len(texts), DIM),
+    )
+    return teacher, cache, data
+
+
+def accuracy(teacher, cache, data):
+    u = F.normalize(teacher.features(torch.from_numpy(cache.rows[:, 0].astype(np.float32))), dim=-1).numpy()
+    return (np.argmax(u @ cache.class_features.T, axis=1) == [p.label for p in cache.pictures]).mean()
+
+
+def test_the_head_starts_as_the_unadapted_teacher():
+    rows = torch.randn(5, WIDTH + DIM)
+    head = ResidualHead(WIDTH, DIM, Adapt(dropout=0.5))
+    torch.testing.assert_close(head(rows), F.normalize(rows[:, -DIM:], dim=-1), rtol=0, atol=0)
+
+
+def test_it_learns_the_labelled_classes_and_the_head_is_read_back(tmp_path):
+    teacher, cache, data = toy(tmp_path, labelled=True)
+    assert accuracy(teacher, cache, data) < 0.6
+    adapted = adapt(teacher, cache, data, SPEC, 0, tmp_path / "teacher")
+    assert accuracy(adapted, cache, data) == 1.0
+    again = adapt(teacher, cache, data, SPEC, 1, tmp_path / "teacher")  # another seed: it is read, not trained
+    rows = torch.randn(3, WIDTH + DIM)
+    torch.testing.assert_close(again.features(rows), adapted.features(rows), rtol=0, atol=0)
+
+
+def test_the_pull_keeps_it_at_the_unadapted_teacher(tmp_path):
+    from msgspec.structs import replace
+
+    teacher, cache, data = toy(tmp_path, labelled=True)
+    rows = torch.from_numpy(cache.rows[:, 0].astype(np.float32))
+
+    def moved(pull):
+        adapted = adapt(teacher, cache, data, replace(SPEC, toward_unadapted=pull), 0, tmp_path / str(pull))
+        return 1 - F.cosine_similarity(adapted.features(rows), teacher.features(rows)).mean().item()
+
+    assert moved(1000.0) < 0.2 * moved(0.0)
+
+
+def test_without_labels_it_says_so_and_leaves_nothing(tmp_path):
+    teacher, cache, data = toy(tmp_path, labelled=False)
+    with pytest.raises(EdgeclipError, match="no labelled pictures"):
+        adapt(teacher, cache, data, SPEC, 0, tmp_path / "teacher")
+    assert not (tmp_path / "teacher" / MANIFEST).exists()
