@@ -86,7 +86,7 @@ class Bundle:
         if "head.npz" not in self.manifest["files"]:
             return None
         with np.load(self.file("head.npz"), allow_pickle=False) as z:
-            return EduAttention(z["weight"], z["bias"], float(z["alpha"]), float(z["temperature"]))
+            return EduAttention(z["weight"], z["bias"], float(z["alpha"]), float(z["temperature"]), str(z["fc"]), bool(z["normalise"]))
 
     def pixels(self, image: str | Path | bytes | Image.Image) -> np.ndarray:
         """uint8 [H, W, 3]. Raises `EdgeclipError` for a picture that cannot be read."""

@@ -157,34 +157,103 @@ class KL(Config):
 
 
 class IFAlign(Config):
-    """Equations 3 to 5: L1 between per-channel batch means and variances of the unit features (A1, A2, A3 defaults)."""
+    """Equations 3 to 5: L1 between the means and variances of student's and teacher's features."""
 
     weight: NonNegative = 100.0
+    axis: Literal["batch", "tokens", "channels"] = "batch"
+    """A1: over the batch, a channel each; over the channels, a picture each; tokens are not in a cache, so that reading is refused"""
+    normalise: bool = True
+    """A2: of unit features; false: of the features before their norm is divided out, on both sides"""
+    reduction: Literal["mean", "sum"] = "mean"
+    """A3: of the L1 norm over the channels; sum is D times mean"""
+    features: Literal["image", "head"] = "image"
+    """A9: P(u_s), or what EduAttention made of it"""
+    momentum: Fraction = 0.0
+    """A13: of a moving average of the statistics over batches, for small batches; 0: this batch's alone"""
 
 
 class EduAttention(Config):
     """Equations 6 and 7: attention of the student's feature over the class matrix, alpha learnable from 0."""
 
-    temperature: NonNegative = 0.1
-    """C (A6)"""
+    temperature: Annotated[float, Meta(gt=0.0)] = 0.1
+    """A6: C; with `query: raw` sqrt(D) is its usual value"""
+    learn_temperature: bool = False
+    query: Literal["unit", "raw"] = "unit"
+    """A6: the query is P(u_s) as a unit row, or before its norm is divided out"""
+    fc: Literal["query", "key_value", "output", "none"] = "query"
+    """A4, A5: where the fully connected layer sits"""
+    axis: Literal["classes", "batch"] = "classes"
+    """A7: of the softmax"""
+    residual: Literal["student", "teacher"] = "student"
+    """A8: what equation 7 adds to in training; at inference it is the student's, for there is no other"""
+    normalise: bool = True
+    """A10: unit rows before the class scores"""
+    learn_alpha: bool = True
+    """false: alpha stays 0, which is PromptKD"""
     keep: bool = True
-    """keep it in the bundle's classification head; accuracy is reported with and without it either way"""
+    """keep it in the bundle's classification head, over the class list that is active there (A11: `evaluate` scores both);
+    accuracy is reported with and without it either way"""
 
 
 class Weighted(Config):
     weight: NonNegative = 1.0
 
 
+class Affinity(Config):
+    weight: NonNegative = 1.0
+    form: Literal["kl", "cross_entropy"] = "cross_entropy"
+    """KL (CLIP-KD's CRD) and soft cross-entropy (TinyCLIP, open_clip) differ by the teacher's entropy, a constant"""
+    logit_scale: NonNegative | None = None
+    """of teacher and student alike (TinyCLIP: 50); null: the teacher's own"""
+
+
+class Distribution(Config):
+    weight: NonNegative = 1.0
+    logit_scale: NonNegative | None = None
+    """the student's; null: the first teacher's own"""
+
+
+class MaskedFeature(Config):
+    weight: NonNegative = 1.0
+    hidden: Fraction = 0.75
+    """share of the patches that the student does not see"""
+    patch: Positive = 16
+    """pixels a side of a hidden square, for a tower that is no ViT; a ViT's own patches are dropped"""
+
+
 class Losses(Config):
     kl: KL | None = None
     if_align: IFAlign | None = None
     edu_attention: EduAttention | None = None
-    feature: Weighted | None = None
-    """1 - cosine to the teacher's image feature (FD up to its constant)"""
-    affinity: Weighted | None = None
-    """TinyCLIP's affinity mimicking against caption features, which the data must have"""
+    cross_entropy: Weighted | None = None
+    """hard labels, of the pictures that have one"""
+    prototype: Weighted | None = None
+    """CLIP-Embed-KD: class prototypes made of the teacher's features of the labelled pictures"""
+    teacher_match: Weighted | None = None
+    """CLIP-Embed-KD's live-teacher counterpart: each picture finds its own teacher feature in the batch"""
     contrastive: Weighted | None = None
-    """InfoNCE against caption features"""
+    """InfoNCE"""
+    affinity: Affinity | None = None
+    """teacher's against student's image-text similarities"""
+    distribution: Distribution | None = None
+    """MobileCLIP: the average of several teachers' image-text similarities"""
+    feature: Weighted | None = None
+    """1 - cosine to the teacher's features (FD up to its constant)"""
+    masked_feature: MaskedFeature | None = None
+    """CLIP-KD's MFD"""
+    gradient: Weighted | None = None
+    """CLIP-KD's GD; its usual weight is 1e8"""
+    interactive: Weighted | None = None
+    """CLIP-KD's ICL"""
+    augmented_feature: Weighted | None = None
+    """CLIP-KD's AFD"""
+    vrd: Weighted | None = None
+    """CLIP-RD: vertical relational distillation"""
+    xrd: Weighted | None = None
+    """CLIP-RD: cross relational distillation"""
+    captions: Literal["data", "classes"] = "data"
+    """the text of a picture for losses that need one: its own caption; or the prompts of its class, of its label where the
+    teacher had it and of the adapted teacher's first choice elsewhere (so no label is seen that is not to be seen)"""
 
 
 class Train(Config):
@@ -268,8 +337,13 @@ def check(recipe: Recipe, where: object) -> None:
     losses = recipe.losses
     if losses.edu_attention and not losses.kl:
         raise EdgeclipError(f"{where}: losses.edu_attention", "has no loss of its own", "add losses.kl, which trains it")
-    if not any((losses.kl, losses.if_align, losses.feature, losses.affinity, losses.contrastive)):
+    if not any(isinstance(getattr(losses, f), Config) and f != "edu_attention" for f in losses.__struct_fields__):
         raise EdgeclipError(f"{where}: losses", "is empty", "add at least one loss, for example kl: {}")
+    if losses.if_align and losses.if_align.axis == "tokens":
+        raise EdgeclipError(f"{where}: losses.if_align.axis: tokens", "needs token_features, which a teacher cache does not hold", "use axis: batch")
+    edu = losses.edu_attention
+    if edu and edu.keep and (edu.query == "raw" or edu.axis == "batch"):
+        raise EdgeclipError(f"{where}: losses.edu_attention", "this reading needs more than one picture's unit feature", "set keep: false")
     if recipe.adapt and not isinstance(recipe.teacher, Conse):
         raise EdgeclipError(f"{where}: adapt", "is for the assembled teacher (kind: conse) only", "set adapt to null")
 

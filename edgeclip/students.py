@@ -37,37 +37,54 @@ class Student(nn.Module):
             self.projector = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, embed_dim))
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        return self.project(self.tower(pixels))
-
-    def project(self, tower_features: Float[Tensor, "B T"]) -> Float[Tensor, "B D"]:
-        return F.normalize(self.projector(tower_features), dim=-1)
+        return F.normalize(self.projector(self.tower(pixels)), dim=-1)
 
 
 class EduAttentionHead(nn.Module):
-    """Equations 6 and 7: image_features + alpha * softmax(FC(image_features) W^T / C) W, as unit rows.
+    """Equations 6 and 7: u + alpha * softmax(FC(u) W^T / C) W, as unit rows, in the reading that the recipe gives.
 
-    Q is the student's feature, K and V are the class features (A4, A5, A7, A8); alpha starts at 0, so the FC has no
-    gradient until alpha has moved.
+    Q is the student's feature, K and V are the class features; alpha starts at 0, so the FC has no gradient until alpha
+    has moved.
     """
 
-    def __init__(self, embed_dim: int, temperature: float, generator: torch.Generator | None = None):
+    def __init__(self, embed_dim: int, spec: R.EduAttention, generator: torch.Generator | None = None):
         super().__init__()
+        self.spec = spec
         self.fc = nn.Linear(embed_dim, embed_dim)
-        self.alpha = nn.Parameter(torch.zeros(()))
-        self.temperature = temperature
+        self.alpha = nn.Parameter(torch.zeros(()), requires_grad=spec.learn_alpha)
+        self.log_temperature = nn.Parameter(torch.tensor(spec.temperature).log(), requires_grad=spec.learn_temperature)
         # A generator of its own: with alpha frozen at 0 the rest of the run is bit for bit PromptKD's.
         bound = embed_dim**-0.5
         for p in self.fc.parameters():
             nn.init.uniform_(p, -bound, bound, generator=generator)
 
-    def forward(self, image_features: Float[Tensor, "B D"], class_features: Float[Tensor, "N D"]) -> Float[Tensor, "B D"]:
-        attention = F.softmax(self.fc(image_features) @ class_features.T / self.temperature, dim=-1)
-        return F.normalize(image_features + self.alpha * (attention @ class_features), dim=-1)
+    def forward(
+        self,
+        image_features: Float[Tensor, "B D"],
+        class_features: Float[Tensor, "N D"],
+        raw: Float[Tensor, "B D"] | None = None,
+        residual: Float[Tensor, "B D"] | None = None,
+    ) -> Float[Tensor, "B D"]:
+        """raw: P(u_s) before its norm was divided out, for `query: raw`; residual: what equation 7 adds to, image_features if None."""
+        spec, query, key = self.spec, image_features if raw is None else raw, class_features
+        if spec.fc == "query":
+            query = self.fc(query)
+        if spec.fc == "key_value":
+            key = self.fc(key)
+        attention = F.softmax(query @ key.T / self.log_temperature.exp(), dim=0 if spec.axis == "batch" else 1) @ key
+        if spec.fc == "output":
+            attention = self.fc(attention)
+        u, added = image_features if residual is None else residual, self.alpha * attention
+        if not spec.normalise:
+            return u + added
+        # u has norm 1, so the sum's norm is known without it: at alpha = 0 this is u bit for bit, which is PromptKD
+        square = 1.0 + 2.0 * (u * added).sum(dim=-1, keepdim=True) + (added * added).sum(dim=-1, keepdim=True)
+        return (u + added) * square.clamp(min=1e-12).rsqrt()
 
     def numpy(self) -> EduAttention:
-        """The same head for the device layer."""
+        """The same head for the device layer; `recipe.check` lets no reading through to it that needs more than unit features."""
         weight, bias = (p.detach().float().cpu().numpy() for p in (self.fc.weight, self.fc.bias))
-        return EduAttention(weight, bias, self.alpha.item(), self.temperature)
+        return EduAttention(weight, bias, self.alpha.item(), self.log_temperature.exp().item(), self.spec.fc, self.spec.normalise)
 
 
 def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
@@ -105,7 +122,7 @@ def load(folder: Path) -> tuple[Student, EduAttentionHead | None, Preprocess, di
     state = load_file(folder / "student.safetensors")
     student.load_state_dict({k: v for k, v in state.items() if not k.startswith("head.")})
     head = None
-    if description["edu_attention_temperature"] is not None:
-        head = EduAttentionHead(description["embed_dim"], description["edu_attention_temperature"])
+    if description["edu_attention"] is not None:
+        head = EduAttentionHead(description["embed_dim"], msgspec.convert(description["edu_attention"], R.EduAttention))
         head.load_state_dict({k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")})
     return student.eval(), head, msgspec.convert(description["preprocess"], Preprocess), description

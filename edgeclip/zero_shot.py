@@ -3,7 +3,7 @@
 The image encoder emits P(u_s), so that indexes and new labels work on plain features; EduAttention (METHODS: equations
 6 and 7) only sharpens the class scores and needs nothing but the features and the class matrix at hand:
 
-    f_att = softmax(FC(u) W^T / C) W        u [B, D], W [N, D], unit rows
+    f_att = softmax(FC(u) W^T / C) W        u [B, D], W [N, D], unit rows; FC may sit on W or on f_att instead (A4, A5)
     scores = norm(u + alpha * f_att) W^T    [B, N]
 """
 
@@ -17,21 +17,31 @@ from edgeclip.metrics import l2_normalise
 
 class EduAttention(NamedTuple):
     weight: np.ndarray
-    """[D, D], of the fully connected layer on the query"""
+    """[D, D], of the fully connected layer"""
     bias: np.ndarray
     """[D]"""
     alpha: float
     temperature: float
     """C in equation 6"""
+    fc: str = "query"
+    """where it sits: query, key_value, output, none"""
+    normalise: bool = True
+    """A10: unit rows before the class scores"""
 
 
 def class_scores(image_features: np.ndarray, class_features: np.ndarray, head: EduAttention | None = None) -> np.ndarray:
     """Cosine scores [B, N] of unit rows image_features [B, D] and class_features [N, D]."""
     if head is not None and head.alpha != 0.0:
-        logits = (image_features @ head.weight.T + head.bias) @ class_features.T / head.temperature
+        query = image_features @ head.weight.T + head.bias if head.fc == "query" else image_features
+        key = class_features @ head.weight.T + head.bias if head.fc == "key_value" else class_features
+        logits = query @ key.T / head.temperature
         attention = np.exp(logits - logits.max(axis=1, keepdims=True))
-        attention /= attention.sum(axis=1, keepdims=True)
-        image_features = l2_normalise(image_features + head.alpha * (attention @ class_features))
+        attended = attention / attention.sum(axis=1, keepdims=True) @ key
+        if head.fc == "output":
+            attended = attended @ head.weight.T + head.bias
+        image_features = image_features + head.alpha * attended
+        if head.normalise:
+            image_features = l2_normalise(image_features)
     return image_features @ class_features.T
 
 

@@ -8,12 +8,14 @@ import torch
 
 from edgeclip import recipe as R
 from edgeclip.distill import losses as L
+from edgeclip.errors import EdgeclipError
 from edgeclip.metrics import l2_normalise
 from edgeclip.students import EduAttentionHead
 
 B, D, N, SCALE = 6, 8, 5, 7.0
 ONE = R.Weighted()
-SPECS = {"kl": R.KL(), "if_align": R.IFAlign(), "feature": ONE, "affinity": ONE, "contrastive": ONE}
+OWN = {"kl": R.KL(), "if_align": R.IFAlign(), "affinity": R.Affinity(), "distribution": R.Distribution(), "masked_feature": R.MaskedFeature()}
+SPECS = {name: OWN.get(name, ONE) for name in L.LOSSES}
 
 
 def unit(seed, rows):
@@ -21,10 +23,15 @@ def unit(seed, rows):
 
 
 S, H, T, W, C = unit(1, B), unit(2, B), unit(3, B), unit(4, N), unit(5, B)
+X, M, P = unit(6, B), unit(7, B), unit(8, N) * np.float32([1, 1, 0, 1, 1])[:, None]
+LABELS = np.array([0, 3, -1, 1, -1, 3])
+LEARNED = L.learned_parameters(R.Losses(**{k: ONE for k in ("interactive", "augmented_feature", "vrd", "xrd")}), D, 0)
 
 
-def batch(s=S, h=H, t=T, w=W, c=C):
-    return L.Batch(*(torch.from_numpy(x) for x in (s, h, t, w, c)), SCALE)
+def batch(s=S, h=H, t=T, w=W, c=C, x=X, m=M, p=P, labels=LABELS):
+    """s, x, m: the student's image, text and masked features; h after the head; t, c: the teacher's; w classes, p prototypes."""
+    s, h, t, w, c, x, m, p, labels = (torch.from_numpy(a) for a in (s, h, t, w, c, x, m, p, labels))
+    return L.Batch(s, h, t, w, c, SCALE, x, 3 * s, 2 * t, m, labels, p, learned=LEARNED)
 
 
 def softmax(x):
@@ -56,55 +63,204 @@ def test_promptkds_reduction_is_promptkds_own_line():
     close(L.kl(batch(), R.KL(temperature=tau, reduction="promptkd")), theirs)
 
 
-def test_if_align_is_l1_of_means_plus_l1_of_biased_variances():
-    close(L.if_align(batch(), R.IFAlign()), np.abs(S.mean(0) - T.mean(0)).mean() + np.abs(S.var(0) - T.var(0)).mean())
+def log_softmax(x):
+    return np.log(softmax(x))
 
 
-def test_feature_is_one_minus_the_cosine():
-    close(L.feature(batch(), ONE), 1 - (S * T).sum(1).mean())
+def cross_entropy(q, p):
+    return -(p * log_softmax(q)).sum(axis=-1).mean()
 
 
-def test_affinity_is_soft_cross_entropy_both_ways():
-    t, s = SCALE * T @ C.T, SCALE * S @ C.T
-    expected = -0.5 * ((softmax(t) * np.log(softmax(s))).sum() + (softmax(t.T) * np.log(softmax(s.T))).sum()) / B
-    close(L.affinity(batch(), ONE), expected)
+def divergence(t, s):
+    """KL(softmax(t) || softmax(s)), a mean over rows."""
+    return (softmax(t) * (log_softmax(t) - log_softmax(s))).sum(axis=-1).mean()
+
+
+def info_nce(q):
+    return cross_entropy(q, np.eye(B))
+
+
+def cosine(a, b):
+    return (a * b).sum(axis=1)
+
+
+def test_several_teachers_are_averaged_as_distributions_each_with_its_own_scale():
+    t2, w2 = l2_normalise(np.random.default_rng(11).normal(size=(B, 5)).astype(np.float32)), l2_normalise(np.random.default_rng(12).normal(size=(N, 5)))
+    p = (softmax(SCALE * T @ W.T) + softmax(3.0 * t2 @ w2.T)) / 2
+    other = ((torch.from_numpy(t2), torch.from_numpy(w2), 3.0),)
+    close(L.kl(batch()._replace(other_teachers=other), R.KL()), (p * (np.log(p) - log_softmax(SCALE * H @ W.T))).sum() / B)
+    c2 = l2_normalise(np.random.default_rng(13).normal(size=(B, 5)).astype(np.float32))
+    rows = (softmax(SCALE * T @ C.T) + softmax(3.0 * t2 @ c2.T)) / 2
+    columns = (softmax(SCALE * C @ T.T) + softmax(3.0 * c2 @ t2.T)) / 2
+    q = 2.0 * S @ X.T
+    other = ((torch.from_numpy(t2), torch.from_numpy(c2), 3.0),)
+    found = L.distribution(batch()._replace(other_teachers=other), R.Distribution(logit_scale=2.0))
+    close(found, 0.5 * (cross_entropy(q, rows) + cross_entropy(q.T, columns)))
+
+
+def test_two_equal_teachers_are_one():
+    other = ((torch.from_numpy(T), torch.from_numpy(W), SCALE),)
+    close(L.kl(batch()._replace(other_teachers=other), R.KL()), L.kl(batch(), R.KL()))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("axis", "numpy_axis"), [("batch", 0), ("channels", 1)])
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("features", ["image", "head"])
+def test_if_align_in_every_reading(reduction, axis, numpy_axis, normalise, features):
+    s, t = ((S if features == "image" else H), T) if normalise else (3 * S, 2 * T)
+    fold = np.mean if reduction == "mean" else np.sum
+    expected = fold(np.abs(s.mean(numpy_axis) - t.mean(numpy_axis))) + fold(np.abs(s.var(numpy_axis) - t.var(numpy_axis)))
+    close(L.if_align(batch(), R.IFAlign(axis=axis, normalise=normalise, reduction=reduction, features=features)), expected)
+
+
+def test_if_aligns_moving_average_starts_at_the_first_batch():
+    spec = R.IFAlign(momentum=0.9)
+    learned = L.learned_parameters(R.Losses(if_align=spec), D, 0)
+    first = L.if_align(batch()._replace(learned=learned), spec)
+    close(first, L.if_align(batch(), R.IFAlign()))
+    second = L.if_align(batch(s=X)._replace(learned=learned), spec)
+    mean = 0.9 * S.mean(0) + 0.1 * X.mean(0)
+    variance = 0.9 * S.var(0) + 0.1 * X.var(0)
+    close(second, np.abs(mean - T.mean(0)).mean() + np.abs(variance - T.var(0)).mean())
+
+
+def test_hard_labels_and_prototypes_count_labelled_pictures_and_classes_only():
+    rows, classes = LABELS >= 0, P.any(axis=1)
+    target = np.eye(N)[LABELS[rows]][:, classes]
+    close(L.cross_entropy(batch(), ONE), cross_entropy(SCALE * H[rows] @ W[classes].T, target))
+    close(L.prototype(batch(), ONE), cross_entropy(SCALE * S[rows] @ P[classes].T, target))
+
+
+def test_a_batch_without_labels_has_no_hard_loss_and_a_gradient_of_zero():
+    h = torch.from_numpy(H).requires_grad_()
+    loss = L.cross_entropy(batch(labels=np.full(B, -1))._replace(head_features=h), ONE)
+    loss.backward()
+    assert loss.item() == 0 and not h.grad.any()
+
+
+def test_teacher_match_is_info_nce_against_the_teachers_pictures_one_way():
+    close(L.teacher_match(batch(), ONE), info_nce(SCALE * S @ T.T))
+
+
+def test_feature_is_one_minus_the_cosine_of_images_and_of_texts():
+    close(L.feature(batch(), ONE), (1 - cosine(S, T)).mean() + (1 - cosine(X, C)).mean())
+    close(L.feature(batch()._replace(text_features=None), ONE), (1 - cosine(S, T)).mean())
+
+
+def test_clip_kds_fd_is_two_over_d_of_feature():
+    close(L.feature(batch()._replace(text_features=None), ONE) * 2 / D, ((S - T) ** 2).mean())
+
+
+def test_masked_feature_looks_at_the_masked_pictures():
+    close(L.masked_feature(batch(), R.MaskedFeature()), (1 - cosine(M, T)).mean())
+
+
+@pytest.mark.parametrize("scale", [None, 50.0])
+def test_affinity_is_soft_cross_entropy_or_kl_both_ways(scale):
+    t, s = (scale or SCALE) * T @ C.T, (scale or SCALE) * S @ X.T
+    close(L.affinity(batch(), R.Affinity(logit_scale=scale)), 0.5 * (cross_entropy(s, softmax(t)) + cross_entropy(s.T, softmax(t.T))))
+    close(L.affinity(batch(), R.Affinity(form="kl", logit_scale=scale)), 0.5 * (divergence(t, s) + divergence(t.T, s.T)))
 
 
 def test_contrastive_is_info_nce_both_ways():
-    s = SCALE * S @ C.T
-    close(L.contrastive(batch(), ONE), -0.5 * (np.log(np.diag(softmax(s))).mean() + np.log(np.diag(softmax(s.T))).mean()))
+    s = SCALE * S @ X.T
+    close(L.contrastive(batch(), ONE), 0.5 * (info_nce(s) + info_nce(s.T)))
 
 
-@pytest.mark.parametrize("name", ["kl", "if_align", "feature"])
+def test_pictures_of_one_caption_are_not_each_others_negatives():
+    c = C.copy()
+    c[1] = c[0]
+    target = np.eye(B)
+    target[:2, :2] = 0.5
+    s = SCALE * S @ X.T
+    close(L.contrastive(batch(c=c), ONE), 0.5 * (cross_entropy(s, target) + cross_entropy(s.T, target)))
+
+
+def test_a_student_without_a_text_tower_uses_the_teachers_texts():
+    close(L.contrastive(batch()._replace(text_features=None), ONE), L.contrastive(batch(x=C), ONE))
+
+
+def test_gradient_is_the_mse_of_four_gradients_that_autograd_gives_too():
+    def by_autograd(image, text):
+        image, text = torch.from_numpy(image).requires_grad_(), torch.from_numpy(text).requires_grad_()
+        out = []
+        for q, order in ((SCALE * image @ text.T, (image, text)), (SCALE * text @ image.T, (text, image))):
+            out += torch.autograd.grad(torch.nn.functional.cross_entropy(q, torch.arange(B)), order)
+        return out
+
+    student, teacher = by_autograd(S, X), by_autograd(T, C)
+    for found, expected in zip(L.info_nce_gradients(torch.from_numpy(S), torch.from_numpy(X), SCALE), student, strict=True):
+        torch.testing.assert_close(found, expected)
+    close(L.gradient(batch(), ONE), sum(((a - b) ** 2).mean() for a, b in zip(student, teacher, strict=True)))
+
+
+CLIP_SCALE = 1 / 0.07
+
+
+def test_interactive_crosses_student_and_teacher():
+    close(L.interactive(batch(), ONE), 0.5 * (info_nce(CLIP_SCALE * S @ C.T) + info_nce(CLIP_SCALE * X @ T.T)))
+
+
+def test_augmented_feature_is_info_nce_of_fused_features():
+    maps = [LEARNED[f"augmented_{side}"].detach().numpy() for side in ("image", "text")]
+    v, s = l2_normalise(np.hstack([S, T]) @ maps[0].T), l2_normalise(np.hstack([X, C]) @ maps[1].T)
+    close(L.augmented_feature(batch(), ONE), 0.5 * (info_nce(SCALE * v @ s.T) + info_nce(SCALE * s @ v.T)))
+
+
+def test_vrd_is_relations_within_modalities_beside_info_nce_on_each():
+    a_image, a_text, b_image, b_text = (CLIP_SCALE * q for q in (T @ S.T, C @ X.T, S @ T.T, X @ C.T))
+    relation = 0.5 * (divergence(a_text, a_image) + divergence(b_text, b_image))
+    close(L.vrd(batch(), ONE), relation + 0.5 * sum(info_nce(q) for q in (a_image, b_image, a_text, b_text)))
+
+
+def test_xrd_is_symmetric_kl_of_the_cross_modal_pairs():
+    m1, m2, m3, m4 = (CLIP_SCALE * q for q in (T @ X.T, C @ S.T, X @ T.T, S @ C.T))
+    close(L.xrd(batch(), ONE), 0.25 * (divergence(m2, m1) + divergence(m1, m2) + divergence(m4, m3) + divergence(m3, m4)))
+
+
+@pytest.mark.parametrize("name", ["kl", "if_align", "feature", "masked_feature", "gradient"])
 def test_a_student_that_equals_its_teacher_has_no_loss(name):
-    assert abs(float(L.LOSSES[name](batch(s=T, h=T), SPECS[name]))) < 1e-6
+    assert abs(float(L.LOSSES[name](batch(s=T, h=T, x=C, m=T), SPECS[name]))) < 1e-6
 
 
-def test_affinity_is_least_where_the_student_equals_its_teacher():
-    least = float(L.affinity(batch(s=T), ONE))
+def test_affinitys_kl_is_zero_and_its_cross_entropy_least_where_student_equals_teacher():
+    assert abs(float(L.affinity(batch(s=T, x=C), R.Affinity(form="kl")))) < 1e-6
+    least = float(L.affinity(batch(s=T, x=C), R.Affinity()))
     t = SCALE * T @ C.T
-    close(least, -0.5 * ((softmax(t) * np.log(softmax(t))).sum() + (softmax(t.T) * np.log(softmax(t.T))).sum()) / B)
-    assert all(float(L.affinity(batch(s=l2_normalise(T + 0.1 * unit(seed, B))), ONE)) > least for seed in range(10, 20))
+    close(least, 0.5 * (cross_entropy(t, softmax(t)) + cross_entropy(t.T, softmax(t.T))))
+    assert all(float(L.affinity(batch(s=l2_normalise(T + 0.1 * unit(seed, B)), x=C), R.Affinity())) > least for seed in range(10, 20))
 
 
 @pytest.mark.parametrize("name", list(L.LOSSES))
 def test_the_order_of_pictures_does_not_matter(name):
-    order = np.random.default_rng(0).permutation(B)
-    close(L.LOSSES[name](batch(S[order], H[order], T[order], W, C[order]), SPECS[name]), L.LOSSES[name](batch(), SPECS[name]))
+    o = np.random.default_rng(0).permutation(B)
+    moved = batch(S[o], H[o], T[o], W, C[o], X[o], M[o], P, LABELS[o])
+    close(L.LOSSES[name](moved, SPECS[name]), L.LOSSES[name](batch(), SPECS[name]))
 
 
-def test_the_order_of_classes_does_not_matter():
-    close(L.kl(batch(w=W[::-1].copy()), R.KL()), L.kl(batch(), R.KL()))
+@pytest.mark.parametrize("name", L.NEED_CLASSES)
+def test_the_order_of_classes_does_not_matter(name):
+    order = np.random.default_rng(0).permutation(N)
+    labels = np.where(LABELS >= 0, np.argsort(order)[LABELS], -1)
+    close(L.LOSSES[name](batch(w=W[order], p=P[order], labels=labels), SPECS[name]), L.LOSSES[name](batch(), SPECS[name]))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 40])
+def test_a_novel_class_list_of_another_length_works(classes):
+    assert L.kl(batch(w=unit(20, classes)), R.KL()).isfinite()
+    head = EduAttentionHead(D, R.EduAttention())
+    assert head(torch.from_numpy(S), torch.from_numpy(unit(20, classes))).shape == (B, D)
 
 
 @pytest.mark.parametrize("name", list(L.LOSSES))
 def test_no_loss_is_negative_and_each_has_a_gradient_to_the_student(name):
     b = batch()
-    s, h = b.image_features.clone().requires_grad_(), b.head_features.clone().requires_grad_()
-    loss = L.LOSSES[name](b._replace(image_features=s, head_features=h), SPECS[name])
+    leaves = {f: getattr(b, f).clone().requires_grad_() for f in ("image_features", "head_features", "masked_features")}
+    loss = L.LOSSES[name](b._replace(**leaves), SPECS[name])
     loss.backward()
-    gradient = h.grad if name == "kl" else s.grad
-    assert loss.item() >= 0 and gradient is not None and bool(gradient.abs().max() > 0) and loss.shape == ()
+    moved = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+    assert loss.item() >= 0 and any(bool(g.abs().max() > 0) for g in moved) and loss.shape == ()
 
 
 def test_the_total_is_the_weighted_sum_and_parts_are_unweighted():
@@ -115,17 +271,22 @@ def test_the_total_is_the_weighted_sum_and_parts_are_unweighted():
     close(parts["kl"], L.kl(batch(), R.KL()))
 
 
+def test_what_a_batch_lacks_is_named():
+    with pytest.raises(EdgeclipError, match="caption_features"):
+        L.contrastive(batch()._replace(caption_features=None), ONE)
+
+
 def test_every_loss_has_a_field_and_every_field_but_the_head_a_loss():
-    assert set(L.LOSSES) == set(R.Losses.__struct_fields__) - {"edu_attention"}
+    assert set(L.LOSSES) == set(R.Losses.__struct_fields__) - {"edu_attention", "captions"}
 
 
 def test_alpha_frozen_at_zero_gives_the_image_features_back():
-    head = EduAttentionHead(D, 0.1)
+    head = EduAttentionHead(D, R.EduAttention())
     assert torch.allclose(head(torch.from_numpy(S), torch.from_numpy(W)), torch.from_numpy(S), atol=1e-7)
 
 
 def test_the_layer_under_alpha_zero_has_no_gradient_and_alpha_has_one():
-    head = EduAttentionHead(D, 0.1)
+    head = EduAttentionHead(D, R.EduAttention())
     s = torch.from_numpy(S)
     L.kl(batch()._replace(head_features=head(s, torch.from_numpy(W))), R.KL()).backward()
     assert float(head.fc.weight.grad.abs().max()) == 0 and float(head.alpha.grad.abs()) > 0
@@ -135,5 +296,29 @@ def test_a_head_with_its_own_generator_leaves_the_global_one_alone():
     torch.manual_seed(0)
     expected = torch.nn.Linear(D, D), torch.rand(1)
     torch.manual_seed(0)
-    EduAttentionHead(D, 0.1, torch.Generator().manual_seed(5))
+    EduAttentionHead(D, R.EduAttention(), torch.Generator().manual_seed(5))
     assert torch.rand(1) == expected[1]
+
+
+READINGS = [R.EduAttention(fc=fc, normalise=n, temperature=c) for fc in ("query", "key_value", "output", "none") for n in (True, False) for c in (0.1, 1.0)]
+
+
+@pytest.mark.parametrize("spec", READINGS, ids=lambda s: f"{s.fc}-{s.normalise}-{s.temperature}")
+def test_every_reading_of_edu_attention_is_the_device_layers(spec):
+    from edgeclip.zero_shot import class_scores
+
+    head = EduAttentionHead(D, spec, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        head.alpha.fill_(0.4)
+        theirs = head(torch.from_numpy(S).float(), torch.from_numpy(W).float()).numpy() @ W.T
+    np.testing.assert_allclose(class_scores(S, W, head.numpy()), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_edu_attention_over_the_batch_from_a_raw_query_and_on_the_teachers_feature():
+    head = EduAttentionHead(D, R.EduAttention(axis="batch", query="raw", residual="teacher", fc="none", temperature=2.0, normalise=False, keep=False))
+    with torch.no_grad():
+        head.alpha.fill_(0.4)
+    q = 3 * S @ W.T / 2.0
+    attention = np.exp(q) / np.exp(q).sum(axis=0) @ W
+    found = head(torch.from_numpy(S), torch.from_numpy(W), torch.from_numpy(3 * S), torch.from_numpy(T))
+    np.testing.assert_allclose(found.detach().numpy(), T + 0.4 * attention, rtol=1e-6)

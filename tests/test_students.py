@@ -24,13 +24,13 @@ def built():
     import msgspec
 
     student, preprocess = students.build(SPEC, D)
-    head = students.EduAttentionHead(D, 0.1, torch.Generator().manual_seed(1))
+    head = students.EduAttentionHead(D, R.EduAttention(), torch.Generator().manual_seed(1))
     with torch.no_grad():
         head.alpha.fill_(0.25)
     description = {
         "architecture": msgspec.to_builtins(SPEC),
         "embed_dim": D,
-        "edu_attention_temperature": 0.1,
+        "edu_attention": msgspec.to_builtins(head.spec),
         "preprocess": msgspec.to_builtins(preprocess),
         "labels": ["a", "b"],
     }
@@ -59,7 +59,7 @@ def test_a_student_comes_back_bit_for_bit(built, tmp_path):
 
 def test_a_student_without_a_head_has_none(built, tmp_path):
     student, _, _, description = built
-    students.save(tmp_path / "s", student, None, description | {"edu_attention_temperature": None}, np.zeros((0, D), np.float32))
+    students.save(tmp_path / "s", student, None, description | {"edu_attention": None}, np.zeros((0, D), np.float32))
     assert students.load(tmp_path / "s")[1] is None
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgeclip import recipe as R
 from edgeclip.metrics import l2_normalise
 from edgeclip.students import EduAttentionHead
 from edgeclip.zero_shot import EduAttention, class_scores, ensemble, prompts
@@ -18,7 +19,7 @@ def unit(seed, *shape):
 @pytest.mark.parametrize("classes", [1, 7, 40])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, -0.2, 2.0])
 def test_the_numpy_head_equals_the_torch_head_over_any_class_list(classes, alpha):
-    head = EduAttentionHead(D, 0.1, torch.Generator().manual_seed(0))
+    head = EduAttentionHead(D, R.EduAttention(), torch.Generator().manual_seed(0))
     with torch.no_grad():
         head.alpha.fill_(alpha)
     u, w = unit(1, 9, D), unit(2, classes, D)
@@ -50,7 +51,7 @@ def test_large_logits_do_not_overflow():
 
 
 def test_scores_lie_between_minus_one_and_one():
-    head = EduAttentionHead(D, 0.1, torch.Generator().manual_seed(0)).numpy()._replace(alpha=0.7)
+    head = EduAttentionHead(D, R.EduAttention(), torch.Generator().manual_seed(0)).numpy()._replace(alpha=0.7)
     assert np.abs(class_scores(unit(1, 50, D), unit(2, 30, D), head)).max() <= 1 + 1e-5
 
 

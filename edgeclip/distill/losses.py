@@ -1,84 +1,217 @@
-"""Distillation losses: pure functions of one batch, in one visible dict.
+"""ComKD-CLIP and its family: every loss a pure function of one batch, in one visible dict.
 
-Shapes, for the whole file: B pictures, D embedding width, N classes of the training class list. All features are unit
-rows. A batch is the `Batch` record below; a loss takes it and its recipe fields and returns a scalar. The equation
-numbers are ComKD-CLIP's (arXiv 2408.04145); the ambiguities A1 to A13 are resolved as the recipe fields say.
+Shapes, for the whole file: B pictures, D embedding width, N classes of the training class list. Features are unit
+rows unless they are called raw. Letters as in the papers: v, s are the student's image and text features, V, T the
+teacher's; a student without a text tower classifies with the teacher's text features, so its s is T.
+
+Sources: ComKD-CLIP arXiv 2408.04145 (equation numbers, ambiguities A1 to A13), PromptKD 2403.02781, CLIP-KD 2307.12732,
+CLIP-RD 2603.25383, TinyCLIP 2309.12314, MobileCLIP 2311.17049, CLIP-Embed-KD 2404.06170. Slips of their codes are not
+copied: learnable scales are exponentiated, similarities of the prototype loss have a temperature.
 
 To add a loss: one function, one line in `LOSSES`, one field in `recipe.Losses`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import recipe as R
+from edgeclip.errors import EdgeclipError
 
 
 class Batch(NamedTuple):
     image_features: Float[Tensor, "B D"]
-    """P(u_s), what ships"""
+    """v = P(u_s), what ships"""
     head_features: Float[Tensor, "B D"]
     """after EduAttention; the same tensor without it"""
     teacher_features: Float[Tensor, "B D"]
+    """V"""
     class_features: Float[Tensor, "N D"]
     caption_features: Float[Tensor, "B D"] | None
-    """the teacher's, of each picture's caption"""
+    """T, of each picture's caption"""
     logit_scale: float
     """the teacher's, already exponentiated; frozen"""
+    text_features: Float[Tensor, "B D"] | None = None
+    """s, of a student with a text tower"""
+    raw_features: Float[Tensor, "B D"] | None = None
+    """P(u_s) before its norm was divided out"""
+    raw_teacher_features: Float[Tensor, "B D"] | None = None
+    masked_features: Float[Tensor, "B D"] | None = None
+    """v of the same pictures with most patches hidden"""
+    labels: Int[Tensor, " B"] | None = None
+    """rows of class_features; -1 where a picture has no label"""
+    prototypes: Float[Tensor, "N D"] | None = None
+    """mean teacher feature of each class's labelled pictures; zero rows where there are none"""
+    other_teachers: tuple[tuple[Float[Tensor, "B E"], Float[Tensor, "M E"], float], ...] = ()
+    """(V_k, text features, logit scale) of each further teacher; M is B for captions, N for classes"""
+    learned: nn.ParameterDict | None = None
+    """what losses learn beside the student: `learned_parameters`"""
+
+
+# --- ComKD-CLIP and PromptKD: a class list, no captions
 
 
 def kl(batch: Batch, spec: R.KL) -> Float[Tensor, ""]:
-    """Equation 8: KL(teacher || student) over the class list."""
-    q_t = batch.logit_scale * batch.teacher_features @ batch.class_features.T
-    q_s = batch.logit_scale * batch.head_features @ batch.class_features.T
+    """Equation 8: KL(teacher || student) over the class list; the teachers' distributions are averaged where there are several."""
     tau = spec.temperature
-    loss = F.kl_div(F.log_softmax(q_s / tau, dim=-1), F.log_softmax(q_t / tau, dim=-1), reduction="batchmean", log_target=True)
+    q_s = batch.logit_scale * batch.head_features @ batch.class_features.T
+    p_t = _log_average([(batch.teacher_features, batch.class_features, batch.logit_scale), *batch.other_teachers], tau)
+    loss = F.kl_div(F.log_softmax(q_s / tau, dim=-1), p_t, reduction="batchmean", log_target=True)
     return loss * tau**2 / q_s.shape[1] if spec.reduction == "promptkd" else loss
 
 
 def if_align(batch: Batch, spec: R.IFAlign) -> Float[Tensor, ""]:
-    """Equations 3 to 5: L1 between the batch means, plus L1 between the biased batch variances, a channel each."""
-    s, t = batch.image_features, batch.teacher_features
-    variance_s, variance_t = s.var(dim=0, correction=0), t.var(dim=0, correction=0)
-    return F.l1_loss(s.mean(dim=0), t.mean(dim=0)) + F.l1_loss(variance_s, variance_t)
+    """Equations 3 to 5: L1 between the means, plus L1 between the biased variances."""
+    if spec.normalise:
+        s, t = (batch.head_features if spec.features == "head" else batch.image_features), batch.teacher_features
+    else:
+        s, t = _need(batch, "raw_features"), _need(batch, "raw_teacher_features")
+    axis = {"batch": 0, "channels": 1}[spec.axis]
+    pairs = {"mean": (s.mean(dim=axis), t.mean(dim=axis)), "variance": (s.var(dim=axis, correction=0), t.var(dim=axis, correction=0))}
+    losses = []
+    for name, (of_s, of_t) in pairs.items():
+        if spec.momentum:
+            of_s, of_t = _smoothed(batch, f"{name}_student", of_s, spec.momentum), _smoothed(batch, f"{name}_teacher", of_t, spec.momentum)
+        losses.append(F.l1_loss(of_s, of_t, reduction=spec.reduction))
+    return losses[0] + losses[1]
 
 
-def feature(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
-    """1 - cosine: CLIP-KD's FD is 2 / D of it, so its weight 2000 at D = 512 is 7.8 here."""
-    return (1.0 - (batch.image_features * batch.teacher_features).sum(dim=-1)).mean()
+def cross_entropy(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
+    """Hard labels over the labelled classes, of the pictures that have one; 0 for a batch without any."""
+    labels, classes = _labelled(batch)
+    q = batch.logit_scale * batch.head_features @ batch.class_features.T
+    return _mean_over_labelled(F.cross_entropy(q.masked_fill(~classes, -torch.inf), labels, ignore_index=-1, reduction="sum"), labels)
 
 
-def affinity(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
-    """TinyCLIP: soft cross-entropy between teacher's and student's image-to-caption similarities, both ways."""
-    t = batch.logit_scale * batch.teacher_features @ _captions(batch).T
-    s = batch.logit_scale * batch.image_features @ _captions(batch).T
-    return 0.5 * (F.cross_entropy(s, t.softmax(dim=-1)) + F.cross_entropy(s.T, t.T.softmax(dim=-1)))
+# --- CLIP-Embed-KD
+
+
+def prototype(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
+    """CLIP-Embed-KD: cross-entropy against the teacher's class prototypes, of the pictures that have a label."""
+    labels, classes = _labelled(batch)
+    q = batch.logit_scale * batch.image_features @ _need(batch, "prototypes").T
+    return _mean_over_labelled(F.cross_entropy(q.masked_fill(~classes, -torch.inf), labels, ignore_index=-1, reduction="sum"), labels)
+
+
+def teacher_match(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
+    """CLIP-Embed-KD's live-teacher counterpart: which of the batch's teacher features is this picture's? One direction."""
+    return _info_nce(batch.logit_scale * batch.image_features @ batch.teacher_features.T, batch.teacher_features)
+
+
+# --- CLIP-KD, TinyCLIP, open_clip, MobileCLIP: pictures with captions
 
 
 def contrastive(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
-    """InfoNCE between the student's images and the captions, both ways."""
-    s = batch.logit_scale * batch.image_features @ _captions(batch).T
-    target = torch.arange(len(s), device=s.device)
-    return 0.5 * (F.cross_entropy(s, target) + F.cross_entropy(s.T, target))
+    """InfoNCE between the student's images and texts, both ways."""
+    q = batch.logit_scale * batch.image_features @ _text(batch).T
+    return 0.5 * (_info_nce(q, _captions(batch)) + _info_nce(q.T, _captions(batch)))
 
 
-def _captions(batch: Batch) -> Float[Tensor, "B D"]:
-    assert batch.caption_features is not None, "the cache was built without captions"
-    return batch.caption_features
+def affinity(batch: Batch, spec: R.Affinity) -> Float[Tensor, ""]:
+    """Teacher's against student's image-text similarities, both ways: CLIP-KD's CRD (kl), TinyCLIP and open_clip (cross_entropy)."""
+    scale = spec.logit_scale or batch.logit_scale
+    t = scale * batch.teacher_features @ _captions(batch).T
+    s = scale * batch.image_features @ _text(batch).T
+    if spec.form == "kl":
+        return 0.5 * (_kl(t, s) + _kl(t.T, s.T))
+    return 0.5 * (F.cross_entropy(s, t.softmax(dim=-1)) + F.cross_entropy(s.T, t.T.softmax(dim=-1)))
+
+
+def distribution(batch: Batch, spec: R.Distribution) -> Float[Tensor, ""]:
+    """MobileCLIP: soft cross-entropy to the average of the teachers' probabilities, each with its own scale, both ways."""
+    teachers = [(batch.teacher_features, _captions(batch), batch.logit_scale), *batch.other_teachers]
+    s = (spec.logit_scale or batch.logit_scale) * batch.image_features @ _text(batch).T
+    rows = _log_average(teachers, 1.0).exp()
+    columns = _log_average([(t, v, scale) for v, t, scale in teachers], 1.0).exp()
+    return 0.5 * (F.cross_entropy(s, rows) + F.cross_entropy(s.T, columns))
+
+
+def feature(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
+    """1 - cosine, of the texts too where the student has a text tower: CLIP-KD's FD is 2 / D of it (2000 at D = 512: 7.8 here)."""
+    return _distance(batch.image_features, batch.teacher_features) + (0.0 if batch.text_features is None else _distance(batch.text_features, _captions(batch)))
+
+
+def masked_feature(batch: Batch, spec: R.MaskedFeature) -> Float[Tensor, ""]:
+    """CLIP-KD's MFD: the student saw few patches, the teacher the whole picture."""
+    return _distance(_need(batch, "masked_features"), batch.teacher_features)
+
+
+def gradient(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
+    """CLIP-KD's GD: MSE between the gradients of InfoNCE with respect to student's and teacher's embeddings, in closed form."""
+    student = info_nce_gradients(batch.image_features, _text(batch), batch.logit_scale)
+    teacher = info_nce_gradients(batch.teacher_features, _captions(batch), batch.logit_scale)
+    return torch.stack([F.mse_loss(s, t) for s, t in zip(student, teacher, strict=True)]).sum()
+
+
+def info_nce_gradients(image: Float[Tensor, "B D"], text: Float[Tensor, "B D"], scale: float) -> list[Float[Tensor, "B D"]]:
+    """Of the image-to-text loss by image and text, then of the text-to-image loss by text and image; each loss a mean over B."""
+    gradients = []
+    for anchor, other in ((image, text), (text, image)):
+        error = ((scale * anchor @ other.T).softmax(dim=-1) - torch.eye(len(anchor), dtype=anchor.dtype, device=anchor.device)) * scale / len(anchor)
+        gradients += [error @ other, error.T @ anchor]
+    return gradients
+
+
+def interactive(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
+    """CLIP-KD's ICL: InfoNCE between student images and teacher texts, and between student texts and teacher images."""
+    c, captions = _scale(batch, "interactive"), _captions(batch)
+    return 0.5 * (_info_nce(c * batch.image_features @ captions.T, captions) + _info_nce(c * _text(batch) @ batch.teacher_features.T, captions))
+
+
+def augmented_feature(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
+    """CLIP-KD's AFD: InfoNCE on features fused of student's and teacher's by a learned map each."""
+    learned = _need(batch, "learned")
+    v = F.normalize(torch.cat([batch.image_features, batch.teacher_features], dim=1) @ learned["augmented_image"].T, dim=-1)
+    s = F.normalize(torch.cat([_text(batch), _captions(batch)], dim=1) @ learned["augmented_text"].T, dim=-1)
+    q = batch.logit_scale * v @ s.T
+    return 0.5 * (_info_nce(q, _captions(batch)) + _info_nce(q.T, _captions(batch)))
+
+
+# --- CLIP-RD
+
+
+def vrd(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
+    """Teacher-student similarities within images take those within texts as their target, beside InfoNCE on each."""
+    v, s, big_v, big_t = batch.image_features, _text(batch), batch.teacher_features, _captions(batch)
+    image, text = _scale(batch, "vrd_image"), _scale(batch, "vrd_text")
+    images, texts = (image * big_v @ v.T, image * v @ big_v.T), (text * big_t @ s.T, text * s @ big_t.T)
+    relation = 0.5 * sum(_kl(t.detach(), i) for t, i in zip(texts, images, strict=True))
+    return relation + 0.5 * sum(_info_nce(q, big_t) for q in (*images, *texts))
+
+
+def xrd(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
+    """The two cross-modal teacher-student similarities agree, whichever of the two gives the images."""
+    v, s, big_v, big_t = batch.image_features, _text(batch), batch.teacher_features, _captions(batch)
+    c = _scale(batch, "xrd")
+    pairs = ((c * big_v @ s.T, c * big_t @ v.T), (c * s @ big_v.T, c * v @ big_t.T))
+    return 0.25 * sum(_kl(b.detach(), a) + _kl(a.detach(), b) for a, b in pairs)
 
 
 LOSSES: dict[str, Callable[[Batch, Any], Float[Tensor, ""]]] = {
     "kl": kl,
     "if_align": if_align,
-    "feature": feature,
-    "affinity": affinity,
+    "cross_entropy": cross_entropy,
+    "prototype": prototype,
+    "teacher_match": teacher_match,
     "contrastive": contrastive,
+    "affinity": affinity,
+    "distribution": distribution,
+    "feature": feature,
+    "masked_feature": masked_feature,
+    "gradient": gradient,
+    "interactive": interactive,
+    "augmented_feature": augmented_feature,
+    "vrd": vrd,
+    "xrd": xrd,
 }
-NEED_CAPTIONS = ("affinity", "contrastive")
+NEED_CAPTIONS = ("contrastive", "affinity", "distribution", "gradient", "interactive", "augmented_feature", "vrd", "xrd")
+NEED_LABELS = ("cross_entropy", "prototype")
+NEED_CLASSES = ("kl", *NEED_LABELS)
 
 
 def active(spec: R.Losses) -> dict[str, Any]:
@@ -91,3 +224,77 @@ def total(batch: Batch, spec: R.Losses) -> tuple[Float[Tensor, ""], dict[str, Fl
     parts = {name: LOSSES[name](batch, fields) for name, fields in active(spec).items()}
     weighted = [getattr(spec, name).weight * value for name, value in parts.items()]
     return torch.stack(weighted).sum(), {k: v.detach() for k, v in parts.items()}
+
+
+def learned_parameters(spec: R.Losses, embed_dim: int, seed: int) -> nn.ParameterDict:
+    """What the active losses learn or remember: log scales (from 1 / 0.07, as CLIP), AFD's maps, IFAlign's running statistics."""
+    scales = {"interactive": ("interactive",), "vrd": ("vrd_image", "vrd_text"), "xrd": ("xrd",)}
+    names = [s for loss, own in scales.items() if getattr(spec, loss) for s in own]
+    learned = nn.ParameterDict({f"{name}_log_scale": nn.Parameter(torch.tensor(math.log(1 / 0.07))) for name in names})
+    if spec.augmented_feature:
+        generator = torch.Generator().manual_seed(seed)  # its own: the rest of the run does not depend on it
+        for name in ("augmented_image", "augmented_text"):
+            learned[name] = nn.Parameter(torch.empty(embed_dim, 2 * embed_dim).uniform_(-1, 1, generator=generator) * (2 * embed_dim) ** -0.5)
+    if spec.if_align and spec.if_align.momentum:
+        for name in ("mean_student", "mean_teacher", "variance_student", "variance_teacher"):
+            learned[name] = nn.Parameter(torch.full((embed_dim,), torch.nan), requires_grad=False)
+    return learned
+
+
+# --- shared pieces
+
+
+def _info_nce(q: Float[Tensor, "B B"], captions: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    """Cross-entropy to the diagonal. Pictures of one and the same caption share the target: none is another's negative."""
+    same = (captions @ captions.T > 1 - 1e-5).to(q.dtype)
+    return F.cross_entropy(q, same / same.sum(dim=-1, keepdim=True))
+
+
+def _kl(t: Float[Tensor, "B M"], s: Float[Tensor, "B M"]) -> Float[Tensor, ""]:
+    return F.kl_div(F.log_softmax(s, dim=-1), F.log_softmax(t, dim=-1), reduction="batchmean", log_target=True)
+
+
+def _log_average(teachers: list[tuple[Tensor, Tensor, float]], tau: float) -> Float[Tensor, "B M"]:
+    """Log of the mean of softmax(scale V T^T / tau) over the teachers."""
+    logs = [F.log_softmax(scale * v @ t.T / tau, dim=-1) for v, t, scale in teachers]
+    return logs[0] if len(logs) == 1 else torch.logsumexp(torch.stack(logs), dim=0) - math.log(len(logs))
+
+
+def _distance(a: Float[Tensor, "B D"], b: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    return (1.0 - (a * b).sum(dim=-1)).mean()
+
+
+def _smoothed(batch: Batch, name: str, value: Float[Tensor, " D"], momentum: float) -> Float[Tensor, " D"]:
+    """An exponential moving average that starts at the first batch; the gradient is the present batch's."""
+    running = _need(batch, "learned")[name]
+    smooth = value if running.isnan().any() else momentum * running.detach() + (1 - momentum) * value
+    running.data.copy_(smooth.detach())
+    return smooth
+
+
+def _labelled(batch: Batch) -> tuple[Int[Tensor, " B"], Tensor]:
+    """(labels, which classes have labelled pictures at all): a class that has none is no candidate."""
+    return _need(batch, "labels"), _need(batch, "prototypes").abs().sum(dim=1) > 0
+
+
+def _mean_over_labelled(total: Float[Tensor, ""], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
+    return total / (labels >= 0).sum().clamp(min=1)
+
+
+def _captions(batch: Batch) -> Float[Tensor, "B D"]:
+    return _need(batch, "caption_features")
+
+
+def _text(batch: Batch) -> Float[Tensor, "B D"]:
+    return _captions(batch) if batch.text_features is None else batch.text_features
+
+
+def _scale(batch: Batch, name: str) -> Float[Tensor, ""]:
+    return _need(batch, "learned")[f"{name}_log_scale"].exp().clamp(max=100.0)
+
+
+def _need(batch: Batch, field: str) -> Any:
+    value = getattr(batch, field)
+    if value is None:
+        raise EdgeclipError("losses", f"need {field}, which this batch does not have", "build the cache with it, or drop the loss")
+    return value

@@ -51,7 +51,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     dataset = data.load(spec, CACHE)
     if asked.evaluation_data:
         dataset = _with_evaluation(dataset, data.load(asked.evaluation_data, CACHE))
-    captions = any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
+    captions = asked.losses.captions == "data" and any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
     _check(dataset, asked, captions, path)
     clock.lap("data")
 
@@ -70,13 +70,12 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         torch.manual_seed(asked.seed)
         student, preprocess = students.build(asked.student, teacher.embed_dim)
         edu = asked.losses.edu_attention
-        head = students.EduAttentionHead(teacher.embed_dim, edu.temperature, torch.Generator().manual_seed(asked.seed)) if edu else None
-        log = train(student, head, teacher, cached, preprocess, dataset.train_classes, asked, device)
+        head = students.EduAttentionHead(teacher.embed_dim, edu, torch.Generator().manual_seed(asked.seed)) if edu else None
+        log = train(student, head, teacher, cached, preprocess, dataset, asked, device)
         description = {
             "architecture": msgspec.to_builtins(asked.student),
             "embed_dim": teacher.embed_dim,
-            "edu_attention_temperature": edu.temperature if edu else None,
-            "edu_attention_keep": bool(edu and edu.keep),
+            "edu_attention": msgspec.to_builtins(edu),
             "preprocess": msgspec.to_builtins(preprocess),
             "logit_scale": teacher.logit_scale,
             "labels": dataset.classes,
@@ -92,7 +91,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     results = evaluate(
         student,
         head,
-        description["edu_attention_keep"],
+        bool(head and head.spec.keep),
         preprocess,
         teacher,
         tower,
@@ -122,7 +121,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             },
         },
         "log": description["log"],
-        "edu_attention": None if head is None else {"alpha": head.alpha.item(), "kept": description["edu_attention_keep"]},
+        "edu_attention": None if head is None else {"alpha": head.alpha.item(), "kept": head.spec.keep},
         "skipped": cached.manifest["skipped"],
         "device": str(device),
         "seconds": clock.laps,
@@ -187,8 +186,11 @@ def _with_evaluation(dataset: data.Dataset, other: data.Dataset) -> data.Dataset
 
 
 def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> None:
-    if asked.losses.kl and not dataset.classes:
-        raise EdgeclipError(f"{path}: losses.kl", "needs a class list, and the data has none", "give data.classes or evaluation_data")
+    for name in losses.active(asked.losses):
+        if not dataset.classes and (name in losses.NEED_CLASSES or (name in losses.NEED_CAPTIONS and not captions)):
+            raise EdgeclipError(f"{path}: losses.{name}", "needs a class list, and the data has none", "give data.classes or evaluation_data")
+        if name in losses.NEED_LABELS and not dataset.labelled:
+            raise EdgeclipError(f"{path}: losses.{name}", "needs labels, and the data has no labelled pictures", "drop the loss, or label some")
     if captions and any(not p.caption for p in dataset.train):
         missing = next(p for p in dataset.train if not p.caption)
         raise EdgeclipError(

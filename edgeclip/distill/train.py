@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip.cache import TeacherCache, replay
+from edgeclip.data import Dataset
 from edgeclip.distill import losses as L
+from edgeclip.distill import masking
 from edgeclip.errors import EdgeclipError
 from edgeclip.pictures import read, stream
 from edgeclip.preprocess import Preprocess, normalise, open_picture
 from edgeclip.progress import track
-from edgeclip.recipe import Recipe
+from edgeclip.recipe import Losses, Recipe
 from edgeclip.students import EduAttentionHead, Student
 from edgeclip.teachers import Teacher
 
@@ -33,41 +35,49 @@ def train(
     teacher: Teacher,
     cache: TeacherCache,
     preprocess: Preprocess,
-    train_classes: list[int],
+    data: Dataset,
     recipe: Recipe,
     device: torch.device,
+    tower_features: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """Trains `student` and `head` in place; returns the log: a row an epoch, each loss before its weight, and alpha.
 
+    tower_features: [n, K, T] of the student's frozen tower for the projector's steps, where they are known already.
     Raises `EdgeclipError` when the loss is not finite.
     """
     spec, seed = recipe.train, recipe.seed
     student.to(device, memory_format=torch.channels_last)
-    class_features = torch.from_numpy(cache.class_features[train_classes]).to(device)
-    features = teacher.features.to(device) if isinstance(teacher.features, nn.Module) else teacher.features
+    targets = Targets(teacher, cache, data, recipe.losses, device)
+    learned = L.learned_parameters(recipe.losses, teacher.embed_dim, seed).to(device)
     if head is not None:
         head.to(device)
 
-    def batch(image_features: Tensor, index: np.ndarray, view: np.ndarray) -> L.Batch:
-        with torch.no_grad():
-            rows = torch.from_numpy(cache.rows[index, view].astype(np.float32)).to(device)
-            teacher_features = F.normalize(features(rows), dim=-1)
-            captions = None if cache.caption_features is None else torch.from_numpy(cache.caption_features[index].astype(np.float32)).to(device)
-        head_features = image_features if head is None else head(image_features, class_features)
-        return L.Batch(image_features, head_features, teacher_features, class_features, captions, teacher.logit_scale)
+    def batch(tower_features: Tensor, masked: Tensor | None, index: np.ndarray, view: np.ndarray) -> L.Batch:
+        raw = student.projector(tower_features)
+        v = F.normalize(raw, dim=-1)
+        known = targets(index, view)
+        f_e = v
+        if head is not None:
+            f_e = head(
+                v, targets.class_features, raw if head.spec.query == "raw" else None, known["teacher_features"] if head.spec.residual == "teacher" else None
+            )
+        # In the projector's steps there are no pixels to hide, so MFD is FD.
+        hidden = None if recipe.losses.masked_feature is None else v if masked is None else F.normalize(student.projector(masked), dim=-1)
+        return L.Batch(image_features=v, head_features=f_e, raw_features=raw, masked_features=hidden, learned=learned, **known)
 
     log: list[dict[str, Any]] = []
     order = np.random.default_rng(seed)
-    new_layers = [*student.projector.parameters(), *(head.parameters() if head else [])]
+    new_layers = [*student.projector.parameters(), *(head.parameters() if head else []), *learned.parameters()]
     if spec.warmup_steps:
-        tower_features = _tower_features(student, cache, preprocess, recipe, device)
+        if tower_features is None:
+            tower_features = frozen_features(student, cache, preprocess, recipe, device)
         optimizer = torch.optim.AdamW(new_layers, lr=spec.warmup_lr, weight_decay=spec.weight_decay)
         student.projector.train()
         averages = _Averages()
         for step in track(range(spec.warmup_steps), "stage 2: projector", spec.warmup_steps):
             index = order.choice(len(tower_features), min(spec.warmup_batch_size, len(tower_features)), replace=False)
             view = order.integers(tower_features.shape[1], size=len(index))
-            loss, parts = L.total(batch(student.project(tower_features[index, view]), index, view), recipe.losses)
+            loss, parts = L.total(batch(tower_features[index, view], None, index, view), recipe.losses)
             _step(optimizer, loss, _cosine(step, spec.warmup_steps), f"projector step {step}")
             averages.add(loss, parts)
         log.append({"epoch": 0, **averages.row(head)})
@@ -86,13 +96,59 @@ def train(
         views = order.integers(cache.views.shape[1], size=len(cache.pictures))
         batches = _pixels(cache, index_order, views, preprocess, spec.batch_size, spec.threads)
         for step, (index, x) in enumerate(track(batches, f"stage 2: epoch {epoch + 1} of {spec.epochs}", steps_per_epoch)):
-            loss, parts = L.total(batch(student(_to(x, preprocess, device)), index, views[index]), recipe.losses)
+            pixels = _to(x, preprocess, device)
+            masked = masking.forward(student.tower, pixels, recipe.losses.masked_feature) if recipe.losses.masked_feature else None
+            loss, parts = L.total(batch(student.tower(pixels), masked, index, views[index]), recipe.losses)
             position = epoch * steps_per_epoch + step
             _step(optimizer, loss, _cosine(position, spec.epochs * steps_per_epoch), f"step {position}")
             averages.add(loss, parts)
         log.append({"epoch": epoch + 1, **averages.row(head)})
     student.eval()
     return log
+
+
+class Targets:
+    """What the teacher, the captions and the labels say of a batch: the half of `losses.Batch` that no gradient reaches."""
+
+    def __init__(self, teacher: Teacher, cache: TeacherCache, data: Dataset, spec: Losses, device: torch.device):
+        self.teacher, self.cache, self.spec, self.device = teacher, cache, spec, device
+        self.features = teacher.features.to(device) if isinstance(teacher.features, nn.Module) else teacher.features
+        self.class_features = torch.from_numpy(cache.class_features[data.train_classes]).to(device)
+        position = {c: i for i, c in enumerate(data.train_classes)}
+        label_of = {p.key: position.get(p.label, -1) for p in data.labelled}
+        self.labels = np.array([label_of.get(p.key, -1) for p in cache.pictures])
+        self.prototypes = self._prototypes() if (self.labels >= 0).any() else None
+
+    def __call__(self, index: np.ndarray, view: np.ndarray) -> dict[str, Any]:
+        raw = self._raw(index, view)
+        unit = F.normalize(raw, dim=-1)
+        labels = torch.from_numpy(self.labels[index]).to(self.device)
+        captions = None
+        if self.spec.captions == "classes":
+            first = (unit @ self.class_features.T).argmax(dim=-1)
+            captions = self.class_features[torch.where(labels >= 0, labels, first)]
+        elif self.cache.caption_features is not None:
+            captions = F.normalize(torch.from_numpy(self.cache.caption_features[index].astype(np.float32)), dim=-1).to(self.device)  # float16 on disk
+        return {
+            "teacher_features": unit,
+            "raw_teacher_features": raw,
+            "class_features": self.class_features,
+            "caption_features": captions,
+            "labels": labels,
+            "prototypes": self.prototypes,
+            "logit_scale": self.teacher.logit_scale,
+        }
+
+    @torch.no_grad()
+    def _raw(self, index: np.ndarray, view: np.ndarray) -> Tensor:
+        return self.features(torch.from_numpy(self.cache.rows[index, view].astype(np.float32)).to(self.device))
+
+    def _prototypes(self) -> Tensor:
+        """[N, D]: the unit mean of each class's unit features in the plain view; zero where nothing is labelled."""
+        sums = torch.zeros_like(self.class_features)
+        for part in np.array_split(np.flatnonzero(self.labels >= 0), max(1, len(self.labels) // 4096)):
+            sums.index_add_(0, torch.from_numpy(self.labels[part]).to(self.device), F.normalize(self._raw(part, np.zeros_like(part)), dim=-1))
+        return F.normalize(sums, dim=-1)
 
 
 def _cosine(step: int, steps: int) -> float:
@@ -130,7 +186,7 @@ def _to(pixels: np.ndarray, preprocess: Preprocess, device: torch.device) -> Ten
 
 
 @torch.no_grad()
-def _tower_features(student: Student, cache: TeacherCache, preprocess: Preprocess, recipe: Recipe, device: torch.device) -> Tensor:
+def frozen_features(student: Student, cache: TeacherCache, preprocess: Preprocess, recipe: Recipe, device: torch.device) -> Tensor:
     """[n, K, T]: the frozen student tower's features of every cached view."""
     student.eval()
     n, k = cache.views.shape[:2]

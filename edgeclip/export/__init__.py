@@ -83,7 +83,13 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
         disk.write_array(folder / "class_features.npy", source.class_features)
         if source.head is not None:
             h = source.head
-            np.savez(folder / "head.npz", weight=h.weight, bias=h.bias, alpha=np.float32(h.alpha), temperature=np.float32(h.temperature))
+            scalars: dict[str, Any] = {
+                "alpha": np.float32(h.alpha),
+                "temperature": np.float32(h.temperature),
+                "fc": np.str_(h.fc),
+                "normalise": np.bool_(h.normalise),
+            }
+            np.savez(folder / "head.npz", weight=h.weight, bias=h.bias, **scalars)
         for i, picture in enumerate(source.golden):
             (folder / "golden" / f"{i}{Path(picture.key).suffix or '.png'}").write_bytes(read(picture))
         disk.write_array(folder / "golden" / "pixels.npy", pixels)

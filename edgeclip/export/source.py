@@ -61,7 +61,7 @@ def from_run(run: Path) -> Source:
         labels=description["labels"],
         templates=description["templates"],
         class_features=np.load(run / "student" / "class_features.npy"),
-        head=head.numpy() if head is not None and description["edu_attention_keep"] else None,
+        head=head.numpy() if head is not None and head.spec.keep else None,
         logit_scale=description["logit_scale"],
         calibration=training_pictures,
         golden=index_tar(evaluation / "pictures.tar")[:8],

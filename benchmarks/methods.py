@@ -1,0 +1,259 @@
+"""The trial: every method of the family, same teacher, same student, same data, same budget, paired seeds.
+
+Measured: zero-shot accuracy on the test parts of clothing and grocery (base, novel, harmonic mean) and on OpenMoji's
+held-out concepts (R@1). One teacher cache a set; its head is adapted once a seed, and every method gets that same head,
+the same views, order and start of the student. Methods differ in `losses` alone.
+
+    full     every weight of the student trained from pixels over the cached views: the reference rows
+    frozen   the tower's features stay, projector and EduAttention are trained: minutes, and labelled so
+
+A loss that needs texts takes the prompt of a picture's class: its label in the base half, the adapted teacher's first
+choice elsewhere (`captions: classes`). Weights are the papers' own where they give any. Every choice was made on the
+validation parts (OpenMoji: the unlabelled concepts); a run scores its test part once, and both go to the log:
+
+    docs/methods.jsonl     a line a run, appended when it is done; a run that is there is not run again
+    docs/results.md        the tables, between two marks (--write)
+
+What bounds it: seeds. One run's harmonic mean on 372 photos has a standard error of about two points; the rows are
+paired (same photos, same seed), so their differences are known better than themselves.
+
+    python benchmarks/methods.py --frozen --data clothing=DIR --data grocery=DIR
+    python benchmarks/methods.py --full --sets clothing --methods PromptKD ComKD --data clothing=DIR
+    python benchmarks/methods.py --quick --check --data clothing=DIR      # identities and signs
+    python benchmarks/methods.py --write                                  # the tables from the log
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import compare
+import methods_table
+import numpy as np
+import torch
+from msgspec.structs import replace
+from torch.nn import functional as F
+
+from edgeclip import cache, config, data, disk, recipe, students, teachers
+from edgeclip import recipe as R
+from edgeclip.allocator import keep_freed_memory
+from edgeclip.distill.adapt import adapt
+from edgeclip.distill.evaluate import image_features
+from edgeclip.distill.train import frozen_features, train
+from edgeclip.fold import fold
+from edgeclip.metrics import harmonic_mean, hits
+from edgeclip.zero_shot import class_scores
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+LOG = Path(__file__).parent.parent / "docs" / "methods.jsonl"
+SETS = {"clothing": "clothing", "grocery": "grocery", "openmoji": "quickstart"}
+SEEDS = range(5)
+EPOCHS = 3
+"""of a full run, after the projector's steps"""
+
+CLIP_KD = {"contrastive": {}, "affinity": {"form": "kl"}, "feature": {"weight": 7.8}, "interactive": {}, "captions": "classes"}
+COMKD = {"kl": {}, "if_align": {"weight": 100}, "edu_attention": {"temperature": 0.1}}
+METHODS: dict[str, dict[str, Any]] = {
+    "student alone": {"cross_entropy": {}},
+    "contrastive": {"contrastive": {}, "captions": "classes"},
+    "feature": {"feature": {}},
+    "affinity": {"affinity": {}, "captions": "classes"},
+    "CLIP-KD": CLIP_KD,
+    "CLIP-RD": CLIP_KD | {"vrd": {}, "xrd": {}},
+    "CLIP-Embed-KD": {"cross_entropy": {}, "prototype": {"weight": 0.5}},
+    "PromptKD": {"kl": {}},
+    "ComKD": COMKD,
+    "ComKD without IFAlign": {k: v for k, v in COMKD.items() if k != "if_align"},
+    "ComKD without EduAttention": {k: v for k, v in COMKD.items() if k != "edu_attention"},
+    "ComKD without both": {"kl": {}, "if_align": {"weight": 0}, "edu_attention": {"temperature": 0.1, "learn_alpha": False}},
+}
+
+
+class Part(NamedTuple):
+    """One evaluation set's pictures through the two frozen towers."""
+
+    name: str
+    classes: list[int]
+    labels: np.ndarray
+    pictures: list[Any]
+    teacher_rows: np.ndarray
+    tower_features: np.ndarray
+
+
+class Bench(NamedTuple):
+    """A data set, its teacher and its student's frozen features: all that runs share."""
+
+    recipe: R.Recipe
+    dataset: data.Dataset
+    teacher: teachers.Teacher
+    cached: cache.TeacherCache
+    tower_features: torch.Tensor
+    parts: dict[str, list[Part]]
+
+
+def prepare(name: str, roots: tuple[str, ...], folder: Path) -> Bench:
+    """Builds or opens the teacher cache and the frozen features of set `name`; `folder`: where the cache lies."""
+    keep_freed_memory()
+    asked = recipe.load(RECIPES / f"{SETS[name]}.yaml", roots)
+    dataset = data.load(asked.data, folder)
+    if isinstance(asked.data, R.WebDataset):
+        sets = {"val": data.load(replace(asked.data, test="val/*.tar"), folder).evaluation, "test": dataset.evaluation}
+    else:
+        of = {s.name: s for s in dataset.evaluation}
+        sets = {"val": [of["unlabelled concepts"]], "test": [of["held-out concepts"]]}
+    cpu = torch.device("cpu")
+    teacher = teachers.load(asked.teacher)
+    tower = fold(teacher.tower, torch.randn(2, 3, teacher.preprocess.size, teacher.preprocess.size)).to(memory_format=torch.channels_last)
+    cached = cache.build(folder, teacher, tower, dataset, asked.views, 0, captions=False, device=cpu, threads=asked.train.threads)
+    student, preprocess = students.build(asked.student, teacher.embed_dim)
+    student.to(memory_format=torch.channels_last)
+    features = frozen_features(student, cached, preprocess, asked, cpu)
+    parts: dict[str, list[Part]] = {}
+    for which, evaluation in sets.items():
+        parts[which] = []
+        for s in evaluation:
+            _, of_teacher = image_features(tower, s.pictures, teacher.preprocess, f"teacher: {which} {s.name}", cpu, 8)
+            kept, of_student = image_features(student.tower, s.pictures, preprocess, f"student: {which} {s.name}", cpu)
+            labels = np.array([s.classes.index(s.pictures[i].label) for i in kept])
+            parts[which].append(Part(s.name, s.classes, labels, [s.pictures[i] for i in kept], of_teacher, of_student))
+    return Bench(asked, dataset, teacher, cached, features, parts)
+
+
+def described(bench: Bench, losses: dict[str, Any], regime: str, seed: int) -> R.Recipe:
+    schedule = replace(bench.recipe.train, epochs=EPOCHS if regime == "full" else 0)
+    if regime == "frozen" and isinstance(bench.recipe.data, R.OpenMoji):
+        schedule = replace(schedule, warmup_steps=2000)
+    return replace(bench.recipe, losses=config.convert(losses, R.Losses, "losses"), train=schedule, seed=seed)
+
+
+def adapted(bench: Bench, seed: int) -> teachers.Teacher:
+    assert isinstance(bench.recipe.adapt, R.Adapt)
+    key = disk.fingerprint({"cache": bench.cached.folder.name, "adapt": recipe.description(bench.recipe)["adapt"], "seed": seed})[:16]
+    return adapt(bench.teacher, bench.cached, bench.dataset, bench.recipe.adapt, seed, Path("runs/methods") / key)
+
+
+def run(bench: Bench, losses: dict[str, Any], regime: str, seed: int, teacher: teachers.Teacher) -> dict[str, Any]:
+    """Trains and scores one student; returns its scores on validation and test parts, hits and all."""
+    start = time.perf_counter()
+    asked = described(bench, losses, regime, seed)
+    torch.manual_seed(seed)
+    student, preprocess = students.build(asked.student, teacher.embed_dim)
+    edu = asked.losses.edu_attention
+    head = students.EduAttentionHead(teacher.embed_dim, edu, torch.Generator().manual_seed(seed)) if edu else None
+    cpu = torch.device("cpu")
+    log = train(student, head, teacher, bench.cached, preprocess, bench.dataset, asked, cpu, bench.tower_features)
+    seconds = time.perf_counter() - start
+
+    def features(part: Part) -> np.ndarray:
+        if regime == "full":
+            return image_features(student, part.pictures, preprocess, part.name, cpu)[1]
+        with torch.inference_mode():
+            return F.normalize(student.projector(torch.from_numpy(part.tower_features)), dim=-1).numpy()
+
+    result = scored(bench, features, head.numpy() if head else None)
+    return result | {"alpha": head.alpha.item() if head else None, "loss": log[-1]["loss"], "seconds": round(seconds, 1)}
+
+
+def scored(bench: Bench, features: Any, head: Any) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for which, parts in bench.parts.items():
+        scores: dict[str, Any] = {}
+        for part in parts:
+            w = bench.cached.class_features[part.classes]
+            u = features(part)
+            for name, own in (("", head), *([("without_edu_attention_", None)] if head else [])):
+                answers = class_scores(u, w, own)
+                top = hits(answers, part.labels, 1)
+                scores |= {f"{name}{part.name}": float(top.mean()), f"{name}{part.name} R@5": float(hits(answers, part.labels, 5).mean())}
+                if not name and which == "test":
+                    out.setdefault("hits", {})[part.name] = np.packbits(top.astype(bool)).tobytes().hex()
+        for name in ("", "without_edu_attention_"):
+            if {f"{name}base", f"{name}novel"} <= scores.keys():
+                scores[f"{name}harmonic mean"] = harmonic_mean(scores[f"{name}base"], scores[f"{name}novel"])
+        out[which] = {k: round(v, 5) for k, v in scores.items()}
+    return out
+
+
+def append(record: dict[str, Any]) -> None:
+    with LOG.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(record) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def trial(regime: str, names: list[str], methods: list[str], seeds: list[int], roots: tuple[str, ...], folder: Path) -> None:
+    """Every run that the log does not hold yet, seed by seed, so that whatever is there is paired."""
+    for name in names:
+        given = tuple(r for r in roots if r.partition("=")[0] == name)
+        bench = prepare(name, given, folder)
+        counts = {p.name: len(p.labels) for p in bench.parts["test"]}
+        for seed in seeds:
+            teacher = adapted(bench, seed)
+            for method in ["teacher", *methods]:
+                what = recipe.description(described(bench, METHODS[method], regime, seed)) if method in METHODS else recipe.description(bench.recipe)["adapt"]
+                key = {"regime": "teacher" if method == "teacher" else regime, "set": name, "method": method, "seed": seed}
+                key["fingerprint"] = disk.fingerprint({"what": what, "cache": bench.cached.folder.name})[:16]
+                if any(all(line.get(k) == v for k, v in key.items()) for line in methods_table.read(LOG)):
+                    continue
+                if method == "teacher":
+
+                    def features(part: Part, teacher: teachers.Teacher = teacher) -> np.ndarray:
+                        with torch.inference_mode():
+                            return F.normalize(teacher.features(torch.from_numpy(part.teacher_rows)), dim=-1).numpy()
+
+                    result = scored(bench, features, None)
+                else:
+                    result = run(bench, METHODS[method], regime, seed, teacher)
+                append(key | {"pictures": counts, "threads": torch.get_num_threads()} | result)
+                print(f"{name} {method} seed {seed}: {result['test']} ({result.get('seconds', 0)} s)", flush=True)
+
+
+def quick(roots: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:
+    """Identities and signs on clothing, frozen features, two seeds; nothing goes to the log."""
+    bench = prepare("clothing", tuple(r for r in roots if r.startswith("clothing=")), folder)
+    required = []
+    means: dict[str, list[float]] = {}
+    for seed in (0, 1):
+        teacher = adapted(bench, seed)
+        for method in ("student alone", "PromptKD", "ComKD without both", "ComKD"):
+            result = run(bench, METHODS[method], "frozen", seed, teacher)
+            means.setdefault(method, []).append(result["test"]["harmonic mean"])
+            means.setdefault(f"{method}: loss", []).append(result["loss"])
+    same = float(means["PromptKD: loss"] == means["ComKD without both: loss"] and means["PromptKD"] == means["ComKD without both"])
+    required.append(compare.exact("ComKD without both is PromptKD, loss and answers", same, n=2, at_least=1))
+    gain = float(np.mean(means["ComKD"]) - np.mean(means["student alone"]))
+    required.append(compare.exact("ComKD above the student alone, harmonic mean", gain, n=2, at_least=0))
+    required.append(compare.exact("ComKD's harmonic mean", float(np.mean(means["ComKD"])), n=2, at_least=0.8))
+    return required
+
+
+def main() -> None:
+    parser = compare.arguments(__doc__)
+    parser.add_argument("--frozen", action="store_true", help="the rows on frozen tower features")
+    parser.add_argument("--full", action="store_true", help="the rows with every weight trained")
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--data", action="append", default=[], help="NAME=DIR")
+    parser.add_argument("--cache", type=Path, default=Path("cache"))
+    parser.add_argument("--write", action="store_true", help="put the log's tables into docs/results.md")
+    options = parser.parse_args()
+    here = compare.this_machine()
+    roots = tuple(options.data)
+    required = quick(roots, options.cache) if options.quick else []
+    for regime in ("frozen", "full"):
+        if getattr(options, regime) and not options.quick:
+            trial(regime, options.sets, options.methods, options.seeds, roots, options.cache)
+    if not options.quick:
+        required = methods_table.judged(methods_table.read(LOG))
+        text = methods_table.tables(methods_table.read(LOG))
+        print(text)
+        if options.write:
+            methods_table.put(text, LOG.parent / "results.md")
+    compare.finish({}, required, here, options)
+
+
+if __name__ == "__main__":
+    main()

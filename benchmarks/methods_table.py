@@ -1,0 +1,152 @@
+"""The trial's tables and verdicts from its log: means, standard deviations, and two intervals of a paired difference.
+
+    t-interval          over the seeds: what another seed would do, on these very photos
+    crossed bootstrap   seeds and photos are both drawn again (photos within base and novel apart): what another seed on
+                        other photos of the kind would do; it is the wider one, and the honest one for a claim about a method
+
+A line of the log is a run; where a run was repeated with another fingerprint, the newest one counts.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import compare
+import numpy as np
+from scipy import stats
+from tabulate import tabulate
+
+REGIMES = {
+    "full": "Every weight of the student trained from pixels",
+    "frozen": "Frozen tower features, projector and EduAttention trained (fast, not the reference)",
+}
+MARKS = ("<!-- methods: start -->", "<!-- methods: end -->")
+BOOTSTRAPS = 10_000
+
+
+def read(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+
+
+def newest(log: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[int, dict[str, Any]]]:
+    """(regime, set, method) to seed to the newest run."""
+    runs: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    for line in log:
+        runs.setdefault((line["regime"], line["set"], line["method"]), {})[line["seed"]] = line
+    return runs
+
+
+def figure(run: dict[str, Any], prefix: str = "") -> float:
+    """The one figure that a set is judged by."""
+    test = run["test"]
+    return float(test[f"{prefix}harmonic mean"] if f"{prefix}harmonic mean" in test else test[f"{prefix}held-out concepts"])
+
+
+def difference(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
+    """a minus b over the seeds that both have, with the two 95 % intervals; None for fewer than two seeds."""
+    seeds = sorted(a.keys() & b.keys())
+    if len(seeds) < 2:
+        return None
+    d = np.array([figure(a[s]) - figure(b[s]) for s in seeds])
+    half = float(stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d)))
+    low, high = bootstrap([a[s] for s in seeds], [b[s] for s in seeds])
+    return {"mean": float(d.mean()), "t": (float(d.mean()) - half, float(d.mean()) + half), "bootstrap": (low, high), "n": len(d)}
+
+
+def bootstrap(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, float]:
+    """95 % percentile interval of mean figure(a) - mean figure(b); both are drawn with the same seeds and the same photos."""
+    rng = np.random.default_rng(0)
+    parts = {name: [np.stack([_hits(r, name) for r in side]).astype(np.float32) for side in (a, b)] for name in a[0]["hits"]}
+    out = []
+    for _ in range(BOOTSTRAPS):
+        seeds = rng.integers(len(a), size=len(a))
+        accuracy = []
+        for both in parts.values():
+            # How often each photo was drawn: a matrix product takes the place of 2 x seeds gathers.
+            drawn = rng.multinomial(both[0].shape[1], np.full(both[0].shape[1], 1 / both[0].shape[1])).astype(np.float32)
+            accuracy.append([(side[seeds] @ drawn) / drawn.sum() for side in both])
+        of_a, of_b = (_combine([x[i] for x in accuracy]) for i in (0, 1))
+        out.append(float((of_a - of_b).mean()))
+    low, high = np.percentile(out, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _hits(run: dict[str, Any], name: str) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(run["hits"][name]), np.uint8))[: run["pictures"][name]]
+
+
+def _combine(parts: list[np.ndarray]) -> np.ndarray:
+    """[seeds]: harmonic mean of base and novel, or the one part there is."""
+    return parts[0] if len(parts) == 1 else 2 * parts[0] * parts[1] / np.maximum(parts[0] + parts[1], 1e-9)
+
+
+def _spread(runs: dict[int, dict[str, Any]], key: str) -> str:
+    x = np.array([r["test"][key] for r in runs.values()])
+    return f"{x.mean():.3f}" + (f" ± {x.std(ddof=1):.3f}" if len(x) > 1 else "")
+
+
+def _interval(d: dict[str, Any] | None) -> list[str]:
+    if d is None:
+        return ["not measured", "not measured"]
+    return [f"{100 * d['mean']:+.1f} ({100 * d['t'][0]:+.1f} to {100 * d['t'][1]:+.1f})", f"{100 * d['bootstrap'][0]:+.1f} to {100 * d['bootstrap'][1]:+.1f}"]
+
+
+def tables(log: list[dict[str, Any]]) -> str:
+    """Markdown: a table a regime and set, every method with its difference to PromptKD."""
+    runs = newest(log)
+    out = []
+    for regime, title in REGIMES.items():
+        for name in sorted({s for r, s, _ in runs if r == regime}):
+            own = {"teacher, adapted": runs.get(("teacher", name, "teacher"), {})}
+            own |= {m: runs[regime, s, m] for r, s, m in runs if r == regime and s == name}
+            first = next(iter(next(r for m, r in own.items() if r and m != "teacher, adapted").values()))
+            keys = ["base", "novel", "harmonic mean"] if "harmonic mean" in first["test"] else list(first["pictures"]) + [f"{k} R@5" for k in first["pictures"]]
+            reference = own.get("PromptKD", {})
+            rows = []
+            for method, of in own.items():
+                if not of:
+                    continue
+                without = np.mean([figure(r, "without_edu_attention_") for r in of.values()]) if next(iter(of.values())).get("alpha") is not None else None
+                alpha = [f"{r['alpha']:+.2f}" for r in of.values() if r.get("alpha") is not None]
+                paired = None if method in ("PromptKD", "teacher, adapted") else difference(of, reference)
+                rows.append(
+                    [method, len(of), *(_spread(of, k) for k in keys), "" if without is None else f"{without:.3f}", ", ".join(alpha)]
+                    + ([""] * 2 if method in ("PromptKD", "teacher, adapted") else _interval(paired))
+                )
+            pictures = ", ".join(f"{n} {k}" for k, n in first["pictures"].items())
+            seconds = [r["seconds"] for m, of in own.items() if m != "teacher, adapted" for r in of.values()]
+            out.append(f"### {name}: {title}\n\nTest pictures: {pictures}. {len(seconds)} runs, median {np.median(seconds):.0f} s each.\n")
+            headers = ["method", "seeds", *keys, "without EduAttention", "alpha by seed", "minus PromptKD, pp (95 % t)", "crossed bootstrap 95 %"]
+            out.append(tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n")
+    return "\n".join(out)
+
+
+def judged(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trial's goals on the reference rows, as far as the log has them."""
+    runs = newest(log)
+    required = []
+    for name in ("clothing", "grocery", "openmoji"):
+        teacher, comkd = runs.get(("teacher", name, "teacher"), {}), runs.get(("full", name, "ComKD"), {})
+        if teacher:
+            goal = {"clothing": 0.89, "grocery": 0.34, "openmoji": 0.24}[name]
+            required.append(compare.exact(f"(a) {name}: adapted teacher", float(np.mean([figure(r) for r in teacher.values()])), n=len(teacher), at_least=goal))
+        if teacher and comkd:
+            share = float(np.mean([figure(r) for r in comkd.values()]) / np.mean([figure(r) for r in teacher.values()]))
+            required.append(compare.exact(f"(b) {name}: ComKD's student over its teacher", share, n=len(comkd), at_least=1.0))
+        for letter, other, where in (("c", "PromptKD", ("clothing", "grocery")), ("e", "student alone", ("clothing", "grocery", "openmoji"))):
+            d = difference(comkd, runs.get(("full", name, other), {}))
+            if d and name in where:
+                verdict = "met" if d["t"][0] > 0 else "missed" if d["t"][1] < 0 else "not resolved"
+                found = {"found": d["mean"], "low": d["t"][0], "high": d["t"][1], "n": d["n"], "at_least": 0.0, "at_most": None}
+                required.append({"what": f"({letter}) {name}: ComKD minus {other}", **found, "verdict": verdict})
+    return required
+
+
+def put(text: str, page: Path) -> None:
+    """Replaces what lies between the two marks of `page`."""
+    whole = page.read_text(encoding="utf-8")
+    new, count = re.subn(f"{MARKS[0]}.*{MARKS[1]}", lambda _: f"{MARKS[0]}\n\n{text}\n{MARKS[1]}", whole, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{page}: has no '{MARKS[0]}' and '{MARKS[1]}' to write between")
+    page.write_text(new, encoding="utf-8")
