@@ -1,0 +1,62 @@
+"""EduAttention: what alpha does, and that every reading that ships is the device layer's."""
+
+import numpy as np
+import pytest
+import torch
+
+from edgeclip import recipe as R
+from edgeclip.distill import losses as L
+from edgeclip.students import EduAttentionHead
+from edgeclip.zero_shot import class_scores
+
+D = 8
+
+
+def unit(seed, rows):
+    x = np.random.default_rng(seed).normal(size=(rows, D)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+S, T, W = unit(1, 6), unit(3, 6), unit(4, 5)
+
+
+def test_alpha_frozen_at_zero_gives_the_image_features_back():
+    head = EduAttentionHead(D, R.EduAttention())
+    assert torch.allclose(head(torch.from_numpy(S), torch.from_numpy(W)), torch.from_numpy(S), atol=1e-7)
+
+
+def test_the_layer_under_alpha_zero_has_no_gradient_and_alpha_has_one():
+    head = EduAttentionHead(D, R.EduAttention())
+    s = torch.from_numpy(S)
+    L.kl(L.Batch(s, head(s, torch.from_numpy(W)), torch.from_numpy(T), torch.from_numpy(W), None, 7.0), R.KL()).backward()
+    assert float(head.fc.weight.grad.abs().max()) == 0 and float(head.alpha.grad.abs()) > 0
+
+
+def test_a_head_with_its_own_generator_leaves_the_global_one_alone():
+    torch.manual_seed(0)
+    expected = torch.nn.Linear(D, D), torch.rand(1)
+    torch.manual_seed(0)
+    EduAttentionHead(D, R.EduAttention(), torch.Generator().manual_seed(5))
+    assert torch.rand(1) == expected[1]
+
+
+READINGS = [R.EduAttention(fc=fc, normalise=n, temperature=c) for fc in ("query", "key_value", "output", "none") for n in (True, False) for c in (0.1, 1.0)]
+
+
+@pytest.mark.parametrize("spec", READINGS, ids=lambda s: f"{s.fc}-{s.normalise}-{s.temperature}")
+def test_every_reading_of_edu_attention_is_the_device_layers(spec):
+    head = EduAttentionHead(D, spec, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        head.alpha.fill_(0.4)
+        theirs = head(torch.from_numpy(S).float(), torch.from_numpy(W).float()).numpy() @ W.T
+    np.testing.assert_allclose(class_scores(S, W, head.numpy()), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_edu_attention_over_the_batch_from_a_raw_query_and_on_the_teachers_feature():
+    head = EduAttentionHead(D, R.EduAttention(axis="batch", query="raw", residual="teacher", fc="none", temperature=2.0, normalise=False, keep=False))
+    with torch.no_grad():
+        head.alpha.fill_(0.4)
+    q = 3 * S @ W.T / 2.0
+    attention = np.exp(q) / np.exp(q).sum(axis=0) @ W
+    found = head(torch.from_numpy(S), torch.from_numpy(W), torch.from_numpy(3 * S), torch.from_numpy(T))
+    np.testing.assert_allclose(found.detach().numpy(), T + 0.4 * attention, rtol=1e-6)
