@@ -6,6 +6,8 @@ from typing import Any
 import click
 
 NOT_MEASURED = "not measured"
+INERT = 0.01
+"""below this alpha EduAttention moves a unit feature by less than a hundredth of its length"""
 
 
 def table(rows: Sequence[Sequence[Any]], headers: list[str]) -> None:
@@ -27,6 +29,11 @@ def accuracy(results: dict[str, Any]) -> None:
     table(rows, ["set", "model", "R@1", "R@5", "chance", "pictures", "classes"])
     for name, value in results.get("harmonic_mean", {}).items():
         click.echo(f"harmonic mean of base and novel, {name.replace('_', ' ')}: {value:.3f}")
+    if results["edu_attention"]:
+        alpha = results["edu_attention"]["alpha"]
+        gains = [f"{100 * (s['student']['r1'] - s['student_without_edu_attention']['r1']):+.1f} pp on {s['name']}" for s in results["sets"]]
+        inert = "; it stayed inert" if abs(alpha) < INERT else ""
+        click.echo(f"edu attention: alpha {alpha:+.3f} at the end{inert}; R@1 with it minus without: {', '.join(gains)}")
     for s in results["sets"]:
         click.echo(f"{s['name']}: {s['note']}")
     click.echo(f"teacher: {teacher['name']}, {teacher['parameters'] / 1e6:.1f} M parameters, {teacher['macs'] / 1e6:.0f} M MACs at {teacher['input']} px")
