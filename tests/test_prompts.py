@@ -1,7 +1,6 @@
-"""Prompts: without tokens a prompted tower is the library's, with them only they learn; stage 1 keeps what it learnt."""
+"""Prompts: without tokens a prompted tower is the library's; a prompted student trains, returns and exports as asked."""
 
 import dataclasses
-import math
 import random
 
 import msgspec
@@ -10,15 +9,13 @@ import open_clip
 import pytest
 import timm
 import torch
-from conftest import SIZE, encoded, mistake, run, write
-from msgspec.structs import replace
+from conftest import SIZE, encoded
 from torch.nn import functional as F
 
-from edgeclip import disk, students, tokenizer, weights
 from edgeclip import recipe as R
+from edgeclip import students, weights
 from edgeclip.cache import TeacherCache
-from edgeclip.data import Dataset, shapes
-from edgeclip.distill import promptsrc
+from edgeclip.data import shapes
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
@@ -30,6 +27,7 @@ from edgeclip.teachers import open_clip as teachers
 VISION = {"image_size": SIZE, "layers": 3, "width": 24, "head_width": 8, "patch_size": 16}
 TEXT = {"context_length": 12, "vocab_size": 49408, "width": 20, "heads": 2, "layers": 3}
 TINY = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
+TEACHER = R.OpenClip(model="tiny", weights="random", config=TINY)
 PIXELS = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
 INIT = torch.tensor([320, 1125, 539, 320])  # "a photo of a"
 
@@ -45,6 +43,24 @@ def ids(length):
     for row, words in zip(out, ([7, 8], [9, 10, 11]), strict=True):
         row[: len(words) + 2] = torch.tensor([49406, *words, 49407])
     return out
+
+
+def pictures_of(folder, count, classes, draw, seed=0):
+    """`count` labelled PNGs that `draw` makes of a class and a random generator, the classes in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    pictures = [Picture(key=f"{folder.name}/{i}", path=str(folder / f"{i}.png"), label=classes[i % len(classes)]) for i in range(count)]
+    for p in pictures:
+        with open(p.path, "wb") as f:
+            f.write(encoded(draw(p.label, rng)))
+    return pictures
+
+
+def onnx_run(model, x):
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
 
 
 # --- identities
@@ -116,150 +132,11 @@ def test_towers_that_take_no_prompts_are_refused():
         PromptedText(clip(text={"embed_cls": True}, kind=open_clip.model.CustomTextCLIP), 4, 2, INIT)
 
 
-# --- PromptSRC's closed forms
-
-
-def test_epoch_weights_are_a_gaussian_that_sums_to_one():
-    w = promptsrc.epoch_weights(20, 15.0, 1.0)
-    assert w.sum().item() == pytest.approx(1) and w.argmax() == 14
-    assert (w[15] / w[14]).item() == pytest.approx(math.exp(-1 / 2)) and w[12].item() == pytest.approx(w[16].item())
-    torch.testing.assert_close(promptsrc.epoch_weights(4, 2.5, 1e9), torch.full((4,), 0.25, dtype=torch.float64))
-    assert promptsrc.epoch_weights(2, 1000.0, 0.1).tolist() == [0.0, 1.0]  # far off: the nearest epoch, not 0 / 0
-
-
-def test_the_learning_rate_is_constant_then_a_half_cosine():
-    spec = R.Prompts(epochs=5, warmup_epochs=1, warmup_lr=1e-5, lr=0.1)
-    assert [promptsrc.learning_rate(e, spec) for e in range(5)] == pytest.approx([1e-5, 0.1, 0.1 * (2 + math.sqrt(2)) / 4, 0.05, 0.1 * (2 - math.sqrt(2)) / 4])
-
-
-def test_the_losses_against_a_case_by_hand():
-    u, w = torch.tensor([[0.6, 0.8]]), torch.eye(2)
-    got = promptsrc.losses(u, torch.tensor([[1.0, 0.0]]), w, w, torch.tensor([1]), 10.0)
-    q = np.exp([6.0, 8.0]) / np.exp([6.0, 8.0]).sum()
-    q0 = np.exp([10.0, 0.0]) / np.exp([10.0, 0.0]).sum()
-    expected = {"cross_entropy": -np.log(q[1]), "image": (0.4 + 0.8) / 2, "text": 0.0, "logit": (q0 * np.log(q0 / q)).sum() / 2}
-    assert {k: v.item() for k, v in got.items()} == pytest.approx(expected)
-    same = promptsrc.losses(u, u, w, w, torch.tensor([1]), 10.0)
-    assert same["image"] == same["text"] == same["logit"] == 0
-
-
-# --- stage 1
-
-
-def coloured(folder, count, classes, draw, seed=0):
-    """`count` labelled PNGs of shapes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng, out = random.Random(seed), []
-    for i in range(count):
-        label = classes[i % len(classes)]
-        path = folder / f"{i}.png"
-        path.write_bytes(encoded(draw(label, rng)))
-        out.append(Picture(key=f"{folder.name}/{i}", path=str(path), label=label))
-    return out
-
-
-def dataset(labelled, train=None):
-    return Dataset(
-        name="toy", licence="none", classes=shapes.CLASSES, templates=("a {c}", "a photo of a {c}"), labelled=labelled,
-        train=train or labelled, train_classes=list(range(len(shapes.CLASSES))), evaluation=[],
-    )  # fmt: skip
-
-
-SPEC = R.Prompts(length=4, depth=3, epochs=3, batch_size=4, lr=0.05, average_mean=3.0)
-TEACHER = R.OpenClip(model="tiny", weights="random", config=TINY)
-RECIPE = R.Recipe(
-    data=R.Folders(name="toy", root="."), teacher=TEACHER, adapt=SPEC, losses=R.Losses(kl=R.KL()), student=R.Student(tower=TEACHER),
-    views=R.Views(scale=(0.8, 1.0), flip=0.0),
-)  # fmt: skip
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    return coloured(tmp_path_factory.mktemp("labelled"), 12, [0, 1, 2, 3], shapes.draw)
-
-
-def stage_1(labelled, folder, asked=RECIPE):
-    teacher = teachers.load(asked.teacher)
-    prompted = promptsrc.with_prompts(teacher, asked.adapt, asked.seed)
-    return teacher, promptsrc.adapt(teacher, prompted, dataset(labelled), asked, folder, CPU)
-
-
-def test_only_prompts_are_trained_and_they_are_read_back(labelled, tmp_path):
-    teacher, adapted = stage_1(labelled, tmp_path / "teacher")
-    untouched = weights.open_clip_model(TEACHER)[0].state_dict()
-    trained = adapted.text.module.model.state_dict()
-    assert all(torch.equal(untouched[k], trained[k]) for k in untouched)
-    start = promptsrc.with_prompts(teachers.load(TEACHER), SPEC, 0)
-    assert not torch.equal(start.tower.prompts, adapted.tower.prompts)
-    assert not torch.equal(start.text.module.prompts, adapted.text.module.prompts)
-
-    _, again = stage_1([], tmp_path / "teacher", replace(RECIPE, seed=5))  # nothing labelled: it is read, not trained
-    assert again.identity == adapted.identity and adapted.identity["prompts"] == disk.sha256(tmp_path / "teacher" / "prompts.safetensors")
-    assert again.identity | teacher.identity != teacher.identity
-    names = ["red circle.", "blue square."]
-    assert torch.equal(again.encode_text(names), adapted.encode_text(names)) and not torch.equal(adapted.encode_text(names), teacher.encode_text(names))
-    with torch.inference_mode():
-        assert torch.equal(again.tower(PIXELS), adapted.tower(PIXELS)) and not torch.equal(adapted.tower(PIXELS), teacher.tower(PIXELS))
-    (log,) = [disk.read_manifest(tmp_path / "teacher", "adapted teacher")["log"]]
-    assert [row["epoch"] for row in log] == [1, 2, 3] and {"loss", "cross_entropy", "image", "text", "logit"} < log[0].keys()
-
-
-def test_without_a_learning_rate_the_average_is_where_it_started(labelled, tmp_path):
-    asked = replace(RECIPE, adapt=replace(SPEC, lr=0.0, warmup_lr=0.0))
-    _, adapted = stage_1(labelled, tmp_path / "teacher", asked)
-    start = promptsrc.with_prompts(teachers.load(TEACHER), SPEC, 0)
-    assert torch.equal(start.tower.prompts, adapted.tower.prompts) and torch.equal(start.text.module.prompts, adapted.text.module.prompts)
-
-
-def test_the_text_side_that_ships_gives_words_the_same_context(labelled, tmp_path):
-    _, adapted = stage_1(labelled, tmp_path / "teacher")
-    text = promptsrc.load_text(TEACHER, SPEC, tmp_path / "teacher")
-    assert text.context_length == TEXT["context_length"] - SPEC.length
-    words = tokenizer.load(text.tokenizer, text.context_length)
-    two = torch.from_numpy(tokenizer.encode(words, ["red circle.", "pear."], text.context_length))
-    with torch.inference_mode():
-        expected = adapted.encode_text(["red circle.", "pear."])
-        torch.testing.assert_close(text.module(two), expected)
-    model = graph.to_onnx(text.module, two, "input_ids", "text_features", 17)
-    np.testing.assert_allclose(onnx_run(model, two.numpy()), expected.numpy(), atol=1e-5)
-    with pytest.raises(EdgeclipError, match=r"has 10 tokens, the text encoder takes 8"):
-        adapted.encode_text(["a b c d e f g h"])
-
-
-def test_mistakes_of_stage_1(labelled, tmp_path):
-    with pytest.raises(EdgeclipError, match="no labelled pictures"):
-        stage_1([], tmp_path / "teacher")
-    assert not (tmp_path / "teacher").exists()
-    stage_1(labelled[:4], tmp_path / "teacher")
-    with pytest.raises(EdgeclipError, match="prompts of another teacher"):
-        stage_1(labelled[:4], tmp_path / "teacher", replace(RECIPE, teacher=replace(TEACHER, seed=1)))
-    content = bytearray((tmp_path / "teacher" / "prompts.safetensors").read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "teacher" / "prompts.safetensors").write_bytes(content)
-    with pytest.raises(EdgeclipError, match=r"prompts\.safetensors was changed"):
-        stage_1(labelled[:4], tmp_path / "teacher")
-
-
-def test_shots_take_as_many_of_each_class():
-    pictures = [Picture(key=str(i), path="", label=i % 3) for i in range(10)]
-    taken = promptsrc._shots(pictures, 2, 0)
-    assert [p.label for p in taken] == [0, 0, 1, 1, 2, 2] and taken == promptsrc._shots(pictures, 2, 0) and len(set(taken)) == 6
-    assert len(promptsrc._shots(pictures, 100, 0)) == 10 and promptsrc._shots(pictures, None, 0) == pictures
-
-
 # --- the student
 
 
-def onnx_run(model, x):
-    import onnxruntime as ort
-
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: x})[0]
-
-
 TOWERS = {
-    "open_clip": R.OpenClip(model="tiny", weights="random", config=TINY),
+    "open_clip": TEACHER,
     "timm": R.Timm(model="test_vit", weights="random", image_size=160),
 }
 
@@ -311,7 +188,7 @@ def test_a_student_that_is_no_vit_takes_no_prompts():
 @pytest.mark.parametrize("freeze", [True, False])
 def test_training_moves_what_is_not_frozen_and_the_frozen_tower_stays_in_eval(freeze, tmp_path):
     spec = student_spec("open_clip", freeze)
-    pictures = coloured(tmp_path / "photos", 8, [0, 1], shapes.draw)
+    pictures = pictures_of(tmp_path / "photos", 8, [0, 1], shapes.draw)
     views = np.tile(np.array([0, 0, 72, 72, 0], np.float32), (8, 1, 1))
     rows = np.random.default_rng(0).normal(size=(8, 1, 12)).astype(np.float16)
     cached = TeacherCache(tmp_path, {}, pictures, rows, views, np.eye(4, 12, dtype=np.float32), None)
@@ -319,60 +196,17 @@ def test_training_moves_what_is_not_frozen_and_the_frozen_tower_stays_in_eval(fr
     modes = []
     student.tower.vit.ln_post.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     before = {k: v.clone() for k, v in student.state_dict().items()}
-    asked = replace(RECIPE, student=spec, train=R.Train(epochs=1, batch_size=4, lr=0.1, optimizer="sgd", momentum=0.9, device="cpu"))
+    asked = R.Recipe(
+        data=R.Folders(name="toy", root="."),
+        teacher=TEACHER,
+        student=spec,
+        losses=R.Losses(kl=R.KL()),
+        train=R.Train(batch_size=4, lr=0.1, optimizer="sgd", device="cpu"),
+    )
     teacher = dataclasses.replace(teachers.load(TEACHER), embed_dim=12)
-    train(student, None, teacher, cached, preprocess, [0, 1, 2, 3], asked, CPU)
+    train(student, None, teacher, cached, preprocess, [0, 1, 2, 3], asked, torch.device("cpu"))
     moved = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
     assert {k for k in moved if k.startswith("tower.vit.")} == (set() if freeze else {k for k in before if k.startswith("tower.vit.")})
     assert "tower.prompts" in moved and "projector.0.weight" in moved
     assert modes and set(modes) == {not freeze}
     assert all((p.grad is None) is freeze for p in student.tower.vit.parameters())
-
-
-# --- the whole path
-
-
-PATH = f"""
-data: {{kind: webdataset, name: shapes, root: ROOT, protocol: base_to_novel}}
-teacher: &tiny
-  kind: open_clip
-  model: tiny
-  weights: random
-  config: {{embed_dim: 16, vision_cfg: {VISION}, text_cfg: {TEXT}}}
-adapt: {{kind: prompts, length: 4, depth: 3, shots: 2, epochs: 2, average_mean: 2}}
-student:
-  tower: *tiny
-  projector_hidden: 20
-  visual_prompts: {{length: 4, depth: 3}}
-losses: {{kl: {{weight: 1000, reduction: promptkd}}, if_align: {{weight: 1}}, edu_attention: {{}}}}
-train: {{epochs: 1, batch_size: 32, optimizer: sgd, lr: 0.005, device: cpu}}
-"""
-
-
-def test_vit_to_vit_from_recipe_to_bundle(here):
-    from edgeclip.bundle import Bundle
-
-    shapes.write(here / "shapes")
-    write(here, PATH.replace("ROOT", "shapes"))
-    assert run("distill", "r.yaml").exit_code == 0
-    results = disk.read_json(here / "runs/r/results.json")
-    assert [s["name"] for s in results["sets"]] == ["base", "novel"] and "prompted" in results["models"]["teacher"]["name"]
-    description = disk.read_json(here / "runs/r/student/student.json")
-    assert description["templates"] == ["{c}."]
-    identity = disk.read_json(next((here / "cache").iterdir()) / disk.MANIFEST)["teacher"]
-    assert identity["prompts"] == disk.sha256(here / "runs/r/teacher/prompts.safetensors")
-    assert run("export", "--target", "onnx-fp32").exit_code == 0
-    bundle = Bundle.load(here / "runs/r/bundles/onnx-fp32")
-    np.testing.assert_allclose(bundle.bake(shapes.CLASSES), bundle.class_features, atol=1e-5)  # words get the learnt context
-
-
-def test_adapt_and_teacher_must_belong_together(here):
-    said = mistake(
-        "distill",
-        write(here, PATH.replace("kind: prompts, length: 4, depth: 3, shots: 2, epochs: 2, average_mean: 2", "kind: residual_head")),
-        says="residual_head is for",
-    )
-    assert "use kind: prompts" in said
-    shapes.write(here / "shapes")
-    mistake("distill", write(here, PATH.replace("depth: 3, shots", "depth: 5, shots").replace("ROOT", "shapes")), says="has 3 blocks", only_line=False)
-    assert not (here / "runs").exists()
