@@ -102,6 +102,7 @@ class PromptedText(nn.Module):
         _check_depth(depth, len(text.transformer.resblocks), "text")
         self.model = model
         self.length = length
+        self.pool, self.eos = (text.text_pool_type, text.text_eos_id) if text is model else (text.pool_type, text.eos_id)
         start = text.token_embedding(init_ids[:length]).detach()
         self.prompts = nn.Parameter(STD * torch.randn(depth, length, start.shape[1]))
         with torch.no_grad():
@@ -117,14 +118,18 @@ class PromptedText(nn.Module):
         x = self._put(text.token_embedding(ids), 0) + text.positional_embedding[: ids.shape[1]]
         for i, block in enumerate(text.transformer.resblocks):
             x = block(self._put(x, i) if 0 < i < len(self.prompts) else x, attn_mask=mask)
-        pool = text.pool_type if hasattr(text, "pool_type") else text.text_pool_type
-        eos = text.eos_id if hasattr(text, "eos_id") else text.text_eos_id
-        x = text_global_pool(text.ln_final(x), ids, pool, eos_token_id=eos)
+        x = text_global_pool(text.ln_final(x), ids, self.pool, eos_token_id=self.eos)
         if isinstance(text.text_projection, nn.Linear):
             x = text.text_projection(x)
         elif text.text_projection is not None:
             x = x @ text.text_projection
         return F.normalize(x, dim=-1)
+
+    def without_padding(self, input_ids: Int[Tensor, "N M"]) -> Int[Tensor, "N _"]:
+        """The ids up to the longest text's end where nothing behind it matters, which saves most of the work; else all."""
+        if getattr(self.model, "text", self.model).attn_mask is None or self.pool not in ("argmax", "eos"):
+            return input_ids
+        return input_ids[:, : int((input_ids != 0).sum(dim=1).max())]
 
     def _put(self, x: Tensor, block: int) -> Tensor:
         prompts = self.prompts[block].expand(x.shape[0], -1, -1)

@@ -97,6 +97,15 @@ def test_text_prompts_of_depth_1_start_as_the_words_they_are_initialised_from():
     assert torch.equal(longer.prompts[0, :4], model.token_embedding(INIT)) and longer.prompts.shape == (2, 6, 20)
 
 
+def test_padding_behind_the_end_changes_nothing_unless_the_tower_looks_at_it():
+    with torch.inference_mode():
+        for text in ({}, {"no_causal_mask": True}, {"pool_type": "last"}):
+            module = PromptedText(clip(text=text), 4, 3, INIT)
+            short = module.without_padding(ids(8))
+            assert short.shape == ((2, 8) if text else (2, 5))
+            torch.testing.assert_close(module(short), module(ids(8)))
+
+
 def test_every_prompt_reaches_the_output_and_their_order_matters_where_they_have_positions():
     """Positions are added to the text prompts of the first block only; attention itself knows no order."""
     model = clip()

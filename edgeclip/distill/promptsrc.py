@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,17 +38,24 @@ from edgeclip.progress import say, track
 from edgeclip.prompts import PromptedText, PromptedTower
 from edgeclip.teachers import Teacher, TextTower
 from edgeclip.teachers.open_clip import ImageTower, encoder
+from edgeclip.zero_shot import prompts
 
 TEMPLATES = ("{c}.",)
 """what a prompted teacher reads: the learnt context stands before it"""
 
 
-def with_prompts(teacher: Teacher, spec: R.Prompts, seed: int) -> Teacher:
-    """The teacher with prompts as they start, untrained. Raises `EdgeclipError` where its towers take none."""
+def with_prompts(teacher: Teacher, data: Dataset, spec: R.Prompts, seed: int) -> Teacher:
+    """The teacher with prompts as they start, untrained.
+
+    Raises `EdgeclipError` where its towers take none, nothing is labelled, or a class name is too long behind the context.
+    """
     assert isinstance(teacher.tower, ImageTower) and teacher.text is not None, "recipe.check lets open_clip teachers only come here"
     torch.manual_seed(seed)
     tower = PromptedTower(teacher.tower.visual, spec.length, spec.depth).eval()
     text = _text_with_prompts(teacher.text, spec)
+    if not data.labelled:
+        raise EdgeclipError(data.name, "has no labelled pictures to adapt the teacher on", "set adapt to null, or label some")
+    _ids(text, data.classes)
     return dataclasses.replace(teacher, name=f"{teacher.name}, prompted", tower=tower, text=text, encode_text=encoder(text))
 
 
@@ -59,11 +66,16 @@ def _text_with_prompts(text: TextTower, spec: R.Prompts) -> TextTower:
     return TextTower(module=module, tokenizer=text.tokenizer, context_length=text.context_length - spec.length)
 
 
+def _ids(text: TextTower, names: list[str]) -> Int[Tensor, "N L"]:
+    words = tokenizer.load(text.tokenizer, text.context_length)
+    return torch.from_numpy(tokenizer.encode(words, prompts(names, TEMPLATES), text.context_length))
+
+
 def adapt(teacher: Teacher, prompted: Teacher, data: Dataset, recipe: R.Recipe, folder: Path, device: torch.device) -> Teacher:
     """`prompted` with trained prompts; they are kept in `folder` and read from there next time.
 
     teacher: the same without prompts, which the training holds on to.
-    Raises `EdgeclipError` when nothing is labelled, or the folder holds prompts of another teacher.
+    Raises `EdgeclipError` when the folder holds prompts of another teacher, or the loss is not finite.
     """
     spec = recipe.adapt
     assert isinstance(spec, R.Prompts) and prompted.text is not None
@@ -120,14 +132,11 @@ def _train(
     """Trains the prompts in place; returns the log, a row an epoch."""
     assert prompted.text is not None
     pictures = _shots(data.labelled, spec.shots, recipe.seed)
-    if not pictures:
-        raise EdgeclipError(data.name, "has no labelled pictures to adapt the teacher on", "set adapt to null, or label some")
     classes = sorted({p.label for p in pictures})
     names = [data.classes[c] for c in classes]
     w0 = torch.from_numpy(class_features(teacher, names, data.templates)).to(device)
     text = prompted.text
-    words = tokenizer.load(text.tokenizer, text.context_length)
-    ids = torch.from_numpy(tokenizer.encode(words, [TEMPLATES[0].replace("{c}", n) for n in names], text.context_length)).to(device)
+    ids = text.module.without_padding(_ids(text, names)).to(device)
 
     for module in (prompted.tower, text.module):  # the towers, which teacher and prompted share
         module.to(device).requires_grad_(False)

@@ -56,7 +56,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     clock.lap("data")
 
     teacher = teachers.load(asked.teacher)
-    prompted = promptsrc.with_prompts(teacher, asked.adapt, asked.seed) if isinstance(asked.adapt, recipe.Prompts) else None
+    prompted = promptsrc.with_prompts(teacher, dataset, asked.adapt, asked.seed) if isinstance(asked.adapt, recipe.Prompts) else None
     _claim(run, path, asked, fresh)  # only now: a mistake in what was asked leaves no folder behind
     if prompted:  # prompts change the tower whose rows the cache keeps, so they come first
         teacher = promptsrc.adapt(teacher, prompted, dataset, asked, run / "teacher", device)
