@@ -129,7 +129,7 @@ def described(bench: Bench, losses: dict[str, Any], regime: str, seed: int) -> R
 
 
 def adapted(bench: Bench, seed: int) -> teachers.Teacher:
-    assert isinstance(bench.recipe.adapt, R.Adapt)
+    assert isinstance(bench.recipe.adapt, R.ResidualHead)
     key = disk.fingerprint({"cache": bench.cached.folder.name, "adapt": recipe.description(bench.recipe)["adapt"], "seed": seed})[:16]
     return adapt(bench.teacher, bench.cached, bench.dataset, bench.recipe.adapt, seed, Path("runs/methods") / key)
 

@@ -102,8 +102,8 @@ class OpenClip(Config, tag="open_clip", tag_field="kind"):
 Teacher = Conse | OpenClip
 
 
-class Adapt(Config):
-    """ComKD stage 1 for a teacher whose tower stays frozen: a residual head on its image rows, on labelled classes."""
+class ResidualHead(Config, tag="residual_head", tag_field="kind"):
+    """ComKD stage 1 for the assembled teacher: a residual head on its image rows, on labelled classes."""
 
     hidden: Positive = 512
     dropout: Fraction = 0.0
@@ -113,6 +113,43 @@ class Adapt(Config):
     weight_decay: NonNegative = 1e-2
     toward_unadapted: NonNegative = 1.0
     """weight of 1 - cosine to the unadapted features, which keeps classes without labels from suffering"""
+
+
+class Prompts(Config, tag="prompts", tag_field="kind"):
+    """ComKD stage 1 for an open_clip ViT teacher: PromptSRC's prompts in both encoders (METHODS 1.3, 5.1), on labelled
+    classes. The towers stay frozen. The defaults are PromptKD's configuration of its ViT-L/14 teacher; momentum and weight
+    decay are not published with it, they are the usual ones."""
+
+    length: Positive = 4
+    """prompt tokens at each prompted block, in each encoder"""
+    depth: Positive = 9
+    """prompted blocks, from the first on, in each encoder"""
+    text_init: str = "a photo of a"
+    """whose token embeddings the text prompts of the first block start from; all other prompts start random"""
+    shots: Positive | None = None
+    """labelled pictures a class, drawn by the recipe's seed; null: all of them"""
+    epochs: Positive = 20
+    warmup_epochs: Annotated[int, Meta(ge=0)] = 1
+    """at warmup_lr throughout; the cosine follows"""
+    warmup_lr: NonNegative = 1e-5
+    batch_size: Positive = 8
+    lr: NonNegative = 0.005
+    """SGD's; the cosine steps once an epoch"""
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 5e-4
+    image_weight: NonNegative = 10.0
+    """of the L1 distance (mean over D) between prompted and frozen unit image features"""
+    text_weight: NonNegative = 25.0
+    """of the same between prompted class features and the frozen template ensemble"""
+    logit_weight: NonNegative = 1.0
+    """of KL(frozen || prompted) over the labelled classes, divided by pictures and classes"""
+    average_mean: float = 15.0
+    """the prompts that are kept average those after each epoch, with Gaussian weights around this epoch (from 1)"""
+    average_std: Annotated[float, Meta(gt=0.0)] = 1.0
+    """epochs"""
+
+
+Adapt = ResidualHead | Prompts
 
 
 # --- views, student, losses, schedule
@@ -140,9 +177,21 @@ class Timm(Config, tag="timm", tag_field="kind"):
     seed: int = 0
 
 
+class VisualPrompts(Config):
+    """Deep prompt tokens in a ViT student; with a frozen tower, the student of PromptKD and ComKD-CLIP (METHODS 1.1)."""
+
+    length: Positive = 4
+    depth: Positive = 9
+    """prompted blocks, from the first on"""
+    freeze_tower: bool = True
+    """train prompts, projector and EduAttention only; false: the tower's own weights too"""
+
+
 class Student(Config):
     tower: Timm | OpenClip
     """of an open_clip model the image tower is taken"""
+    visual_prompts: VisualPrompts | None = None
+    """null: none; else the tower must be a ViT"""
     projector_hidden: Positive | None = 768
     """PromptKD's projector P into the teacher's space: Linear, BatchNorm, ReLU, Linear; null: one Linear"""
 
@@ -266,7 +315,11 @@ class Train(Config):
     batch_size: Positive = 64
     lr: NonNegative = 5e-4
     tower_lr_ratio: NonNegative = 1.0
-    """the tower's learning rate over the projector's"""
+    """the tower's learning rate (visual prompts included) over the projector's"""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """of the epochs; the warm-up steps always take adamw"""
+    momentum: Fraction = 0.9
+    """of sgd"""
     weight_decay: NonNegative = 1e-2
     freeze_batch_norm: bool = False
     """keep the pretrained tower's batch-norm statistics (its weights are trained all the same): a small set's batches
@@ -344,8 +397,10 @@ def check(recipe: Recipe, where: object) -> None:
     edu = losses.edu_attention
     if edu and edu.keep and (edu.query == "raw" or edu.axis == "batch"):
         raise EdgeclipError(f"{where}: losses.edu_attention", "this reading needs more than one picture's unit feature", "set keep: false")
-    if recipe.adapt and not isinstance(recipe.teacher, Conse):
-        raise EdgeclipError(f"{where}: adapt", "is for the assembled teacher (kind: conse) only", "set adapt to null")
+    if isinstance(recipe.adapt, ResidualHead) and not isinstance(recipe.teacher, Conse):
+        raise EdgeclipError(f"{where}: adapt", "a residual_head is for the assembled teacher (kind: conse) only", "use kind: prompts, or set adapt to null")
+    if isinstance(recipe.adapt, Prompts) and not isinstance(recipe.teacher, OpenClip):
+        raise EdgeclipError(f"{where}: adapt", "prompts are for an open_clip teacher only", "use kind: residual_head, or set adapt to null")
 
 
 def description(recipe: Recipe) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 On disk it is weights and JSON, and it is rebuilt only from those:
 
-    student/student.safetensors   tower.*, projector.*, head.*
+    student/student.safetensors   tower.* (with visual prompts: tower.vit.*, tower.prompts), projector.*, head.*
             class_features.npy    [N, D] float32, unit: its text side, the teacher's
             student.json          labels, architecture, preprocess, EduAttention's constants, parents
 """
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from edgeclip import disk, weights
 from edgeclip import recipe as R
 from edgeclip.preprocess import Preprocess
+from edgeclip.prompts import PromptedTower
 from edgeclip.teachers.open_clip import ImageTower
 from edgeclip.zero_shot import EduAttention
 
@@ -94,6 +95,9 @@ def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
     else:
         model, preprocess = weights.open_clip_model(spec.tower)
         tower = ImageTower(model)
+    if prompts := spec.visual_prompts:
+        tower = PromptedTower(tower.visual if isinstance(tower, ImageTower) else tower, prompts.length, prompts.depth)
+        tower.vit.requires_grad_(not prompts.freeze_tower)
     with torch.inference_mode():
         width = tower.eval()(torch.zeros(1, 3, preprocess.size, preprocess.size)).shape[1]
     return Student(tower, width, embed_dim, spec.projector_hidden).eval(), preprocess

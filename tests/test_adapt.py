@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from edgeclip import recipe as R
 from edgeclip.cache import TeacherCache
 from edgeclip.data import Dataset
 from edgeclip.disk import MANIFEST
@@ -12,11 +13,10 @@ from edgeclip.distill.adapt import ResidualHead, adapt
 from edgeclip.errors import EdgeclipError
 from edgeclip.pictures import Picture
 from edgeclip.preprocess import Preprocess
-from edgeclip.recipe import Adapt
 from edgeclip.teachers import Teacher
 
 WIDTH, DIM, CLASSES = 16, 8, 4
-SPEC = Adapt(hidden=32, dropout=0.0, steps=80, batch_size=32, lr=1e-2, weight_decay=0.0, toward_unadapted=0.1)
+SPEC = R.ResidualHead(hidden=32, dropout=0.0, steps=80, batch_size=32, lr=1e-2, weight_decay=0.0, toward_unadapted=0.1)
 
 
 def toy(tmp_path, labelled):
@@ -60,7 +60,7 @@ def accuracy(teacher, cache, data):
 
 def test_the_head_starts_as_the_unadapted_teacher():
     rows = torch.randn(5, WIDTH + DIM)
-    head = ResidualHead(WIDTH, DIM, Adapt(dropout=0.5))
+    head = ResidualHead(WIDTH, DIM, R.ResidualHead(dropout=0.5))
     torch.testing.assert_close(head(rows), F.normalize(rows[:, -DIM:], dim=-1), rtol=0, atol=0)
 
 

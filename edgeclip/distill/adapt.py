@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk
+from edgeclip import recipe as R
 from edgeclip.cache import TeacherCache
 from edgeclip.data import Dataset
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import track
-from edgeclip.recipe import Adapt
 from edgeclip.teachers import Teacher
 
 
 class ResidualHead(nn.Module):
     """Rows [B, H + D] (pooled | unadapted feature) to adapted features [B, D]."""
 
-    def __init__(self, width: int, embed_dim: int, spec: Adapt):
+    def __init__(self, width: int, embed_dim: int, spec: R.ResidualHead):
         super().__init__()
         self.embed_dim = embed_dim
         self.mlp = nn.Sequential(
@@ -47,7 +47,7 @@ class ResidualHead(nn.Module):
         return F.normalize(rows[:, -self.embed_dim :], dim=-1) + self.mlp(rows[:, : -self.embed_dim])
 
 
-def adapt(teacher: Teacher, cache: TeacherCache, data: Dataset, spec: Adapt, seed: int, folder: Path) -> Teacher:
+def adapt(teacher: Teacher, cache: TeacherCache, data: Dataset, spec: R.ResidualHead, seed: int, folder: Path) -> Teacher:
     """The teacher with a trained residual head; the head is kept in `folder` and read from there next time."""
     width = cache.rows.shape[2] - teacher.embed_dim
     torch.manual_seed(seed)
@@ -63,7 +63,7 @@ def adapt(teacher: Teacher, cache: TeacherCache, data: Dataset, spec: Adapt, see
     return dataclasses.replace(teacher, name=f"{teacher.name}, adapted", features=head.eval().requires_grad_(False))
 
 
-def _train(head: ResidualHead, teacher: Teacher, cache: TeacherCache, data: Dataset, spec: Adapt, seed: int) -> None:
+def _train(head: ResidualHead, teacher: Teacher, cache: TeacherCache, data: Dataset, spec: R.ResidualHead, seed: int) -> None:
     label_of = {p.key: p.label for p in data.labelled}
     positions = [i for i, p in enumerate(cache.pictures) if p.key in label_of]
     if not positions:

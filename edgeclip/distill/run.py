@@ -1,7 +1,7 @@
 """`edgeclip distill`: recipe to run folder, stage by stage; a stage whose folder is finished is not done again.
 
 runs/<name>/recipe.yaml, recipe.json   what was asked, as written and as understood (roots.json: where the data lay)
-            teacher/                   stage 1: the adapted teacher's head
+            teacher/                   stage 1: the adapted teacher's head or prompts
             student/                   stage 2: weights, class features, EduAttention
             evaluation/, results.json  what was reached, and what `validate` compares with
             manifest.json              last
@@ -19,7 +19,7 @@ import torch
 
 from edgeclip import __version__, cache, data, disk, recipe, students, teachers, weights
 from edgeclip.allocator import keep_freed_memory
-from edgeclip.distill import losses
+from edgeclip.distill import losses, promptsrc
 from edgeclip.distill.adapt import adapt
 from edgeclip.distill.evaluate import evaluate
 from edgeclip.distill.train import train
@@ -56,15 +56,20 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     clock.lap("data")
 
     teacher = teachers.load(asked.teacher)
+    prompted = promptsrc.with_prompts(teacher, dataset, asked.adapt, asked.seed) if isinstance(asked.adapt, recipe.Prompts) else None
     _claim(run, path, asked, fresh)  # only now: a mistake in what was asked leaves no folder behind
+    if prompted:  # prompts change the tower whose rows the cache keeps, so they come first
+        teacher = promptsrc.adapt(teacher, prompted, dataset, asked, run / "teacher", device)
+        dataset = dataset._replace(templates=promptsrc.TEMPLATES)
+        clock.lap("stage 1")
     example = torch.randn(2, 3, teacher.preprocess.size, teacher.preprocess.size)
     tower = fold(teacher.tower, example).to(memory_format=torch.channels_last)
     cached = cache.build(CACHE, teacher, tower, dataset, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
     clock.lap("teacher cache")
 
-    if asked.adapt:
+    if isinstance(asked.adapt, recipe.ResidualHead):
         teacher = adapt(teacher, cached, dataset, asked.adapt, asked.seed, run / "teacher")
-    clock.lap("stage 1")
+        clock.lap("stage 1")
 
     if not (run / "student" / disk.MANIFEST).exists():
         torch.manual_seed(asked.seed)

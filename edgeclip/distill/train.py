@@ -71,7 +71,7 @@ def train(
     if spec.warmup_steps:
         if tower_features is None:
             tower_features = frozen_features(student, cache, preprocess, recipe, device)
-        optimizer = torch.optim.AdamW(new_layers, lr=spec.warmup_lr, weight_decay=spec.weight_decay)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(new_layers, lr=spec.warmup_lr, weight_decay=spec.weight_decay)
         student.projector.train()
         averages = _Averages()
         for step in track(range(spec.warmup_steps), "stage 2: projector", spec.warmup_steps):
@@ -82,11 +82,18 @@ def train(
             averages.add(loss, parts)
         log.append({"epoch": 0, **averages.row(head)})
 
-    groups = [{"params": list(student.tower.parameters()), "lr": spec.lr * spec.tower_lr_ratio}, {"params": new_layers, "lr": spec.lr}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
+    # what is frozen gets no optimiser state
+    tower_weights = [p for p in student.tower.parameters() if p.requires_grad]
+    groups = [{"params": tower_weights, "lr": spec.lr * spec.tower_lr_ratio}, {"params": new_layers, "lr": spec.lr}]
+    if spec.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
     steps_per_epoch = max(1, len(cache.pictures) // spec.batch_size)
     for epoch in range(spec.epochs):
         student.train()
+        if (prompts := recipe.student.visual_prompts) and prompts.freeze_tower:
+            student.tower.eval()
         if spec.freeze_batch_norm:
             for module in student.tower.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import data, disk, recipe, students, teachers, weights
+from edgeclip.distill import promptsrc
 from edgeclip.errors import EdgeclipError
 from edgeclip.pictures import Picture, index_folder, index_tar
 from edgeclip.preprocess import Preprocess
@@ -52,12 +53,17 @@ def from_run(run: Path) -> Source:
         dataset = data.load(asked.data, Path("cache"))
         return dataset.train
 
+    def load_text() -> TextTower:
+        if isinstance(asked.adapt, recipe.Prompts):  # the features were made with its learnt context, so words must get it too
+            return promptsrc.load_text(asked.teacher, asked.adapt, run / "teacher")
+        return teachers.load_text(asked.teacher)
+
     evaluation = run / "evaluation"
     manifest = disk.read_manifest(evaluation, "evaluation")
     return Source(
         image_encoder=student,
         preprocess=preprocess,
-        load_text=(lambda: teachers.load_text(asked.teacher)) if asked.text_encoder else None,
+        load_text=load_text if asked.text_encoder else None,
         labels=description["labels"],
         templates=description["templates"],
         class_features=np.load(run / "student" / "class_features.npy"),

@@ -44,6 +44,8 @@ class Teacher:
     """rows to image features, not normalised"""
     encode_text: Callable[[list[str]], Float[Tensor, "N D"]]
     """texts to unit features"""
+    text: TextTower | None = None
+    """the module behind encode_text, where stage 1 can put prompts into it"""
 
 
 TEACHERS = {R.Conse: "edgeclip.teachers.conse", R.OpenClip: "edgeclip.teachers.open_clip"}

@@ -1,6 +1,7 @@
 """An open_clip model as a teacher, and its text tower in a form that exports and runs without torch."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,14 +40,6 @@ class TextModule(nn.Module):
 def load(spec: OpenClip) -> Teacher:
     model, preprocess = weights.open_clip_model(spec)
     text = _text_tower(model, spec)
-    words = tokenizer.load(text.tokenizer, text.context_length)
-
-    @torch.inference_mode()
-    def encode_text(texts: list[str]) -> Float[Tensor, "N D"]:
-        device = next(model.parameters()).device
-        ids = torch.from_numpy(tokenizer.encode(words, texts, text.context_length)).to(device)
-        return torch.cat([text.module(part) for part in ids.split(256)]).float().cpu()
-
     with torch.inference_mode():
         embed_dim = text.module(torch.zeros(1, text.context_length, dtype=torch.long)).shape[1]
     return Teacher(
@@ -58,8 +51,22 @@ def load(spec: OpenClip) -> Teacher:
         embed_dim=embed_dim,
         tower=ImageTower(model).eval(),
         features=lambda rows: rows,
-        encode_text=encode_text,
+        encode_text=encoder(text),
+        text=text,
     )
+
+
+def encoder(text: TextTower) -> Callable[[list[str]], Float[Tensor, "N D"]]:
+    """A function from texts to unit features; a text that is longer than the tower's context is refused."""
+    words = tokenizer.load(text.tokenizer, text.context_length)
+
+    @torch.inference_mode()
+    def encode_text(texts: list[str]) -> Float[Tensor, "N D"]:
+        device = next(text.module.parameters()).device
+        ids = torch.from_numpy(tokenizer.encode(words, texts, text.context_length)).to(device)
+        return torch.cat([text.module(part) for part in ids.split(256)]).float().cpu()
+
+    return encode_text
 
 
 def load_text(spec: OpenClip) -> TextTower:

@@ -1,0 +1,202 @@
+"""ComKD stage 1 for an open_clip ViT teacher: PromptSRC, learnable prompts in both encoders, towers frozen.
+
+    loss = CE(q, label) + image_weight * |u - u0|_1 + text_weight * |w - w0|_1 + logit_weight * KL(q0 || q) / (B * N)
+
+u [B, D] are the prompted image features and w [N, D] the prompted class features of the N labelled classes, unit rows;
+q = logit_scale * u w^T. u0, w0 and q0 are the frozen teacher's, w0 of its template ensemble; L1 is the mean over
+elements. The prompts that are kept are the Gaussian-weighted average of those after each epoch.
+
+The prompts change the towers, so this runs before the cache is built, and their hash is part of the teacher's
+identity. A class feature is that of the learnt context and the class name; the same holds of captions and, since the
+bundle's text encoder carries the context too, of words that are typed on the board.
+
+Source: PromptSRC (arXiv 2307.06948); the values of PromptKD's teacher, METHODS 1.3 and 5.1. It runs in float32.
+"""
+
+import dataclasses
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeclip import disk, teachers, tokenizer
+from edgeclip import recipe as R
+from edgeclip.cache import class_features, draw_views, replay
+from edgeclip.data import Dataset
+from edgeclip.errors import EdgeclipError
+from edgeclip.pictures import Picture, read, refuse_unreadable, stream
+from edgeclip.preprocess import normalise, open_picture
+from edgeclip.progress import say, track
+from edgeclip.prompts import PromptedText, PromptedTower
+from edgeclip.teachers import Teacher, TextTower
+from edgeclip.teachers.open_clip import ImageTower, encoder
+from edgeclip.zero_shot import prompts
+
+TEMPLATES = ("{c}.",)
+"""what a prompted teacher reads: the learnt context stands before it"""
+
+
+def with_prompts(teacher: Teacher, data: Dataset, spec: R.Prompts, seed: int) -> Teacher:
+    """The teacher with prompts as they start, untrained.
+
+    Raises `EdgeclipError` where its towers take none, nothing is labelled, or a class name is too long behind the context.
+    """
+    assert isinstance(teacher.tower, ImageTower) and teacher.text is not None, "recipe.check lets open_clip teachers only come here"
+    torch.manual_seed(seed)
+    tower = PromptedTower(teacher.tower.visual, spec.length, spec.depth).eval()
+    text = _text_with_prompts(teacher.text, spec)
+    if not data.labelled:
+        raise EdgeclipError(data.name, "has no labelled pictures to adapt the teacher on", "set adapt to null, or label some")
+    _ids(text, data.classes)
+    return dataclasses.replace(teacher, name=f"{teacher.name}, prompted", tower=tower, text=text, encode_text=encoder(text))
+
+
+def _text_with_prompts(text: TextTower, spec: R.Prompts) -> TextTower:
+    words = tokenizer.encode(tokenizer.load(text.tokenizer, text.context_length), [spec.text_init], text.context_length)[0]
+    init = torch.from_numpy(words[words != 0][1:-1])  # without start and end
+    module = PromptedText(text.module.model, spec.length, spec.depth, init).eval()
+    return TextTower(module=module, tokenizer=text.tokenizer, context_length=text.context_length - spec.length)
+
+
+def _ids(text: TextTower, names: list[str]) -> Int[Tensor, "N L"]:
+    words = tokenizer.load(text.tokenizer, text.context_length)
+    return torch.from_numpy(tokenizer.encode(words, prompts(names, TEMPLATES), text.context_length))
+
+
+def adapt(teacher: Teacher, prompted: Teacher, data: Dataset, recipe: R.Recipe, folder: Path, device: torch.device) -> Teacher:
+    """`prompted` with trained prompts; they are kept in `folder` and read from there next time.
+
+    teacher: the same without prompts, which the training holds on to.
+    Raises `EdgeclipError` when the folder holds prompts of another teacher, or the loss is not finite.
+    """
+    spec = recipe.adapt
+    assert isinstance(spec, R.Prompts) and prompted.text is not None
+    learnt = {"image": prompted.tower.prompts, "text": prompted.text.module.prompts}
+    if (folder / disk.MANIFEST).exists():
+        manifest = disk.read_manifest(folder, "adapted teacher")
+        disk.verify(folder, manifest)
+        if manifest["teacher"] != teacher.identity:
+            raise EdgeclipError(folder, "holds prompts of another teacher", "use --fresh to start over, or another --out")
+        _set(learnt, load_file(folder / "prompts.safetensors"))
+    else:
+        log = _train(learnt, teacher, prompted, data, recipe, spec, device)
+        with disk.new_folder(folder) as temporary:
+            save_file({k: p.detach().cpu().contiguous() for k, p in learnt.items()}, temporary / "prompts.safetensors")
+            disk.write_manifest(temporary, "adapted teacher", {"teacher": teacher.identity, "log": log})
+    for module in (prompted.tower, prompted.text.module):
+        module.cpu().requires_grad_(False)
+    return dataclasses.replace(prompted, identity=teacher.identity | {"prompts": disk.sha256(folder / "prompts.safetensors")})
+
+
+def load_text(teacher: R.Teacher, spec: R.Prompts, folder: Path) -> TextTower:
+    """The prompted text side alone, for export: words get the context that was learnt in `folder`."""
+    text = _text_with_prompts(teachers.load_text(teacher), spec)
+    disk.verify(folder, disk.read_manifest(folder, "adapted teacher"))
+    _set({"text": text.module.prompts}, load_file(folder / "prompts.safetensors"))
+    return text
+
+
+def epoch_weights(epochs: int, mean: float, std: float) -> Float[Tensor, "E"]:
+    """Gaussian weights of the epochs 1 to `epochs`, which sum to 1."""
+    epoch = torch.arange(1, epochs + 1, dtype=torch.float64)
+    return F.softmax(-((epoch - mean) ** 2) / (2 * std**2), dim=0)
+
+
+def learning_rate(epoch: int, spec: R.Prompts) -> float:
+    """Of an epoch, from 0: constant during the warm-up, then a half cosine."""
+    if epoch < spec.warmup_epochs:
+        return spec.warmup_lr
+    return spec.lr * 0.5 * (1 + math.cos(math.pi * (epoch - spec.warmup_epochs) / max(1, spec.epochs - spec.warmup_epochs)))
+
+
+def losses(
+    u: Float[Tensor, "B D"], u0: Float[Tensor, "B D"], w: Float[Tensor, "N D"], w0: Float[Tensor, "N D"], target: Tensor, logit_scale: float
+) -> dict[str, Float[Tensor, ""]]:
+    """The four terms before their weights; target int64 [B]: indices into the N classes."""
+    q, q0 = logit_scale * u @ w.T, logit_scale * u0 @ w0.T
+    kl = F.kl_div(F.log_softmax(q, dim=-1), F.log_softmax(q0, dim=-1), reduction="sum", log_target=True) / q.numel()
+    return {"cross_entropy": F.cross_entropy(q, target), "image": F.l1_loss(u, u0), "text": F.l1_loss(w, w0), "logit": kl}
+
+
+def _train(
+    learnt: dict[str, nn.Parameter], teacher: Teacher, prompted: Teacher, data: Dataset, recipe: R.Recipe, spec: R.Prompts, device: torch.device
+) -> list[dict[str, Any]]:
+    """Trains the prompts in place; returns the log, a row an epoch."""
+    assert prompted.text is not None
+    pictures = _shots(data.labelled, spec.shots, recipe.seed)
+    classes = sorted({p.label for p in pictures})
+    names = [data.classes[c] for c in classes]
+    w0 = torch.from_numpy(class_features(teacher, names, data.templates)).to(device)
+    text = prompted.text
+    ids = text.module.without_padding(_ids(text, names)).to(device)
+
+    for module in (prompted.tower, text.module):  # the towers, which teacher and prompted share
+        module.to(device).requires_grad_(False)
+    for p in learnt.values():
+        p.requires_grad_(True)
+    optimizer = torch.optim.SGD(learnt.values(), lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    weight = {"cross_entropy": 1.0, "image": spec.image_weight, "text": spec.text_weight, "logit": spec.logit_weight}
+    average = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in learnt.items()}
+    log = []
+    order = np.random.default_rng(recipe.seed)
+    for epoch, share in enumerate(epoch_weights(spec.epochs, spec.average_mean, spec.average_std).tolist()):
+        optimizer.param_groups[0]["lr"] = learning_rate(epoch, spec)
+        rows: list[dict[str, Tensor]] = []
+        batches = _batches(pictures, order.permutation(len(pictures)).tolist(), f"{recipe.seed} {epoch}", teacher, recipe, spec.batch_size)
+        for index, pixels in track(batches, f"stage 1: prompts, epoch {epoch + 1} of {spec.epochs}", math.ceil(len(pictures) / spec.batch_size)):
+            x = torch.from_numpy(normalise(pixels, teacher.preprocess)).to(device)
+            target = torch.tensor([classes.index(pictures[i].label) for i in index], device=device)
+            with torch.no_grad():
+                u0 = F.normalize(teacher.tower(x), dim=-1)
+            parts = losses(F.normalize(prompted.tower(x), dim=-1), u0, text.module(ids), w0, target, teacher.logit_scale)
+            loss = torch.stack([weight[k] * v for k, v in parts.items()]).sum()
+            if not torch.isfinite(loss):
+                raise EdgeclipError(f"stage 1, epoch {epoch + 1}", f"the loss is {loss.item()}", "lower adapt.lr")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rows.append({"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}})
+        for k, p in learnt.items():
+            average[k] += share * p.detach().double()
+        log.append({"epoch": epoch + 1} | {k: float(torch.stack([r[k] for r in rows]).mean()) for k in rows[0]})
+    _set(learnt, average)
+    return log
+
+
+def _set(learnt: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for k, p in learnt.items():
+            p.copy_(values[k])
+
+
+def _shots(labelled: list[Picture], shots: int | None, seed: int) -> list[Picture]:
+    """At most `shots` pictures of each class."""
+    if shots is None:
+        return labelled
+    of_class: dict[int, list[Picture]] = {}
+    for p in labelled:
+        of_class.setdefault(p.label, []).append(p)
+    return [p for label, own in sorted(of_class.items()) for p in random.Random(f"{seed} {label}").sample(own, min(shots, len(own)))]
+
+
+def _batches(pictures: list[Picture], order: list[int], seed: str, teacher: Teacher, recipe: R.Recipe, batch_size: int) -> Any:
+    """(indices [B], uint8 pixels [B, H, W, 3]): a fresh random view of every picture, of the kind that the recipe's views are."""
+    views = msgspec.structs.replace(recipe.views, count=2)
+
+    def make(i: int) -> np.ndarray:
+        image = open_picture(read(pictures[i]), f"{pictures[i].path} ({pictures[i].key})")
+        return replay(image, draw_views(*image.size, views, random.Random(f"{seed} {pictures[i].key}"))[1], teacher.preprocess)
+
+    skipped: list[str] = []
+    yield from stream(order, make, batch_size, skipped, recipe.train.threads)
+    refuse_unreadable(skipped, len(order), "stage 1")
+    for line in skipped:
+        say(f"skipped: {line}")
