@@ -25,13 +25,17 @@ class EduAttention(NamedTuple):
     """C in equation 6"""
 
 
-def class_scores(image_features: np.ndarray, class_features: np.ndarray, head: EduAttention | None = None) -> np.ndarray:
-    """Cosine scores [B, N] of unit rows image_features [B, D] and class_features [N, D]."""
+def class_scores(image_features: np.ndarray, class_features: np.ndarray, head: EduAttention | None = None, attended: np.ndarray | None = None) -> np.ndarray:
+    """Cosine scores [B, N] of unit rows image_features [B, D] and class_features [N, D].
+
+    The head attends over `class_features`, the active list, or over `attended` [M, D], say all classes of training (A11).
+    """
     if head is not None and head.alpha != 0.0:
-        logits = (image_features @ head.weight.T + head.bias) @ class_features.T / head.temperature
+        w = class_features if attended is None else attended
+        logits = (image_features @ head.weight.T + head.bias) @ w.T / head.temperature
         attention = np.exp(logits - logits.max(axis=1, keepdims=True))
         attention /= attention.sum(axis=1, keepdims=True)
-        image_features = l2_normalise(image_features + head.alpha * (attention @ class_features))
+        image_features = l2_normalise(image_features + head.alpha * (attention @ w))
     return image_features @ class_features.T
 
 

@@ -2,7 +2,7 @@
 
 runs/<name>/recipe.yaml, recipe.json   what was asked, as written and as understood (roots.json: where the data lay)
             teacher/                   stage 1: the adapted teacher's head
-            student/                   stage 2: weights, class features, EduAttention
+            student/                   stage 2: weights, class features, EduAttention (student.partial: of the last good epoch)
             evaluation/, results.json  what was reached, and what `validate` compares with
             manifest.json              last
 """
@@ -44,25 +44,33 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         _mark_latest(run)
         return load_results(run)
     keep_freed_memory()
-    device = _device(asked.train.device)
+    device = pick_device(asked.train.device)
     clock = _Clock()
 
-    spec = asked.data
-    dataset = data.load(spec, CACHE)
+    dataset = data.load(asked.data, CACHE)
     if asked.evaluation_data:
         dataset = _with_evaluation(dataset, data.load(asked.evaluation_data, CACHE))
+    for spec in asked.shifts:
+        dataset = dataset._replace(evaluation=dataset.evaluation + data.shift_sets(dataset, data.load(spec, CACHE)))
+    labelled = data.load(asked.adapt_data, CACHE) if asked.adapt_data else None
     captions = any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
     _check(dataset, asked, captions, path)
     clock.lap("data")
 
     teacher = teachers.load(asked.teacher)
+    for d in (dataset, *([labelled] if labelled else [])):
+        teachers.check_class_names(teacher, d.classes, d.templates)
     _claim(run, path, asked, fresh)  # only now: a mistake in what was asked leaves no folder behind
     example = torch.randn(2, 3, teacher.preprocess.size, teacher.preprocess.size)
     tower = fold(teacher.tower, example).to(memory_format=torch.channels_last)
     cached = cache.build(CACHE, teacher, tower, dataset, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
     clock.lap("teacher cache")
 
-    if asked.adapt:
+    if asked.adapt and labelled:  # cross-dataset: stage 1 has pictures and classes of its own
+        only = labelled._replace(train=labelled.labelled)
+        rows = cache.build(CACHE, teacher, tower, only, asked.views, asked.seed, captions=False, device=device, threads=asked.train.threads)
+        teacher = adapt(teacher, rows, only, asked.adapt, asked.seed, run / "teacher")
+    elif asked.adapt:
         teacher = adapt(teacher, cached, dataset, asked.adapt, asked.seed, run / "teacher")
     clock.lap("stage 1")
 
@@ -71,7 +79,6 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         student, preprocess = students.build(asked.student, teacher.embed_dim)
         edu = asked.losses.edu_attention
         head = students.EduAttentionHead(teacher.embed_dim, edu.temperature, torch.Generator().manual_seed(asked.seed)) if edu else None
-        log = train(student, head, teacher, cached, preprocess, dataset.train_classes, asked, device)
         description = {
             "architecture": msgspec.to_builtins(asked.student),
             "embed_dim": teacher.embed_dim,
@@ -83,9 +90,14 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             "templates": list(dataset.templates),
             "licences": {"teacher": teacher.licence, "data": dataset.licence},
             "parents": {"recipe": disk.fingerprint(recipe.description(asked)), "teacher_cache": disk.sha256(cached.folder / disk.MANIFEST)},
-            "log": log,
         }
-        students.save(run / "student", student, head, description, cached.class_features)
+
+        def keep(log: list[dict[str, Any]]) -> None:
+            students.save(run / "student.partial", student, head, description | {"log": log}, cached.class_features)
+
+        log = train(student, head, teacher, cached, preprocess, dataset.train_classes, asked, device, keep)
+        students.save(run / "student", student, head, description | {"log": log}, cached.class_features)
+        shutil.rmtree(run / "student.partial", ignore_errors=True)
     student, head, preprocess, description = students.load(run / "student")
     clock.lap("stage 2")
 
@@ -140,8 +152,8 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
 def _check_claim(run: Path, asked: Recipe, fresh: bool) -> None:
     """Raises when the run folder holds a run of another recipe, or something that is no run."""
     if (run / "recipe.json").exists():
-        different = _differences(disk.read_json(run / "recipe.json"), recipe.description(asked))
-        if different and not fresh:
+        different = [] if fresh else _differences(recipe.description(recipe.of_run(run)), recipe.description(asked))
+        if different:
             raise EdgeclipError(run, f"holds a run of another recipe ({'; '.join(different[:5])})", "use --fresh to start over, or another --out")
     elif run.exists() and any(run.iterdir()):
         raise EdgeclipError(run, "is not empty and not a run", "choose another --out")
@@ -151,12 +163,12 @@ def _claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
     """Makes the run folder ours."""
     if fresh and run.exists():
         shutil.rmtree(run)
+    disk.write_json(run / "roots.json", recipe.roots(asked))  # also when resuming: data may have moved
     if (run / "recipe.json").exists():
         say(f"{run}: resuming")
     else:
         disk.write_text(run / "recipe.yaml", path.read_text(encoding="utf-8"))
         disk.write_json(run / "recipe.json", recipe.description(asked))
-    disk.write_json(run / "roots.json", recipe.roots(asked))  # data may have moved
 
 
 def _differences(a: Any, b: Any, at: str = "") -> list[str]:
@@ -165,7 +177,7 @@ def _differences(a: Any, b: Any, at: str = "") -> list[str]:
     return [] if a == b else [f"{at} was {a}, now {b}"]
 
 
-def _device(asked: str) -> torch.device:
+def pick_device(asked: str) -> torch.device:
     if asked == "cuda" and not torch.cuda.is_available():
         raise EdgeclipError("train.device: cuda", "this machine has no CUDA device that torch can use", "use device: cpu, or auto")
     device = torch.device(asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
@@ -189,6 +201,8 @@ def _with_evaluation(dataset: data.Dataset, other: data.Dataset) -> data.Dataset
 def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> None:
     if asked.losses.kl and not dataset.classes:
         raise EdgeclipError(f"{path}: losses.kl", "needs a class list, and the data has none", "give data.classes or evaluation_data")
+    if dataset.evaluation and not dataset.classes:
+        raise EdgeclipError(f"{path}: data", "has pictures to evaluate on and no class list", "give data.classes or evaluation_data, or set data.test to null")
     if captions and any(not p.caption for p in dataset.train):
         missing = next(p for p in dataset.train if not p.caption)
         raise EdgeclipError(

@@ -59,6 +59,7 @@ def load(spec: OpenClip) -> Teacher:
         tower=ImageTower(model).eval(),
         features=lambda rows: rows,
         encode_text=encode_text,
+        text=text,
     )
 
 
