@@ -13,7 +13,7 @@ from PIL import Image
 from edgeclip import cli, config, disk, recipe, students, tables, teachers
 from edgeclip.data import EvaluationSet
 from edgeclip.distill import protocols
-from edgeclip.distill.evaluate import Answers, score
+from edgeclip.distill.evaluate import Answers, note, score
 from edgeclip.metrics import harmonic_mean, hits, l2_normalise
 from edgeclip.preprocess import Preprocess
 from edgeclip.zero_shot import EduAttention, class_scores
@@ -37,6 +37,9 @@ student: {tower: {kind: timm, model: mobilenetv4_conv_small_035, weights: random
 losses: {kl: {weight: 1}, edu_attention: {}}
 train: {warmup_steps: 3, epochs: 1, batch_size: 8, device: cpu}
 """
+
+
+STUDENT = {"tower": {"kind": "timm", "model": "x", "weights": "random", "image_size": 32}}
 
 
 class MeanColour(torch.nn.Module):
@@ -122,7 +125,7 @@ def test_stage_1_reads_the_pictures_and_classes_of_adapt_data(workplace):
 def test_distill_scores_shifts_beside_its_own_set(workplace):
     _, results = workplace
     paint, night = results["sets"]
-    assert (paint["name"], paint["classes"], paint["pictures"]) == ("paint test", 6, 18)
+    assert (paint["name"], paint["classes"], paint["pictures"]) == ("paint test", 6, 18) and paint["note"].startswith("transductive: ")
     assert (night["name"], night["classes"], night["pictures"]) == ("night", 3, 9) and "not transductive" in night["note"]
     assert paint["teacher"]["r1"] == night["teacher"]["r1"] == 1.0  # classes are matched by name: their order differs
     assert paint["student_attending_all_classes"] is None and night["student_attending_all_classes"] is not None
@@ -276,6 +279,29 @@ def test_the_runs_student_is_what_is_scored(workplace):
     labels = np.array(disk.read_json(folder / "runs/r/evaluation/evaluation.json")["labels"])
     w = np.load(folder / "runs/r/student/class_features.npy")
     assert results["sets"][0]["student"]["r1"] == pytest.approx(hits(class_scores(features[:18], w, head.numpy()), labels[:18]).mean())
+
+
+def test_what_is_transductive_and_whose_labels_were_seen():
+    def said(asked, name, part="s", **fields):
+        return note(
+            config.convert({**asked, "teacher": {"kind": "conse"}, "student": STUDENT, "losses": {"kl": {}}}, recipe.Recipe, "r"),
+            paint(name),
+            EvaluationSet(part, [], [], "its own", **fields),
+        )
+
+    def paint(name, **fields):
+        return recipe.WebDataset(name=name, root="x", **fields)
+
+    def spec(name, **fields):
+        return {"kind": "webdataset", "name": name, "root": "x", **fields}
+
+    base_to_novel = {"data": spec("a", protocol="base_to_novel"), "adapt": {}}
+    seen, unseen = "adapted on labels of its training pictures", "adapted on no label of it"
+    assert [(t, seen in n) for t, n in (said(base_to_novel, "a", p) for p in ("base", "novel"))] == [(True, True), (True, False)]
+    assert unseen in said({"data": spec("a")}, "a")[1]
+    cross = {"data": spec("a"), "adapt": {}, "adapt_data": spec("b")}
+    assert [(t, seen in n) for t, n in (said(cross, s) for s in "abc")] == [(True, False), (False, True), (False, False)]
+    assert said(cross, "a", shift=True) == (False, "shift; not transductive")
 
 
 def test_a_file_of_one_set_is_strict(tmp_path):

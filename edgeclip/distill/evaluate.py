@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgeclip import disk
+from edgeclip import recipe as R
 from edgeclip.data import Dataset, EvaluationSet
 from edgeclip.metrics import harmonic_mean, hits
 from edgeclip.pictures import Picture, read, refuse_unreadable, stream
@@ -60,6 +61,20 @@ def image_features(
 def teacher_features(teacher: Teacher, tower: nn.Module, pictures: list[Picture], what: str, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
     """`image_features` of the teacher, adapted where it is; `tower` is its own, folded."""
     return image_features(nn.Sequential(tower, _Features(teacher)), pictures, teacher.preprocess, what, device, 8 if device.type == "cpu" else 64)
+
+
+def note(asked: R.Recipe, spec: R.Data, s: EvaluationSet) -> tuple[bool, str]:
+    """(transductive?, what to know of a set's figure): which of its pictures and labels the run was trained on."""
+    if isinstance(spec, R.OpenMoji) and isinstance(asked.data, R.OpenMoji):
+        return s.note.startswith("transductive"), s.note
+    stage_1 = (asked.adapt_data or asked.data) if asked.adapt else None
+    labelled = stage_1 is not None and stage_1.name == spec.name and not (s.name == "novel" and getattr(stage_1, "protocol", "") == "base_to_novel")
+    labels = "the teacher was adapted on labels of its training pictures" if labelled else "the teacher was adapted on no label of it"
+    if s.shift:
+        return False, "shift; not transductive"
+    if spec.name == asked.data.name:
+        return True, f"transductive: the student saw training pictures of this set without labels; {labels}"
+    return False, f"not transductive: the student saw no picture of this set; {labels}"
 
 
 class Answers(NamedTuple):

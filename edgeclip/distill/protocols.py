@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from edgeclip import cache, config, data, disk, metrics, recipe, students, teachers
-from edgeclip.data import Dataset, EvaluationSet
+from edgeclip.data import Dataset
 from edgeclip.distill.adapt import adapted
-from edgeclip.distill.evaluate import Answers, image_features, mean_over, score, teacher_features
+from edgeclip.distill.evaluate import Answers, image_features, mean_over, note, score, teacher_features
 from edgeclip.distill.run import CACHE, pick_device
 from edgeclip.errors import EdgeclipError
 from edgeclip.fold import fold
@@ -146,20 +146,6 @@ def _check(spec: Data, dataset: Dataset, protocol: str) -> None:
             )
     elif not dataset.classes:
         raise EdgeclipError(f"--data {spec.name}", f"has no class list, which {protocol} needs", "add classnames.txt, or use --protocol retrieval")
-
-
-def note(asked: Recipe, spec: Data, s: EvaluationSet) -> tuple[bool, str]:
-    """(transductive?, what to know of a set's figure): which of its pictures and labels the run was trained on."""
-    if isinstance(spec, recipe.OpenMoji) and isinstance(asked.data, recipe.OpenMoji):
-        return s.note.startswith("transductive"), s.note
-    stage_1 = (asked.adapt_data or asked.data) if asked.adapt else None
-    labelled = stage_1 is not None and stage_1.name == spec.name and not (s.name == "novel" and getattr(stage_1, "protocol", "") == "base_to_novel")
-    labels = "the teacher was adapted on labels of its training pictures" if labelled else "the teacher was adapted on no label of it"
-    if s.shift:
-        return False, "shift; not transductive"
-    if spec.name == asked.data.name:
-        return True, f"transductive: the student saw training pictures of this set without labels; {labels}"
-    return False, f"not transductive: the student saw no picture of this set; {labels}"
 
 
 # --- the run

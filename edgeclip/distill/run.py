@@ -21,7 +21,7 @@ from edgeclip import __version__, cache, data, disk, recipe, students, teachers,
 from edgeclip.allocator import keep_freed_memory
 from edgeclip.distill import losses
 from edgeclip.distill.adapt import adapt
-from edgeclip.distill.evaluate import evaluate
+from edgeclip.distill.evaluate import evaluate, note
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
 from edgeclip.fold import fold
@@ -52,6 +52,8 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         dataset = _with_evaluation(dataset, data.load(asked.evaluation_data, CACHE))
     for spec in asked.shifts:
         dataset = dataset._replace(evaluation=dataset.evaluation + data.shift_sets(dataset, data.load(spec, CACHE)))
+    scored = asked.evaluation_data or asked.data
+    dataset = dataset._replace(evaluation=[s._replace(note=note(asked, scored, s)[1]) for s in dataset.evaluation])
     labelled = data.load(asked.adapt_data, CACHE) if asked.adapt_data else None
     captions = any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
     _check(dataset, asked, captions, path)
