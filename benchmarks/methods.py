@@ -31,8 +31,10 @@ from typing import Any, NamedTuple
 
 import compare
 import methods_table
+import msgspec
 import numpy as np
 import torch
+import yaml
 from msgspec.structs import replace
 from torch.nn import functional as F
 
@@ -128,9 +130,18 @@ def described(bench: Bench, losses: dict[str, Any], regime: str, seed: int) -> R
     return replace(bench.recipe, losses=config.convert(losses, R.Losses, "losses"), train=schedule, seed=seed)
 
 
+def fingerprint(bench: Bench, name: str, method: str, regime: str) -> str:
+    """Of what was asked, as it is written down: a new field with a default makes no old run a stranger."""
+    written = yaml.safe_load((RECIPES / f"{SETS[name]}.yaml").read_text(encoding="utf-8"))
+    asked = {f: written[f] for f in ("teacher", "adapt", "views")}
+    if method in METHODS:
+        asked |= {"student": written["student"], "train": written["train"], "losses": METHODS[method], "epochs": EPOCHS if regime == "full" else 0}
+    return disk.fingerprint(asked | {"cache": bench.cached.folder.name})[:16]
+
+
 def adapted(bench: Bench, seed: int) -> teachers.Teacher:
     assert isinstance(bench.recipe.adapt, R.ResidualHead)
-    key = disk.fingerprint({"cache": bench.cached.folder.name, "adapt": recipe.description(bench.recipe)["adapt"], "seed": seed})[:16]
+    key = disk.fingerprint({"cache": bench.cached.folder.name, "adapt": msgspec.to_builtins(bench.recipe.adapt), "seed": seed})[:16]
     return adapt(bench.teacher, bench.cached, bench.dataset, bench.recipe.adapt, seed, Path("runs/methods") / key)
 
 
@@ -192,9 +203,8 @@ def trial(regime: str, names: list[str], methods: list[str], seeds: list[int], r
         for seed in seeds:
             teacher = adapted(bench, seed)
             for method in ["teacher", *methods]:
-                what = recipe.description(described(bench, METHODS[method], regime, seed)) if method in METHODS else recipe.description(bench.recipe)["adapt"]
                 key = {"regime": "teacher" if method == "teacher" else regime, "set": name, "method": method, "seed": seed}
-                key["fingerprint"] = disk.fingerprint({"what": what, "cache": bench.cached.folder.name})[:16]
+                key["fingerprint"] = fingerprint(bench, name, method, regime)
                 if any(all(line.get(k) == v for k, v in key.items()) for line in methods_table.read(LOG)):
                     continue
                 if method == "teacher":

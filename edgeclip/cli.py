@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 
 import click
 
-from edgeclip import tables
+from edgeclip import cli_bundle, tables
+from edgeclip.cli_options import json_option, label_file, latest, say
 from edgeclip.errors import EdgeclipError
 
 GATE_FAILED, TOO_FEW = 3, 4
-DEFAULT_RUN = Path("runs/latest")
 
 
 class _Group(click.Group):
@@ -55,14 +55,6 @@ def main() -> None:
     """Take a large CLIP to a small board, and prove that it arrived."""
 
 
-def _json_option(f: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(f)
-
-
-def _say(as_json: bool, value: Any, text: str) -> None:
-    click.echo(json.dumps(value, indent=1) if as_json else text)
-
-
 def _run_options(f: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--run", type=click.Path(path_type=Path), help="Every bundle of this run.  [default: runs/latest]")
     @click.option("--bundle", type=click.Path(path_type=Path), help="One bundle folder.")
@@ -76,33 +68,12 @@ def _run_options(f: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _latest(run: Path | None) -> Path:
-    run = run or DEFAULT_RUN
-    if not run.exists():
-        raise EdgeclipError(run, "there is no such run", "name one with --run, or make one with: edgeclip distill RECIPE")
-    if run.is_symlink():
-        click.echo(f"run: {run.resolve()}", err=True)
-    return run.resolve()
-
-
-def _one_bundle(bundle: Path | None) -> Path:
-    """--bundle, or the newest run's only bundle for this machine's CPU: int8 before fp32, onnx before others."""
-    if bundle is not None:
-        return bundle
-    run = _latest(None)
-    for name in ("onnx-int8", "onnx-fp32", "openvino-int8"):
-        if (run / "bundles" / name).is_dir():
-            click.echo(f"bundle: {run / 'bundles' / name}", err=True)
-            return run / "bundles" / name
-    raise EdgeclipError(run, "has no bundle that classifies on this machine", "name one with --bundle, or make one with: edgeclip export --target onnx-int8")
-
-
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--data", "roots", multiple=True, metavar="[NAME=]DIR", help="Where the data lies on this machine; may be repeated.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/<recipe name>]")
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming.")
-@_json_option
+@json_option
 def distill(recipe: Path, roots: tuple[str, ...], out: Path | None, fresh: bool, as_json: bool) -> None:
     """Distil a teacher into a student, as RECIPE says. The same line again resumes.
 
@@ -127,7 +98,7 @@ def distill(recipe: Path, roots: tuple[str, ...], out: Path | None, fresh: bool,
 @click.option("--labels", type=click.Path(path_type=Path), help="Of --model: a file, one label a line.")
 @click.option("--images", type=click.Path(path_type=Path), help="Of --model: a folder of pictures for calibration and golden answers.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundles.  [default: <run>/bundles, or bundles/<model>]")
-@_json_option
+@json_option
 def export(
     targets: tuple[str, ...],
     run: Path | None,
@@ -156,9 +127,9 @@ def export(
     from edgeclip.export.source import from_model, from_run
 
     if model and weights:
-        source, folder = from_model(model, weights, _label_file(labels) if labels else [], images), out or Path("bundles") / model.replace("/", "_")
+        source, folder = from_model(model, weights, label_file(labels) if labels else [], images), out or Path("bundles") / model.replace("/", "_")
     else:
-        run = _latest(run)
+        run = latest(run)
         source, folder = from_run(run), out or run / "bundles"
     from edgeclip import disk
 
@@ -173,16 +144,6 @@ def export(
     tables.bundles(rows)
 
 
-def _label_file(path: Path) -> list[str]:
-    try:
-        labels = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise EdgeclipError(path, "there is no such file", "check the path") from None
-    if not labels:
-        raise EdgeclipError(path, "empty class list", "write one label a line")
-    return labels
-
-
 def _each_bundle(run: Path | None, bundle: Path | None, device_name: str) -> tuple[str, Any, dict[str, Any], list[Any], Path | None]:
     """(device name, device, this machine's facts, bundles it can run, the run's folder or None)."""
     from edgeclip import device as D
@@ -192,7 +153,7 @@ def _each_bundle(run: Path | None, bundle: Path | None, device_name: str) -> tup
     name, device = D.load(device_name)
     here = D.require_here(name, device)
     if bundle is None:
-        run = _latest(run)
+        run = latest(run)
         folders = sorted(p for p in (run / "bundles").glob("*") if (p / disk.MANIFEST).exists())
         if not folders:
             raise EdgeclipError(run, "has no bundle", "make one with: edgeclip export --target onnx-int8")
@@ -222,7 +183,7 @@ def _write_report(report: dict[str, Any], device: str, run: Path | None, kind: s
 
 @main.command()
 @_run_options
-@_json_option
+@json_option
 def validate(run: Path | None, bundle: Path | None, device_name: str, as_json: bool) -> None:
     """Compare bundles with the fp32 student on this device: values, decisions, accuracy.
 
@@ -247,7 +208,7 @@ def validate(run: Path | None, bundle: Path | None, device_name: str, as_json: b
 @main.command()
 @_run_options
 @click.option("--scenario", type=click.Choice(["single_stream", "offline"]), help="MLPerf's; both when omitted.")
-@_json_option
+@json_option
 def bench(run: Path | None, bundle: Path | None, device_name: str, scenario: str | None, as_json: bool) -> None:
     """Measure latency, throughput, stages, cold start and memory on this device.
 
@@ -273,9 +234,33 @@ def bench(run: Path | None, bundle: Path | None, device_name: str, scenario: str
     sys.exit(GATE_FAILED if any(r["failures"] for r in reports) else 0)
 
 
+PROTOCOLS = ("zero_shot", "base_to_novel", "cross_dataset", "domain_generalisation", "retrieval")
+
+
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path), required=False)
-@_json_option
+@click.option("--protocol", type=click.Choice(PROTOCOLS), required=True, help="How to score it.")
+@click.option("--data", "given", multiple=True, metavar="SET", help="NAME=DIR, a folder in CLIP_benchmark's layout, or a YAML file; may be repeated.")
+@json_option
+def evaluate(run: Path | None, protocol: str, given: tuple[str, ...], as_json: bool) -> None:
+    """Score RUN's student, and its teacher beside it, on the run's own test pictures or on other sets.
+
+    \b
+    Example:
+        edgeclip evaluate runs/clothing --protocol base_to_novel --data clothing=path/to/clothing
+    """
+    from edgeclip.distill.protocols import evaluate as score
+
+    record = score(latest(run), protocol, given)
+    if as_json:
+        click.echo(json.dumps(record, indent=1))
+        return
+    tables.protocol(record)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@json_option
 def report(run: Path | None, as_json: bool) -> None:
     """Write RUN's report.html: what was lost at which step, and ship or do not ship.
 
@@ -285,80 +270,15 @@ def report(run: Path | None, as_json: bool) -> None:
     """
     from edgeclip.report import report as write
 
-    path, verdicts = write(_latest(run))
+    path, verdicts = write(latest(run))
     lines = [f"{target}: {verdict}" for target, verdict in verdicts.items()]
-    _say(as_json, {"report": str(path), "verdicts": verdicts}, "\n".join([*lines, str(path)]))
-
-
-@main.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle folder.  [default: one of runs/latest]")
-@click.option("--labels", help='Comma-separated, for example "a cat, a dog".  [default: the baked labels]')
-@click.option("--top", default=5, show_default=True, help="How many labels to print.")
-@_json_option
-def classify(images: tuple[Path, ...], bundle: Path | None, labels: str | None, top: int, as_json: bool) -> None:
-    """Rank labels for each of IMAGES.
-
-    \b
-    Example:
-        edgeclip classify cat.jpg --labels "a cat, a dog, a car"
-    """
-    from edgeclip.bundle import Bundle
-
-    loaded = Bundle.load(_one_bundle(bundle))
-    words = [w.strip() for w in labels.split(",") if w.strip()] if labels is not None else None
-    results = {str(image): loaded.classify(image, words, top) for image in images}
-    if as_json:
-        click.echo(json.dumps(results, indent=1))
-        return
-    tables.ranking(results)
-
-
-@main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the new bundle.  [default: in place of BUNDLE]")
-@_json_option
-def labels(bundle: Path, file: Path, out: Path | None, as_json: bool) -> None:
-    """Bake the labels in FILE (one a line) into BUNDLE, without retraining.
-
-    \b
-    Example:
-        edgeclip labels runs/latest/bundles/onnx-int8 fruit.txt --out fruit-bundle
-    """
-    from edgeclip.bundle import bake_labels
-
-    words = _label_file(file)
-    path = bake_labels(bundle, words, out or bundle)
-    _say(as_json, {"bundle": str(path), "labels": words}, f"{path}: {len(words)} labels")
-
-
-@main.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A .npy file: float32 [n, D], unit rows in the order given.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle folder.  [default: one of runs/latest]")
-@_json_option
-def embed(images: tuple[Path, ...], out: Path, bundle: Path | None, as_json: bool) -> None:
-    """Write the image features of IMAGES, for an index.
-
-    \b
-    Example:
-        edgeclip embed photos/*.jpg --out features.npy
-    """
-    if out.suffix != ".npy":
-        raise EdgeclipError(out, "is not a .npy file", "give a name that ends in .npy")
-    from edgeclip import disk
-    from edgeclip.bundle import Bundle
-
-    features = Bundle.load(_one_bundle(bundle)).encode_image(list(images))
-    disk.write_array(out, features)
-    _say(as_json, {"out": str(out), "shape": list(features.shape)}, f"{out}: {features.shape[0]} x {features.shape[1]}")
+    say(as_json, {"report": str(path), "verdicts": verdicts}, "\n".join([*lines, str(path)]))
 
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The recipe's path.  [default: <folder name>.yaml]")
-@_json_option
+@json_option
 def init(folder: Path, out: Path | None, as_json: bool) -> None:
     """Write a complete recipe for FOLDER, which has photos in one sub-folder a class.
 
@@ -369,12 +289,12 @@ def init(folder: Path, out: Path | None, as_json: bool) -> None:
     from edgeclip.starter import write_recipe
 
     path, classes = write_recipe(folder, out)
-    _say(as_json, {"recipe": str(path), "classes": classes}, f"{path}: {classes} classes; next: edgeclip distill {path}")
+    say(as_json, {"recipe": str(path), "classes": classes}, f"{path}: {classes} classes; next: edgeclip distill {path}")
 
 
 @main.command("list")
 @click.argument("kind", type=click.Choice(["recipes", "targets", "devices"]), required=False)
-@_json_option
+@json_option
 def list_(kind: str | None, as_json: bool) -> None:
     """Name the recipes, targets and devices that ship.
 
@@ -393,7 +313,7 @@ def list_(kind: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.option("--device", "device_name", help="Also say whether this machine is that device.")
-@_json_option
+@json_option
 def doctor(device_name: str | None, as_json: bool) -> None:
     """What this machine can do, and how to install what is missing.
 
@@ -413,3 +333,7 @@ def doctor(device_name: str | None, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=1))
         return
     tables.doctor(found)
+
+
+for command in (cli_bundle.classify, cli_bundle.labels, cli_bundle.embed):
+    main.add_command(command)

@@ -75,7 +75,7 @@ def _refuse_unknown(value: Any, info: Any, where: object, at: str) -> None:
                 _refuse_unknown(item, fields[key], where, f"{at}{key}.")
             elif key != info.tag_field:
                 raise EdgeclipError(f"{where}: {at}{key}", "unknown field", did_you_mean(str(key), fields))
-    elif isinstance(info, msgspec.inspect.ListType) and isinstance(value, list):
+    elif isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType) and isinstance(value, list):
         for i, item in enumerate(value):
             _refuse_unknown(item, info.item_type, where, f"{at}{i}.")
 

@@ -1,6 +1,7 @@
 """The numbers of parity and accuracy, in numpy. Fractions run 0..1; only `_pp` is in percentage points."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,6 +20,42 @@ def hits(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
 
 def harmonic_mean(a: float, b: float) -> float:
     return 2 * a * b / (a + b) if a + b else 0.0
+
+
+def recall_both_ways(
+    image_features: np.ndarray, text_features: np.ndarray, image_groups: np.ndarray, text_groups: np.ndarray, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, dict[str, float]]:
+    """Retrieval between unit rows image_features [B, D] and text_features [T, D]: {image_to_text, text_to_image}: {r1, r5, r10, chance_r1, ...}.
+
+    A picture and a text belong together when their groups ([B] and [T], integers) are equal, so one text may belong to
+    several pictures and the other way round. A query is a hit at k when any of its own is among the k best; what is
+    not its own and ties with it counts against, as in `hits`. Every query must have at least one of its own.
+    """
+    ways = {
+        "image_to_text": (image_features, text_features, image_groups, text_groups),
+        "text_to_image": (text_features, image_features, text_groups, image_groups),
+    }
+    out: dict[str, dict[str, float]] = {}
+    for name, (queries, candidates, query_groups, candidate_groups) in ways.items():
+        ranks, positives = [], []
+        for at in range(0, len(queries), 512):  # [512, candidates] at a time
+            scores = queries[at : at + 512] @ candidates.T
+            own = query_groups[at : at + 512, None] == candidate_groups[None]
+            best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True)
+            ranks.append((~own & (scores >= best)).sum(axis=1))
+            positives.append(own.sum(axis=1))
+        rank, positive = np.concatenate(ranks), np.concatenate(positives)
+        out[name] = {f"r{k}": float((rank < k).mean()) for k in ks}
+        out[name] |= {f"chance_r{k}": float(chance_recall(positive, len(candidates), k).mean()) for k in ks}
+    return out
+
+
+def chance_recall(positives: np.ndarray, candidates: int, k: int) -> np.ndarray:
+    """[Q]: the probability that a random order of `candidates` has one of a query's `positives` [Q] among its first k."""
+    missed = np.ones(len(positives))
+    for i in range(min(k, candidates)):
+        missed *= np.maximum(candidates - positives - i, 0) / (candidates - i)
+    return 1.0 - missed
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> dict[str, float]:

@@ -7,12 +7,14 @@ Weights are named in one small language, here for teachers and students alike:
 `random` | `pip:PACKAGE` (weights that a Python package ships) | `hub:TAG` (open_clip's or timm's pretrained tag) | a file.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta
 
-from edgeclip import config
+from edgeclip import config, disk
 from edgeclip.config import Config
 from edgeclip.errors import EdgeclipError
 
@@ -68,6 +70,12 @@ class Folders(Config, tag="folders", tag_field="kind"):
 
 
 Data = OpenMoji | WebDataset | Folders
+
+
+class DataFile(Config):
+    """A YAML file of one set, for `edgeclip evaluate --data FILE`: a recipe's `data` block by itself."""
+
+    data: Data
 
 
 # --- teacher
@@ -349,6 +357,10 @@ class Recipe(Config):
     losses: Losses
     evaluation_data: Data | None = None
     """another set to evaluate on, whose class list the KL uses when `data` has none; null: `data`'s own test part"""
+    adapt_data: Data | None = None
+    """the labelled set of stage 1, with classes of its own (cross-dataset); null: `data`'s own labelled part"""
+    shifts: tuple[Data, ...] = ()
+    """further sets to evaluate on whose classes are among those of the evaluation, by name (domain generalisation)"""
     adapt: Adapt | None = None
     """null: the teacher is taken as it is"""
     views: Views = Views()
@@ -371,18 +383,39 @@ def load(path: Path, roots: tuple[str, ...] = ()) -> Recipe:
 
 
 def _with_root(recipe: Recipe, given: str) -> Recipe:
-    import msgspec
-
-    fields = {f: d for f in ("data", "evaluation_data") if isinstance(d := getattr(recipe, f), WebDataset | Folders)}
+    names = list(dict.fromkeys(d.name for d in data_sets(recipe).values() if not isinstance(d, OpenMoji)))
     name, equals, root = given.partition("=")
     if not equals:
-        if len({d.name for d in fields.values()}) != 1:
-            names = ", ".join(d.name for d in fields.values()) or "none"
-            raise EdgeclipError(f"--data {given}", f"the recipe has not exactly one folder to name (its data: {names})", "use --data NAME=DIR")
-        name, root = next(iter(fields.values())).name, given
-    if name not in {d.name for d in fields.values()}:
-        raise EdgeclipError(f"--data {given}", f"the recipe has no data named '{name}'", f"use one of: {', '.join(d.name for d in fields.values())}")
-    return msgspec.structs.replace(recipe, **{f: msgspec.structs.replace(d, root=root) for f, d in fields.items() if d.name == name})
+        if len(names) != 1:
+            raise EdgeclipError(
+                f"--data {given}", f"the recipe has not exactly one folder to name (its data: {', '.join(names) or 'none'})", "use --data NAME=DIR"
+            )
+        name, root = names[0], given
+    if name not in names:
+        raise EdgeclipError(f"--data {given}", f"the recipe has no data named '{name}'", f"use one of: {', '.join(names)}")
+    return replace_data(recipe, lambda d: msgspec.structs.replace(d, root=root) if d.name == name and not isinstance(d, OpenMoji) else d)
+
+
+DATA_FIELDS = ("data", "evaluation_data", "adapt_data", "shifts")
+"""Every field of a recipe that names data: one set, none, or several."""
+
+
+def data_sets(recipe: Recipe) -> dict[str, Data]:
+    """Where in the recipe, to data: {"data": ..., "shifts.0": ..., ...}."""
+    found: dict[str, Data] = {}
+    for field in DATA_FIELDS:
+        value = getattr(recipe, field)
+        found |= {f"{field}.{i}": d for i, d in enumerate(value)} if isinstance(value, tuple) else {field: value} if value else {}
+    return found
+
+
+def replace_data(recipe: Recipe, change: Callable[[Data], Data]) -> Recipe:
+    """The recipe with each of its data sets changed."""
+    new: dict[str, Any] = {}
+    for field in DATA_FIELDS:
+        value = getattr(recipe, field)
+        new[field] = tuple(map(change, value)) if isinstance(value, tuple) else change(value) if value else None
+    return msgspec.structs.replace(recipe, **new)
 
 
 def check(recipe: Recipe, where: object) -> None:
@@ -401,19 +434,33 @@ def check(recipe: Recipe, where: object) -> None:
         raise EdgeclipError(f"{where}: adapt", "a residual_head is for the assembled teacher (kind: conse) only", "use kind: prompts, or set adapt to null")
     if isinstance(recipe.adapt, Prompts) and not isinstance(recipe.teacher, OpenClip):
         raise EdgeclipError(f"{where}: adapt", "prompts are for an open_clip teacher only", "use kind: residual_head, or set adapt to null")
+    if recipe.adapt_data and not recipe.adapt:
+        raise EdgeclipError(f"{where}: adapt_data", "is for stage 1, and adapt is null", "add adapt: {kind: residual_head}, or set adapt_data to null")
 
 
 def description(recipe: Recipe) -> dict[str, Any]:
     """What decides the outcome, JSON-able: the recipe without the folders where its data lie."""
-    import msgspec
-
     value: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(recipe))  # as it will be read again
-    for field in ("data", "evaluation_data"):
-        if value[field]:
-            value[field].pop("root", None)
+    for field in data_sets(recipe):
+        _at(value, field).pop("root", None)
     return value
 
 
 def roots(recipe: Recipe) -> dict[str, str]:
     """Where the data lay: what `description` leaves out."""
-    return {f: d.root for f in ("data", "evaluation_data") if isinstance(d := getattr(recipe, f), WebDataset | Folders)}
+    return {f: d.root for f, d in data_sets(recipe).items() if not isinstance(d, OpenMoji)}
+
+
+def of_run(run: Path) -> Recipe:
+    """The recipe of a run folder, with the roots that its data had."""
+    value = disk.read_json(run / "recipe.json")
+    for field, root in disk.read_json(run / "roots.json").items():
+        _at(value, field)["root"] = root
+    return config.convert(value, Recipe, run / "recipe.json")
+
+
+def _at(value: dict[str, Any], field: str) -> dict[str, Any]:
+    """The data at `field` of a recipe as JSON: "data", or "shifts.0"."""
+    name, dot, index = field.partition(".")
+    found: dict[str, Any] = value[name][int(index)] if dot else value[name]
+    return found

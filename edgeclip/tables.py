@@ -16,19 +16,28 @@ def table(rows: Sequence[Sequence[Any]], headers: list[str]) -> None:
     click.echo(tabulate([[NOT_MEASURED if c is None else c for c in row] for row in rows], headers, disable_numparse=True))
 
 
-def accuracy(results: dict[str, Any]) -> None:
-    teacher, student = (results["models"][k] for k in ("teacher", "student"))
+MODELS = {
+    "teacher": "teacher",
+    "student": "student",
+    "student_with_edu_attention": "student with EduAttention",
+    "student_without_edu_attention": "student without EduAttention",
+    "student_attending_all_classes": "student, attending over all classes",
+}
+"""Field of a scored set, to what a table calls it."""
+
+
+def _sets(results: dict[str, Any]) -> None:
     rows = []
     for s in results["sets"]:
-        for model in ("teacher", "student", "student_without_edu_attention"):
-            if model == "student_without_edu_attention" and results["edu_attention"] is None:
-                continue
-            rows.append(
-                [s["name"], model.replace("_", " "), f"{s[model]['r1']:.3f}", f"{s[model]['r5']:.3f}", f"{s['chance_r1']:.4f}", s["pictures"], s["classes"]]
-            )
+        shown = ["teacher", *(m for m in MODELS if s.get(m) and m != "teacher" and (m == "student" or results["edu_attention"]))]
+        for model in shown:
+            r1, r5 = (f"{s[model][k]:.3f}" for k in ("r1", "r5")) if s[model] else (None, None)
+            rows.append([s["name"], MODELS[model], r1, r5, f"{s['chance_r1']:.4f}", s["pictures"], s["classes"]])
     table(rows, ["set", "model", "R@1", "R@5", "chance", "pictures", "classes"])
-    for name, value in results.get("harmonic_mean", {}).items():
-        click.echo(f"harmonic mean of base and novel, {name.replace('_', ' ')}: {value:.3f}")
+    for field, what in (("harmonic_mean", "harmonic mean of base and novel"), ("average", "average R@1")):
+        for model, value in results.get(field, {}).items():
+            if model in ("teacher", "student") or results["edu_attention"]:
+                click.echo(f"{what}, {MODELS[model]}: {value:.3f}")
     if results["edu_attention"]:
         alpha = results["edu_attention"]["alpha"]
         gains = [f"{100 * (s['student']['r1'] - s['student_without_edu_attention']['r1']):+.1f} pp on {s['name']}" for s in results["sets"]]
@@ -36,6 +45,31 @@ def accuracy(results: dict[str, Any]) -> None:
         click.echo(f"edu attention: alpha {alpha:+.3f} at the end{inert}; R@1 with it minus without: {', '.join(gains)}")
     for s in results["sets"]:
         click.echo(f"{s['name']}: {s['note']}")
+
+
+def protocol(results: dict[str, Any]) -> None:
+    if results["protocol"] == "retrieval":
+        rows = []
+        for s in results["sets"]:
+            for model in ("teacher", "student"):
+                for way in ("image_to_text", "text_to_image"):
+                    value = s[model][way] if s[model] else {}
+                    chance = "/".join(f"{s['student'][way][f'chance_r{k}']:.3f}" for k in (1, 5, 10))
+                    of_model = [f"{value[f'r{k}']:.3f}" if value else None for k in (1, 5, 10)]
+                    rows.append([s["name"], MODELS[model], way.replace("_", " "), *of_model, chance, s["pictures"], s["texts"]])
+        table(rows, ["set", "model", "way", "R@1", "R@5", "R@10", "chance", "pictures", "texts"])
+        for s in results["sets"]:
+            click.echo(f"{s['name']}: {s['note']}")
+    else:
+        _sets(results)
+    click.echo(f"text side: {results['text_side']}")
+    click.echo(f"teacher: {results['teacher'] or 'not at hand: ' + results['teacher_missing']}")
+    click.echo(f"report: {results['report']}")
+
+
+def accuracy(results: dict[str, Any]) -> None:
+    teacher, student = (results["models"][k] for k in ("teacher", "student"))
+    _sets(results)
     click.echo(f"teacher: {teacher['name']}, {teacher['parameters'] / 1e6:.1f} M parameters, {teacher['macs'] / 1e6:.0f} M MACs at {teacher['input']} px")
     share = student["macs"] / teacher["macs"]
     click.echo(

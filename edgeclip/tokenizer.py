@@ -1,9 +1,12 @@
 """Text to ids, from the `tokenizer.json` that lies in the bundle; the one tokenizer for host and board."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from tokenizers import Tokenizer
 
 from edgeclip.errors import EdgeclipError
+from edgeclip.zero_shot import prompts
 
 
 def load(text: str, context_length: int) -> Tokenizer:
@@ -20,3 +23,17 @@ def encode(tokenizer: Tokenizer, texts: list[str], context_length: int) -> np.nd
         if len(row) > context_length:
             raise EdgeclipError(f"text '{text[:40]}…'", f"has {len(row)} tokens, the text encoder takes {context_length}", "shorten it")
     return np.array(ids, np.int64)
+
+
+def check_class_names(tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str], context_length: int) -> None:
+    """Raises `EdgeclipError` for two classes with equal tokens, which no score can tell apart, and for a prompt that does not fit."""
+    first: dict[tuple[int, ...], int] = {}
+    for i, tokens in enumerate(tokenizer.encode_batch(list(classes))):
+        if (same := first.setdefault(tuple(tokens.ids), i)) != i:
+            raise EdgeclipError(f"classes '{classes[same]}' and '{classes[i]}'", "have the same tokens, so no score can tell them apart", "rename one of them")
+    for name in classes:
+        for text, tokens in zip(prompts([name], templates), tokenizer.encode_batch(prompts([name], templates)), strict=True):
+            if len(tokens.ids) > context_length:
+                raise EdgeclipError(
+                    f"class '{name}'", f"its prompt '{text[:40]}…' has {len(tokens.ids)} tokens, the text encoder takes {context_length}", "shorten the name"
+                )

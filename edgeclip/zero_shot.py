@@ -29,17 +29,21 @@ class EduAttention(NamedTuple):
     """A10: unit rows before the class scores"""
 
 
-def class_scores(image_features: np.ndarray, class_features: np.ndarray, head: EduAttention | None = None) -> np.ndarray:
-    """Cosine scores [B, N] of unit rows image_features [B, D] and class_features [N, D]."""
+def class_scores(image_features: np.ndarray, class_features: np.ndarray, head: EduAttention | None = None, attended: np.ndarray | None = None) -> np.ndarray:
+    """Cosine scores [B, N] of unit rows image_features [B, D] and class_features [N, D].
+
+    The head attends over `class_features`, the active list, or over `attended` [M, D], say all classes of training (A11).
+    """
     if head is not None and head.alpha != 0.0:
+        w = class_features if attended is None else attended
         query = image_features @ head.weight.T + head.bias if head.fc == "query" else image_features
-        key = class_features @ head.weight.T + head.bias if head.fc == "key_value" else class_features
+        key = w @ head.weight.T + head.bias if head.fc == "key_value" else w
         logits = query @ key.T / head.temperature
         attention = np.exp(logits - logits.max(axis=1, keepdims=True))
-        attended = attention / attention.sum(axis=1, keepdims=True) @ key
+        f_att = attention / attention.sum(axis=1, keepdims=True) @ key
         if head.fc == "output":
-            attended = attended @ head.weight.T + head.bias
-        image_features = image_features + head.alpha * attended
+            f_att = f_att @ head.weight.T + head.bias
+        image_features = image_features + head.alpha * f_att
         if head.normalise:
             image_features = l2_normalise(image_features)
     return image_features @ class_features.T

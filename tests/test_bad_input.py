@@ -1,7 +1,9 @@
 """Bad input, kind by kind as the issue lists it: one line, exit 1, nothing half-written."""
 
+import itertools
+
 import pytest
-from conftest import RECIPE, encoded, mistake, picture, snapshot, truncated_jpeg, write
+from conftest import RECIPE, encoded, mistake, picture, run, snapshot, truncated_jpeg, write
 
 
 def same(folder, before):
@@ -149,6 +151,59 @@ def test_a_device_profile_that_is_not_this_machine(here, shipped_bundle):
 
 def test_a_bundle_that_the_device_cannot_run(here, shipped_bundle):
     mistake("validate", "--bundle", shipped_bundle("tensorrt-int8"), says="can run none of these bundles", only_line=False)
+
+
+@pytest.mark.parametrize(("old", "new", "says"), [("dog", "Cat ", "classes 'Cat ' and 'cat'"), ("dog", "dog " + 9 * "very ", "class 'dog very very")])
+def test_class_names_that_the_text_tower_cannot_tell_apart_or_take(here, old, new, says):
+    (photos(here / "photos") / old).rename(here / "photos" / new)
+    write(here, RECIPE.replace("ROOT", "photos"))
+    before = snapshot(here)
+    mistake("distill", "r.yaml", says=says, only_line=False)
+    same(here, before)
+
+
+@pytest.mark.parametrize("half", ["base", "novel"])
+def test_a_split_with_an_empty_half(here, half):
+    for p in (photos(here / "photos") / ("cat" if half == "base" else "dog")).iterdir():
+        p.unlink()
+    write(here, RECIPE.replace("ROOT", "photos, protocol: base_to_novel"))
+    before = snapshot(here)
+    mistake("distill", "r.yaml", says=f"its {half} half (1 of 2 classes are base) has no training pictures", only_line=False)
+    same(here, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_and_the_last_good_epoch_is_kept(here, monkeypatch, value):
+    from edgeclip import students
+    from edgeclip.distill import losses
+
+    photos(here / "photos")
+    write(here, RECIPE.replace("ROOT", "photos").replace("epochs: 1", "epochs: 3"))
+    kl, calls = losses.LOSSES["kl"], itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setitem(losses.LOSSES, "kl", lambda *a: kl(*a) * (value if next(calls) == 4 else 1.0))  # 3 steps an epoch
+        mistake("distill", "r.yaml", says=f"step 4: loss 'kl' is {value}", only_line=False)
+    *_, description = students.load(here / "runs/r/student.partial")
+    assert [row["epoch"] for row in description["log"]] == [1] and not (here / "runs/r/student").exists()
+    assert run("distill", "r.yaml").exit_code == 0
+    assert (here / "runs/r/student").exists() and not (here / "runs/r/student.partial").exists()
+
+
+def test_a_finite_loss_whose_gradient_is_not_is_never_kept(here, monkeypatch):
+    from edgeclip.distill import losses
+
+    photos(here / "photos")
+    write(here, RECIPE.replace("ROOT", "photos"))
+    kl, calls = losses.LOSSES["kl"], itertools.count()
+
+    def broken(batch, spec):
+        zero = 0.0 * batch.image_features
+        # in the epoch's last step: the square root's slope at 0 is infinite, and infinity times 0 is no number
+        return kl(batch, spec) + (zero.sqrt() if next(calls) == 2 else zero).sum()
+
+    monkeypatch.setitem(losses.LOSSES, "kl", broken)
+    mistake("distill", "r.yaml", says="end of epoch 1: weight '", only_line=False)
+    assert not list((here / "runs/r").glob("student*"))
 
 
 def test_an_unknown_target_or_device_name(here, shipped_bundle):

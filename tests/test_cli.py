@@ -16,7 +16,7 @@ COMMANDS = sorted(main.commands)
 
 
 def test_the_commands_are_those_of_the_design():
-    assert {"distill", "export", "validate", "bench", "report", "classify", "labels", "embed", "init", "list", "doctor"} <= set(COMMANDS)
+    assert {"distill", "export", "validate", "bench", "report", "evaluate", "classify", "labels", "embed", "init", "list", "doctor"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -34,7 +34,7 @@ def test_every_command_prints_json_when_asked(command):
 @pytest.mark.parametrize(
     "arguments",
     [["no-such-command"], ["classify"], ["embed", "a.png"], ["list", "nothing"], ["validate", "--run", "a", "--bundle", "b"], ["doctor", "--nothing"], ["export"],
-     ["export", "--target", "onnx-fp32", "--model", "m"], ["bench", "--scenario", "x"], ["classify", "a.png", "--top", "many"]],
+     ["export", "--target", "onnx-fp32", "--model", "m"], ["bench", "--scenario", "x"], ["evaluate"], ["evaluate", "runs/r", "--protocol", "few_shot"], ["classify", "a.png", "--top", "many"]],
 )  # fmt: skip
 def test_a_malformed_command_line_exits_2(here, arguments):
     assert run(*arguments).exit_code == 2 and snapshot(here) == {}

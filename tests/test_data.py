@@ -146,7 +146,7 @@ def test_concepts_are_split_60_15_25_and_every_one_once(openmoji):
 
 def test_a_line_drawing_is_in_no_training(openmoji):
     assert {p.key.split("/")[0] for p in openmoji.train} == {"colour"}
-    assert {p.key.split("/")[0] for p in openmoji.evaluation[2].pictures} == {"line"}
+    assert {p.key.split("/")[0] for p in openmoji.evaluation[2].pictures} == {"line"} and openmoji.evaluation[2].shift
 
 
 def test_no_skin_tone_and_no_name_occurs_twice(openmoji):

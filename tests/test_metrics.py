@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from edgeclip.metrics import accuracy_drop, cosine, harmonic_mean, hits, l2_normalise
+from edgeclip.metrics import accuracy_drop, chance_recall, cosine, harmonic_mean, hits, l2_normalise, recall_both_ways
 
 
 def test_normalised_rows_have_length_one_and_zero_stays_zero():
@@ -37,6 +37,47 @@ def test_hits_equal_a_sort_where_no_tie_is():
 def test_the_harmonic_mean():
     assert harmonic_mean(0.5, 0.5) == 0.5 and harmonic_mean(1.0, 0.0) == 0.0 and harmonic_mean(0.0, 0.0) == 0.0
     assert math.isclose(harmonic_mean(0.6, 0.3), 0.4)
+
+
+def test_recall_of_a_permutation_is_one_both_ways():
+    order = np.random.default_rng(0).permutation(20)
+    recall = recall_both_ways(np.eye(20), np.eye(20)[order], np.arange(20), order)
+    for way in recall.values():
+        assert way["r1"] == way["r5"] == way["r10"] == 1.0 and math.isclose(way["chance_r1"], 1 / 20) and math.isclose(way["chance_r10"], 0.5)
+
+
+def test_recall_by_hand_with_texts_of_several_pictures():
+    # pictures 0 and 1 share text 0; scores [3 pictures, 2 texts]
+    images, texts = np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]), np.eye(2)
+    recall = recall_both_ways(images, texts, np.array([0, 0, 1]), np.array([0, 1]), ks=(1, 2))
+    assert recall["image_to_text"] == pytest.approx({"r1": 2 / 3, "r2": 1.0, "chance_r1": 1 / 2, "chance_r2": 1.0})
+    # text 0: its picture 0 is first; text 1: picture 2 (.7) comes after picture 1 (.8)
+    # chance: 2 of 3 and 1 of 3 at k = 1; 1 and 2/3 at k = 2
+    assert recall["text_to_image"] == pytest.approx({"r1": 1 / 2, "r2": 1.0, "chance_r1": 1 / 2, "chance_r2": 5 / 6})
+
+
+def test_ties_count_against_in_retrieval_but_not_among_ones_own():
+    recall = recall_both_ways(np.ones((4, 2)), np.ones((2, 2)), np.array([0, 0, 1, 1]), np.array([0, 1]), ks=(1, 2, 3))
+    assert (recall["image_to_text"]["r1"], recall["image_to_text"]["r2"]) == (0.0, 1.0)
+    assert (recall["text_to_image"]["r2"], recall["text_to_image"]["r3"]) == (0.0, 1.0)  # two strangers tie; its own two are one hit
+
+
+def test_recall_equals_a_sort_where_no_tie_is():
+    rng = np.random.default_rng(0)
+    images, texts = rng.normal(size=(700, 6)), rng.normal(size=(40, 6))
+    groups = rng.permutation(np.arange(700) % 40)
+    recall = recall_both_ways(images, texts, groups, np.arange(40))
+    scores = images @ texts.T
+    for k in (1, 5, 10):
+        assert recall["image_to_text"][f"r{k}"] == np.mean([g in row for g, row in zip(groups, np.argsort(-scores, axis=1)[:, :k], strict=True)])
+        assert recall["text_to_image"][f"r{k}"] == np.mean([g in groups[row] for g, row in enumerate(np.argsort(-scores.T, axis=1)[:, :k])])
+
+
+def test_chance_recall_is_what_random_orders_reach():
+    rng = np.random.default_rng(0)
+    found = np.mean([(rng.permutation(12)[:5] < 3).any() for _ in range(4000)])
+    assert abs(chance_recall(np.array([3]), 12, 5)[0] - found) < 0.02
+    assert chance_recall(np.array([1, 12]), 12, 12).tolist() == [1.0, 1.0] and chance_recall(np.array([2]), 4, 10)[0] == 1.0
 
 
 def test_cosine_of_equal_sets_is_one():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgeclip import recipe as R
-from edgeclip.errors import EdgeclipError
+from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.pictures import Picture, index_folder, index_tar
 
 
@@ -23,6 +23,8 @@ class EvaluationSet(NamedTuple):
     """how to read its figure: transductive or not, style, chance is added by the report"""
     headline: bool = True
     """False: kept for parity only, never scored for the teacher"""
+    shift: bool = False
+    """of another style or set than what was trained on"""
 
 
 class Dataset(NamedTuple):
@@ -44,7 +46,7 @@ def load(spec: R.Data, cache: Path) -> Dataset:
     """Raises `EdgeclipError` where a folder, a class list or every picture is missing."""
     data = DATASETS[type(spec)](spec, cache)
     for p in (p for part in (data.labelled, *(s.pictures for s in data.evaluation)) for p in part):
-        if not 0 <= p.label < len(data.classes):
+        if not 0 <= p.label < len(data.classes) and (data.classes or p.label >= 0):
             raise EdgeclipError(
                 p.path, f"picture '{p.key}' has class index {p.label}, and there are {len(data.classes)} classes", "correct the labels or the class list"
             )
@@ -86,6 +88,12 @@ def _split(spec: R.WebDataset | R.Folders, classes: list[str], templates: tuple[
         half = (len(classes) + 1) // 2
         if half == len(classes):
             raise EdgeclipError(spec.root, "too few classes for base_to_novel", "give at least two, or use protocol: zero_shot")
+        for part, pictures in (("training", train), ("test", test)):
+            for name, empty in (("base", all(p.label >= half for p in pictures)), ("novel", all(p.label < half for p in pictures))):
+                if pictures and empty:
+                    raise EdgeclipError(
+                        spec.root, f"its {name} half ({half} of {len(classes)} classes are base) has no {part} pictures", "add some, or use protocol: zero_shot"
+                    )
         labelled = [p for p in train if p.label < half]
         note = "test photos; transductive: the student saw this half's training photos without labels"
         sets = [
@@ -93,6 +101,29 @@ def _split(spec: R.WebDataset | R.Folders, classes: list[str], templates: tuple[
             EvaluationSet("novel", [p for p in test if p.label >= half], everything[half:], note),
         ]
     return Dataset(spec.name, spec.licence, classes, templates, labelled, train, everything, sets)
+
+
+def shift_sets(data: Dataset, other: Dataset) -> list[EvaluationSet]:
+    """`other`'s evaluation sets over `data`'s class list: a shift has the same classes, or some of them, by name.
+
+    Raises `EdgeclipError` for a class that `data` has not, and where there is nothing to evaluate on.
+    """
+    if not any(s.headline for s in other.evaluation):
+        raise EdgeclipError(f"shifts: {other.name}", "has no pictures to evaluate on", "give it a test part")
+    if unknown := [c for c in other.classes if c not in data.classes]:
+        raise EdgeclipError(f"shifts: {other.name}", f"has a class '{unknown[0]}' that the other data has not", did_you_mean(unknown[0], data.classes))
+    index = [data.classes.index(c) for c in other.classes]
+    found = [s for s in other.evaluation if s.headline]
+    return [
+        EvaluationSet(
+            other.name if len(found) == 1 else f"{other.name}, {s.name}",
+            [p._replace(label=index[p.label]) for p in s.pictures],
+            [index[c] for c in s.classes],
+            "shift; not transductive",
+            shift=True,
+        )
+        for s in found
+    ]
 
 
 def _root(root: str, name: str) -> Path:

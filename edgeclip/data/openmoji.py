@@ -63,7 +63,7 @@ def load(spec: OpenMoji, cache: Path) -> Dataset:
     evaluation = [
         EvaluationSet("held-out concepts", of("colour", held), held, "neither name nor picture was in training"),
         EvaluationSet("unlabelled concepts", of("colour", unlabelled), unlabelled, "transductive: the student saw these very pictures without names"),
-        EvaluationSet("line drawings", of("line", base), base, "base concepts in a style never seen in training"),
+        EvaluationSet("line drawings", of("line", base), base, "base concepts in a style never seen in training", shift=True),
         EvaluationSet("base, colour", of("colour", base), everything, "training pictures: parity only", headline=False),
         EvaluationSet("line drawings, other", of("line", held + unlabelled), everything, "parity only", headline=False),
     ]

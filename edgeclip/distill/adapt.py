@@ -49,17 +49,22 @@ class ResidualHead(nn.Module):
 
 def adapt(teacher: Teacher, cache: TeacherCache, data: Dataset, spec: R.ResidualHead, seed: int, folder: Path) -> Teacher:
     """The teacher with a trained residual head; the head is kept in `folder` and read from there next time."""
-    width = cache.rows.shape[2] - teacher.embed_dim
-    torch.manual_seed(seed)
-    head = ResidualHead(width, teacher.embed_dim, spec)
-    if (folder / disk.MANIFEST).exists():
-        disk.verify(folder, disk.read_manifest(folder, "adapted teacher"))
-        head.load_state_dict(load_file(folder / "head.safetensors"))
-    else:
+    if not (folder / disk.MANIFEST).exists():
+        torch.manual_seed(seed)
+        head = ResidualHead(cache.rows.shape[2] - teacher.embed_dim, teacher.embed_dim, spec)
         _train(head, teacher, cache, data, spec, seed)
         with disk.new_folder(folder) as temporary:
             save_file(head.state_dict(), temporary / "head.safetensors")
             disk.write_manifest(temporary, "adapted teacher", {"teacher": teacher.identity, "cache": cache.folder.name})
+    return adapted(teacher, spec, folder)
+
+
+def adapted(teacher: Teacher, spec: R.ResidualHead, folder: Path) -> Teacher:
+    """The teacher with the residual head that `adapt` left in `folder`."""
+    disk.verify(folder, disk.read_manifest(folder, "adapted teacher"))
+    state = load_file(folder / "head.safetensors")
+    head = ResidualHead(len(state["mlp.0.weight"]), teacher.embed_dim, spec)
+    head.load_state_dict(state)
     return dataclasses.replace(teacher, name=f"{teacher.name}, adapted", features=head.eval().requires_grad_(False))
 
 

@@ -1,7 +1,8 @@
 """Zero-shot accuracy of teacher and student on the same pictures, and what `validate` needs to compare a bundle.
 
 Every figure says what it is: how many pictures, how many classes are active, chance, whether the set is transductive.
-The student is scored as it ships (P(u_s), EduAttention in the head where it is kept) and without EduAttention.
+The student is scored as it ships (P(u_s), EduAttention in the head where it is kept), with and without EduAttention,
+and with EduAttention over all classes where fewer are active (A11: it attended over all of them in training).
 
     evaluation/pictures.tar          the parity pictures' own bytes, in order
                image_features.npy    [n, D] float32, the fp32 student's unit features of them
@@ -12,8 +13,9 @@ import io
 import math
 import random
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +23,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgeclip import disk
+from edgeclip import recipe as R
 from edgeclip.data import Dataset, EvaluationSet
 from edgeclip.metrics import harmonic_mean, hits
 from edgeclip.pictures import Picture, read, refuse_unreadable, stream
 from edgeclip.preprocess import Preprocess, normalise, open_picture, to_pixels
 from edgeclip.progress import say, track
 from edgeclip.students import EduAttentionHead, Student
+from edgeclip.tables import MODELS
 from edgeclip.teachers import Teacher
 from edgeclip.zero_shot import EduAttention, class_scores
 
@@ -54,9 +58,62 @@ def image_features(
     return np.concatenate(indices), np.concatenate(out)
 
 
-def _accuracy(features: np.ndarray, labels: np.ndarray, class_features: np.ndarray, head: EduAttention | None) -> dict[str, float]:
-    scores = class_scores(features, class_features, head)
-    return {"r1": float(hits(scores, labels, 1).mean()), "r5": float(hits(scores, labels, 5).mean())}
+def teacher_features(teacher: Teacher, tower: nn.Module, pictures: list[Picture], what: str, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """`image_features` of the teacher, adapted where it is; `tower` is its own, folded."""
+    return image_features(nn.Sequential(tower, _Features(teacher)), pictures, teacher.preprocess, what, device, 8 if device.type == "cpu" else 64)
+
+
+def note(asked: R.Recipe, spec: R.Data, s: EvaluationSet) -> tuple[bool, str]:
+    """(transductive?, what to know of a set's figure): which of its pictures and labels the run was trained on."""
+    if isinstance(spec, R.OpenMoji) and isinstance(asked.data, R.OpenMoji):
+        return s.note.startswith("transductive"), s.note
+    stage_1 = (asked.adapt_data or asked.data) if asked.adapt else None
+    labelled = stage_1 is not None and stage_1.name == spec.name and not (s.name == "novel" and getattr(stage_1, "protocol", "") == "base_to_novel")
+    labels = "the teacher was adapted on labels of its training pictures" if labelled else "the teacher was adapted on no label of it"
+    if s.shift:
+        return False, "shift; not transductive"
+    if spec.name == asked.data.name:
+        return True, f"transductive: the student saw training pictures of this set without labels; {labels}"
+    return False, f"not transductive: the student saw no picture of this set; {labels}"
+
+
+class Answers(NamedTuple):
+    """What one model says of the pictures of a set."""
+
+    kept: np.ndarray
+    """indices of the readable ones [n]"""
+    features: np.ndarray
+    """[n, D], unit"""
+    class_features: np.ndarray
+    """[N, D], unit, over all classes of the data set"""
+
+
+def score(s: EvaluationSet, student: Answers, teacher: Answers | None, head: EduAttention | None, keep_head: bool) -> dict[str, Any]:
+    """One set of a table. `student` is what ships; a reading that would only repeat it is None (a teacher: not at hand)."""
+
+    def accuracy(answers: Answers, head: EduAttention | None, attended: np.ndarray | None = None) -> dict[str, float]:
+        labels = np.array([s.classes.index(s.pictures[i].label) for i in answers.kept])
+        scores = class_scores(answers.features, answers.class_features[s.classes], head, attended)
+        return {"r1": float(hits(scores, labels, 1).mean()), "r5": float(hits(scores, labels, 5).mean())}
+
+    some = head is not None and len(s.classes) < len(student.class_features)
+    return {
+        "name": s.name,
+        "note": s.note,
+        "pictures": len(student.kept),
+        "classes": len(s.classes),
+        "chance_r1": 1 / len(s.classes),
+        "teacher": accuracy(teacher, None) if teacher else None,
+        "student": accuracy(student, head if keep_head else None),
+        "student_with_edu_attention": accuracy(student, head) if head and not keep_head else None,
+        "student_without_edu_attention": accuracy(student, None),
+        "student_attending_all_classes": accuracy(student, head, student.class_features) if some else None,
+    }
+
+
+def mean_over(sets: list[dict[str, Any]], mean: Callable[[list[float]], float]) -> dict[str, float]:
+    """Of each model that all `sets` have: one number of its R@1."""
+    return {m: mean([s[m]["r1"] for s in sets]) for m in MODELS if sets and all(s[m] for s in sets)}
 
 
 def evaluate(
@@ -81,31 +138,13 @@ def evaluate(
         parity += [(s, s.pictures[i], f) for i, f in zip(kept, features, strict=True)]
         if not s.headline:
             continue
-        active = class_features[s.classes]
-        labels = np.array([s.classes.index(s.pictures[i].label) for i in kept])
-        adapted = nn.Sequential(teacher_tower, _Features(teacher))
-        teacher_kept, teacher_features = image_features(
-            adapted, s.pictures, teacher.preprocess, f"teacher: {s.name}", device, 8 if device.type == "cpu" else 64
-        )
-        teacher_labels = np.array([s.classes.index(s.pictures[i].label) for i in teacher_kept])
-        sets.append(
-            {
-                "name": s.name,
-                "note": s.note,
-                "pictures": len(kept),
-                "classes": len(active),
-                "chance_r1": 1 / len(active),
-                "teacher": _accuracy(teacher_features, teacher_labels, active, None),
-                "student": _accuracy(features, labels, active, edu if keep_head else None),
-                "student_without_edu_attention": _accuracy(features, labels, active, None),
-            }
-        )
+        of_teacher = Answers(*teacher_features(teacher, teacher_tower, s.pictures, f"teacher: {s.name}", device), class_features)
+        sets.append(score(s, Answers(kept, features, class_features), of_teacher, edu, keep_head))
     _write(folder, parity, data, max_pictures)
     result: dict[str, Any] = {"sets": sets}
     scored = {s["name"]: s for s in sets}
     if {"base", "novel"} <= scored.keys():
-        models = ("teacher", "student", "student_without_edu_attention")
-        result["harmonic_mean"] = {m: harmonic_mean(scored["base"][m]["r1"], scored["novel"][m]["r1"]) for m in models}
+        result["harmonic_mean"] = mean_over([scored["base"], scored["novel"]], lambda r1: harmonic_mean(*r1))
     return result
 
 

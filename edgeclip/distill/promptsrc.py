@@ -49,13 +49,28 @@ def with_prompts(teacher: Teacher, data: Dataset, spec: R.Prompts, seed: int) ->
 
     Raises `EdgeclipError` where its towers take none, nothing is labelled, or a class name is too long behind the context.
     """
-    assert isinstance(teacher.tower, ImageTower) and teacher.text is not None, "recipe.check lets open_clip teachers only come here"
     torch.manual_seed(seed)
-    tower = PromptedTower(teacher.tower.visual, spec.length, spec.depth).eval()
-    text = _text_with_prompts(teacher.text, spec)
+    prompted = _prompted(teacher, spec)
     if not data.labelled:
         raise EdgeclipError(data.name, "has no labelled pictures to adapt the teacher on", "set adapt to null, or label some")
-    _ids(text, data.classes)
+    assert prompted.text is not None
+    _ids(prompted.text, data.classes)
+    return prompted
+
+
+def adapted(teacher: Teacher, spec: R.Prompts, folder: Path) -> Teacher:
+    """The teacher with the prompts that `adapt` left in `folder`."""
+    prompted = _prompted(teacher, spec)
+    assert prompted.text is not None
+    disk.verify(folder, disk.read_manifest(folder, "adapted teacher"))
+    _set({"image": prompted.tower.prompts, "text": prompted.text.module.prompts}, load_file(folder / "prompts.safetensors"))
+    return prompted
+
+
+def _prompted(teacher: Teacher, spec: R.Prompts) -> Teacher:
+    assert isinstance(teacher.tower, ImageTower) and teacher.text is not None, "recipe.check lets open_clip teachers only come here"
+    tower = PromptedTower(teacher.tower.visual, spec.length, spec.depth).eval()
+    text = _text_with_prompts(teacher.text, spec)
     return dataclasses.replace(teacher, name=f"{teacher.name}, prompted", tower=tower, text=text, encode_text=encoder(text))
 
 

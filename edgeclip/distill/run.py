@@ -2,7 +2,7 @@
 
 runs/<name>/recipe.yaml, recipe.json   what was asked, as written and as understood (roots.json: where the data lay)
             teacher/                   stage 1: the adapted teacher's head or prompts
-            student/                   stage 2: weights, class features, EduAttention
+            student/                   stage 2: weights, class features, EduAttention (student.partial: of the last good epoch)
             evaluation/, results.json  what was reached, and what `validate` compares with
             manifest.json              last
 """
@@ -21,7 +21,7 @@ from edgeclip import __version__, cache, data, disk, recipe, students, teachers,
 from edgeclip.allocator import keep_freed_memory
 from edgeclip.distill import losses, promptsrc
 from edgeclip.distill.adapt import adapt
-from edgeclip.distill.evaluate import evaluate
+from edgeclip.distill.evaluate import evaluate, note
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
 from edgeclip.fold import fold
@@ -44,22 +44,29 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         _mark_latest(run)
         return load_results(run)
     keep_freed_memory()
-    device = _device(asked.train.device)
+    device = pick_device(asked.train.device)
     clock = _Clock()
 
-    spec = asked.data
-    dataset = data.load(spec, CACHE)
+    dataset = data.load(asked.data, CACHE)
     if asked.evaluation_data:
         dataset = _with_evaluation(dataset, data.load(asked.evaluation_data, CACHE))
+    for spec in asked.shifts:
+        dataset = dataset._replace(evaluation=dataset.evaluation + data.shift_sets(dataset, data.load(spec, CACHE)))
+    scored = asked.evaluation_data or asked.data
+    dataset = dataset._replace(evaluation=[s._replace(note=note(asked, scored, s)[1]) for s in dataset.evaluation])
+    labelled = data.load(asked.adapt_data, CACHE) if asked.adapt_data else None
     captions = asked.losses.captions == "data" and any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
     _check(dataset, asked, captions, path)
     clock.lap("data")
 
     teacher = teachers.load(asked.teacher)
-    prompted = promptsrc.with_prompts(teacher, dataset, asked.adapt, asked.seed) if isinstance(asked.adapt, recipe.Prompts) else None
+    for d in (dataset, *([labelled] if labelled else [])):
+        teachers.check_class_names(teacher, d.classes, d.templates)
+    stage_1 = labelled or dataset
+    prompted = promptsrc.with_prompts(teacher, stage_1, asked.adapt, asked.seed) if isinstance(asked.adapt, recipe.Prompts) else None
     _claim(run, path, asked, fresh)  # only now: a mistake in what was asked leaves no folder behind
     if prompted:  # prompts change the tower whose rows the cache keeps, so they come first
-        teacher = promptsrc.adapt(teacher, prompted, dataset, asked, run / "teacher", device)
+        teacher = promptsrc.adapt(teacher, prompted, stage_1, asked, run / "teacher", device)
         dataset = dataset._replace(templates=promptsrc.TEMPLATES)
         clock.lap("stage 1")
     example = torch.randn(2, 3, teacher.preprocess.size, teacher.preprocess.size)
@@ -67,7 +74,12 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     cached = cache.build(CACHE, teacher, tower, dataset, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
     clock.lap("teacher cache")
 
-    if isinstance(asked.adapt, recipe.ResidualHead):
+    if isinstance(asked.adapt, recipe.ResidualHead) and labelled:  # cross-dataset: stage 1 has pictures and classes of its own
+        only = labelled._replace(train=labelled.labelled)
+        rows = cache.build(CACHE, teacher, tower, only, asked.views, asked.seed, captions=False, device=device, threads=asked.train.threads)
+        teacher = adapt(teacher, rows, only, asked.adapt, asked.seed, run / "teacher")
+        clock.lap("stage 1")
+    elif isinstance(asked.adapt, recipe.ResidualHead):
         teacher = adapt(teacher, cached, dataset, asked.adapt, asked.seed, run / "teacher")
         clock.lap("stage 1")
 
@@ -76,7 +88,6 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         student, preprocess = students.build(asked.student, teacher.embed_dim)
         edu = asked.losses.edu_attention
         head = students.EduAttentionHead(teacher.embed_dim, edu, torch.Generator().manual_seed(asked.seed)) if edu else None
-        log = train(student, head, teacher, cached, preprocess, dataset, asked, device)
         description = {
             "architecture": msgspec.to_builtins(asked.student),
             "embed_dim": teacher.embed_dim,
@@ -87,9 +98,14 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             "templates": list(dataset.templates),
             "licences": {"teacher": teacher.licence, "data": dataset.licence},
             "parents": {"recipe": disk.fingerprint(recipe.description(asked)), "teacher_cache": disk.sha256(cached.folder / disk.MANIFEST)},
-            "log": log,
         }
-        students.save(run / "student", student, head, description, cached.class_features)
+
+        def keep(log: list[dict[str, Any]]) -> None:
+            students.save(run / "student.partial", student, head, description | {"log": log}, cached.class_features)
+
+        log = train(student, head, teacher, cached, preprocess, dataset, asked, device, keep=keep)
+        students.save(run / "student", student, head, description | {"log": log}, cached.class_features)
+        shutil.rmtree(run / "student.partial", ignore_errors=True)
     student, head, preprocess, description = students.load(run / "student")
     clock.lap("stage 2")
 
@@ -144,8 +160,8 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
 def _check_claim(run: Path, asked: Recipe, fresh: bool) -> None:
     """Raises when the run folder holds a run of another recipe, or something that is no run."""
     if (run / "recipe.json").exists():
-        different = _differences(disk.read_json(run / "recipe.json"), recipe.description(asked))
-        if different and not fresh:
+        different = [] if fresh else _differences(recipe.description(recipe.of_run(run)), recipe.description(asked))
+        if different:
             raise EdgeclipError(run, f"holds a run of another recipe ({'; '.join(different[:5])})", "use --fresh to start over, or another --out")
     elif run.exists() and any(run.iterdir()):
         raise EdgeclipError(run, "is not empty and not a run", "choose another --out")
@@ -155,12 +171,12 @@ def _claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
     """Makes the run folder ours."""
     if fresh and run.exists():
         shutil.rmtree(run)
+    disk.write_json(run / "roots.json", recipe.roots(asked))  # also when resuming: data may have moved
     if (run / "recipe.json").exists():
         say(f"{run}: resuming")
     else:
         disk.write_text(run / "recipe.yaml", path.read_text(encoding="utf-8"))
         disk.write_json(run / "recipe.json", recipe.description(asked))
-    disk.write_json(run / "roots.json", recipe.roots(asked))  # data may have moved
 
 
 def _differences(a: Any, b: Any, at: str = "") -> list[str]:
@@ -169,7 +185,7 @@ def _differences(a: Any, b: Any, at: str = "") -> list[str]:
     return [] if a == b else [f"{at} was {a}, now {b}"]
 
 
-def _device(asked: str) -> torch.device:
+def pick_device(asked: str) -> torch.device:
     if asked == "cuda" and not torch.cuda.is_available():
         raise EdgeclipError("train.device: cuda", "this machine has no CUDA device that torch can use", "use device: cpu, or auto")
     device = torch.device(asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
@@ -196,6 +212,8 @@ def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> 
             raise EdgeclipError(f"{path}: losses.{name}", "needs a class list, and the data has none", "give data.classes or evaluation_data")
         if name in losses.NEED_LABELS and not dataset.labelled:
             raise EdgeclipError(f"{path}: losses.{name}", "needs labels, and the data has no labelled pictures", "drop the loss, or label some")
+    if dataset.evaluation and not dataset.classes:
+        raise EdgeclipError(f"{path}: data", "has pictures to evaluate on and no class list", "give data.classes or evaluation_data, or set data.test to null")
     if captions and any(not p.caption for p in dataset.train):
         missing = next(p for p in dataset.train if not p.caption)
         raise EdgeclipError(

@@ -8,7 +8,7 @@ What bounds it: the student's own forward and backward. The teacher costs a row 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,11 +39,13 @@ def train(
     recipe: Recipe,
     device: torch.device,
     tower_features: Tensor | None = None,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains `student` and `head` in place; returns the log: a row an epoch, each loss before its weight, and alpha.
 
     tower_features: [n, K, T] of the student's frozen tower for the projector's steps, where they are known already.
-    Raises `EdgeclipError` when the loss is not finite.
+    `keep` is called with the log after each epoch, when every weight is finite.
+    Raises `EdgeclipError` when a loss or a weight is not finite.
     """
     spec, seed = recipe.train, recipe.seed
     student.to(device, memory_format=torch.channels_last)
@@ -78,9 +80,10 @@ def train(
             index = order.choice(len(tower_features), min(spec.warmup_batch_size, len(tower_features)), replace=False)
             view = order.integers(tower_features.shape[1], size=len(index))
             loss, parts = L.total(batch(tower_features[index, view], None, index, view), recipe.losses)
-            _step(optimizer, loss, _cosine(step, spec.warmup_steps), f"projector step {step}")
+            _step(optimizer, loss, parts, _cosine(step, spec.warmup_steps), f"projector step {step}")
             averages.add(loss, parts)
         log.append({"epoch": 0, **averages.row(head)})
+        _end_epoch(student, head, log, "end of the projector's steps", keep)
 
     # what is frozen gets no optimiser state
     tower_weights = [p for p in student.tower.parameters() if p.requires_grad]
@@ -107,9 +110,10 @@ def train(
             masked = masking.forward(student.tower, pixels, recipe.losses.masked_feature) if recipe.losses.masked_feature else None
             loss, parts = L.total(batch(student.tower(pixels), masked, index, views[index]), recipe.losses)
             position = epoch * steps_per_epoch + step
-            _step(optimizer, loss, _cosine(position, spec.epochs * steps_per_epoch), f"step {position}")
+            _step(optimizer, loss, parts, _cosine(position, spec.epochs * steps_per_epoch), f"step {position}")
             averages.add(loss, parts)
         log.append({"epoch": epoch + 1, **averages.row(head)})
+        _end_epoch(student, head, log, f"end of epoch {epoch + 1}", keep)
     student.eval()
     return log
 
@@ -164,15 +168,30 @@ def _cosine(step: int, steps: int) -> float:
     return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor, factor: float, where: str) -> None:
+ADVICE = "lower the learning rate or look for broken features (the student of the last good epoch, if there is one, is the run's student.partial)"
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor, parts: dict[str, Tensor], factor: float, where: str) -> None:
     if not torch.isfinite(loss):
-        raise EdgeclipError(where, f"the loss is {loss.item()}", "lower the learning rate or look for broken features")
+        broken = next((f"loss '{name}' is {value.item()}" for name, value in parts.items() if not torch.isfinite(value)), None)
+        raise EdgeclipError(where, broken or f"weighted sum of the losses is {loss.item()}", ADVICE)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
         group["lr"] = group["initial_lr"] * factor
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+
+
+def _end_epoch(
+    student: Student, head: EduAttentionHead | None, log: list[dict[str, Any]], where: str, keep: Callable[[list[dict[str, Any]]], None] | None
+) -> None:
+    """A finite loss can have a gradient that is not: the weights are looked at before they replace those that were kept."""
+    for name, value in [*student.state_dict().items(), *(head.state_dict().items() if head else [])]:
+        if not torch.isfinite(value).all():
+            raise EdgeclipError(where, f"weight '{name}' is not finite", ADVICE)
+    if keep is not None:
+        keep(log)
 
 
 def _pixels(

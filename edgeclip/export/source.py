@@ -46,7 +46,7 @@ def from_run(run: Path) -> Source:
     """The student of a finished run. Raises `EdgeclipError` where the run is not finished."""
     disk.read_manifest(run, "run")
     student, head, preprocess, description = students.load(run / "student")
-    asked = msgspec.convert(_with_roots(run), recipe.Recipe)
+    asked = recipe.of_run(run)
 
     def training_pictures() -> list[Picture]:
         # As the cache has them: nothing held out, nothing unreadable.
@@ -75,14 +75,6 @@ def from_run(run: Path) -> Source:
         licences=description["licences"],
         parents={"student": disk.sha256(run / "student" / disk.MANIFEST), **description["parents"]},
     )
-
-
-def _with_roots(run: Path) -> dict[str, Any]:
-    """recipe.json leaves out where the data lay; the run remembers it apart."""
-    value: dict[str, Any] = disk.read_json(run / "recipe.json")
-    for field, root in disk.read_json(run / "roots.json").items():
-        value[field]["root"] = root
-    return value
 
 
 class _Normalised(nn.Module):

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from edgeclip import recipe as R
+from edgeclip import tokenizer
 from edgeclip.preprocess import Preprocess
 
 
@@ -45,7 +46,7 @@ class Teacher:
     encode_text: Callable[[list[str]], Float[Tensor, "N D"]]
     """texts to unit features"""
     text: TextTower | None = None
-    """the module behind encode_text, where stage 1 can put prompts into it"""
+    """the module behind encode_text, where stage 1 can put prompts into it; None: texts are not tokenised here"""
 
 
 TEACHERS = {R.Conse: "edgeclip.teachers.conse", R.OpenClip: "edgeclip.teachers.open_clip"}
@@ -54,6 +55,13 @@ TEACHERS = {R.Conse: "edgeclip.teachers.conse", R.OpenClip: "edgeclip.teachers.o
 def load(spec: R.Teacher) -> Teacher:
     teacher: Teacher = import_module(TEACHERS[type(spec)]).load(spec)
     return teacher
+
+
+def check_class_names(teacher: Teacher, classes: list[str], templates: tuple[str, ...]) -> None:
+    """Raises `EdgeclipError` for class names that the teacher's text tower cannot tell apart or cannot take whole."""
+    if teacher.text is not None:
+        words = tokenizer.load(teacher.text.tokenizer, teacher.text.context_length)
+        tokenizer.check_class_names(words, classes, templates, teacher.text.context_length)
 
 
 def load_text(spec: R.Teacher) -> TextTower:

@@ -63,6 +63,7 @@ def load(spec: Conse) -> Teacher:
         tower=ConseTower(classifier, anchors - anchors.mean(dim=0)).eval().to(memory_format=torch.channels_last),
         features=lambda rows: rows[:, -sentence.WIDTH :],
         encode_text=encode_text,
+        text=text,
     )
 
 

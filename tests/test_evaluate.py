@@ -1,0 +1,30 @@
+"""What `distill` and `evaluate` say of a set: is it transductive, and whose labels did stage 1 see?"""
+
+from edgeclip import config, recipe
+from edgeclip.data import EvaluationSet
+from edgeclip.distill.evaluate import note
+
+STUDENT = {"tower": {"kind": "timm", "model": "x", "weights": "random", "image_size": 32}}
+
+
+def test_what_is_transductive_and_whose_labels_were_seen():
+    def said(asked, name, part="s", **fields):
+        return note(
+            config.convert({**asked, "teacher": {"kind": "conse"}, "student": STUDENT, "losses": {"kl": {}}}, recipe.Recipe, "r"),
+            paint(name),
+            EvaluationSet(part, [], [], "its own", **fields),
+        )
+
+    def paint(name, **fields):
+        return recipe.WebDataset(name=name, root="x", **fields)
+
+    def spec(name, **fields):
+        return {"kind": "webdataset", "name": name, "root": "x", **fields}
+
+    base_to_novel = {"data": spec("a", protocol="base_to_novel"), "adapt": {"kind": "residual_head"}}
+    seen, unseen = "adapted on labels of its training pictures", "adapted on no label of it"
+    assert [(t, seen in n) for t, n in (said(base_to_novel, "a", p) for p in ("base", "novel"))] == [(True, True), (True, False)]
+    assert unseen in said({"data": spec("a")}, "a")[1]
+    cross = {"data": spec("a"), "adapt": {"kind": "residual_head"}, "adapt_data": spec("b")}
+    assert [(t, seen in n) for t, n in (said(cross, s) for s in "abc")] == [(True, False), (False, True), (False, False)]
+    assert said(cross, "a", shift=True) == (False, "shift; not transductive")
