@@ -140,11 +140,27 @@ class Timm(Config, tag="timm", tag_field="kind"):
     seed: int = 0
 
 
+class Share(Config):
+    """Pea-KD's parameter sharing: few unique transformer blocks, passed several times."""
+
+    blocks: Positive
+    """unique blocks; with a deeper tower every (depth // blocks)-th of its blocks is taken"""
+    times: Positive = 2
+    """passes through them: the depth is blocks * times"""
+    shuffle: bool = True
+    """exchange query and key projections in the repeated passes"""
+
+
 class Student(Config):
     tower: Timm | OpenClip
     """of an open_clip model the image tower is taken"""
     projector_hidden: Positive | None = 768
     """PromptKD's projector P into the teacher's space: Linear, BatchNorm, ReLU, Linear; null: one Linear"""
+    inherit: Timm | OpenClip | None = None
+    """a larger ViT that a ViT tower takes its weights from (TinyCLIP): every (L_t // L_s)-th layer, leading slices; of an
+    open_clip model the image tower is taken; null: the tower's own weights"""
+    share: Share | None = None
+    """shared blocks for a ViT tower, after it has its weights; null: every block its own"""
 
 
 class KL(Config):
@@ -270,6 +286,8 @@ def check(recipe: Recipe, where: object) -> None:
         raise EdgeclipError(f"{where}: losses.edu_attention", "has no loss of its own", "add losses.kl, which trains it")
     if not any((losses.kl, losses.if_align, losses.feature, losses.affinity, losses.contrastive)):
         raise EdgeclipError(f"{where}: losses", "is empty", "add at least one loss, for example kl: {}")
+    if recipe.student.inherit and recipe.student.tower.weights != "random":
+        raise EdgeclipError(f"{where}: student.inherit", "would overwrite the weights of student.tower", "give the tower weights: random")
     if recipe.adapt and not isinstance(recipe.teacher, Conse):
         raise EdgeclipError(f"{where}: adapt", "is for the assembled teacher (kind: conse) only", "set adapt to null")
 

@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk, weights
 from edgeclip import recipe as R
+from edgeclip.inherit import inherit_from
 from edgeclip.preprocess import Preprocess
+from edgeclip.share import share
 from edgeclip.teachers.open_clip import ImageTower
 from edgeclip.zero_shot import EduAttention
 
@@ -72,14 +75,25 @@ class EduAttentionHead(nn.Module):
 
 def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
     """A student with its tower's weights and a fresh projector; its width is asked of the tower by one dry run."""
-    if isinstance(spec.tower, R.Timm):
-        tower, preprocess = weights.timm_model(spec.tower)
-    else:
-        model, preprocess = weights.open_clip_model(spec.tower)
-        tower = ImageTower(model)
+    tower, preprocess = image_tower(spec.tower)
+    if spec.inherit:
+        inherit_from(tower, image_tower(spec.inherit)[0])
+    if spec.share:
+        share(tower, spec.share)
     with torch.inference_mode():
         width = tower.eval()(torch.zeros(1, 3, preprocess.size, preprocess.size)).shape[1]
     return Student(tower, width, embed_dim, spec.projector_hidden).eval(), preprocess
+
+
+def image_tower(spec: R.Timm | R.OpenClip) -> tuple[nn.Module, Preprocess]:
+    """An image tower with its weights: pixels [B, 3, H, W] to features [B, T]."""
+    if isinstance(spec, R.OpenClip):
+        model, preprocess = weights.open_clip_model(spec)
+        return ImageTower(model), preprocess
+    tower, preprocess = weights.timm_model(spec)
+    if isinstance(tower, VisionTransformer):
+        tower.set_input_size(img_size=spec.image_size)  # resamples its positional embedding
+    return tower, preprocess
 
 
 def save(folder: Path, student: Student, head: EduAttentionHead | None, description: dict[str, Any], class_features: np.ndarray) -> None:
@@ -100,7 +114,7 @@ def load(folder: Path) -> tuple[Student, EduAttentionHead | None, Preprocess, di
     description = disk.read_json(folder / "student.json")
     spec = msgspec.convert(description["architecture"], R.Student)
     # The weights come from this folder: those that the recipe started from need not be at hand any more.
-    spec = msgspec.structs.replace(spec, tower=msgspec.structs.replace(spec.tower, weights="random"))
+    spec = msgspec.structs.replace(spec, tower=msgspec.structs.replace(spec.tower, weights="random"), inherit=None)
     student, _ = build(spec, description["embed_dim"])
     state = load_file(folder / "student.safetensors")
     student.load_state_dict({k: v for k, v in state.items() if not k.startswith("head.")})
