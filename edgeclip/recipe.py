@@ -161,6 +161,13 @@ class Student(Config):
     open_clip model the image tower is taken; null: the tower's own weights"""
     share: Share | None = None
     """shared blocks for a ViT tower, after it has its weights; null: every block its own"""
+    text: OpenClip | None = None
+    """an open vocabulary: this open_clip model's text tower is distilled too, on the captions (which the data must have)
+    and the class prompts, and ships in the place of the teacher's; null: the student has no text side"""
+    text_weight: NonNegative = 1.0
+    """of 1 - cosine between the student's and the teacher's text features"""
+    class_features: Literal["teacher", "student"] = "teacher"
+    """whose text features of the class names are baked into the bundle; student: those of `text`"""
 
 
 class KL(Config):
@@ -203,11 +210,21 @@ class Losses(Config):
     """InfoNCE against caption features"""
 
 
+class First(Config):
+    """First training (Pea-KD): the whole student learns the teacher's plain answers before the full loss starts."""
+
+    epochs: Positive = 1
+    labels: Literal["features", "predictions"] = "features"
+    """features: 1 - cosine to the teacher's image feature; predictions: cross-entropy with the teacher's own best class"""
+
+
 class Train(Config):
     warmup_steps: Annotated[int, Meta(ge=0)] = 0
     """steps on frozen tower features first, so that the new projector's noise does not reach the tower's weights"""
     warmup_batch_size: Positive = 128
     warmup_lr: NonNegative = 2e-3
+    first: First | None = None
+    """after the projector's warm-up, with an optimiser and a learning rate course of its own; null: the full loss at once"""
     epochs: Annotated[int, Meta(ge=0)] = 1
     """over all pictures, one view each, all weights trained"""
     batch_size: Positive = 64
@@ -251,7 +268,7 @@ class Recipe(Config):
     bench: Bench | None = None
     """a short run for this recipe's `bench`; null: the device profile's own minimum"""
     text_encoder: bool = True
-    """ship the teacher's text encoder in the bundle, for words that were never baked"""
+    """ship a text encoder in the bundle, for words that were never baked: the student's where it has one, else the teacher's"""
     seed: int = 0
 
 
@@ -288,6 +305,8 @@ def check(recipe: Recipe, where: object) -> None:
         raise EdgeclipError(f"{where}: losses", "is empty", "add at least one loss, for example kl: {}")
     if recipe.student.inherit and recipe.student.tower.weights != "random":
         raise EdgeclipError(f"{where}: student.inherit", "would overwrite the weights of student.tower", "give the tower weights: random")
+    if recipe.student.class_features == "student" and not recipe.student.text:
+        raise EdgeclipError(f"{where}: student.class_features", "the student has no text tower", "give student.text, or take the teacher's")
     if recipe.adapt and not isinstance(recipe.teacher, Conse):
         raise EdgeclipError(f"{where}: adapt", "is for the assembled teacher (kind: conse) only", "set adapt to null")
 

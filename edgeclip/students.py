@@ -1,31 +1,36 @@
-"""The student: an image tower and PromptKD's projector P into the teacher's space; no text side of its own.
+"""The student: an image tower and PromptKD's projector P into the teacher's space; where asked, a text tower beside it.
 
 On disk it is weights and JSON, and it is rebuilt only from those:
 
-    student/student.safetensors   tower.*, projector.*, head.*
-            class_features.npy    [N, D] float32, unit: its text side, the teacher's
+    student/student.safetensors   tower.*, projector.*, head.*, text.*
+            class_features.npy    [N, D] float32, unit: of the class names, the teacher's or its own
+            tokenizer.json        of its own text tower
             student.json          labels, architecture, preprocess, EduAttention's constants, parents
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip import disk, weights
+from edgeclip import disk, tokenizer, weights
 from edgeclip import recipe as R
+from edgeclip.errors import EdgeclipError
 from edgeclip.inherit import inherit_from
 from edgeclip.preprocess import Preprocess
 from edgeclip.share import share
-from edgeclip.teachers.open_clip import ImageTower
-from edgeclip.zero_shot import EduAttention
+from edgeclip.teachers import TextTower
+from edgeclip.teachers.open_clip import ImageTower, clip_tokenizer_json
+from edgeclip.zero_shot import EduAttention, ensemble, prompts
 
 
 class Student(nn.Module):
@@ -73,6 +78,18 @@ class EduAttentionHead(nn.Module):
         return EduAttention(weight, bias, self.alpha.item(), self.temperature)
 
 
+class StudentText(nn.Module):
+    """A text tower and a linear projector: input_ids [N, L] to unit features [N, D] in the teacher's space."""
+
+    def __init__(self, tower: nn.Module, width: int, embed_dim: int):
+        super().__init__()
+        self.tower = tower
+        self.projector = nn.Linear(width, embed_dim)
+
+    def forward(self, input_ids: Int[Tensor, "N L"]) -> Float[Tensor, "N D"]:
+        return F.normalize(self.projector(self.tower.encode_text(input_ids)), dim=-1)
+
+
 def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
     """A student with its tower's weights and a fresh projector; its width is asked of the tower by one dry run."""
     tower, preprocess = image_tower(spec.tower)
@@ -96,12 +113,49 @@ def image_tower(spec: R.Timm | R.OpenClip) -> tuple[nn.Module, Preprocess]:
     return tower, preprocess
 
 
-def save(folder: Path, student: Student, head: EduAttentionHead | None, description: dict[str, Any], class_features: np.ndarray) -> None:
-    """Writes the student's folder; class_features: the teacher's [N, D] of description["labels"]."""
+def build_text(spec: R.OpenClip, embed_dim: int) -> TextTower:
+    """A student's text tower with its weights and a fresh projector."""
+    model, _ = weights.open_clip_model(spec)
+    model.visual = model.logit_scale = None  # the image side is another tower
+    words = clip_tokenizer_json(spec.model)
+    known, needed = (next(m for m in model.modules() if isinstance(m, nn.Embedding)).num_embeddings, Tokenizer.from_str(words).get_vocab_size())
+    if known < needed:
+        raise EdgeclipError(f"student.text: {spec.model}", f"has a vocabulary of {known}, CLIP's tokenizer has {needed}", f"give vocab_size: {needed}")
+    with torch.inference_mode():
+        width = model.encode_text(torch.zeros(1, model.context_length, dtype=torch.long)).shape[1]
+    return TextTower(module=StudentText(model, width, embed_dim).eval(), tokenizer=words, context_length=int(model.context_length))
+
+
+def token_ids(text: TextTower, texts: list[str]) -> Int[Tensor, "N L"]:
+    """Raises `EdgeclipError` for a text that is longer than the context."""
+    return torch.from_numpy(tokenizer.encode(tokenizer.load(text.tokenizer, text.context_length), texts, text.context_length))
+
+
+@torch.inference_mode()
+def class_features(text: TextTower, classes: list[str], templates: tuple[str, ...]) -> np.ndarray:
+    """[N, D] unit class features of the student's own text tower: the prompt ensemble of each class name."""
+    ids = token_ids(text, prompts(classes, templates)).to(next(text.module.parameters()).device)
+    features = torch.cat([text.module(part) for part in ids.split(256)])
+    return ensemble(features.float().cpu().numpy().reshape(len(classes), len(templates), -1))
+
+
+def save(
+    folder: Path,
+    student: Student,
+    head: EduAttentionHead | None,
+    description: dict[str, Any],
+    class_features: np.ndarray,
+    text: TextTower | None = None,
+) -> None:
+    """Writes the student's folder; class_features: [N, D] of description["labels"]."""
     state = {k: v.contiguous().cpu() for k, v in student.state_dict().items()}
     if head is not None:
         state |= {f"head.{k}": v.contiguous().cpu() for k, v in head.state_dict().items()}
+    if text is not None:
+        state |= {f"text.{k}": v.contiguous().cpu() for k, v in text.module.state_dict().items()}
     with disk.new_folder(folder) as temporary:
+        if text is not None:
+            disk.write_text(temporary / "tokenizer.json", text.tokenizer)
         save_file(state, temporary / "student.safetensors")
         disk.write_array(temporary / "class_features.npy", class_features)
         disk.write_json(temporary / "student.json", description)
@@ -117,9 +171,22 @@ def load(folder: Path) -> tuple[Student, EduAttentionHead | None, Preprocess, di
     spec = msgspec.structs.replace(spec, tower=msgspec.structs.replace(spec.tower, weights="random"), inherit=None)
     student, _ = build(spec, description["embed_dim"])
     state = load_file(folder / "student.safetensors")
-    student.load_state_dict({k: v for k, v in state.items() if not k.startswith("head.")})
+    student.load_state_dict({k: v for k, v in state.items() if not k.startswith(("head.", "text."))})
     head = None
     if description["edu_attention_temperature"] is not None:
         head = EduAttentionHead(description["embed_dim"], description["edu_attention_temperature"])
         head.load_state_dict({k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")})
     return student.eval(), head, msgspec.convert(description["preprocess"], Preprocess), description
+
+
+def load_text(folder: Path) -> TextTower | None:
+    """The student's own text tower; None where it has none."""
+    disk.verify(folder, disk.read_manifest(folder, "student"))
+    description = disk.read_json(folder / "student.json")
+    spec = msgspec.convert(description["architecture"], R.Student)
+    if spec.text is None:
+        return None
+    text = build_text(msgspec.structs.replace(spec.text, weights="random"), description["embed_dim"])
+    state = load_file(folder / "student.safetensors")
+    text.module.load_state_dict({k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")})
+    return dataclasses.replace(text, tokenizer=(folder / "tokenizer.json").read_text(encoding="utf-8"))

@@ -18,8 +18,8 @@ def accuracy(results: dict[str, Any]) -> None:
     teacher, student = (results["models"][k] for k in ("teacher", "student"))
     rows = []
     for s in results["sets"]:
-        for model in ("teacher", "student", "student_without_edu_attention"):
-            if model == "student_without_edu_attention" and results["edu_attention"] is None:
+        for model in ("teacher", "student", "student_without_edu_attention", "student_teacher_text", "student_own_text"):
+            if model not in s or (model == "student_without_edu_attention" and results["edu_attention"] is None):
                 continue
             rows.append(
                 [s["name"], model.replace("_", " "), f"{s[model]['r1']:.3f}", f"{s[model]['r5']:.3f}", f"{s['chance_r1']:.4f}", s["pictures"], s["classes"]]

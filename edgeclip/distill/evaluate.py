@@ -13,7 +13,7 @@ import math
 import random
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from edgeclip.progress import say, track
 from edgeclip.students import EduAttentionHead, Student
 from edgeclip.teachers import Teacher
 from edgeclip.zero_shot import EduAttention, class_scores
+
+MODELS = ("teacher", "student", "student_without_edu_attention", "student_teacher_text", "student_own_text")
+"""what is scored; the last two where the student has a text tower of its own"""
 
 
 @torch.inference_mode()
@@ -71,8 +74,14 @@ def evaluate(
     max_pictures: int,
     folder: Path,
     device: torch.device,
+    own_class_features: np.ndarray | None = None,
+    baked: Literal["teacher", "student"] = "teacher",
 ) -> dict[str, Any]:
-    """Accuracy of each evaluation set; writes the evaluation folder. class_features: [N, D] over all of data.classes."""
+    """Accuracy of each evaluation set; writes the evaluation folder. class_features: [N, D] over all of data.classes.
+
+    own_class_features: the same of the student's own text tower; the student is then scored with either, and `baked`
+    says which of them it ships with.
+    """
     edu = head.numpy() if head is not None else None
     sets: list[dict[str, Any]] = []
     parity: list[tuple[EvaluationSet, Picture, np.ndarray]] = []
@@ -82,6 +91,8 @@ def evaluate(
         if not s.headline:
             continue
         active = class_features[s.classes]
+        own = active if own_class_features is None else own_class_features[s.classes]
+        shipped = own if baked == "student" else active
         labels = np.array([s.classes.index(s.pictures[i].label) for i in kept])
         adapted = nn.Sequential(teacher_tower, _Features(teacher))
         teacher_kept, teacher_features = image_features(
@@ -96,15 +107,18 @@ def evaluate(
                 "classes": len(active),
                 "chance_r1": 1 / len(active),
                 "teacher": _accuracy(teacher_features, teacher_labels, active, None),
-                "student": _accuracy(features, labels, active, edu if keep_head else None),
-                "student_without_edu_attention": _accuracy(features, labels, active, None),
+                "student": _accuracy(features, labels, shipped, edu if keep_head else None),
+                "student_without_edu_attention": _accuracy(features, labels, shipped, None),
             }
         )
+        if own_class_features is not None:
+            sets[-1]["student_teacher_text"] = _accuracy(features, labels, active, edu if keep_head else None)
+            sets[-1]["student_own_text"] = _accuracy(features, labels, own, edu if keep_head else None)
     _write(folder, parity, data, max_pictures)
     result: dict[str, Any] = {"sets": sets}
     scored = {s["name"]: s for s in sets}
     if {"base", "novel"} <= scored.keys():
-        models = ("teacher", "student", "student_without_edu_attention")
+        models = [m for m in MODELS if m in sets[0]]
         result["harmonic_mean"] = {m: harmonic_mean(scored["base"][m]["r1"], scored["novel"][m]["r1"]) for m in models}
     return result
 

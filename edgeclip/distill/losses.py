@@ -29,6 +29,8 @@ class Batch(NamedTuple):
     """the teacher's, of each picture's caption"""
     logit_scale: float
     """the teacher's, already exponentiated; frozen"""
+    text_features: Float[Tensor, "B D"] | None = None
+    """the student's own, of each picture's caption; None: it has no text tower"""
 
 
 def kl(batch: Batch, spec: R.KL) -> Float[Tensor, ""]:

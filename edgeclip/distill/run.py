@@ -22,6 +22,7 @@ from edgeclip.allocator import keep_freed_memory
 from edgeclip.distill import losses
 from edgeclip.distill.adapt import adapt
 from edgeclip.distill.evaluate import evaluate
+from edgeclip.distill.text import texts
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
 from edgeclip.fold import fold
@@ -51,7 +52,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     dataset = data.load(spec, CACHE)
     if asked.evaluation_data:
         dataset = _with_evaluation(dataset, data.load(asked.evaluation_data, CACHE))
-    captions = any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
+    captions = asked.student.text is not None or any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
     _check(dataset, asked, captions, path)
     clock.lap("data")
 
@@ -71,7 +72,11 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         student, preprocess = students.build(asked.student, teacher.embed_dim)
         edu = asked.losses.edu_attention
         head = students.EduAttentionHead(teacher.embed_dim, edu.temperature, torch.Generator().manual_seed(asked.seed)) if edu else None
-        log = train(student, head, teacher, cached, preprocess, dataset.train_classes, asked, device)
+        text = students.build_text(asked.student.text, teacher.embed_dim) if asked.student.text else None
+        learnt = texts(text, teacher, cached, [dataset.classes[i] for i in dataset.train_classes], dataset.templates) if text else None
+        log = train(student, head, teacher, cached, preprocess, dataset.train_classes, asked, device, learnt)
+        own = text is not None and asked.student.class_features == "student"
+        baked = students.class_features(text, dataset.classes, dataset.templates) if text and own else cached.class_features
         description = {
             "architecture": msgspec.to_builtins(asked.student),
             "embed_dim": teacher.embed_dim,
@@ -85,8 +90,9 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             "parents": {"recipe": disk.fingerprint(recipe.description(asked)), "teacher_cache": disk.sha256(cached.folder / disk.MANIFEST)},
             "log": log,
         }
-        students.save(run / "student", student, head, description, cached.class_features)
+        students.save(run / "student", student, head, description, baked, text)
     student, head, preprocess, description = students.load(run / "student")
+    text = students.load_text(run / "student")
     clock.lap("stage 2")
 
     results = evaluate(
@@ -101,6 +107,8 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         asked.parity.max_pictures,
         run / "evaluation",
         device,
+        students.class_features(text, dataset.classes, dataset.templates) if text else None,
+        asked.student.class_features,
     )
     clock.lap("evaluation")
     results |= {
@@ -119,6 +127,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
                 "parameters": weights.parameters(student),
                 "macs": weights.macs(student, preprocess.size),
                 "input": preprocess.size,
+                "text_parameters": weights.parameters(text.module) if text else None,
             },
         },
         "log": description["log"],
@@ -187,12 +196,19 @@ def _with_evaluation(dataset: data.Dataset, other: data.Dataset) -> data.Dataset
 
 
 def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> None:
+    first = asked.train.first
+    if first and first.labels == "predictions" and not dataset.classes:
+        raise EdgeclipError(f"{path}: train.first.labels", "predictions need a class list, and the data has none", "use labels: features")
+    if asked.student.class_features == "student" and not dataset.classes:
+        raise EdgeclipError(f"{path}: student.class_features", "needs a class list, and the data has none", "take the teacher's")
     if asked.losses.kl and not dataset.classes:
         raise EdgeclipError(f"{path}: losses.kl", "needs a class list, and the data has none", "give data.classes or evaluation_data")
     if captions and any(not p.caption for p in dataset.train):
         missing = next(p for p in dataset.train if not p.caption)
         raise EdgeclipError(
-            f"{path}: losses", f"a loss needs captions, and picture '{missing.key}' of {missing.path} has none", "add .txt files, or drop the loss"
+            f"{path}: losses",
+            f"a loss or student.text needs captions, and picture '{missing.key}' of {missing.path} has none",
+            "add .txt files, or drop what needs them",
         )
     if not dataset.evaluation or not all(s.pictures for s in dataset.evaluation):
         empty = next((s.name for s in dataset.evaluation if not s.pictures), "")

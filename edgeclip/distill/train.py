@@ -2,13 +2,15 @@
 
 Every picture is seen once an epoch in one of its cached views: the student from pixels, the teacher from the cache.
 First, optionally, the new projector (and EduAttention) are trained on the frozen tower's features, which costs
-seconds and keeps the fresh layers' noise away from the tower's weights; then all weights are.
+seconds and keeps the fresh layers' noise away from the tower's weights; then, optionally, all weights learn the
+teacher's plain answers (Pea-KD's first training); then all weights are trained on the recipe's losses.
 
 What bounds it: the student's own forward and backward. The teacher costs a row read and, when adapted, a small MLP.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,17 @@ from torch.nn import functional as F
 
 from edgeclip.cache import TeacherCache, replay
 from edgeclip.distill import losses as L
+from edgeclip.distill.text import Texts, text_feature
 from edgeclip.errors import EdgeclipError
 from edgeclip.pictures import read, stream
 from edgeclip.preprocess import Preprocess, normalise, open_picture
 from edgeclip.progress import track
-from edgeclip.recipe import Recipe
+from edgeclip.recipe import First, Recipe
 from edgeclip.students import EduAttentionHead, Student
 from edgeclip.teachers import Teacher
+
+Objective = Callable[[L.Batch], tuple[Tensor, dict[str, Tensor]]]
+"""the loss, and what the log says of it"""
 
 
 def train(
@@ -36,8 +42,10 @@ def train(
     train_classes: list[int],
     recipe: Recipe,
     device: torch.device,
+    texts: Texts | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains `student` and `head` in place; returns the log: a row an epoch, each loss before its weight, and alpha.
+    """Trains `student`, `head` and the text tower of `texts` in place; returns the log: a row an epoch, each loss before
+    its weight, and alpha.
 
     Raises `EdgeclipError` when the loss is not finite.
     """
@@ -54,11 +62,19 @@ def train(
             teacher_features = F.normalize(features(rows), dim=-1)
             captions = None if cache.caption_features is None else torch.from_numpy(cache.caption_features[index].astype(np.float32)).to(device)
         head_features = image_features if head is None else head(image_features, class_features)
-        return L.Batch(image_features, head_features, teacher_features, class_features, captions, teacher.logit_scale)
+        text_features = None if texts is None else texts.tower(texts.captions[index].to(device))
+        return L.Batch(image_features, head_features, teacher_features, class_features, captions, teacher.logit_scale, text_features)
+
+    def full(b: L.Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, parts = L.total(b, recipe.losses)
+        if texts is None:
+            return loss, parts
+        text = text_feature(b, texts, prompt_order.choice(len(texts.prompts), min(spec.batch_size, len(texts.prompts)), replace=False))
+        return loss + recipe.student.text_weight * text, parts | {"text_feature": text.detach()}
 
     log: list[dict[str, Any]] = []
-    order = np.random.default_rng(seed)
-    new_layers = [*student.projector.parameters(), *(head.parameters() if head else [])]
+    order, prompt_order = np.random.default_rng(seed), np.random.default_rng(seed)
+    new_layers = [*student.projector.parameters(), *(head.parameters() if head else []), *(texts.tower.to(device).parameters() if texts else [])]
     if spec.warmup_steps:
         tower_features = _tower_features(student, cache, preprocess, recipe, device)
         optimizer = torch.optim.AdamW(new_layers, lr=spec.warmup_lr, weight_decay=spec.weight_decay)
@@ -67,32 +83,54 @@ def train(
         for step in track(range(spec.warmup_steps), "stage 2: projector", spec.warmup_steps):
             index = order.choice(len(tower_features), min(spec.warmup_batch_size, len(tower_features)), replace=False)
             view = order.integers(tower_features.shape[1], size=len(index))
-            loss, parts = L.total(batch(student.project(tower_features[index, view]), index, view), recipe.losses)
+            loss, parts = full(batch(student.project(tower_features[index, view]), index, view))
             _step(optimizer, loss, _cosine(step, spec.warmup_steps), f"projector step {step}")
             averages.add(loss, parts)
         log.append({"epoch": 0, **averages.row(head)})
 
-    groups = [{"params": list(student.tower.parameters()), "lr": spec.lr * spec.tower_lr_ratio}, {"params": new_layers, "lr": spec.lr}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
     steps_per_epoch = max(1, len(cache.pictures) // spec.batch_size)
-    for epoch in range(spec.epochs):
-        student.train()
-        if spec.freeze_batch_norm:
-            for module in student.tower.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-        averages = _Averages()
-        index_order = order.permutation(len(cache.pictures))[: steps_per_epoch * spec.batch_size]
-        views = order.integers(cache.views.shape[1], size=len(cache.pictures))
-        batches = _pixels(cache, index_order, views, preprocess, spec.batch_size, spec.threads)
-        for step, (index, x) in enumerate(track(batches, f"stage 2: epoch {epoch + 1} of {spec.epochs}", steps_per_epoch)):
-            loss, parts = L.total(batch(student(_to(x, preprocess, device)), index, views[index]), recipe.losses)
-            position = epoch * steps_per_epoch + step
-            _step(optimizer, loss, _cosine(position, spec.epochs * steps_per_epoch), f"step {position}")
-            averages.add(loss, parts)
-        log.append({"epoch": epoch + 1, **averages.row(head)})
+
+    def epochs(count: int, name: str, objective: Objective) -> Iterator[dict[str, Any]]:
+        """Trains all weights on `objective`; gives a log row an epoch."""
+        groups = [{"params": list(student.tower.parameters()), "lr": spec.lr * spec.tower_lr_ratio}, {"params": new_layers, "lr": spec.lr}]
+        optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
+        for epoch in range(count):
+            student.train()
+            if spec.freeze_batch_norm:
+                for module in student.tower.modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.eval()
+            averages = _Averages()
+            index_order = order.permutation(len(cache.pictures))[: steps_per_epoch * spec.batch_size]
+            views = order.integers(cache.views.shape[1], size=len(cache.pictures))
+            batches = _pixels(cache, index_order, views, preprocess, spec.batch_size, spec.threads)
+            for step, (index, x) in enumerate(track(batches, f"stage 2: {name} {epoch + 1} of {count}", steps_per_epoch)):
+                loss, parts = objective(batch(student(_to(x, preprocess, device)), index, views[index]))
+                position = epoch * steps_per_epoch + step
+                _step(optimizer, loss, _cosine(position, count * steps_per_epoch), f"{name} {epoch + 1}, step {position}")
+                averages.add(loss, parts)
+            yield averages.row(head)
+
+    first, done = spec.first, 0
+    phases: list[tuple[str, int, Objective]] = [("epoch", spec.epochs, full)]
+    if first is not None:
+        phases.insert(0, ("first training, epoch", first.epochs, partial(_first, spec=first)))
+    for name, count, objective in phases:
+        for row in epochs(count, name, objective):
+            done += 1
+            log.append({"epoch": done, **row})
     student.eval()
     return log
+
+
+def _first(batch: L.Batch, spec: First) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pea-KD's first training: FD, or cross-entropy with the class that the teacher itself finds best."""
+    if spec.labels == "features":
+        loss = (1.0 - (batch.image_features * batch.teacher_features).sum(dim=-1)).mean()
+    else:
+        best = (batch.teacher_features @ batch.class_features.T).argmax(dim=-1)
+        loss = F.cross_entropy(batch.logit_scale * batch.image_features @ batch.class_features.T, best)
+    return loss, {f"first_{spec.labels}": loss.detach()}
 
 
 def _cosine(step: int, steps: int) -> float:

@@ -47,6 +47,9 @@ def from_run(run: Path) -> Source:
     student, head, preprocess, description = students.load(run / "student")
     asked = msgspec.convert(_with_roots(run), recipe.Recipe)
 
+    def load_text() -> TextTower:
+        return students.load_text(run / "student") or teachers.load_text(asked.teacher)
+
     def training_pictures() -> list[Picture]:
         # As the cache has them: nothing held out, nothing unreadable.
         dataset = data.load(asked.data, Path("cache"))
@@ -57,7 +60,7 @@ def from_run(run: Path) -> Source:
     return Source(
         image_encoder=student,
         preprocess=preprocess,
-        load_text=(lambda: teachers.load_text(asked.teacher)) if asked.text_encoder else None,
+        load_text=load_text if asked.text_encoder else None,
         labels=description["labels"],
         templates=description["templates"],
         class_features=np.load(run / "student" / "class_features.npy"),
