@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import RECIPE, mistake, snapshot, write
 from safetensors.torch import save_file
 
 from edgeclip import recipe as R
@@ -174,6 +175,19 @@ def test_a_recipes_student_inherits_and_is_rebuilt_without_the_teacher(tmp_path)
     students.save(tmp_path / "s", student, None, description, np.zeros((0, 4), np.float32))
     (tmp_path / "larger.safetensors").unlink()
     assert torch.equal(students.load(tmp_path / "s")[0](pixels(64)), student(pixels(64)))
+
+
+def test_a_run_that_cannot_inherit_leaves_nothing_behind(here, photos):
+    (here / "shop" / "cat").mkdir(parents=True)
+    for i, p in enumerate(sorted(photos.iterdir())[:20]):
+        (here / "shop" / "cat" / f"{i}.png").write_bytes(p.read_bytes())
+    student = "{tower: {kind: timm, model: test_vit, weights: random, image_size: 64}, inherit: {kind: timm, model: vit_tiny_patch16_224, weights: random, image_size: 64}}"
+    recipe = RECIPE.replace("ROOT", "shop").replace(
+        "student: {tower: {kind: timm, model: mobilenetv4_conv_small_035, weights: random, image_size: 32}, projector_hidden: null}", f"student: {student}"
+    )
+    before = snapshot(here)
+    mistake("distill", write(here, recipe), says="student.inherit: has head_dim 64, student.tower has 32", only_line=False)
+    assert snapshot(here).keys() == before.keys() | {"r.yaml"}
 
 
 def test_inheriting_over_given_weights_is_refused():

@@ -5,12 +5,16 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from conftest import WIDTH, toy_target
 
 from edgeclip import recipe as R
 from edgeclip import students, weights
+from edgeclip.bundle import Bundle
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph
+from edgeclip.export import export, graph
 from edgeclip.fold import fold
+from edgeclip.pictures import read
+from edgeclip.preprocess import normalise
 from edgeclip.share import swapped
 
 OPEN_CLIP = R.OpenClip(
@@ -108,6 +112,18 @@ def test_the_exported_graph_answers_as_torch_and_holds_a_second_copy_of_what_is_
         assert numbers[False] == pytest.approx(weights.parameters(student), rel=0.02)
     width = attention(blocks(student).unique[0])[0].shape[1]
     assert numbers[True] - numbers[False] == 2 * (3 * width**2 + 3 * width)
+
+
+@pytest.mark.parametrize("target", ["onnx-fp32", "onnx-int8"])
+def test_a_bundle_of_a_shared_student_is_the_student(source, tmp_path, target):
+    student = students.build(R.Student(tower=OPEN_CLIP, projector_hidden=None, share=R.Share(blocks=2, times=2)), WIDTH)[0]
+    shared = source._replace(image_encoder=student, load_text=None)
+    bundle = Bundle.load(export(shared, target, toy_target(target), tmp_path / "bundle"))
+    pixels = np.stack([bundle.pixels(read(p)) for p in shared.golden])
+    with torch.inference_mode():
+        expected = student(torch.from_numpy(normalise(pixels, shared.preprocess))).numpy()
+    assert (bundle.encode_pixels(pixels) * expected).sum(axis=1).min() > (1 - 1e-6 if target == "onnx-fp32" else 0.99)
+    print(target, bundle.manifest["image_encoder_bytes"], weights.parameters(student))
 
 
 def test_more_blocks_than_there_are_and_a_cnn_are_refused():

@@ -35,9 +35,9 @@ NEW = ["a yellow star", "two people shaking hands", "a red hexagon"]
 
 
 def smoke(**student):
-    """recipes/smoke.yaml with a text tower in its student."""
+    """recipes/smoke.yaml with a text tower in its student, and shared blocks in its image tower."""
     recipe = yaml.safe_load((REPO / "recipes" / "smoke.yaml").read_text())
-    recipe["student"] |= {"text": TEXT, "text_weight": 1.0, **student}
+    recipe["student"] |= {"text": TEXT, "text_weight": 1.0, "share": {"blocks": 1, "times": 2}, **student}
     recipe["train"] |= {"lr": 3e-3, "epochs": 10}
     return recipe
 
@@ -118,6 +118,15 @@ def test_a_vocabulary_that_is_too_small_is_refused():
     spec = R.OpenClip(model="own", weights="random", config=TEXT["config"] | {"text_cfg": TEXT["config"]["text_cfg"] | {"vocab_size": 100}})
     with pytest.raises(EdgeclipError, match="has a vocabulary of 100, CLIP's tokenizer has 49408; give vocab_size: 49408"):
         students.build_text(spec, 8)
+
+
+def test_a_caption_that_is_too_long_is_refused_before_anything_is_made(workplace):
+    folder, _ = workplace
+    short = json.loads(json.dumps(TEXT))
+    short["config"]["text_cfg"]["context_length"] = 4
+    (folder / "short.yaml").write_text(json.dumps(smoke(text=short)))
+    mistake("distill", "short.yaml", says="tokens, the text encoder takes 4; shorten it", only_line=False)
+    assert not (folder / "runs/short").exists()
 
 
 def test_a_text_tower_needs_captions_and_own_class_features_need_a_text_tower(workplace):

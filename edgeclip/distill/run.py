@@ -28,6 +28,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.fold import fold
 from edgeclip.progress import say
 from edgeclip.recipe import Recipe
+from edgeclip.zero_shot import prompts
 
 CACHE = Path("cache")
 
@@ -57,6 +58,8 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     clock.lap("data")
 
     teacher = teachers.load(asked.teacher)
+    if fresh or not (run / "student" / disk.MANIFEST).exists():
+        _check_student(dataset, asked, teacher.embed_dim)
     _claim(run, path, asked, fresh)  # only now: a mistake in what was asked leaves no folder behind
     example = torch.randn(2, 3, teacher.preprocess.size, teacher.preprocess.size)
     tower = fold(teacher.tower, example).to(memory_format=torch.channels_last)
@@ -213,6 +216,15 @@ def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> 
     if not dataset.evaluation or not all(s.pictures for s in dataset.evaluation):
         empty = next((s.name for s in dataset.evaluation if not s.pictures), "")
         raise EdgeclipError(f"{path}: data", f"has no pictures to evaluate on {empty}".rstrip(), "give a test part or evaluation_data")
+
+
+def _check_student(dataset: data.Dataset, asked: Recipe, embed_dim: int) -> None:
+    """Builds the student once for nothing: what cannot be built is refused before the teacher has run."""
+    students.build(asked.student, embed_dim)
+    if asked.student.text:
+        text = students.build_text(asked.student.text, embed_dim)
+        classes = [dataset.classes[i] for i in dataset.train_classes]
+        students.token_ids(text, [*(p.caption for p in dataset.train), *prompts(classes, dataset.templates)])
 
 
 def _mark_latest(run: Path) -> None:
