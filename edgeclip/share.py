@@ -5,7 +5,8 @@ pass, so that the passes differ: their attention logits are each other's transpo
 read; swapping query and key is the common reading.)
 
 `fold` unrolls them before a graph is traced. The unrolled passes read one copy of every weight; only the exchanged
-query-key-value weights are a second copy, 3 W^2 + 3 W numbers a block, which all repeated passes share.
+query-key-value weights are a second copy, 3 W^2 + 3 W numbers a block, which all repeated passes share. ViT-Tiny's graph
+is 22.0 MB with 12 blocks of its own, 11.3 MB with 6 passed twice, 14.0 MB when shuffled (int8: 5.8, 3.1, 3.7 MB).
 """
 
 import copy

@@ -118,7 +118,8 @@ def build_text(spec: R.OpenClip, embed_dim: int) -> TextTower:
     model, _ = weights.open_clip_model(spec)
     model.visual = model.logit_scale = None  # the image side is another tower
     words = clip_tokenizer_json(spec.model)
-    known, needed = (next(m for m in model.modules() if isinstance(m, nn.Embedding)).num_embeddings, Tokenizer.from_str(words).get_vocab_size())
+    known = next(m for m in model.modules() if isinstance(m, nn.Embedding)).num_embeddings
+    needed = Tokenizer.from_str(words).get_vocab_size()
     if known < needed:
         raise EdgeclipError(f"student.text: {spec.model}", f"has a vocabulary of {known}, CLIP's tokenizer has {needed}", f"give vocab_size: {needed}")
     with torch.inference_mode():

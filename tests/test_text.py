@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import mistake
+from safetensors.torch import load_file
 
 from edgeclip import recipe as R
 from edgeclip import students
@@ -38,7 +39,7 @@ def smoke(**student):
     """recipes/smoke.yaml with a text tower in its student, and shared blocks in its image tower."""
     recipe = yaml.safe_load((REPO / "recipes" / "smoke.yaml").read_text())
     recipe["student"] |= {"text": TEXT, "text_weight": 1.0, "share": {"blocks": 1, "times": 2}, **student}
-    recipe["train"] |= {"lr": 3e-3, "epochs": 10}
+    recipe["train"] |= {"lr": 3e-3, "epochs": 6}
     return recipe
 
 
@@ -57,7 +58,7 @@ def workplace(tmp_path_factory):
 def test_fd_on_text_falls(workplace):
     _, results = workplace
     course = [row["text_feature"] for row in results["log"]]
-    assert course[0] > 2 * course[-1] and course[-1] < 0.1
+    assert course[0] > 4 * course[-1]
 
 
 def test_words_that_were_never_baked_are_the_students_own_with_and_without_torch(workplace):
@@ -101,6 +102,13 @@ def test_the_recipe_may_bake_the_students_own(workplace):
     templates = tuple((folder / ".data/shapes/zeroshot_classification_templates.txt").read_text().split("\n")[:2])
     np.testing.assert_allclose(np.load(folder / "runs/own/student/class_features.npy"), students.class_features(text, shapes.CLASSES, templates), atol=1e-6)
     assert row["student"] == row["student_own_text"]
+
+    # FD on text reaches the text tower only: the image side is bit for bit that of a run without one
+    recipe["student"] |= {"text": None, "class_features": "teacher"}
+    (folder / "without.yaml").write_text(json.dumps(recipe))
+    distill(folder / "without.yaml")
+    own, without = (load_file(folder / "runs" / name / "student/student.safetensors") for name in ("own", "without"))
+    assert all(torch.equal(own[k], v) for k, v in without.items()) and {k.split(".")[0] for k in own.keys() - without.keys()} == {"text"}
 
 
 def test_a_text_tower_comes_back_from_disk_and_leaves_the_image_side_alone(workplace):
