@@ -154,7 +154,7 @@ def run(bench: Bench, losses: dict[str, Any], regime: str, seed: int, teacher: t
     edu = asked.losses.edu_attention
     head = students.EduAttentionHead(teacher.embed_dim, edu, torch.Generator().manual_seed(seed)) if edu else None
     cpu = torch.device("cpu")
-    log = train(student, head, teacher, bench.cached, preprocess, bench.dataset, asked, cpu, bench.tower_features)
+    log = train(student, head, teacher, bench.cached, preprocess, bench.dataset, asked, cpu, tower_features=bench.tower_features)
     seconds = time.perf_counter() - start
 
     def features(part: Part) -> np.ndarray:

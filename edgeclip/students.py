@@ -1,29 +1,37 @@
-"""The student: an image tower and PromptKD's projector P into the teacher's space; no text side of its own.
+"""The student: an image tower and PromptKD's projector P into the teacher's space; where asked, a text tower beside it.
 
 On disk it is weights and JSON, and it is rebuilt only from those:
 
-    student/student.safetensors   tower.* (with visual prompts: tower.vit.*, tower.prompts), projector.*, head.*
-            class_features.npy    [N, D] float32, unit: its text side, the teacher's
+    student/student.safetensors   tower.* (with visual prompts: tower.vit.*, tower.prompts), projector.*, head.*, text.*
+            class_features.npy    [N, D] float32, unit: of the class names, the teacher's or its own
+            tokenizer.json        of its own text tower
             student.json          labels, architecture, preprocess, EduAttention's constants, parents
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip import disk, weights
+from edgeclip import disk, tokenizer, weights
 from edgeclip import recipe as R
+from edgeclip.errors import EdgeclipError
+from edgeclip.inherit import inherit_from
 from edgeclip.preprocess import Preprocess
 from edgeclip.prompts import PromptedTower
-from edgeclip.teachers.open_clip import ImageTower
-from edgeclip.zero_shot import EduAttention
+from edgeclip.share import share
+from edgeclip.teachers import TextTower
+from edgeclip.teachers.open_clip import ImageTower, clip_tokenizer_json
+from edgeclip.zero_shot import EduAttention, ensemble, prompts
 
 
 class Student(nn.Module):
@@ -88,27 +96,93 @@ class EduAttentionHead(nn.Module):
         return EduAttention(weight, bias, self.alpha.item(), self.log_temperature.exp().item(), self.spec.fc, self.spec.normalise)
 
 
+class StudentText(nn.Module):
+    """A text tower and a linear projector: input_ids [N, L] to unit features [N, D] in the teacher's space."""
+
+    def __init__(self, tower: nn.Module, width: int, embed_dim: int):
+        super().__init__()
+        self.tower = tower
+        self.projector = nn.Linear(width, embed_dim)
+
+    def forward(self, input_ids: Int[Tensor, "N L"]) -> Float[Tensor, "N D"]:
+        return F.normalize(self.projector(self.tower.encode_text(input_ids)), dim=-1)
+
+
 def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
     """A student with its tower's weights and a fresh projector; its width is asked of the tower by one dry run."""
-    if isinstance(spec.tower, R.Timm):
-        tower, preprocess = weights.timm_model(spec.tower)
-    else:
-        model, preprocess = weights.open_clip_model(spec.tower)
-        tower = ImageTower(model)
-    if prompts := spec.visual_prompts:
-        tower = PromptedTower(tower.visual if isinstance(tower, ImageTower) else tower, prompts.length, prompts.depth)
-        tower.vit.requires_grad_(not prompts.freeze_tower)
+    tower, preprocess = image_tower(spec.tower)
+    if spec.inherit:
+        inherit_from(tower, image_tower(spec.inherit)[0])
+    if spec.share:
+        share(tower, spec.share)
+    if visual := spec.visual_prompts:
+        tower = PromptedTower(tower.visual if isinstance(tower, ImageTower) else tower, visual.length, visual.depth)
+        tower.vit.requires_grad_(not visual.freeze_tower)
     with torch.inference_mode():
         width = tower.eval()(torch.zeros(1, 3, preprocess.size, preprocess.size)).shape[1]
     return Student(tower, width, embed_dim, spec.projector_hidden).eval(), preprocess
 
 
-def save(folder: Path, student: Student, head: EduAttentionHead | None, description: dict[str, Any], class_features: np.ndarray) -> None:
-    """Writes the student's folder; class_features: the teacher's [N, D] of description["labels"]."""
+def image_tower(spec: R.Timm | R.OpenClip) -> tuple[nn.Module, Preprocess]:
+    """An image tower with its weights: pixels [B, 3, H, W] to features [B, T]."""
+    if isinstance(spec, R.OpenClip):
+        model, preprocess = weights.open_clip_model(spec)
+        return ImageTower(model), preprocess
+    tower, preprocess = weights.timm_model(spec)
+    if isinstance(tower, VisionTransformer):
+        tower.set_input_size(img_size=spec.image_size)  # resamples its positional embedding
+    return tower, preprocess
+
+
+def build_text(spec: R.OpenClip, embed_dim: int) -> TextTower:
+    """A student's text tower with its weights and a fresh projector."""
+    model, _ = weights.open_clip_model(spec)
+    model.visual = model.logit_scale = None  # the image side is another tower
+    words = clip_tokenizer_json(spec.model)
+    known = next(m for m in model.modules() if isinstance(m, nn.Embedding)).num_embeddings
+    needed = Tokenizer.from_str(words).get_vocab_size()
+    if known < needed:
+        raise EdgeclipError(f"student.text: {spec.model}", f"has a vocabulary of {known}, CLIP's tokenizer has {needed}", f"give vocab_size: {needed}")
+    with torch.inference_mode():
+        width = model.encode_text(torch.zeros(1, model.context_length, dtype=torch.long)).shape[1]
+    return TextTower(module=StudentText(model, width, embed_dim).eval(), tokenizer=words, context_length=int(model.context_length))
+
+
+def token_ids(text: TextTower, texts: list[str]) -> Int[Tensor, "N L"]:
+    """Raises `EdgeclipError` for a text that is longer than the context."""
+    return torch.from_numpy(tokenizer.encode(tokenizer.load(text.tokenizer, text.context_length), texts, text.context_length))
+
+
+@torch.inference_mode()
+def text_features(text: TextTower, texts: list[str]) -> Float[Tensor, "N D"]:
+    """Unit features of the student's own text tower."""
+    ids = token_ids(text, texts).to(next(text.module.parameters()).device)
+    return torch.cat([text.module(part) for part in ids.split(256)]).float().cpu()
+
+
+def class_features(text: TextTower, classes: list[str], templates: tuple[str, ...]) -> np.ndarray:
+    """[N, D] unit class features of the student's own text tower: the prompt ensemble of each class name."""
+    features = text_features(text, prompts(classes, templates)).numpy()
+    return ensemble(features.reshape(len(classes), len(templates), -1))
+
+
+def save(
+    folder: Path,
+    student: Student,
+    head: EduAttentionHead | None,
+    description: dict[str, Any],
+    class_features: np.ndarray,
+    text: TextTower | None = None,
+) -> None:
+    """Writes the student's folder; class_features: [N, D] of description["labels"]."""
     state = {k: v.contiguous().cpu() for k, v in student.state_dict().items()}
     if head is not None:
         state |= {f"head.{k}": v.contiguous().cpu() for k, v in head.state_dict().items()}
+    if text is not None:
+        state |= {f"text.{k}": v.contiguous().cpu() for k, v in text.module.state_dict().items()}
     with disk.new_folder(folder) as temporary:
+        if text is not None:
+            disk.write_text(temporary / "tokenizer.json", text.tokenizer)
         save_file(state, temporary / "student.safetensors")
         disk.write_array(temporary / "class_features.npy", class_features)
         disk.write_json(temporary / "student.json", description)
@@ -121,12 +195,25 @@ def load(folder: Path) -> tuple[Student, EduAttentionHead | None, Preprocess, di
     description = disk.read_json(folder / "student.json")
     spec = msgspec.convert(description["architecture"], R.Student)
     # The weights come from this folder: those that the recipe started from need not be at hand any more.
-    spec = msgspec.structs.replace(spec, tower=msgspec.structs.replace(spec.tower, weights="random"))
+    spec = msgspec.structs.replace(spec, tower=msgspec.structs.replace(spec.tower, weights="random"), inherit=None)
     student, _ = build(spec, description["embed_dim"])
     state = load_file(folder / "student.safetensors")
-    student.load_state_dict({k: v for k, v in state.items() if not k.startswith("head.")})
+    student.load_state_dict({k: v for k, v in state.items() if not k.startswith(("head.", "text."))})
     head = None
     if description["edu_attention"] is not None:
         head = EduAttentionHead(description["embed_dim"], msgspec.convert(description["edu_attention"], R.EduAttention))
         head.load_state_dict({k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")})
     return student.eval(), head, msgspec.convert(description["preprocess"], Preprocess), description
+
+
+def load_text(folder: Path) -> TextTower | None:
+    """The student's own text tower; None where it has none."""
+    disk.verify(folder, disk.read_manifest(folder, "student"))
+    description = disk.read_json(folder / "student.json")
+    spec = msgspec.convert(description["architecture"], R.Student)
+    if spec.text is None:
+        return None
+    text = build_text(msgspec.structs.replace(spec.text, weights="random"), description["embed_dim"])
+    state = load_file(folder / "student.safetensors")
+    text.module.load_state_dict({k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")})
+    return dataclasses.replace(text, tokenizer=(folder / "tokenizer.json").read_text(encoding="utf-8"))

@@ -22,6 +22,8 @@ MODELS = {
     "student_with_edu_attention": "student with EduAttention",
     "student_without_edu_attention": "student without EduAttention",
     "student_attending_all_classes": "student, attending over all classes",
+    "student_teacher_text": "student with the teacher's text features",
+    "student_own_text": "student with its own text tower",
 }
 """Field of a scored set, to what a table calls it."""
 
@@ -29,7 +31,8 @@ MODELS = {
 def _sets(results: dict[str, Any]) -> None:
     rows = []
     for s in results["sets"]:
-        shown = ["teacher", *(m for m in MODELS if s.get(m) and m != "teacher" and (m == "student" or results["edu_attention"]))]
+        always = ("student", "student_teacher_text", "student_own_text")
+        shown = ["teacher", *(m for m in MODELS if s.get(m) and m != "teacher" and (m in always or results["edu_attention"]))]
         for model in shown:
             r1, r5 = (f"{s[model][k]:.3f}" for k in ("r1", "r5")) if s[model] else (None, None)
             rows.append([s["name"], MODELS[model], r1, r5, f"{s['chance_r1']:.4f}", s["pictures"], s["classes"]])

@@ -40,7 +40,8 @@ def softmax(x):
 
 
 def close(found, expected):
-    assert math.isclose(float(found), float(expected), rel_tol=1e-4, abs_tol=1e-6), (float(found), float(expected))
+    found, expected = (float(x.detach() if isinstance(x, torch.Tensor) else x) for x in (found, expected))
+    assert math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-6), (found, expected)
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.5])
@@ -87,19 +88,19 @@ def cosine(a, b):
 def test_several_teachers_are_averaged_as_distributions_each_with_its_own_scale():
     t2, w2 = l2_normalise(np.random.default_rng(11).normal(size=(B, 5)).astype(np.float32)), l2_normalise(np.random.default_rng(12).normal(size=(N, 5)))
     p = (softmax(SCALE * T @ W.T) + softmax(3.0 * t2 @ w2.T)) / 2
-    other = ((torch.from_numpy(t2), torch.from_numpy(w2), 3.0),)
+    other = (L.OtherTeacher(torch.from_numpy(t2), torch.from_numpy(w2), None, 3.0),)
     close(L.kl(batch()._replace(other_teachers=other), R.KL()), (p * (np.log(p) - log_softmax(SCALE * H @ W.T))).sum() / B)
     c2 = l2_normalise(np.random.default_rng(13).normal(size=(B, 5)).astype(np.float32))
     rows = (softmax(SCALE * T @ C.T) + softmax(3.0 * t2 @ c2.T)) / 2
     columns = (softmax(SCALE * C @ T.T) + softmax(3.0 * c2 @ t2.T)) / 2
     q = 2.0 * S @ X.T
-    other = ((torch.from_numpy(t2), torch.from_numpy(c2), 3.0),)
+    other = (L.OtherTeacher(torch.from_numpy(t2), torch.from_numpy(w2), torch.from_numpy(c2), 3.0),)
     found = L.distribution(batch()._replace(other_teachers=other), R.Distribution(logit_scale=2.0))
     close(found, 0.5 * (cross_entropy(q, rows) + cross_entropy(q.T, columns)))
 
 
 def test_two_equal_teachers_are_one():
-    other = ((torch.from_numpy(T), torch.from_numpy(W), SCALE),)
+    other = (L.OtherTeacher(torch.from_numpy(T), torch.from_numpy(W), None, SCALE),)
     close(L.kl(batch()._replace(other_teachers=other), R.KL()), L.kl(batch(), R.KL()))
 
 

@@ -135,7 +135,7 @@ def test_zero_shot_on_the_runs_own_set_repeats_what_distill_found(workplace):
     _, results = workplace
     (row,) = evaluate("zero_shot")["sets"]
     for model in tables.MODELS:
-        assert row[model] == results["sets"][0][model]
+        assert row.get(model) == results["sets"][0].get(model)
     assert row["chance_r1"] == 1 / 6 and row["templates"] == 2
     assert row["transductive"] and "adapted on no label of it" in row["note"]
 

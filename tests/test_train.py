@@ -16,6 +16,7 @@ from edgeclip.config import convert
 from edgeclip.data import Dataset
 from edgeclip.distill import losses as L
 from edgeclip.distill import train as T
+from edgeclip.distill.targets import Targets
 from edgeclip.errors import EdgeclipError
 from edgeclip.pictures import Picture
 from edgeclip.preprocess import Preprocess
@@ -70,7 +71,7 @@ def curve(losses, monkeypatch, **schedule):
     head = EduAttentionHead(D, spec, torch.Generator().manual_seed(0)) if spec else None
     steps = []
     monkeypatch.setattr(T, "_step", lambda optimizer, loss, *rest: (steps.append(loss.item()), STEP(optimizer, loss, *rest))[1])
-    log = T.train(student, head, teacher, cache, preprocess, data, asked, torch.device("cpu"), features)
+    log = T.train(student, head, teacher, cache, preprocess, data, asked, torch.device("cpu"), tower_features=features)
     return steps, student.state_dict(), log
 
 
@@ -103,7 +104,7 @@ def test_captions_of_classes_use_no_label_that_is_not_given():
     teacher, cache, data, _, _ = toy()
     spec = R.Losses(contrastive=R.Weighted(), captions="classes")
     index = np.arange(PICTURES)
-    known = T.Targets(teacher, cache, data, spec, torch.device("cpu"))(index, np.zeros_like(index))
+    known = Targets(teacher, cache, data, spec, torch.device("cpu"))(index, np.zeros_like(index))
     first = (known["teacher_features"] @ known["class_features"].T).argmax(dim=1).numpy()
     labels = np.array([p.label for p in cache.pictures])
     expected = np.where(labels < 3, labels, first)
@@ -113,7 +114,7 @@ def test_captions_of_classes_use_no_label_that_is_not_given():
 
 def test_prototypes_are_unit_means_of_the_labelled_plain_views():
     teacher, cache, data, _, _ = toy()
-    found = T.Targets(teacher, cache, data, R.Losses(), torch.device("cpu")).prototypes.numpy()
+    found = Targets(teacher, cache, data, R.Losses(), torch.device("cpu")).prototypes.numpy()
     for c in range(N):
         own = cache.rows[[i for i, p in enumerate(cache.pictures) if p.label == c], 0].astype(np.float32)
         mean = (own / np.linalg.norm(own, axis=1, keepdims=True)).mean(axis=0)

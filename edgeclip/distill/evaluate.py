@@ -15,7 +15,7 @@ import random
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ def score(s: EvaluationSet, student: Answers, teacher: Answers | None, head: Edu
 
 def mean_over(sets: list[dict[str, Any]], mean: Callable[[list[float]], float]) -> dict[str, float]:
     """Of each model that all `sets` have: one number of its R@1."""
-    return {m: mean([s[m]["r1"] for s in sets]) for m in MODELS if sets and all(s[m] for s in sets)}
+    return {m: mean([s[m]["r1"] for s in sets]) for m in MODELS if sets and all(s.get(m) for s in sets)}
 
 
 def evaluate(
@@ -128,9 +128,17 @@ def evaluate(
     max_pictures: int,
     folder: Path,
     device: torch.device,
+    own_class_features: np.ndarray | None = None,
+    baked: Literal["teacher", "student"] = "teacher",
 ) -> dict[str, Any]:
-    """Accuracy of each evaluation set; writes the evaluation folder. class_features: [N, D] over all of data.classes."""
+    """Accuracy of each evaluation set; writes the evaluation folder. class_features: [N, D] over all of data.classes.
+
+    own_class_features: the same of the student's own text tower; the student is then scored with either, and `baked`
+    says which of them it ships with.
+    """
     edu = head.numpy() if head is not None else None
+    either = {} if own_class_features is None else {"student_teacher_text": class_features, "student_own_text": own_class_features}
+    shipped = either["student_own_text"] if baked == "student" else class_features
     sets: list[dict[str, Any]] = []
     parity: list[tuple[EvaluationSet, Picture, np.ndarray]] = []
     for s in data.evaluation:
@@ -139,7 +147,9 @@ def evaluate(
         if not s.headline:
             continue
         of_teacher = Answers(*teacher_features(teacher, teacher_tower, s.pictures, f"teacher: {s.name}", device), class_features)
-        sets.append(score(s, Answers(kept, features, class_features), of_teacher, edu, keep_head))
+        row = score(s, Answers(kept, features, shipped), of_teacher, edu, keep_head)
+        row |= {m: score(s, Answers(kept, features, w), None, edu, keep_head)["student"] for m, w in either.items()}
+        sets.append(row)
     _write(folder, parity, data, max_pictures)
     result: dict[str, Any] = {"sets": sets}
     scored = {s["name"]: s for s in sets}

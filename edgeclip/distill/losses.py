@@ -24,6 +24,15 @@ from edgeclip import recipe as R
 from edgeclip.errors import EdgeclipError
 
 
+class OtherTeacher(NamedTuple):
+    """A further teacher, in a space of its own."""
+
+    features: Float[Tensor, "B E"]
+    class_features: Float[Tensor, "N E"]
+    caption_features: Float[Tensor, "B E"] | None
+    logit_scale: float
+
+
 class Batch(NamedTuple):
     image_features: Float[Tensor, "B D"]
     """v = P(u_s), what ships"""
@@ -47,8 +56,7 @@ class Batch(NamedTuple):
     """rows of class_features; -1 where a picture has no label"""
     prototypes: Float[Tensor, "N D"] | None = None
     """mean teacher feature of each class's labelled pictures; zero rows where there are none"""
-    other_teachers: tuple[tuple[Float[Tensor, "B E"], Float[Tensor, "M E"], float], ...] = ()
-    """(V_k, text features, logit scale) of each further teacher; M is B for captions, N for classes"""
+    other_teachers: tuple[OtherTeacher, ...] = ()
     learned: nn.ParameterDict | None = None
     """what losses learn beside the student: `learned_parameters`"""
 
@@ -60,7 +68,8 @@ def kl(batch: Batch, spec: R.KL) -> Float[Tensor, ""]:
     """Equation 8: KL(teacher || student) over the class list; the teachers' distributions are averaged where there are several."""
     tau = spec.temperature
     q_s = batch.logit_scale * batch.head_features @ batch.class_features.T
-    p_t = _log_average([(batch.teacher_features, batch.class_features, batch.logit_scale), *batch.other_teachers], tau)
+    others = [(t.features, t.class_features, t.logit_scale) for t in batch.other_teachers]
+    p_t = _log_average([(batch.teacher_features, batch.class_features, batch.logit_scale), *others], tau)
     loss = F.kl_div(F.log_softmax(q_s / tau, dim=-1), p_t, reduction="batchmean", log_target=True)
     return loss * tau**2 / q_s.shape[1] if spec.reduction == "promptkd" else loss
 
@@ -124,7 +133,8 @@ def affinity(batch: Batch, spec: R.Affinity) -> Float[Tensor, ""]:
 
 def distribution(batch: Batch, spec: R.Distribution) -> Float[Tensor, ""]:
     """MobileCLIP: soft cross-entropy to the average of the teachers' probabilities, each with its own scale, both ways."""
-    teachers = [(batch.teacher_features, _captions(batch), batch.logit_scale), *batch.other_teachers]
+    teachers = [(batch.teacher_features, _captions(batch), batch.logit_scale)]
+    teachers += [(t.features, _captions(t), t.logit_scale) for t in batch.other_teachers]
     s = (spec.logit_scale or batch.logit_scale) * batch.image_features @ _text(batch).T
     rows = _log_average(teachers, 1.0).exp()
     columns = _log_average([(t, v, scale) for v, t, scale in teachers], 1.0).exp()
@@ -281,7 +291,7 @@ def _mean_over_labelled(total: Float[Tensor, ""], labels: Int[Tensor, " B"]) -> 
     return total / (labels >= 0).sum().clamp(min=1)
 
 
-def _captions(batch: Batch) -> Float[Tensor, "B D"]:
+def _captions(batch: Batch | OtherTeacher) -> Float[Tensor, "B D"]:
     return _need(batch, "caption_features")
 
 
@@ -293,7 +303,7 @@ def _scale(batch: Batch, name: str) -> Float[Tensor, ""]:
     return _need(batch, "learned")[f"{name}_log_scale"].exp().clamp(max=100.0)
 
 
-def _need(batch: Batch, field: str) -> Any:
+def _need(batch: Batch | OtherTeacher, field: str) -> Any:
     value = getattr(batch, field)
     if value is None:
         raise EdgeclipError("losses", f"need {field}, which this batch does not have", "build the cache with it, or drop the loss")

@@ -37,7 +37,7 @@ from edgeclip.preprocess import Preprocess
 from edgeclip.progress import say
 from edgeclip.recipe import Data, Recipe
 from edgeclip.students import EduAttentionHead, Student
-from edgeclip.teachers import Teacher
+from edgeclip.teachers import Teacher, TextTower
 from edgeclip.zero_shot import ensemble, prompts
 
 
@@ -48,6 +48,8 @@ class Run(NamedTuple):
     asked: Recipe
     student: Student
     head: EduAttentionHead | None
+    text: TextTower | None
+    """the student's own, where it ships its class features"""
     preprocess: Preprocess
     description: dict[str, Any]
     teacher: Teacher | None
@@ -156,6 +158,7 @@ def _check(spec: Data, dataset: Dataset, protocol: str) -> None:
 
 def _open(folder: Path, asked: Recipe) -> Run:
     student, head, preprocess, description = students.load(folder / "student")
+    text = students.load_text(folder / "student") if asked.student.class_features == "student" else None
     teacher, tower, missing = None, None, ""
     try:
         teacher = teachers.load(asked.teacher)
@@ -169,11 +172,14 @@ def _open(folder: Path, asked: Recipe) -> Run:
             teacher = adapted(teacher, asked.adapt, folder / "teacher")
         size = teacher.preprocess.size
         tower = fold(teacher.tower, torch.randn(2, 3, size, size)).to(memory_format=torch.channels_last)
-    return Run(folder, asked, student, head, preprocess, description, teacher, tower, missing, pick_device(asked.train.device))
+    return Run(folder, asked, student, head, text, preprocess, description, teacher, tower, missing, pick_device(asked.train.device))
 
 
 def text_side(run: Run) -> TextSide:
-    """What encodes texts for the student: the teacher's text encoder."""
+    """What encodes texts for the student: its own text tower where the run's classes are its too, else the teacher's."""
+    if run.text is not None:
+        text = run.text
+        return TextSide("the student's own text tower", lambda texts: students.text_features(text, texts).numpy())
     teacher = run.teacher
     if teacher is None:
         raise EdgeclipError("evaluate", f"texts need the teacher's text encoder, and there is none ({run.teacher_missing})", "get the teacher's weights")
@@ -184,7 +190,10 @@ def _class_features(run: Run, dataset: Dataset) -> tuple[str, np.ndarray, np.nda
     """(what they are, the student's class features [N, D], the teacher's or None)."""
     if (run.description["labels"], run.description["templates"]) == (dataset.classes, list(dataset.templates)):
         own = np.load(run.folder / "student" / "class_features.npy")
-        return "the class features that the run keeps, its teacher's", own, own if run.teacher else None
+        if run.text is None:
+            return "the class features that the run keeps, its teacher's", own, own if run.teacher else None
+        theirs = cache.class_features(run.teacher, dataset.classes, dataset.templates) if run.teacher else None
+        return "the class features that the run keeps, its own text tower's", own, theirs
     text = text_side(run)
     if run.teacher:
         teachers.check_class_names(run.teacher, dataset.classes, dataset.templates)

@@ -11,22 +11,27 @@ import os
 import resource
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from torch import nn
 
 from edgeclip import __version__, cache, data, disk, recipe, students, teachers, weights
 from edgeclip.allocator import keep_freed_memory
 from edgeclip.distill import losses, promptsrc
 from edgeclip.distill.adapt import adapt
 from edgeclip.distill.evaluate import evaluate, note
+from edgeclip.distill.text import texts
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
 from edgeclip.fold import fold
 from edgeclip.progress import say
 from edgeclip.recipe import Recipe
+from edgeclip.teachers import Teacher
+from edgeclip.zero_shot import prompts
 
 CACHE = Path("cache")
 
@@ -55,7 +60,8 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     scored = asked.evaluation_data or asked.data
     dataset = dataset._replace(evaluation=[s._replace(note=note(asked, scored, s)[1]) for s in dataset.evaluation])
     labelled = data.load(asked.adapt_data, CACHE) if asked.adapt_data else None
-    captions = asked.losses.captions == "data" and any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
+    need = any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
+    captions = asked.student.text is not None or (need and asked.losses.captions == "data")
     _check(dataset, asked, captions, path)
     clock.lap("data")
 
@@ -64,30 +70,51 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         teachers.check_class_names(teacher, d.classes, d.templates)
     stage_1 = labelled or dataset
     prompted = promptsrc.with_prompts(teacher, stage_1, asked.adapt, asked.seed) if isinstance(asked.adapt, recipe.Prompts) else None
+    if fresh or not (run / "student" / disk.MANIFEST).exists():
+        _check_student(dataset, asked, teacher.embed_dim)
     _claim(run, path, asked, fresh)  # only now: a mistake in what was asked leaves no folder behind
+    unprompted = dataset
     if prompted:  # prompts change the tower whose rows the cache keeps, so they come first
         teacher = promptsrc.adapt(teacher, prompted, stage_1, asked, run / "teacher", device)
-        dataset = dataset._replace(templates=promptsrc.TEMPLATES)
+        dataset = dataset._replace(templates=promptsrc.TEMPLATES)  # of the prompted teacher alone
         clock.lap("stage 1")
     example = torch.randn(2, 3, teacher.preprocess.size, teacher.preprocess.size)
     tower = fold(teacher.tower, example).to(memory_format=torch.channels_last)
     cached = cache.build(CACHE, teacher, tower, dataset, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
     clock.lap("teacher cache")
 
-    if isinstance(asked.adapt, recipe.ResidualHead) and labelled:  # cross-dataset: stage 1 has pictures and classes of its own
-        only = labelled._replace(train=labelled.labelled)
+    def stage_1_head(teacher: Teacher, tower: nn.Module, cached: cache.TeacherCache, folder: Path) -> Teacher:
+        if not isinstance(asked.adapt, recipe.ResidualHead):
+            return teacher
+        if labelled is None:
+            return adapt(teacher, cached, dataset, asked.adapt, asked.seed, folder)
+        only = labelled._replace(train=labelled.labelled)  # cross-dataset: stage 1 has pictures and classes of its own
         rows = cache.build(CACHE, teacher, tower, only, asked.views, asked.seed, captions=False, device=device, threads=asked.train.threads)
-        teacher = adapt(teacher, rows, only, asked.adapt, asked.seed, run / "teacher")
+        return adapt(teacher, rows, only, asked.adapt, asked.seed, folder)
+
+    if isinstance(asked.adapt, recipe.ResidualHead):
+        teacher = stage_1_head(teacher, tower, cached, run / "teacher")
         clock.lap("stage 1")
-    elif isinstance(asked.adapt, recipe.ResidualHead):
-        teacher = adapt(teacher, cached, dataset, asked.adapt, asked.seed, run / "teacher")
-        clock.lap("stage 1")
+
+    others: list[tuple[Teacher, cache.TeacherCache]] = []
+    for i, other_spec in enumerate(asked.other_teachers, start=2):
+        other = teachers.load(other_spec)
+        size = other.preprocess.size
+        other_tower = fold(other.tower, torch.randn(2, 3, size, size)).to(memory_format=torch.channels_last)
+        rows = cache.build(CACHE, other, other_tower, unprompted, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
+        if isinstance(other_spec, recipe.Conse):
+            other = stage_1_head(other, other_tower, rows, run / f"teacher-{i}")
+        others.append((other, rows))
+    if others:
+        clock.lap("other teachers")
 
     if not (run / "student" / disk.MANIFEST).exists():
         torch.manual_seed(asked.seed)
         student, preprocess = students.build(asked.student, teacher.embed_dim)
         edu = asked.losses.edu_attention
         head = students.EduAttentionHead(teacher.embed_dim, edu, torch.Generator().manual_seed(asked.seed)) if edu else None
+        text = students.build_text(asked.student.text, teacher.embed_dim) if asked.student.text else None
+        learnt = texts(text, teacher, cached, [dataset.classes[i] for i in dataset.train_classes], dataset.templates) if text else None
         description = {
             "architecture": msgspec.to_builtins(asked.student),
             "embed_dim": teacher.embed_dim,
@@ -100,13 +127,18 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             "parents": {"recipe": disk.fingerprint(recipe.description(asked)), "teacher_cache": disk.sha256(cached.folder / disk.MANIFEST)},
         }
 
-        def keep(log: list[dict[str, Any]]) -> None:
-            students.save(run / "student.partial", student, head, description | {"log": log}, cached.class_features)
+        def save(folder: Path, log: list[dict[str, Any]]) -> None:
+            own = text is not None and asked.student.class_features == "student"
+            baked = students.class_features(text, dataset.classes, dataset.templates) if text and own else cached.class_features
+            students.save(folder, student, head, description | {"log": log}, baked, text)
 
-        log = train(student, head, teacher, cached, preprocess, dataset, asked, device, keep=keep)
-        students.save(run / "student", student, head, description | {"log": log}, cached.class_features)
+        log = train(
+            student, head, teacher, cached, preprocess, dataset, asked, device, others=others, texts=learnt, keep=partial(save, run / "student.partial")
+        )
+        save(run / "student", log)
         shutil.rmtree(run / "student.partial", ignore_errors=True)
     student, head, preprocess, description = students.load(run / "student")
+    text = students.load_text(run / "student")
     clock.lap("stage 2")
 
     results = evaluate(
@@ -121,6 +153,8 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         asked.parity.max_pictures,
         run / "evaluation",
         device,
+        students.class_features(text, dataset.classes, dataset.templates) if text else None,
+        asked.student.class_features,
     )
     clock.lap("evaluation")
     results |= {
@@ -139,6 +173,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
                 "parameters": weights.parameters(student),
                 "macs": weights.macs(student, preprocess.size),
                 "input": preprocess.size,
+                "text_parameters": weights.parameters(text.module) if text else None,
             },
         },
         "log": description["log"],
@@ -212,16 +247,32 @@ def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> 
             raise EdgeclipError(f"{path}: losses.{name}", "needs a class list, and the data has none", "give data.classes or evaluation_data")
         if name in losses.NEED_LABELS and not dataset.labelled:
             raise EdgeclipError(f"{path}: losses.{name}", "needs labels, and the data has no labelled pictures", "drop the loss, or label some")
+    first = asked.train.first
+    if first and first.labels == "predictions" and not dataset.classes:
+        raise EdgeclipError(f"{path}: train.first.labels", "predictions need a class list, and the data has none", "use labels: features")
+    if asked.student.class_features == "student" and not dataset.classes:
+        raise EdgeclipError(f"{path}: student.class_features", "needs a class list, and the data has none", "take the teacher's")
     if dataset.evaluation and not dataset.classes:
         raise EdgeclipError(f"{path}: data", "has pictures to evaluate on and no class list", "give data.classes or evaluation_data, or set data.test to null")
     if captions and any(not p.caption for p in dataset.train):
         missing = next(p for p in dataset.train if not p.caption)
         raise EdgeclipError(
-            f"{path}: losses", f"a loss needs captions, and picture '{missing.key}' of {missing.path} has none", "add .txt files, or drop the loss"
+            f"{path}: losses",
+            f"a loss or student.text needs captions, and picture '{missing.key}' of {missing.path} has none",
+            "add .txt files, or drop what needs them",
         )
     if not dataset.evaluation or not all(s.pictures for s in dataset.evaluation):
         empty = next((s.name for s in dataset.evaluation if not s.pictures), "")
         raise EdgeclipError(f"{path}: data", f"has no pictures to evaluate on {empty}".rstrip(), "give a test part or evaluation_data")
+
+
+def _check_student(dataset: data.Dataset, asked: Recipe, embed_dim: int) -> None:
+    """Builds the student once for nothing: what cannot be built is refused before the teacher has run."""
+    students.build(asked.student, embed_dim)
+    if asked.student.text:
+        text = students.build_text(asked.student.text, embed_dim)
+        classes = [dataset.classes[i] for i in dataset.train_classes]
+        students.token_ids(text, [*(p.caption for p in dataset.train), *prompts(classes, dataset.templates)])
 
 
 def _mark_latest(run: Path) -> None:

@@ -2,13 +2,15 @@
 
 Every picture is seen once an epoch in one of its cached views: the student from pixels, the teacher from the cache.
 First, optionally, the new projector (and EduAttention) are trained on the frozen tower's features, which costs
-seconds and keeps the fresh layers' noise away from the tower's weights; then all weights are.
+seconds and keeps the fresh layers' noise away from the tower's weights; then, optionally, all weights learn the
+teacher's plain answers (Pea-KD's first training); then all weights are trained on the recipe's losses.
 
 What bounds it: the student's own forward and backward. The teacher costs a row read and, when adapted, a small MLP.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,18 @@ from edgeclip.cache import TeacherCache, replay
 from edgeclip.data import Dataset
 from edgeclip.distill import losses as L
 from edgeclip.distill import masking
+from edgeclip.distill.targets import Targets
+from edgeclip.distill.text import Texts, text_feature
 from edgeclip.errors import EdgeclipError
 from edgeclip.pictures import read, stream
 from edgeclip.preprocess import Preprocess, normalise, open_picture
 from edgeclip.progress import track
-from edgeclip.recipe import Losses, Recipe
+from edgeclip.recipe import First, Recipe, Weighted
 from edgeclip.students import EduAttentionHead, Student
 from edgeclip.teachers import Teacher
+
+Objective = Callable[[L.Batch], tuple[Tensor, dict[str, Tensor]]]
+"""the loss, and what the log says of it"""
 
 
 def train(
@@ -38,18 +45,23 @@ def train(
     data: Dataset,
     recipe: Recipe,
     device: torch.device,
+    *,
+    others: list[tuple[Teacher, TeacherCache]] | None = None,
+    texts: Texts | None = None,
     tower_features: Tensor | None = None,
     keep: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains `student` and `head` in place; returns the log: a row an epoch, each loss before its weight, and alpha.
+    """Trains `student`, `head` and the text tower of `texts` in place; returns the log: a row an epoch, each loss before
+    its weight, and alpha.
 
+    others: further teachers, with caches of the same views.
     tower_features: [n, K, T] of the student's frozen tower for the projector's steps, where they are known already.
-    `keep` is called with the log after each epoch, when every weight is finite.
+    keep: called with the log after each epoch, when every weight is finite.
     Raises `EdgeclipError` when a loss or a weight is not finite.
     """
     spec, seed = recipe.train, recipe.seed
     student.to(device, memory_format=torch.channels_last)
-    targets = Targets(teacher, cache, data, recipe.losses, device)
+    targets = Targets(teacher, cache, data, recipe.losses, device, others)
     learned = L.learned_parameters(recipe.losses, teacher.embed_dim, seed).to(device)
     if head is not None:
         head.to(device)
@@ -65,11 +77,20 @@ def train(
             )
         # In the projector's steps there are no pixels to hide, so MFD is FD.
         hidden = None if recipe.losses.masked_feature is None else v if masked is None else F.normalize(student.projector(masked), dim=-1)
-        return L.Batch(image_features=v, head_features=f_e, raw_features=raw, masked_features=hidden, learned=learned, **known)
+        s = None if texts is None else texts.tower(texts.captions[index].to(device))
+        return L.Batch(image_features=v, head_features=f_e, raw_features=raw, masked_features=hidden, text_features=s, learned=learned, **known)
+
+    def full(b: L.Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, parts = L.total(b, recipe.losses)
+        if texts is None:
+            return loss, parts
+        text = text_feature(b, texts, prompt_order.choice(len(texts.prompts), min(spec.batch_size, len(texts.prompts)), replace=False))
+        return loss + recipe.student.text_weight * text, parts | {"text_feature": text.detach()}
 
     log: list[dict[str, Any]] = []
-    order = np.random.default_rng(seed)
-    new_layers = [*student.projector.parameters(), *(head.parameters() if head else []), *learned.parameters()]
+    order, prompt_order = np.random.default_rng(seed), np.random.default_rng(seed)
+    text_tower = texts.tower.to(device) if texts else None
+    new_layers = [p for module in (student.projector, head, learned, text_tower) if module is not None for p in module.parameters()]
     if spec.warmup_steps:
         if tower_features is None:
             tower_features = frozen_features(student, cache, preprocess, recipe, device)
@@ -79,87 +100,64 @@ def train(
         for step in track(range(spec.warmup_steps), "stage 2: projector", spec.warmup_steps):
             index = order.choice(len(tower_features), min(spec.warmup_batch_size, len(tower_features)), replace=False)
             view = order.integers(tower_features.shape[1], size=len(index))
-            loss, parts = L.total(batch(tower_features[index, view], None, index, view), recipe.losses)
+            loss, parts = full(batch(tower_features[index, view], None, index, view))
             _step(optimizer, loss, parts, _cosine(step, spec.warmup_steps), f"projector step {step}")
             averages.add(loss, parts)
         log.append({"epoch": 0, **averages.row(head)})
-        _end_epoch(student, head, log, "end of the projector's steps", keep)
+        _end_epoch((student, head, text_tower), log, "end of the projector's steps", keep)
 
-    # what is frozen gets no optimiser state
-    tower_weights = [p for p in student.tower.parameters() if p.requires_grad]
-    groups = [{"params": tower_weights, "lr": spec.lr * spec.tower_lr_ratio}, {"params": new_layers, "lr": spec.lr}]
-    if spec.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=spec.momentum, weight_decay=spec.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
     steps_per_epoch = max(1, len(cache.pictures) // spec.batch_size)
-    for epoch in range(spec.epochs):
-        student.train()
-        if (prompts := recipe.student.visual_prompts) and prompts.freeze_tower:
-            student.tower.eval()
-        if spec.freeze_batch_norm:
-            for module in student.tower.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-        averages = _Averages()
-        index_order = order.permutation(len(cache.pictures))[: steps_per_epoch * spec.batch_size]
-        views = order.integers(cache.views.shape[1], size=len(cache.pictures))
-        batches = _pixels(cache, index_order, views, preprocess, spec.batch_size, spec.threads)
-        for step, (index, x) in enumerate(track(batches, f"stage 2: epoch {epoch + 1} of {spec.epochs}", steps_per_epoch)):
-            pixels = _to(x, preprocess, device)
-            masked = masking.forward(student.tower, pixels, recipe.losses.masked_feature) if recipe.losses.masked_feature else None
-            loss, parts = L.total(batch(student.tower(pixels), masked, index, views[index]), recipe.losses)
-            position = epoch * steps_per_epoch + step
-            _step(optimizer, loss, parts, _cosine(position, spec.epochs * steps_per_epoch), f"step {position}")
-            averages.add(loss, parts)
-        log.append({"epoch": epoch + 1, **averages.row(head)})
-        _end_epoch(student, head, log, f"end of epoch {epoch + 1}", keep)
+
+    def epochs(count: int, name: str, objective: Objective) -> Iterator[dict[str, Any]]:
+        """Trains all weights that are not frozen on `objective`; gives a log row an epoch."""
+        tower_weights = [p for p in student.tower.parameters() if p.requires_grad]  # what is frozen gets no optimiser state
+        groups = [{"params": tower_weights, "lr": spec.lr * spec.tower_lr_ratio}, {"params": new_layers, "lr": spec.lr}]
+        if spec.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=spec.momentum, weight_decay=spec.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
+        for epoch in range(count):
+            student.train()
+            if (prompts := recipe.student.visual_prompts) and prompts.freeze_tower:
+                student.tower.eval()
+            if spec.freeze_batch_norm:
+                for module in student.tower.modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.eval()
+            averages = _Averages()
+            index_order = order.permutation(len(cache.pictures))[: steps_per_epoch * spec.batch_size]
+            views = order.integers(cache.views.shape[1], size=len(cache.pictures))
+            batches = _pixels(cache, index_order, views, preprocess, spec.batch_size, spec.threads)
+            for step, (index, x) in enumerate(track(batches, f"stage 2: {name} {epoch + 1} of {count}", steps_per_epoch)):
+                pixels = _to(x, preprocess, device)
+                masked = masking.forward(student.tower, pixels, recipe.losses.masked_feature) if recipe.losses.masked_feature else None
+                loss, parts = objective(batch(student.tower(pixels), masked, index, views[index]))
+                position = epoch * steps_per_epoch + step
+                _step(optimizer, loss, parts, _cosine(position, count * steps_per_epoch), f"{name} {epoch + 1}, step {position}")
+                averages.add(loss, parts)
+            yield averages.row(head)
+
+    first, done = spec.first, 0
+    phases: list[tuple[str, int, Objective]] = [("epoch", spec.epochs, full)]
+    if first is not None:
+        phases.insert(0, ("first training, epoch", first.epochs, partial(_first, spec=first)))
+    for name, count, objective in phases:
+        for row in epochs(count, name, objective):
+            done += 1
+            log.append({"epoch": done, **row})
+            _end_epoch((student, head, text_tower), log, f"end of epoch {done}", keep)
     student.eval()
     return log
 
 
-class Targets:
-    """What the teacher, the captions and the labels say of a batch: the half of `losses.Batch` that no gradient reaches."""
-
-    def __init__(self, teacher: Teacher, cache: TeacherCache, data: Dataset, spec: Losses, device: torch.device):
-        self.teacher, self.cache, self.spec, self.device = teacher, cache, spec, device
-        self.features = teacher.features.to(device) if isinstance(teacher.features, nn.Module) else teacher.features
-        self.class_features = torch.from_numpy(cache.class_features[data.train_classes]).to(device)
-        position = {c: i for i, c in enumerate(data.train_classes)}
-        label_of = {p.key: position.get(p.label, -1) for p in data.labelled}
-        self.labels = np.array([label_of.get(p.key, -1) for p in cache.pictures])
-        self.prototypes = self._prototypes() if (self.labels >= 0).any() else None
-
-    def __call__(self, index: np.ndarray, view: np.ndarray) -> dict[str, Any]:
-        raw = self._raw(index, view)
-        unit = F.normalize(raw, dim=-1)
-        labels = torch.from_numpy(self.labels[index]).to(self.device)
-        captions = None
-        if self.spec.captions == "classes":
-            first = (unit @ self.class_features.T).argmax(dim=-1)
-            captions = self.class_features[torch.where(labels >= 0, labels, first)]
-        elif self.cache.caption_features is not None:
-            captions = F.normalize(torch.from_numpy(self.cache.caption_features[index].astype(np.float32)), dim=-1).to(self.device)  # float16 on disk
-        return {
-            "teacher_features": unit,
-            "raw_teacher_features": raw,
-            "class_features": self.class_features,
-            "caption_features": captions,
-            "labels": labels,
-            "prototypes": self.prototypes,
-            "logit_scale": self.teacher.logit_scale,
-        }
-
-    @torch.no_grad()
-    def _raw(self, index: np.ndarray, view: np.ndarray) -> Tensor:
-        return self.features(torch.from_numpy(self.cache.rows[index, view].astype(np.float32)).to(self.device))
-
-    def _prototypes(self) -> Tensor:
-        """[N, D]: the unit mean of each class's unit features in the plain view; zero where nothing is labelled."""
-        sums = torch.zeros_like(self.class_features)
-        for part in np.array_split(np.flatnonzero(self.labels >= 0), max(1, len(self.labels) // 4096)):
-            sums.index_add_(0, torch.from_numpy(self.labels[part]).to(self.device), F.normalize(self._raw(part, np.zeros_like(part)), dim=-1))
-        return F.normalize(sums, dim=-1)
+def _first(batch: L.Batch, spec: First) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pea-KD's first training: FD, or cross-entropy with the class that the teacher itself finds best."""
+    if spec.labels == "features":
+        loss = L.feature(batch._replace(text_features=None), Weighted())
+    else:
+        best = (batch.teacher_features @ batch.class_features.T).argmax(dim=-1)
+        loss = F.cross_entropy(batch.logit_scale * batch.image_features @ batch.class_features.T, best)
+    return loss, {f"first_{spec.labels}": loss.detach()}
 
 
 def _cosine(step: int, steps: int) -> float:
@@ -183,11 +181,9 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor, parts: dict[str, Tenso
     optimizer.step()
 
 
-def _end_epoch(
-    student: Student, head: EduAttentionHead | None, log: list[dict[str, Any]], where: str, keep: Callable[[list[dict[str, Any]]], None] | None
-) -> None:
+def _end_epoch(modules: tuple[nn.Module | None, ...], log: list[dict[str, Any]], where: str, keep: Callable[[list[dict[str, Any]]], None] | None) -> None:
     """A finite loss can have a gradient that is not: the weights are looked at before they replace those that were kept."""
-    for name, value in [*student.state_dict().items(), *(head.state_dict().items() if head else [])]:
+    for name, value in (item for module in modules if module is not None for item in module.state_dict().items()):
         if not torch.isfinite(value).all():
             raise EdgeclipError(where, f"weight '{name}' is not finite", ADVICE)
     if keep is not None:

@@ -54,6 +54,8 @@ def from_run(run: Path) -> Source:
         return dataset.train
 
     def load_text() -> TextTower:
+        if own := students.load_text(run / "student"):
+            return own
         if isinstance(asked.adapt, recipe.Prompts):  # the features were made with its learnt context, so words must get it too
             return promptsrc.load_text(asked.teacher, asked.adapt, run / "teacher")
         return teachers.load_text(asked.teacher)

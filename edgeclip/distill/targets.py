@@ -1,0 +1,82 @@
+"""What the teachers, the captions and the labels say of a batch: the half of `losses.Batch` that no gradient reaches.
+
+Rows come from the cache (a memory map, so nothing is held but the batch) and pass through the adapted head where there
+is one. Further teachers (MobileCLIP, MST-KD) have caches of the same views.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeclip.cache import TeacherCache
+from edgeclip.data import Dataset
+from edgeclip.distill.losses import OtherTeacher
+from edgeclip.recipe import Losses
+from edgeclip.teachers import Teacher
+
+
+class Targets:
+    def __init__(
+        self, teacher: Teacher, cache: TeacherCache, data: Dataset, spec: Losses, device: torch.device, others: list[tuple[Teacher, TeacherCache]] | None = None
+    ):
+        self.spec, self.device, self.logit_scale = spec, device, teacher.logit_scale
+        self.teachers = [_Rows(t, c, data.train_classes, device) for t, c in [(teacher, cache), *(others or [])]]
+        self.class_features = self.teachers[0].class_features
+        position = {c: i for i, c in enumerate(data.train_classes)}
+        label_of = {p.key: position.get(p.label, -1) for p in data.labelled}
+        self.labels = np.array([label_of.get(p.key, -1) for p in cache.pictures])
+        self.prototypes = self._prototypes() if (self.labels >= 0).any() else None
+
+    def __call__(self, index: np.ndarray, view: np.ndarray) -> dict[str, Any]:
+        """Fields of `losses.Batch` for the pictures `index` [B] in their views `view` [B]."""
+        first, *others = self.teachers
+        raw = first.features(index, view)
+        unit = F.normalize(raw, dim=-1)
+        labels = torch.from_numpy(self.labels[index]).to(self.device)
+        # A picture's class: its label where the teacher had it, else the teacher's own first choice.
+        classes = torch.where(labels >= 0, labels, (unit @ self.class_features.T).argmax(dim=-1)) if self.spec.captions == "classes" else None
+
+        def captions(rows: _Rows) -> Tensor | None:
+            return rows.captions(index) if classes is None else rows.class_features[classes]
+
+        return {
+            "teacher_features": unit,
+            "raw_teacher_features": raw,
+            "class_features": self.class_features,
+            "caption_features": captions(first),
+            "labels": labels,
+            "prototypes": self.prototypes,
+            "logit_scale": self.logit_scale,
+            "other_teachers": tuple(OtherTeacher(F.normalize(t.features(index, view), dim=-1), t.class_features, captions(t), t.logit_scale) for t in others),
+        }
+
+    def _prototypes(self) -> Float[Tensor, "N D"]:
+        """The unit mean of each class's unit features in the plain view; zero where nothing is labelled."""
+        sums = torch.zeros_like(self.class_features)
+        for part in np.array_split(np.flatnonzero(self.labels >= 0), max(1, len(self.labels) // 4096)):
+            features = F.normalize(self.teachers[0].features(part, np.zeros_like(part)), dim=-1)
+            sums.index_add_(0, torch.from_numpy(self.labels[part]).to(self.device), features)
+        return F.normalize(sums, dim=-1)
+
+
+class _Rows:
+    """One teacher's cache as features."""
+
+    def __init__(self, teacher: Teacher, cache: TeacherCache, classes: list[int], device: torch.device):
+        self.cache, self.device, self.logit_scale = cache, device, teacher.logit_scale
+        self.head = teacher.features.to(device) if isinstance(teacher.features, nn.Module) else teacher.features
+        self.class_features = torch.from_numpy(cache.class_features[classes]).to(device)
+
+    @torch.no_grad()
+    def features(self, index: np.ndarray, view: np.ndarray) -> Float[Tensor, "B D"]:
+        """Not normalised."""
+        return self.head(torch.from_numpy(self.cache.rows[index, view].astype(np.float32)).to(self.device))
+
+    def captions(self, index: np.ndarray) -> Float[Tensor, "B D"] | None:
+        if self.cache.caption_features is None:
+            return None
+        return F.normalize(torch.from_numpy(self.cache.caption_features[index].astype(np.float32)), dim=-1).to(self.device)  # float16 on disk

@@ -1,0 +1,49 @@
+"""What an open-vocabulary student's text tower learns from: captions and class prompts, and the teacher's features of them.
+
+FD on text: 1 - cosine to the teacher's feature of the same words. The captions are those of the batch's pictures, so that
+the other losses can see them too (`Batch.text_features`); class prompts, every class name under every template, are
+drawn beside them, because captions alone need not name every class.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor, cat, nn
+
+from edgeclip import students
+from edgeclip.cache import TeacherCache
+from edgeclip.distill.losses import Batch
+from edgeclip.teachers import Teacher, TextTower
+from edgeclip.zero_shot import prompts
+
+
+class Texts(NamedTuple):
+    tower: nn.Module
+    """input_ids [N, L] to the student's unit features [N, D]"""
+    captions: Int[Tensor, "n L"]
+    """ids of every training picture's caption"""
+    prompts: Int[Tensor, "P L"]
+    """ids of every class name under every template; P may be 0"""
+    prompt_features: Float[Tensor, "P D"]
+    """the teacher's, unit"""
+
+
+def texts(text: TextTower, teacher: Teacher, cache: TeacherCache, classes: list[str], templates: tuple[str, ...]) -> Texts:
+    """classes: those that training may name. Raises `EdgeclipError` for a text longer than the student's context."""
+    named = prompts(classes, templates)
+    captions = students.token_ids(text, [p.caption for p in cache.pictures])
+    ids = students.token_ids(text, named) if named else captions[:0]
+    features = teacher.encode_text(named) if named else captions.new_zeros((0, teacher.embed_dim)).float()
+    return Texts(text.module, captions, ids, features)
+
+
+def text_feature(batch: Batch, texts: Texts, drawn: Int[np.ndarray, "p"]) -> Float[Tensor, ""]:
+    """Mean of 1 - cosine over the batch's captions and the drawn prompts, a text each."""
+    assert batch.text_features is not None and batch.caption_features is not None
+    device = batch.text_features.device
+    own, target = batch.text_features, batch.caption_features
+    if len(drawn):
+        own = cat([own, texts.tower(texts.prompts[drawn].to(device))])
+        target = cat([target, texts.prompt_features[drawn].to(device)])
+    return (1.0 - (own * target).sum(dim=-1)).mean()

@@ -1,0 +1,199 @@
+"""A recipe: the complete description of one training run, and nothing but a description.
+
+Read `recipes/quickstart.yaml` beside this file. Every field has its meaning and unit under it; a field that the
+papers leave open (METHODS ambiguities A1 to A13) is a field here, with the default that was chosen.
+
+Weights are named in one small language, here for teachers and students alike:
+`random` | `pip:PACKAGE` (weights that a Python package ships) | `hub:TAG` (open_clip's or timm's pretrained tag) | a file.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgeclip import config, disk
+from edgeclip.config import Config
+from edgeclip.errors import EdgeclipError
+from edgeclip.recipe.ingredients import (
+    Adapt,
+    Conse,
+    Data,
+    DataFile,
+    Folders,
+    OpenClip,
+    OpenMoji,
+    Prompts,
+    ResidualHead,
+    Share,
+    Student,
+    Teacher,
+    Timm,
+    Views,
+    VisualPrompts,
+    WebDataset,
+)
+from edgeclip.recipe.training import KL, Affinity, Bench, Distribution, EduAttention, First, IFAlign, Losses, MaskedFeature, Parity, Train, Weighted
+
+__all__ = [
+    "KL",
+    "Adapt",
+    "Affinity",
+    "Bench",
+    "Conse",
+    "Data",
+    "DataFile",
+    "Distribution",
+    "EduAttention",
+    "First",
+    "Folders",
+    "IFAlign",
+    "Losses",
+    "MaskedFeature",
+    "OpenClip",
+    "OpenMoji",
+    "Parity",
+    "Prompts",
+    "Recipe",
+    "ResidualHead",
+    "Share",
+    "Student",
+    "Teacher",
+    "Timm",
+    "Train",
+    "Views",
+    "VisualPrompts",
+    "WebDataset",
+    "Weighted",
+    "check",
+    "data_sets",
+    "description",
+    "load",
+    "of_run",
+    "replace_data",
+    "roots",
+]
+
+
+class Recipe(Config):
+    data: Data
+    teacher: Teacher
+    student: Student
+    losses: Losses
+    other_teachers: tuple[Teacher, ...] = ()
+    """further teachers of the same pictures (MobileCLIP, MST-KD): `kl` and `distribution` average the probabilities of all, each
+    with its own logit scale; the student lives in the first one's space, and whose classifier is assembled is adapted like it"""
+    evaluation_data: Data | None = None
+    """another set to evaluate on, whose class list the KL uses when `data` has none; null: `data`'s own test part"""
+    adapt_data: Data | None = None
+    """the labelled set of stage 1, with classes of its own (cross-dataset); null: `data`'s own labelled part"""
+    shifts: tuple[Data, ...] = ()
+    """further sets to evaluate on whose classes are among those of the evaluation, by name (domain generalisation)"""
+    adapt: Adapt | None = None
+    """null: the teacher is taken as it is"""
+    views: Views = Views()
+    train: Train = Train()
+    parity: Parity = Parity()
+    bench: Bench | None = None
+    """a short run for this recipe's `bench`; null: the device profile's own minimum"""
+    text_encoder: bool = True
+    """ship a text encoder in the bundle, for words that were never baked: the student's where it has one, else the teacher's"""
+    seed: int = 0
+
+
+def load(path: Path, roots: tuple[str, ...] = ()) -> Recipe:
+    """The recipe at `path`, with each `--data` value of `roots` (DIR or NAME=DIR) put where it belongs."""
+    recipe = config.load(path, Recipe)
+    check(recipe, path)
+    for given in roots:
+        recipe = _with_root(recipe, given)
+    return recipe
+
+
+def _with_root(recipe: Recipe, given: str) -> Recipe:
+    names = list(dict.fromkeys(d.name for d in data_sets(recipe).values() if not isinstance(d, OpenMoji)))
+    name, equals, root = given.partition("=")
+    if not equals:
+        if len(names) != 1:
+            raise EdgeclipError(
+                f"--data {given}", f"the recipe has not exactly one folder to name (its data: {', '.join(names) or 'none'})", "use --data NAME=DIR"
+            )
+        name, root = names[0], given
+    if name not in names:
+        raise EdgeclipError(f"--data {given}", f"the recipe has no data named '{name}'", f"use one of: {', '.join(names)}")
+    return replace_data(recipe, lambda d: msgspec.structs.replace(d, root=root) if d.name == name and not isinstance(d, OpenMoji) else d)
+
+
+DATA_FIELDS = ("data", "evaluation_data", "adapt_data", "shifts")
+"""Every field of a recipe that names data: one set, none, or several."""
+
+
+def data_sets(recipe: Recipe) -> dict[str, Data]:
+    """Where in the recipe, to data: {"data": ..., "shifts.0": ..., ...}."""
+    found: dict[str, Data] = {}
+    for field in DATA_FIELDS:
+        value = getattr(recipe, field)
+        found |= {f"{field}.{i}": d for i, d in enumerate(value)} if isinstance(value, tuple) else {field: value} if value else {}
+    return found
+
+
+def replace_data(recipe: Recipe, change: Callable[[Data], Data]) -> Recipe:
+    """The recipe with each of its data sets changed."""
+    new: dict[str, Any] = {}
+    for field in DATA_FIELDS:
+        value = getattr(recipe, field)
+        new[field] = tuple(map(change, value)) if isinstance(value, tuple) else change(value) if value else None
+    return msgspec.structs.replace(recipe, **new)
+
+
+def check(recipe: Recipe, where: object) -> None:
+    """What no single field can tell: combinations that cannot work."""
+    losses = recipe.losses
+    if losses.edu_attention and not losses.kl:
+        raise EdgeclipError(f"{where}: losses.edu_attention", "has no loss of its own", "add losses.kl, which trains it")
+    if not any(isinstance(getattr(losses, f), Config) and f != "edu_attention" for f in losses.__struct_fields__):
+        raise EdgeclipError(f"{where}: losses", "is empty", "add at least one loss, for example kl: {}")
+    if recipe.student.inherit and recipe.student.tower.weights != "random":
+        raise EdgeclipError(f"{where}: student.inherit", "would overwrite the weights of student.tower", "give the tower weights: random")
+    if recipe.student.class_features == "student" and not recipe.student.text:
+        raise EdgeclipError(f"{where}: student.class_features", "the student has no text tower", "give student.text, or take the teacher's")
+    if losses.if_align and losses.if_align.axis == "tokens":
+        raise EdgeclipError(f"{where}: losses.if_align.axis: tokens", "needs token_features, which a teacher cache does not hold", "use axis: batch")
+    edu = losses.edu_attention
+    if edu and edu.keep and (edu.query == "raw" or edu.axis == "batch"):
+        raise EdgeclipError(f"{where}: losses.edu_attention", "this reading needs more than one picture's unit feature", "set keep: false")
+    if isinstance(recipe.adapt, ResidualHead) and not isinstance(recipe.teacher, Conse):
+        raise EdgeclipError(f"{where}: adapt", "a residual_head is for the assembled teacher (kind: conse) only", "use kind: prompts, or set adapt to null")
+    if isinstance(recipe.adapt, Prompts) and not isinstance(recipe.teacher, OpenClip):
+        raise EdgeclipError(f"{where}: adapt", "prompts are for an open_clip teacher only", "use kind: residual_head, or set adapt to null")
+    if recipe.adapt_data and not recipe.adapt:
+        raise EdgeclipError(f"{where}: adapt_data", "is for stage 1, and adapt is null", "add adapt: {kind: residual_head}, or set adapt_data to null")
+
+
+def description(recipe: Recipe) -> dict[str, Any]:
+    """What decides the outcome, JSON-able: the recipe without the folders where its data lie."""
+    value: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(recipe))  # as it will be read again
+    for field in data_sets(recipe):
+        _at(value, field).pop("root", None)
+    return value
+
+
+def roots(recipe: Recipe) -> dict[str, str]:
+    """Where the data lay: what `description` leaves out."""
+    return {f: d.root for f, d in data_sets(recipe).items() if not isinstance(d, OpenMoji)}
+
+
+def of_run(run: Path) -> Recipe:
+    """The recipe of a run folder, with the roots that its data had."""
+    value = disk.read_json(run / "recipe.json")
+    for field, root in disk.read_json(run / "roots.json").items():
+        _at(value, field)["root"] = root
+    return config.convert(value, Recipe, run / "recipe.json")
+
+
+def _at(value: dict[str, Any], field: str) -> dict[str, Any]:
+    """The data at `field` of a recipe as JSON: "data", or "shifts.0"."""
+    name, dot, index = field.partition(".")
+    found: dict[str, Any] = value[name][int(index)] if dot else value[name]
+    return found

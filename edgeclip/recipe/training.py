@@ -1,0 +1,164 @@
+"""How a student is trained and measured: losses, schedule, parity pictures, a short benchmark."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from edgeclip.config import Config
+from edgeclip.recipe.ingredients import Fraction, NonNegative, Positive
+
+
+class KL(Config):
+    """Equation 8: KL(softmax(q_t / tau) || softmax(q_s / tau)) over the class list of the training pictures."""
+
+    weight: NonNegative = 1.0
+    temperature: NonNegative = 1.0
+    reduction: Literal["batchmean", "promptkd"] = "batchmean"
+    """A12. promptkd divides by B * N, not B, and multiplies by tau^2, so weights of 200 to 1000 are its usual ones"""
+
+
+class IFAlign(Config):
+    """Equations 3 to 5: L1 between the means and variances of student's and teacher's features."""
+
+    weight: NonNegative = 100.0
+    axis: Literal["batch", "tokens", "channels"] = "batch"
+    """A1: over the batch, a channel each; over the channels, a picture each; tokens are not in a cache, so that reading is refused"""
+    normalise: bool = True
+    """A2: of unit features; false: of the features before their norm is divided out, on both sides"""
+    reduction: Literal["mean", "sum"] = "mean"
+    """A3: of the L1 norm over the channels; sum is D times mean"""
+    features: Literal["image", "head"] = "image"
+    """A9: P(u_s), or what EduAttention made of it"""
+    momentum: Fraction = 0.0
+    """A13: of a moving average of the statistics over batches, for small batches; 0: this batch's alone"""
+
+
+class EduAttention(Config):
+    """Equations 6 and 7: attention of the student's feature over the class matrix, alpha learnable from 0."""
+
+    temperature: Annotated[float, Meta(gt=0.0)] = 0.1
+    """A6: C; with `query: raw` sqrt(D) is its usual value"""
+    learn_temperature: bool = False
+    query: Literal["unit", "raw"] = "unit"
+    """A6: the query is P(u_s) as a unit row, or before its norm is divided out"""
+    fc: Literal["query", "key_value", "output", "none"] = "query"
+    """A4, A5: where the fully connected layer sits"""
+    axis: Literal["classes", "batch"] = "classes"
+    """A7: of the softmax"""
+    residual: Literal["student", "teacher"] = "student"
+    """A8: what equation 7 adds to in training; at inference it is the student's, for there is no other"""
+    normalise: bool = True
+    """A10: unit rows before the class scores"""
+    learn_alpha: bool = True
+    """false: alpha stays 0, which is PromptKD"""
+    keep: bool = True
+    """keep it in the bundle's classification head, over the class list that is active there (A11: `evaluate` scores both);
+    accuracy is reported with and without it either way"""
+
+
+class Weighted(Config):
+    weight: NonNegative = 1.0
+
+
+class Affinity(Config):
+    weight: NonNegative = 1.0
+    form: Literal["kl", "cross_entropy"] = "cross_entropy"
+    """KL (CLIP-KD's CRD) and soft cross-entropy (TinyCLIP, open_clip) differ by the teacher's entropy, a constant"""
+    logit_scale: NonNegative | None = None
+    """of teacher and student alike (TinyCLIP: 50); null: the teacher's own"""
+
+
+class Distribution(Config):
+    weight: NonNegative = 1.0
+    logit_scale: NonNegative | None = None
+    """the student's; null: the first teacher's own"""
+
+
+class MaskedFeature(Config):
+    weight: NonNegative = 1.0
+    hidden: Fraction = 0.75
+    """share of the patches that the student does not see"""
+    patch: Positive = 16
+    """pixels a side of a hidden square, for a tower that is no ViT; a ViT's own patches are dropped"""
+
+
+class Losses(Config):
+    kl: KL | None = None
+    if_align: IFAlign | None = None
+    edu_attention: EduAttention | None = None
+    cross_entropy: Weighted | None = None
+    """hard labels, of the pictures that have one"""
+    prototype: Weighted | None = None
+    """CLIP-Embed-KD: class prototypes made of the teacher's features of the labelled pictures"""
+    teacher_match: Weighted | None = None
+    """CLIP-Embed-KD's live-teacher counterpart: each picture finds its own teacher feature in the batch"""
+    contrastive: Weighted | None = None
+    """InfoNCE"""
+    affinity: Affinity | None = None
+    """teacher's against student's image-text similarities"""
+    distribution: Distribution | None = None
+    """MobileCLIP: the average of several teachers' image-text similarities"""
+    feature: Weighted | None = None
+    """1 - cosine to the teacher's features (FD up to its constant)"""
+    masked_feature: MaskedFeature | None = None
+    """CLIP-KD's MFD"""
+    gradient: Weighted | None = None
+    """CLIP-KD's GD; its usual weight is 1e8"""
+    interactive: Weighted | None = None
+    """CLIP-KD's ICL"""
+    augmented_feature: Weighted | None = None
+    """CLIP-KD's AFD"""
+    vrd: Weighted | None = None
+    """CLIP-RD: vertical relational distillation"""
+    xrd: Weighted | None = None
+    """CLIP-RD: cross relational distillation"""
+    captions: Literal["data", "classes"] = "data"
+    """the text of a picture for losses that need one: its own caption; or the prompts of its class, of its label where the
+    teacher had it and of the adapted teacher's first choice elsewhere (so no label is seen that is not to be seen)"""
+
+
+class First(Config):
+    """First training (Pea-KD): the whole student learns the teacher's plain answers before the full loss starts."""
+
+    epochs: Positive = 1
+    labels: Literal["features", "predictions"] = "features"
+    """features: 1 - cosine to the teacher's image feature; predictions: cross-entropy with the teacher's own best class"""
+
+
+class Train(Config):
+    warmup_steps: Annotated[int, Meta(ge=0)] = 0
+    """steps on frozen tower features first, so that the new projector's noise does not reach the tower's weights"""
+    warmup_batch_size: Positive = 128
+    warmup_lr: NonNegative = 2e-3
+    first: First | None = None
+    """after the projector's warm-up, with an optimiser and a learning rate course of its own; null: the full loss at once"""
+    epochs: Annotated[int, Meta(ge=0)] = 1
+    """over all pictures, one view each, all weights trained"""
+    batch_size: Positive = 64
+    lr: NonNegative = 5e-4
+    tower_lr_ratio: NonNegative = 1.0
+    """the tower's learning rate (visual prompts included) over the projector's"""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """of the epochs; the warm-up steps always take adamw"""
+    momentum: Fraction = 0.9
+    """of sgd"""
+    weight_decay: NonNegative = 1e-2
+    freeze_batch_norm: bool = False
+    """keep the pretrained tower's batch-norm statistics (its weights are trained all the same): a small set's batches
+    have other statistics than those its filters were learnt with"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one, else cpu; which it was is printed and recorded"""
+    threads: Positive = 2
+    """that decode pictures"""
+
+
+class Parity(Config):
+    """What `validate` compares on: pictures that the run keeps, with the fp32 student's features of them."""
+
+    max_pictures: Positive = 10_000
+    """at most so many of the evaluation pictures, by a fixed seed"""
+
+
+class Bench(Config):
+    min_duration_s: NonNegative = 60.0
+    min_query_count: Positive = 1024
