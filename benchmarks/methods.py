@@ -187,8 +187,8 @@ def scored(bench: Bench, features: Any, head: Any) -> dict[str, Any]:
     return out
 
 
-def append(record: dict[str, Any]) -> None:
-    with LOG.open("a", encoding="utf-8") as f:
+def append(record: dict[str, Any], log: Path) -> None:
+    with log.open("a", encoding="utf-8") as f:
         f.write(json.dumps(record) + "\n")
         f.flush()
         os.fsync(f.fileno())
@@ -216,7 +216,7 @@ def trial(regime: str, names: list[str], methods: list[str], seeds: list[int], r
                     result = scored(bench, features, None)
                 else:
                     result = run(bench, METHODS[method], regime, seed, teacher)
-                append(key | {"pictures": counts, "threads": torch.get_num_threads()} | result)
+                append(key | {"pictures": counts, "threads": torch.get_num_threads()} | result, LOG)
                 print(f"{name} {method} seed {seed}: {result['test']} ({result.get('seconds', 0)} s)", flush=True)
 
 
