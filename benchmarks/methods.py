@@ -8,8 +8,10 @@ the same views, order and start of the student. Methods differ in `losses` alone
     frozen   the tower's features stay, projector and EduAttention are trained: minutes, and labelled so
 
 A loss that needs texts takes the prompt of a picture's class: its label in the base half, the adapted teacher's first
-choice elsewhere (`captions: classes`). Weights are the papers' own where they give any. Every choice was made on the
-validation parts (OpenMoji: the unlabelled concepts); a run scores its test part once, and both go to the log:
+choice elsewhere (`captions: classes`). Weights within a mix are the papers' own (CLIP-KD, CLIP-RD,
+CLIP-Embed-KD); KL is a mean over pictures at weight 1 and IFAlign's lambda 100, the setting of a first trial. Nothing here was
+tuned on the test parts; how the teacher is assembled and adapted was (docs/results.md). A run scores its validation part
+(OpenMoji: the unlabelled concepts) and its test part once:
 
     docs/methods.jsonl     a line a run, appended when it is done; a run that is there is not run again
     docs/results.md        the tables, between two marks (--write)
@@ -127,16 +129,25 @@ def described(bench: Bench, losses: dict[str, Any], regime: str, seed: int) -> R
     schedule = replace(bench.recipe.train, epochs=EPOCHS if regime == "full" else 0)
     if regime == "frozen" and isinstance(bench.recipe.data, R.OpenMoji):
         schedule = replace(schedule, warmup_steps=2000)
-    return replace(bench.recipe, losses=config.convert(losses, R.Losses, "losses"), train=schedule, seed=seed)
+    asked = replace(bench.recipe, losses=config.convert(losses, R.Losses, "losses"), train=schedule, seed=seed)
+    recipe.check(asked, "benchmarks/methods.py")
+    return asked
 
 
-def fingerprint(bench: Bench, name: str, method: str, regime: str) -> str:
-    """Of what was asked, as it is written down: a new field with a default makes no old run a stranger."""
+def fingerprints(bench: Bench, name: str, method: str, regime: str) -> dict[str, str]:
+    """Of what every method of a set shares, of the schedule, and of the run: only runs that share the first two are paired.
+
+    Of the recipe as it is written down, so that a new field with a default makes no old run a stranger.
+    """
     written = yaml.safe_load((RECIPES / f"{SETS[name]}.yaml").read_text(encoding="utf-8"))
-    asked = {f: written[f] for f in ("teacher", "adapt", "views")}
+    pictures = {which: [[p.name, [x.key for x in p.pictures]] for p in parts] for which, parts in bench.parts.items()}
+    shared = {f: written[f] for f in ("teacher", "adapt", "views")} | {"cache": bench.cached.folder.name, "pictures": pictures}
+    schedule = {}
     if method in METHODS:
-        asked |= {"student": written["student"], "train": written["train"], "losses": METHODS[method], "epochs": EPOCHS if regime == "full" else 0}
-    return disk.fingerprint(asked | {"cache": bench.cached.folder.name})[:16]
+        resolved = described(bench, METHODS[method], regime, 0).train
+        schedule = {"student": written["student"], "train": written["train"], "epochs": resolved.epochs, "warmup_steps": resolved.warmup_steps}
+    whole = {"shared": shared, "schedule": schedule, "fingerprint": shared | schedule | {"losses": METHODS.get(method)}}
+    return {name: disk.fingerprint(what)[:16] for name, what in whole.items()}
 
 
 def adapted(bench: Bench, seed: int) -> teachers.Teacher:
@@ -163,7 +174,7 @@ def run(bench: Bench, losses: dict[str, Any], regime: str, seed: int, teacher: t
         with torch.inference_mode():
             return F.normalize(student.projector(torch.from_numpy(part.tower_features)), dim=-1).numpy()
 
-    result = scored(bench, features, head.numpy() if head else None)
+    result = scored(bench, features, head.numpy() if head and head.spec.keep else None)
     return result | {"alpha": head.alpha.item() if head else None, "loss": log[-1]["loss"], "seconds": round(seconds, 1)}
 
 
@@ -188,8 +199,9 @@ def scored(bench: Bench, features: Any, head: Any) -> dict[str, Any]:
 
 
 def append(record: dict[str, Any], log: Path) -> None:
+    torn = log.exists() and not log.read_bytes().endswith(b"\n")  # by a run that was killed while it wrote
     with log.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(record) + "\n")
+        f.write("\n" * torn + json.dumps(record) + "\n")
         f.flush()
         os.fsync(f.fileno())
 
@@ -204,7 +216,7 @@ def trial(regime: str, names: list[str], methods: list[str], seeds: list[int], r
             teacher = adapted(bench, seed)
             for method in ["teacher", *methods]:
                 key = {"regime": "teacher" if method == "teacher" else regime, "set": name, "method": method, "seed": seed}
-                key["fingerprint"] = fingerprint(bench, name, method, regime)
+                key |= fingerprints(bench, name, method, regime)
                 if any(all(line.get(k) == v for k, v in key.items()) for line in methods_table.read(LOG)):
                     continue
                 if method == "teacher":

@@ -2,13 +2,16 @@
 
     t-interval          over the seeds: what another seed would do, on these very photos
     crossed bootstrap   seeds and photos are both drawn again (photos within base and novel apart): what another seed on
-                        other photos of the kind would do; it is the wider one, and the honest one for a claim about a method
+                        other photos of the kind would do. Of few seeds a percentile bootstrap takes too little: with five, its
+                        seed part covers 83 % in place of 95 %. So a claim stands where both intervals exclude 0.
 
-A line of the log is a run; where a run was repeated with another fingerprint, the newest one counts.
+A line of the log is a run; where a run was repeated with another fingerprint, the newest one counts, and only runs of the
+same teacher, data and schedule are paired.
 """
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ import compare
 import numpy as np
 from scipy import stats
 from tabulate import tabulate
+
+from edgeclip import disk
 
 REGIMES = {
     "full": "Every weight of the student trained from pixels",
@@ -26,7 +31,14 @@ BOOTSTRAPS = 10_000
 
 
 def read(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    """The runs of a log; a line that a killed run left half-written is none."""
+    runs = []
+    for i, line in enumerate(log.read_text(encoding="utf-8").splitlines() if log.exists() else []):
+        try:
+            runs.append(json.loads(line))
+        except json.JSONDecodeError:
+            print(f"{log}: line {i + 1} is torn and not counted", file=sys.stderr)
+    return runs
 
 
 def newest(log: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[int, dict[str, Any]]]:
@@ -45,7 +57,7 @@ def figure(run: dict[str, Any], prefix: str = "") -> float:
 
 def difference(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
     """a minus b over the seeds that both have, with the two 95 % intervals; None for fewer than two seeds."""
-    seeds = sorted(a.keys() & b.keys())
+    seeds = sorted(s for s in a.keys() & b.keys() if all(a[s].get(f) == b[s].get(f) for f in ("shared", "schedule")))
     if len(seeds) < 2:
         return None
     d = np.array([figure(a[s]) - figure(b[s]) for s in seeds])
@@ -149,4 +161,4 @@ def put(text: str, page: Path) -> None:
     new, count = re.subn(f"{MARKS[0]}.*{MARKS[1]}", lambda _: f"{MARKS[0]}\n\n{text}\n{MARKS[1]}", whole, flags=re.DOTALL)
     if count != 1:
         raise SystemExit(f"{page}: has no '{MARKS[0]}' and '{MARKS[1]}' to write between")
-    page.write_text(new, encoding="utf-8")
+    disk.write_text(page, new)

@@ -72,10 +72,9 @@ def runs(name: str, readings: list[str], roots: tuple[str, ...], folder: Path) -
     bench = methods.prepare(name, tuple(r for r in roots if r.partition("=")[0] == name), folder)
     for r, seed in missing:
         result = methods.run(bench, READINGS[r], "frozen", seed, methods.adapted(bench, seed))
-        # A head that needs more than one picture's unit feature does not ship: its student is scored without it.
-        prefix = "" if READINGS[r]["edu_attention"].get("keep", True) else "without_edu_attention_"
+        # A head that needs more than one picture's unit feature does not ship (keep: false): its student is scored without it.
         part = result["test" if name == CHECK else "val"]
-        score = part.get(f"{prefix}harmonic mean", part.get(f"{prefix}held-out concepts"))
+        score = part.get("harmonic mean", part.get("held-out concepts"))
         line = {"set": name, "reading": r, "seed": seed, "part": "test" if name == CHECK else "val", "score": score, "alpha": result["alpha"]}
         methods.append(line, LOG)
         print(json.dumps(line), flush=True)

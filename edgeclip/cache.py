@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from edgeclip import disk
+from edgeclip import disk, tokenizer
 from edgeclip.data import Dataset
 from edgeclip.errors import EdgeclipError
 from edgeclip.pictures import Picture, read, refuse_unreadable, stream
@@ -113,6 +113,9 @@ def _build(folder: Path, teacher: Teacher, tower: nn.Module, data: Dataset, spec
         views[i] = draw_views(*image.size, spec, random.Random(f"{seed} {pictures[i].key}"))
         return np.stack([replay(image, v, teacher.preprocess) for v in views[i]])
 
+    # Texts first: they take minutes, and a class name that does not fit is better known before the hours of the pictures.
+    of_classes = class_features(teacher, data.classes, data.templates)
+    of_captions = caption_features(teacher, [p.caption for p in pictures]) if captions else None
     tower.to(device)
     rows, kept = [], []
     batch_size = max(1, (8 if device.type == "cpu" else 256) // spec.count)  # a CPU's caches hold a few pictures
@@ -128,11 +131,23 @@ def _build(folder: Path, teacher: Teacher, tower: nn.Module, data: Dataset, spec
     with disk.new_folder(folder) as temporary:
         disk.write_array(temporary / "rows.npy", np.concatenate(rows))
         disk.write_array(temporary / "views.npy", views[kept])
-        disk.write_array(temporary / "class_features.npy", class_features(teacher, data.classes, data.templates))
-        if captions:
-            disk.write_array(temporary / "caption_features.npy", teacher.encode_text([pictures[i].caption for i in kept]).numpy().astype(np.float16))
+        disk.write_array(temporary / "class_features.npy", of_classes)
+        if of_captions is not None:
+            disk.write_array(temporary / "caption_features.npy", of_captions[kept])
         disk.write_json(temporary / "keys.json", [pictures[i].key for i in kept])
         disk.write_manifest(temporary, "teacher cache", {"teacher": teacher.identity, "pictures": len(kept), "views": spec.count, "skipped": skipped})
+
+
+def caption_features(teacher: Teacher, captions: list[str]) -> np.ndarray:
+    """[n, D] float16, unit. A caption that is longer than the text tower's context loses its end, as in CLIP's own training."""
+    if teacher.text is None:
+        return teacher.encode_text(captions).numpy().astype(np.float16)
+    words, length = tokenizer.load(teacher.text.tokenizer, teacher.text.context_length), teacher.text.context_length
+    out, place = [], next(teacher.text.module.parameters()).device
+    for start in track(range(0, len(captions), 256), "captions", math.ceil(len(captions) / 256)):
+        ids = torch.from_numpy(tokenizer.encode(words, captions[start : start + 256], length, cut=True)).to(place)
+        out.append(teacher.text.module(ids).cpu().numpy().astype(np.float16))
+    return np.concatenate(out)
 
 
 def class_features(teacher: Teacher, classes: list[str], templates: tuple[str, ...]) -> np.ndarray:

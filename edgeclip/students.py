@@ -90,8 +90,10 @@ class EduAttentionHead(nn.Module):
         square = 1.0 + 2.0 * (u * added).sum(dim=-1, keepdim=True) + (added * added).sum(dim=-1, keepdim=True)
         return (u + added) * square.clamp(min=1e-12).rsqrt()
 
-    def numpy(self) -> EduAttention:
-        """The same head for the device layer; `recipe.check` lets no reading through to it that needs more than unit features."""
+    def numpy(self) -> EduAttention | None:
+        """The same head for the device layer; None for a reading that needs more than one picture's unit feature."""
+        if self.spec.query == "raw" or self.spec.axis == "batch":
+            return None
         weight, bias = (p.detach().float().cpu().numpy() for p in (self.fc.weight, self.fc.bias))
         return EduAttention(weight, bias, self.alpha.item(), self.log_temperature.exp().item(), self.spec.fc, self.spec.normalise)
 
@@ -148,9 +150,9 @@ def build_text(spec: R.OpenClip, embed_dim: int) -> TextTower:
     return TextTower(module=StudentText(model, width, embed_dim).eval(), tokenizer=words, context_length=int(model.context_length))
 
 
-def token_ids(text: TextTower, texts: list[str]) -> Int[Tensor, "N L"]:
-    """Raises `EdgeclipError` for a text that is longer than the context."""
-    return torch.from_numpy(tokenizer.encode(tokenizer.load(text.tokenizer, text.context_length), texts, text.context_length))
+def token_ids(text: TextTower, texts: list[str], cut: bool = False) -> Int[Tensor, "N L"]:
+    """Raises `EdgeclipError` for a text that is longer than the context; cut: it loses its end, as captions do."""
+    return torch.from_numpy(tokenizer.encode(tokenizer.load(text.tokenizer, text.context_length), texts, text.context_length, cut))
 
 
 @torch.inference_mode()

@@ -43,7 +43,11 @@ def _sets(results: dict[str, Any]) -> None:
                 click.echo(f"{what}, {MODELS[model]}: {value:.3f}")
     if results["edu_attention"]:
         alpha = results["edu_attention"]["alpha"]
-        gains = [f"{100 * (s['student']['r1'] - s['student_without_edu_attention']['r1']):+.1f} pp on {s['name']}" for s in results["sets"]]
+        gains = []
+        for s in results["sets"]:
+            with_it = s["student"] if results["edu_attention"]["kept"] else s.get("student_with_edu_attention")
+            gain = f"{100 * (with_it['r1'] - s['student_without_edu_attention']['r1']):+.1f} pp" if with_it else NOT_MEASURED
+            gains.append(f"{gain} on {s['name']}")
         inert = "; it stayed inert" if abs(alpha) < INERT else ""
         click.echo(f"edu attention: alpha {alpha:+.3f} at the end{inert}; R@1 with it minus without: {', '.join(gains)}")
     for s in results["sets"]:

@@ -16,9 +16,11 @@ def load(text: str, context_length: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: list[str], context_length: int) -> np.ndarray:
-    """int64 [N, L], padded with 0. A text that is longer than the context is refused, never cut silently."""
+def encode(tokenizer: Tokenizer, texts: list[str], context_length: int, cut: bool = False) -> np.ndarray:
+    """int64 [N, L], padded with 0. A text that is longer than the context is refused; cut: loses its end, as CLIP's captions do."""
     ids = [e.ids for e in tokenizer.encode_batch(texts)]
+    if cut:
+        ids = [row if len(row) <= context_length else [*row[: context_length - 1], row[-1]] for row in ids]  # the end token stays
     for text, row in zip(texts, ids, strict=True):
         if len(row) > context_length:
             raise EdgeclipError(f"text '{text[:40]}…'", f"has {len(row)} tokens, the text encoder takes {context_length}", "shorten it")

@@ -74,6 +74,13 @@ def test_it_learns_the_labelled_classes_and_the_head_is_read_back(tmp_path):
     torch.testing.assert_close(again.features(rows), adapted.features(rows), rtol=0, atol=0)
 
 
+def test_a_head_of_other_data_is_refused(tmp_path):
+    teacher, cache, data = toy(tmp_path, labelled=True)
+    adapt(teacher, cache, data, SPEC, 0, tmp_path / "teacher")
+    with pytest.raises(EdgeclipError, match="of other data"):
+        adapt(teacher, cache._replace(folder=tmp_path / "another"), data, SPEC, 0, tmp_path / "teacher")
+
+
 def test_the_pull_keeps_it_at_the_unadapted_teacher(tmp_path):
     from msgspec.structs import replace
 

@@ -151,7 +151,17 @@ def test_a_description_reads_back_as_the_same_recipe(tmp_path):
 
 @pytest.mark.parametrize(
     ("losses", "what"),
-    [("{}", "is empty"), ("{edu_attention: {}, feature: {}}", "no loss of its own")],
+    [
+        ("{}", "is empty"),
+        ("{edu_attention: {}, feature: {}}", "no loss of its own"),
+        ("{if_align: {axis: tokens}}", "needs token_features"),
+        ("{if_align: {axis: channels, momentum: 0.5}}", "momentum"),
+        ("{if_align: {normalise: false, features: head}}", "no raw form"),
+        ("{if_align: {momentum: 1.0}}", "momentum"),
+        ("{kl: {}, edu_attention: {query: raw}}", "set keep: false"),
+        ("{kl: {}, edu_attention: {axis: batch}}", "set keep: false"),
+        ("{contrastve: {}}", "did you mean 'contrastive'"),
+    ],
 )
 def test_combinations_that_cannot_work_are_refused(tmp_path, losses, what):
     assert what in error(tmp_path, RECIPE.replace("{kl: {weight: 1}}", losses))

@@ -60,3 +60,8 @@ def test_edu_attention_over_the_batch_from_a_raw_query_and_on_the_teachers_featu
     attention = np.exp(q) / np.exp(q).sum(axis=0) @ W
     found = head(torch.from_numpy(S), torch.from_numpy(W), torch.from_numpy(3 * S), torch.from_numpy(T))
     np.testing.assert_allclose(found.detach().numpy(), T + 0.4 * attention, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reading", [{"query": "raw"}, {"axis": "batch"}])
+def test_a_reading_that_needs_more_than_a_unit_feature_has_no_device_form(reading):
+    assert EduAttentionHead(D, R.EduAttention(keep=False, **reading)).numpy() is None

@@ -77,7 +77,7 @@ def labelled(tmp_path_factory):
 
 def stage_1(labelled, folder, asked=RECIPE):
     teacher, data = teachers.load(asked.teacher), dataset(labelled)
-    prompted = promptsrc.with_prompts(teacher, data, asked.adapt, asked.seed)
+    prompted = promptsrc.with_prompts(teacher, data, [], asked.adapt, asked.seed)
     return teacher, promptsrc.adapt(teacher, prompted, data, asked, folder, CPU)
 
 
@@ -86,7 +86,7 @@ def test_only_prompts_are_trained_and_they_are_read_back(labelled, tmp_path):
     untouched = weights.open_clip_model(TEACHER)[0].state_dict()
     trained = adapted.text.module.model.state_dict()
     assert all(torch.equal(untouched[k], trained[k]) for k in untouched)
-    start = promptsrc.with_prompts(teachers.load(TEACHER), dataset(labelled), SPEC, 0)
+    start = promptsrc.with_prompts(teachers.load(TEACHER), dataset(labelled), [], SPEC, 0)
     assert not torch.equal(start.tower.prompts, adapted.tower.prompts)
     assert not torch.equal(start.text.module.prompts, adapted.text.module.prompts)
 
@@ -104,7 +104,7 @@ def test_only_prompts_are_trained_and_they_are_read_back(labelled, tmp_path):
 def test_without_a_learning_rate_the_average_is_where_it_started(labelled, tmp_path):
     asked = replace(RECIPE, adapt=replace(SPEC, lr=0.0, warmup_lr=0.0))
     _, adapted = stage_1(labelled, tmp_path / "teacher", asked)
-    start = promptsrc.with_prompts(teachers.load(TEACHER), dataset(labelled), SPEC, 0)
+    start = promptsrc.with_prompts(teachers.load(TEACHER), dataset(labelled), [], SPEC, 0)
     assert torch.equal(start.tower.prompts, adapted.tower.prompts) and torch.equal(start.text.module.prompts, adapted.text.module.prompts)
 
 
@@ -127,7 +127,7 @@ def test_mistakes_of_stage_1(labelled, tmp_path):
     with pytest.raises(EdgeclipError, match="no labelled pictures"):
         stage_1([], tmp_path / "teacher")
     with pytest.raises(EdgeclipError, match=r"has 9 tokens, the text encoder takes 7"):
-        promptsrc.with_prompts(teachers.load(TEACHER), dataset(labelled)._replace(classes=["a b c d e f"]), replace(SPEC, length=5), 0)
+        promptsrc.with_prompts(teachers.load(TEACHER), dataset(labelled)._replace(classes=["a b c d e f"]), [], replace(SPEC, length=5), 0)
     assert not (tmp_path / "teacher").exists()
     stage_1(labelled[:4], tmp_path / "teacher")
     with pytest.raises(EdgeclipError, match="prompts of another teacher"):
@@ -273,7 +273,7 @@ def test_prompts_learn_a_domain_on_base_classes_and_do_not_harm_the_novel_ones(t
     labelled = pictures_of(tmp_path / "labelled", 16 * len(BASE), BASE, draw_under_green_light, seed=1)
     test = {part: pictures_of(tmp_path / part, 600, classes, draw_under_green_light, seed=2) for part, classes in (("base", BASE), ("novel", NOVEL))}
     teacher, data = teachers.load(spec), dataset(labelled)._replace(classes=CLASSES, templates=TEMPLATES)
-    prompted = promptsrc.with_prompts(teacher, data, asked.adapt, asked.seed)
+    prompted = promptsrc.with_prompts(teacher, data, [], asked.adapt, asked.seed)
     adapted = promptsrc.adapt(teacher, prompted, data, asked, tmp_path / "teacher", CPU)
 
     plain = pictures_of(tmp_path / "plain", 600, BASE, draw, seed=3)

@@ -91,3 +91,11 @@ def test_the_sentence_encoders_own_truncation_and_padding_are_lifted():
     assert tokenizer.encode(words, ["a cat"], 64).shape == (1, 64)
     with pytest.raises(EdgeclipError, match="tokens"):
         tokenizer.encode(words, ["cat " * 200], 64)
+
+
+def test_a_long_text_is_refused_or_loses_its_end_but_for_the_end_token():
+    words = tokenizer.load(clip_tokenizer_json("ViT-B-32"), 6)
+    with pytest.raises(EdgeclipError, match="has 7 tokens, the text encoder takes 6"):
+        tokenizer.encode(words, ["one two three four five"], 6)
+    whole = tokenizer.encode(tokenizer.load(clip_tokenizer_json("ViT-B-32"), 7), ["one two three four five"], 7)[0].tolist()
+    assert tokenizer.encode(words, ["one two three four five", "one"], 6, cut=True)[0].tolist() == [*whole[:5], whole[-1]]

@@ -113,6 +113,14 @@ def test_captions_of_classes_use_no_label_that_is_not_given():
     assert known["labels"].tolist() == np.where(labels < 3, labels, -1).tolist()
 
 
+def test_captions_of_classes_use_no_label_at_all_where_stage_1_had_another_set():
+    teacher, cache, data, _, _ = toy()
+    index = np.arange(PICTURES)
+    known = Targets(teacher, cache, data, R.Losses(captions="classes"), torch.device("cpu"), adapted_here=False)(index, np.zeros_like(index))
+    first = (known["teacher_features"] @ known["class_features"].T).argmax(dim=1)
+    assert torch.equal(known["caption_features"], known["class_features"][first])
+
+
 def test_prototypes_are_unit_means_of_the_labelled_plain_views():
     teacher, cache, data, _, _ = toy()
     found = Targets(teacher, cache, data, R.Losses(), torch.device("cpu")).prototypes.numpy()

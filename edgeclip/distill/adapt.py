@@ -56,6 +56,9 @@ def adapt(teacher: Teacher, cache: TeacherCache, data: Dataset, spec: R.Residual
         with disk.new_folder(folder) as temporary:
             save_file(head.state_dict(), temporary / "head.safetensors")
             disk.write_manifest(temporary, "adapted teacher", {"teacher": teacher.identity, "cache": cache.folder.name})
+    manifest = disk.read_manifest(folder, "adapted teacher")
+    if (manifest["teacher"], manifest["cache"]) != (teacher.identity, cache.folder.name):
+        raise EdgeclipError(folder, "holds the head of another teacher, or of other data", "use --fresh to start over, or another --out")
     return adapted(teacher, spec, folder)
 
 

@@ -73,7 +73,8 @@ def note(asked: R.Recipe, spec: R.Data, s: EvaluationSet) -> tuple[bool, str]:
     if s.shift:
         return False, "shift; not transductive"
     if spec.name == asked.data.name:
-        return True, f"transductive: the student saw training pictures of this set without labels; {labels}"
+        own = "with the labels that there are" if asked.losses.cross_entropy or asked.losses.prototype else "without labels"
+        return True, f"transductive: the student saw training pictures of this set {own}; {labels}"
     return False, f"not transductive: the student saw no picture of this set; {labels}"
 
 
@@ -161,10 +162,10 @@ def evaluate(
 class _Features(nn.Module):
     def __init__(self, teacher: Teacher):
         super().__init__()
-        self.teacher = teacher
+        self.features = teacher.features  # a head is a module, and then goes where this one goes
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.teacher.features(rows), dim=-1)
+        return F.normalize(self.features(rows), dim=-1)
 
 
 def _write(folder: Path, parity: list[tuple[EvaluationSet, Picture, np.ndarray]], data: Dataset, max_pictures: int) -> None:

@@ -65,13 +65,13 @@ class Batch(NamedTuple):
 
 
 def kl(batch: Batch, spec: R.KL) -> Float[Tensor, ""]:
-    """Equation 8: KL(teacher || student) over the class list; the teachers' distributions are averaged where there are several."""
+    """Equation 8: tau^2 KL(teacher || student) over the class list; the teachers' distributions are averaged where there are several."""
     tau = spec.temperature
     q_s = batch.logit_scale * batch.head_features @ batch.class_features.T
     others = [(t.features, t.class_features, t.logit_scale) for t in batch.other_teachers]
     p_t = _log_average([(batch.teacher_features, batch.class_features, batch.logit_scale), *others], tau)
     loss = F.kl_div(F.log_softmax(q_s / tau, dim=-1), p_t, reduction="batchmean", log_target=True)
-    return loss * tau**2 / q_s.shape[1] if spec.reduction == "promptkd" else loss
+    return loss * tau**2 / (q_s.shape[1] if spec.reduction == "promptkd" else 1)
 
 
 def if_align(batch: Batch, spec: R.IFAlign) -> Float[Tensor, ""]:

@@ -44,8 +44,8 @@ TEMPLATES = ("{c}.",)
 """what a prompted teacher reads: the learnt context stands before it"""
 
 
-def with_prompts(teacher: Teacher, data: Dataset, spec: R.Prompts, seed: int) -> Teacher:
-    """The teacher with prompts as they start, untrained.
+def with_prompts(teacher: Teacher, data: Dataset, classes: list[str], spec: R.Prompts, seed: int) -> Teacher:
+    """The teacher with prompts as they start, untrained. data: of stage 1; classes: what it will name afterwards.
 
     Raises `EdgeclipError` where its towers take none, nothing is labelled, or a class name is too long behind the context.
     """
@@ -54,7 +54,7 @@ def with_prompts(teacher: Teacher, data: Dataset, spec: R.Prompts, seed: int) ->
     if not data.labelled:
         raise EdgeclipError(data.name, "has no labelled pictures to adapt the teacher on", "set adapt to null, or label some")
     assert prompted.text is not None
-    _ids(prompted.text, data.classes)
+    _ids(prompted.text, [*data.classes, *classes])
     return prompted
 
 

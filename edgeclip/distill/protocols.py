@@ -49,7 +49,7 @@ class Run(NamedTuple):
     student: Student
     head: EduAttentionHead | None
     text: TextTower | None
-    """the student's own, where it ships its class features"""
+    """the student's own"""
     preprocess: Preprocess
     description: dict[str, Any]
     teacher: Teacher | None
@@ -75,10 +75,10 @@ def evaluate(folder: Path, protocol: str, given: tuple[str, ...] = ()) -> dict[s
     asked = recipe.of_run(folder)
     specs = choose_sets(asked, protocol, given)
     loaded = [(spec, data.load(_for_protocol(spec, protocol), CACHE)) for spec in specs]
-    if isinstance(asked.adapt, recipe.Prompts):  # the learnt context takes the place of the set's templates
-        loaded = [(spec, dataset._replace(templates=promptsrc.TEMPLATES)) for spec, dataset in loaded]
     if protocol == "domain_generalisation":
         loaded = [_with_shifts(asked, loaded)]
+    if isinstance(asked.adapt, recipe.Prompts):  # the learnt context takes the place of the set's templates
+        loaded = [(spec, dataset._replace(templates=promptsrc.TEMPLATES)) for spec, dataset in loaded]
     for spec, dataset in loaded:
         _check(spec, dataset, protocol)
     run = _open(folder, asked)
@@ -158,7 +158,7 @@ def _check(spec: Data, dataset: Dataset, protocol: str) -> None:
 
 def _open(folder: Path, asked: Recipe) -> Run:
     student, head, preprocess, description = students.load(folder / "student")
-    text = students.load_text(folder / "student") if asked.student.class_features == "student" else None
+    text = students.load_text(folder / "student")
     teacher, tower, missing = None, None, ""
     try:
         teacher = teachers.load(asked.teacher)
@@ -176,7 +176,7 @@ def _open(folder: Path, asked: Recipe) -> Run:
 
 
 def text_side(run: Run) -> TextSide:
-    """What encodes texts for the student: its own text tower where the run's classes are its too, else the teacher's."""
+    """What encodes new words for the student, as in its bundle: its own text tower where it has one, else the teacher's."""
     if run.text is not None:
         text = run.text
         return TextSide("the student's own text tower", lambda texts: students.text_features(text, texts).numpy())
@@ -190,7 +190,7 @@ def _class_features(run: Run, dataset: Dataset) -> tuple[str, np.ndarray, np.nda
     """(what they are, the student's class features [N, D], the teacher's or None)."""
     if (run.description["labels"], run.description["templates"]) == (dataset.classes, list(dataset.templates)):
         own = np.load(run.folder / "student" / "class_features.npy")
-        if run.text is None:
+        if run.asked.student.class_features == "teacher":
             return "the class features that the run keeps, its teacher's", own, own if run.teacher else None
         theirs = cache.class_features(run.teacher, dataset.classes, dataset.templates) if run.teacher else None
         return "the class features that the run keeps, its own text tower's", own, theirs

@@ -69,7 +69,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     for d in (dataset, *([labelled] if labelled else [])):
         teachers.check_class_names(teacher, d.classes, d.templates)
     stage_1 = labelled or dataset
-    prompted = promptsrc.with_prompts(teacher, stage_1, asked.adapt, asked.seed) if isinstance(asked.adapt, recipe.Prompts) else None
+    prompted = promptsrc.with_prompts(teacher, stage_1, dataset.classes, asked.adapt, asked.seed) if isinstance(asked.adapt, recipe.Prompts) else None
     if fresh or not (run / "student" / disk.MANIFEST).exists():
         _check_student(dataset, asked, teacher.embed_dim)
     _claim(run, path, asked, fresh)  # only now: a mistake in what was asked leaves no folder behind
@@ -123,7 +123,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             "logit_scale": teacher.logit_scale,
             "labels": dataset.classes,
             "templates": list(dataset.templates),
-            "licences": {"teacher": teacher.licence, "data": dataset.licence},
+            "licences": _licences(asked, dataset, [teacher, *(t for t, _ in others)]),
             "parents": {"recipe": disk.fingerprint(recipe.description(asked)), "teacher_cache": disk.sha256(cached.folder / disk.MANIFEST)},
         }
 
@@ -241,6 +241,14 @@ def _with_evaluation(dataset: data.Dataset, other: data.Dataset) -> data.Dataset
     )
 
 
+def _licences(asked: Recipe, dataset: data.Dataset, of: list[Teacher]) -> dict[str, str]:
+    """Of everything that went into the student and its evaluation."""
+    towers = [t for t in (asked.student.tower, asked.student.inherit, asked.student.text) if isinstance(t, recipe.OpenClip)]
+    sets = [d.licence for d in (asked.adapt_data, *asked.shifts) if d and not isinstance(d, recipe.OpenMoji)]
+    found = {"teacher": [t.licence for t in of], "data": [dataset.licence, *sets], "student": [f"{t.model}: {t.licence}" for t in towers]}
+    return {what: "; ".join(dict.fromkeys(licences)) for what, licences in found.items() if licences}
+
+
 def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> None:
     for name in losses.active(asked.losses):
         if not dataset.classes and (name in losses.NEED_CLASSES or (name in losses.NEED_CAPTIONS and not captions)):
@@ -272,7 +280,7 @@ def _check_student(dataset: data.Dataset, asked: Recipe, embed_dim: int) -> None
     if asked.student.text:
         text = students.build_text(asked.student.text, embed_dim)
         classes = [dataset.classes[i] for i in dataset.train_classes]
-        students.token_ids(text, [*(p.caption for p in dataset.train), *prompts(classes, dataset.templates)])
+        students.token_ids(text, prompts(classes, dataset.templates))
 
 
 def _mark_latest(run: Path) -> None:

@@ -21,9 +21,17 @@ from edgeclip.teachers import Teacher
 
 class Targets:
     def __init__(
-        self, teacher: Teacher, cache: TeacherCache, data: Dataset, spec: Losses, device: torch.device, others: list[tuple[Teacher, TeacherCache]] | None = None
+        self,
+        teacher: Teacher,
+        cache: TeacherCache,
+        data: Dataset,
+        spec: Losses,
+        device: torch.device,
+        others: list[tuple[Teacher, TeacherCache]] | None = None,
+        adapted_here: bool = True,
     ):
-        self.spec, self.device, self.logit_scale = spec, device, teacher.logit_scale
+        """adapted_here: stage 1 had this very set's labels, so that captions may use them."""
+        self.spec, self.device, self.logit_scale, self.adapted_here = spec, device, teacher.logit_scale, adapted_here
         self.teachers = [_Rows(t, c, data.train_classes, device) for t, c in [(teacher, cache), *(others or [])]]
         self.class_features = self.teachers[0].class_features
         position = {c: i for i, c in enumerate(data.train_classes)}
@@ -37,8 +45,10 @@ class Targets:
         raw = first.features(index, view)
         unit = F.normalize(raw, dim=-1)
         labels = torch.from_numpy(self.labels[index]).to(self.device)
-        # A picture's class: its label where the teacher had it, else the teacher's own first choice.
-        classes = torch.where(labels >= 0, labels, (unit @ self.class_features.T).argmax(dim=-1)) if self.spec.captions == "classes" else None
+        classes = None
+        if self.spec.captions == "classes":  # a picture's label where stage 1 had it, else the teacher's own first choice
+            first_choice = (unit @ self.class_features.T).argmax(dim=-1)
+            classes = torch.where(labels >= 0, labels, first_choice) if self.adapted_here else first_choice
 
         def captions(rows: _Rows) -> Tensor | None:
             return rows.captions(index) if classes is None else rows.class_features[classes]

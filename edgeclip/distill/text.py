@@ -32,7 +32,7 @@ class Texts(NamedTuple):
 def texts(text: TextTower, teacher: Teacher, cache: TeacherCache, classes: list[str], templates: tuple[str, ...]) -> Texts:
     """classes: those that training may name. Raises `EdgeclipError` for a text longer than the student's context."""
     named = prompts(classes, templates)
-    captions = students.token_ids(text, [p.caption for p in cache.pictures])
+    captions = students.token_ids(text, [p.caption for p in cache.pictures], cut=True)
     ids = students.token_ids(text, named) if named else captions[:0]
     features = teacher.encode_text(named) if named else captions.new_zeros((0, teacher.embed_dim)).float()
     return Texts(text.module, captions, ids, features)

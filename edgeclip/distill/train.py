@@ -1,8 +1,9 @@
 """ComKD stage 2: the training loop, top to bottom.
 
-Every picture is seen once an epoch in one of its cached views: the student from pixels, the teacher from the cache.
+Every picture is seen once an epoch (but for an incomplete last batch) in one of its cached views: the student from pixels,
+the teacher from the cache.
 First, optionally, the new projector (and EduAttention) are trained on the frozen tower's features, which costs
-seconds and keeps the fresh layers' noise away from the tower's weights; then, optionally, all weights learn the
+seconds and keeps the fresh layers' noise away from the tower's weights; then, optionally, all of the image side learns the
 teacher's plain answers (Pea-KD's first training); then all weights are trained on the recipe's losses.
 
 What bounds it: the student's own forward and backward. The teacher costs a row read and, when adapted, a small MLP.
@@ -61,7 +62,8 @@ def train(
     """
     spec, seed = recipe.train, recipe.seed
     student.to(device, memory_format=torch.channels_last)
-    targets = Targets(teacher, cache, data, recipe.losses, device, others)
+    adapted_here = recipe.adapt is not None and recipe.adapt_data is None
+    targets = Targets(teacher, cache, data, recipe.losses, device, others, adapted_here)
     learned = L.learned_parameters(recipe.losses, teacher.embed_dim, seed).to(device)
     if head is not None:
         head.to(device)
@@ -90,7 +92,8 @@ def train(
     log: list[dict[str, Any]] = []
     order, prompt_order = np.random.default_rng(seed), np.random.default_rng(seed)
     text_tower = texts.tower.to(device) if texts else None
-    new_layers = [p for module in (student.projector, head, learned, text_tower) if module is not None for p in module.parameters()]
+    text_projector = text_tower.projector if text_tower else None
+    new_layers = [p for module in (student.projector, head, learned, text_projector) if module is not None for p in module.parameters()]
     if spec.warmup_steps:
         if tower_features is None:
             tower_features = frozen_features(student, cache, preprocess, recipe, device)
@@ -110,7 +113,8 @@ def train(
 
     def epochs(count: int, name: str, objective: Objective) -> Iterator[dict[str, Any]]:
         """Trains all weights that are not frozen on `objective`; gives a log row an epoch."""
-        tower_weights = [p for p in student.tower.parameters() if p.requires_grad]  # what is frozen gets no optimiser state
+        towers = [student.tower, *([text_tower.tower] if text_tower else [])]
+        tower_weights = [p for tower in towers for p in tower.parameters() if p.requires_grad]  # what is frozen gets no optimiser state
         groups = [{"params": tower_weights, "lr": spec.lr * spec.tower_lr_ratio}, {"params": new_layers, "lr": spec.lr}]
         if spec.optimizer == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=spec.momentum, weight_decay=spec.weight_decay)

@@ -49,7 +49,7 @@ def from_run(run: Path) -> Source:
     asked = recipe.of_run(run)
 
     def training_pictures() -> list[Picture]:
-        # As the cache has them: nothing held out, nothing unreadable.
+        # As the cache was asked to have them: nothing held out.
         dataset = data.load(asked.data, Path("cache"))
         return dataset.train
 

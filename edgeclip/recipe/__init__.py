@@ -160,6 +160,13 @@ def check(recipe: Recipe, where: object) -> None:
         raise EdgeclipError(f"{where}: student.class_features", "the student has no text tower", "give student.text, or take the teacher's")
     if losses.if_align and losses.if_align.axis == "tokens":
         raise EdgeclipError(f"{where}: losses.if_align.axis: tokens", "needs token_features, which a teacher cache does not hold", "use axis: batch")
+    align = losses.if_align
+    if align and align.axis == "channels" and align.momentum:
+        raise EdgeclipError(f"{where}: losses.if_align.momentum", "channels have no statistics that outlive a batch", "use axis: batch")
+    if align and align.features == "head" and not align.normalise:
+        raise EdgeclipError(f"{where}: losses.if_align", "EduAttention's output has no raw form", "use normalise: true, or features: image")
+    if losses.captions == "classes" and recipe.student.text:
+        raise EdgeclipError(f"{where}: losses.captions: classes", "a student's text tower reads the captions themselves", "use captions: data")
     edu = losses.edu_attention
     if edu and edu.keep and (edu.query == "raw" or edu.axis == "batch"):
         raise EdgeclipError(f"{where}: losses.edu_attention", "this reading needs more than one picture's unit feature", "set keep: false")

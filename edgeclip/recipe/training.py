@@ -14,7 +14,7 @@ class KL(Config):
     weight: NonNegative = 1.0
     temperature: NonNegative = 1.0
     reduction: Literal["batchmean", "promptkd"] = "batchmean"
-    """A12. promptkd divides by B * N, not B, and multiplies by tau^2, so weights of 200 to 1000 are its usual ones"""
+    """A12. promptkd divides by B * N, not B, so weights of 200 to 1000 are its usual ones"""
 
 
 class IFAlign(Config):
@@ -29,8 +29,9 @@ class IFAlign(Config):
     """A3: of the L1 norm over the channels; sum is D times mean"""
     features: Literal["image", "head"] = "image"
     """A9: P(u_s), or what EduAttention made of it"""
-    momentum: Fraction = 0.0
-    """A13: of a moving average of the statistics over batches, for small batches; 0: this batch's alone"""
+    momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    """A13: of a moving average of the statistics over batches, for small batches; 0: this batch's alone. The gradient is that of
+    this batch's share, 1 - momentum, so the weight counts for that much less"""
 
 
 class EduAttention(Config):
