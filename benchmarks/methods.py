@@ -46,7 +46,6 @@ from edgeclip.allocator import keep_freed_memory
 from edgeclip.distill.adapt import adapt
 from edgeclip.distill.evaluate import image_features
 from edgeclip.distill.train import frozen_features, train
-from edgeclip.fold import fold
 from edgeclip.metrics import harmonic_mean, hits
 from edgeclip.zero_shot import class_scores
 
@@ -109,7 +108,7 @@ def prepare(name: str, roots: tuple[str, ...], folder: Path) -> Bench:
         sets = {"val": [of["unlabelled concepts"]], "test": [of["held-out concepts"]]}
     cpu = torch.device("cpu")
     teacher = teachers.load(asked.teacher)
-    tower = fold(teacher.tower, torch.randn(2, 3, teacher.preprocess.size, teacher.preprocess.size)).to(memory_format=torch.channels_last)
+    tower = teachers.folded(teacher)
     cached = cache.build(folder, teacher, tower, dataset, asked.views, 0, captions=False, device=cpu, threads=asked.train.threads)
     student, preprocess = students.build(asked.student, teacher.embed_dim)
     student.to(memory_format=torch.channels_last)

@@ -31,7 +31,6 @@ from edgeclip.distill.adapt import adapted
 from edgeclip.distill.evaluate import Answers, image_features, mean_over, note, score, teacher_features
 from edgeclip.distill.run import CACHE, pick_device
 from edgeclip.errors import EdgeclipError
-from edgeclip.fold import fold
 from edgeclip.pictures import Picture
 from edgeclip.preprocess import Preprocess
 from edgeclip.progress import say
@@ -170,8 +169,7 @@ def _open(folder: Path, asked: Recipe) -> Run:
             teacher = promptsrc.adapted(teacher, asked.adapt, folder / "teacher")
         elif asked.adapt:
             teacher = adapted(teacher, asked.adapt, folder / "teacher")
-        size = teacher.preprocess.size
-        tower = fold(teacher.tower, torch.randn(2, 3, size, size)).to(memory_format=torch.channels_last)
+        tower = teachers.folded(teacher)
     return Run(folder, asked, student, head, text, preprocess, description, teacher, tower, missing, pick_device(asked.train.device))
 
 

@@ -27,7 +27,6 @@ from edgeclip.distill.evaluate import evaluate, note
 from edgeclip.distill.text import texts
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
-from edgeclip.fold import fold
 from edgeclip.progress import say
 from edgeclip.recipe import Recipe
 from edgeclip.teachers import Teacher
@@ -78,8 +77,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         teacher = promptsrc.adapt(teacher, prompted, stage_1, asked, run / "teacher", device)
         dataset = dataset._replace(templates=promptsrc.TEMPLATES)  # of the prompted teacher alone
         clock.lap("stage 1")
-    example = torch.randn(2, 3, teacher.preprocess.size, teacher.preprocess.size)
-    tower = fold(teacher.tower, example).to(memory_format=torch.channels_last)
+    tower = teachers.folded(teacher)
     cached = cache.build(CACHE, teacher, tower, dataset, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
     clock.lap("teacher cache")
 
@@ -99,8 +97,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     others: list[tuple[Teacher, cache.TeacherCache]] = []
     for i, other_spec in enumerate(asked.other_teachers, start=2):
         other = teachers.load(other_spec)
-        size = other.preprocess.size
-        other_tower = fold(other.tower, torch.randn(2, 3, size, size)).to(memory_format=torch.channels_last)
+        other_tower = teachers.folded(other)
         rows = cache.build(CACHE, other, other_tower, unprompted, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
         if isinstance(other_spec, recipe.Conse):
             other = stage_1_head(other, other_tower, rows, run / f"teacher-{i}")

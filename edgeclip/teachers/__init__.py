@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from edgeclip import recipe as R
 from edgeclip import tokenizer
+from edgeclip.fold import fold
 from edgeclip.preprocess import Preprocess
 
 
@@ -62,6 +64,12 @@ def check_class_names(teacher: Teacher, classes: list[str], templates: tuple[str
     if teacher.text is not None:
         words = tokenizer.load(teacher.text.tokenizer, teacher.text.context_length)
         tokenizer.check_class_names(words, classes, templates, teacher.text.context_length)
+
+
+def folded(teacher: Teacher) -> nn.Module:
+    """The teacher's tower as it is run: batch norms merged, channels last."""
+    size = teacher.preprocess.size
+    return fold(teacher.tower, torch.randn(2, 3, size, size)).to(memory_format=torch.channels_last)
 
 
 def load_text(spec: R.Teacher) -> TextTower:
