@@ -68,7 +68,7 @@ def train(
     if head is not None:
         head.to(device)
 
-    def batch(tower_features: Tensor, masked: Tensor | None, index: np.ndarray, view: np.ndarray) -> L.Batch:
+    def batch(tower_features: Tensor, masked: Tensor | None, index: np.ndarray, view: np.ndarray, image_only: bool = False) -> L.Batch:
         raw = student.projector(tower_features)
         v = F.normalize(raw, dim=-1)
         known = targets(index, view)
@@ -79,7 +79,7 @@ def train(
             )
         # In the projector's steps there are no pixels to hide, so MFD is FD.
         hidden = None if recipe.losses.masked_feature is None else v if masked is None else F.normalize(student.projector(masked), dim=-1)
-        s = None if texts is None else texts.tower(texts.captions[index].to(device))
+        s = None if texts is None or image_only else texts.tower(texts.captions[index].to(device))
         return L.Batch(image_features=v, head_features=f_e, raw_features=raw, masked_features=hidden, text_features=s, learned=learned, **known)
 
     def full(b: L.Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,8 +134,9 @@ def train(
             batches = _pixels(cache, index_order, views, preprocess, spec.batch_size, spec.threads)
             for step, (index, x) in enumerate(track(batches, f"stage 2: {name} {epoch + 1} of {count}", steps_per_epoch)):
                 pixels = _to(x, preprocess, device)
-                masked = masking.forward(student.tower, pixels, recipe.losses.masked_feature) if recipe.losses.masked_feature else None
-                loss, parts = objective(batch(student.tower(pixels), masked, index, views[index]))
+                hide = recipe.losses.masked_feature if objective is full else None
+                masked = masking.forward(student.tower, pixels, hide) if hide else None
+                loss, parts = objective(batch(student.tower(pixels), masked, index, views[index], image_only=objective is not full))
                 position = epoch * steps_per_epoch + step
                 _step(optimizer, loss, parts, _cosine(position, count * steps_per_epoch), f"{name} {epoch + 1}, step {position}")
                 averages.add(loss, parts)
