@@ -1,12 +1,32 @@
 """A device: where a bundle runs, what is known of it, and what it may cost there. `devices/*.yaml` are read into this."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from msgspec import Meta
 
 from edgeclip import config, machine
 from edgeclip.config import Config
-from edgeclip.errors import EdgeclipError
+from edgeclip.errors import EdgeclipError, did_you_mean
+from edgeclip.runtime import INSTALL
+
+PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider")
+
+
+class Reach(Config):
+    """One of `ssh`, `command`, `sshd`; none of them: this machine itself."""
+
+    ssh: str | None = None
+    """a host of your own ssh config; its keys, agent, jump hosts and known_hosts are used, nothing else"""
+    command: tuple[str, ...] = ()
+    """what runs a command there with its standard input, as [docker, exec, -i, board]"""
+    sshd: bool = False
+    """an sshd of edgeclip's own on 127.0.0.1, with keys of its own, for the length of the call"""
+    emulate: str | None = None
+    """sshd only: an aarch64 Debian root below it, under qemu-user with this -cpu model"""
+    python: tuple[str, ...] = ("python3",)
+    """what starts the board's Python, as [taskset, -c, 4-7, python3]"""
+    folder: str = "~/.cache/edgeclip/board"
+    """everything that edgeclip leaves on the board lies below it"""
 
 
 class Recognise(Config):
@@ -14,10 +34,16 @@ class Recognise(Config):
 
     device_tree_model: str | None = None
     """in /proc/device-tree/model"""
+    device_tree_compatible: str | None = None
+    """in /proc/device-tree/compatible: the chip, whoever made the board"""
     cpu: str | None = None
     """in /proc/cpuinfo's model name"""
+    gpu: str | None = None
+    """in the device tree's GPU node, or the name that NVIDIA's driver gives"""
     arch: str | None = None
     """uname's machine, exactly"""
+    memory_mib: int | None = None
+    """at least so much memory, as the kernel counts it"""
 
 
 class Minimum(Config):
@@ -32,31 +58,67 @@ class Budget(Config):
 
     latency_ms_p90: float | None = None
     peak_memory_mib: float | None = None
+    energy_mj_per_image: float | None = None
 
 
 class Device(Config, kw_only=True):
-    reach: Literal["local"] = "local"
+    reach: Reach = Reach()
     recognise: Recognise = Recognise()
     runtimes: list[str]
     """those whose bundles it can run"""
+    packages: tuple[str, ...] = ()
+    """pip requirements of the runtimes that edgeclip brings along over ssh; what is not named must be there already"""
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    """ONNX Runtime's, best first: all of them must take part, and what took part is read back"""
     threads: Annotated[int, Meta(ge=1)] = 1
     offline_batch: Annotated[int, Meta(ge=1)] = 8
+    memory_bandwidth_gb_s: float | None = None
+    """the data sheet's peak"""
+    rails: tuple[str, ...] = ()
+    """power rails whose sum is the board's draw: labels of hwmon channels, or RAPL domains"""
     bench: Minimum = Minimum()
     budget: Budget = Budget()
 
 
 def load(name: str) -> tuple[str, Device]:
     path = config.find("device", name)
-    return path.stem, config.load(path, Device)
+    device = config.load(path, Device)
+    reach = device.reach
+    if sum((reach.ssh is not None, bool(reach.command), reach.sshd)) > 1:
+        raise EdgeclipError(f"{path}: reach", "ssh, command and sshd exclude each other", "keep one")
+    if reach.emulate and not reach.sshd:
+        raise EdgeclipError(f"{path}: reach.emulate", "goes with sshd: true only", "add it, or remove emulate")
+    for field, given, known in (("runtimes", device.runtimes, INSTALL), ("providers", device.providers, PROVIDERS)):
+        for word in given:
+            if word not in known:
+                raise EdgeclipError(f"{path}: {field}", f"unknown '{word}'", did_you_mean(word, known))
+    return path.stem, device
+
+
+def is_remote(device: Device) -> bool:
+    """Must it be reached first? A board that is given by ssh and turns out to be this very machine is not remote."""
+    reach = device.reach
+    if reach.ssh is None or device.recognise == Recognise():
+        return bool(reach.ssh or reach.command or reach.sshd)
+    return bool(differences(device, machine.facts()))
+
+
+def differences(device: Device, facts: dict[str, Any]) -> list[str]:
+    """In what a machine is not that device."""
+    found = []
+    for field in ("device_tree_model", "device_tree_compatible", "cpu", "gpu", "arch"):
+        wanted = getattr(device.recognise, field)
+        if wanted is not None and wanted not in (facts[field] or ""):
+            found.append(f"its {field} is '{facts[field]}', not '{wanted}'")
+    least = device.recognise.memory_mib
+    if least is not None and (facts["memory_mib"] or 0) < least:
+        found.append(f"it has {facts['memory_mib']} MiB of memory, less than {least}")
+    return found
 
 
 def require_here(name: str, device: Device) -> dict[str, Any]:
     """This machine's facts; raises `EdgeclipError` when they are not those of the device."""
     here = machine.facts()
-    for field in ("device_tree_model", "cpu", "arch"):
-        wanted, found = getattr(device.recognise, field), here[field]
-        if wanted is not None and wanted not in (found or ""):
-            raise EdgeclipError(
-                name, f"this machine is not that device (its {field} is '{found}', not '{wanted}')", "run the command on the device, or use --device host-cpu"
-            )
+    if wrong := differences(device, here):
+        raise EdgeclipError(name, f"this machine is not that device ({'; '.join(wrong)})", "run the command on the device, or use --device host-cpu")
     return here

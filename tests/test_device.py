@@ -1,0 +1,151 @@
+"""A profile says what a board is, and a machine is held against it; the machine's facts come from the kernel's files."""
+
+import struct
+
+import pytest
+from conftest import REPO
+
+from edgeclip import config, device, machine
+from edgeclip.errors import EdgeclipError
+
+NAMES = sorted(p.stem for p in (REPO / "devices").glob("*.yaml"))
+BOARDS = {"jetson-orin-nano", "jetson-agx-orin", "jetson-thor", "raspberry-pi-5", "raspberry-pi-4", "intel-n100", "rk3588"}
+FACTS = {"device_tree_model": None, "device_tree_compatible": None, "cpu": None, "gpu": None, "arch": "aarch64", "memory_mib": 8000}
+
+
+def fake(root, files):
+    """A tree in the kernel's documented layout."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+JETSON = {
+    "proc/device-tree/model": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",
+    "proc/device-tree/compatible": "nvidia,p3768-0000+p3767-0005\0nvidia,tegra234\0",
+    "proc/device-tree/bus@0/gpu@17000000/compatible": "nvidia,ga10b\0",
+    "proc/meminfo": "MemTotal:        7802356 kB\nMemFree:         1000000 kB\nMemAvailable:    5242880 kB\nSwapTotal:       3901168 kB\n",
+    "proc/loadavg": "0.31 0.20 0.11 1/400 1234\n",
+    "proc/sys/kernel/random/boot_id": "3f1c0d3e-0000-4000-8000-000000000001\n",
+    "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 01:49:37 UTC 2025\n",
+    "var/lib/nvpmodel/status": "pmode:0002 fmode:cool",
+    "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n",
+    "var/lib/dpkg/status": "Package: libnvinfer10\nStatus: install ok installed\nPriority: optional\nVersion: 10.3.0.30-1+cuda12.5\n\n"
+    "Package: nvidia-jetpack\nStatus: install ok installed\nVersion: 6.2+b77\n\nPackage: cuda-cudart-12-6\nStatus: deinstall ok config-files\nVersion: 12.6.68-1\n",
+    "sys/class/thermal/thermal_zone0/temp": "48500\n",
+    "sys/class/thermal/thermal_zone8/temp": "51187\n",
+    "sys/class/thermal/thermal_zone8/trip_point_0_type": "passive\n",
+    "sys/class/thermal/thermal_zone8/trip_point_0_temp": "99000\n",
+    "sys/class/thermal/thermal_zone8/trip_point_1_type": "critical\n",
+    "sys/class/thermal/thermal_zone8/trip_point_1_temp": "104500\n",
+    "sys/class/thermal/cooling_device0/type": "pwm-fan\n",
+    "sys/class/thermal/cooling_device0/cur_state": "2\n",
+    "sys/class/thermal/cooling_device1/type": "cpufreq-cpu0\n",
+    "sys/class/thermal/cooling_device1/cur_state": "0\n",
+    "sys/class/hwmon/hwmon4/oc1_event_cnt": "3\n",
+    "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "schedutil\n",
+    "sys/devices/system/cpu/cpu0/cpufreq/scaling_min_freq": "1728000\n",
+    "sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq": "1728000\n",
+    "sys/class/devfreq/17000000.gpu/min_freq": "306000000\n",
+    "sys/class/devfreq/17000000.gpu/max_freq": "1020000000\n",
+}
+
+
+def test_the_shipped_profiles_are_those_of_the_issue():
+    assert set(NAMES) == BOARDS | {"host-cpu", "loopback", "arm64-emulated"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_profile_loads_and_says_how_it_is_reached(name):
+    _, loaded = device.load(str(REPO / "devices" / f"{name}.yaml"))
+    assert (loaded.reach.ssh == name) == (name in BOARDS) and loaded.runtimes
+    assert (loaded.recognise != device.Recognise()) == (name in BOARDS | {"arm64-emulated"})
+
+
+@pytest.mark.parametrize("name", sorted(BOARDS))
+def test_every_hardware_figure_of_a_board_has_its_source_in_a_comment(name):
+    for line in (REPO / "devices" / f"{name}.yaml").read_text().splitlines():
+        field, _, value = line.partition(":")
+        if field in ("memory_bandwidth_gb_s", "rails", "threads"):
+            assert "#" in value, line
+
+
+def test_a_jetson_is_recognised_by_its_device_tree(tmp_path):
+    _, nano = device.load("jetson-orin-nano")
+    _, agx = device.load("jetson-agx-orin")
+    facts = machine.facts(fake(tmp_path, JETSON)) | {"arch": "aarch64"}
+    assert device.differences(nano, facts) == []
+    assert "device_tree_model" in device.differences(agx, facts)[0]
+    assert device.differences(nano, facts | {"memory_mib": 3600}) == ["it has 3600 MiB of memory, less than 6500"]
+
+
+def test_an_rk3588_is_recognised_by_its_chip_and_an_n100_by_its_name():
+    _, rk = device.load("rk3588")
+    assert device.differences(rk, FACTS | {"device_tree_compatible": "radxa,rock-5b rockchip,rk3588"}) == []
+    _, n100 = device.load("intel-n100")
+    assert device.differences(n100, FACTS | {"arch": "x86_64", "cpu": "Intel(R) N100"}) == []
+    assert len(device.differences(n100, FACTS)) == 2
+
+
+def test_the_state_of_a_jetson_is_read_from_its_files(tmp_path):
+    s = machine.state(str(tmp_path), fake(tmp_path, JETSON))
+    assert (s["l4t"], s["jetpack"], s["tensorrt"], s["cuda"]) == ("36.4.3", "6.2+b77", "10.3.0.30-1+cuda12.5", None)
+    assert (s["power_mode"], s["clocks_locked"], s["governors"]) == ("MAXN_SUPER", False, ["schedutil"])
+    assert (s["temperature_c"], s["critical_c"], s["swap_mib"], s["available_mib"], s["load_average"]) == (51.187, 104.5, 3809, 5120, 0.31)
+    assert s["throttled"] == {"oc1_event_cnt": 3, "cooling_device1 cpufreq-cpu0": 0} and s["boot_id"].startswith("3f1c0d3e")
+    assert s["free_disk_mib"] > 0
+    gpu = tmp_path / "sys/class/devfreq/17000000.gpu"
+    (gpu / "min_freq").write_text("1020000000\n")
+    assert machine.clocks_locked(tmp_path) is True and machine.facts(tmp_path)["gpu"] == "nvidia,ga10b"
+
+
+def test_a_machine_that_shows_nothing_is_unknown_not_well(tmp_path):
+    s = machine.state(str(tmp_path), tmp_path)
+    assert {k for k, v in s.items() if v is None} >= {"throttled", "clocks_locked", "power_mode", "l4t", "temperature_c", "swap_mib", "boot_id"}
+
+
+def test_the_pis_firmware_bits_and_x86s_counters(tmp_path):
+    fake(tmp_path, {"sys/devices/platform/soc/soc:firmware/get_throttled": "50005\n"})
+    assert machine.throttled(tmp_path) == {"get_throttled": 0x50005}
+    fake(tmp_path / "x86", {"sys/devices/system/cpu/cpu1/thermal_throttle/core_throttle_count": "7\n"})
+    assert machine.throttled(tmp_path / "x86") == {"cpu1/core_throttle_count": 7}
+
+
+@pytest.mark.parametrize(("hwcap", "hwcap2", "isa"), [(0x8FB, 0, []), (0x119FFB, 0, ["asimddp"]), (0xECFFFFFB, 0x7F877FFF, ["asimddp", "i8mm"])])
+def test_dot_product_is_read_from_the_processs_own_auxiliary_vector(tmp_path, monkeypatch, hwcap, hwcap2, isa):
+    # the vectors of qemu-aarch64 7.2 with -cpu cortex-a72, cortex-a76 and max
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    fake(tmp_path, {"proc/self/auxv": struct.pack("6Q", 16, hwcap, 26, hwcap2, 0, 0), "proc/cpuinfo": "vendor_id : AuthenticAMD\nflags : avx2\n"})
+    facts = machine.facts(tmp_path)
+    assert facts["isa"] == isa and facts["emulated"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("reach: {ssh: a, sshd: true}\nruntimes: [onnxruntime]\n", "exclude each other"),
+        ("reach: {ssh: a, emulate: max}\nruntimes: [onnxruntime]\n", "goes with sshd"),
+        ("runtimes: [onnxruntme]\n", "did you mean 'onnxruntime'"),
+        ("runtimes: [onnxruntime]\nproviders: [CUDAExecutionProvidr]\n", "did you mean 'CUDAExecutionProvider'"),
+        ("reach: local\nruntimes: [onnxruntime]\n", "reach"),
+    ],
+)
+def test_a_wrong_profile_is_one_line(tmp_path, text, says):
+    (tmp_path / "d.yaml").write_text(text)
+    with pytest.raises(EdgeclipError, match=says):
+        device.load(str(tmp_path / "d.yaml"))
+
+
+def test_a_board_that_is_this_machine_needs_no_link(tmp_path, monkeypatch):
+    facts = machine.facts(fake(tmp_path, JETSON)) | {"arch": "aarch64"}
+    _, nano = device.load("jetson-orin-nano")
+    assert device.is_remote(nano)
+    monkeypatch.setattr(machine, "facts", lambda: facts)
+    assert not device.is_remote(nano) and device.require_here("jetson-orin-nano", nano) == facts
+    assert device.is_remote(device.load("loopback")[1]) and not device.is_remote(device.load("host-cpu")[1])
+
+
+def test_the_configs_folder_names_every_profile():
+    assert set(config.shipped("device")) >= set(NAMES)
