@@ -95,6 +95,13 @@ def _gpu(root: Path) -> str | None:
     return None
 
 
+def saturates(facts: dict[str, Any]) -> bool | None:
+    """Does uint8 x int8 saturate here for want of VNNI (or AMX)? None on another architecture, or where flags cannot be read."""
+    if facts["arch"] not in ("x86_64", "AMD64") or facts["isa"] is None:
+        return None
+    return not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(facts["isa"])
+
+
 def temperature_c(root: Path = ROOT) -> float | None:
     """The hottest thermal zone, or None where there is none to read."""
     return max(_millidegrees(root, "temp"), default=None)

@@ -11,8 +11,8 @@ from edgeclip.errors import EdgeclipError
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
-PRECISIONS = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "fp16", "int8"), "tensorrt": ("fp16", "int8")}
-TEXT_PRECISIONS = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "fp16", "int8"), "tensorrt": ("fp16",)}
+PRECISIONS = {"onnxruntime": ("fp32", "fp16", "int8"), "openvino": ("fp32", "fp16", "int8"), "tensorrt": ("fp16", "int8", "fp8")}
+TEXT_PRECISIONS = {"onnxruntime": ("fp32", "fp16", "int8"), "openvino": ("fp32", "fp16", "int8"), "tensorrt": ("fp16",)}
 
 
 class Calibration(Config):
@@ -41,14 +41,17 @@ class Tolerance(Config):
 
 class Target(Config, kw_only=True):
     runtime: Literal["onnxruntime", "openvino", "tensorrt"]
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Literal["fp32", "fp16", "int8", "fp8"]
     opset: Annotated[int, Meta(ge=17, le=20)] = 18
     """of the ONNX graph; TensorRT 10.3 (JetPack 6) stops at 20"""
     tolerance: Tolerance
     calibration: Calibration | None = None
-    """int8 only"""
+    """int8 and fp8 only"""
     activations: Literal["uint8", "int8"] | None = None
     """int8 on onnxruntime: uint8 is the fast form on x86 with VNNI, int8 symmetric that of ARM and TensorRT"""
+    reduce_range: Literal["never", "always", "as_host"] | None = None
+    """uint8 activations only: 7-bit weights, because an x86 without VNNI adds pairs of 8-bit products in 16 bits, which
+    saturates; as_host: by the instruction set of the machine that exports, which the bundle records"""
     model_type: Literal["transformer"] | None = None
     """int8 on openvino: transformer for ViT towers, null for convolutional ones"""
     text: Literal["fp32", "fp16", "int8"] = "int8"
@@ -59,10 +62,14 @@ def load(name: str) -> tuple[str, Target]:
     """(name, target) for a bare name or a path; raises `EdgeclipError` with a did-you-mean."""
     path = config.find("target", name)
     target = config.load(path, Target)
-    if (target.precision == "int8") != (target.calibration is not None):
-        raise EdgeclipError(f"{path}: calibration", "belongs to precision int8, and only to it", "add or remove it")
+    if (target.precision in ("int8", "fp8")) != (target.calibration is not None):
+        raise EdgeclipError(f"{path}: calibration", "belongs to precision int8 and fp8, and only to them", "add or remove it")
     if target.runtime == "onnxruntime" and target.precision == "int8" and target.activations is None:
         raise EdgeclipError(f"{path}: activations", "is missing", "say uint8 (x86) or int8 (ARM)")
+    if (target.activations == "uint8") != (target.reduce_range is not None):
+        raise EdgeclipError(f"{path}: reduce_range", "belongs to activations: uint8, and only to it", "say never, always or as_host, or remove it")
+    if target.precision == "fp8" and target.opset < 19:
+        raise EdgeclipError(f"{path}: opset", f"fp8 is no type of opset {target.opset}", "use opset 19 or 20")
     for field, allowed in (("precision", PRECISIONS), ("text", TEXT_PRECISIONS)):
         asked = getattr(target, field)
         if asked not in allowed[target.runtime]:

@@ -48,7 +48,8 @@ def test_a_shipped_device_loads(path):
 
 def test_the_shipped_folders_are_not_empty():
     assert {"quickstart", "mobile", "smoke", "grocery", "clothing"} <= set(config.shipped("recipe"))
-    assert {"onnx-fp32", "onnx-int8", "openvino-int8", "tensorrt-int8"} <= set(config.shipped("target"))
+    of = {"onnx": ("fp32", "fp16", "int8", "int8-arm"), "openvino": ("fp16", "int8"), "tensorrt": ("fp16", "int8", "fp8")}
+    assert {f"{runtime}-{form}" for runtime, forms in of.items() for form in forms} <= set(config.shipped("target"))
     assert {"host-cpu", "jetson-orin-nano"} <= set(config.shipped("device"))
 
 

@@ -16,8 +16,9 @@ from edgeclip.export import export, graph
 from edgeclip.metrics import cosine
 from edgeclip.zero_shot import class_scores
 
-RUNNABLE = ["onnx-fp32", "onnx-int8", "openvino-int8"]
-ALL = [*RUNNABLE, "tensorrt-int8"]
+RUNNABLE = ["onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int8-arm", "openvino-fp16", "openvino-int8"]
+ALL = [*RUNNABLE, "tensorrt-fp16", "tensorrt-int8", "tensorrt-fp8"]
+QUANTISED = ["onnx-int8", "onnx-int8-arm", "openvino-int8", "tensorrt-int8", "tensorrt-fp8"]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -33,7 +34,10 @@ def test_the_manifest_names_every_file_parents_versions_and_licences(shipped_bun
     assert manifest["image_encoder_bytes"] == sum(p.stat().st_size for p in encoder) > 0
 
 
-@pytest.mark.parametrize(("name", "least"), [("onnx-fp32", 0.99999), ("onnx-int8", 0.97), ("openvino-int8", 0.93)])
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("onnx-fp32", 0.99999), ("onnx-fp16", 0.999), ("onnx-int8", 0.97), ("onnx-int8-arm", 0.97), ("openvino-fp16", 0.999), ("openvino-int8", 0.93)],
+)
 def test_image_features_are_the_students_unit_rows(shipped_bundle, student, name, least):
     bundle = Bundle.load(shipped_bundle(name))
     images = [picture(700 + i, SIZE, SIZE) for i in range(40)]
@@ -48,7 +52,8 @@ def test_image_features_are_the_students_unit_rows(shipped_bundle, student, name
 def test_a_batch_gives_what_single_pictures_give(shipped_bundle, name):
     bundle = Bundle.load(shipped_bundle(name))
     pixels = np.stack([bundle.pixels(picture(i)) for i in range(5)])
-    np.testing.assert_allclose(bundle.encode_pixels(pixels), np.concatenate([bundle.encode_pixels(p[None]) for p in pixels]), atol=1e-5)
+    within = 1e-3 if "fp16" in name else 1e-5
+    np.testing.assert_allclose(bundle.encode_pixels(pixels), np.concatenate([bundle.encode_pixels(p[None]) for p in pixels]), atol=within)
 
 
 def test_golden_answers_are_torchs_own(shipped_bundle, student, source):
@@ -70,14 +75,16 @@ def test_calibration_pictures_are_named_by_hash_and_none_is_golden(shipped_bundl
 
 
 def test_int8_targets_of_every_runtime_quantise_the_same_layers(shipped_bundle):
-    records = [disk.read_manifest(shipped_bundle(n), "bundle")["quantisation"] for n in ALL]
-    assert records[0] is None and records[1]["int8_layers"] >= 1 and records[1]["int8_share_of_macs"] > 0
-    assert [r["float_layers"] for r in records[1:]] == [records[1]["float_layers"]] * 3
+    records = [disk.read_manifest(shipped_bundle(n), "bundle")["quantisation"] for n in QUANTISED]
+    assert records[0]["int8_layers"] >= 1 and records[0]["int8_share_of_macs"] > 0
+    assert [r["float_layers"] for r in records] == [records[0]["float_layers"]] * len(QUANTISED)
+    assert all(disk.read_manifest(shipped_bundle(n), "bundle")["quantisation"] is None for n in ALL if n not in QUANTISED)
 
 
-def test_tensorrts_graph_is_parsed_and_built_by_tensorrt_rtx(shipped_bundle):
+@pytest.mark.parametrize("name", ["tensorrt-fp16", "tensorrt-int8", "tensorrt-fp8"])
+def test_tensorrts_graph_is_parsed_and_built_by_tensorrt_rtx(shipped_bundle, name):
     require("tensorrt_rtx", "pip install 'edgeclip[lint]'")
-    lint = disk.read_manifest(shipped_bundle("tensorrt-int8"), "bundle")["lint"]
+    lint = disk.read_manifest(shipped_bundle(name), "bundle")["lint"]
     assert lint["checked_by"].startswith("TensorRT-RTX") and lint["parses"] and lint["builds"] and lint["errors"] == []
 
 
@@ -196,6 +203,7 @@ def test_an_export_is_reproducible(source, shipped_bundle, tmp_path):
     [
         ("onnxruntime", "fp16", "fp32"),
         ("onnxruntime", "fp32", "fp16"),
+        ("onnxruntime", "fp8", "fp16"),
         ("tensorrt", "fp32", "fp32"),
         ("tensorrt", "fp16", "fp32"),
         ("tensorrt", "fp16", "int8"),

@@ -1,14 +1,18 @@
 """Int8 stands exactly where the policy put it, and the answers stay close."""
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
 from conftest import toy_input
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
+from edgeclip import machine, target
+from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph, policy, tensorrt
+from edgeclip.export.half import to_fp16
 from edgeclip.export.onnxruntime import calibrate, quantise
 from edgeclip.fold import fold
 from edgeclip.metrics import cosine
@@ -114,7 +118,7 @@ def test_a_relu6_stays_in_the_graph_with_its_bounds(calibrated):
 @pytest.fixture(scope="module")
 def tensorrt_form(student, pictures):
     calibrated = prepare(student, pictures, 19)
-    return tensorrt.to_fp16(quantise(calibrated, graph.matrix_products(calibrated.model), activations="int8", float_bias=True))
+    return to_fp16(quantise(calibrated, graph.matrix_products(calibrated.model), activations="int8", float_bias=True))
 
 
 def test_tensorrts_form_has_zero_points_of_zero_and_no_int32_bias(tensorrt_form):
@@ -127,7 +131,8 @@ def test_tensorrts_form_has_zero_points_of_zero_and_no_int32_bias(tensorrt_form)
 
 
 def test_tensorrts_form_is_half_precision_inside_and_float_outside(tensorrt_form):
-    assert not [i.name for i in tensorrt_form.graph.initializer if i.data_type == TensorProto.FLOAT and numpy_helper.to_array(i).ndim]
+    norm = {i for n in tensorrt_form.graph.node if n.name in graph.after_last_product(tensorrt_form) for i in n.input}
+    assert not [i.name for i in tensorrt_form.graph.initializer if i.data_type == TensorProto.FLOAT and i.name not in norm]
     assert {v.type.tensor_type.elem_type for v in [*tensorrt_form.graph.input, *tensorrt_form.graph.output]} == {TensorProto.FLOAT}
     onnx.checker.check_model(tensorrt_form)
 
@@ -140,6 +145,47 @@ def test_tensorrts_form_has_q_and_dq_on_both_operands_of_every_product(tensorrt_
 
 def test_tensorrts_form_still_answers_in_onnxruntime(tensorrt_form, pictures, calibrated):
     assert cosine(run(tensorrt_form, pictures), run(calibrated.model, pictures))["centred_p5"] > 0.97
+
+
+def test_float8_stands_where_int8_stood_and_keeps_the_ranges(calibrated, tensorrt_form, pictures):
+    nodes = graph.matrix_products(calibrated.model)
+    symmetric = quantise(calibrated, nodes, activations="int8", float_bias=True)
+    float8 = tensorrt.to_fp8(quantise(calibrated, nodes, activations="int8", float_bias=True), calibrated.model)
+    before, after, floats = graph.initializers(symmetric), graph.initializers(float8), graph.initializers(calibrated.model)
+    assert [n.op_type for n in symmetric.graph.node] == [n.op_type for n in float8.graph.node]
+    assert {str(after[n.input[2]].dtype) for n in float8.graph.node if n.op_type == "QuantizeLinear"} == {"float8_e4m3fn"}
+    for name in before:
+        if name.endswith("_quantized"):
+            scale = after[name.removesuffix("_quantized") + "_scale"].reshape([-1] + [1] * (before[name].ndim - 1))
+            original = floats[name.removesuffix("_quantized")]
+            restored = after[name].astype(np.float32) * (scale if scale.shape[0] == original.shape[0] else scale.reshape(1, -1))
+            assert (np.abs(restored - original) <= np.abs(original) / 16 + scale.max() * 2**-9).all()  # three bits of mantissa, then subnormals
+        elif name.endswith("_scale"):
+            np.testing.assert_allclose(after[name] * 448, before[name] * 127, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("reduce_range", "least", "most"), [(False, 100, 127), (True, 60, 64)])
+def test_a_reduced_range_leaves_a_bit_of_every_weight_unused(calibrated, pictures, reduce_range, least, most):
+    model = quantise(calibrated, graph.matrix_products(calibrated.model), activations="uint8", reduce_range=reduce_range)
+    largest = [int(np.abs(v.astype(int)).max()) for k, v in graph.initializers(model).items() if k.endswith("_quantized") and v.dtype == np.int8]
+    assert len(largest) == 5 and least <= min(largest) <= max(largest) <= most
+    assert cosine(run(model, pictures), run(calibrated.model, pictures))["centred_p5"] > 0.97
+
+
+@pytest.mark.parametrize(
+    ("arch", "isa", "expected"), [("x86_64", ["avx2"], True), ("x86_64", ["avx2", "avx_vnni"], False), ("aarch64", ["asimddp"], None), ("x86_64", None, None)]
+)
+def test_a_machine_saturates_where_it_is_an_x86_without_vnni(monkeypatch, arch, isa, expected):
+    facts = {"arch": arch, "isa": isa}
+    assert machine.saturates(facts) is expected
+    monkeypatch.setattr(machine, "facts", lambda: facts)
+    shipped = target.load("onnx-int8")[1]
+    if expected is None:
+        with pytest.raises(EdgeclipError, match="say always or never"):
+            policy.reduced_range(shipped)
+    else:
+        assert policy.reduced_range(shipped) is expected
+    assert policy.reduced_range(msgspec.structs.replace(shipped, reduce_range="always")) is True
 
 
 def test_a_layer_that_int8_would_ruin_stays_in_float(calibrated, pictures):

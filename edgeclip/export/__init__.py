@@ -55,7 +55,9 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
         assert error < MAX_EXPORT_ERROR, f"the exported graph differs from torch by {error:.1e} at batch {batch}"
 
     calibration, used = _calibration(source, target)
-    quantisation = policy.choose(model, calibration, target.calibration) if calibration is not None and target.calibration else None
+    quantisation = (
+        policy.choose(model, calibration, target.calibration, policy.reduced_range(target)) if calibration is not None and target.calibration else None
+    )
     say(f"2/5 write the image encoder as {name}" + (f", calibrated on {len(used)} training pictures" if used else ""))
     with disk.new_folder(out) as folder:
         manifest: dict[str, Any] = {

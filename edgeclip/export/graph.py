@@ -19,6 +19,8 @@ from torch import nn
 IR_VERSION = 10
 """onnxruntime 1.23, the newest for JetPack 6's Python 3.10, and newer read it"""
 
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+
 
 def to_onnx(module: nn.Module, example: torch.Tensor, input_name: str, output_name: str, opset: int) -> onnx.ModelProto:
     """One input, one output, both with a dynamic first axis named `batch`; checked by onnx."""
@@ -111,7 +113,7 @@ def matrix_products(model: onnx.ModelProto) -> list[str]:
     Runtime's full optimisation only. Residual adds, norms, softmax and GELU are no matrix products.
     """
     constants = initializers(model)
-    return [n.name for n in model.graph.node if n.op_type in ("Conv", "Gemm", "MatMul") and n.input[1] in constants]
+    return [n.name for n in model.graph.node if n.op_type in PRODUCTS and n.input[1] in constants]
 
 
 def macs(model: onnx.ModelProto, products: list[str], x: np.ndarray) -> dict[str, int]:
@@ -135,3 +137,15 @@ def macs(model: onnx.ModelProto, products: list[str], x: np.ndarray) -> dict[str
         per_output = int(np.prod(weight.shape[1:])) if node.op_type == "Conv" else weight.shape[-1 if transposed else -2]
         count[name] = int(y.size) * per_output
     return count
+
+
+def after_last_product(model: onnx.ModelProto) -> list[str]:
+    """Names of the nodes between the last product and the output: the L2 norm."""
+    makers = {o: n for n in model.graph.node for o in n.output}
+    found, todo = [], [o.name for o in model.graph.output]
+    while todo:
+        node = makers.get(todo.pop())
+        if node is not None and node.op_type not in (*PRODUCTS, "QuantizeLinear", "DequantizeLinear", "Constant") and node.name not in found:
+            found.append(node.name)
+            todo += node.input
+    return found

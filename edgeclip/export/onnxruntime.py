@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 
 from edgeclip.export import graph
+from edgeclip.export.half import to_fp16
 from edgeclip.progress import track
 from edgeclip.target import Target
 
@@ -30,13 +31,9 @@ CALIBRATION_BATCH = 16
 def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path) -> str:
     """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 targets."""
     path = folder / "image_encoder.onnx"
-    if target.precision == "fp32":
-        graph.save(model, path)
-    elif target.precision == "int8":
-        assert quantisation is not None
-        graph.save(quantise(quantisation.calibrated, quantisation.nodes, activations=target.activations or "uint8"), path)
-    else:
-        raise AssertionError(f"target.load lets no precision {target.precision} through")
+    if quantisation is not None:
+        model = quantise(quantisation.calibrated, quantisation.nodes, activations=target.activations or "uint8", reduce_range=quantisation.reduce_range)
+    graph.save(to_fp16(model) if target.precision == "fp16" else model, path)
     return path.name
 
 
@@ -56,7 +53,7 @@ def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:
                 logging.disable(logging.NOTSET)
         graph.save(onnx.load(path), path)
     else:
-        graph.save(model, path)
+        graph.save(to_fp16(model) if target.text == "fp16" else model, path)
     return path.name
 
 
@@ -95,10 +92,11 @@ def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> C
         return Calibrated(onnx.load(prepared), calibrator.compute_data())
 
 
-def quantise(calibrated: Calibrated, nodes: list[str], *, activations: str, float_bias: bool = False) -> onnx.ModelProto:
+def quantise(calibrated: Calibrated, nodes: list[str], *, activations: str, float_bias: bool = False, reduce_range: bool = False) -> onnx.ModelProto:
     """A static Q/DQ int8 copy in which `nodes` are quantised: weights per channel and symmetric, activations per tensor.
 
     activations: uint8 (asymmetric) or int8 (symmetric). float_bias: leave biases in float, as TensorRT wants them.
+    reduce_range: weights in -64 to 64, whose products with uint8 no 16-bit sum of two overflows.
     """
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -110,7 +108,7 @@ def quantise(calibrated: Calibrated, nodes: list[str], *, activations: str, floa
     # Relu and Clip are not among the nodes: had the quantiser removed them, ONNX Runtime's BASIC optimisation would lose the
     # clipping (a ReLU6 tower fell from a centred cosine of 0.996 to 0.92, and was right again with optimisation off).
     quantizer = QDQQuantizer(
-        model, per_channel=True, reduce_range=False, weight_qType=QuantType.QInt8, activation_qType=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+        model, per_channel=True, reduce_range=reduce_range, weight_qType=QuantType.QInt8, activation_qType=QuantType.QInt8 if symmetric else QuantType.QUInt8,
         tensors_range=calibrated.ranges, nodes_to_quantize=nodes, nodes_to_exclude=[], op_types_to_quantize=["Conv", "MatMul", "Gemm"],
         extra_options={
             "ActivationSymmetric": symmetric, "WeightSymmetric": True, "QuantizeBias": not float_bias,

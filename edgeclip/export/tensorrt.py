@@ -9,20 +9,27 @@ whether the graph is legal: necessary, not sufficient, and nothing about numeric
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
+from edgeclip.export.half import to_fp16
 from edgeclip.export.onnxruntime import quantise
 from edgeclip.export.policy import Quantisation
 from edgeclip.target import Target
 
+E4M3_MAX = 448.0
+"""the largest finite float8 E4M3"""
+
 
 def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path) -> str:
-    """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 targets."""
-    if target.precision == "int8":
-        assert quantisation is not None
+    """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 and fp8 targets."""
+    if quantisation is not None:
         model = quantise(quantisation.calibrated, quantisation.nodes, activations="int8", float_bias=True)
+        if target.precision == "fp8":
+            model = to_fp8(model, quantisation.calibrated.model)
     path = folder / "image_encoder.onnx"
     graph.save(to_fp16(model), path)
     return path.name
@@ -34,16 +41,33 @@ def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:
     return path.name
 
 
-def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Every float32 tensor inside becomes float16, scales of Q/DQ included; input and output stay float32."""
-    from onnxruntime.quantization.onnx_model import ONNXModel
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+def to_fp8(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
+    """The symmetric int8 Q/DQ graph `model` of `original` with float8 E4M3 in place of int8: same places, ranges and channels.
 
-    blocked: list[str] = []  # nothing stays behind: a strongly typed network refuses mixed operands
-    converted: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked, disable_shape_infer=True)
-    sortable = ONNXModel(converted)
-    sortable.topological_sort()  # its casts of the input are appended at the end
-    return sortable.model
+    Weights are rounded anew from the float ones. E4M3 ends at 448, so a scale is the range over 448 and not over 127.
+    """
+    from ml_dtypes import float8_e4m3fn
+
+    floats, constants = graph.initializers(original), {i.name: i for i in model.graph.initializer}
+    done: set[str] = set()
+
+    def put(name: str, value: np.ndarray) -> None:
+        if name not in done:
+            done.add(name)
+            constants[name].CopyFrom(numpy_helper.from_array(value, name))
+
+    for node in (n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")):
+        scale, zero = (numpy_helper.to_array(constants[i]) for i in node.input[1:])
+        if node.input[1] not in done:
+            scale = np.asarray(scale * np.float32(127 / E4M3_MAX))
+        put(node.input[1], scale)
+        put(node.input[2], np.zeros(zero.shape, float8_e4m3fn))
+        if node.input[0] in constants and node.input[0] not in done:
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            weight = floats[node.input[0].removesuffix("_quantized")]
+            across = scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)]) if scale.ndim else scale
+            put(node.input[0], np.clip(weight / across, -E4M3_MAX, E4M3_MAX).astype(float8_e4m3fn))
+    return model
 
 
 def lint(path: Path, batch: tuple[int, int, int] = (1, 4, 8)) -> dict[str, Any]:
