@@ -1,0 +1,51 @@
+"""A recipe is the whole description of a run: shipped ones load, combinations that cannot work are refused."""
+
+import msgspec
+import pytest
+from conftest import REPO
+from test_config import RECIPE, error, write
+
+from edgeclip import recipe
+from edgeclip.errors import EdgeclipError
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_shipped_recipe_loads_and_says_its_purpose_and_command(path):
+    recipe.load(path)
+    header = path.read_text().split("\n\n")[0]
+    for word in ("Purpose", "Source", "Hardware", "Expected", "Command"):
+        assert f"# {word}" in header
+
+
+def test_data_says_where_the_data_lies_and_nothing_else(tmp_path):
+    path = write(tmp_path, RECIPE)
+    here, there = recipe.load(path), recipe.load(path, ("/b",))
+    assert there.data.root == "/b" and recipe.load(path, ("shop=/c",)).data.root == "/c"
+    assert recipe.description(here) == recipe.description(there) and "/a" not in str(recipe.description(here))
+    with pytest.raises(EdgeclipError, match="no data named 'stop'"):
+        recipe.load(path, ("stop=/c",))
+
+
+def test_a_description_reads_back_as_the_same_recipe(tmp_path):
+    loaded = recipe.load(write(tmp_path, RECIPE))
+    value = recipe.description(loaded)
+    value["data"]["root"] = "/a"
+    assert msgspec.convert(value, recipe.Recipe) == loaded
+
+
+@pytest.mark.parametrize(
+    ("losses", "what"),
+    [
+        ("{}", "is empty"),
+        ("{edu_attention: {}, feature: {}}", "no loss of its own"),
+        ("{if_align: {axis: tokens}}", "needs token_features"),
+        ("{if_align: {axis: channels, momentum: 0.5}}", "momentum"),
+        ("{if_align: {normalise: false, features: head}}", "no raw form"),
+        ("{if_align: {momentum: 1.0}}", "momentum"),
+        ("{kl: {}, edu_attention: {query: raw}}", "set keep: false"),
+        ("{kl: {}, edu_attention: {axis: batch}}", "set keep: false"),
+        ("{contrastve: {}}", "did you mean 'contrastive'"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(tmp_path, losses, what):
+    assert what in error(tmp_path, RECIPE.replace("{kl: {weight: 1}}", losses))
