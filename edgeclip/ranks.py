@@ -1,0 +1,90 @@
+"""More than one process, as torchrun starts them: who this one is, and the few things that they tell each other.
+
+    torchrun --nproc-per-node 8 -m edgeclip distill recipes/mobile.yaml
+
+Without torchrun there is one process and nothing here does anything. All processes see the same file system: what the
+first one writes, the others read. Transport is torch.distributed's (nccl on GPUs, gloo on CPUs).
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PATIENCE = datetime.timedelta(days=7)
+"""for which one process waits for another (a teacher's cache takes hours); torchrun ends them all when one dies"""
+
+
+def start(device: torch.device) -> torch.device:
+    """Joins the other processes where torchrun started this one; returns the device that is this process's own."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    return device
+
+
+def stop() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if size() > 1 else 0
+
+
+def wait() -> None:
+    """Until all are here."""
+    if size() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """What is inside is done by the first process, and then by the others, who find it done on disk."""
+    if rank():
+        wait()
+    yield
+    if not rank():
+        wait()
+
+
+def share(count: int, of: int | None = None) -> list[int]:
+    """How many of `count` rows each process has (the first ones have one more where it does not divide); of: other parts than these."""
+    n = of or size()
+    return [count // n + (i < count % n) for i in range(n)]
+
+
+def gather(rows: Tensor, counts: list[int] | None = None) -> Tensor:
+    """[b, ...] of each process to [B, ...] of all, in the order of ranks, everywhere; no gradient passes.
+
+    counts: rows of each process, where they are not as many everywhere.
+    """
+    if size() == 1:
+        return rows
+    counts = counts or [len(rows)] * size()
+    longest = max(counts)
+    padded = torch.cat([rows, rows.new_zeros((longest - len(rows), *rows.shape[1:]))]).contiguous()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+
+def greatest(value: int) -> int:
+    """The greatest of the values that the processes give."""
+    if size() == 1:
+        return value
+    box = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return int(box)
