@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from edgeclip import cli_bundle, tables
+from edgeclip import cli_bundle, cli_cache, tables
 from edgeclip.cli_options import json_option, label_file, latest, say
 from edgeclip.errors import EdgeclipError
 
@@ -41,7 +41,9 @@ class _Group(click.Group):
             raise click.ClickException(f"{ctx.invoked_subcommand}: {e.name} is not installed; pip install 'edgeclip[{extra}]'") from None
 
 
-HOST_PACKAGES = {p: "train" for p in ("torch", "torchvision", "open_clip", "timm", "onnx", "onnxruntime", "jaxtyping", "safetensors", "jinja2", "matplotlib")}
+HOST_PACKAGES = {
+    p: "train" for p in ("torch", "torchvision", "open_clip", "timm", "onnx", "onnxruntime", "jaxtyping", "safetensors", "jinja2", "matplotlib", "pyarrow")
+}
 
 
 def _terminated(*_: object) -> NoReturn:
@@ -335,5 +337,5 @@ def doctor(device_name: str | None, as_json: bool) -> None:
     tables.doctor(found)
 
 
-for command in (cli_bundle.classify, cli_bundle.labels, cli_bundle.embed):
+for command in (cli_bundle.classify, cli_bundle.labels, cli_bundle.embed, cli_cache.cache):
     main.add_command(command)

@@ -36,6 +36,13 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def differences(a: Any, b: Any, at: str = "") -> list[str]:
+    """What sets description `b` apart from `a`, a line a field: "views.count was 2, now 3"."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for k in sorted(a.keys() | b.keys()) for d in differences(a.get(k), b.get(k), f"{at}.{k}".lstrip("."))]
+    return [] if a == b else [f"{at} was {a}, now {b}"]
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path; on success the file there is synced and renamed to `path`."""

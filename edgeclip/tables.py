@@ -155,6 +155,23 @@ def bench(reports: list[dict[str, Any]]) -> None:
             click.echo(f"{x['target']}: over budget: {failure}")
 
 
+def caches(found: list[dict[str, Any]]) -> None:
+    for c in found:
+        norm = c["norm"]
+        rows = [
+            ["folder", c["folder"]],
+            ["teacher", c["teacher"]],
+            ["data", c["data"]],
+            ["pictures x views", f"{c['pictures']:,} x {c['views']} ({len(c['skipped'])} pictures skipped)"],
+            ["row", f"{c['width']} wide, float16 unit, norm {norm['min']:.3g} to {norm['max']:.3g}"],
+            ["captions a picture", c["captions"]],
+            ["classes", c["classes"]],
+            ["shards", f"{c['shards']:,}, {c['bytes'] / 2**20:,.1f} MiB"],
+            ["replayed", f"{c['replay']['views']} views, cosine {c['replay']['cosine_min']:.4f} or more" if c["replay"] else None],
+        ]
+        table(rows, ["teacher cache", ""])
+
+
 def ranking(results: dict[str, list[dict[str, Any]]]) -> None:
     # Plain lines: importing a table library would be a tenth of the cold start.
     for image, rows in results.items():

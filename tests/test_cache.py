@@ -97,7 +97,7 @@ def test_a_flipped_view_is_the_mirror_of_the_plain_one():
 
 def test_rows_are_the_towers_answers_to_the_stored_views(tmp_path, folder):
     made = build(tmp_path, dataset(folder))
-    assert made.rows.shape == (12, 3, D) and made.rows.dtype == np.float16
+    assert made.rows.shape == (12, 3, D) and made.rows.first.dtype == np.float16
     for i in (0, 7):
         with Image.open(made.pictures[i].path) as image:
             pixels = np.stack([cache.replay(image.convert("RGB"), v, SPEC) for v in made.views[i]])
@@ -130,9 +130,9 @@ def test_the_same_ingredients_give_the_same_bytes_wherever_they_lie(tmp_path, fo
 
 def test_a_finished_cache_is_used_again(tmp_path, folder):
     first = build(tmp_path, dataset(folder))
-    before = (first.folder / "rows.npy").stat().st_mtime_ns
+    before = (first.folder / "img_emb" / "img_emb_0.npy").stat().st_mtime_ns
     again = build(tmp_path, dataset(folder))
-    assert again.folder == first.folder and (first.folder / "rows.npy").stat().st_mtime_ns == before
+    assert again.folder == first.folder and (first.folder / "img_emb" / "img_emb_0.npy").stat().st_mtime_ns == before
 
 
 def test_whatever_decides_the_rows_decides_the_folder(tmp_path, folder):

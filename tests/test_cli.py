@@ -12,23 +12,38 @@ from conftest import REPO, encoded, mistake, picture, run, snapshot, truncated_j
 from edgeclip import disk
 from edgeclip.cli import main
 
-COMMANDS = sorted(main.commands)
+COMMANDS = sorted(f"{n} {sub}".strip() for n, c in main.commands.items() for sub in getattr(c, "commands", [""]))
 
 
 def test_the_commands_are_those_of_the_design():
-    assert {"distill", "export", "validate", "bench", "report", "evaluate", "classify", "labels", "embed", "init", "list", "doctor"} <= set(COMMANDS)
+    assert {
+        "distill",
+        "export",
+        "validate",
+        "bench",
+        "report",
+        "evaluate",
+        "classify",
+        "labels",
+        "embed",
+        "init",
+        "list",
+        "doctor",
+        "cache build",
+        "cache inspect",
+    } <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example_that_is_a_real_call(command):
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.exit_code == 0 and "Example" in result.output
     assert f"edgeclip {command}" in result.output
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_prints_json_when_asked(command):
-    assert "--json" in run(command, "--help").output
+    assert "--json" in run(*command.split(), "--help").output
 
 
 @pytest.mark.parametrize(

@@ -51,17 +51,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     device = pick_device(asked.train.device)
     clock = _Clock()
 
-    dataset = data.load(asked.data, CACHE)
-    if asked.evaluation_data:
-        dataset = _with_evaluation(dataset, data.load(asked.evaluation_data, CACHE))
-    for spec in asked.shifts:
-        dataset = dataset._replace(evaluation=dataset.evaluation + data.shift_sets(dataset, data.load(spec, CACHE)))
-    scored = asked.evaluation_data or asked.data
-    dataset = dataset._replace(evaluation=[s._replace(note=note(asked, scored, s)[1]) for s in dataset.evaluation])
-    labelled = data.load(asked.adapt_data, CACHE) if asked.adapt_data else None
-    need = any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
-    captions = asked.student.text is not None or (need and asked.losses.captions == "data")
-    _check(dataset, asked, captions, path)
+    dataset, labelled, captions = load_data(asked, path)
     clock.lap("data")
 
     teacher = teachers.load(asked.teacher)
@@ -189,10 +179,26 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     return results
 
 
+def load_data(asked: Recipe, path: Path) -> tuple[data.Dataset, data.Dataset | None, bool]:
+    """(what the recipe trains and scores on, stage 1's labelled set where it is another, whether a caption is needed of every picture)."""
+    dataset = data.load(asked.data, CACHE)
+    if asked.evaluation_data:
+        dataset = _with_evaluation(dataset, data.load(asked.evaluation_data, CACHE))
+    for spec in asked.shifts:
+        dataset = dataset._replace(evaluation=dataset.evaluation + data.shift_sets(dataset, data.load(spec, CACHE)))
+    scored = asked.evaluation_data or asked.data
+    dataset = dataset._replace(evaluation=[s._replace(note=note(asked, scored, s)[1]) for s in dataset.evaluation])
+    labelled = data.load(asked.adapt_data, CACHE) if asked.adapt_data else None
+    need = any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
+    captions = asked.student.text is not None or (need and asked.losses.captions == "data")
+    _check(dataset, asked, captions, path)
+    return dataset, labelled, captions
+
+
 def _check_claim(run: Path, asked: Recipe, fresh: bool) -> None:
     """Raises when the run folder holds a run of another recipe, or something that is no run."""
     if (run / "recipe.json").exists():
-        different = [] if fresh else _differences(recipe.description(recipe.of_run(run)), recipe.description(asked))
+        different = [] if fresh else disk.differences(recipe.description(recipe.of_run(run)), recipe.description(asked))
         if different:
             raise EdgeclipError(run, f"holds a run of another recipe ({'; '.join(different[:5])})", "use --fresh to start over, or another --out")
     elif run.exists() and any(run.iterdir()):
@@ -209,12 +215,6 @@ def _claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
     else:
         disk.write_text(run / "recipe.yaml", path.read_text(encoding="utf-8"))
         disk.write_json(run / "recipe.json", recipe.description(asked))
-
-
-def _differences(a: Any, b: Any, at: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [d for k in sorted(a.keys() | b.keys()) for d in _differences(a.get(k), b.get(k), f"{at}.{k}".lstrip("."))]
-    return [] if a == b else [f"{at} was {a}, now {b}"]
 
 
 def pick_device(asked: str) -> torch.device:

@@ -1,0 +1,27 @@
+"""The teacher cache: what the teacher says of K reproducible views of every picture and of every text, once.
+
+CLIP-Embed-KD's idea with MobileCLIP's views: an epoch of distillation then costs what the student alone costs. A view
+is its explicit parameters (`views`), not a seed, so that a student of another input size can replay it anywhere. Rows
+are the frozen tower's; an adapted teacher's head is applied to them on the fly.
+
+    cache/<fingerprint>/img_emb/img_emb_00.npy        [m, R] float16: unit rows of view 0
+                        text_emb/text_emb_00.npy      [m, D] float16: unit features of the captions, where a loss needs them
+                        metadata/metadata_00.parquet  image_path (the picture's key), caption, picture (its place in the data)
+                        more_views/more_views_00.npy  [m, K - 1, R] float16: unit rows of the other views
+                        more_captions/...             [m, C - 1, D] float16: likewise, where a picture has several captions
+                        records/records_00.npy        [m] records: picture, norm [K] (a row is unit row x norm), view [K, P]
+                        class_features.npy            [N, D] float32, unit
+                        manifest.json                 description, shards, sha256 of every file
+
+The first three are what clip-retrieval writes and embedding-reader reads, so an index can be built of them; the others
+lie beside. Every shard may be shorter than it was planned, by the pictures that could not be read.
+
+The fingerprint is that of the description: teacher, preprocess, views, texts, data. It knows a picture by its key and
+size, not by its bytes: who repaints a file at equal size deletes the cache.
+"""
+
+from edgeclip.cache.building import build, class_features
+from edgeclip.cache.shards import Rows, Shards, TeacherCache, open_folder
+from edgeclip.cache.views import draw_views, replay
+
+__all__ = ["Rows", "Shards", "TeacherCache", "build", "class_features", "draw_views", "open_folder", "replay"]
