@@ -109,6 +109,12 @@ def bench(
     return report
 
 
+def incomplete(bundle: Bundle, here: dict[str, Any], reason: str) -> dict[str, Any]:
+    """The report of a benchmark that broke off: no figure of it counts."""
+    what = {"target": bundle.manifest["target"]["name"], "bundle": disk.sha256(bundle.folder / disk.MANIFEST), "machine": here}
+    return {"kind": "bench", **what, "incomplete": reason, "single_stream": None, "offline": None, "failures": [f"incomplete: {reason}"]}
+
+
 def _pictures(bundle: Bundle, evaluation: Path | None) -> list[bytes]:
     if evaluation is not None:
         return [read(p) for p in index_tar(evaluation / "pictures.tar")[:SAMPLES]]

@@ -5,21 +5,17 @@ Exit codes: 0; 1 a user's mistake; 2 a malformed command line; 3 a gate failed; 
 130 and 143 interrupted.
 """
 
-import functools
 import json
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from edgeclip import cli_bundle, cli_cache, tables
+from edgeclip import cli_bundle, cli_cache, cli_device, tables
 from edgeclip.cli_options import json_option, label_file, latest, say
 from edgeclip.errors import EdgeclipError
-
-GATE_FAILED, TOO_FEW = 3, 4
 
 
 class _Group(click.Group):
@@ -55,19 +51,6 @@ def _terminated(*_: object) -> NoReturn:
 @click.version_option(package_name="edgeclip")
 def main() -> None:
     """Take a large CLIP to a small board, and prove that it arrived."""
-
-
-def _run_options(f: Callable[..., Any]) -> Callable[..., Any]:
-    @click.option("--run", type=click.Path(path_type=Path), help="Every bundle of this run.  [default: runs/latest]")
-    @click.option("--bundle", type=click.Path(path_type=Path), help="One bundle folder.")
-    @click.option("--device", "device_name", default="host-cpu", show_default=True, help="A name from `edgeclip list devices`, or a YAML file.")
-    @functools.wraps(f)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if kwargs["run"] and kwargs["bundle"]:
-            raise click.UsageError("--run and --bundle exclude each other")
-        return f(*args, **kwargs)
-
-    return wrapped
 
 
 @main.command()
@@ -144,96 +127,6 @@ def export(
         click.echo(json.dumps(rows, indent=1))
         return
     tables.bundles(rows)
-
-
-def _each_bundle(run: Path | None, bundle: Path | None, device_name: str) -> tuple[str, Any, dict[str, Any], list[Any], Path | None]:
-    """(device name, device, this machine's facts, bundles it can run, the run's folder or None)."""
-    from edgeclip import device as D
-    from edgeclip import disk
-    from edgeclip.bundle import Bundle
-
-    name, device = D.load(device_name)
-    here = D.require_here(name, device)
-    if bundle is None:
-        run = latest(run)
-        folders = sorted(p for p in (run / "bundles").glob("*") if (p / disk.MANIFEST).exists())
-        if not folders:
-            raise EdgeclipError(run, "has no bundle", "make one with: edgeclip export --target onnx-int8")
-    else:
-        folders = [bundle]
-        run = next((p for p in bundle.resolve().parents if (p / "evaluation" / disk.MANIFEST).exists()), None)
-    bundles = []
-    for folder in folders:
-        loaded = Bundle.load(folder, threads=device.threads, check=True)
-        if loaded.manifest["runtime"] in device.runtimes:
-            bundles.append(loaded)
-        else:
-            click.echo(f"{folder.name}: not run, {name} has no {loaded.manifest['runtime']}", err=True)
-    if not bundles:
-        raise EdgeclipError(name, f"can run none of these bundles (it has {', '.join(device.runtimes)})", "choose another --device or --bundle")
-    return name, device, here, bundles, run
-
-
-def _write_report(report: dict[str, Any], device: str, run: Path | None, kind: str) -> dict[str, Any]:
-    from edgeclip import disk
-
-    report = {"device": device, **report}
-    if run is not None:
-        disk.write_json(run / "reports" / f"{report['target']}.{device}.{kind}.json", report)
-    return report
-
-
-@main.command()
-@_run_options
-@json_option
-def validate(run: Path | None, bundle: Path | None, device_name: str, as_json: bool) -> None:
-    """Compare bundles with the fp32 student on this device: values, decisions, accuracy.
-
-    \b
-    Exits 3 when a tolerance failed, 4 when there are too few pictures to tell.
-    Example:
-        edgeclip validate --run runs/quickstart --device host-cpu
-    """
-    from edgeclip.validate import load_evaluation
-    from edgeclip.validate import validate as compare
-
-    name, _, here, bundles, run = _each_bundle(run, bundle, device_name)
-    evaluation = load_evaluation(run / "evaluation") if run else None
-    reports = [_write_report(compare(b, evaluation, here), name, run, "parity") for b in bundles]
-    if as_json:
-        click.echo(json.dumps(reports, indent=1))
-    else:
-        tables.parity(reports)
-    sys.exit(max(GATE_FAILED if r["verdict"] == "fail" else 0 for r in reports) or max(TOO_FEW if r["verdict"] == "too few pictures" else 0 for r in reports))
-
-
-@main.command()
-@_run_options
-@click.option("--scenario", type=click.Choice(["single_stream", "offline"]), help="MLPerf's; both when omitted.")
-@json_option
-def bench(run: Path | None, bundle: Path | None, device_name: str, scenario: str | None, as_json: bool) -> None:
-    """Measure latency, throughput, stages, cold start and memory on this device.
-
-    \b
-    Exits 3 when the device's budget is exceeded.
-    Example:
-        edgeclip bench --bundle runs/quickstart/bundles/onnx-int8 --scenario single_stream
-    """
-    from edgeclip import disk
-    from edgeclip.bench import SCENARIOS
-    from edgeclip.bench import bench as measure
-    from edgeclip.device import Minimum
-
-    name, device, here, bundles, run = _each_bundle(run, bundle, device_name)
-    short = disk.read_json(run / "recipe.json").get("bench") if run and (run / "recipe.json").exists() else None
-    minimum = Minimum(**short) if short else device.bench
-    evaluation = run / "evaluation" if run else None
-    reports = [_write_report(measure(b, device, here, evaluation, minimum, (scenario,) if scenario else SCENARIOS), name, run, "bench") for b in bundles]
-    if as_json:
-        click.echo(json.dumps(reports, indent=1))
-    else:
-        tables.bench(reports)
-    sys.exit(GATE_FAILED if any(r["failures"] for r in reports) else 0)
 
 
 PROTOCOLS = ("zero_shot", "base_to_novel", "cross_dataset", "domain_generalisation", "retrieval")
@@ -313,29 +206,6 @@ def list_(kind: str | None, as_json: bool) -> None:
     tables.table([[k, n, p] for k, n, p, _ in rows], ["kind", "name", "purpose"])
 
 
-@main.command()
-@click.option("--device", "device_name", help="Also say whether this machine is that device.")
-@json_option
-def doctor(device_name: str | None, as_json: bool) -> None:
-    """What this machine can do, and how to install what is missing.
-
-    \b
-    Example:
-        edgeclip doctor --device host-cpu
-    """
-    from edgeclip import device as D
-    from edgeclip.doctor import doctor as examine
-
-    found = examine()
-    if device_name:
-        name, device = D.load(device_name)
-        D.require_here(name, device)
-        found["device"] = name
-    if as_json:
-        click.echo(json.dumps(found, indent=1))
-        return
-    tables.doctor(found)
-
-
-for command in (cli_bundle.classify, cli_bundle.labels, cli_bundle.embed, cli_cache.cache):
+COMMANDS = (cli_bundle.classify, cli_bundle.labels, cli_bundle.embed, cli_cache.cache, cli_device.validate, cli_device.bench, cli_device.doctor)
+for command in COMMANDS:
     main.add_command(command)

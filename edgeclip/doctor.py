@@ -2,9 +2,13 @@
 
 import importlib.metadata
 import importlib.util
+import os
+import time
 from typing import Any
 
 from edgeclip import __version__, config, machine
+from edgeclip.device import Device
+from edgeclip.preflight import Row, preflight
 
 # what -> (module that must be importable, distribution whose version counts, install line)
 NEEDS = {
@@ -36,6 +40,12 @@ def doctor() -> dict[str, Any]:
         "parts": parts,
         **{f"{kind}s": sorted(config.shipped(kind)) for kind in config.FOLDERS},
     }
+
+
+def preflight_here(device: Device) -> tuple[dict[str, Any], list[Row]]:
+    """(this machine's facts, what a benchmark on it as `device` would meet)"""
+    facts = machine.facts()
+    return facts, preflight(device, facts, machine.state(os.getcwd()), 0.0, False, time.time())
 
 
 def purpose(kind: str) -> list[tuple[str, str, str]]:

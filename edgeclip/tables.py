@@ -187,5 +187,7 @@ def doctor(found: dict[str, Any]) -> None:
     click.echo()
     for kind in ("targets", "devices", "recipes"):
         click.echo(f"{kind}: {', '.join(found[kind])}")
-    if found.get("device"):
-        click.echo(f"this machine is {found['device']}")
+
+
+def preflight(record: dict[str, Any]) -> None:
+    table([[r["check"], r["status"], r["found"], r["need"]] for r in record["preflight"]], [record["device"], "", "found", "should be"])

@@ -1,9 +1,10 @@
 """`edgeclip validate`: is the bundle on this device still the model that was trained?
 
 Same pictures, same preprocess, two systems: the fp32 torch student, whose features the run kept, and the bundle.
-Compared in the order in which things go wrong: names, shapes and dtypes of the graph; the golden pictures that ship
-in the bundle (preprocessing first, then values); then over the run's evaluation pictures cosine, decisions and
-accuracy. Every failed tolerance is listed, not only the first.
+`observe` runs the bundle on the device, which may be a board far away; `judge` compares on the host, in the order in
+which things go wrong: names, shapes and dtypes of the graph; the golden pictures that ship in the bundle
+(preprocessing first, then values); then over the run's evaluation pictures cosine, decisions and accuracy. Every
+failed tolerance is listed, not only the first.
 
 How to read it: the raw cosine flatters, since embeddings share a large mean; the centred one does not. Accuracy is
 paired, and `upper_pp` is the largest drop (one-sided 95 %) that these pictures do not exclude: where it exceeds the
@@ -20,12 +21,14 @@ from edgeclip import disk
 from edgeclip.bundle import Bundle
 from edgeclip.metrics import accuracy_drop, cosine, hits
 from edgeclip.pictures import index_tar, read, refuse_unreadable, stream
-from edgeclip.preprocess import open_picture
+from edgeclip.preprocess import normalise, open_picture
 from edgeclip.progress import track
 from edgeclip.target import Tolerance
 from edgeclip.zero_shot import class_scores
 
 BATCH = 16
+TIE = 1e-5
+"""two processors may order scores that are closer than this differently"""
 GOLDEN_COSINE = 0.9
 """of the golden pictures, raw: only a broken bundle or preprocess falls below; the tolerances judge the rest"""
 
@@ -46,19 +49,53 @@ def load_evaluation(folder: Path) -> Evaluation:
     return Evaluation(folder, np.load(folder / "image_features.npy"), np.array(description["labels"]), description["sets"])
 
 
+class Observed(NamedTuple):
+    """What a device says of a bundle: all that must come back from a board."""
+
+    facts: dict[str, Any]
+    """JSON-able: ran, ports"""
+    arrays: dict[str, np.ndarray]
+    """golden_features, and where there is something of it: golden_pixels, text_features; of the evaluation pictures
+    features_all, features_basic [n, D] and answers [n], the device's own first answers"""
+
+
 def validate(bundle: Bundle, evaluation: Evaluation | None, machine: dict[str, Any]) -> dict[str, Any]:
     """The parity report, JSON-able. Without an evaluation folder only the golden pictures are compared."""
+    return judge(bundle, evaluation, observe(bundle, evaluation), machine)
+
+
+def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
+    """Runs the bundle: on the device."""
+    encoder = bundle.image_encoder
+    arrays = {"golden_features": bundle.encode_pixels(np.load(bundle.folder / "golden" / "pixels.npy"))}
+    facts: dict[str, Any] = {"ran": encoder.facts, "ports": [encoder.input, encoder.output]}
+    if pictures := bundle.manifest["golden"]["pictures"]:
+        arrays["golden_pixels"] = np.stack([bundle.pixels(bundle.folder / p) for p in pictures])
+    if bundle.manifest["text"]:
+        arrays["text_features"] = bundle.encode_text(disk.read_json(bundle.folder / "golden" / "texts.json"))
+    if evaluation is not None and not _interface(bundle, facts["ports"]):
+        sessions = {"features_all": encoder}
+        if Tolerance(**bundle.manifest["target"]["tolerance"]).optimisation_agreement is not None:
+            sessions["features_basic"] = bundle.open_image_encoder(optimisation="basic")
+        arrays |= _features(bundle, evaluation, sessions)
+        if np.isfinite(arrays["features_all"]).all():
+            arrays["answers"] = np.concatenate([a for a, _, _ in _decide(bundle, evaluation, arrays["features_all"])])
+    return Observed(facts, arrays)
+
+
+def judge(bundle: Bundle, evaluation: Evaluation | None, observed: Observed, machine: dict[str, Any]) -> dict[str, Any]:
+    """The parity report of what a device observed: on the host. Opens no session."""
     tolerance = Tolerance(**bundle.manifest["target"]["tolerance"])
-    failures = _interface(bundle)
+    failures = _interface(bundle, observed.facts["ports"])
     runs = not failures
     report: dict[str, Any] = {
         "kind": "parity",
         "target": bundle.manifest["target"]["name"],
         "bundle": disk.sha256(bundle.folder / disk.MANIFEST),
         "machine": machine,
-        "ran": bundle.image_encoder.facts,
+        "ran": observed.facts["ran"],
         "tolerance": bundle.manifest["target"]["tolerance"],
-        "golden": _golden(bundle, failures),
+        "golden": _golden(bundle, observed.arrays, failures),
         "pictures": 0,
         "cosine": None,
         "top1_agreement": None,
@@ -68,45 +105,41 @@ def validate(bundle: Bundle, evaluation: Evaluation | None, machine: dict[str, A
     }
     verdict = "golden pictures only"
     if evaluation is not None and runs:
-        verdict = _compare(bundle, evaluation, tolerance, report, failures)
+        verdict = _compare(bundle, evaluation, observed.arrays, tolerance, report, failures)
     report["failures"] = failures
     report["verdict"] = "fail" if failures else verdict
     return report
 
 
-def _interface(bundle: Bundle) -> list[str]:
-    """Names, shapes and dtypes of the image encoder against the manifest."""
-    i, o = bundle.image_encoder.input, bundle.image_encoder.output
+def _interface(bundle: Bundle, ports: list[Any]) -> list[str]:
+    """Names, shapes and dtypes of the image encoder's ports against the manifest."""
     size, width = bundle.preprocess.size, bundle.manifest["embed_dim"]
     wanted = [("pixels", [None, 3, size, size], "float32"), ("image_features", [None, width], "float32")]
     # A runtime may know the last axis of the output only after a run.
     same = [
-        (p.name, [w if s is None else s for s, w in zip(p.shape, shape, strict=True)] if len(p.shape) == len(shape) else p.shape, p.dtype)
-        for p, (_, shape, _) in zip((i, o), wanted, strict=True)
+        (name, [w if s is None else s for s, w in zip(found, shape, strict=True)] if len(found) == len(shape) else found, dtype)
+        for (name, found, dtype), (_, shape, _) in zip(ports, wanted, strict=True)
     ]
     return [f"interface: {got} instead of {want}" for got, want in zip(same, wanted, strict=True) if list(got) != list(want)]
 
 
-def _golden(bundle: Bundle, failures: list[str]) -> dict[str, Any]:
+def _golden(bundle: Bundle, found: dict[str, np.ndarray], failures: list[str]) -> dict[str, Any]:
     folder = bundle.folder / "golden"
     expected_pixels, expected = np.load(folder / "pixels.npy"), np.load(folder / "image_features.npy")
     result: dict[str, Any] = {"pictures": len(expected), "largest_pixel_difference": None, "text_cosine_min": None}
-    if bundle.manifest["golden"]["pictures"]:
-        pixels = np.stack([bundle.pixels(bundle.folder / p) for p in bundle.manifest["golden"]["pictures"]])
-        difference = int(np.abs(pixels.astype(int) - expected_pixels.astype(int)).max())
+    if "golden_pixels" in found:
+        difference = int(np.abs(found["golden_pixels"].astype(int) - expected_pixels.astype(int)).max())
         result["largest_pixel_difference"] = difference
         if difference:
             failures.append(f"preprocess: golden pictures differ by up to {difference} of 255 from the host's")
-    features = bundle.encode_pixels(expected_pixels)
-    if not np.isfinite(features).all():
+    if not np.isfinite(found["golden_features"]).all():
         failures.append("values: not finite on the golden pictures")
-    similarity = float((features * expected).sum(axis=1).min())
+    similarity = float((found["golden_features"] * expected).sum(axis=1).min())
     result["cosine_min"] = similarity
     if not similarity >= GOLDEN_COSINE:
         failures.append(f"golden pictures: cosine {similarity:.3f}, below {GOLDEN_COSINE}")
-    if bundle.manifest["text"]:
-        texts = disk.read_json(folder / "texts.json")
-        similarity = float((bundle.encode_text(texts) * np.load(folder / "text_features.npy")).sum(axis=1).min())
+    if "text_features" in found:
+        similarity = float((found["text_features"] * np.load(folder / "text_features.npy")).sum(axis=1).min())
         result["text_cosine_min"] = similarity
         if not similarity >= GOLDEN_COSINE:
             failures.append(f"golden texts: cosine {similarity:.3f}, below {GOLDEN_COSINE}")
@@ -119,8 +152,6 @@ def _features(bundle: Bundle, evaluation: Evaluation, sessions: dict[str, Any]) 
     skipped: list[str] = []
     out: dict[str, list[np.ndarray]] = {name: [] for name in sessions}
     batches = stream(range(len(pictures)), lambda i: bundle.pixels(open_picture(read(pictures[i]), pictures[i].key)), BATCH, skipped)
-    from edgeclip.preprocess import normalise
-
     for _, pixels in track(batches, f"validate {bundle.manifest['target']['name']}", math.ceil(len(pictures) / BATCH)):
         x = normalise(pixels, bundle.preprocess)
         for name, session in sessions.items():
@@ -129,18 +160,18 @@ def _features(bundle: Bundle, evaluation: Evaluation, sessions: dict[str, Any]) 
     return {name: np.concatenate(rows) for name, rows in out.items()}
 
 
-def _compare(bundle: Bundle, evaluation: Evaluation, tolerance: Tolerance, report: dict[str, Any], failures: list[str]) -> str:
-    sessions = {"all": bundle.image_encoder}
-    if tolerance.optimisation_agreement is not None:
-        sessions["basic"] = bundle.open_image_encoder(optimisation="basic")
-    found = _features(bundle, evaluation, sessions)
-    reference, features = evaluation.reference, found["all"]
+def _compare(bundle: Bundle, evaluation: Evaluation, found: dict[str, np.ndarray], tolerance: Tolerance, report: dict[str, Any], failures: list[str]) -> str:
+    reference, features = evaluation.reference, found["features_all"]
     if not np.isfinite(features).all():
         failures.append("values: not finite on the evaluation pictures")
         return "fail"
-    decisions = {name: _decide(bundle, evaluation, f) for name, f in (("reference", reference), *found.items())}
-    answers = {name: np.concatenate([a for a, _ in d]) for name, d in decisions.items()}
-    right = {name: np.concatenate([h for _, h in d]) for name, d in decisions.items()}
+    every = {"reference": reference, "all": features, **({"basic": found["features_basic"]} if "features_basic" in found else {})}
+    decisions = {name: _decide(bundle, evaluation, f) for name, f in every.items()}
+    answers = {name: np.concatenate([a for a, _, _ in d]) for name, d in decisions.items()}
+    right = {name: np.concatenate([h for _, h, _ in d]) for name, d in decisions.items()}
+    margin = np.concatenate([m for _, _, m in decisions["all"]])
+    if unlike := int(((answers["all"] != found["answers"]) & (margin > TIE)).sum()):
+        failures.append(f"head: the device's own answers are not those of its features on {unlike} pictures")
 
     report["pictures"] = len(features)
     report["cosine"] = cosine(features, reference)
@@ -150,13 +181,13 @@ def _compare(bundle: Bundle, evaluation: Evaluation, tolerance: Tolerance, repor
         "bundle_r1": float(right["all"].mean()),
         **accuracy_drop(right["reference"], right["all"]),
     }
-    for s, (_, before), (_, after) in zip(evaluation.sets, decisions["reference"], decisions["all"], strict=True):
+    for s, (_, before, _), (_, after, _) in zip(evaluation.sets, decisions["reference"], decisions["all"], strict=True):
         if len(before):
             row = {"name": s["name"], "note": s["note"], "classes": len(s["classes"]), "reference_r1": float(before.mean()), "bundle_r1": float(after.mean())}
             report["sets"].append(row | accuracy_drop(before, after))
-    if "basic" in found:
+    if "basic" in every:
         agreement = float((answers["all"] == answers["basic"]).mean())
-        report["optimisation"] = {"top1_agreement": agreement, **cosine(found["all"], found["basic"])}
+        report["optimisation"] = {"top1_agreement": agreement, **cosine(features, every["basic"])}
         if agreement < (tolerance.optimisation_agreement or 0):
             failures.append(f"graph optimisations BASIC and ALL agree on {agreement:.4f} of the answers, below {tolerance.optimisation_agreement}")
 
@@ -170,15 +201,17 @@ def _compare(bundle: Bundle, evaluation: Evaluation, tolerance: Tolerance, repor
     return "pass" if accuracy["upper_pp"] <= tolerance.accuracy_drop_pp else "too few pictures"
 
 
-def _decide(bundle: Bundle, evaluation: Evaluation, features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per evaluation set: (answers as class indices [n], right or wrong [n]), each over the set's own class list."""
+def _decide(bundle: Bundle, evaluation: Evaluation, features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Per evaluation set, each over the set's own class list: answers as class indices [n], right or wrong [n], and by
+    how much the best score leads [n]."""
     out = []
     for s in evaluation.sets:
         rows, classes = np.array(s["rows"], int), np.array(s["classes"], int)
         if not len(rows):
-            out.append((np.zeros(0, int), np.zeros(0, bool)))
+            out.append((np.zeros(0, int), np.zeros(0, bool), np.zeros(0)))
             continue
         scores = class_scores(features[rows], bundle.class_features[classes], bundle.head)
         own = np.searchsorted(classes, evaluation.labels[rows])  # class lists are in index order
-        out.append((classes[scores.argmax(axis=1)], hits(scores, own)))
+        best = np.sort(scores, axis=1)[:, -2:]
+        out.append((classes[scores.argmax(axis=1)], hits(scores, own), best[:, -1] - best[:, 0]))
     return out

@@ -1,0 +1,190 @@
+"""The commands that run on a device, this machine or a board: validate, bench, doctor."""
+
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeclip import tables
+from edgeclip.cli_options import json_option, latest
+from edgeclip.errors import EdgeclipError
+
+GATE_FAILED, TOO_FEW = 3, 4
+
+
+def _options(f: Callable[..., Any]) -> Callable[..., Any]:
+    @click.option("--run", type=click.Path(path_type=Path), help="Every bundle of this run.  [default: runs/latest]")
+    @click.option("--bundle", type=click.Path(path_type=Path), help="One bundle folder.")
+    @click.option("--clean", is_flag=True, help="Afterwards remove everything that edgeclip left on the board.")
+    @functools.wraps(f)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["run"] and kwargs["bundle"]:
+            raise click.UsageError("--run and --bundle exclude each other")
+        return f(*args, **kwargs)
+
+    return wrapped
+
+
+def _bundles(run: Path | None, bundle: Path | None, name: str, device: Any) -> tuple[list[Any], Path | None]:
+    """(bundles that the device can run, the run's folder or None); those that it cannot run are named."""
+    from edgeclip import disk
+    from edgeclip.bundle import Bundle
+
+    if bundle is None:
+        run = latest(run)
+        folders = sorted(p for p in (run / "bundles").glob("*") if (p / disk.MANIFEST).exists())
+        if not folders:
+            raise EdgeclipError(run, "has no bundle", "make one with: edgeclip export --target onnx-int8")
+    else:
+        folders = [bundle]
+        run = next((p for p in bundle.resolve().parents if (p / "evaluation" / disk.MANIFEST).exists()), None)
+    bundles = []
+    for folder in folders:
+        loaded = Bundle.load(folder, threads=device.threads, check=True)
+        if loaded.manifest["runtime"] in device.runtimes:
+            bundles.append(loaded)
+        else:
+            click.echo(f"{folder.name}: not run, {name} has no {loaded.manifest['runtime']}", err=True)
+    if not bundles:
+        raise EdgeclipError(name, f"can run none of these bundles (it has {', '.join(device.runtimes)})", "choose another --device or --bundle")
+    return bundles, run
+
+
+@contextlib.contextmanager
+def _board(name: str, device: Any, clean: bool) -> Iterator[Any]:
+    """An open board, or None where the device is this machine."""
+    from edgeclip import device as D
+
+    if not D.is_remote(device):
+        yield None
+        return
+    from edgeclip.remote.board import Board
+
+    with Board(name, device) as board:
+        yield board
+        if clean:
+            board.clean()
+
+
+def _write_report(report: dict[str, Any], device: str, run: Path | None, kind: str) -> dict[str, Any]:
+    from edgeclip import disk
+
+    report = {"device": device, **report}
+    if run is not None:
+        disk.write_json(run / "reports" / f"{report['target']}.{device}.{kind}.json", report)
+    return report
+
+
+@click.command()
+@_options
+@click.option("--device", "device_name", default="host-cpu", show_default=True, help="A name from `edgeclip list devices`, or a YAML file.")
+@json_option
+def validate(run: Path | None, bundle: Path | None, clean: bool, device_name: str, as_json: bool) -> None:
+    """Compare bundles with the fp32 student on a device: values, decisions, accuracy.
+
+    \b
+    A board is reached over ssh; what it lacks is copied there. Exits 3 when a tolerance failed, 4 when there are
+    too few pictures to tell.
+    Example:
+        edgeclip validate --run runs/quickstart --device host-cpu
+    """
+    from edgeclip import device as D
+    from edgeclip.validate import load_evaluation
+    from edgeclip.validate import validate as compare
+
+    name, device = D.load(device_name)
+    bundles, run = _bundles(run, bundle, name, device)
+    evaluation = load_evaluation(run / "evaluation") if run else None
+    with _board(name, device, clean) as board:
+        if board is None:
+            here = D.require_here(name, device)
+            reports = [_write_report(compare(b, evaluation, here), name, run, "parity") for b in bundles]
+        else:
+            board.prepare(bundles, evaluation)
+            reports = [_write_report(board.validate(b, evaluation), name, run, "parity") for b in bundles]
+    if as_json:
+        click.echo(json.dumps(reports, indent=1))
+    else:
+        tables.parity(reports)
+    sys.exit(max(GATE_FAILED if r["verdict"] == "fail" else 0 for r in reports) or max(TOO_FEW if r["verdict"] == "too few pictures" else 0 for r in reports))
+
+
+@click.command()
+@_options
+@click.option("--device", "device_name", default="host-cpu", show_default=True, help="A name from `edgeclip list devices`, or a YAML file.")
+@click.option("--scenario", type=click.Choice(["single_stream", "offline"]), help="MLPerf's; both when omitted.")
+@json_option
+def bench(run: Path | None, bundle: Path | None, clean: bool, device_name: str, scenario: str | None, as_json: bool) -> None:
+    """Measure latency, throughput, stages, cold start and memory on a device.
+
+    \b
+    Exits 3 when the device's budget is exceeded, or when its timings are refused.
+    Example:
+        edgeclip bench --bundle runs/quickstart/bundles/onnx-int8 --scenario single_stream
+    """
+    from edgeclip import device as D
+    from edgeclip import disk
+    from edgeclip.bench import SCENARIOS, incomplete
+    from edgeclip.bench import bench as measure
+
+    name, device = D.load(device_name)
+    bundles, run = _bundles(run, bundle, name, device)
+    short = disk.read_json(run / "recipe.json").get("bench") if run and (run / "recipe.json").exists() else None
+    minimum = D.Minimum(**short) if short else device.bench
+    scenarios = (scenario,) if scenario else SCENARIOS
+    reports = []
+    with _board(name, device, clean) as board:
+        if board is None:
+            here = D.require_here(name, device)
+            pictures = run / "evaluation" if run else None
+            reports = [_write_report(measure(b, device, here, pictures, minimum, scenarios), name, run, "bench") for b in bundles]
+        else:
+            from edgeclip.remote.link import LinkLost
+            from edgeclip.validate import load_evaluation
+
+            checks = [r._asdict() for r in board.prepare(bundles, load_evaluation(run / "evaluation") if run else None)]
+            for b in bundles:
+                try:
+                    report = board.bench(b, minimum, scenarios) | {"preflight": checks}
+                except LinkLost as e:
+                    _write_report(incomplete(b, board.facts, str(e)), name, run, "bench")
+                    raise
+                reports.append(_write_report(report, name, run, "bench"))
+    if as_json:
+        click.echo(json.dumps(reports, indent=1))
+    else:
+        tables.bench(reports)
+    sys.exit(GATE_FAILED if any(r["failures"] for r in reports) else 0)
+
+
+@click.command()
+@click.option("--device", "device_name", help="Look at that device instead: is it reached, is it what the profile says, is it fit to be measured?")
+@click.option("--clean", is_flag=True, help="Remove everything that edgeclip left on the board.")
+@json_option
+def doctor(device_name: str | None, clean: bool, as_json: bool) -> None:
+    """What this machine or a board can do, and how to install what is missing.
+
+    \b
+    With --device it prints the preflight: pass, warn, fail; exits 3 when something fails.
+    Example:
+        edgeclip doctor --device host-cpu
+    """
+    from edgeclip import device as D
+    from edgeclip.doctor import doctor as examine
+    from edgeclip.doctor import preflight_here
+
+    if device_name is None:
+        found = examine()
+        click.echo(json.dumps(found, indent=1)) if as_json else tables.doctor(found)
+        return
+    name, device = D.load(device_name)
+    with _board(name, device, clean) as board:
+        facts, rows = preflight_here(device) if board is None else (board.facts, board.preflight([], None))
+    found = {**({"machine": facts} if D.is_remote(device) else examine()), "device": name, "preflight": [r._asdict() for r in rows]}
+    click.echo(json.dumps(found, indent=1)) if as_json else tables.preflight(found)
+    sys.exit(GATE_FAILED if any(r.status == "fail" for r in rows) else 0)

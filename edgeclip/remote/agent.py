@@ -1,0 +1,185 @@
+"""The board's side of a link: reads one JSON request from standard input, answers with one line of JSON and raw bytes.
+
+Its text is sent ahead of each request and run by the board's own python3, so it needs nothing there but the standard
+library, and an old Python must at least be able to say how old it is. All it writes lies below one folder:
+
+    store/<sha256>        files by their content; <sha256>.part while one is on its way: a copy goes on where it broke off
+    trees/<name>/         a bundle or an evaluation folder, hard-linked from the store
+    runner/<key>/         unpacked wheels for PYTHONPATH
+    engines/              what was built there (edgeclip/engine.py)
+
+A run ends when the link does: its standard input closes, and the process group is killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from typing import Any, Dict  # noqa: UP035
+
+MARK = b"edgeclip-reply "  # what a login shell prints before it is not the answer
+OURS = ".edgeclip-board"  # only a folder with this file in it is ever removed
+BLOCK = 1 << 18
+Request = Dict[str, Any]  # noqa: UP006  (an old Python evaluates it)
+STDIN: Any = sys.stdin.buffer
+
+
+def reply(answer: dict[str, Any], payload: bytes = b"") -> None:
+    """One line that is found among whatever else is printed, then the payload."""
+    sys.stdout.buffer.write(MARK + json.dumps(dict(answer, bytes=len(payload))).encode() + b"\n" + payload)
+    sys.stdout.buffer.flush()
+
+
+def home(request: Request) -> str:
+    folder = os.path.abspath(os.path.expanduser(request["folder"]))
+    os.makedirs(os.path.join(folder, "store"), exist_ok=True)
+    open(os.path.join(folder, OURS), "a").close()
+    return folder
+
+
+def inside(folder: str, name: str) -> str:
+    """A path below `folder`, whatever a manifest says."""
+    path = os.path.normpath(os.path.join(folder, name))
+    if not path.startswith(folder + os.sep):
+        raise ValueError(name + " lies outside " + folder)
+    return path
+
+
+def look(request: Request) -> dict[str, Any]:
+    """Runs the host's machine.py in the Python that the runner will have: its `facts` and `state`."""
+    folder = os.path.abspath(os.path.expanduser(request["folder"]))
+    source = request["source"] + "\nimport json, sys\nprint(json.dumps([facts(), state(sys.argv[1])]))\n"
+    done = subprocess.run([*request["python"], "-", folder], input=source.encode(), capture_output=True)
+    if done.returncode:
+        raise ValueError("its Python cannot say what it is: " + " ".join(done.stderr.decode(errors="replace").split())[-300:])
+    facts, state = json.loads(done.stdout.splitlines()[-1])
+    return {"folder": folder, "facts": facts, "state": state}
+
+
+def missing(request: Request) -> dict[str, Any]:
+    """Of files {sha256: size}: how many bytes of each are here already, and how much room there is."""
+    folder = home(request)
+    have = {}
+    for digest, size in request["files"].items():
+        path = inside(folder, "store/" + digest)
+        if not os.path.exists(path):
+            have[digest] = min(os.path.getsize(path + ".part"), size) if os.path.exists(path + ".part") else 0
+    disk = os.statvfs(folder)
+    return {"have": have, "free_bytes": disk.f_bavail * disk.f_frsize}
+
+
+def put(request: Request) -> dict[str, Any]:
+    """Files [[sha256, size, offset], ...], whose bytes from `offset` on follow the request one after another."""
+    folder = home(request)
+    for digest, size, offset in request["files"]:
+        path = inside(folder, "store/" + digest)
+        part = path + ".part"
+        try:
+            with open(part, "r+b" if offset else "wb") as f:
+                f.seek(offset)
+                f.truncate()
+                left = size - offset
+                while left:
+                    block = STDIN.read1(min(BLOCK, left))
+                    if not block:
+                        raise EOFError("the link closed in the middle of a file")
+                    f.write(block)
+                    left -= len(block)
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError:
+            if os.path.exists(part):  # a full disk must not stay full
+                os.remove(part)
+            raise
+        with open(part, "rb") as f:
+            found = hashlib.sha256()
+            for block in iter(lambda: f.read(BLOCK), b""):
+                found.update(block)
+        if found.hexdigest() != digest:
+            os.remove(part)
+            raise ValueError("what arrived is not what was sent; send it again")
+        os.replace(part, path)
+    return {}
+
+
+def build(request: Request) -> dict[str, Any]:
+    """A folder made from the store: links to files {name: sha256}, and the wheels of `unpack` unzipped into it."""
+    folder = home(request)
+    path = inside(folder, request["name"])
+    if not os.path.exists(path):
+        temporary = path + ".new"
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        for name, digest in request.get("files", {}).items():
+            target = inside(temporary, name)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            try:
+                os.link(inside(folder, "store/" + digest), target)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(inside(folder, "store/" + digest), target)
+        for digest in request.get("unpack", []):
+            with zipfile.ZipFile(inside(folder, "store/" + digest)) as wheel:
+                wheel.extractall(temporary)
+            os.remove(inside(folder, "store/" + digest))  # its content is what counts from here on
+        os.replace(temporary, path)
+    return {"path": path}
+
+
+def exists(request: Request) -> dict[str, Any]:
+    folder = os.path.abspath(os.path.expanduser(request["folder"]))
+    return {"exists": os.path.exists(inside(folder, request["name"]))}
+
+
+def run(request: Request) -> None:
+    """Starts the runner with the rest of the request on its standard input; the runner itself answers."""
+    folder = home(request)
+    environment = dict(os.environ, PYTHONPATH=inside(folder, request["runner"]), PYTHONDONTWRITEBYTECODE="1")
+    work = dict(request["work"], folder=folder, python=request["python"])
+    command = [*request["python"], "-m", "edgeclip.on_board"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, cwd=folder, start_new_session=True)
+    assert child.stdin
+    child.stdin.write(json.dumps(work).encode())
+    child.stdin.close()
+
+    def watch() -> None:
+        while STDIN.read1(BLOCK):
+            pass
+        os.killpg(child.pid, 9)
+
+    threading.Thread(target=watch, daemon=True).start()
+    code = child.wait()
+    if code:
+        reply({"error": f"the runner on the board ended with code {code}; its own messages are above"})
+    sys.stdout.flush()
+    os._exit(0)  # the watcher is still reading
+
+
+def clean(request: Request) -> dict[str, Any]:
+    """Removes everything that edgeclip left, and only that."""
+    folder = os.path.abspath(os.path.expanduser(request["folder"]))
+    if not os.path.exists(os.path.join(folder, OURS)):
+        return {"removed": False}
+    shutil.rmtree(folder)
+    return {"removed": True}
+
+
+def main() -> None:
+    request = json.loads(STDIN.readline())
+    try:
+        if request["op"] == "run":
+            run(request)
+        reply({op.__name__: op for op in (look, missing, put, build, exists, clean)}[request["op"]](request))
+    except EOFError:
+        sys.exit(1)
+    except (OSError, ValueError, zipfile.BadZipFile) as e:
+        reply({"error": str(e)})
+
+
+if __name__ == "__main__":  # as it is where `python3 -c` runs it
+    main()

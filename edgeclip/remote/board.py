@@ -1,0 +1,180 @@
+"""The verbs on a board: preflight, validate, bench, clean. Each does the whole of it: what is missing there is brought.
+
+    with Board(name, device) as board:
+        board.prepare(bundles, evaluation)
+        report = board.validate(bundle, evaluation)
+
+What travels: the runner (once a version), the bundle's files and, for parity, the run's evaluation folder (pictures and
+the fp32 student's features), all by content. What comes back: features and answers, or a bench report.
+"""
+
+import asyncio
+import contextlib
+import io
+import tempfile
+import time
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from edgeclip import disk
+from edgeclip import preflight as P
+from edgeclip.bundle import Bundle
+from edgeclip.device import Device, Minimum, Reach
+from edgeclip.errors import EdgeclipError
+from edgeclip.progress import say
+from edgeclip.remote import own_sshd, runner
+from edgeclip.remote.link import AGAIN, Link, LinkLost, connect
+from edgeclip.validate import Evaluation, Observed, judge
+
+T = TypeVar("T")
+MACHINE = Path(__file__).parent.parent / "machine.py"
+ROOM = 1.2
+"""of the files' own size: room for a copy on its way and for what is unpacked"""
+BLOCK = 1 << 18
+
+
+class Board:
+    """An open link to one device. Not safe to share between threads."""
+
+    def __init__(self, name: str, device: Device, cache: Path | None = None, options: dict[str, Any] | None = None):
+        """cache: where wheels and the emulated root are kept. options: asyncssh's, instead of the user's ssh setup."""
+        self.name, self.device, self.cache, self.options = name, device, cache, options
+        self.folder, self.python = device.reach.folder, device.reach.python
+        self.loop = asyncio.new_event_loop()
+        self.exits = contextlib.AsyncExitStack()
+
+    def __enter__(self) -> "Board":
+        try:
+            self._wait(self._open())
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._wait(self.exits.aclose())
+        self.loop.close()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(work)
+
+    async def _open(self) -> None:
+        reach = self.device.reach
+        if reach.sshd:
+            if reach.emulate:
+                self.python = own_sshd.emulated_python(self.name, reach, self.cache)
+            if self.folder == Reach().folder:  # the user's own machine: two such devices must not share one
+                self.folder = str((self.cache or runner.cache_folder()) / self.name)
+            self.options = self.options or await self.exits.enter_async_context(own_sshd.sshd(self.name))
+        self.link: Link = await self.exits.enter_async_context(connect(self.name, reach, self.options))
+        await self._look()
+
+    def ask(self, op: str, **request: Any) -> dict[str, Any]:
+        return self._wait(self.link.ask(op, folder=self.folder, **request))[0]
+
+    async def _look(self) -> None:
+        """What the machine is, by the Python that the runner will have."""
+        source = MACHINE.read_text(encoding="utf-8")
+        answer, _ = await self.link.ask("look", folder=self.folder, source=source, python=list(self.python))
+        self.folder, self.facts, self.state = answer["folder"], answer["facts"], answer["state"]
+        self.host_time = time.time()
+
+    # --- before
+
+    def preflight(self, bundles: list[Bundle], evaluation: Evaluation | None) -> list[P.Row]:
+        """Asks anew, so that temperature and load are those of now."""
+        self._wait(self._look())
+        files = [f for b in bundles for f in self._files(b.folder, b.manifest).values()]
+        files += self._files(evaluation.folder).values() if evaluation else []
+        need = ROOM * sum(f.stat().st_size for f in files) / 2**20
+        return P.preflight(self.device, self.facts, self.state, need, any(b.manifest["runtime"] == "tensorrt" for b in bundles), self.host_time)
+
+    def prepare(self, bundles: list[Bundle], evaluation: Evaluation | None) -> list[P.Row]:
+        """Preflight, then everything that is missing there. Raises `EdgeclipError` for what failed."""
+        rows = self.preflight(bundles, evaluation)
+        for r in rows:
+            if r.status == "warn":
+                say(f"{self.name}: warning: {r.check}: {r.found}, should be {r.need}")
+        if failed := [f"{r.check}: {r.found}, needs {r.need}" for r in rows if r.status == "fail"]:
+            raise EdgeclipError(self.name, f"not fit for it ({'; '.join(failed)})", f"see edgeclip doctor --device {self.name}")
+        self.runner = self._install()
+        self.places = {b.folder: self._tree(b.folder, b.manifest) for b in bundles}
+        self.evaluation = self._tree(evaluation.folder) if evaluation else None
+        return rows
+
+    def _files(self, folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Path]:
+        """Name to path of what a folder's manifest lists, and the manifest itself."""
+        manifest = manifest or disk.read_json(folder / disk.MANIFEST)
+        return {**{n: folder / n for n in manifest["files"]}, disk.MANIFEST: folder / disk.MANIFEST}
+
+    def _tree(self, folder: Path, manifest: dict[str, Any] | None = None) -> str:
+        """The folder as it lies on the board: named by its manifest, whose hashes name everything in it."""
+        files = self._files(folder, manifest)
+        hashes = {n: disk.sha256(f) for n, f in files.items()}
+        self.send({hashes[n]: f for n, f in files.items()}, folder.name)
+        return str(self.ask("build", name=f"trees/{hashes[disk.MANIFEST][:16]}", files=hashes)["path"])
+
+    def _install(self) -> str:
+        wheels = runner.wheels(self.name, self.facts, self.device.packages, self.cache)
+        with tempfile.TemporaryDirectory() as temporary:
+            own = Path(temporary) / "edgeclip.zip"
+            own.write_bytes(runner.device_layer())
+            files = {disk.sha256(f): f for f in (*wheels, own)}
+            name = f"runner/{runner.key(files)}"
+            if not self.ask("exists", name=name)["exists"]:
+                self.send(files, "runner")
+                self.ask("build", name=name, unpack=sorted(files))
+        return name
+
+    def send(self, files: dict[str, Path], what: str) -> int:
+        """Brings files {sha256: path} into the board's store; returns how many bytes travelled."""
+        found = self.ask("missing", files={d: f.stat().st_size for d, f in files.items()})
+        todo = [(d, files[d], files[d].stat().st_size, have) for d, have in found["have"].items()]
+        size = sum(total - have for _, _, total, have in todo)
+        if size * ROOM > found["free_bytes"]:
+            what = f"{what} needs {size * ROOM / 2**20:.1f} MiB there, and {found['free_bytes'] / 2**20:.1f} MiB are free"
+            raise EdgeclipError(self.name, what, "make room, or remove what edgeclip left with --clean")
+        if todo:
+            say(f"{self.name}: sending {what}, {size / 2**20:.1f} MiB")
+            self._wait(self.link.ask("put", _blocks(todo), folder=self.folder, files=[[d, total, have] for d, _, total, have in todo]))
+        return size
+
+    # --- the verbs
+
+    def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> dict[str, Any]:
+        facts, payload = self._run("validate", bundle)
+        with np.load(io.BytesIO(payload), allow_pickle=False) as z:
+            observed = Observed(facts, {k: z[k] for k in z.files})
+        return judge(bundle, evaluation, observed, self.facts)
+
+    def bench(self, bundle: Bundle, minimum: Minimum, scenarios: tuple[str, ...]) -> dict[str, Any]:
+        return self._run("bench", bundle, minimum=msgspec.to_builtins(minimum), scenarios=scenarios)[0]
+
+    def _run(self, verb: str, bundle: Bundle, **more: Any) -> tuple[dict[str, Any], bytes]:
+        self._same_boot(verb)
+        work = {"verb": verb, "bundle": self.places[bundle.folder], "evaluation": self.evaluation, "device": msgspec.to_builtins(self.device), **more}
+        return self._wait(self.link.ask("run", folder=self.folder, runner=self.runner, python=list(self.python), work=work))
+
+    def _same_boot(self, verb: str) -> None:
+        before = self.state["boot_id"]
+        self._wait(self._look())
+        if self.state["boot_id"] != before:
+            what = f"it was started anew since it was looked at, before {verb}: its clocks and power mode may be others"
+            raise LinkLost(self.name, what, AGAIN)
+
+    def clean(self) -> bool:
+        """Removes all that edgeclip left on the board; was there anything?"""
+        return bool(self.ask("clean")["removed"])
+
+
+def _blocks(todo: list[tuple[str, Path, int, int]]) -> Iterator[bytes]:
+    for _, path, _, offset in todo:
+        with open(path, "rb") as f:
+            f.seek(offset)
+            while block := f.read(BLOCK):
+                yield block

@@ -1,0 +1,144 @@
+"""The whole way to a board, through a real sshd: reach, copy, install, validate, bench, report, clean."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPO, run
+from sshd import home, profile, proxy, sshd, working_below, write_ssh_config  # noqa: F401
+from test_layers import HOST
+
+from edgeclip import disk
+from edgeclip.bundle import Bundle
+from edgeclip.device import Minimum
+from edgeclip.device import load as load_device
+from edgeclip.errors import EdgeclipError
+from edgeclip.remote import runner
+from edgeclip.remote.board import Board
+from edgeclip.validate import load_evaluation
+
+
+@pytest.fixture
+def a_run(shipped_bundle, evaluation, tmp_path):
+    """A run folder with one bundle."""
+    shutil.copytree(shipped_bundle("onnx-fp32"), tmp_path / "run" / "bundles" / "onnx-fp32")
+    shutil.copytree(evaluation, tmp_path / "run" / "evaluation")
+    return tmp_path / "run"
+
+
+def test_validate_and_bench_through_the_users_own_ssh_setup(a_run, sshd, home, tmp_path):  # noqa: F811
+    write_ssh_config(home, sshd())
+    toy = profile(tmp_path)
+    result = run("validate", "--run", a_run, "--device", toy, "--json")
+    assert result.exit_code == 0, result.output
+    (far,) = json.loads(result.stdout)
+    (near,) = json.loads(run("validate", "--run", a_run, "--json").stdout)
+    assert far["verdict"] == "pass" and far["pictures"] == 400 and far["golden"]["largest_pixel_difference"] == 0
+    assert far["cosine"]["centred_min"] == pytest.approx(near["cosine"]["centred_min"], abs=1e-5) and far["accuracy"] == near["accuracy"]
+    assert disk.read_json(a_run / "reports" / "onnx-fp32.toy.parity.json") == far
+
+    result = run("bench", "--run", a_run, "--device", toy, "--json", "--clean")
+    assert result.exit_code == 0 and "sending" not in result.stderr, result.output  # all of it was there already
+    (report,) = json.loads(result.stdout)
+    assert report["single_stream"]["queries"] >= 20 and report["cold_start"]["process_ms"] > 0 and report["preflight"][0]["check"] == "board"
+    assert not (tmp_path / "on-board").exists() and working_below(tmp_path / "on-board") == []
+
+
+def test_a_jump_host_of_the_users_config_is_taken(sshd, home, tmp_path):  # noqa: F811
+    write_ssh_config(home, sshd())
+    result = run("doctor", "--device", profile(tmp_path, "far"), "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["machine"]["python"], result.output
+
+
+def test_the_shipped_loopback_needs_no_setup(shipped_bundle, tmp_path, home):  # noqa: F811
+    name, device = load_device("loopback")
+    bundle = Bundle.load(shipped_bundle("onnx-fp32"))
+    with Board(name, device, options=None) as board:
+        board.prepare([bundle], None)
+        assert board.validate(bundle, None)["verdict"] == "golden pictures only"
+        assert board.bench(bundle, Minimum(0.0, 5), ("offline",))["offline"]["queries"] >= 1
+
+
+def test_a_command_prefix_is_a_way_too(shipped_bundle, tmp_path):
+    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\npackages: [onnxruntime]\n")
+    name, device = load_device(str(tmp_path / "d.yaml"))
+    bundle = Bundle.load(shipped_bundle("onnx-fp32"))
+    with Board(name, device) as board:
+        board.prepare([bundle], None)
+        assert board.validate(bundle, None)["failures"] == [] and board.clean() and not board.clean()
+
+
+def test_what_lies_on_the_board_travels_once(shipped_bundle, evaluation, tmp_path):
+    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n")
+    files = {disk.sha256(p): p for p in shipped_bundle("onnx-fp32").rglob("*") if p.is_file()}
+    with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
+        assert board.send(files, "bundle") == sum(p.stat().st_size for p in files.values())
+        assert board.send(files, "bundle") == 0
+        tree = board._tree(evaluation)
+        loaded = load_evaluation(Path(tree))  # a whole folder, by its own manifest
+        assert (loaded.reference == np.load(evaluation / "image_features.npy")).all()
+
+
+def test_a_changed_byte_on_the_way_is_refused(tmp_path):
+    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n")
+    (tmp_path / "file").write_bytes(b"abc")
+    with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
+        with pytest.raises(EdgeclipError, match="not what was sent"):
+            board.send({"0" * 64: tmp_path / "file"}, "file")
+        for name in ("../out", "/etc/x"):
+            with pytest.raises(EdgeclipError, match="lies outside"):
+                board.ask("build", name="trees/t", files={name: "0" * 64})
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_what_edgeclip_left_is_removed(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/precious}}\nruntimes: [onnxruntime]\n")
+    with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
+        assert not board.clean() and (tmp_path / "precious").is_dir()
+
+
+def test_words_of_a_login_shell_are_not_taken_for_the_answer(tmp_path):
+    shell = tmp_path / "chatty"
+    shell.write_text('#!/bin/sh\necho "Welcome to the board"; exec "$@"\n')
+    shell.chmod(0o755)
+    (tmp_path / "d.yaml").write_text(f"reach: {{command: [{shell}], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n")
+    with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
+        assert board.facts["python"]
+
+
+def test_the_runner_is_the_device_layer_and_nothing_of_the_host(tmp_path):
+    import io
+    import zipfile
+
+    assert set(runner.HOST) == {*HOST, "remote"}
+    content = runner.device_layer()
+    names = zipfile.ZipFile(io.BytesIO(content)).namelist()
+    assert content == runner.device_layer() and "edgeclip/on_board.py" in names and "edgeclip/runtime/onnxruntime.py" in names
+    assert not any(n.startswith(tuple(f"edgeclip/{h}" for h in ("distill", "export", "teachers", "remote", "cache.py"))) for n in names)
+
+
+def test_the_remote_command_is_one_constant_string():
+    from edgeclip.remote import link
+
+    assert link.COMMAND == 'exec python3 -u -c \'import sys; b = sys.stdin.buffer; exec(compile(b.read(int(b.readline())), "agent.py", "exec"))\''
+    source = (REPO / "edgeclip" / "remote" / "link.py").read_text()
+    assert source.count("COMMAND]") == 1 and source.count("create_process(COMMAND,") == 1  # either way as it is
+
+
+@pytest.mark.parametrize(("python", "glibc", "says"), [("3.8.10", "2.31", "3.10 is the oldest"), ("3.11.2", None, "not glibc")])
+def test_a_board_that_cannot_run_it_is_told_so(python, glibc, says):
+    with pytest.raises(EdgeclipError, match=says):
+        runner.wheels("old", {"python": python, "glibc": glibc, "arch": "aarch64"}, ())
+
+
+def test_the_agent_uses_the_standard_library_only_and_an_old_grammar():
+    import ast
+
+    tree = ast.parse((REPO / "edgeclip" / "remote" / "agent.py").read_text(), feature_version=(3, 8))
+    imported = {n.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
+    assert imported <= set(sys.stdlib_module_names)
+    ast.parse((REPO / "edgeclip" / "machine.py").read_text(), feature_version=(3, 8))
