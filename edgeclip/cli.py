@@ -15,7 +15,7 @@ import click
 
 from edgeclip import cli_bundle, cli_cache, cli_device, tables
 from edgeclip.cli_options import json_option, label_file, latest, say
-from edgeclip.errors import EdgeclipError
+from edgeclip.errors import EdgeclipError, Refused
 
 
 class _Group(click.Group):
@@ -25,6 +25,9 @@ class _Group(click.Group):
         signal.signal(signal.SIGTERM, _terminated)
         try:
             return super().invoke(ctx)
+        except Refused as e:
+            click.echo(f"Refused: {' '.join(str(e).split())}", err=True)
+            sys.exit(GATE_FAILED)
         except EdgeclipError as e:
             raise click.ClickException(" ".join(str(e).split())) from None
         except KeyboardInterrupt:

@@ -16,6 +16,10 @@ class EdgeclipError(Exception):
         super().__init__(f"{where}: {what}; {do}")
 
 
+class Refused(EdgeclipError):
+    """A gate that `export` itself holds: no bundle is written, and the command exits 3."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The second half of a message about an unknown name: the nearest known one, or all of them."""
     known = sorted(known)

@@ -22,6 +22,7 @@ def report(run: Path) -> tuple[Path, dict[str, str]]:
     targets = collect(run)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
+    environment.filters["form"] = form
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=run.name,
         version=__version__,
@@ -98,6 +99,13 @@ def waterfall(results: dict[str, Any], targets: list[dict[str, Any]]) -> dict[st
     return {"sets": names, "steps": steps}
 
 
+def form(candidate: dict[str, Any]) -> str:
+    """How one int8 candidate differs from the others, in a few words."""
+    smoothing = "" if candidate["smoothing"] is None else f", smoothing {candidate['smoothing']:g}"
+    model_type = f", {candidate['model_type']}" if candidate["model_type"] else ""
+    return f"{candidate['method']}, {candidate['layers']} layers{smoothing}{model_type}, {candidate['float_layers']} in float"
+
+
 def _number(value: float | int | None, digits: int = 2) -> str:
     return "not measured" if value is None else f"{value:.{digits}f}"
 
@@ -133,6 +141,23 @@ def _plots(results: dict[str, Any], targets: list[dict[str, Any]]) -> list[tuple
         axes.set_xlabel("p90 latency, ms (batch 1)")
         axes.set_ylabel("R@1 over all parity pictures")
         plots.append(("Accuracy against latency; the area grows with the encoder's bytes", _svg(figure)))
+
+    for t in targets:
+        frontier = (t["quantisation"] or {}).get("frontier", [])
+        timed = [c for c in frontier if c["latency_ms"] is not None]
+        if not timed:
+            continue
+        figure, axes = plt.subplots(figsize=(7, 2.6))
+        for c in timed:
+            chosen = c["verdict"] == "chosen"
+            axes.scatter(c["latency_ms"], c["centred_cosine_p1"], marker="*" if chosen else "o", s=110 if chosen else 30, color="C1" if chosen else "C0")
+            axes.annotate(form(c), (c["latency_ms"], c["centred_cosine_p1"]), textcoords="offset points", xytext=(7, 3), fontsize=7)
+        axes.axvline(t["quantisation"]["latency_ms_float"], color="0.6", linestyle=":", label="float32")
+        axes.margins(x=0.3, y=0.3)
+        axes.set_xlabel("latency on the machine that exported, ms (batch 1, one thread)")
+        axes.set_ylabel("centred cosine p1")
+        axes.legend(fontsize=7, frameon=False)
+        plots.append((f"{t['row']}: the int8 forms that held the tolerance in the search; the star was chosen", _svg(figure)))
 
     log = results["log"]
     if len(log) > 1:

@@ -16,14 +16,29 @@ TEXT_PRECISIONS = {"onnxruntime": ("fp32", "fp16", "int8"), "openvino": ("fp32",
 
 
 class Calibration(Config):
+    """Pictures that give the ranges, and the candidates that are tried on this machine: of those that hold the tolerance the fastest ships."""
+
     pictures: Annotated[int, Meta(ge=8)] = 256
     """from the training part only, picked by `seed`"""
-    method: Literal["minmax", "entropy", "percentile"] = "minmax"
     seed: int = 0
+    judged_on: Annotated[int, Meta(ge=0)] = 128
+    """so many further training pictures, none of which gave ranges, are what candidates are judged on; 0: the pictures of the ranges"""
+    methods: tuple[Literal["minmax", "mean", "percentile", "entropy"], ...] = ("minmax", "mean")
+    """how ranges are taken: over everything; the mean of each picture's; a histogram's 99.999 %; by least entropy loss"""
+    smoothing: tuple[Fraction | None, ...] = (None, 0.5)
+    """SmoothQuant's alpha, how far outlier channels behind a LayerNorm are moved into the weights; null: not at all"""
+    layers: tuple[Literal["all", "dense"], ...] = ("all",)
+    """all: what the policy allows; dense: depthwise convolutions stay in float"""
+    model_types: tuple[Literal["transformer"] | None, ...] = (None,)
+    """openvino only: NNCF's pattern sets; transformer suits ViT towers, null convolutional ones"""
     probe_layers: Annotated[int, Meta(ge=0)] = 12
     """so many first and last layers are quantised alone to see what each costs"""
     layer_cosine: Fraction = 0.998
     """a probed layer that alone leaves less centred cosine than this stays in float"""
+    min_int8_share: Fraction = 0.7
+    """of the multiply-accumulates; with less an int8 target is refused"""
+    min_speedup: Annotated[float, Meta(ge=0.0)] = 1.0
+    """over float32 in the same runtime, where it is measured; with less an int8 target is refused"""
 
 
 class Tolerance(Config):
@@ -52,8 +67,6 @@ class Target(Config, kw_only=True):
     reduce_range: Literal["never", "always", "as_host"] | None = None
     """uint8 activations only: 7-bit weights, because an x86 without VNNI adds pairs of 8-bit products in 16 bits, which
     saturates; as_host: by the instruction set of the machine that exports, which the bundle records"""
-    model_type: Literal["transformer"] | None = None
-    """int8 on openvino: transformer for ViT towers, null for convolutional ones"""
     text: Literal["fp32", "fp16", "int8"] = "int8"
     """weights of the text encoder, whose embedding table is most of its bytes"""
 
@@ -66,10 +79,17 @@ def load(name: str) -> tuple[str, Target]:
         raise EdgeclipError(f"{path}: calibration", "belongs to precision int8 and fp8, and only to them", "add or remove it")
     if target.runtime == "onnxruntime" and target.precision == "int8" and target.activations is None:
         raise EdgeclipError(f"{path}: activations", "is missing", "say uint8 (x86) or int8 (ARM)")
+    if target.calibration is not None:
+        if field := next(
+            (f for f in ("methods", "smoothing", "layers", "model_types") if not (v := getattr(target.calibration, f)) or len(set(v)) < len(v)), None
+        ):
+            raise EdgeclipError(f"{path}: calibration.{field}", "is empty or names something twice", "give each candidate once")
+        if target.runtime != "openvino" and target.calibration.model_types != (None,):
+            raise EdgeclipError(f"{path}: calibration.model_types", "belongs to openvino", "remove it")
     if (target.activations == "uint8") != (target.reduce_range is not None):
         raise EdgeclipError(f"{path}: reduce_range", "belongs to activations: uint8, and only to it", "say never, always or as_host, or remove it")
-    if target.precision == "fp8" and target.opset < 19:
-        raise EdgeclipError(f"{path}: opset", f"fp8 is no type of opset {target.opset}", "use opset 19 or 20")
+    if target.runtime == "tensorrt" and target.calibration and target.opset < 19:
+        raise EdgeclipError(f"{path}: opset", f"opset {target.opset} has neither fp8 nor Q/DQ with float16 scales", "use opset 19 or 20")
     for field, allowed in (("precision", PRECISIONS), ("text", TEXT_PRECISIONS)):
         asked = getattr(target, field)
         if asked not in allowed[target.runtime]:

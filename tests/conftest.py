@@ -166,6 +166,7 @@ def source(student, preprocess, photos):
         head=EduAttention((rng.normal(size=(WIDTH, WIDTH)) / 4).astype(np.float32), np.zeros(WIDTH, np.float32), 0.1, 0.1),
         logit_scale=20.0,
         calibration=lambda: pictures[8:],
+        evaluation_hashes=set,
         golden=pictures[:4],
         golden_licence="made up",
         licences={"teacher": "made up", "data": "made up"},
@@ -182,7 +183,12 @@ def toy_target(name: str):
     loaded = target.load(name)[1]
     if loaded.calibration is None:
         return loaded
-    return msgspec.structs.replace(loaded, calibration=target.Calibration(pictures=32, probe_layers=2, layer_cosine=0.9))
+    return msgspec.structs.replace(
+        loaded,
+        calibration=target.Calibration(
+            pictures=32, judged_on=0, probe_layers=2, layer_cosine=0.9, methods=("minmax",), smoothing=(None,), min_int8_share=0, min_speedup=0
+        ),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -188,15 +188,22 @@ def test_a_machine_saturates_where_it_is_an_x86_without_vnni(monkeypatch, arch, 
     assert policy.reduced_range(msgspec.structs.replace(shipped, reduce_range="always")) is True
 
 
+PLAIN = policy.Form("minmax", None, "all", None)
+
+
+def choose(calibrated, pictures, form=PLAIN, float_layers=None, **spec):
+    return policy.choose(calibrated.model, pictures, form, float_layers, Calibration(pictures=32, **spec))
+
+
 def test_a_layer_that_int8_would_ruin_stays_in_float(calibrated, pictures):
-    strict = policy.choose(calibrated.model, pictures, Calibration(pictures=32, probe_layers=2, layer_cosine=1.0))
+    strict = choose(calibrated, pictures, probe_layers=2, layer_cosine=1.0)
     products = graph.matrix_products(strict.calibrated.model)
     assert set(strict.float_layers) == {*products[:2], *products[-2:]} and strict.nodes == [products[2]]
-    free = policy.choose(calibrated.model, pictures, Calibration(pictures=32, probe_layers=2, layer_cosine=0.0))
+    free = choose(calibrated, pictures, probe_layers=2, layer_cosine=0.0)
     assert free.float_layers == {} and free.nodes == products and free.int8_share == 1.0
     macs = graph.macs(strict.calibrated.model, products, pictures[:1])
     assert abs(strict.int8_share - macs[products[2]] / sum(macs.values())) < 1e-3
 
 
 def test_no_layer_is_probed_twice_or_judged_where_none_is_asked(calibrated, pictures):
-    assert policy.choose(calibrated.model, pictures, Calibration(pictures=32, probe_layers=0)).float_layers == {}
+    assert choose(calibrated, pictures, probe_layers=0).float_layers == {}

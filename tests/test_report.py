@@ -145,3 +145,26 @@ def test_an_unfinished_run_is_a_users_error(tmp_path):
     (run / disk.MANIFEST).unlink()
     with pytest.raises(EdgeclipError, match="no finished run"):
         report(run)
+
+
+def test_every_form_that_was_tried_is_listed_and_those_that_were_timed_are_drawn(tmp_path):
+    run = make_run(tmp_path / "r")
+    row = {
+        "method": "minmax", "smoothing": 0.5, "layers": "dense", "model_type": None, "float_layers": 3, "int8_share_of_macs": 0.9, "centred_cosine_p1": 0.99,
+        "top1_agreement": None, "bytes": 1 << 20, "latency_ms": 2.0, "verdict": "chosen",
+    }  # fmt: skip
+    rejected = row | {"smoothing": None, "latency_ms": None, "verdict": "centred cosine p1 0.5, below 0.9"}
+    quantisation = {
+        "int8_share_of_macs": 0.9,
+        "float_layers": {},
+        "judged_on": 9,
+        "judged_in": "onnxruntime",
+        "latency_ms_float": 5.0,
+        "frontier": [row, rejected],
+    }
+    folder = run / "bundles" / "t"
+    manifest = disk.read_json(folder / disk.MANIFEST)
+    disk.write_json(folder / disk.MANIFEST, manifest | {"quantisation": quantisation})
+    page = report(run)[0].read_text()
+    assert "minmax, dense layers, smoothing 0.5, 3 in float" in page and "centred cosine p1 0.5, below 0.9" in page
+    assert "the star was chosen" in page and page.count("not measured") >= 2

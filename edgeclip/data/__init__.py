@@ -25,6 +25,8 @@ class EvaluationSet(NamedTuple):
     """False: kept for parity only, never scored for the teacher"""
     shift: bool = False
     """of another style or set than what was trained on"""
+    seen: bool = False
+    """its pictures are training pictures, and its figure says so"""
 
 
 class Dataset(NamedTuple):

@@ -62,9 +62,11 @@ def load(spec: OpenMoji, cache: Path) -> Dataset:
     everything = list(range(len(classes)))
     evaluation = [
         EvaluationSet("held-out concepts", of("colour", held), held, "neither name nor picture was in training"),
-        EvaluationSet("unlabelled concepts", of("colour", unlabelled), unlabelled, "transductive: the student saw these very pictures without names"),
+        EvaluationSet(
+            "unlabelled concepts", of("colour", unlabelled), unlabelled, "transductive: the student saw these very pictures without names", seen=True
+        ),
         EvaluationSet("line drawings", of("line", base), base, "base concepts in a style never seen in training", shift=True),
-        EvaluationSet("base, colour", of("colour", base), everything, "training pictures: parity only", headline=False),
+        EvaluationSet("base, colour", of("colour", base), everything, "training pictures: parity only", headline=False, seen=True),
         EvaluationSet("line drawings, other", of("line", held + unlabelled), everything, "parity only", headline=False),
     ]
     labelled = of("colour", base)

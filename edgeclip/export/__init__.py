@@ -4,9 +4,9 @@ The float graph is compared with torch at two batch sizes before it is converted
 the conversion to int8 costs is `validate`'s question.
 """
 
-import hashlib
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ import numpy as np
 import torch
 
 from edgeclip import __version__, disk
-from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph, policy, tensorrt
+from edgeclip.export import calibration, graph, tensorrt
+from edgeclip.export.search import search
 from edgeclip.export.source import Source
 from edgeclip.fold import fold
 from edgeclip.metrics import l2_normalise
-from edgeclip.pictures import Picture, read, refuse_unreadable, stream
+from edgeclip.pictures import read
 from edgeclip.preprocess import normalise, open_picture, to_pixels
 from edgeclip.progress import say
 from edgeclip.target import Target
+from edgeclip.zero_shot import class_scores
 
 EXPORTERS = {"onnxruntime": "edgeclip.export.onnxruntime", "openvino": "edgeclip.export.openvino", "tensorrt": "edgeclip.export.tensorrt"}
 GOLDEN_TEXTS = ["a photo of a cat", "a red umbrella", "the letter A", "two people shaking hands"]
@@ -54,11 +55,13 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
         error = np.abs(_run_float(model, x) - golden_features[[i % len(golden_features) for i in range(batch)]]).max()
         assert error < MAX_EXPORT_ERROR, f"the exported graph differs from torch by {error:.1e} at batch {batch}"
 
-    calibration, used = _calibration(source, target)
-    quantisation = (
-        policy.choose(model, calibration, target.calibration, policy.reduced_range(target)) if calibration is not None and target.calibration else None
-    )
-    say(f"2/5 write the image encoder as {name}" + (f", calibrated on {len(used)} training pictures" if used else ""))
+    quantisation, record, used = None, None, list[dict[str, str]]()
+    if target.calibration:
+        pictures = calibration.draw(source, target.calibration)
+        used = pictures.used
+        say(f"search for the form of {name}: ranges of {len(pictures.ranges)} training pictures, judged on {len(pictures.judged)}")
+        quantisation, record = search(model, pictures, target, exporter, _answers(source))
+    say(f"2/5 write the image encoder as {name}" + (f", {quantisation.int8_share:.1%} of the multiply-accumulates in int8" if quantisation else ""))
     with disk.new_folder(out) as folder:
         manifest: dict[str, Any] = {
             "format": 1,
@@ -73,7 +76,7 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
             "licences": source.licences,
             "parents": source.parents,
             "calibration": used,
-            "quantisation": quantisation.record() if quantisation else None,
+            "quantisation": record,
             "versions": _versions(),
         }
         (folder / "golden").mkdir()
@@ -129,26 +132,11 @@ def _golden_pixels(source: Source) -> np.ndarray:
     return np.stack([picture, picture[::-1, ::-1]])
 
 
-def _calibration(source: Source, target: Target) -> tuple[np.ndarray | None, list[dict[str, str]]]:
-    """(float32 [n, 3, H, W], the pictures' keys and hashes) for an int8 target, else (None, [])."""
-    if target.calibration is None:
-        return None, []
-    pictures: list[Picture] = source.calibration()
-    wanted = target.calibration.pictures
-    if len(pictures) < min(wanted, 8):
-        raise EdgeclipError("calibration", f"an int8 target needs training pictures, and there are {len(pictures)}", "give a folder of them with --images DIR")
-    rng = np.random.default_rng(target.calibration.seed)
-    chosen = [pictures[i] for i in sorted(rng.permutation(len(pictures))[:wanted])]
-    if len(chosen) < wanted:
-        say(f"calibration: {len(chosen)} pictures, the target asks for {wanted}")
-    skipped: list[str] = []
-    kept: list[int] = []
-    rows = []
-    for index, pixels in stream(range(len(chosen)), lambda i: to_pixels(open_picture(read(chosen[i]), chosen[i].key), source.preprocess), 32, skipped):
-        rows.append(normalise(pixels, source.preprocess))
-        kept += index.tolist()
-    refuse_unreadable(skipped, len(chosen), "calibration")
-    return np.concatenate(rows), [{"key": chosen[i].key, "sha256": hashlib.sha256(read(chosen[i])).hexdigest()} for i in kept]
+def _answers(source: Source) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Image features [n, D] to each picture's best class; None for a student without labels."""
+    if not source.labels:
+        return None
+    return lambda features: class_scores(features, source.class_features, source.head).argmax(axis=1)
 
 
 def _write_text(source: Source, target: Target, exporter: Any, folder: Path) -> dict[str, Any]:

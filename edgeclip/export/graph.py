@@ -116,6 +116,16 @@ def matrix_products(model: onnx.ModelProto) -> list[str]:
     return [n.name for n in model.graph.node if n.op_type in PRODUCTS and n.input[1] in constants]
 
 
+def depthwise(model: onnx.ModelProto) -> list[str]:
+    """Names of the convolutions with one input channel a group, more than one group."""
+    constants = initializers(model)
+    return [
+        n.name
+        for n in model.graph.node
+        if n.op_type == "Conv" and n.input[1] in constants and constants[n.input[1]].shape[1] == 1 and any(a.name == "group" and a.i > 1 for a in n.attribute)
+    ]
+
+
 def macs(model: onnx.ModelProto, products: list[str], x: np.ndarray) -> dict[str, int]:
     """Multiply-accumulates of one picture in each of `products`; x: an input [1, ...]."""
     import onnxruntime as ort

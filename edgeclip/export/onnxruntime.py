@@ -73,7 +73,7 @@ def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> C
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            size = CALIBRATION_BATCH if method == "minmax" else 1  # the histogram methods refuse a last batch of another size
+            size = CALIBRATION_BATCH if method == "minmax" else 1  # the mean is over pictures; histograms refuse a last batch of another size
             batches = np.split(calibration, range(size, len(calibration), size))
             self.batches = iter(track(batches, "calibration", len(batches)))
             self.name = model.graph.input[0].name
@@ -82,12 +82,23 @@ def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> C
             batch = next(self.batches, None)
             return None if batch is None else {self.name: batch}
 
-    methods = {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}
+    methods = {
+        "minmax": CalibrationMethod.MinMax,
+        "mean": CalibrationMethod.MinMax,
+        "entropy": CalibrationMethod.Entropy,
+        "percentile": CalibrationMethod.Percentile,
+    }
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(io.StringIO()):
         plain, prepared, augmented = (Path(temporary) / name for name in ("float.onnx", "prepared.onnx", "augmented.onnx"))
         graph.save(model, plain)
         quant_pre_process(plain, prepared, skip_symbolic_shape=True)
-        calibrator = create_calibrator(prepared, ["Conv", "MatMul", "Gemm"], augmented_model_path=augmented, calibrate_method=methods[method])
+        calibrator = create_calibrator(
+            prepared,
+            ["Conv", "MatMul", "Gemm"],
+            augmented_model_path=augmented,
+            calibrate_method=methods[method],
+            extra_options={"moving_average": True} if method == "mean" else {},
+        )
         calibrator.collect_data(Reader())
         return Calibrated(onnx.load(prepared), calibrator.compute_data())
 

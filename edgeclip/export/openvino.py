@@ -1,6 +1,8 @@
 """OpenVINO IR: float, or int8 through NNCF (`model_type: transformer` for ViT towers, none for convolutional ones)."""
 
+import contextlib
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,30 @@ def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | N
     if target.precision == "int8":
         nncf = _nncf()
         assert quantisation is not None
-        types = {"transformer": nncf.ModelType.TRANSFORMER, None: None}
-        ov_model = nncf.quantize(
-            ov_model, nncf.Dataset([row[None] for row in quantisation.calibration]), model_type=types[target.model_type],
-            subset_size=len(quantisation.calibration), preset=None if target.model_type else nncf.QuantizationPreset.PERFORMANCE, ignored_scope=_ignored(ov_model, quantisation, nncf),
-        )  # fmt: skip
+        form = quantisation.form
+        with contextlib.redirect_stdout(sys.stderr):  # its progress bars: stdout is data
+            ov_model = nncf.quantize(
+                ov_model, nncf.Dataset([row[None] for row in quantisation.calibration]),
+                model_type={"transformer": nncf.ModelType.TRANSFORMER, None: None}[form.model_type], subset_size=len(quantisation.calibration),
+                preset=None if form.model_type else nncf.QuantizationPreset.PERFORMANCE, ignored_scope=_ignored(ov_model, quantisation, nncf),
+                advanced_parameters=nncf.AdvancedQuantizationParameters(
+                    smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1),  # ours has been done, and folds
+                    activations_range_estimator_params=_ranges(form.method),
+                ),
+            )  # fmt: skip
     return _save(ov_model, folder / "image_encoder.xml", fp16=target.precision != "fp32")
+
+
+def _ranges(method: str) -> Any:
+    from nncf.quantization.range_estimator import AggregatorType, RangeEstimatorParameters, StatisticsCollectorParameters, StatisticsType
+
+    if method not in ("minmax", "mean"):
+        raise EdgeclipError(f"calibration.methods: {method}", "is no method for openvino", "use minmax or mean")
+    over = AggregatorType.MEAN if method == "mean" else None
+    return RangeEstimatorParameters(
+        min=StatisticsCollectorParameters(StatisticsType.MIN, over or AggregatorType.MIN),
+        max=StatisticsCollectorParameters(StatisticsType.MAX, over or AggregatorType.MAX),
+    )
 
 
 def _ignored(ov_model: Any, quantisation: Quantisation, nncf: Any) -> Any:

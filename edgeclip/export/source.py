@@ -1,5 +1,6 @@
 """What is exported: a run's student, or any open_clip or timm checkpoint, as one record."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from edgeclip import data, disk, recipe, students, teachers, weights
 from edgeclip.distill import promptsrc
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Picture, index_folder, index_tar
+from edgeclip.pictures import Picture, index_folder, index_tar, read
 from edgeclip.preprocess import Preprocess
 from edgeclip.recipe import OpenClip, Timm
 from edgeclip.teachers import TextTower
@@ -35,6 +36,8 @@ class Source(NamedTuple):
     logit_scale: float
     calibration: Callable[[], list[Picture]]
     """training pictures; asked for by int8 targets only"""
+    evaluation_hashes: Callable[[], set[str]]
+    """sha256 of the pictures that the student is evaluated on and did not see in training"""
     golden: list[Picture]
     """pictures that ship with the bundle as its proof"""
     golden_licence: str
@@ -61,6 +64,12 @@ def from_run(run: Path) -> Source:
         return teachers.load_text(asked.teacher)
 
     evaluation = run / "evaluation"
+
+    def evaluation_hashes() -> set[str]:
+        pictures = index_tar(evaluation / "pictures.tar")
+        held_out = [i for s in disk.read_json(evaluation / "evaluation.json")["sets"] if not s.get("seen") for i in s["rows"]]
+        return {hashlib.sha256(read(pictures[i])).hexdigest() for i in held_out}
+
     manifest = disk.read_manifest(evaluation, "evaluation")
     return Source(
         image_encoder=student,
@@ -72,6 +81,7 @@ def from_run(run: Path) -> Source:
         head=head.numpy() if head is not None and head.spec.keep else None,
         logit_scale=description["logit_scale"],
         calibration=training_pictures,
+        evaluation_hashes=evaluation_hashes,
         golden=index_tar(evaluation / "pictures.tar")[:8],
         golden_licence=manifest["licence"],
         licences=description["licences"],
@@ -133,6 +143,7 @@ def from_model(name: str, weights_name: str, labels: list[str], images: Path | N
         head=None,
         logit_scale=scale,
         calibration=lambda: pictures,
+        evaluation_hashes=set,
         golden=pictures[:8],
         golden_licence="the user's own pictures",
         licences={"model": "unknown", "data": "none"},

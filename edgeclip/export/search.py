@@ -1,0 +1,228 @@
+"""Search until it holds: the fastest int8 form, measured on this machine, among those that keep the answers.
+
+Every form that the target lists (range method, smoothing, layer set, model type) is written as it would ship, opened in
+its own runtime and compared with the float student on training pictures that gave no ranges. Of those inside the
+tolerance the fastest is chosen; within 5 % the more exact one. Where none holds, the layers of the best form are ranked
+by the damage that quantising each alone does, and the worst go back to float, by bisection, until the tolerance holds.
+
+A target is refused (exit 3) when it cannot hold the tolerance with `min_int8_share` of the multiply-accumulates left in
+int8, or when it is not `min_speedup` times as fast as float32 in the same runtime. Speed is measured only where this
+machine is of the target's kind; elsewhere it is null, and forms are chosen by accuracy. TensorRT's graph runs in ONNX
+Runtime here: a proxy of its numerics, and so it is called in the record.
+"""
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import onnx
+
+from edgeclip import machine
+from edgeclip.errors import Refused
+from edgeclip.export import policy
+from edgeclip.export.calibration import Pictures
+from edgeclip.export.policy import Form, Quantisation
+from edgeclip.metrics import cosine
+from edgeclip.progress import say
+from edgeclip.runtime import open_session
+from edgeclip.target import Calibration, Target
+
+ROUNDS, QUERIES = 15, 4
+SAME_SPEED = 1.05
+BATCH = 16
+
+
+class Candidate(NamedTuple):
+    quantisation: Quantisation
+    run: Callable[[np.ndarray], np.ndarray]
+    row: dict[str, Any]
+    """its line of the frontier, JSON-able"""
+    short: list[str]
+    """tolerances that it misses"""
+
+
+class Task(NamedTuple):
+    """What stays the same for all candidates."""
+
+    model: onnx.ModelProto
+    pictures: Pictures
+    target: Target
+    exporter: Any
+    answers: Callable[[np.ndarray], np.ndarray] | None
+    """[n, D] features to the class index each picture gets; None where the student has no labels"""
+    reference: np.ndarray
+    folder: Path
+
+
+def search(
+    model: onnx.ModelProto, pictures: Pictures, target: Target, exporter: Any, answers: Callable[[np.ndarray], np.ndarray] | None
+) -> tuple[Quantisation, dict[str, Any]]:
+    """The map to ship, and its record with the frontier. Raises `Refused` where no map holds what the target asks."""
+    spec = target.calibration
+    assert spec is not None
+    reduce_range = policy.reduced_range(target)
+    with tempfile.TemporaryDirectory() as temporary:
+        task = Task(model, pictures, target, exporter, answers, policy.features(model, pictures.judged), Path(temporary))
+        tried: list[Candidate] = []
+        outer: dict[str, float] | None = None
+        for form in (Form(*values) for values in itertools.product(spec.methods, spec.smoothing, spec.layers, spec.model_types)):
+            found = policy.choose(model, pictures.ranges, form, outer, spec, reduce_range, own_bias=target.runtime != "openvino")
+            if found is None:
+                continue
+            if outer is None:
+                outer = {k: v for k, v in found.float_layers.items() if v is not None}
+            tried.append(_try(task, found, len(tried)))
+        holding = [c for c in tried if not c.short]
+        if not holding:
+            best = max(tried, key=lambda c: c.row["centred_cosine_mean"])
+            more = _give_back(task, best, spec, len(tried))
+            tried += more
+            holding = [c for c in more if not c.short][-1:]
+        float_ms = _time(task, holding)
+        chosen = _pick(holding, measured=float_ms is not None)
+    for c in tried:
+        c.row["verdict"] = "chosen" if c is chosen else "; ".join(c.short) or ("slower, or less exact at the same speed" if float_ms else "less exact")
+    _refuse(chosen, target, spec, float_ms)
+    record = chosen.quantisation.record() | {"judged_on": len(pictures.judged), "judged_in": _judged_in(target), "latency_ms_float": float_ms}
+    return chosen.quantisation, record | {"frontier": [c.row for c in tried]}
+
+
+def _try(task: Task, quantisation: Quantisation, number: int) -> Candidate:
+    folder = task.folder / str(number)
+    folder.mkdir()
+    path = folder / task.exporter.write(task.model, task.target, quantisation, folder)
+    run = _session(task.target, path)
+    found = np.concatenate([run(task.pictures.judged[i : i + BATCH]) for i in range(0, len(task.pictures.judged), BATCH)])
+    close, tolerance = cosine(found, task.reference), task.target.tolerance
+    agreement = None if task.answers is None else float((task.answers(found) == task.answers(task.reference)).mean())
+    row: dict[str, Any] = {
+        **quantisation.form._asdict(),
+        "float_layers": len(quantisation.float_layers),
+        "int8_share_of_macs": quantisation.int8_share,
+        "centred_cosine_mean": policy.centred_cosine(found, task.reference),
+        "centred_cosine_p1": close["centred_p1"],
+        "top1_agreement": agreement,
+        "bytes": sum(f.stat().st_size for f in folder.iterdir()),
+        "latency_ms": None,
+    }
+    short = []
+    if not close["centred_p1"] >= tolerance.centred_cosine_p1:  # not a number is short too
+        short.append(f"centred cosine p1 {close['centred_p1']:.4f}, below {tolerance.centred_cosine_p1}")
+    if agreement is not None and agreement < tolerance.top1_agreement:
+        short.append(f"top-1 agreement {agreement:.4f}, below {tolerance.top1_agreement}")
+    form = ", ".join(str(v) for v in quantisation.form if v is not None)
+    say(
+        f"{form}, {row['float_layers']} layers in float: int8 share {quantisation.int8_share:.3f}, centred cosine p1 {close['centred_p1']:.4f}"
+        + ("" if agreement is None else f", top-1 agreement {agreement:.4f}")
+    )
+    return Candidate(quantisation, run, row, short)
+
+
+def _give_back(task: Task, best: Candidate, spec: Calibration, number: int) -> list[Candidate]:
+    """Candidates with ever fewer of the worst layers in float, the last of which holds; raises `Refused` where none can.
+
+    The most that the int8 share allows is tried first: where even that fails, nothing between can hold.
+    """
+    q = best.quantisation
+    alone = policy.damage(q.calibrated, q.nodes, task.pictures.ranges[: policy.PROBES], "damage of each layer", q.reduce_range)
+    worst = sorted(q.nodes, key=alone.__getitem__)
+
+    def given(count: int) -> Quantisation:
+        back = {n: round(alone[n], 4) for n in worst[:count]}
+        return policy.of_layers(q.form, q.calibration, q.calibrated, {**q.float_layers, **back}, q.reduce_range)
+
+    most = 0
+    while most < len(worst) and given(most + 1).int8_share >= spec.min_int8_share:
+        most += 1
+    tried = [_try(task, given(most), number)] if most else [best]
+    if tried[0].short:
+        raise Refused(
+            task.target.runtime,
+            f"int8 does not hold: with the {len(tried[0].quantisation.float_layers)} worst layers in float (int8 share {tried[0].quantisation.int8_share:.3f}) "
+            + "; ".join(tried[0].short),
+            "take a float16 or float32 target, distil with quantize, or lower the tolerance in a target of your own",
+        )
+    low, high = 0, most  # low fails, high holds
+    while high - low > 1:
+        middle = (low + high) // 2
+        candidate = _try(task, given(middle), number + len(tried))
+        low, high = (middle, high) if candidate.short else (low, middle)
+        if candidate.short:
+            tried.insert(0, candidate)
+        else:
+            tried.append(candidate)
+    return tried
+
+
+def _time(task: Task, candidates: list[Candidate]) -> float | None:
+    """Puts the median latency (batch 1, one thread, interleaved) into the rows; returns float32's. None: not this machine's kind."""
+    if not measured_here(task.target):
+        return None
+    folder = task.folder / "float"
+    folder.mkdir()
+    plain = msgspec.structs.replace(task.target, precision="fp32", calibration=None)
+    runs = [_session(plain, folder / task.exporter.write(task.model, plain, None, folder)), *(c.run for c in candidates)]
+    x = task.pictures.judged[:1]
+    laps: list[list[float]] = [[] for _ in runs]
+    for _ in range(ROUNDS):
+        for run, own in zip(runs, laps, strict=True):
+            run(x)  # its caches were emptied by the others
+            for _ in range(QUERIES):
+                before = time.perf_counter()
+                run(x)
+                own.append(1e3 * (time.perf_counter() - before))
+    medians = [round(float(np.median(own)), 4) for own in laps]
+    for c, ms in zip(candidates, medians[1:], strict=True):
+        c.row["latency_ms"] = ms
+    return medians[0]
+
+
+def measured_here(target: Target) -> bool:
+    """Is this machine of the kind that the target's int8 form is for?"""
+    arch = machine.facts()["arch"]
+    if target.runtime == "onnxruntime":
+        return arch == ("x86_64" if target.activations == "uint8" else "aarch64")
+    return target.runtime == "openvino" and arch == "x86_64"
+
+
+def _pick(holding: list[Candidate], measured: bool) -> Candidate:
+    if measured:
+        limit = SAME_SPEED * min(c.row["latency_ms"] for c in holding)
+        holding = [c for c in holding if c.row["latency_ms"] <= limit]
+    return max(holding, key=lambda c: c.row["centred_cosine_p1"])
+
+
+def _refuse(chosen: Candidate, target: Target, spec: Calibration, float_ms: float | None) -> None:
+    share = chosen.quantisation.int8_share
+    do = "take a float16 or float32 target, or lower the limit in a target of your own"
+    if share < spec.min_int8_share:
+        raise Refused(target.runtime, f"only {share:.3f} of the multiply-accumulates stay in int8, below {spec.min_int8_share}", do)
+    if float_ms is not None and float_ms < spec.min_speedup * chosen.row["latency_ms"]:
+        ms = chosen.row["latency_ms"]
+        raise Refused(
+            target.runtime, f"int8 is {float_ms / ms:.2f} times as fast as float32 here ({ms:.2f} and {float_ms:.2f} ms), below {spec.min_speedup:g}", do
+        )
+
+
+def _judged_in(target: Target) -> str:
+    return "onnxruntime on the CPU, a proxy of TensorRT's numerics" if target.runtime == "tensorrt" else target.runtime
+
+
+def _session(target: Target, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    if target.runtime != "tensorrt":
+        return open_session(target.runtime, path, 1).run
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    if target.precision == "fp8":  # ONNX Runtime's rewriting of Q/DQ takes float8 for int8
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x})[0]
