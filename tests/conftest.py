@@ -181,14 +181,9 @@ def toy_target(name: str):
     from edgeclip import target
 
     loaded = target.load(name)[1]
-    if loaded.calibration is None:
-        return loaded
-    return msgspec.structs.replace(
-        loaded,
-        calibration=target.Calibration(
-            pictures=32, judged_on=0, probe_layers=2, layer_cosine=0.9, methods=("minmax",), smoothing=(None,), min_int8_share=0, min_speedup=0
-        ),
-    )
+    small = {"pictures": 32, "judged_on": 0, "probe_layers": 2, "layer_cosine": 0.9, "methods": ("minmax",), "smoothing": (None,)}
+    spec = target.Calibration(**small, min_int8_share=0, min_speedup=0)
+    return msgspec.structs.replace(loaded, calibration=spec) if loaded.calibration else loaded
 
 
 @pytest.fixture(scope="session")
