@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from edgeclip import cli_bundle, cli_cache, cli_device, tables
+from edgeclip.cli_device import GATE_FAILED
 from edgeclip.cli_options import json_option, label_file, latest, say
 from edgeclip.errors import EdgeclipError, Refused
 
