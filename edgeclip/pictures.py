@@ -49,6 +49,7 @@ def index_tar(path: Path) -> list[Picture]:
                 key, dot, suffix = member.name.partition(".")
                 if member.isfile() and dot:
                     found[key]["." + suffix.lower()] = member
+            refuse_cut(tar)
             pictures = []
             for key, members in found.items():
                 image = next((m for s, m in members.items() if s in SUFFIXES), None)
@@ -62,6 +63,15 @@ def index_tar(path: Path) -> list[Picture]:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
     except (tarfile.TarError, ValueError, OSError) as e:
         raise EdgeclipError(path, f"not a readable WebDataset shard ({e})", "replace or remove it") from None
+
+
+def refuse_cut(tar: tarfile.TarFile) -> None:
+    """Raises `tarfile.ReadError` unless the archive, read to its end, ends with a block of zeros: tarfile takes one that was
+    cut off between two members, or has rubbish there, for a whole one."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("it was cut off, or is damaged in the middle")
 
 
 def index_folder(folder: Path) -> list[Picture]:

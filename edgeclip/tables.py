@@ -77,10 +77,14 @@ def protocol(results: dict[str, Any]) -> None:
 def accuracy(results: dict[str, Any]) -> None:
     teacher, student = (results["models"][k] for k in ("teacher", "student"))
     _sets(results)
-    click.echo(f"teacher: {teacher['name']}, {teacher['parameters'] / 1e6:.1f} M parameters, {teacher['macs'] / 1e6:.0f} M MACs at {teacher['input']} px")
-    share = student["macs"] / teacher["macs"]
+    if teacher["parameters"] is None:
+        size, share = "no tower at hand", ""
+    else:
+        size = f"{teacher['parameters'] / 1e6:.1f} M parameters, {teacher['macs'] / 1e6:.0f} M MACs at {teacher['input']} px"
+        share = f" ({student['macs'] / teacher['macs']:.3f} of the teacher's)"
+    click.echo(f"teacher: {teacher['name']}, {size}")
     click.echo(
-        f"student: {student['name']}, {student['parameters'] / 1e6:.1f} M parameters, {student['macs'] / 1e6:.0f} M MACs at {student['input']} px ({share:.3f} of the teacher's)"
+        f"student: {student['name']}, {student['parameters'] / 1e6:.1f} M parameters, {student['macs'] / 1e6:.0f} M MACs at {student['input']} px{share}"
     )
     for line in results["skipped"]:
         click.echo(f"skipped: {line}")
@@ -163,7 +167,10 @@ def caches(found: list[dict[str, Any]]) -> None:
             ["teacher", c["teacher"]],
             ["data", c["data"]],
             ["pictures x views", f"{c['pictures']:,} x {c['views']} ({len(c['skipped'])} pictures skipped)"],
-            ["row", f"{c['width']} wide, float16 unit, norm {norm['min']:.3g} to {norm['max']:.3g}"],
+            [
+                "row",
+                f"{c['width']} wide, unit within {c['unit_error']:.1g}, " + (f"norm {norm['min']:.3g} to {norm['max']:.3g}" if norm else "norms not known"),
+            ],
             ["captions a picture", c["captions"]],
             ["classes", c["classes"]],
             ["shards", f"{c['shards']:,}, {c['bytes'] / 2**20:,.1f} MiB"],

@@ -17,7 +17,7 @@ from conftest import encoded, picture, snapshot
 from test_cache import build, dataset, teacher
 
 from edgeclip import cache, disk
-from edgeclip.cache import building
+from edgeclip.cache import assemble, building
 from edgeclip.errors import EdgeclipError
 from edgeclip.recipe import Views
 
@@ -244,7 +244,7 @@ def test_a_damaged_cache_is_refused_by_name(tmp_path, folder, damage):
 
 def test_stored_views_that_no_longer_give_their_rows_are_refused(tmp_path, folder, monkeypatch):
     """The pictures are repainted between the last shard and the replay."""
-    finish = building._finish
+    finish = assemble._finish
 
     def repainted(*arguments):
         for i in range(12):
@@ -254,7 +254,7 @@ def test_stored_views_that_no_longer_give_their_rows_are_refused(tmp_path, folde
             path.write_bytes(content + b"\0" * max(0, size - len(content)))
         finish(*arguments)
 
-    monkeypatch.setattr(building, "_finish", repainted)
+    monkeypatch.setattr(assemble, "_finish", repainted)
     with pytest.raises(EdgeclipError, match=r"a stored view of 36 replayed gives another row \(cosine"):
         build(tmp_path, dataset(folder))
     assert not list((tmp_path / "cache").iterdir())

@@ -7,7 +7,8 @@ import numpy as np
 
 from edgeclip import disk, recipe, teachers
 from edgeclip.cache.building import build
-from edgeclip.cache.shards import KIND, TeacherCache, open_folder
+from edgeclip.cache.embeddings import open_embeddings
+from edgeclip.cache.shards import KIND, Embeddings, Joined, Shards, TeacherCache, open_folder
 from edgeclip.errors import EdgeclipError
 
 SAMPLE = 4096
@@ -50,22 +51,57 @@ def build_for(path: Path, roots: tuple[str, ...] = (), out: Path | None = None) 
 
 
 def inspect(folder: Path, verify: bool = False) -> dict[str, Any]:
-    """What a cache holds. verify: also hash every file and compare with the manifest.
+    """What a cache holds, or a folder of embeddings in clip-retrieval's layout. verify: also hash every file and compare
+    with the manifest.
 
-    Raises `EdgeclipError` for what is no finished cache, or is not what its manifest says.
+    Raises `EdgeclipError` for what is neither, or is not what its manifest or metadata say.
     """
-    cache = open_folder(folder, [])
+    if not (folder / disk.MANIFEST).exists() and (folder / "img_emb").is_dir():
+        return _embeddings(folder) | {"verified": False}
+    manifest = disk.read_manifest(folder, KIND)
+    theirs = open_embeddings(Path(manifest["rows_of"])) if "rows_of" in manifest else None
+    cache = open_folder(folder, [], Embeddings(theirs.images, theirs.texts) if theirs else None)
     if verify:
-        disk.verify(folder, disk.read_manifest(folder, KIND))
+        disk.verify(folder, manifest)
     return _of(cache) | {"verified": verify}
+
+
+def _rows(rows: Shards | Joined) -> tuple[np.ndarray, np.ndarray]:
+    """(a sample of places, the norms of the rows there)."""
+    n = len(rows)
+    some = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
+    return some, np.linalg.norm(rows[some].astype(np.float32), axis=1)
+
+
+def _embeddings(folder: Path) -> dict[str, Any]:
+    theirs = open_embeddings(folder)
+    files = [p for what in ("img_emb", "text_emb", "metadata") for p in (folder / what).glob("*.*")]
+    return {
+        "folder": str(folder),
+        "teacher": None,
+        "identity": None,
+        "data": f"metadata columns: {', '.join(theirs.columns)}",
+        "pictures": len(theirs.images),
+        "views": 1,
+        "view_parameters": 0,
+        "width": int(theirs.images.shape[1]),
+        "captions": int(theirs.texts is not None),
+        "classes": 0,
+        "shards": len(theirs.metadata),
+        "bytes": sum(p.stat().st_size for p in files),
+        "skipped": [],
+        "norm": None,
+        "unit_error": float(np.abs(_rows(theirs.images)[1] - 1).max()),
+        "replay": None,
+        "seed": None,
+    }
 
 
 def _of(cache: TeacherCache) -> dict[str, Any]:
     m = cache.manifest
     n, k, width = cache.rows.shape
-    some = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
-    norms = cache.rows.norms[some]
-    drift = np.abs(np.linalg.norm(cache.rows.first[some].astype(np.float32), axis=1) - 1)
+    some, lengths = _rows(cache.rows.first)
+    norms = cache.rows.norms[some] if cache.rows.norms else None
     return {
         "folder": str(cache.folder),
         "teacher": m["name"],
@@ -80,8 +116,8 @@ def _of(cache: TeacherCache) -> dict[str, Any]:
         "shards": len(m["shards"]),
         "bytes": sum(size for s in m["shards"] for size in s["bytes"].values()),
         "skipped": m["skipped"],
-        "norm": {"min": float(norms.min()), "mean": float(norms.mean()), "max": float(norms.max())},
-        "unit_error": float(drift.max()),
+        "norm": None if norms is None else {"min": float(norms.min()), "mean": float(norms.mean()), "max": float(norms.max())},
+        "unit_error": float(np.abs(lengths - 1).max()),
         "replay": m["replay"],
         "seed": m["description"]["seed"],
     }

@@ -1,18 +1,12 @@
-"""Building a teacher cache, shard by shard: what is interrupted goes on at the first shard that is not whole.
+"""Building a teacher cache: by running a teacher over the data, or out of what others have computed.
 
-A cache grows in `.<fingerprint>.partial` beside its final place. A shard's files come first, then `shards/<i>.json` with
-their sizes and hashes; a later call checks what it finds against them and makes anew what does not agree. Every shard is
-made under a file lock that ends with its process, so any number of processes may build the same cache: each starts with
-the shards of its own rank (`torchrun`'s RANK of WORLD_SIZE) and then helps with the others'. Last, views drawn at random
-are replayed from their stored parameters and put to the live teacher once more, the manifest is written, and one rename
-makes the folder a cache.
+The teacher sees every view of every picture once. Before it starts, one batch tells how long all of it will take and what
+the disk must hold; last, views drawn at random are replayed from their stored parameters and put to the live teacher once
+more. How a folder grows, resumes and is shared by processes: `assemble`.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import math
-import os
 import random
 import shutil
 import time
@@ -22,13 +16,14 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 
 from edgeclip import disk, tokenizer
-from edgeclip.cache.shards import FORMAT, KIND, TeacherCache, name, open_folder, record
+from edgeclip import recipe as R
+from edgeclip.cache import embeddings, reinforced
+from edgeclip.cache.assemble import as_json, assemble, discard, finished, write_shard
+from edgeclip.cache.shards import FORMAT, Embeddings, TeacherCache, name, open_folder, record
 from edgeclip.cache.views import draw_views, replay
 from edgeclip.data import Dataset
 from edgeclip.errors import EdgeclipError
@@ -49,10 +44,27 @@ REPLAYED, SAME = 200, 0.999
 """that many views are put to the live teacher again, and must have at least that cosine with their rows"""
 
 
+class _Job(NamedTuple):
+    """What every step of running a teacher needs to know."""
+
+    teacher: Teacher
+    tower: nn.Module
+    data: Dataset
+    spec: Views
+    seed: int
+    captions: bool
+    device: torch.device
+    threads: int
+
+    @property
+    def pictures(self) -> Sequence[Picture]:
+        return self.data.train
+
+
 def build(
     cache: Path,
     teacher: Teacher,
-    tower: nn.Module,
+    tower: nn.Module | None,
     data: Dataset,
     spec: Views,
     seed: int,
@@ -72,17 +84,23 @@ def build(
         raise EdgeclipError(data.name, "has no pictures to train on", "check its folder and globs")
     description = describe(teacher, data, spec, seed, captions)
     folder = out or cache / disk.fingerprint(description)[:16]
-    if not (folder / disk.MANIFEST).exists():
-        if not out:
-            _say_nearest(cache, description)
-        partial = folder.with_name(f".{folder.name}.partial")
-        job = _Job(folder, partial, teacher, tower.to(device), data, spec, seed, captions, device, threads)
-        try:
-            _build(job, description)
-        except FileNotFoundError:  # another process finished meanwhile and moved the folder away under this one
-            if not (folder / disk.MANIFEST).exists():
-                raise
-    _refuse_other(folder, disk.read_manifest(folder, KIND).get("description"), description)
+    if not out and not (folder / disk.MANIFEST).exists():
+        _say_nearest(cache, description)
+    known = {"name": teacher.name, "teacher": teacher.identity, "data": data.name, "captions": int(captions)}
+    if isinstance(teacher.source, R.Embeddings):
+        return _of_embeddings(folder, description, known, teacher.source, teacher, data, captions)
+    if isinstance(teacher.source, R.Reinforced):
+        return _of_reinforced(folder, description, known, teacher.source, teacher, data, captions)
+    assert tower is not None
+    job = _Job(teacher, tower.to(device), data, spec, seed, captions, device, threads)
+    assemble(
+        folder,
+        description,
+        known | {"views": spec.count},
+        lambda partial: _plan(job, partial),
+        lambda *shard: _make(job, *shard),
+        lambda partial: {"replay": _replay(job, open_folder(partial, data.train))},
+    )
     return open_folder(folder, data.train)
 
 
@@ -92,19 +110,14 @@ def describe(teacher: Teacher, data: Dataset, spec: Views, seed: int, captions: 
         "format": FORMAT,
         "teacher": teacher.identity,
         "preprocess": msgspec.to_builtins(teacher.preprocess),
-        "views": msgspec.to_builtins(spec),
-        "seed": seed,
+        "views": msgspec.to_builtins(spec) if teacher.source is None else "the teacher's own",
+        "seed": seed if teacher.source is None else None,
         "classes": data.classes,
         "templates": list(data.templates),
         "captions": _digest(p.caption for p in data.train) if captions else None,
         "pictures": len(data.train),
         "data": _digest(f"{p.key} {p.size if p.size >= 0 else Path(p.path).stat().st_size}" for p in data.train),
     }
-
-
-def _json(value: Any) -> Any:
-    """As it will be read again."""
-    return msgspec.json.decode(msgspec.json.encode(value))
 
 
 def _digest(lines: Iterable[str]) -> str:
@@ -114,104 +127,53 @@ def _digest(lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _refuse_other(folder: Path, found: Any, asked: dict[str, Any]) -> None:
-    different = disk.differences(found, _json(asked))
-    if different:
-        raise EdgeclipError(folder, f"is another teacher cache ({'; '.join(different[:5])})", "delete it, or name another folder")
-
-
 def _say_nearest(cache: Path, description: dict[str, Any]) -> None:
     """Hours of a teacher are about to be spent: says what sets these ingredients apart from the nearest cache that there is."""
     others = [(p.parent.name, disk.read_json(p).get("description")) for p in sorted(cache.glob(f"*/{disk.MANIFEST}"))]
-    found = sorted((len(d), at, d) for at, other in others if other for d in [disk.differences(other, _json(description))])
+    found = sorted((len(d), at, d) for at, other in others if other for d in [disk.differences(other, as_json(description))])
     if found and found[0][0] <= 3:
         say(f"teacher cache: none of these ingredients yet; {cache / found[0][1]} is of others ({'; '.join(found[0][2])})")
 
 
-class _Job(NamedTuple):
-    """What every step of a build needs to know."""
-
-    folder: Path
-    partial: Path
-    teacher: Teacher
-    tower: nn.Module
-    data: Dataset
-    spec: Views
-    seed: int
-    captions: bool
-    device: torch.device
-    threads: int
-
-    @property
-    def pictures(self) -> Sequence[Picture]:
-        return self.data.train
+# --- a teacher that runs
 
 
 @torch.inference_mode()
-def _build(job: _Job, description: dict[str, Any]) -> None:
-    (job.partial / "shards").mkdir(parents=True, exist_ok=True)
-    with _lock(job.partial / "start", wait=True):
-        if (job.folder / disk.MANIFEST).exists():  # finished between this process's look and its lock
-            shutil.rmtree(job.partial)
-            return
-        if (job.partial / "description.json").exists():
-            _refuse_other(job.partial, disk.read_json(job.partial / "description.json"), description)
-        disk.write_json(job.partial / "description.json", description)
-        # Texts first: a class name that does not fit is better known before the hours of the pictures.
-        disk.write_array(job.partial / "class_features.npy", class_features(job.teacher, job.data.classes, job.data.templates))
-        size = _plan(job)
-    n = math.ceil(len(job.pictures) / size)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    own = [i for i in range(n) if i % world == rank]
-    busy = []
-    for i in own + [i for i in range(n) if i % world != rank]:
-        with _lock(_lock_file(job, i, n)) as mine:
-            if not mine:
-                busy.append(i)
-            elif not _whole(job, i, n):
-                _make(job, i, n, size)
-    if busy:
-        say(f"{job.folder}: another process builds this cache too; waiting for its {len(busy)} shards")
-    for i in busy:
-        with _lock(_lock_file(job, i, n), wait=True):
-            if not _whole(job, i, n):  # whoever had it did not finish it
-                _make(job, i, n, size)
-    with _lock(job.partial / "finish", wait=True):
-        if not (job.folder / disk.MANIFEST).exists():
-            _finish(job, description, n)
-
-
-def _plan(job: _Job) -> int:
-    """Pictures a shard. Says what the rest of the work takes, judged by one batch, and refuses what the disk cannot hold."""
+def _plan(job: _Job, partial: Path) -> int:
+    """How many shards. Says what the rest of the work takes, judged by one batch, and refuses what the disk cannot hold."""
+    # Texts first: a class name that does not fit is better known before the hours of the pictures.
+    disk.write_array(partial / "class_features.npy", class_features(job.teacher, job.data.classes, job.data.templates))
     n, k = len(job.pictures), job.spec.count
     skipped: list[str] = []
     first = next(_batches(job, range(min(n, 4 * _batch_size(job))), skipped), None)
     if first is None:
-        shutil.rmtree(job.partial, ignore_errors=True)
+        discard(partial)
         raise EdgeclipError(job.data.name, f"none of the first pictures can be read (first: {skipped[0]})", "repair the data")
     pixels = first[1][1]
-    _rows(job, pixels)
-    before = time.perf_counter()
     width = _rows(job, pixels).shape[1]
+    before = time.perf_counter()
+    _rows(job, pixels)
     seconds = (time.perf_counter() - before) / len(first[0])
-    size = min(max(SHARD_PICTURES[0], 2 ** math.ceil(math.log2(n / 16))), SHARD_PICTURES[1], 2 ** max(0, int(math.log2(SHARD_BYTES / (2 * k * width)))))
-    done = sum(s["rows"] for s in _finished(job).values())
+    done = sum(s["rows"] for s in finished(partial).values())
     bytes_each = 2 * k * width + record(k, 5).itemsize + METADATA_BYTES + 2 * job.teacher.embed_dim * job.captions
-    need, free = max(0, n - done) * bytes_each, shutil.disk_usage(job.partial).free
+    need, free = max(0, n - done) * bytes_each, shutil.disk_usage(partial).free
     rest = f"{n - done:,} of {n:,} pictures" if done else f"{n:,} pictures"
     say(f"teacher cache: {rest} x {k} views, about {_minutes((n - done) * seconds)} and {need / 2**20:,.1f} MiB of {free / 2**30:,.1f} GiB free")
     if need > free:
         raise EdgeclipError(
-            job.folder.parent, f"the cache needs {need / 2**30:,.1f} GiB more and the disk has {free / 2**30:,.1f} GiB free", "free some, or take fewer views"
+            partial.parent, f"the cache needs {need / 2**30:,.1f} GiB more and the disk has {free / 2**30:,.1f} GiB free", "free some, or take fewer views"
         )
-    return size
+    return math.ceil(n / _shard_size(n, 2 * k * width))
+
+
+def _shard_size(n: int, bytes_each: int) -> int:
+    """Pictures a shard, a power of two."""
+    planned = min(max(SHARD_PICTURES[0], 2 ** math.ceil(math.log2(n / 16))), SHARD_PICTURES[1])
+    return min(planned, 2 ** max(0, int(math.log2(SHARD_BYTES / bytes_each))))
 
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-# --- one shard
 
 
 def _batch_size(job: _Job) -> int:
@@ -239,7 +201,9 @@ def _rows(job: _Job, pixels: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _make(job: _Job, shard: int, shards: int, size: int) -> None:
+@torch.inference_mode()
+def _make(job: _Job, partial: Path, shard: int, shards: int) -> None:
+    size = math.ceil(len(job.pictures) / shards)
     places = range(shard * size, min((shard + 1) * size, len(job.pictures)))
     k, batch = job.spec.count, _batch_size(job)
     rows = records = None
@@ -255,10 +219,10 @@ def _make(job: _Job, shard: int, shards: int, size: int) -> None:
         rows[here] = made / np.maximum(norm, 1e-12)[:, :, None]
         records["picture"][here], records["norm"][here], records["view"][here] = index, norm, views
         done += len(index)
-    found = _finished(job).values()
+    found = finished(partial).values()
     before, seen = [line for s in found for line in s["skipped"]], sum(s["rows"] + len(s["skipped"]) for s in found) + len(places)
     if len(before) + len(skipped) > MAX_UNREADABLE * len(job.pictures) or rows is None or records is None:
-        shutil.rmtree(job.partial, ignore_errors=True)  # who repairs the data makes another cache of it
+        discard(partial)
         refuse_unreadable([*before, *skipped], seen, job.data.name)
         raise EdgeclipError(job.data.name, f"none of the pictures {places.start} to {places.stop - 1} can be read (first: {skipped[0]})", "repair the data")
     for line in skipped:
@@ -270,109 +234,10 @@ def _make(job: _Job, shard: int, shards: int, size: int) -> None:
     if job.captions:
         arrays["text_emb"] = caption_features(job.teacher, [p.caption for p in kept])
     metadata = {"image_path": [p.key for p in kept], "caption": [p.caption for p in kept], "picture": records["picture"][:done]}
-    write_shard(job.partial, shard, shards, arrays, metadata, skipped)
+    write_shard(partial, shard, shards, arrays, metadata, skipped)
 
 
-def write_shard(folder: Path, shard: int, shards: int, arrays: dict[str, np.ndarray], metadata: dict[str, Any], skipped: list[str]) -> None:
-    """The files of one shard, and last what says that they are whole.
-
-    Raises `EdgeclipError` when they cannot be written (a full disk): the shards before stay.
-    """
-    files = {}
-    try:
-        for what, array in arrays.items():
-            files[name(what, shard, shards)] = folder / name(what, shard, shards)
-            disk.write_array(folder / name(what, shard, shards), array)
-        files[name("metadata", shard, shards)] = folder / name("metadata", shard, shards)
-        with disk.new_file(folder / name("metadata", shard, shards)) as temporary:
-            pq.write_table(pa.table(metadata), temporary)
-        content = {"rows": len(arrays["img_emb"]), "bytes": {f: p.stat().st_size for f, p in files.items()}, "skipped": skipped}
-        disk.write_json(_note(folder, shard), content | {"files": {f: disk.sha256(p) for f, p in files.items()}})
-    except FileNotFoundError:
-        raise
-    except OSError as e:
-        for file in files.values():
-            file.unlink(missing_ok=True)
-        raise EdgeclipError(
-            folder, f"shard {shard + 1} of {shards} could not be written ({e})", "free some disk and run the same command: it goes on here"
-        ) from e
-
-
-def _note(folder: Path, shard: int) -> Path:
-    return folder / "shards" / f"{shard}.json"
-
-
-def _lock_file(job: _Job, shard: int, shards: int) -> Path:
-    return job.partial / "shards" / f"{shard}.lock"
-
-
-@contextlib.contextmanager
-def _lock(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether the lock at `path` is ours now; the kernel lets go of it when the process ends, however it ends."""
-    fd = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            mine = True
-        except BlockingIOError:
-            mine = False
-        yield mine
-    finally:
-        os.close(fd)
-
-
-def _finished(job: _Job) -> dict[int, dict[str, Any]]:
-    return {int(p.stem): disk.read_json(p) for p in (job.partial / "shards").glob("*.json") if p.stem.isdigit()}
-
-
-def _whole(job: _Job, shard: int, shards: int) -> bool:
-    """Whether the shard is there and its files are those that were written."""
-    if not _note(job.partial, shard).exists():
-        return False
-    try:
-        disk.verify(job.partial, {"kind": "shard", "files": disk.read_json(_note(job.partial, shard))["files"]})
-    except EdgeclipError as e:
-        say(f"shard {shard + 1} of {shards} is made anew: {e}")
-        _note(job.partial, shard).unlink()
-        return False
-    return True
-
-
-# --- the whole
-
-
-def _finish(job: _Job, description: dict[str, Any], shards: int) -> None:
-    notes = _finished(job)
-    parts = [notes[i] for i in range(shards)]
-    files = {f: digest for p in parts for f, digest in p["files"].items()}
-    manifest = {
-        "kind": KIND,
-        "format": FORMAT,
-        "teacher": job.teacher.identity,
-        "name": job.teacher.name,
-        "data": job.data.name,
-        "pictures": sum(p["rows"] for p in parts),
-        "views": job.spec.count,
-        "captions": int(job.captions),
-        "skipped": [line for p in parts for line in p["skipped"]],
-        "description": description,
-        "shards": [{"rows": p["rows"], "bytes": p["bytes"]} for p in parts],
-        "files": files | {"class_features.npy": disk.sha256(job.partial / "class_features.npy")},
-    }
-    disk.write_json(job.partial / disk.MANIFEST, manifest | {"replay": None})
-    try:
-        found = _replay(job, open_folder(job.partial, job.pictures))
-    except EdgeclipError:
-        shutil.rmtree(job.partial, ignore_errors=True)
-        raise
-    disk.write_json(job.partial / disk.MANIFEST, manifest | {"replay": found})
-    (job.partial / "description.json").unlink()
-    os.rename(job.partial, job.folder)
-    for left in ("shards", "start", "finish"):
-        path = job.folder / left
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
+@torch.inference_mode()
 def _replay(job: _Job, made: TeacherCache) -> dict[str, Any]:
     """Random stored views through the live teacher again: what a student will see is what the rows were made of."""
     rng = np.random.default_rng(job.seed)
@@ -398,6 +263,79 @@ def _replay(job: _Job, made: TeacherCache) -> dict[str, Any]:
     return {"views": count, "cosine_min": round(lowest, 6)}
 
 
+# --- what others have computed
+
+
+def lacking(asked: R.Recipe, classes: bool, captions: bool, class_list: bool) -> tuple[str, str] | None:
+    """(what, what to do) when a loss needs a tensor that a teacher of the recipe has not; None when they have all.
+
+    classes, captions: what the loss needs; class_list: whether the data has one.
+    """
+    for field, teacher in [("teacher", asked.teacher), *((f"other_teachers.{i}", t) for i, t in enumerate(asked.other_teachers))]:
+        if not isinstance(teacher, R.Embeddings | R.Reinforced):
+            continue
+        by_class = class_list and (classes or (captions and asked.losses.captions == "classes"))
+        if by_class and not (teacher.text or teacher.class_features):
+            return f"needs class features, and {field} has neither text nor class_features", "give one of them"
+        if captions and asked.losses.captions == "data" and isinstance(teacher, R.Embeddings) and not any(Path(teacher.root).glob("text_emb/*.npy")):
+            return f"needs the captions' features, and {field} has no text_emb below {teacher.root}", "drop the loss, or use captions: classes"
+    return None
+
+
+def _of_embeddings(
+    folder: Path, description: dict[str, Any], known: dict[str, Any], spec: R.Embeddings, teacher: Teacher, data: Dataset, captions: bool
+) -> TeacherCache:
+    theirs = embeddings.open_embeddings(Path(spec.root))
+    if captions and theirs.texts is None:
+        raise EdgeclipError(theirs.root, "has no text_emb, and a loss or student.text needs the captions' features", "drop what needs them")
+    missing: list[str] = []
+
+    def plan(partial: Path) -> int:
+        disk.write_array(partial / "class_features.npy", class_features(teacher, data.classes, data.templates))
+        return 1
+
+    def make(partial: Path, shard: int, shards: int) -> None:
+        places, rows, without = embeddings.join(theirs, spec, data.train)
+        missing.extend(without)
+        records = np.zeros(len(places), record(1, 5))
+        records["picture"], records["norm"] = places, np.nan
+        write_shard(partial, shard, shards, {"records": records, "rows": rows}, {"picture": places, "row": rows}, [f"'{k}' has no row" for k in without])
+
+    known |= {"views": 1, "replay": None, "rows_of": str(theirs.root)}
+    assemble(folder, description, known, plan, make, lambda partial: {})
+    if missing:
+        say(f"{theirs.root}: {len(missing)} of {len(data.train)} pictures have no row and are left out (partial: true)")
+    return open_folder(folder, data.train, Embeddings(theirs.images, theirs.texts))
+
+
+def _of_reinforced(
+    folder: Path, description: dict[str, Any], known: dict[str, Any], spec: R.Reinforced, teacher: Teacher, data: Dataset, captions: bool
+) -> TeacherCache:
+    of = embeddings.JOINS[spec.join]
+    place_of = {of(p.key): i for i, p in enumerate(data.train)}
+    if len(place_of) < len(data.train):
+        raise EdgeclipError(data.name, f"two of its pictures have the same key (join: {spec.join})", "use another teacher.join")
+
+    def plan(partial: Path) -> int:
+        disk.write_array(partial / "class_features.npy", class_features(teacher, data.classes, data.templates))
+        return len(reinforced.shard_files(spec))
+
+    def make(partial: Path, shard: int, shards: int) -> None:
+        reinforced.make(spec, data.train, place_of, captions, partial, shard, shards)
+
+    def finish(partial: Path) -> dict[str, Any]:
+        first = np.load(partial / name("records", 0, len(reinforced.shard_files(spec))), mmap_mode="r")
+        of_captions = sorted((partial / "more_captions").glob("*.npy"))
+        several = np.load(of_captions[0], mmap_mode="r").shape[1] if of_captions else 0
+        return {"views": first["norm"].shape[1], "replay": None, "captions": int(captions) + several}
+
+    assemble(folder, description, known, plan, make, finish)
+    made = open_folder(folder, data.train)
+    if len(made.rows) < len(data.train):
+        say(f"{spec.root}: {len(data.train) - len(made.rows)} of {len(data.train)} pictures have no sample and are left out")
+    return made
+
+
 # --- texts
 
 
@@ -414,8 +352,14 @@ def caption_features(teacher: Teacher, captions: list[str]) -> np.ndarray:
 
 
 def class_features(teacher: Teacher, classes: list[str], templates: tuple[str, ...]) -> np.ndarray:
-    """[N, D] unit class features: the prompt ensemble of each class name."""
+    """[N, D] unit class features: the prompt ensemble of each class name, or the teacher's own where it has but them."""
     if not classes:
         return np.zeros((0, teacher.embed_dim), np.float32)
+    if teacher.class_features is not None:
+        if len(teacher.class_features) != len(classes):
+            raise EdgeclipError(
+                "teacher.class_features", f"has {len(teacher.class_features)} rows, and there are {len(classes)} classes", "write a row a class"
+            )
+        return teacher.class_features
     features = teacher.encode_text(prompts(classes, templates)).numpy()
     return ensemble(features.reshape(len(classes), len(templates), -1))

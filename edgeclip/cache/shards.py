@@ -80,38 +80,54 @@ class Shards:
         return out
 
 
-class Rows:
-    """The tower's rows [n, K, R]: `rows[index, view]` is [B, R] float32, unit rows times their norms."""
+class Joined:
+    """An array's rows in another order: `joined[i]` is `array[places[i]]`."""
 
-    def __init__(self, first: Shards, more: Shards | None, norms: Shards):
+    def __init__(self, array: Shards, places: Shards):
+        self.array, self.places = array, places
+        self.dtype, self.shape = array.dtype, (len(places), *array.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        return self.array[self.places[key]]
+
+
+class Rows:
+    """[n, K, D] in up to two arrays: `rows[index, k]` is [B, D] float32, unit rows times their norms where these are known.
+
+    A teacher's rows of K views, or its features of K captions.
+    """
+
+    def __init__(self, first: Shards | Joined, more: Shards | None, norms: Shards | None):
         self.first, self.more, self.norms = first, more, norms
         self.shape = (len(first), 1 if more is None else 1 + more.shape[1], first.shape[1])
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def unit(self, index: np.ndarray, view: np.ndarray) -> np.ndarray:
-        """[B, R] float16, as they lie on disk."""
-        if self.more is None:
+    def unit(self, index: np.ndarray, which: np.ndarray) -> np.ndarray:
+        """[B, D] as they lie on disk; index, which: [B]."""
+        if self.more is None or not which.any():
             return self.first[index]
-        if not view.any():
-            return self.first[index]
-        if view.all():
-            return self.more[index, view - 1]
-        out = np.empty((len(index), self.shape[2]), np.float16)
-        plain = view == 0
-        out[plain], out[~plain] = self.first[index[plain]], self.more[index[~plain], view[~plain] - 1]
+        if which.all():
+            return self.more[index, which - 1]
+        out = np.empty((len(index), self.shape[2]), self.first.dtype)
+        first = which == 0
+        out[first], out[~first] = self.first[index[first]], self.more[index[~first], which[~first] - 1]
         return out
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        first, *view = key if isinstance(key, tuple) else (key,)
+        first, *rest = key if isinstance(key, tuple) else (key,)
         index: np.ndarray = np.arange(len(self))[first] if isinstance(first, slice) else np.asarray(first)
-        if not view:
+        if not rest:
             return np.stack([self[index, k] for k in range(self.shape[1])], axis=-2)
-        of = np.broadcast_to(np.asarray(view[0]), index.shape)
+        which = np.broadcast_to(np.asarray(rest[0]), index.shape)
         if index.ndim == 0:
-            return self[index[None], of[None]][0]
-        return self.unit(index, of).astype(np.float32) * self.norms[index, of][:, None]
+            return self[index[None], which[None]][0]
+        rows = self.unit(index, which).astype(np.float32)
+        return rows if self.norms is None else rows * self.norms[index, which][:, None]
 
 
 class Kept(Sequence[Picture]):
@@ -144,12 +160,22 @@ class TeacherCache(NamedTuple):
     views: Shards
     """[n, K, P]"""
     class_features: np.ndarray
-    caption_features: Shards | None
+    """[N, D]"""
+    caption_features: Rows | None
+    """[n, C, D]"""
 
 
-def open_folder(folder: Path, pictures: Sequence[Picture]) -> TeacherCache:
+class Embeddings(NamedTuple):
+    """Rows that lie elsewhere."""
+
+    images: Shards
+    texts: Shards | None
+
+
+def open_folder(folder: Path, pictures: Sequence[Picture], elsewhere: Embeddings | None = None) -> TeacherCache:
     """The finished cache in `folder`, of a data set's `pictures`; no file but the manifest is read, each one's size is looked at.
 
+    elsewhere: of a cache that only joins rows to pictures.
     Raises `EdgeclipError` when it is not finished, of an older format, or a file is missing or shorter than its index says.
     """
     manifest = disk.read_manifest(folder, KIND)
@@ -168,12 +194,15 @@ def open_folder(folder: Path, pictures: Sequence[Picture]) -> TeacherCache:
                 raise EdgeclipError(folder, f"{file} is missing", "make the cache anew, or copy it again") from None
             if found != size:
                 raise EdgeclipError(folder, f"{file} has {found} bytes, and its index says {size}", "make the cache anew, or copy it again")
-    return TeacherCache(
-        folder=folder,
-        manifest=manifest,
-        pictures=Kept(pictures, shards("records", "picture")),
-        rows=Rows(shards("img_emb"), shards("more_views") if manifest["views"] > 1 else None, shards("records", "norm")),
-        views=shards("records", "view"),
-        class_features=np.load(folder / "class_features.npy"),
-        caption_features=shards("text_emb") if manifest["captions"] else None,
-    )
+    captions: Rows | None = None
+    if elsewhere is not None:
+        places = shards("rows")
+        rows = Rows(Joined(elsewhere.images, places), None, None)
+        if manifest["captions"] and elsewhere.texts is not None:
+            captions = Rows(Joined(elsewhere.texts, places), None, None)
+    else:
+        rows = Rows(shards("img_emb"), shards("more_views") if manifest["views"] > 1 else None, shards("records", "norm"))
+        if manifest["captions"]:
+            captions = Rows(shards("text_emb"), shards("more_captions") if manifest["captions"] > 1 else None, None)
+    class_features = np.load(folder / "class_features.npy")
+    return TeacherCache(folder, manifest, Kept(pictures, shards("records", "picture")), rows, shards("records", "view"), class_features, captions)

@@ -1,7 +1,8 @@
 """Views: a picture's augmentations as explicit numbers, replayed alike for a teacher and a student of any input size.
 
-A view is [left, top, width, height in source pixels, flip 0 or 1], of width 0: the picture's centre square, for whoever
-does not know its size. A JPEG may have been decoded at a fraction of its size: `replay` is told the full one.
+A view is [left, top, width, height in source pixels, flip 0 or 1], and for reinforced data RandAugment's operations after
+the resize, two numbers each: its place in `OPERATIONS` and its magnitude (TranslateX and TranslateY: of the side). Width 0
+is the picture's centre square, for whoever does not know its size.
 """
 
 import math
@@ -12,6 +13,12 @@ from PIL import Image
 
 from edgeclip.preprocess import FILTERS, Preprocess
 from edgeclip.recipe import Views
+
+OPERATIONS = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
+    "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
+"""torchvision's RandAugment, in its order"""
 
 
 def draw_views(width: int, height: int, spec: Views, rng: random.Random) -> np.ndarray:
@@ -33,10 +40,25 @@ def draw_views(width: int, height: int, spec: Views, rng: random.Random) -> np.n
 
 def replay(image: Image.Image, view: np.ndarray, spec: Preprocess) -> np.ndarray:
     """uint8 [H, W, 3]: one view of a picture at an encoder's size."""
-    left, top, width, height, flip = (float(v) for v in view)
+    left, top, width, height, flip, *operations = view.tolist()
     if not width:
         width = height = min(image.size)
         left, top = (image.width - width) / 2, (image.height - height) / 2
     box = (left, top, min(left + width, image.width), min(top + height, image.height))
-    pixels = np.asarray(image.resize((spec.size, spec.size), FILTERS[spec.interpolation], box=box))
+    if operations:  # as torchvision's resized_crop: the filter sees nothing beyond the crop
+        image = image.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3])))
+        box = (0, 0, image.width, image.height)
+    resized = image.resize((spec.size, spec.size), FILTERS[spec.interpolation], box=box)
+    for number, magnitude in zip(operations[::2], operations[1::2], strict=True):
+        resized = _operate(resized, OPERATIONS[int(number)], magnitude)
+    pixels = np.asarray(resized)
     return pixels[:, ::-1] if flip else pixels
+
+
+def _operate(image: Image.Image, operation: str, magnitude: float) -> Image.Image:
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.autoaugment import _apply_op
+
+    if operation.startswith("Translate"):
+        magnitude = round(magnitude * image.width, 3)  # torchvision cuts it to whole pixels: 45 must not become 44.9999
+    return _apply_op(image, operation, magnitude, interpolation=InterpolationMode.NEAREST, fill=None)

@@ -123,7 +123,7 @@ def evaluate(
     keep_head: bool,
     preprocess: Preprocess,
     teacher: Teacher,
-    teacher_tower: nn.Module,
+    teacher_tower: nn.Module | None,
     data: Dataset,
     class_features: np.ndarray,
     max_pictures: int,
@@ -147,7 +147,9 @@ def evaluate(
         parity += [(s, s.pictures[i], f) for i, f in zip(kept, features, strict=True)]
         if not s.headline:
             continue
-        of_teacher = Answers(*teacher_features(teacher, teacher_tower, s.pictures, f"teacher: {s.name}", device), class_features)
+        of_teacher = None
+        if teacher_tower is not None:
+            of_teacher = Answers(*teacher_features(teacher, teacher_tower, s.pictures, f"teacher: {s.name}", device), class_features)
         row = score(s, Answers(kept, features, shipped), of_teacher, edu, keep_head)
         row |= {m: score(s, Answers(kept, features, w), None, edu, keep_head)["student"] for m, w in either.items()}
         sets.append(row)

@@ -71,7 +71,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     cached = cache.build(CACHE, teacher, tower, dataset, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
     clock.lap("teacher cache")
 
-    def stage_1_head(teacher: Teacher, tower: nn.Module, cached: cache.TeacherCache, folder: Path) -> Teacher:
+    def stage_1_head(teacher: Teacher, tower: nn.Module | None, cached: cache.TeacherCache, folder: Path) -> Teacher:
         if not isinstance(asked.adapt, recipe.ResidualHead):
             return teacher
         if labelled is None:
@@ -151,8 +151,8 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         "models": {
             "teacher": {
                 "name": teacher.name,
-                "parameters": weights.parameters(tower),
-                "macs": weights.macs(tower, teacher.preprocess.size),
+                "parameters": weights.parameters(tower) if tower else None,
+                "macs": weights.macs(tower, teacher.preprocess.size) if tower else None,
                 "input": teacher.preprocess.size,
             },
             "student": {
@@ -250,6 +250,8 @@ def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> 
     for name in losses.active(asked.losses):
         if not dataset.classes and (name in losses.NEED_CLASSES or (name in losses.NEED_CAPTIONS and not captions)):
             raise EdgeclipError(f"{path}: losses.{name}", "needs a class list, and the data has none", "give data.classes or evaluation_data")
+        if lacks := cache.lacking(asked, name in losses.NEED_CLASSES, name in losses.NEED_CAPTIONS, bool(dataset.classes)):
+            raise EdgeclipError(f"{path}: losses.{name}", *lacks)
         if name in losses.NEED_LABELS and not dataset.labelled:
             raise EdgeclipError(f"{path}: losses.{name}", "needs labels, and the data has no labelled pictures", "drop the loss, or label some")
     first = asked.train.first

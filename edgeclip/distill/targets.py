@@ -51,7 +51,7 @@ class Targets:
             classes = torch.where(labels >= 0, labels, first_choice) if self.adapted_here else first_choice
 
         def captions(rows: _Rows) -> Tensor | None:
-            return rows.captions(index) if classes is None else rows.class_features[classes]
+            return rows.captions(index, view) if classes is None else rows.class_features[classes]
 
         return {
             "teacher_features": unit,
@@ -86,7 +86,10 @@ class _Rows:
         """Not normalised."""
         return self.head(torch.from_numpy(self.cache.rows[index, view].astype(np.float32)).to(self.device))
 
-    def captions(self, index: np.ndarray) -> Float[Tensor, "B D"] | None:
-        if self.cache.caption_features is None:
+    def captions(self, index: np.ndarray, view: np.ndarray) -> Float[Tensor, "B D"] | None:
+        """Of a picture with several captions, view v goes with caption v modulo their number."""
+        captions = self.cache.caption_features
+        if captions is None:
             return None
-        return F.normalize(torch.from_numpy(self.cache.caption_features[index].astype(np.float32)), dim=-1).to(self.device)  # float16 on disk
+        rows = captions[index] if len(captions.shape) == 2 else captions[index, view % captions.shape[1]]
+        return F.normalize(torch.from_numpy(rows.astype(np.float32)), dim=-1).to(self.device)  # float16 on disk

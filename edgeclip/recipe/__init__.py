@@ -21,10 +21,12 @@ from edgeclip.recipe.ingredients import (
     Conse,
     Data,
     DataFile,
+    Embeddings,
     Folders,
     OpenClip,
     OpenMoji,
     Prompts,
+    Reinforced,
     ResidualHead,
     Share,
     Student,
@@ -46,6 +48,7 @@ __all__ = [
     "DataFile",
     "Distribution",
     "EduAttention",
+    "Embeddings",
     "First",
     "Folders",
     "IFAlign",
@@ -56,6 +59,7 @@ __all__ = [
     "Parity",
     "Prompts",
     "Recipe",
+    "Reinforced",
     "ResidualHead",
     "Share",
     "Student",
@@ -174,6 +178,16 @@ def check(recipe: Recipe, where: object) -> None:
         raise EdgeclipError(f"{where}: adapt", "a residual_head is for the assembled teacher (kind: conse) only", "use kind: prompts, or set adapt to null")
     if isinstance(recipe.adapt, Prompts) and not isinstance(recipe.teacher, OpenClip):
         raise EdgeclipError(f"{where}: adapt", "prompts are for an open_clip teacher only", "use kind: residual_head, or set adapt to null")
+    for field, teacher in [("teacher", recipe.teacher), *((f"other_teachers.{i}", t) for i, t in enumerate(recipe.other_teachers))]:
+        if not isinstance(teacher, Embeddings | Reinforced):
+            continue
+        if teacher.text and teacher.class_features:
+            raise EdgeclipError(f"{where}: {field}", "has both text and class_features", "give one of them")
+        if isinstance(teacher, Embeddings) and losses.if_align and not losses.if_align.normalise:
+            raise EdgeclipError(f"{where}: losses.if_align", f"needs the teacher's norms, which {field} (kind: embeddings) has lost", "use normalise: true")
+    first = recipe.teacher
+    if isinstance(first, Embeddings | Reinforced) and not first.text and recipe.text_encoder and not recipe.student.text:
+        raise EdgeclipError(f"{where}: text_encoder", "the teacher has none to ship", "set text_encoder: false, or give teacher.text")
     if recipe.adapt_data and not recipe.adapt:
         raise EdgeclipError(f"{where}: adapt_data", "is for stage 1, and adapt is null", "add adapt: {kind: residual_head}, or set adapt_data to null")
 

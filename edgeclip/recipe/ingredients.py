@@ -95,7 +95,51 @@ class OpenClip(Config, tag="open_clip", tag_field="kind"):
     licence: str = "unknown"
 
 
-Teacher = Conse | OpenClip
+class Embeddings(Config, tag="embeddings", tag_field="kind"):
+    """Embeddings that others computed, in the folders that clip-retrieval writes and LAION publishes. No teacher is run:
+    one view (the plain one), no norms; the teacher is not scored beside the student."""
+
+    root: str
+    """folder of img_emb/, metadata/ and, where a loss needs captions, text_emb/"""
+    key: str = "image_path"
+    """metadata column that names a row's picture"""
+    join: Literal["key", "name", "stem"] = "key"
+    """what of that and of the data's picture key must be equal: all of it, the file name, the file name without suffixes"""
+    partial: bool = False
+    """true: pictures without a row are left out and counted; false: they are an error"""
+    text: OpenClip | None = None
+    """the same model, for class names and for the bundle's text encoder; null: class_features, or no class at all"""
+    class_features: str | None = None
+    """.npy file [N, D] of a feature a class, in the data's class order, instead of `text`'s"""
+    logit_scale: NonNegative = 100.0
+    """the model's, already exponentiated"""
+    licence: str = "unknown"
+
+
+class Reinforced(Config, tag="reinforced", tag_field="kind"):
+    """One teacher of MobileCLIP's reinforced shards (DataCompDR, DFNDR): stored views, several captions. No teacher is run."""
+
+    root: str
+    """folder of the shards; they may be those of the pictures, or apart"""
+    shards: str = "*.tar"
+    """glob below root"""
+    columns: tuple[int, int] | None = None
+    """[first, end) of this teacher's part of a row, where rows of several teachers are joined (DataCompDR: [0, 768] and
+    [768, 1536]); null: the whole row"""
+    image_size: Positive = 224
+    """pixels a side of the teacher's input, which TranslateX and TranslateY were measured in"""
+    join: Literal["key", "name", "stem"] = "name"
+    """what of a sample's and of a picture's key (<shard>/<uid>) must be equal"""
+    text: OpenClip | None = None
+    """as of kind: embeddings"""
+    class_features: str | None = None
+    """as of kind: embeddings"""
+    logit_scale: NonNegative = 100.0
+    """MobileCLIP 100; MobileCLIP2 70 and 60"""
+    licence: str = "unknown"
+
+
+Teacher = Conse | OpenClip | Embeddings | Reinforced
 
 
 class ResidualHead(Config, tag="residual_head", tag_field="kind"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -41,17 +42,26 @@ class Teacher:
     logit_scale: float
     """already exponentiated"""
     embed_dim: int
-    tower: nn.Module
-    """pixels [B, 3, H, W] to rows [B, R]"""
+    tower: Any
+    """module, pixels [B, 3, H, W] to rows [B, R]; None: its rows were computed elsewhere"""
     features: Callable[[Float[Tensor, "B R"]], Float[Tensor, "B D"]]
     """rows to image features, not normalised"""
     encode_text: Callable[[list[str]], Float[Tensor, "N D"]]
     """texts to unit features"""
     text: TextTower | None = None
     """the module behind encode_text, where stage 1 can put prompts into it; None: texts are not tokenised here"""
+    source: R.Embeddings | R.Reinforced | None = None
+    """where its rows come from when it has no tower"""
+    class_features: np.ndarray | None = None
+    """[N, D] unit, where they are all that is known of its text side"""
 
 
-TEACHERS = {R.Conse: "edgeclip.teachers.conse", R.OpenClip: "edgeclip.teachers.open_clip"}
+TEACHERS = {
+    R.Conse: "edgeclip.teachers.conse",
+    R.OpenClip: "edgeclip.teachers.open_clip",
+    R.Embeddings: "edgeclip.teachers.precomputed",
+    R.Reinforced: "edgeclip.teachers.precomputed",
+}
 
 
 def load(spec: R.Teacher) -> Teacher:
@@ -66,8 +76,10 @@ def check_class_names(teacher: Teacher, classes: list[str], templates: tuple[str
         tokenizer.check_class_names(words, classes, templates, teacher.text.context_length)
 
 
-def folded(teacher: Teacher) -> nn.Module:
-    """The teacher's tower as it is run: batch norms merged, channels last."""
+def folded(teacher: Teacher) -> nn.Module | None:
+    """The teacher's tower as it is run: batch norms merged, channels last; None where it has none."""
+    if teacher.tower is None:
+        return None
     size = teacher.preprocess.size
     return fold(teacher.tower, torch.randn(2, 3, size, size)).to(memory_format=torch.channels_last)
 

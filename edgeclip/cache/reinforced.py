@@ -1,0 +1,170 @@
+"""MobileCLIP's reinforced shards (DataCompDR, DFNDR) as a teacher cache: views, captions and embeddings of several teachers.
+
+A sample of such a tar, beside the picture or in tars of their own:
+
+    <uid>.paug.json       {"param_aug": [[[top, left, height, width], [[operation, magnitude], ...]], ...]}, a view each
+    <uid>.syn.json        {"syn_text": [...]}: synthetic captions
+    <uid>.npz             image_emb [K, E], text_emb [C, E]: the data's own caption first, then the synthetic ones;
+      or <uid>.pth.gz     the same as a torch file of bfloat16. E: the teachers' widths one after the other
+
+One tar becomes one shard of the cache, for the part of E that is this teacher's. A view is a crop and then RandAugment's
+operations, by their numbers in torchvision's order; magnitudes of TranslateX and TranslateY are pixels of the teacher's
+input, and kept as fractions of its side. Sources: MobileCLIP arXiv 2311.17049, the cards of apple/DataCompDR-12M.
+"""
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgeclip.cache.assemble import write_shard
+from edgeclip.cache.embeddings import JOINS
+from edgeclip.cache.shards import record
+from edgeclip.cache.views import OPERATIONS
+from edgeclip.errors import EdgeclipError
+from edgeclip.pictures import MAX_UNREADABLE, Picture, refuse_cut
+from edgeclip.progress import track
+from edgeclip.recipe import Reinforced
+
+MEMBERS = ("paug.json", "syn.json", "npz", "pth.gz")
+
+
+def shard_files(spec: Reinforced) -> list[Path]:
+    files = sorted(Path(spec.root).glob(spec.shards), key=lambda p: (len(p.name), p.name))
+    if not files:
+        raise EdgeclipError(Path(spec.root) / spec.shards, "no shard matches", "check the recipe's teacher.root and teacher.shards")
+    return files
+
+
+def identity(spec: Reinforced) -> dict[str, Any]:
+    return {"kind": "reinforced", "files": [[p.name, p.stat().st_size] for p in shard_files(spec)], "columns": spec.columns, "join": spec.join}
+
+
+def width(spec: Reinforced) -> int:
+    """This teacher's, by the first sample."""
+    for _, members in _samples(shard_files(spec)[0]):
+        return _columns(_arrays(members)[0], spec).shape[1]
+    raise EdgeclipError(shard_files(spec)[0], "has no reinforced sample", "check the recipe's teacher.shards")
+
+
+def make(spec: Reinforced, pictures: Sequence[Picture], place_of: dict[str, int], captions: bool, folder: Path, shard: int, shards: int) -> None:
+    """One tar's samples that have a picture, as a shard of the cache. What is broken is left out and counted.
+
+    Raises `EdgeclipError` for a corrupt tar, a sample that is there twice, and more than 1 % of broken samples.
+    """
+    tar = shard_files(spec)[shard]
+    rows, texts, records = list[np.ndarray](), list[np.ndarray](), list[tuple[int, np.ndarray, np.ndarray]]()
+    places, said, skipped = list[int](), list[list[str]](), list[str]()
+    seen: set[str] = set()
+    for uid, members in track(_samples(tar), f"reinforced shard {shard + 1} of {shards}", 0):
+        key = JOINS[spec.join](f"{tar.stem}/{uid}")
+        if key in seen:
+            raise EdgeclipError(tar, f"has two samples '{key}'", "repair or remove the shard")
+        seen.add(key)
+        if key not in place_of:
+            continue
+        try:
+            image, text = _arrays(members)
+            view = parameters(members["paug.json"], spec.image_size)
+            captioned = [pictures[place_of[key]].caption, *json.loads(members.get("syn.json", b'{"syn_text": []}'))["syn_text"]]
+            if len(view) != len(image):
+                raise ValueError(f"{len(view)} views and {len(image)} rows")
+            if text is not None and len(text) != len(captioned):
+                raise ValueError(f"{len(captioned)} captions and {len(text)} rows")
+            if rows and (image.shape[0] != rows[0].shape[0] or view.shape != records[0][2].shape):
+                raise ValueError(f"{len(image)} views, and others have {len(rows[0])}")
+            own = _columns(image, spec)
+            norm = np.linalg.norm(own, axis=1)
+            records.append((place_of[key], norm, view))
+            rows.append((own / np.maximum(norm, 1e-12)[:, None]).astype(np.float16))
+            if text is not None:
+                of_text = _columns(text, spec)
+                texts.append((of_text / np.maximum(np.linalg.norm(of_text, axis=1, keepdims=True), 1e-12)).astype(np.float16))
+            places.append(place_of[key])
+            said.append(captioned)
+        except (KeyError, ValueError, TypeError, OSError, EOFError, RuntimeError) as e:
+            what = f"has no {e.args[0]}" if isinstance(e, KeyError) else str(e)
+            skipped.append(f"{tar}: sample '{uid}' {what}")
+    if len(skipped) > MAX_UNREADABLE * len(seen):
+        raise EdgeclipError(tar, f"{len(skipped)} of {len(seen)} samples are broken, more than {MAX_UNREADABLE:.0%} (first: {skipped[0]})", "repair the shard")
+    if not rows:
+        raise EdgeclipError(tar, "has no sample of any picture of the data", "check the recipe's teacher.join, or remove the shard")
+    if captions and len(texts) != len(rows):
+        raise EdgeclipError(tar, "has no text_emb, and a loss or student.text needs the captions' features", "drop what needs them")
+    table = np.empty(len(rows), record(*records[0][2].shape))
+    table["picture"], table["norm"], table["view"] = (np.array([r[i] for r in records]) for i in range(3))
+    unit = np.stack(rows)
+    arrays = {"img_emb": unit[:, 0], "records": table}
+    if unit.shape[1] > 1:
+        arrays["more_views"] = unit[:, 1:]
+    if captions:
+        of_captions = np.stack(texts)
+        arrays["text_emb"] = of_captions[:, 0]
+        if of_captions.shape[1] > 1:
+            arrays["more_captions"] = of_captions[:, 1:]
+    metadata = {"image_path": [pictures[i].key for i in places], "caption": [c[0] for c in said], "picture": places, "more_captions": [c[1:] for c in said]}
+    write_shard(folder, shard, shards, arrays, metadata, skipped)
+
+
+def parameters(paug: bytes, size: int) -> np.ndarray:
+    """[K, 5 + 2 A] view parameters (`views`) of a sample's param_aug; A operations a view."""
+    value = json.loads(paug)["param_aug"]
+    views = []
+    for (top, left, height, width), operations in json.loads(value) if isinstance(value, str) else value:
+        flat = [left, top, width, height, 0]
+        for number, magnitude in operations:
+            flat += [number, magnitude / size if OPERATIONS[int(number)].startswith("Translate") else magnitude]
+        views.append(flat)
+    return np.array(views, np.float32)
+
+
+def _columns(rows: np.ndarray, spec: Reinforced) -> np.ndarray:
+    first, end = spec.columns or (0, rows.shape[1])
+    if not 0 <= first < end <= rows.shape[1]:
+        raise EdgeclipError("teacher.columns", f"[{first}, {end}] does not lie within the {rows.shape[1]} columns of a row", "correct it")
+    return rows[:, first:end]
+
+
+def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(uid, its members) in the tar's order; only members that are a teacher's are read."""
+    uid, members = "", dict[str, bytes]()
+    try:
+        with tarfile.open(tar, "r:") as opened:
+            for member in opened:
+                name, _, suffix = member.name.rpartition("/")[2].partition(".")
+                if not member.isfile() or suffix not in MEMBERS:
+                    continue
+                if name != uid and members:  # WebDataset's rule: a sample's members follow one another
+                    yield uid, members
+                    members = {}
+                uid = name
+                if suffix in members:
+                    raise EdgeclipError(tar, f"has two members '{member.name}'", "repair or remove the shard")
+                members[suffix] = opened.extractfile(member).read()  # type: ignore[union-attr]
+                if len(members[suffix]) != member.size:
+                    raise tarfile.ReadError(f"'{member.name}' is cut off")
+            refuse_cut(opened)
+    except (tarfile.TarError, OSError) as e:
+        raise EdgeclipError(tar, f"not a readable shard ({e})", "replace or remove it") from None
+    if members:
+        yield uid, members
+
+
+def _arrays(members: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray | None]:
+    """(image_emb [K, E], text_emb [C, E] or None), float32; nothing is unpickled but tensors."""
+    if "npz" in members:
+        with np.load(io.BytesIO(members["npz"]), allow_pickle=False) as z:
+            found = {k: z[k] for k in z.files}
+    elif "pth.gz" in members:
+        loaded = torch.load(io.BytesIO(gzip.decompress(members["pth.gz"])), weights_only=True)
+        found = {k: (v if isinstance(v, torch.Tensor) else torch.stack(list(v))).float().numpy() for k, v in loaded.items() if len(v)}
+    else:
+        raise KeyError("npz or pth.gz")
+    text = found.get("text_emb")
+    return np.asarray(found["image_emb"], np.float32), None if text is None else np.asarray(text, np.float32)
