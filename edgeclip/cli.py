@@ -16,7 +16,8 @@ import click
 from edgeclip import cli_bundle, cli_cache, cli_device, tables
 from edgeclip.cli_device import GATE_FAILED
 from edgeclip.cli_options import json_option, label_file, latest, say
-from edgeclip.errors import EdgeclipError, Refused
+from edgeclip.errors import EdgeclipError, Interrupted, Refused
+from edgeclip.progress import first
 
 
 class _Group(click.Group):
@@ -31,6 +32,10 @@ class _Group(click.Group):
             sys.exit(GATE_FAILED)
         except EdgeclipError as e:
             raise click.ClickException(" ".join(str(e).split())) from None
+        except Interrupted as e:
+            if first():
+                click.echo(str(e), err=True)
+            sys.exit(128 + e.number)
         except KeyboardInterrupt:
             click.echo("Interrupted: nothing half-written is left; the same command goes on from the last finished stage.", err=True)
             sys.exit(130)
@@ -67,12 +72,15 @@ def distill(recipe: Path, roots: tuple[str, ...], out: Path | None, fresh: bool,
     """Distil a teacher into a student, as RECIPE says. The same line again resumes.
 
     \b
-    Example:
+    Examples:
         edgeclip distill recipes/quickstart.yaml
+        torchrun --nproc-per-node 8 -m edgeclip distill recipes/mobile.yaml
     """
     from edgeclip.distill import run as host
 
     results = host.distill(recipe, roots, out, fresh)
+    if not results:  # one of several processes, and not the one that reports
+        return
     if as_json:
         click.echo(json.dumps(results, indent=1))
         return

@@ -20,6 +20,14 @@ class Refused(EdgeclipError):
     """A gate that `export` itself holds: no bundle is written, and the command exits 3."""
 
 
+class Interrupted(Exception):
+    """A signal, after everything that was done has been saved; the message says how to go on."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.number = number
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The second half of a message about an unknown name: the nearest known one, or all of them."""
     known = sorted(known)

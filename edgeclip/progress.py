@@ -15,7 +15,7 @@ T = TypeVar("T")
 def track(items: Iterable[T], what: str, total: int, note: Callable[[], str] | None = None) -> Iterator[T]:
     """Passes `items` on while it draws; without a terminal it writes one line at the end. note: what else to show."""
     start = time.perf_counter()
-    if sys.stderr.isatty() and _first():
+    if sys.stderr.isatty() and first():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,15 +27,16 @@ def track(items: Iterable[T], what: str, total: int, note: Callable[[], str] | N
                 progress.update(bar, advance=1, note=note() if note else "")
     else:
         yield from items
-    say(f"{what:<28} {total} in {time.perf_counter() - start:.1f} s{f', {note()}' if note else ''}")
+    say(f"{what:<28} {total} in {time.perf_counter() - start:.1f} s{f', {said}' if note and (said := note()) else ''}")
 
 
 def say(line: str) -> None:
-    if _first():
+    if first():
         print(line, file=sys.stderr, flush=True)
 
 
-def _first() -> bool:
+def first() -> bool:
+    """Whether this is the process that speaks."""
     return os.environ.get("RANK", "0") == "0"
 
 

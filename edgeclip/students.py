@@ -28,7 +28,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.inherit import inherit_from
 from edgeclip.preprocess import Preprocess
 from edgeclip.prompts import PromptedTower
-from edgeclip.share import share
+from edgeclip.share import SharedBlocks, share
 from edgeclip.teachers import TextTower
 from edgeclip.teachers.open_clip import ImageTower, clip_tokenizer_json
 from edgeclip.zero_shot import EduAttention, ensemble, prompts
@@ -134,6 +134,15 @@ def image_tower(spec: R.Timm | R.OpenClip) -> tuple[nn.Module, Preprocess]:
     if isinstance(tower, VisionTransformer):
         tower.set_input_size(img_size=spec.image_size)  # resamples its positional embedding
     return tower, preprocess
+
+
+def checkpoint_gradients(tower: nn.Module) -> None:
+    """Makes the tower keep its blocks' inputs only. Raises `EdgeclipError` where its code has no such thing."""
+    blocks = [m for m in tower.modules() if hasattr(m, "grad_checkpointing")]
+    if not blocks or any(isinstance(m, PromptedTower | SharedBlocks) for m in tower.modules()):
+        raise EdgeclipError("train.gradient_checkpointing", "this student's tower cannot do it", "set it to false; accumulate saves memory too")
+    for module in blocks:
+        module.grad_checkpointing = True
 
 
 def build_text(spec: R.OpenClip, embed_dim: int) -> TextTower:

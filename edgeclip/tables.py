@@ -88,7 +88,11 @@ def accuracy(results: dict[str, Any]) -> None:
     )
     for line in results["skipped"]:
         click.echo(f"skipped: {line}")
-    click.echo(f"time: {', '.join(f'{stage} {seconds:.0f} s' for stage, seconds in results['seconds'].items())}; peak memory {results['peak_memory_mib']} MiB")
+    whole = sum(results["seconds"].values())
+    table(
+        [[name, f"{seconds:.1f}", f"{seconds / max(whole, 1e-9):.0%}"] for name, seconds in results["seconds"].items()], ["where the time went", "s", "share"]
+    )
+    click.echo(f"time: {whole:.0f} s; peak memory {results['peak_memory_mib']} MiB")
     click.echo(f"run: {results['run']}")
 
 

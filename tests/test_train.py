@@ -16,6 +16,7 @@ from edgeclip.config import convert
 from edgeclip.data import Dataset
 from edgeclip.distill import losses as L
 from edgeclip.distill import train as T
+from edgeclip.distill.step import Step
 from edgeclip.distill.targets import Targets
 from edgeclip.errors import EdgeclipError
 from edgeclip.pictures import Picture
@@ -27,7 +28,6 @@ GOLDEN = Path(__file__).parent / "golden" / "curves.json"
 PICTURES, VIEWS, TOWER, D, N, STEPS = 48, 2, 16, 8, 6, 20
 CLIP_KD = {"contrastive": {}, "affinity": {"form": "kl"}, "feature": {"weight": 7.8}, "interactive": {}}
 COMKD = {"kl": {}, "if_align": {"weight": 100}, "edu_attention": {}}
-STEP = T._step
 METHODS = {name: {name: {}} for name in L.LOSSES} | {"CLIP-KD": CLIP_KD, "CLIP-RD": CLIP_KD | {"vrd": {}, "xrd": {}}, "ComKD": COMKD}
 
 
@@ -70,7 +70,14 @@ def curve(losses, monkeypatch, **schedule):
     spec = asked.losses.edu_attention
     head = EduAttentionHead(D, spec, torch.Generator().manual_seed(0)) if spec else None
     steps = []
-    monkeypatch.setattr(T, "_step", lambda optimizer, loss, *rest: (steps.append(loss.item()), STEP(optimizer, loss, *rest))[1])
+
+    class Recorded(Step):
+        def __call__(self, *arguments):
+            said = super().__call__(*arguments)
+            steps.append(said["loss"].item())
+            return said
+
+    monkeypatch.setattr(T, "Step", Recorded)
     log = T.train(student, head, teacher, cache, preprocess, data, asked, torch.device("cpu"), tower_features=features)
     return steps, student.state_dict(), log
 

@@ -3,6 +3,7 @@
 runs/<name>/recipe.yaml, recipe.json   what was asked, as written and as understood (roots.json: where the data lay)
             teacher/                   stage 1: the adapted teacher's head or prompts
             student/                   stage 2: weights, class features, EduAttention (student.partial: of the last good epoch)
+            checkpoint/                where stage 2 stands, until it is finished; tensorboard/ where the recipe asks
             evaluation/, results.json  what was reached, and what `validate` compares with
             manifest.json              last
 """
@@ -10,7 +11,6 @@ runs/<name>/recipe.yaml, recipe.json   what was asked, as written and as underst
 import os
 import resource
 import shutil
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ import msgspec
 import torch
 from torch import nn
 
-from edgeclip import __version__, cache, data, disk, recipe, students, teachers, weights
+from edgeclip import __version__, cache, data, disk, ranks, recipe, students, teachers, weights
 from edgeclip.allocator import keep_freed_memory
-from edgeclip.distill import losses, promptsrc
+from edgeclip.distill import board, losses, promptsrc
 from edgeclip.distill.adapt import adapt
 from edgeclip.distill.evaluate import evaluate, note
 from edgeclip.distill.text import texts
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
-from edgeclip.progress import say
+from edgeclip.progress import Clock, first, say
 from edgeclip.recipe import Recipe
 from edgeclip.teachers import Teacher
 from edgeclip.zero_shot import prompts
@@ -38,7 +38,9 @@ CACHE = Path("cache")
 def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fresh: bool = False) -> dict[str, Any]:
     """Runs the recipe at `path`; returns (and writes) its results. Finished stages of an earlier call are reused.
 
-    Raises `EdgeclipError` for anything the user can put right, among it a run folder that holds another recipe.
+    Of several processes (torchrun) all train, the first one does and writes the rest; the others return an empty dict.
+    Raises `EdgeclipError` for anything the user can put right, among it a run folder that holds another recipe, and
+    `Interrupted` after a signal to stage 2, when it is saved.
     """
     asked = recipe.load(path, roots)
     run = out or Path("runs") / path.stem
@@ -46,10 +48,12 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     if (run / disk.MANIFEST).exists() and not fresh:
         say(f"{run}: finished already (--fresh starts over)")
         _mark_latest(run)
-        return load_results(run)
+        return load_results(run) if first() else {}
     keep_freed_memory()
-    device = pick_device(asked.train.device)
-    clock = _Clock()
+    device = ranks.start(pick_device(asked.train.device))
+    clock = Clock()
+    if asked.train.tensorboard:
+        board.check()
 
     dataset, labelled, captions = load_data(asked, path)
     clock.lap("data")
@@ -61,14 +65,19 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     prompted = promptsrc.with_prompts(teacher, stage_1, dataset.classes, asked.adapt, asked.seed) if isinstance(asked.adapt, recipe.Prompts) else None
     if fresh or not (run / "student" / disk.MANIFEST).exists():
         _check_student(dataset, asked, teacher.embed_dim)
-    _claim(run, path, asked, fresh)  # only now: a mistake in what was asked leaves no folder behind
+    ranks.wait()
+    with ranks.first_alone():
+        if not ranks.rank():
+            _claim(run, path, asked, fresh)  # only now: a mistake in what was asked leaves no folder behind
     unprompted = dataset
     if prompted:  # prompts change the tower whose rows the cache keeps, so they come first
-        teacher = promptsrc.adapt(teacher, prompted, stage_1, asked, run / "teacher", device)
+        with ranks.first_alone():
+            teacher = promptsrc.adapt(teacher, prompted, stage_1, asked, run / "teacher", device)
         dataset = dataset._replace(templates=promptsrc.TEMPLATES)  # of the prompted teacher alone
         clock.lap("stage 1")
     tower = teachers.folded(teacher)
-    cached = cache.build(CACHE, teacher, tower, dataset, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
+    with ranks.first_alone():
+        cached = cache.build(CACHE, teacher, tower, dataset, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
     clock.lap("teacher cache")
 
     def stage_1_head(teacher: Teacher, tower: nn.Module | None, cached: cache.TeacherCache, folder: Path) -> Teacher:
@@ -81,16 +90,18 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         return adapt(teacher, rows, only, asked.adapt, asked.seed, folder)
 
     if isinstance(asked.adapt, recipe.ResidualHead):
-        teacher = stage_1_head(teacher, tower, cached, run / "teacher")
+        with ranks.first_alone():
+            teacher = stage_1_head(teacher, tower, cached, run / "teacher")
         clock.lap("stage 1")
 
     others: list[tuple[Teacher, cache.TeacherCache]] = []
     for i, other_spec in enumerate(asked.other_teachers, start=2):
         other = teachers.load(other_spec)
         other_tower = teachers.folded(other)
-        rows = cache.build(CACHE, other, other_tower, unprompted, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
-        if isinstance(other_spec, recipe.Conse):
-            other = stage_1_head(other, other_tower, rows, run / f"teacher-{i}")
+        with ranks.first_alone():
+            rows = cache.build(CACHE, other, other_tower, unprompted, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
+            if isinstance(other_spec, recipe.Conse):
+                other = stage_1_head(other, other_tower, rows, run / f"teacher-{i}")
         others.append((other, rows))
     if others:
         clock.lap("other teachers")
@@ -120,13 +131,33 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             students.save(folder, student, head, description | {"log": log}, baked, text)
 
         log = train(
-            student, head, teacher, cached, preprocess, dataset, asked, device, others=others, texts=learnt, keep=partial(save, run / "student.partial")
+            student,
+            head,
+            teacher,
+            cached,
+            preprocess,
+            dataset,
+            asked,
+            device,
+            others=others,
+            texts=learnt,
+            keep=partial(save, run / "student.partial"),
+            checkpoints=run / "checkpoint",
+            board=run / "tensorboard" if asked.train.tensorboard else None,
+            clock=clock,
         )
-        save(run / "student", log)
-        shutil.rmtree(run / "student.partial", ignore_errors=True)
+        if not ranks.rank():
+            save(run / "student", log)
+            for temporary in ("student.partial", "checkpoint"):
+                shutil.rmtree(run / temporary, ignore_errors=True)
+    processes = ranks.size()
+    ranks.wait()
+    ranks.stop()
+    if not first():
+        return {}
     student, head, preprocess, description = students.load(run / "student")
     text = students.load_text(run / "student")
-    clock.lap("stage 2")
+    clock.lap("rest of stage 2")
 
     results = evaluate(
         student,
@@ -167,7 +198,8 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         "edu_attention": None if head is None else {"alpha": head.alpha.item(), "kept": head.spec.keep},
         "skipped": cached.manifest["skipped"],
         "device": str(device),
-        "seconds": clock.laps,
+        "processes": processes,
+        "seconds": {name: round(seconds, 1) for name, seconds in clock.laps.items()},
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
     disk.write_json(run / "results.json", results)
@@ -271,11 +303,20 @@ def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> 
     if not dataset.evaluation or not all(s.pictures for s in dataset.evaluation):
         empty = next((s.name for s in dataset.evaluation if not s.pictures), "")
         raise EdgeclipError(f"{path}: data", f"has no pictures to evaluate on {empty}".rstrip(), "give a test part or evaluation_data")
+    share = min(asked.train.batch_size, len(dataset.train)) // ranks.size()
+    if share < asked.train.accumulate:
+        raise EdgeclipError(
+            f"{path}: train.batch_size",
+            f"gives each of {ranks.size()} processes {share} pictures for {asked.train.accumulate} parts",
+            "raise it, or lower accumulate",
+        )
 
 
 def _check_student(dataset: data.Dataset, asked: Recipe, embed_dim: int) -> None:
     """Builds the student once for nothing: what cannot be built is refused before the teacher has run."""
-    students.build(asked.student, embed_dim)
+    student, _ = students.build(asked.student, embed_dim)
+    if asked.train.gradient_checkpointing:
+        students.checkpoint_gradients(student.tower)
     if asked.student.text:
         text = students.build_text(asked.student.text, embed_dim)
         classes = [dataset.classes[i] for i in dataset.train_classes]
@@ -292,16 +333,6 @@ def _mark_latest(run: Path) -> None:
         os.replace(temporary, latest)
     else:
         temporary.unlink()
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self.last = round(now - self.last, 1), now
 
 
 def load_results(run: Path) -> dict[str, Any]:

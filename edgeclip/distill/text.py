@@ -7,7 +7,6 @@ drawn beside them, because captions alone need not name every class.
 
 from typing import NamedTuple
 
-import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor, cat, nn
 
@@ -38,12 +37,10 @@ def texts(text: TextTower, teacher: Teacher, cache: TeacherCache, classes: list[
     return Texts(text.module, captions, ids, features)
 
 
-def text_feature(batch: Batch, texts: Texts, drawn: Int[np.ndarray, "p"]) -> Float[Tensor, ""]:
-    """Mean of 1 - cosine over the batch's captions and the drawn prompts, a text each."""
+def text_feature(batch: Batch, prompts: Float[Tensor, "p D"] | None, prompt_targets: Float[Tensor, "p D"]) -> Float[Tensor, ""]:
+    """Mean of 1 - cosine over the batch's captions and the drawn prompts, a text each. prompts: the student's; None: none were drawn."""
     assert batch.text_features is not None and batch.caption_features is not None
-    device = batch.text_features.device
     own, target = batch.text_features, batch.caption_features
-    if len(drawn):
-        own = cat([own, texts.tower(texts.prompts[drawn].to(device))])
-        target = cat([target, texts.prompt_features[drawn].to(device)])
+    if prompts is not None:
+        own, target = cat([own, prompts]), cat([target, prompt_targets])
     return (1.0 - (own * target).sum(dim=-1)).mean()

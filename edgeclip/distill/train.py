@@ -7,34 +7,50 @@ seconds and keeps the fresh layers' noise away from the tower's weights; then, o
 teacher's plain answers (Pea-KD's first training); then all weights are trained on the recipe's losses.
 
 What bounds it: the student's own forward and backward. The teacher costs a row read and, when adapted, a small MLP.
+`batch_size` is that of all processes together, so a recipe's outcome does not depend on how many there are: `step.py` says
+how. The order of pictures and views is drawn epoch by epoch from the seed, the same in every process; a resumed run draws
+its epoch again and leaves out what was done.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgeclip import ranks
 from edgeclip.cache import TeacherCache, replay
 from edgeclip.data import Dataset
 from edgeclip.distill import losses as L
-from edgeclip.distill import masking
+from edgeclip.distill.board import Board
+from edgeclip.distill.checkpoint import Checkpoint, Position, load, optimizer_tensors, restore_optimizer, save, signals
+from edgeclip.distill.step import ADVICE, NewLayers, Part, Step, Towers
 from edgeclip.distill.targets import Targets
 from edgeclip.distill.text import Texts, text_feature
-from edgeclip.errors import EdgeclipError
+from edgeclip.errors import EdgeclipError, Interrupted
 from edgeclip.pictures import read, stream
-from edgeclip.preprocess import Preprocess, normalise, open_picture
-from edgeclip.progress import track
-from edgeclip.recipe import First, Recipe, Weighted
-from edgeclip.students import EduAttentionHead, Student
+from edgeclip.preprocess import Preprocess, UnreadablePicture, open_picture
+from edgeclip.progress import Clock, say, track
+from edgeclip.recipe import First, Recipe, Train, Weighted
+from edgeclip.students import EduAttentionHead, Student, checkpoint_gradients
 from edgeclip.teachers import Teacher
 
-Objective = Callable[[L.Batch], tuple[Tensor, dict[str, Tensor]]]
-"""the loss, and what the log says of it"""
+
+class Phase(NamedTuple):
+    name: str
+    epochs: int
+    steps: int
+    """an epoch"""
+    frozen: bool = False
+    """the new layers alone, on the tower's features"""
+    first: First | None = None
+    """first training's objective in the place of the recipe's losses"""
 
 
 def train(
@@ -51,6 +67,9 @@ def train(
     texts: Texts | None = None,
     tower_features: Tensor | None = None,
     keep: Callable[[list[dict[str, Any]]], None] | None = None,
+    checkpoints: Path | None = None,
+    board: Path | None = None,
+    clock: Clock | None = None,
 ) -> list[dict[str, Any]]:
     """Trains `student`, `head` and the text tower of `texts` in place; returns the log: a row an epoch, each loss before
     its weight, and alpha.
@@ -58,104 +77,165 @@ def train(
     others: further teachers, with caches of the same views.
     tower_features: [n, K, T] of the student's frozen tower for the projector's steps, where they are known already.
     keep: called with the log after each epoch, when every weight is finite.
-    Raises `EdgeclipError` when a loss or a weight is not finite.
+    checkpoints: folder where the state is kept, and from which it is taken where it holds one.
+    board: folder for TensorBoard. clock: gets the time of waiting, forward, backward and optimiser.
+    Raises `EdgeclipError` when a loss or a weight is not finite, `Interrupted` when a signal came and all is saved.
     """
-    spec, seed = recipe.train, recipe.seed
+    spec, seed, clock = recipe.train, recipe.seed, clock or Clock()
     student.to(device, memory_format=torch.channels_last)
     adapted_here = recipe.adapt is not None and recipe.adapt_data is None
     targets = Targets(teacher, cache, data, recipe.losses, device, others, adapted_here)
     learned = L.learned_parameters(recipe.losses, teacher.embed_dim, seed).to(device)
     if head is not None:
         head.to(device)
-
-    def batch(tower_features: Tensor, masked: Tensor | None, index: np.ndarray, view: np.ndarray, image_only: bool = False) -> L.Batch:
-        raw = student.projector(tower_features)
-        v = F.normalize(raw, dim=-1)
-        known = targets(index, view)
-        f_e = v
-        if head is not None:
-            f_e = head(
-                v, targets.class_features, raw if head.spec.query == "raw" else None, known["teacher_features"] if head.spec.residual == "teacher" else None
-            )
-        # In the projector's steps there are no pixels to hide, so MFD is FD.
-        hidden = None if recipe.losses.masked_feature is None else v if masked is None else F.normalize(student.projector(masked), dim=-1)
-        s = None if texts is None or image_only else texts.tower(texts.captions[index].to(device))
-        return L.Batch(image_features=v, head_features=f_e, raw_features=raw, masked_features=hidden, text_features=s, learned=learned, **known)
-
-    def full(b: L.Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, parts = L.total(b, recipe.losses)
-        if texts is None:
-            return loss, parts
-        text = text_feature(b, texts, prompt_order.choice(len(texts.prompts), min(spec.batch_size, len(texts.prompts)), replace=False))
-        return loss + recipe.student.text_weight * text, parts | {"text_feature": text.detach()}
-
-    log: list[dict[str, Any]] = []
-    order, prompt_order = np.random.default_rng(seed), np.random.default_rng(seed)
     text_tower = texts.tower.to(device) if texts else None
-    text_projector = text_tower.projector if text_tower else None
-    new_layers = [p for module in (student.projector, head, learned, text_projector) if module is not None for p in module.parameters()]
-    if spec.warmup_steps:
-        if tower_features is None:
-            tower_features = frozen_features(student, cache, preprocess, recipe, device)
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(new_layers, lr=spec.warmup_lr, weight_decay=spec.weight_decay)
-        student.projector.train()
-        averages = _Averages()
-        for step in track(range(spec.warmup_steps), "stage 2: projector", spec.warmup_steps):
-            index = order.choice(len(tower_features), min(spec.warmup_batch_size, len(tower_features)), replace=False)
-            view = order.integers(tower_features.shape[1], size=len(index))
-            loss, parts = full(batch(tower_features[index, view], None, index, view))
-            _step(optimizer, loss, parts, _cosine(step, spec.warmup_steps), f"projector step {step}")
-            averages.add(loss, parts)
-        log.append({"epoch": 0, **averages.row(head)})
-        _end_epoch((student, head, text_tower), log, "end of the projector's steps", keep)
+    if spec.gradient_checkpointing:
+        checkpoint_gradients(student.tower)
+    named = {"student": student, "head": head, "learned": learned, "text": text_tower}
+    modules = {name: module for name, module in named.items() if module is not None}
+    layers = NewLayers(student.projector, head, learned, recipe.losses.masked_feature is not None)
+    if ranks.rank():
+        torch.manual_seed(seed + ranks.rank())  # masks and dropout of its own
+    run_step = Step(Towers(student.tower, text_tower), layers, spec, device, clock)
 
-    steps_per_epoch = max(1, len(cache.pictures) // spec.batch_size)
+    n, steps = len(cache.pictures), max(1, len(cache.pictures) // spec.batch_size)
+    phases = [
+        *([Phase("projector", 1, spec.warmup_steps, frozen=True)] if spec.warmup_steps else []),
+        *([Phase("first training, epoch", spec.first.epochs, steps, first=spec.first)] if spec.first else []),
+        Phase("epoch", spec.epochs, steps),
+    ]
+    order, prompt_order = np.random.default_rng(seed), np.random.default_rng(seed)
+    at, log, averages, optimizer_state = Position(), list[dict[str, Any]](), _Averages({}), dict[str, Tensor]()
+    if checkpoints and (found := load(checkpoints)):
+        say(f"{checkpoints}: going on after step {found.position.done}")
+        at, log, averages, optimizer_state = found.position, found.state["log"], _Averages(found.part("averages")), found.part("optimizer")
+        _restore(found, modules, {"order": order, "prompt_order": prompt_order}, run_step, clock, device)
+    if tower_features is None and at.phase < len(phases) and phases[at.phase].frozen:
+        tower_features = frozen_features(student, cache, preprocess, recipe, device)
+        clock.lap("student's frozen features")
 
-    def epochs(count: int, name: str, objective: Objective) -> Iterator[dict[str, Any]]:
-        """Trains all weights that are not frozen on `objective`; gives a log row an epoch."""
-        towers = [student.tower, *([text_tower.tower] if text_tower else [])]
-        tower_weights = [p for tower in towers for p in tower.parameters() if p.requires_grad]  # what is frozen gets no optimiser state
-        groups = [{"params": tower_weights, "lr": spec.lr * spec.tower_lr_ratio}, {"params": new_layers, "lr": spec.lr}]
-        if spec.optimizer == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=spec.momentum, weight_decay=spec.weight_decay)
-        else:
-            optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
-        for epoch in range(count):
-            student.train()
-            if (prompts := recipe.student.visual_prompts) and prompts.freeze_tower:
-                student.tower.eval()
-            if spec.freeze_batch_norm:
-                for module in student.tower.modules():
-                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                        module.eval()
-            averages = _Averages()
-            index_order = order.permutation(len(cache.pictures))[: steps_per_epoch * spec.batch_size]
-            views = order.integers(cache.views.shape[1], size=len(cache.pictures))
-            batches = _pixels(cache, index_order, views, preprocess, spec.batch_size, spec.threads)
-            for step, (index, x) in enumerate(track(batches, f"stage 2: {name} {epoch + 1} of {count}", steps_per_epoch)):
-                pixels = _to(x, preprocess, device)
-                hide = recipe.losses.masked_feature if objective is full else None
-                masked = masking.forward(student.tower, pixels, hide) if hide else None
-                loss, parts = objective(batch(student.tower(pixels), masked, index, views[index], image_only=objective is not full))
-                position = epoch * steps_per_epoch + step
-                _step(optimizer, loss, parts, _cosine(position, count * steps_per_epoch), f"{name} {epoch + 1}, step {position}")
-                averages.add(loss, parts)
-            yield averages.row(head)
+    def batches(phase: Phase, done: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+        """An epoch without its first `done` steps: pictures and views of the whole batch, pixels of this process's share."""
+        if phase.frozen:
+            assert tower_features is not None
+            for step in range(phase.steps):
+                index = order.choice(len(tower_features), min(spec.warmup_batch_size, len(tower_features)), replace=False)
+                view = order.integers(tower_features.shape[1], size=len(index))
+                if step >= done:
+                    yield index, view, None
+            return
+        whole = order.permutation(n)[: phase.steps * spec.batch_size].reshape(phase.steps, -1)[done:]
+        views = order.integers(cache.views.shape[1], size=n)
+        own = whole[:, _own(whole.shape[1])]
+        pixels = _pixels(cache, own.reshape(-1), views, preprocess, own.shape[1], spec.threads)
+        for index, (_, x) in zip(whole, pixels, strict=True):
+            yield index, views[index], x
 
-    first, done = spec.first, 0
-    phases: list[tuple[str, int, Objective]] = [("epoch", spec.epochs, full)]
-    if first is not None:
-        phases.insert(0, ("first training, epoch", first.epochs, partial(_first, spec=first)))
-    for name, count, objective in phases:
-        for row in epochs(count, name, objective):
-            done += 1
-            log.append({"epoch": done, **row})
-            _end_epoch((student, head, text_tower), log, f"end of epoch {done}", keep)
+    def parts(phase: Phase, index: np.ndarray, drawn: np.ndarray, pixels: np.ndarray | None) -> list[Part]:
+        """What this process's towers see of the batch, in as many parts as the recipe says."""
+        reads = texts is not None and phase.first is None
+        if pixels is None and not reads:
+            return []
+        count = min(spec.accumulate, len(index[_own(len(index))]))
+        found = [Part()] * count
+        if pixels is not None:
+            hide = None if phase.first else recipe.losses.masked_feature
+            found = [part._replace(pixels=_to(x, preprocess, device), hide=hide) for part, x in zip(found, np.array_split(pixels, count), strict=True)]
+        if texts is not None and reads:
+            ids = (of[own[_own(len(own))]].tensor_split(count) for of, own in ((texts.captions, index), (texts.prompts, drawn)))
+            found = [part._replace(captions=c.to(device), prompts=p.to(device)) for part, c, p in zip(found, *ids, strict=True)]
+        return found
+
+    def full(batch: L.Batch, prompts: Tensor | None, drawn: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, said = L.total(batch, recipe.losses)
+        if texts is None:
+            return loss, said
+        text = text_feature(batch, prompts, texts.prompt_features[drawn].to(device))
+        return loss + recipe.student.text_weight * text, said | {"text_feature": text.detach()}
+
+    def keep_state(position: Position, optimizer: torch.optim.Optimizer | None, order_state: Any) -> None:
+        _refuse_broken(modules, f"step {position.done}")
+        tensors = {f"{name}.{k}": v for name, module in modules.items() for k, v in module.state_dict().items()} | _random(device)
+        tensors |= {f"averages.{k}": v for k, v in averages.tensors().items()}
+        tensors |= {f"optimizer.{k}": v for k, v in (optimizer_tensors(optimizer) if optimizer else {}).items()}
+        draws = {"order": order_state, "prompt_order": prompt_order.bit_generator.state}
+        state = {"log": log, "draws": draws, "processes": ranks.size(), "scaler": run_step.scaler.state_dict(), "seconds": clock.laps}
+        if checkpoints and not ranks.rank():
+            save(checkpoints, Checkpoint(position, tensors, state))
+        ranks.wait()
+
+    with signals() if checkpoints else contextlib.nullcontext([]) as noted, Board(board, at.done) as shown:
+        for phase in phases[at.phase :]:
+            optimizer = _optimizer(phase, spec, student, text_tower, [m for m in (student.projector, head, learned) if m is not None])
+            restore_optimizer(optimizer, optimizer_state)
+            optimizer_state = {}
+            for epoch in range(at.epoch, phase.epochs):
+                _set_modes(phase, student, recipe)
+                order_state, shown.note = order.bit_generator.state, ""
+                title = "stage 2: projector" if phase.frozen else f"stage 2: {phase.name} {epoch + 1} of {phase.epochs}"
+                for index, view, pixels in track(batches(phase, at.step), title, phase.steps - at.step, lambda: shown.note):
+                    clock.lap("waiting for pictures")
+                    counts, own = ranks.share(len(index)), _own(len(index))
+                    known = _gathered(targets(index[own], view[own]), counts)
+                    drawn = np.arange(0)
+                    if texts is not None and phase.first is None:
+                        drawn = prompt_order.choice(len(texts.prompts), min(spec.batch_size, len(texts.prompts)), replace=False)
+                    position = epoch * phase.steps + at.step
+                    said = run_step(
+                        optimizer,
+                        _cosine(position, phase.epochs * phase.steps),
+                        parts(phase, index, drawn, pixels),
+                        {"image": tower_features[index, view]} if pixels is None and tower_features is not None else {},
+                        known,
+                        dict.fromkeys(("image", "masked", "text"), counts) | {"prompts": ranks.share(len(drawn))},
+                        partial(_first, spec=phase.first) if phase.first else partial(full, drawn=drawn),
+                        f"projector step {position}" if phase.frozen else f"{phase.name} {epoch + 1}, step {position}",
+                    )
+                    averages.add(said)
+                    at = at._replace(step=at.step + 1, done=at.done + 1)
+                    rates = {"learning_rate": optimizer.param_groups[-1]["lr"]} | ({"alpha": head.alpha.item()} if head else {})
+                    shown.step(at.done, len(index), said, rates, clock, device)
+                    stop = ranks.greatest(noted[0] if noted else 0) if checkpoints else 0
+                    if at.step < phase.steps and (stop or (spec.checkpoint_every and at.done % spec.checkpoint_every == 0)):
+                        keep_state(at, optimizer, order_state)
+                        if stop:
+                            raise Interrupted(stop, _saved(checkpoints, at))
+                    clock.lap("rest of stage 2")
+                log.append({"epoch": len(log) + (not phases[0].frozen), **averages.row(head)})
+                averages = _Averages({})
+                _refuse_broken(modules, "end of the projector's steps" if phase.frozen else f"end of epoch {log[-1]['epoch']}")
+                if keep is not None and not ranks.rank():
+                    keep(log)
+                ended = epoch + 1 == phase.epochs
+                at = Position(at.phase + 1, 0, 0, at.done) if ended else at._replace(epoch=epoch + 1, step=0)
+                if checkpoints and (at.phase < len(phases) or stop):
+                    keep_state(at, None if ended else optimizer, order.bit_generator.state)
+                    if stop:
+                        raise Interrupted(stop, _saved(checkpoints, at))
+                clock.lap("rest of stage 2")
     student.eval()
     return log
 
 
-def _first(batch: L.Batch, spec: First) -> tuple[Tensor, dict[str, Tensor]]:
+def _own(count: int) -> slice:
+    """This process's share of `count` rows."""
+    shares = ranks.share(count)
+    start = sum(shares[: ranks.rank()])
+    return slice(start, start + shares[ranks.rank()])
+
+
+def _gathered(known: dict[str, Any], counts: list[int]) -> dict[str, Any]:
+    """The teacher's half of the whole batch, from that of each process."""
+
+    def whole(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else ranks.gather(rows, counts)
+
+    others = tuple(t._replace(features=whole(t.features), caption_features=whole(t.caption_features)) for t in known["other_teachers"])
+    rows = ("teacher_features", "raw_teacher_features", "caption_features", "labels")
+    return known | {name: whole(known[name]) for name in rows} | {"other_teachers": others}
+
+
+def _first(batch: L.Batch, prompts: Tensor | None = None, *, spec: First) -> tuple[Tensor, dict[str, Tensor]]:
     """Pea-KD's first training: FD, or cross-entropy with the class that the teacher itself finds best."""
     if spec.labels == "features":
         loss = L.feature(batch._replace(text_features=None), Weighted())
@@ -171,28 +251,66 @@ def _cosine(step: int, steps: int) -> float:
     return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-ADVICE = "lower the learning rate or look for broken features (the student of the last good epoch, if there is one, is the run's student.partial)"
+def _optimizer(phase: Phase, spec: Train, student: Student, text: nn.Module | None, new: list[nn.Module]) -> torch.optim.Optimizer:
+    """Of the new layers and, unless they are frozen, the towers."""
+    layers = [p for module in (*new, *([text.projector] if text else [])) for p in module.parameters()]
+    groups: list[dict[str, Any]] = [{"params": layers, "lr": spec.warmup_lr if phase.frozen else spec.lr}]
+    if not phase.frozen:
+        towers = [student.tower, *([text.tower] if text else [])]
+        weights = [p for tower in towers for p in tower.parameters() if p.requires_grad]  # what is frozen gets no optimiser state
+        groups.insert(0, {"params": weights, "lr": spec.lr * spec.tower_lr_ratio})
+    if spec.weight_decay_of == "matrices":
+        split = [(g, [p for p in g["params"] if (p.ndim > 1) == matrix], matrix) for g in groups for matrix in (True, False)]
+        groups = [g | {"params": params} | ({} if matrix else {"weight_decay": 0.0}) for g, params, matrix in split if params]
+    if spec.optimizer == "sgd" and not phase.frozen:
+        return torch.optim.SGD(groups, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor, parts: dict[str, Tensor], factor: float, where: str) -> None:
-    if not torch.isfinite(loss):
-        broken = next((f"loss '{name}' is {value.item()}" for name, value in parts.items() if not torch.isfinite(value)), None)
-        raise EdgeclipError(where, broken or f"weighted sum of the losses is {loss.item()}", ADVICE)
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-        group["lr"] = group["initial_lr"] * factor
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+def _set_modes(phase: Phase, student: Student, recipe: Recipe) -> None:
+    if phase.frozen:
+        student.projector.train()
+        return
+    student.train()
+    if (prompts := recipe.student.visual_prompts) and prompts.freeze_tower:
+        student.tower.eval()
+    if recipe.train.freeze_batch_norm:
+        for module in student.tower.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
 
-def _end_epoch(modules: tuple[nn.Module | None, ...], log: list[dict[str, Any]], where: str, keep: Callable[[list[dict[str, Any]]], None] | None) -> None:
+def _refuse_broken(modules: dict[str, nn.Module], where: str) -> None:
     """A finite loss can have a gradient that is not: the weights are looked at before they replace those that were kept."""
-    for name, value in (item for module in modules if module is not None for item in module.state_dict().items()):
-        if not torch.isfinite(value).all():
-            raise EdgeclipError(where, f"weight '{name}' is not finite", ADVICE)
-    if keep is not None:
-        keep(log)
+    for part, module in modules.items():
+        for name, value in module.state_dict().items():
+            if part != "learned" and not torch.isfinite(value).all():  # a running mean that has not begun is nan
+                raise EdgeclipError(where, f"weight '{name}' is not finite", ADVICE)
+
+
+def _random(device: torch.device) -> dict[str, Tensor]:
+    """torch's random state of every process."""
+    states = {"random.cpu": torch.get_rng_state()} | ({"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    return {name: ranks.gather(state[None].to(device)).cpu() for name, state in states.items()}
+
+
+def _restore(found: Checkpoint, modules: dict[str, nn.Module], draws: dict[str, np.random.Generator], step: Step, clock: Clock, device: torch.device) -> None:
+    for name, module in modules.items():
+        module.load_state_dict(found.part(name))
+    for name, generator in draws.items():
+        generator.bit_generator.state = found.state["draws"][name]
+    step.scaler.load_state_dict(found.state["scaler"])
+    clock.laps = {name: found.state["seconds"].get(name, 0.0) + clock.laps.get(name, 0.0) for name in found.state["seconds"] | clock.laps}
+    if found.state["processes"] != ranks.size():
+        say(f"the checkpoint is of {found.state['processes']} processes and these are {ranks.size()}: masks and dropout are drawn otherwise from here on")
+        return
+    torch.set_rng_state(found.tensors["random.cpu"][ranks.rank()])
+    if device.type == "cuda" and "random.cuda" in found.tensors:
+        torch.cuda.set_rng_state(found.tensors["random.cuda"][ranks.rank()], device)
+
+
+def _saved(folder: Path | None, at: Position) -> str:
+    return f"Interrupted: step {at.done} is finished and saved in {folder}; the same command goes on from there."
 
 
 def _pixels(
@@ -200,40 +318,47 @@ def _pixels(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     def make(i: int) -> np.ndarray:
         picture = cache.pictures[i]
-        return replay(open_picture(read(picture), picture.key), cache.views[i, views[i]], preprocess)
+        try:
+            return replay(open_picture(read(picture), picture.key), cache.views[i, views[i]], preprocess)
+        except UnreadablePicture as e:  # it was readable when the cache was built
+            raise EdgeclipError(cache.folder, f"a picture changed since the cache was built ({e})", "restore it, or delete this cache") from None
 
-    skipped: list[str] = []
-    yield from stream(order.tolist(), make, batch_size, skipped, threads)
-    if skipped:  # it was readable when the cache was built
-        raise EdgeclipError(cache.folder, f"a picture changed since the cache was built ({skipped[0]})", "restore it, or delete this cache")
+    return stream(order.tolist(), make, batch_size, [], threads)
 
 
 def _to(pixels: np.ndarray, preprocess: Preprocess, device: torch.device) -> Tensor:
-    return torch.from_numpy(normalise(pixels, preprocess)).to(device, memory_format=torch.channels_last)
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in channels_last layout: `preprocess.normalise` bit for bit, without turning pixels twice."""
+    x = torch.from_numpy(pixels).to(device).float().div_(torch.tensor(255.0, device=device))
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (preprocess.mean, preprocess.std))
+    return x.sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
 def frozen_features(student: Student, cache: TeacherCache, preprocess: Preprocess, recipe: Recipe, device: torch.device) -> Tensor:
-    """[n, K, T]: the frozen student tower's features of every cached view."""
+    """[n, K, T]: the frozen student tower's features of every cached view; each process computes its share."""
     student.eval()
     n, k = cache.views.shape[:2]
+    own, size, threads = np.arange(n)[_own(n)], recipe.train.batch_size, recipe.train.threads
     out = []
-    total = k * math.ceil(n / recipe.train.batch_size)
-    parts = ((v, part) for v in range(k) for part in _pixels(cache, np.arange(n), np.full(n, v), preprocess, recipe.train.batch_size, recipe.train.threads))
-    for _, (_, x) in track(parts, "student features", total):
+    parts = ((v, part) for v in range(k) for part in _pixels(cache, own, np.full(n, v), preprocess, size, threads))
+    for _, (_, x) in track(parts, "student features", k * math.ceil(len(own) / size)):
         out.append(student.tower(_to(x, preprocess, device)))
-    return torch.cat(out).reshape(k, n, -1).transpose(0, 1)
+    return ranks.gather(torch.cat(out).reshape(k, len(own), -1).transpose(0, 1), ranks.share(n))
 
 
 class _Averages:
     """Means over one epoch, kept on the device until they are asked for."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Tensor]] = []
+    def __init__(self, so_far: dict[str, Tensor]) -> None:
+        """so_far: each loss's values, as `tensors` gives them."""
+        self.rows = [dict(zip(so_far, values, strict=True)) for values in zip(*so_far.values(), strict=True)]
 
-    def add(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
-        self.rows.append({"loss": loss.detach(), **parts})
+    def add(self, said: dict[str, Tensor]) -> None:
+        self.rows.append(said)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {k: torch.stack([r[k] for r in self.rows]) for k in self.rows[0]} if self.rows else {}
 
     def row(self, head: EduAttentionHead | None) -> dict[str, Any]:
-        means = {k: float(torch.stack([r[k] for r in self.rows]).mean()) for k in self.rows[0]}
+        means = {k: float(values.mean()) for k, values in self.tensors().items()}
         return means | ({"alpha": head.alpha.item()} if head else {})

@@ -136,6 +136,7 @@ class Train(Config):
     epochs: Annotated[int, Meta(ge=0)] = 1
     """over all pictures, one view each, all weights trained"""
     batch_size: Positive = 64
+    """pictures of a step, over all processes and parts"""
     lr: NonNegative = 5e-4
     tower_lr_ratio: NonNegative = 1.0
     """the tower's learning rate (visual prompts included) over the projector's"""
@@ -144,13 +145,26 @@ class Train(Config):
     momentum: Fraction = 0.9
     """of sgd"""
     weight_decay: NonNegative = 1e-2
+    weight_decay_of: Literal["all", "matrices"] = "all"
+    """matrices: of weights with two or more dimensions only, as CLIP was trained; biases, norms, alpha and log scales keep theirs"""
     freeze_batch_norm: bool = False
     """keep the pretrained tower's batch-norm statistics (its weights are trained all the same): a small set's batches
     have other statistics than those its filters were learnt with"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu; which it was is printed and recorded"""
     threads: Positive = 2
-    """that decode pictures"""
+    """that decode pictures, of each process"""
+    accumulate: Positive = 1
+    """parts that a process's share of the batch passes the towers in; the losses see the whole batch all the same, for the price
+    of one more forward. Batch norms inside the towers see a part"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of the towers' matrix products (autocast; fp16 with a loss scale); new layers, losses and weights stay fp32"""
+    gradient_checkpointing: bool = False
+    """keep each block's input only and compute the rest again in the backward pass: less memory, about a third more time"""
+    checkpoint_every: Annotated[int, Meta(ge=0)] = 500
+    """steps after which the state is saved, beside the end of each epoch and a signal; 0: only those"""
+    tensorboard: bool = False
+    """write curves to the run's tensorboard folder"""
 
 
 class Parity(Config):
