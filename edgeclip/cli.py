@@ -90,10 +90,11 @@ def distill(recipe: Path, roots: tuple[str, ...], out: Path | None, fresh: bool,
 @main.command()
 @click.option("--target", "targets", multiple=True, required=True, help="A name from `edgeclip list targets`, or a YAML file; may be repeated.")
 @click.option("--run", type=click.Path(path_type=Path), help="Run folder.  [default: runs/latest]")
-@click.option("--model", help="Instead of a run: any open_clip model or timm classifier.")
+@click.option("--model", help="Instead of a run: any open_clip model (a name, or a JSON file of its configuration) or timm classifier.")
 @click.option("--weights", help="Of --model: a file, random, pip:PACKAGE or hub:TAG.")
 @click.option("--labels", type=click.Path(path_type=Path), help="Of --model: a file, one label a line.")
 @click.option("--images", type=click.Path(path_type=Path), help="Of --model: a folder of pictures for calibration and golden answers.")
+@click.option("--image-only", is_flag=True, help="Of --model: leave the text encoder out.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundles.  [default: <run>/bundles, or bundles/<model>]")
 @json_option
 def export(
@@ -103,6 +104,7 @@ def export(
     weights: str | None,
     labels: Path | None,
     images: Path | None,
+    image_only: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -124,7 +126,8 @@ def export(
     from edgeclip.export.source import from_model, from_run
 
     if model and weights:
-        source, folder = from_model(model, weights, label_file(labels) if labels else [], images), out or Path("bundles") / model.replace("/", "_")
+        source = from_model(model, weights, label_file(labels) if labels else [], images, text=not image_only)
+        folder = out or Path("bundles") / model.removesuffix(".json").replace("/", "_")
     else:
         run = latest(run)
         source, folder = from_run(run), out or run / "bundles"

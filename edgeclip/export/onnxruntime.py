@@ -30,7 +30,7 @@ CALIBRATION_BATCH = 16
 
 def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path) -> str:
     """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 targets."""
-    path = folder / "image_encoder.onnx"
+    path = folder / ("image_encoder.fp16.onnx" if target.precision == "fp16" else "image_encoder.onnx")
     if quantisation is not None:
         model = quantise(quantisation.calibrated, quantisation.nodes, activations=target.activations or "uint8", reduce_range=quantisation.reduce_range)
     graph.save(to_fp16(model) if target.precision == "fp16" else model, path)
@@ -38,7 +38,7 @@ def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | N
 
 
 def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:
-    path = folder / "text_encoder.onnx"
+    path = folder / ("text_encoder.fp16.onnx" if target.text == "fp16" else "text_encoder.onnx")
     if target.text == "int8":
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -130,4 +130,25 @@ def quantise(calibrated: Calibrated, nodes: list[str], *, activations: str, floa
     )  # fmt: skip
     quantizer.quantize_model()
     quantizer.model.topological_sort()
-    return quantizer.model.model
+    return _only_products_read_int8(quantizer.model.model, set(nodes), outputs_too=not float_bias)
+
+
+def _only_products_read_int8(model: onnx.ModelProto, nodes: set[str], outputs_too: bool) -> onnx.ModelProto:
+    """Gives every other reader of a quantised tensor, a residual addition above all, the float tensor back.
+
+    ONNX Runtime's quantiser rewires all readers. outputs_too: a convolution's own output stays quantised for whoever reads
+    it, since ONNX Runtime runs it in integers only so.
+    """
+    makers = {o: n for n in model.graph.node for o in n.output}
+    before: dict[str, str] = {}
+    for n in model.graph.node:
+        q = makers.get(n.input[0]) if n.op_type == "DequantizeLinear" else None
+        if q is not None and q.op_type == "QuantizeLinear":
+            maker = makers.get(q.input[0])
+            if not (outputs_too and maker is not None and maker.op_type == "Conv" and maker.name in nodes):
+                before[n.output[0]] = q.input[0]
+    for n in model.graph.node:
+        if n.name not in nodes and n.op_type != "QuantizeLinear":
+            for i, name in enumerate(n.input):
+                n.input[i] = before.get(name, name)
+    return model

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +17,7 @@ from edgeclip.distill import promptsrc
 from edgeclip.errors import EdgeclipError
 from edgeclip.pictures import Picture, index_folder, index_tar, read
 from edgeclip.preprocess import Preprocess
-from edgeclip.recipe import OpenClip, Timm
+from edgeclip.recipe import OpenClip, OpenMoji, Timm
 from edgeclip.teachers import TextTower
 from edgeclip.teachers import open_clip as open_clip_teacher
 from edgeclip.zero_shot import EduAttention, ensemble, prompts
@@ -54,6 +55,9 @@ def from_run(run: Path) -> Source:
     def training_pictures() -> list[Picture]:
         # As the cache was asked to have them: nothing held out.
         dataset = data.load(asked.data, Path("cache"))
+        if isinstance(asked.data, OpenMoji):  # it has some pictures twice, under another name that is held out
+            held_out = evaluation_hashes()
+            return [p for p in dataset.train if hashlib.sha256(read(p)).hexdigest() not in held_out]
         return dataset.train
 
     def load_text() -> TextTower:
@@ -98,8 +102,8 @@ class _Normalised(nn.Module):
         return F.normalize(self.tower(pixels), dim=-1)
 
 
-def from_model(name: str, weights_name: str, labels: list[str], images: Path | None, image_size: int = 224) -> Source:
-    """Any open_clip model, or any timm classifier.
+def from_model(name: str, weights_name: str, labels: list[str], images: Path | None, image_size: int = 224, text: bool = True) -> Source:
+    """Any open_clip model (by name, or by a JSON file of its configuration), or any timm classifier. text: False leaves the text side out.
 
     A timm classifier has no text side, but it is a dual encoder all the same: its logits are the image feature and the
     text feature of class i is the i-th unit vector, so the ranking by cosine is exactly the ranking by logit.
@@ -112,8 +116,11 @@ def from_model(name: str, weights_name: str, labels: list[str], images: Path | N
     if images and not pictures:
         raise EdgeclipError(images, "has no pictures", "give a folder of .jpg, .png or .webp")
     load_text: Callable[[], TextTower] | None
-    if name in open_clip.list_models():
-        spec = OpenClip(model=name, weights=weights_name)
+    if name in open_clip.list_models() or name.endswith(".json"):
+        config = disk.read_json(Path(name)) if name.endswith(".json") else None
+        spec = OpenClip(model=Path(name).stem if config else name, weights=weights_name, config=config)
+        if not text:
+            return _image_side(spec, labels, pictures)
         teacher = open_clip_teacher.load(spec)
         templates = ["a photo of a {c}"]
         features = teacher.encode_text(prompts(labels, templates)).numpy() if labels else np.zeros((0, teacher.embed_dim), np.float32)
@@ -148,4 +155,30 @@ def from_model(name: str, weights_name: str, labels: list[str], images: Path | N
         golden_licence="the user's own pictures",
         licences={"model": "unknown", "data": "none"},
         parents={"model": name, "weights": weights.source(weights_name), "labels": disk.fingerprint(labels), "images": [p.key for p in pictures]},
+    )
+
+
+def _image_side(spec: OpenClip, labels: list[str], pictures: list[Picture]) -> Source:
+    """An open_clip model's image encoder alone: no labels, no text, for an index or where its tokenizer is not at hand."""
+    if labels:
+        raise EdgeclipError("--labels", "need the text side to be baked", "drop --image-only, or the labels")
+    model, preprocess = weights.open_clip_model(spec)
+    encoder = _Normalised(open_clip_teacher.ImageTower(model)).eval()
+    with torch.inference_mode():
+        width = encoder(torch.zeros(1, 3, preprocess.size, preprocess.size)).shape[1]
+    return Source(
+        image_encoder=encoder,
+        preprocess=preprocess,
+        load_text=None,
+        labels=[],
+        templates=[],
+        class_features=np.zeros((0, width), np.float32),
+        head=None,
+        logit_scale=model.logit_scale.exp().item(),
+        calibration=lambda: pictures,
+        evaluation_hashes=set,
+        golden=pictures[:8],
+        golden_licence="the user's own pictures",
+        licences={"model": "unknown", "data": "none"},
+        parents={"model": spec.model, "weights": weights.source(spec.weights), "labels": disk.fingerprint(labels), "images": [p.key for p in pictures]},
     )

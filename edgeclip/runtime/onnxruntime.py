@@ -12,6 +12,9 @@ PROVIDERS = ["CPUExecutionProvider"]
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 LEVELS = {"all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL, "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC}
 
+UNSAFE_IN_HALF = ["NchwcTransformer"]
+"""ends the process on some float16 vision transformers (1.31, x86, a MatMul behind a Transpose); such files are called *.fp16.onnx"""
+
 
 def open_session(model: Path, threads: int, optimisation: str) -> Session:
     options = ort.SessionOptions()
@@ -20,7 +23,7 @@ def open_session(model: Path, threads: int, optimisation: str) -> Session:
     options.graph_optimization_level = LEVELS[optimisation]
     options.log_severity_level = 3
     try:
-        session = ort.InferenceSession(str(model), options, providers=PROVIDERS)
+        session = ort.InferenceSession(str(model), options, providers=PROVIDERS, disabled_optimizers=UNSAFE_IN_HALF if ".fp16" in model.suffixes else None)
     except Exception as e:  # pybind raises a different type for every failure
         raise EdgeclipError(model, f"ONNX Runtime {ort.__version__} cannot load it ({str(e)[:200]})", "export it anew for this runtime version") from None
     if session.get_providers() != PROVIDERS:
