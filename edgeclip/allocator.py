@@ -6,9 +6,17 @@ small tower then spends most of its time on page faults. Keeping freed memory in
 """
 
 import ctypes
+import gc
 import sys
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+
+
+def give_back_freed_memory() -> None:
+    """What a model that is gone has left behind, once: `keep_freed_memory` would hold it to the end."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        gc.collect()
+        libc.malloc_trim(0)
 
 
 def keep_freed_memory() -> None:

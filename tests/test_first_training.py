@@ -1,5 +1,6 @@
 """First training: the teacher's plain answers before the full loss, by the same loop."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from torch.nn import functional as F
 
 from edgeclip import recipe as R
 from edgeclip.data import shapes
+from edgeclip.distill import run
 from edgeclip.distill.losses import Batch
 from edgeclip.distill.run import distill
-from edgeclip.distill.train import _first
+from edgeclip.distill.train import _first, train
 from edgeclip.errors import EdgeclipError
+from edgeclip.teachers.open_clip import TextModule
 
 REPO = Path(__file__).parents[1]
 
@@ -70,3 +73,17 @@ def test_predictions_need_a_class_list(trained):
     with pytest.raises(EdgeclipError, match=r"train\.first\.labels: predictions need a class list"):
         data = {"kind": "webdataset", "name": "shapes", "root": ".data/shapes", "train": "train/*.tar", "test": None, "classes": None}
         trained("none", {"feature": {"weight": 1}}, {"first": {"labels": "predictions"}}, data=data, evaluation_data=None)
+
+
+def test_training_runs_without_the_teachers_towers(trained, monkeypatch):
+    alive = []
+
+    def counted(*arguments, **options):
+        alive.append([type(m).__name__ for m in gc.get_objects() if isinstance(m, TextModule)])
+        alive.append([type(t.tower).__name__ for t in (arguments[2], *(o for o, _ in options["others"]))])
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(run, "train", counted)
+    results, _ = trained("alone", {"kl": {"weight": 1}}, {"epochs": 1})
+    assert alive == [[], ["Identity", "Identity"]]
+    assert results["sets"][0]["teacher"]["r1"] >= 0 and results["models"]["teacher"]["parameters"] > 0

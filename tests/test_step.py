@@ -6,7 +6,9 @@ import torch
 from toys import run
 
 from edgeclip.distill import losses as L
+from edgeclip.distill import train as T
 from edgeclip.errors import EdgeclipError
+from edgeclip.preprocess import Preprocess, normalise
 from edgeclip.recipe import Student, Timm
 from edgeclip.students import build, checkpoint_gradients
 
@@ -108,3 +110,10 @@ def test_weight_decay_can_leave_scalars_and_biases_alone(folder):
         if name in ("student.tower.1.weight", "student.tower.1.bias"):
             shrunk = [(w[name].norm() / before.norm()).item() < 0.99 for w in (everything, matrices)]
             assert shrunk == ([True, True] if before.ndim > 1 else [True, False])
+
+
+def test_pixels_go_in_as_preprocess_normalises_them_bit_for_bit():
+    spec = Preprocess(size=16, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    x = T._to(pixels, spec, torch.device("cpu"))
+    assert (x.numpy() == normalise(pixels, spec)).all() and x.is_contiguous(memory_format=torch.channels_last)

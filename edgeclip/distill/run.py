@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from edgeclip import __version__, cache, data, disk, ranks, recipe, students, teachers, weights
-from edgeclip.allocator import keep_freed_memory
+from edgeclip.allocator import give_back_freed_memory, keep_freed_memory
 from edgeclip.distill import board, losses, promptsrc
 from edgeclip.distill.adapt import adapt
 from edgeclip.distill.evaluate import evaluate, note
@@ -94,15 +94,16 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             teacher = stage_1_head(teacher, tower, cached, run / "teacher")
         clock.lap("stage 1")
 
-    others: list[tuple[Teacher, cache.TeacherCache]] = []
-    for i, other_spec in enumerate(asked.other_teachers, start=2):
-        other = teachers.load(other_spec)
+    def another(spec: recipe.Teacher, folder: Path) -> tuple[Teacher, cache.TeacherCache]:
+        other = teachers.load(spec)
         other_tower = teachers.folded(other)
         with ranks.first_alone():
             rows = cache.build(CACHE, other, other_tower, unprompted, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
-            if isinstance(other_spec, recipe.Conse):
-                other = stage_1_head(other, other_tower, rows, run / f"teacher-{i}")
-        others.append((other, rows))
+            if isinstance(spec, recipe.Conse):
+                other = stage_1_head(other, other_tower, rows, folder)
+        return teachers.without_towers(other), rows
+
+    others = [another(spec, run / f"teacher-{i}") for i, spec in enumerate(asked.other_teachers, start=2)]
     if others:
         clock.lap("other teachers")
 
@@ -130,6 +131,8 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             baked = students.class_features(text, dataset.classes, dataset.templates) if text and own else cached.class_features
             students.save(folder, student, head, description | {"log": log}, baked, text)
 
+        teacher, tower, prompted = teachers.without_towers(teacher), None, None  # from here on the memory is the student's
+        give_back_freed_memory()
         log = train(
             student,
             head,
@@ -159,6 +162,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     text = students.load_text(run / "student")
     clock.lap("rest of stage 2")
 
+    tower = tower or _tower(asked, run)
     results = evaluate(
         student,
         head,
@@ -225,6 +229,14 @@ def load_data(asked: Recipe, path: Path) -> tuple[data.Dataset, data.Dataset | N
     captions = asked.student.text is not None or (need and asked.losses.captions == "data")
     _check(dataset, asked, captions, path)
     return dataset, labelled, captions
+
+
+def _tower(asked: Recipe, run: Path) -> nn.Module | None:
+    """The teacher's tower once more: training did without it."""
+    teacher = teachers.load(asked.teacher)
+    if isinstance(asked.adapt, recipe.Prompts):
+        teacher = promptsrc.adapted(teacher, asked.adapt, run / "teacher")
+    return teachers.folded(teacher)
 
 
 def _check_claim(run: Path, asked: Recipe, fresh: bool) -> None:

@@ -30,7 +30,7 @@ from edgeclip.data import Dataset
 from edgeclip.distill import losses as L
 from edgeclip.distill.board import Board
 from edgeclip.distill.checkpoint import Checkpoint, Position, load, optimizer_tensors, restore_optimizer, save, signals
-from edgeclip.distill.step import ADVICE, NewLayers, Part, Step, Towers
+from edgeclip.distill.step import ADVICE, NewLayers, Objective, Part, Step, Towers
 from edgeclip.distill.targets import Targets
 from edgeclip.distill.text import Texts, text_feature
 from edgeclip.errors import EdgeclipError, Interrupted
@@ -153,6 +153,11 @@ def train(
         text = text_feature(batch, prompts, texts.prompt_features[drawn].to(device))
         return loss + recipe.student.text_weight * text, said | {"text_feature": text.detach()}
 
+    def objective(phase: Phase, drawn: np.ndarray) -> Objective:
+        if first := phase.first:
+            return lambda batch, _: _first(batch, first)
+        return partial(full, drawn=drawn)
+
     def keep_state(position: Position, optimizer: torch.optim.Optimizer | None, order_state: Any) -> None:
         _refuse_broken(modules, f"step {position.done}")
         tensors = {f"{name}.{k}": v for name, module in modules.items() for k, v in module.state_dict().items()} | _random(device)
@@ -188,7 +193,7 @@ def train(
                         {"image": tower_features[index, view]} if pixels is None and tower_features is not None else {},
                         known,
                         dict.fromkeys(("image", "masked", "text"), counts) | {"prompts": ranks.share(len(drawn))},
-                        partial(_first, spec=phase.first) if phase.first else partial(full, drawn=drawn),
+                        objective(phase, drawn),
                         f"projector step {position}" if phase.frozen else f"{phase.name} {epoch + 1}, step {position}",
                     )
                     averages.add(said)
@@ -235,7 +240,7 @@ def _gathered(known: dict[str, Any], counts: list[int]) -> dict[str, Any]:
     return known | {name: whole(known[name]) for name in rows} | {"other_teachers": others}
 
 
-def _first(batch: L.Batch, prompts: Tensor | None = None, *, spec: First) -> tuple[Tensor, dict[str, Tensor]]:
+def _first(batch: L.Batch, spec: First) -> tuple[Tensor, dict[str, Tensor]]:
     """Pea-KD's first training: FD, or cross-entropy with the class that the teacher itself finds best."""
     if spec.labels == "features":
         loss = L.feature(batch._replace(text_features=None), Weighted())

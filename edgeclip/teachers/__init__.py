@@ -6,7 +6,7 @@ can be re-adapted without running its tower again.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -82,6 +82,15 @@ def folded(teacher: Teacher) -> nn.Module | None:
         return None
     size = teacher.preprocess.size
     return fold(teacher.tower, torch.randn(2, 3, size, size)).to(memory_format=torch.channels_last)
+
+
+def without_towers(teacher: Teacher) -> Teacher:
+    """What training needs of a teacher whose cache is built; its memory is the student's then."""
+    return replace(teacher, tower=nn.Identity(), text=None, encode_text=_gone)
+
+
+def _gone(texts: list[str]) -> Float[Tensor, "N D"]:
+    raise RuntimeError("this teacher's text side was let go of")
 
 
 def load_text(spec: R.Teacher) -> TextTower:
