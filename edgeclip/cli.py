@@ -202,6 +202,30 @@ def init(folder: Path, out: Path | None, as_json: bool) -> None:
     say(as_json, {"recipe": str(path), "classes": classes}, f"{path}: {classes} classes; next: edgeclip distill {path}")
 
 
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--target", "target_name", required=True, help="A TensorRT target: a name from `edgeclip list targets`, or a YAML file.")
+@json_option
+def lint(file: Path, target_name: str, as_json: bool) -> None:
+    """Would TensorRT take this ONNX file? Names the node and the cure for each refusal; needs no GPU.
+
+    \b
+    Exits 3 when it would not.
+    Example:
+        edgeclip lint model.onnx --target tensorrt-int8
+    """
+    from edgeclip import target as T
+
+    _, target = T.load(target_name)
+    from edgeclip.export.lint import lint as check
+
+    verdict = check(file, target)
+    checked = verdict["checked_by"] or "the rules alone; for TensorRT's own parser and builder: pip install 'edgeclip[lint]'"
+    legal = "legal; what it computes and how fast, `validate` and `bench` on the board say"
+    say(as_json, verdict, "\n".join([*(verdict["errors"] or [f"{file}: {legal}"]), f"checked by {checked}"]))
+    sys.exit(GATE_FAILED if verdict["errors"] else 0)
+
+
 @main.command("list")
 @click.argument("kind", type=click.Choice(["recipes", "targets", "devices"]), required=False)
 @json_option

@@ -13,8 +13,10 @@ from conftest import require
 from families import IMAGE, SIZE, TEXT, TEXTS, image_tower, text_tower
 from onnx import TensorProto
 
-from edgeclip.export import graph, tensorrt
+from edgeclip import target
+from edgeclip.export import graph
 from edgeclip.export.half import to_fp16
+from edgeclip.export.lint import lint
 from edgeclip.export.onnxruntime import calibrate, quantise
 from edgeclip.fold import fold
 from edgeclip.metrics import cosine
@@ -105,7 +107,8 @@ def test_tensorrt_rtx_parses_and_builds_every_form_of_every_family(written):
     files = sorted(written.glob("*.tensorrt-*.onnx"))
     if not files:
         pytest.skip("data: the families were not exported in this run")
-    refused = {f.name: verdict for f in files if not (verdict := tensorrt.lint(f))["builds"]}
+    shipped = target.load("tensorrt-int8")[1]
+    refused = {f.name: verdict for f in files if not (verdict := lint(f, shipped))["builds"] or verdict["errors"]}
     assert not refused
 
 

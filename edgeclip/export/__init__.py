@@ -103,9 +103,12 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
         manifest["lint"] = None
         if target.runtime == "tensorrt":
             say("5/5 check with TensorRT-RTX's parser and builder")
-            manifest["lint"] = tensorrt.require_legal(folder / manifest["image_encoder"])
+            manifest["lint"] = tensorrt.require_legal(folder / manifest["image_encoder"], target)
+            if manifest["text"]:
+                tensorrt.require_legal(folder / manifest["text"]["encoder"], target)
             if manifest["lint"]["checked_by"] is None:
-                say(manifest["lint"]["errors"][0])
+                say("checked by the rules alone, not by TensorRT-RTX: pip install 'edgeclip[lint]'")
+            tensorrt.write_build_script(folder)
         manifest["image_encoder_bytes"] = sum(f.stat().st_size for f in folder.glob("image_encoder.*"))
         disk.write_manifest(folder, "bundle", manifest)
     return out

@@ -16,8 +16,10 @@ from onnx import numpy_helper
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
 from edgeclip.export.half import to_fp16
+from edgeclip.export.lint import lint
 from edgeclip.export.onnxruntime import quantise
 from edgeclip.export.policy import Quantisation
+from edgeclip.runtime import tensorrt_build
 from edgeclip.target import Target
 
 E4M3_MAX = 448.0
@@ -70,40 +72,15 @@ def to_fp8(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto
     return model
 
 
-def lint(path: Path, batch: tuple[int, int, int] = (1, 4, 8)) -> dict[str, Any]:
-    """Parses and builds with TensorRT-RTX on this machine, no GPU needed; `batch` is the profile's minimum, optimum, maximum.
-
-    Returns {"checked_by", "parses", "builds", "errors"}; {"checked_by": None} where TensorRT-RTX is not installed.
-    """
-    try:
-        import tensorrt_rtx as trt
-    except ImportError:
-        return {"checked_by": None, "parses": None, "builds": None, "errors": ["not checked: pip install 'edgeclip[lint]'"]}
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    parses = parser.parse(path.read_bytes())
-    errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
-    builds = False
-    if parses:
-        config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-        for i in range(network.num_inputs):
-            tensor = network.get_input(i)
-            rest = tuple(tensor.shape)[1:]
-            profile.set_shape(tensor.name, *((b, *rest) for b in batch))
-        config.add_optimization_profile(profile)
-        builds = builder.build_serialized_network(network, config) is not None
-    return {"checked_by": f"TensorRT-RTX {trt.__version__}", "parses": parses, "builds": builds, "errors": errors}
-
-
-def require_legal(path: Path) -> dict[str, Any]:
-    verdict = lint(path)
-    if verdict["checked_by"] and not verdict["builds"]:
-        step = "builder" if verdict["parses"] else "parser"
+def require_legal(path: Path, target: Target) -> dict[str, Any]:
+    verdict = lint(path, target)
+    if verdict["errors"]:
         raise EdgeclipError(
-            path.name,
-            f"{verdict['checked_by']}'s {step} refuses it ({'; '.join(verdict['errors'])[:300] or 'no reason given'})",
-            "report this: the export policy should not have let it through",
+            path.name, f"TensorRT refuses it ({'; '.join(verdict['errors'])[:300]})", "report this: the export policy should not have let it through"
         )
     return verdict
+
+
+def write_build_script(folder: Path) -> None:
+    """The board builds its own engine: the builder goes with the bundle, as one file that needs TensorRT alone."""
+    (folder / "build_engine.py").write_bytes(Path(tensorrt_build.__file__).read_bytes())
