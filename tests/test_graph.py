@@ -137,3 +137,26 @@ def test_constants_are_found_as_initializers_and_as_nodes():
         model([node, helper.make_node("MatMul", ["x", "k"], ["h"]), helper.make_node("MatMul", ["h", "i"], ["y"])], [weight("i", 2, 2, seed=1)], [1, 2])
     )
     assert set(found) == {"k", "i"} and found["k"].shape == (2, 2)
+
+
+def test_an_embedding_table_becomes_int8_with_a_scale_for_each_row():
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table = nn.Embedding(500, 16)
+            with torch.no_grad():
+                self.table.weight.mul_(torch.logspace(-4, 1, 500)[:, None])  # rare tokens are small
+            self.places = nn.Parameter(torch.randn(6, 16))
+
+        def forward(self, ids):
+            return self.table(ids) + self.places
+
+    ids = torch.randint(0, 500, (3, 6), generator=torch.Generator().manual_seed(1))
+    m = graph.to_onnx(Text().eval(), ids, "x", "y", 18)
+    small = graph.int8_embeddings(m)
+    assert {k: v.dtype for k, v in graph.initializers(small).items() if v.shape == (500, 16)}.popitem()[1] == np.int8
+    table, places = (p.detach().numpy() for p in (Text().table.weight, Text().places))
+    error = np.abs(run(small, ids.numpy())[0] - table[ids] - places)
+    assert (error <= np.abs(table[ids]).max(axis=-1, keepdims=True) / 254 + 1e-6).all()  # half a step of its own row
+    assert small.ByteSize() < 0.45 * m.ByteSize() and run(m, ids.numpy())[0].shape == (3, 6, 16)

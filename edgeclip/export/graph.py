@@ -159,3 +159,39 @@ def after_last_product(model: onnx.ModelProto) -> list[str]:
             found.append(node.name)
             todo += node.input
     return found
+
+
+def int8_embeddings(model: onnx.ModelProto, rows: int = 256) -> onnx.ModelProto:
+    """A copy in which every embedding table of at least `rows` rows is int8 with a scale for each row.
+
+    A row is dequantised after it is gathered, so nothing is computed in int8 and a token costs one multiplication more.
+    Per row, because rare tokens keep small vectors: under one scale for all they would lose most of their bits.
+    """
+    constants = initializers(model)
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for n in nodes:
+        table = constants.get(n.input[0]) if n.op_type == "Gather" else None
+        axis = next((a.i for a in n.attribute if a.name == "axis"), 0)
+        if table is None or table.ndim != 2 or axis != 0 or len(table) < rows or table.dtype != np.float32 or n.input[1] in constants:
+            model.graph.node.append(n)
+            continue
+        scale = np.maximum(np.abs(table).max(axis=1, keepdims=True), 1e-12).astype(np.float32) / 127
+        at = n.name or n.output[0]
+        model.graph.initializer.extend(
+            [numpy_helper.from_array(np.round(table / scale).astype(np.int8), f"{at}_int8"), numpy_helper.from_array(scale, f"{at}_row_scale")]
+        )
+        model.graph.node.extend(
+            [
+                helper.make_node("Gather", [f"{at}_int8", n.input[1]], [f"{at}_rows"], f"{at}_rows"),
+                helper.make_node("Cast", [f"{at}_rows"], [f"{at}_float"], f"{at}_float", to=onnx.TensorProto.FLOAT),
+                helper.make_node("Gather", [f"{at}_row_scale", n.input[1]], [f"{at}_scales"], f"{at}_scales"),
+                helper.make_node("Mul", [f"{at}_float", f"{at}_scales"], [n.output[0]], f"{at}_scaled"),
+            ]
+        )
+    read = {i for n in model.graph.node for i in n.input}
+    kept = [i for i in model.graph.initializer if i.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
