@@ -1,10 +1,13 @@
 """`edgeclip bench`: latency percentiles, throughput, stages, cold start and memory of a bundle on this device.
 
 The load generator below knows no model, no data and no accuracy (MLPerf LoadGen's scope): it takes a callable and
-prepared samples. `single_stream` sends one query after another and its result is the p90 latency; `offline` sends
-batches and its result is pictures a second. A run ends when its minimum duration *and* its minimum count are reached;
-loading and preprocessing happen before the clock starts. A percentile is quoted only where enough samples carry it:
-p99 from 1,000 on, otherwise it is null.
+prepared samples. `single_stream` sends one query after another and its result is the p90 latency; `multi_stream` sends
+queries of eight pictures and its result is the p99; `offline` sends batches and its result is pictures a second. A run
+ends when its minimum duration *and* its minimum count are reached; loading and preprocessing happen before the clock
+starts. A percentile is quoted only where enough samples carry it: p99 from 1,000 on, otherwise it is null.
+
+`sustained` goes on for minutes and says what the load does to the board: p90, temperature and throttling of each tenth,
+and the drift of p90 from the first to the last. An emulated processor's times are refused: no figure, and the reason.
 
 What bounds it: the model. `benchmarks/harness.py` runs the null runtime through the same path and shows what the
 harness itself costs (under 50 microseconds a query).
@@ -23,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeclip import disk, machine
+from edgeclip import disk, energy, machine
 from edgeclip.bundle import Bundle
 from edgeclip.device import Device, Minimum
 from edgeclip.errors import EdgeclipError
@@ -35,7 +38,10 @@ from edgeclip.zero_shot import class_scores
 WARM_UP = 10
 STAGE_QUERIES = 50
 SAMPLES = 32
-SCENARIOS = ("single_stream", "offline")
+SCENARIOS = ("single_stream", "multi_stream", "offline")
+STREAMS = 8
+"""pictures of one multi_stream query: MLPerf's samples_per_query"""
+WINDOWS = 10
 
 
 def run_scenario(query: Callable[[Any], Any], samples: list[Any], min_duration_s: float, min_query_count: int) -> list[float]:
@@ -70,49 +76,102 @@ def summary(latencies: list[float]) -> dict[str, float | int | None]:
 
 
 def bench(
-    bundle: Bundle, device: Device, here: dict[str, Any], evaluation: Path | None, minimum: Minimum, scenarios: tuple[str, ...] = SCENARIOS
+    bundle: Bundle,
+    device: Device,
+    here: dict[str, Any],
+    evaluation: Path | None,
+    minimum: Minimum,
+    scenarios: tuple[str, ...] = SCENARIOS,
+    minutes: float = 0.0,
+    meter_csv: Path | None = None,
+    python: tuple[str, ...] = (sys.executable,),
 ) -> dict[str, Any]:
-    """The bench report, JSON-able. `evaluation`: a run's evaluation folder, for pictures; None: the golden ones."""
+    """The bench report, JSON-able. `evaluation`: a run's evaluation folder, for pictures; None: the golden ones.
+
+    minutes: of sustained load. meter_csv: what an external power meter writes meanwhile; the device's own rails are read
+    without it. python: what starts a fresh process here.
+    """
     name = bundle.manifest["target"]["name"]
-    sources = _pictures(bundle, evaluation)
-    pixels = [bundle.pixels(open_picture(s)) for s in sources]
-    inputs = [normalise(p[None], bundle.preprocess) for p in pixels]
     session = bundle.image_encoder
-    report: dict[str, Any] = {
+    report = _blank(bundle, here, {**session.facts, "precision": bundle.precision}, minimum)
+    if here["emulated"] or device.reach.emulate:
+        report["failures"] = ["timings refused: the processor is emulated, and an emulator's times say nothing about a board"]
+        return report
+    sources = _pictures(bundle, evaluation)
+    inputs = [normalise(bundle.pixels(open_picture(s))[None], bundle.preprocess) for s in sources]
+    for scenario, batch in (("single_stream", 1), ("multi_stream", STREAMS), ("offline", device.offline_batch)):
+        if scenario in scenarios:
+            say(f"bench {name}: {scenario}, at least {minimum.min_duration_s:g} s and {minimum.min_query_count} pictures")
+            batches = inputs if batch == 1 else [np.concatenate([inputs[i % len(inputs)] for i in range(batch)])]
+            result = summary(run_scenario(session.run, batches, minimum.min_duration_s, -(-minimum.min_query_count // batch)))
+            report[scenario] = {**result, "batch": batch, "pictures_per_second": 1e3 * batch / float(result["latency_ms_mean"] or 1)}
+    report["stages"] = _stages(bundle, sources)
+    report["cold_start"] = cold_start(bundle.folder, bundle.threads, python)
+    report["peak_memory_mib"] = report["cold_start"]["peak_memory_mib"]
+    if minutes:
+        say(f"bench {name}: sustained, {minutes:g} minutes")
+        report["sustained"] = sustained(session.run, inputs, 60 * minutes)
+    source = None if meter_csv else energy.find(device.rails)
+    if "single_stream" in scenarios and (source or meter_csv):
+        say(f"bench {name}: energy, {energy.IDLE_S:g} s idle and {minimum.min_duration_s:g} s under load")
+        report["energy"] = energy.measure(session.run, inputs, minimum.min_duration_s, source, meter_csv)
+        report["energy_mj_per_image"] = (report["energy"] or {}).get("mj_per_image")
+    report["temperature_end_c"] = machine.temperature_c()
+    report["failures"] = over_budget(report, device)
+    return report
+
+
+def sustained(query: Callable[[Any], Any], samples: list[Any], seconds: float) -> dict[str, Any]:
+    """One query after another for so long, in tenths. p90_drift: of the last tenth, as a multiple of the first's."""
+    rows, before = [], machine.throttled()
+    for _ in range(WINDOWS):
+        s = summary(run_scenario(query, samples, seconds / WINDOWS, 1))
+        rows.append({k: s[k] for k in ("queries", "latency_ms_p50", "latency_ms_p90")} | {"temperature_c": machine.temperature_c()})
+    after = machine.throttled()
+    slowed = None if before is None or after is None else sorted(k for k in after if after[k] > before.get(k, 0))
+    return {
+        "minutes": seconds / 60,
+        "windows": rows,
+        "p90_drift": float(rows[-1]["latency_ms_p90"] or 0) / float(rows[0]["latency_ms_p90"] or 1),
+        "throttled": slowed,
+    }
+
+
+def check_with(bundle: Bundle, minimum: Minimum) -> str:
+    """The command line of the runtime's own tool by which a sceptic can check single_stream, where the bundle lies."""
+    model, size, threads = bundle.folder / bundle.manifest["image_encoder"], bundle.preprocess.size, bundle.threads
+    shape, count = f"1x3x{size}x{size}", minimum.min_query_count
+    if bundle.manifest["runtime"] == "openvino":
+        return f"benchmark_app -m {model} -d CPU -hint latency -nireq 1 -nthreads {threads} -infer_precision f32 -data_shape '[{shape.replace('x', ',')}]' -niter {count}"
+    if bundle.manifest["runtime"] == "tensorrt":
+        return f"trtexec --onnx={model} --stronglyTyped --shapes=pixels:{shape} --iterations={count} --percentile=90"
+    providers = "".join({"CUDAExecutionProvider": " -e cuda", "TensorrtExecutionProvider": " -e tensorrt"}.get(p, "") for p in (bundle.providers or ())[:1])
+    return f"onnxruntime_perf_test -I -f batch:1 -m times -r {count} -x {threads} -y 1{providers or ' -e cpu'} {model}"
+
+
+def incomplete(bundle: Bundle, here: dict[str, Any], minimum: Minimum, reason: str) -> dict[str, Any]:
+    """The report of a benchmark that broke off: no figure of it counts."""
+    ran = {"runtime": bundle.manifest["runtime"], "version": None, "threads": bundle.threads, "precision": bundle.manifest["target"]["precision"]}
+    return {**_blank(bundle, here, ran, minimum), "incomplete": reason, "failures": [f"incomplete: {reason}"]}
+
+
+def _blank(bundle: Bundle, here: dict[str, Any], ran: dict[str, Any], minimum: Minimum) -> dict[str, Any]:
+    """A report with nothing measured."""
+    return {
         "kind": "bench",
-        "target": name,
+        "target": bundle.manifest["target"]["name"],
         "bundle": disk.sha256(bundle.folder / disk.MANIFEST),
         "machine": here,
-        "ran": session.facts,
+        "ran": ran,
         "warm_up": WARM_UP,
         "min_duration_s": minimum.min_duration_s,
         "min_query_count": minimum.min_query_count,
         "short_run": minimum.min_duration_s < Minimum().min_duration_s or minimum.min_query_count < Minimum().min_query_count,
-        "single_stream": None,
-        "offline": None,
+        **dict.fromkeys((*SCENARIOS, "sustained", "energy", "stages", "cold_start", "peak_memory_mib", "temperature_end_c")),
         "image_encoder_bytes": bundle.manifest["image_encoder_bytes"],
         "energy_mj_per_image": None,
+        "check_with": check_with(bundle, minimum),
     }
-    if "single_stream" in scenarios:
-        say(f"bench {name}: single_stream, at least {minimum.min_duration_s:g} s and {minimum.min_query_count} queries")
-        report["single_stream"] = {**summary(run_scenario(session.run, inputs, minimum.min_duration_s, minimum.min_query_count)), "batch": 1}
-    if "offline" in scenarios:
-        say(f"bench {name}: offline, batches of {device.offline_batch}")
-        batch = np.concatenate([inputs[i % len(inputs)] for i in range(device.offline_batch)])
-        result = summary(run_scenario(session.run, [batch], minimum.min_duration_s, -(-minimum.min_query_count // device.offline_batch)))
-        report["offline"] = {**result, "batch": device.offline_batch, "pictures_per_second": 1e3 * device.offline_batch / float(result["latency_ms_mean"] or 1)}
-    report["stages"] = _stages(bundle, sources)
-    report["cold_start"] = cold_start(bundle.folder, bundle.threads)
-    report["peak_memory_mib"] = report["cold_start"]["peak_memory_mib"]
-    report["temperature_end_c"] = machine.temperature_c()
-    report["failures"] = _over_budget(report, device)
-    return report
-
-
-def incomplete(bundle: Bundle, here: dict[str, Any], reason: str) -> dict[str, Any]:
-    """The report of a benchmark that broke off: no figure of it counts."""
-    what = {"target": bundle.manifest["target"]["name"], "bundle": disk.sha256(bundle.folder / disk.MANIFEST), "machine": here}
-    return {"kind": "bench", **what, "incomplete": reason, "single_stream": None, "offline": None, "failures": [f"incomplete: {reason}"]}
 
 
 def _pictures(bundle: Bundle, evaluation: Path | None) -> list[bytes]:
@@ -143,7 +202,7 @@ def _stages(bundle: Bundle, sources: list[bytes]) -> dict[str, float]:
     return {f"{stage}_ms": float(np.median(values)) for stage, values in laps.items()}
 
 
-def cold_start(bundle: Path, threads: int, runs: int = 3) -> dict[str, float | int]:
+def cold_start(bundle: Path, threads: int, python: tuple[str, ...] = (sys.executable,), runs: int = 3) -> dict[str, float | int]:
     """Of fresh processes: start to first answer, opening the bundle, first inference (medians), peak resident memory."""
     code = (
         "import time; t0=time.perf_counter()\n"
@@ -158,13 +217,18 @@ def cold_start(bundle: Path, threads: int, runs: int = 3) -> dict[str, float | i
     rows = []
     for _ in range(runs):
         before = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code, str(bundle.resolve()), str(threads)], capture_output=True, text=True, check=True)
+        done = subprocess.run([*python, "-c", code, str(bundle.resolve()), str(threads)], capture_output=True, text=True, check=True)
         rows.append([time.perf_counter() - before, *json.loads(done.stdout)])
     wall, load, first, memory = (float(v) for v in np.median(rows, axis=0))
     return {"runs": runs, "process_ms": 1e3 * wall, "load_ms": 1e3 * load, "first_inference_ms": 1e3 * first, "peak_memory_mib": round(memory)}
 
 
-def _over_budget(report: dict[str, Any], device: Device) -> list[str]:
-    found = {"latency_ms_p90": (report["single_stream"] or {}).get("latency_ms_p90"), "peak_memory_mib": report["peak_memory_mib"]}
-    limits = {k: getattr(device.budget, k) for k in found}
-    return [f"{k} {found[k]:.1f}, budget {limits[k]}" for k in found if limits[k] is not None and found[k] is not None and found[k] > limits[k]]
+def over_budget(report: dict[str, Any], device: Device) -> list[str]:
+    """What exceeds the device's budget; a limit on what was not measured is exceeded by nothing, and is named too."""
+    found = {
+        "latency_ms_p90": (report["single_stream"] or {}).get("latency_ms_p90"),
+        "peak_memory_mib": report["peak_memory_mib"],
+        "energy_mj_per_image": report["energy_mj_per_image"],
+    }
+    limits = {k: getattr(device.budget, k) for k in found if getattr(device.budget, k) is not None}
+    return [f"{k} {'not measured' if found[k] is None else f'{found[k]:.1f}'}, budget {v}" for k, v in limits.items() if found[k] is None or found[k] > v]

@@ -33,14 +33,14 @@ TEXT_BATCH = 32
 class Bundle:
     """Opens what it needs when it is needed. Not safe to share between threads."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int):
-        self.folder, self.manifest, self.threads = folder, manifest, threads
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int, providers: tuple[str, ...] | None = None):
+        self.folder, self.manifest, self.threads, self.providers = folder, manifest, threads, providers
         self.preprocess = msgspec.convert(manifest["preprocess"], Preprocess)
         self.logit_scale: float = manifest["logit_scale"]
 
     @classmethod
-    def load(cls, folder: str | Path, threads: int = 1, check: bool = False) -> "Bundle":
-        """Raises `EdgeclipError` for an unfinished bundle.
+    def load(cls, folder: str | Path, threads: int = 1, check: bool = False, providers: tuple[str, ...] | None = None) -> "Bundle":
+        """Raises `EdgeclipError` for an unfinished bundle. providers: ONNX Runtime's, all of which must take part; None: its CPU.
 
         Every file is compared with the manifest's sha256 when it is opened; check: compare all of them now.
         """
@@ -48,7 +48,7 @@ class Bundle:
         manifest = disk.read_manifest(folder, "bundle")
         if check:
             disk.verify(folder, manifest)
-        return cls(folder, manifest, threads)
+        return cls(folder, manifest, threads, providers)
 
     def file(self, name: str) -> Path:
         """A file of the bundle that is what the manifest says. OpenVINO's .bin goes with its .xml."""
@@ -57,11 +57,18 @@ class Bundle:
         return self.folder / name
 
     def open_image_encoder(self, threads: int | None = None, optimisation: str = "all") -> Session:
-        return open_session(self.manifest["runtime"], self.file(self.manifest["image_encoder"]), threads or self.threads, optimisation)
+        return open_session(self.manifest["runtime"], self.file(self.manifest["image_encoder"]), threads or self.threads, optimisation, self.providers)
 
     @cached_property
     def image_encoder(self) -> Session:
         return self.open_image_encoder()
+
+    @property
+    def precision(self) -> str:
+        """What is stored and what is computed: a CPU's kernels know no fp16 here."""
+        stored = self.manifest["target"]["precision"]
+        on_cpu = self.image_encoder.facts["providers"] in (["CPUExecutionProvider"], ["CPU"])
+        return "fp16 stored, fp32 computed" if stored == "fp16" and on_cpu else stored
 
     @cached_property
     def text_encoder(self) -> Session:
@@ -69,7 +76,7 @@ class Bundle:
             raise EdgeclipError(
                 self.folder, "this bundle has no text encoder, so it knows its baked labels only", "export it with one (recipe: text_encoder: true)"
             )
-        return open_session(self.manifest["runtime"], self.file(self.manifest["text"]["encoder"]), self.threads)
+        return open_session(self.manifest["runtime"], self.file(self.manifest["text"]["encoder"]), self.threads, "all", self.providers)
 
     @cached_property
     def labels(self) -> list[str]:

@@ -45,7 +45,7 @@ def _bundles(run: Path | None, bundle: Path | None, name: str, device: Any) -> t
         run = next((p for p in bundle.resolve().parents if (p / "evaluation" / disk.MANIFEST).exists()), None)
     bundles = []
     for folder in folders:
-        loaded = Bundle.load(folder, threads=device.threads, check=True)
+        loaded = Bundle.load(folder, threads=device.threads, check=True, providers=device.providers)
         if loaded.manifest["runtime"] in device.runtimes:
             bundles.append(loaded)
         else:
@@ -83,8 +83,9 @@ def _write_report(report: dict[str, Any], device: str, run: Path | None, kind: s
 @click.command()
 @_options
 @click.option("--device", "device_name", default="host-cpu", show_default=True, help="A name from `edgeclip list devices`, or a YAML file.")
+@click.option("--pictures", type=click.IntRange(min=1), help="So many evaluation pictures, always the same ones, where a device is slow.  [default: all]")
 @json_option
-def validate(run: Path | None, bundle: Path | None, clean: bool, device_name: str, as_json: bool) -> None:
+def validate(run: Path | None, bundle: Path | None, clean: bool, device_name: str, pictures: int | None, as_json: bool) -> None:
     """Compare bundles with the fp32 student on a device: values, decisions, accuracy.
 
     \b
@@ -99,7 +100,7 @@ def validate(run: Path | None, bundle: Path | None, clean: bool, device_name: st
 
     name, device = D.load(device_name)
     bundles, run = _bundles(run, bundle, name, device)
-    evaluation = load_evaluation(run / "evaluation") if run else None
+    evaluation = load_evaluation(run / "evaluation", pictures) if run else None
     with _board(name, device, clean) as board:
         if board is None:
             here = D.require_here(name, device)
@@ -116,50 +117,75 @@ def validate(run: Path | None, bundle: Path | None, clean: bool, device_name: st
 
 @click.command()
 @_options
-@click.option("--device", "device_name", default="host-cpu", show_default=True, help="A name from `edgeclip list devices`, or a YAML file.")
-@click.option("--scenario", type=click.Choice(["single_stream", "offline"]), help="MLPerf's; both when omitted.")
+@click.option("--device", "devices", multiple=True, help="A name from `edgeclip list devices`, or a YAML file; several are compared.  [default: host-cpu]")
+@click.option("--scenario", type=click.Choice(["single_stream", "multi_stream", "offline"]), help="MLPerf's; all three when omitted.")
+@click.option("--minutes", default=0.0, help="So many minutes of sustained load besides: temperature, throttling, drift of p90.")
+@click.option("--meter", "meter_csv", type=click.Path(path_type=Path), help="A CSV (timestamp, watts) that a power meter is writing meanwhile.")
 @json_option
-def bench(run: Path | None, bundle: Path | None, clean: bool, device_name: str, scenario: str | None, as_json: bool) -> None:
-    """Measure latency, throughput, stages, cold start and memory on a device.
+def bench(
+    run: Path | None, bundle: Path | None, clean: bool, devices: tuple[str, ...], scenario: str | None, minutes: float, meter_csv: Path | None, as_json: bool
+) -> None:
+    """Measure latency, throughput, stages, cold start, memory and energy on one device or several.
 
     \b
-    Exits 3 when the device's budget is exceeded, or when its timings are refused.
-    Example:
+    Exits 3 when a device's budget is exceeded, or when its timings are refused.
+    Examples:
         edgeclip bench --bundle runs/quickstart/bundles/onnx-int8 --scenario single_stream
+        edgeclip bench --run runs/quickstart --device raspberry-pi-5 --device intel-n100
     """
+    from edgeclip import comparison
+    from edgeclip.bench import SCENARIOS
+
+    scenarios, reports, parities = (scenario,) if scenario else SCENARIOS, [], []
+    for device_name in devices or ("host-cpu",):
+        new, found = _bench_one(device_name, run, bundle, clean, scenarios, minutes, meter_csv)
+        reports += new
+        parities += found
+        if not as_json:
+            tables.bench(new)
+    rows, lines = comparison.rows(reports, parities), comparison.int8_gain(reports)
+    if as_json:
+        click.echo(json.dumps(reports if len(devices) < 2 else {"reports": reports, "comparison": rows, "int8": lines}, indent=1))
+    elif len(reports) > 1:
+        tables.comparison(rows, lines)
+    sys.exit(GATE_FAILED if any(r["failures"] for r in reports) else 0)
+
+
+def _bench_one(
+    device_name: str, run: Path | None, bundle: Path | None, clean: bool, scenarios: tuple[str, ...], minutes: float, meter_csv: Path | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any] | None]]:
+    """(the bench reports of one device, the parity report of each where there is one)"""
     from edgeclip import device as D
     from edgeclip import disk
-    from edgeclip.bench import SCENARIOS, incomplete
     from edgeclip.bench import bench as measure
+    from edgeclip.bench import incomplete
 
     name, device = D.load(device_name)
     bundles, run = _bundles(run, bundle, name, device)
     short = disk.read_json(run / "recipe.json").get("bench") if run and (run / "recipe.json").exists() else None
     minimum = D.Minimum(**short) if short else device.bench
-    scenarios = (scenario,) if scenario else SCENARIOS
     reports = []
     with _board(name, device, clean) as board:
         if board is None:
             here = D.require_here(name, device)
             pictures = run / "evaluation" if run else None
-            reports = [_write_report(measure(b, device, here, pictures, minimum, scenarios), name, run, "bench") for b in bundles]
+            reports = [_write_report(measure(b, device, here, pictures, minimum, scenarios, minutes, meter_csv), name, run, "bench") for b in bundles]
         else:
             from edgeclip.remote.link import LinkLost
             from edgeclip.validate import load_evaluation
 
+            if meter_csv:
+                raise EdgeclipError("--meter", "goes with a device that is this machine", "run bench on the board itself, where the meter's file is")
             checks = [r._asdict() for r in board.prepare(bundles, load_evaluation(run / "evaluation") if run else None)]
             for b in bundles:
                 try:
-                    report = board.bench(b, minimum, scenarios) | {"preflight": checks}
+                    report = board.bench(b, minimum, scenarios, minutes) | {"preflight": checks}
                 except LinkLost as e:
-                    _write_report(incomplete(b, board.facts, str(e)), name, run, "bench")
+                    _write_report(incomplete(b, board.facts, minimum, str(e)), name, run, "bench")
                     raise
                 reports.append(_write_report(report, name, run, "bench"))
-    if as_json:
-        click.echo(json.dumps(reports, indent=1))
-    else:
-        tables.bench(reports)
-    sys.exit(GATE_FAILED if any(r["failures"] for r in reports) else 0)
+    paths = [run / "reports" / f"{r['target']}.{name}.parity.json" if run else None for r in reports]
+    return reports, [disk.read_json(p) if p and p.exists() else None for p in paths]
 
 
 @click.command()

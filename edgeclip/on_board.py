@@ -25,7 +25,7 @@ MARK = b"edgeclip-reply "
 def validate(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     from edgeclip.validate import load_evaluation, observe
 
-    evaluation = load_evaluation(Path(work["evaluation"])) if work["evaluation"] else None
+    evaluation = load_evaluation(Path(work["evaluation"]), work["pictures"]) if work["evaluation"] else None
     facts, arrays = observe(_bundle(work, device), evaluation)
     return facts, arrays
 
@@ -34,14 +34,15 @@ def bench(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[st
     from edgeclip.bench import bench as measure
 
     evaluation = Path(work["evaluation"]) if work["evaluation"] else None
-    return measure(_bundle(work, device), device, machine.facts(), evaluation, Minimum(**work["minimum"]), tuple(work["scenarios"])), {}
+    how = {"scenarios": tuple(work["scenarios"]), "minutes": work["minutes"], "python": tuple(work["python"])}
+    return measure(_bundle(work, device), device, machine.facts(), evaluation, Minimum(**work["minimum"]), **how), {}
 
 
 VERBS = {"validate": validate, "bench": bench}
 
 
 def _bundle(work: dict[str, Any], device: Device) -> Bundle:
-    return Bundle.load(Path(work["bundle"]), threads=device.threads, check=True)
+    return Bundle.load(Path(work["bundle"]), threads=device.threads, check=True, providers=device.providers)
 
 
 def main() -> None:

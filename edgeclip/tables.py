@@ -127,40 +127,34 @@ def parity(reports: list[dict[str, Any]]) -> None:
 def bench(reports: list[dict[str, Any]]) -> None:
     rows = []
     for r in reports:
-        s, o, stages = r["single_stream"] or {}, r["offline"] or {}, r["stages"]
-        of_stages = [stages[f"{k}_ms"] for k in ("decode", "preprocess", "model", "head")]
-        numbers = [
-            s.get("latency_ms_p50"),
-            s.get("latency_ms_p90"),
-            s.get("latency_ms_p99"),
-            o.get("pictures_per_second"),
-            *of_stages,
-            r["cold_start"]["process_ms"],
-        ]
+        s, m, o, stages, cold = (r[k] or {} for k in ("single_stream", "multi_stream", "offline", "stages", "cold_start"))
+        of_stages = [stages.get(f"{k}_ms") for k in ("decode", "preprocess", "model", "head")]
+        numbers = [s.get(f"latency_ms_{k}") for k in ("p50", "p90", "p99")]
+        numbers += [m.get("latency_ms_p99"), o.get("pictures_per_second"), *of_stages, cold.get("process_ms"), r["energy_mj_per_image"]]
         rows.append([r["target"], *(None if v is None else f"{v:.2f}" for v in numbers), r["peak_memory_mib"], f"{r['image_encoder_bytes'] / 2**20:.1f}"])
-    headers = [
-        "target",
-        "p50 ms",
-        "p90 ms",
-        "p99 ms",
-        "offline /s",
-        "decode ms",
-        "preprocess ms",
-        "model ms",
-        "head ms",
-        "cold start ms",
-        "peak MiB",
-        "encoder MiB",
-    ]
-    table(rows, headers)
+    latency = ["target", "p50 ms", "p90 ms", "p99 ms", "multi p99 ms", "offline /s"]
+    table(rows, [*latency, "decode ms", "preprocess ms", "model ms", "head ms", "cold start ms", "mJ", "peak MiB", "encoder MiB"])
     r = reports[0]
     isa = ", ".join(r["machine"]["isa"] or ["unknown"])
-    click.echo(f"{r['device']}: {r['machine']['cpu']}, ISA {isa}, {r['ran']['threads']} thread(s), warm-up {r['warm_up']} queries; energy: {NOT_MEASURED}")
+    click.echo(f"{r['device']}: {r['machine']['cpu']}, ISA {isa}, {r['ran']['threads']} thread(s), warm-up {r['warm_up']} queries")
     if any(x["short_run"] for x in reports):
         click.echo(f"short run: at least {r['min_duration_s']:g} s and {r['min_query_count']} queries, where MLPerf asks for 60 s and 1,024")
     for x in reports:
+        if "stored" in x["ran"]["precision"]:
+            click.echo(f"{x['target']}: {x['ran']['precision']}")
+        if e := x["energy"]:
+            rate = "too few samples" if e["rate_hz"] is None else f"{e['rate_hz']:.1f} Hz, idle {e['idle_w']:.2f} W, load {e['load_w']:.2f} W"
+            half = "" if e["mj_per_image"] is None else f", {e['mj_per_image']:.2f} +- {e['mj_per_image_half_width']:.2f} mJ (scatter only)"
+            steady = {True: "steady", False: "still warming up", None: "temperature unknown"}[e["steady"]]
+            click.echo(f"{x['target']}: energy by {e['source']}: {rate}{half}, {steady}")
+        if t := x["sustained"]:
+            slowed = "unknown whether throttled" if t["throttled"] is None else f"throttled: {', '.join(t['throttled']) or 'no'}"
+            hot = "-".join(NOT_MEASURED if w["temperature_c"] is None else f"{w['temperature_c']:.0f}" for w in (t["windows"][0], t["windows"][-1]))
+            click.echo(f"{x['target']}: {t['minutes']:g} minutes: p90 of the last tenth {t['p90_drift']:.2f} times the first's; C {hot}; {slowed}")
         for failure in x["failures"]:
-            click.echo(f"{x['target']}: over budget: {failure}")
+            click.echo(f"{x['target']}: {'over budget: ' if 'budget' in failure else ''}{failure}")
+    for x in reports:
+        click.echo(f"check {x['target']} with: {x['check_with']}")
 
 
 def caches(found: list[dict[str, Any]]) -> None:
@@ -181,6 +175,24 @@ def caches(found: list[dict[str, Any]]) -> None:
             ["replayed", f"{c['replay']['views']} views, cosine {c['replay']['cosine_min']:.4f} or more" if c["replay"] else None],
         ]
         table(rows, ["teacher cache", ""])
+
+
+def comparison(rows: list[dict[str, Any]], lines: list[str]) -> None:
+    def number(v: float | None, digits: int) -> str | None:
+        return None if v is None else f"{v:.{digits}f}"
+
+    table(
+        [
+            [r["device"], r["target"], number(r["accuracy"], 4), number(r["latency_ms_p90"], 2), number(r["pictures_per_second"], 1), number(r["energy_mj_per_image"], 2),
+             number(r["energy_mj_per_correct"], 2), f"{r['image_encoder_bytes'] / 2**20:.1f}", {True: "*", False: "", None: None}[r["on_front"]]]
+            for r in rows
+        ],
+        ["device", "target", "R@1", "p90 ms", "offline /s", "mJ", "mJ a right answer", "encoder MiB", "front"],
+    )  # fmt: skip
+    if rows:
+        click.echo(f"*: not beaten on {', '.join(rows[0]['axes']) or 'anything, since nothing was measured'}")
+    for line in lines:
+        click.echo(line)
 
 
 def ranking(results: dict[str, list[dict[str, Any]]]) -> None:

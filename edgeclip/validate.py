@@ -12,6 +12,7 @@ margin although the measured drop does not, there are too few pictures to tell, 
 """
 
 import math
+import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,12 +42,21 @@ class Evaluation(NamedTuple):
     """[n, D], the fp32 student's features"""
     labels: np.ndarray
     sets: list[dict[str, Any]]
+    chosen: list[int]
+    """[n], which of the folder's pictures take part"""
 
 
-def load_evaluation(folder: Path) -> Evaluation:
+def load_evaluation(folder: Path, pictures: int | None = None) -> Evaluation:
+    """pictures: so many of them, always the same ones, for a board that is slow. None: all."""
     disk.verify(folder, disk.read_manifest(folder, "evaluation"))
     description = disk.read_json(folder / "evaluation.json")
-    return Evaluation(folder, np.load(folder / "image_features.npy"), np.array(description["labels"]), description["sets"])
+    features, labels, sets = np.load(folder / "image_features.npy"), np.array(description["labels"]), description["sets"]
+    chosen = list(range(len(labels)))
+    if pictures is not None and pictures < len(chosen):
+        chosen = sorted(random.Random(0).sample(chosen, pictures))
+        place = {row: i for i, row in enumerate(chosen)}
+        sets = [{**s, "rows": [place[r] for r in s["rows"] if r in place]} for s in sets]
+    return Evaluation(folder, features[chosen], labels[chosen], sets, chosen)
 
 
 class Observed(NamedTuple):
@@ -68,7 +78,7 @@ def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
     """Runs the bundle: on the device."""
     encoder = bundle.image_encoder
     arrays = {"golden_features": bundle.encode_pixels(np.load(bundle.folder / "golden" / "pixels.npy"))}
-    facts: dict[str, Any] = {"ran": encoder.facts, "ports": [encoder.input, encoder.output]}
+    facts: dict[str, Any] = {"ran": {**encoder.facts, "precision": bundle.precision}, "ports": [encoder.input, encoder.output]}
     if pictures := bundle.manifest["golden"]["pictures"]:
         arrays["golden_pixels"] = np.stack([bundle.pixels(bundle.folder / p) for p in pictures])
     if bundle.manifest["text"]:
@@ -79,7 +89,7 @@ def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
             sessions["features_basic"] = bundle.open_image_encoder(optimisation="basic")
         arrays |= _features(bundle, evaluation, sessions)
         if np.isfinite(arrays["features_all"]).all():
-            arrays["answers"] = np.concatenate([a for a, _, _ in _decide(bundle, evaluation, arrays["features_all"])])
+            arrays["answers"] = np.concatenate([a for a, _, _ in decide(bundle, evaluation, arrays["features_all"])])
     return Observed(facts, arrays)
 
 
@@ -148,7 +158,8 @@ def _golden(bundle: Bundle, found: dict[str, np.ndarray], failures: list[str]) -
 
 def _features(bundle: Bundle, evaluation: Evaluation, sessions: dict[str, Any]) -> dict[str, np.ndarray]:
     """[n, D] of every evaluation picture from each session; every picture is decoded once."""
-    pictures = index_tar(evaluation.folder / "pictures.tar")
+    every = index_tar(evaluation.folder / "pictures.tar")
+    pictures = [every[i] for i in evaluation.chosen]
     skipped: list[str] = []
     out: dict[str, list[np.ndarray]] = {name: [] for name in sessions}
     batches = stream(range(len(pictures)), lambda i: bundle.pixels(open_picture(read(pictures[i]), pictures[i].key)), BATCH, skipped)
@@ -166,7 +177,7 @@ def _compare(bundle: Bundle, evaluation: Evaluation, found: dict[str, np.ndarray
         failures.append("values: not finite on the evaluation pictures")
         return "fail"
     every = {"reference": reference, "all": features, **({"basic": found["features_basic"]} if "features_basic" in found else {})}
-    decisions = {name: _decide(bundle, evaluation, f) for name, f in every.items()}
+    decisions = {name: decide(bundle, evaluation, f) for name, f in every.items()}
     answers = {name: np.concatenate([a for a, _, _ in d]) for name, d in decisions.items()}
     right = {name: np.concatenate([h for _, h, _ in d]) for name, d in decisions.items()}
     margin = np.concatenate([m for _, _, m in decisions["all"]])
@@ -201,7 +212,7 @@ def _compare(bundle: Bundle, evaluation: Evaluation, found: dict[str, np.ndarray
     return "pass" if accuracy["upper_pp"] <= tolerance.accuracy_drop_pp else "too few pictures"
 
 
-def _decide(bundle: Bundle, evaluation: Evaluation, features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def decide(bundle: Bundle, evaluation: Evaluation, features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Per evaluation set, each over the set's own class list: answers as class indices [n], right or wrong [n], and by
     how much the best score leads [n]."""
     out = []

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from edgeclip import machine
-from edgeclip.bench import WARM_UP, bench, run_scenario, summary
+from edgeclip.bench import WARM_UP, bench, check_with, over_budget, run_scenario, summary, sustained
 from edgeclip.bundle import Bundle
 from edgeclip.device import Budget, Device, Minimum
+from edgeclip.errors import EdgeclipError
 from edgeclip.runtime import open_session
 
 
@@ -67,8 +68,9 @@ def test_a_report_says_what_ran_and_where(measured, shipped_bundle):
     assert measured["machine"]["arch"] and measured["image_encoder_bytes"] == Bundle.load(shipped_bundle("onnx-fp32")).manifest["image_encoder_bytes"]
 
 
-def test_both_scenarios_reach_their_minimum(measured):
-    single, offline = measured["single_stream"], measured["offline"]
+def test_every_scenario_reaches_its_minimum(measured):
+    single, multi, offline = measured["single_stream"], measured["multi_stream"], measured["offline"]
+    assert multi["batch"] == 8 and 8 * multi["queries"] >= 30 and multi["latency_ms_p99"] is None and measured["sustained"] is None
     assert single["batch"] == 1 and single["queries"] >= 30 and offline["batch"] == 4 and 4 * offline["queries"] >= 30
     assert offline["pictures_per_second"] == pytest.approx(4e3 / offline["latency_ms_mean"])
 
@@ -96,3 +98,45 @@ def test_only_the_exceeded_budget_is_a_failure(measured):
 def test_a_scenario_that_was_not_asked_for_is_null(shipped_bundle):
     r = bench(Bundle.load(shipped_bundle("onnx-fp32")), Device(runtimes=["onnxruntime"]), machine.facts(), None, Minimum(0.0, 5), ("offline",))
     assert r["single_stream"] is None and r["offline"]["queries"] >= 1 and r["failures"] == []
+
+
+def test_sustained_load_is_told_in_tenths(shipped_bundle):
+    device = Device(runtimes=["onnxruntime"])
+    r = bench(Bundle.load(shipped_bundle("onnx-fp32")), device, machine.facts(), None, Minimum(0.0, 5), ("single_stream",), minutes=0.01)["sustained"]
+    assert len(r["windows"]) == 10 and r["minutes"] == pytest.approx(0.01) and all(w["queries"] >= 1 for w in r["windows"])
+    assert r["p90_drift"] == pytest.approx(r["windows"][-1]["latency_ms_p90"] / r["windows"][0]["latency_ms_p90"])
+
+
+def test_the_drift_is_the_last_tenths_p90_over_the_firsts(monkeypatch):
+    runs = iter([[0.002] * 20] * 9 + [[0.006] * 20])
+    monkeypatch.setattr("edgeclip.bench.run_scenario", lambda *_: next(runs))
+    assert sustained(lambda x: x, [0], 1.0)["p90_drift"] == pytest.approx(3.0)
+
+
+def test_the_times_of_an_emulated_processor_are_refused(shipped_bundle):
+    bundle, device = Bundle.load(shipped_bundle("onnx-fp32")), Device(runtimes=["onnxruntime"])
+    r = bench(bundle, device, machine.facts() | {"emulated": True}, None, Minimum(0.0, 5), minutes=1.0)
+    assert [r[k] for k in ("single_stream", "multi_stream", "offline", "stages", "cold_start", "sustained", "peak_memory_mib")] == [None] * 7
+    assert r["failures"][0].startswith("timings refused: the processor is emulated") and r["ran"]["runtime"] == "onnxruntime"
+
+
+def test_a_budget_on_what_was_not_measured_is_not_kept(measured):
+    failures = over_budget(measured, Device(runtimes=["onnxruntime"], budget=Budget(energy_mj_per_image=5.0)))
+    assert failures == ["energy_mj_per_image not measured, budget 5.0"]
+
+
+@pytest.mark.parametrize(("name", "tool"), [("onnx-fp32", "onnxruntime_perf_test"), ("openvino-int8", "benchmark_app"), ("tensorrt-int8", "trtexec")])
+def test_a_sceptic_gets_the_runtimes_own_command_line(shipped_bundle, name, tool):
+    line = check_with(Bundle.load(shipped_bundle(name), threads=3), Minimum())
+    assert line.startswith(tool) and str(shipped_bundle(name)) in line and "1024" in line and (tool == "trtexec" or " 3 " in line)
+
+
+def test_a_provider_that_is_not_there_is_an_error_not_a_cpu(shipped_bundle):
+    with pytest.raises(EdgeclipError, match="has no CUDAExecutionProvider"):
+        _ = Bundle.load(shipped_bundle("onnx-fp32"), providers=("CUDAExecutionProvider", "CPUExecutionProvider")).image_encoder
+    assert Bundle.load(shipped_bundle("onnx-fp32"), providers=("CPUExecutionProvider",)).image_encoder.facts["providers"] == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize(("name", "precision"), [("onnx-fp16", "fp16 stored, fp32 computed"), ("onnx-fp32", "fp32"), ("onnx-int8", "int8")])
+def test_a_cpu_says_that_it_computes_fp16_in_fp32(shipped_bundle, name, precision):
+    assert Bundle.load(shipped_bundle(name)).precision == precision

@@ -101,6 +101,20 @@ def test_only_what_edgeclip_left_is_removed(tmp_path):
         assert not board.clean() and (tmp_path / "precious").is_dir()
 
 
+def test_two_at_once_would_measure_each_other(shipped_bundle, tmp_path):
+    import fcntl
+
+    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\npackages: [onnxruntime]\n")
+    bundle = Bundle.load(shipped_bundle("onnx-fp32"))
+    with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
+        board.prepare([bundle], None)
+        with open(tmp_path / "b" / ".run", "a") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            with pytest.raises(EdgeclipError, match="another edgeclip is at work there"):
+                board.validate(bundle, None)
+        assert board.validate(bundle, None)["failures"] == []
+
+
 def test_words_of_a_login_shell_are_not_taken_for_the_answer(tmp_path):
     shell = tmp_path / "chatty"
     shell.write_text('#!/bin/sh\necho "Welcome to the board"; exec "$@"\n')

@@ -13,6 +13,7 @@ A run ends when the link does: its standard input closes, and the process group 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -41,6 +42,16 @@ def home(request: Request) -> str:
     os.makedirs(os.path.join(folder, "store"), exist_ok=True)
     open(os.path.join(folder, OURS), "a").close()
     return folder
+
+
+def lock(folder: str, name: str, wait: bool) -> Any:
+    """Held as long as the returned file is open: one copy at a time, and one measurement."""
+    f = open(os.path.join(folder, name), "a")  # noqa: SIM115
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        raise ValueError("another edgeclip is at work there, and two would measure each other") from None
+    return f
 
 
 def inside(folder: str, name: str) -> str:
@@ -77,6 +88,7 @@ def missing(request: Request) -> dict[str, Any]:
 def put(request: Request) -> dict[str, Any]:
     """Files [[sha256, size, offset], ...], whose bytes from `offset` on follow the request one after another."""
     folder = home(request)
+    held = lock(folder, ".copy", True)
     for digest, size, offset in request["files"]:
         path = inside(folder, "store/" + digest)
         part = path + ".part"
@@ -105,6 +117,7 @@ def put(request: Request) -> dict[str, Any]:
             os.remove(part)
             raise ValueError("what arrived is not what was sent; send it again")
         os.replace(part, path)
+    held.close()
     return {}
 
 
@@ -139,6 +152,7 @@ def exists(request: Request) -> dict[str, Any]:
 def run(request: Request) -> None:
     """Starts the runner with the rest of the request on its standard input; the runner itself answers."""
     folder = home(request)
+    held = lock(folder, ".run", False)
     environment = dict(os.environ, PYTHONPATH=inside(folder, request["runner"]), PYTHONDONTWRITEBYTECODE="1")
     work = dict(request["work"], folder=folder, python=request["python"])
     command = [*request["python"], "-m", "edgeclip.on_board"]
@@ -154,6 +168,7 @@ def run(request: Request) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     code = child.wait()
+    held.close()
     if code:
         reply({"error": f"the runner on the board ended with code {code}; its own messages are above"})
     sys.stdout.flush()

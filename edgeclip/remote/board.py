@@ -57,6 +57,11 @@ class Board:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        left = asyncio.all_tasks(self.loop)  # of a request that was interrupted
+        for task in left:
+            task.cancel()
+        if left:
+            self._wait(_ended(left))
         self._wait(self.exits.aclose())
         self.loop.close()
 
@@ -147,13 +152,16 @@ class Board:
     # --- the verbs
 
     def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> dict[str, Any]:
-        facts, payload = self._run("validate", bundle)
-        with np.load(io.BytesIO(payload), allow_pickle=False) as z:
-            observed = Observed(facts, {k: z[k] for k in z.files})
-        return judge(bundle, evaluation, observed, self.facts)
+        return judge(bundle, evaluation, self.observe(bundle, evaluation), self.facts)
 
-    def bench(self, bundle: Bundle, minimum: Minimum, scenarios: tuple[str, ...]) -> dict[str, Any]:
-        return self._run("bench", bundle, minimum=msgspec.to_builtins(minimum), scenarios=scenarios)[0]
+    def observe(self, bundle: Bundle, evaluation: Evaluation | None) -> Observed:
+        """What the board says of the bundle; the host may judge it, or compare it with another board's."""
+        facts, payload = self._run("validate", bundle, pictures=len(evaluation.chosen) if evaluation else None)
+        with np.load(io.BytesIO(payload), allow_pickle=False) as z:
+            return Observed(facts, {k: z[k] for k in z.files})
+
+    def bench(self, bundle: Bundle, minimum: Minimum, scenarios: tuple[str, ...], minutes: float = 0.0) -> dict[str, Any]:
+        return self._run("bench", bundle, minimum=msgspec.to_builtins(minimum), scenarios=scenarios, minutes=minutes)[0]
 
     def _run(self, verb: str, bundle: Bundle, **more: Any) -> tuple[dict[str, Any], bytes]:
         self._same_boot(verb)
@@ -170,6 +178,10 @@ class Board:
     def clean(self) -> bool:
         """Removes all that edgeclip left on the board; was there anything?"""
         return bool(self.ask("clean")["removed"])
+
+
+async def _ended(tasks: set[asyncio.Task[Any]]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _blocks(todo: list[tuple[str, Path, int, int]]) -> Iterator[bytes]:

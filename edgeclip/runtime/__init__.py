@@ -42,8 +42,8 @@ class Session(NamedTuple):
     """what really runs: runtime and version, providers or device, precision, threads"""
 
 
-def open_session(runtime: str, model: Path, threads: int, optimisation: str = "all") -> Session:
-    """optimisation: 'all' or 'basic', where the runtime knows the difference.
+def open_session(runtime: str, model: Path, threads: int, optimisation: str = "all", providers: tuple[str, ...] | None = None) -> Session:
+    """optimisation: 'all' or 'basic', where the runtime knows the difference. providers: ONNX Runtime's; None: its CPU.
 
     Raises `EdgeclipError` when the runtime is unknown or not installed, or does not do what was asked.
     """
@@ -54,5 +54,6 @@ def open_session(runtime: str, model: Path, threads: int, optimisation: str = "a
         module = importlib.import_module(RUNTIMES[runtime])
     except ImportError as e:
         raise EdgeclipError(runtime, f"is not installed ({e})", INSTALL[runtime]) from None
-    session: Session = module.open_session(model, threads, optimisation)
+    more = {"providers": providers} if providers and runtime == "onnxruntime" else {}
+    session: Session = module.open_session(model, threads, optimisation, **more)
     return session

@@ -1,4 +1,7 @@
-"""ONNX Runtime on a CPU. Providers, precision and threads are asked for by name and read back."""
+"""ONNX Runtime. Providers and threads are asked for by name and read back.
+
+Of providers without the CPU's among them no node may run on the CPU; with it, those may that the others refuse.
+"""
 
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import onnxruntime as ort
 from edgeclip.errors import EdgeclipError
 from edgeclip.runtime import Port, Session
 
-PROVIDERS = ["CPUExecutionProvider"]
+CPU = "CPUExecutionProvider"
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 LEVELS = {"all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL, "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC}
 
@@ -16,25 +19,33 @@ UNSAFE_IN_HALF = ["NchwcTransformer"]
 """ends the process on some float16 vision transformers (1.31, x86, a MatMul behind a Transpose); such files are called *.fp16.onnx"""
 
 
-def open_session(model: Path, threads: int, optimisation: str) -> Session:
+def open_session(model: Path, threads: int, optimisation: str, providers: tuple[str, ...] = (CPU,)) -> Session:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = LEVELS[optimisation]
     options.log_severity_level = 3
+    if missing := [p for p in providers if p not in ort.get_available_providers()]:
+        raise EdgeclipError(
+            model, f"this ONNX Runtime {ort.__version__} has no {', '.join(missing)}", "install the build that has it, or change the profile's providers"
+        )
+    if CPU not in providers:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = ort.InferenceSession(str(model), options, providers=PROVIDERS, disabled_optimizers=UNSAFE_IN_HALF if ".fp16" in model.suffixes else None)
+        unsafe = UNSAFE_IN_HALF if ".fp16" in model.suffixes else None
+        session = ort.InferenceSession(str(model), options, providers=list(providers), disabled_optimizers=unsafe)
     except Exception as e:  # pybind raises a different type for every failure
         raise EdgeclipError(model, f"ONNX Runtime {ort.__version__} cannot load it ({str(e)[:200]})", "export it anew for this runtime version") from None
-    if session.get_providers() != PROVIDERS:
-        raise EdgeclipError(model, f"runs on {session.get_providers()}, not on {PROVIDERS}", "install a runtime that has them")
+    found = [p for p in session.get_providers() if p in providers or p != CPU]  # the CPU's is always listed
+    if found != list(providers):
+        raise EdgeclipError(model, f"runs on {session.get_providers()}, not on {list(providers)}", "install a runtime that has them")
     (i,), (o,) = session.get_inputs(), session.get_outputs()
 
     def run(x: np.ndarray) -> np.ndarray:
         out: np.ndarray = session.run([o.name], {i.name: x})[0]
         return out
 
-    facts = {"runtime": "onnxruntime", "version": ort.__version__, "providers": session.get_providers(), "threads": threads, "optimisation": optimisation}
+    facts = {"runtime": "onnxruntime", "version": ort.__version__, "providers": found, "threads": threads, "optimisation": optimisation}
     return Session(run, _port(i), _port(o), facts)
 
 

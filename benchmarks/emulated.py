@@ -1,0 +1,98 @@
+"""Is a bundle on an ARM core the model that it is on x86? The same bundle, photos and onnxruntime version on both sides.
+
+`arm64-emulated` runs aarch64 code under qemu behind an sshd, `loopback` the same way on this machine's own processor,
+both with onnxruntime 1.26.0. Compared are the features of each photo, then the answers over the run's own classes. No time
+is taken: an emulator's says nothing about a board.
+
+What bounds it: float additions in another order. fp32 differs in the last bits; int8 sums are exact, so a difference
+there comes from a float on a rounding boundary, and moves a whole step.
+
+Required: fp32 cosine at least 0.99999 on every photo; S8S8 the same first answer on every photo whose two best scores differ by 1e-3
+or more on x86; a core without dot-product (cortex-a72) and one with it (cortex-a76) told apart by the machine's facts.
+
+    python benchmarks/emulated.py --run runs/clothing --check       # bundles onnx-fp32 and onnx-int8-arm; 200 photos take a quarter of an hour
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import compare
+import msgspec
+import numpy as np
+
+from edgeclip import device as D
+from edgeclip.bundle import Bundle
+from edgeclip.errors import EdgeclipError
+from edgeclip.remote.board import Board
+from edgeclip.validate import Evaluation, Observed, decide, load_evaluation
+
+VERSION = "onnxruntime==1.26.0"
+PHOTOS, QUICK = 200, 24
+MARGIN = 1e-3
+TARGETS = ("onnx-fp32", "onnx-int8-arm")
+
+
+def observed(name: str, cpu: str | None, bundles: list[Bundle], evaluation: Evaluation | None) -> tuple[list[Observed], dict[str, Any]]:
+    _, device = D.load(name)
+    device = msgspec.structs.replace(device, packages=(VERSION,), reach=msgspec.structs.replace(device.reach, emulate=cpu))
+    with Board(name, device) as board:
+        if not bundles:
+            return [], board.facts
+        board.prepare(bundles, evaluation)
+        return [board.observe(b, evaluation) for b in bundles], board.facts
+
+
+def measure(run: Path, options: Any) -> None:
+    here = compare.this_machine()
+    evaluation = load_evaluation(run / "evaluation", QUICK if options.quick else PHOTOS)
+    bundles = [Bundle.load(run / "bundles" / t, check=True) for t in TARGETS]
+    x86, _ = observed("loopback", None, bundles, evaluation)
+    arm, facts = observed("arm64-emulated", "cortex-a76", bundles, evaluation)
+    _, without = observed("arm64-emulated", "cortex-a72", [], None)
+    rows, figures = [], {}
+    for bundle, a, b in zip(bundles, x86, arm, strict=True):
+        name, n = bundle.folder.name, len(evaluation.chosen)
+        fa, fb = a.arrays["features_all"], b.arrays["features_all"]
+        assert fa.shape == fb.shape == (n, bundle.manifest["embed_dim"]) and a.facts["ran"]["version"] == b.facts["ran"]["version"] == VERSION.split("==")[1]
+        cosine = (fa.astype(np.float64) * fb).sum(axis=1) / np.linalg.norm(fa.astype(np.float64), axis=1) / np.linalg.norm(fb.astype(np.float64), axis=1)
+        margin = np.concatenate([m for _, _, m in decide(bundle, evaluation, fa)])
+        unlike = a.arrays["answers"] != b.arrays["answers"]
+        figures[name] = {
+            "photos": n, "cosine_min": float(cosine.min()), "largest_difference": float(np.abs(fa - fb).max()), "identical_photos": int((fa == fb).all(axis=1).sum()),
+            "other_answer": int(unlike.sum()), "other_answer_by_margin": int((unlike & (margin >= MARGIN)).sum()), "closer_than_margin": int((margin < MARGIN).sum()),
+        }  # fmt: skip
+        rows.append([name, *(figures[name][k] for k in figures[name])])
+    compare.table(
+        rows,
+        [
+            "bundle",
+            "photos",
+            "cosine min",
+            "largest difference",
+            "identical",
+            "other answer",
+            f"of those by {MARGIN:g} or more",
+            f"photos closer than {MARGIN:g}",
+        ],
+    )
+    required = [
+        compare.exact("onnx-fp32: cosine min", figures["onnx-fp32"]["cosine_min"], at_least=0.99999),
+        compare.exact("onnx-int8-arm: other answers by 1e-3 or more", figures["onnx-int8-arm"]["other_answer_by_margin"], at_most=0),
+        compare.exact("dot-product seen on cortex-a76, not on cortex-a72", float("asimddp" in facts["isa"] and "asimddp" not in without["isa"]), at_least=1),
+    ]
+    compare.finish({"benchmark": "emulated", "bundles": figures, "isa": {"cortex-a76": facts["isa"], "cortex-a72": without["isa"]}}, required, here, options)
+
+
+def main() -> None:
+    parser = compare.arguments(__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/latest"), help="a finished run with its bundles  [default: runs/latest]")
+    options = parser.parse_args()
+    try:
+        measure(options.run, options)
+    except EdgeclipError as e:
+        sys.exit(f"Error: {e}")
+
+
+if __name__ == "__main__":
+    main()

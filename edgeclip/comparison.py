@@ -1,0 +1,62 @@
+"""Several boards, or several bundles of one, in one table: what each costs, and which of them nothing else beats.
+
+A row is on the Pareto front when no other row is at least as good on every axis and better on one. An axis that not every
+row has been measured on takes no part, and is named: not measured is neither good nor bad.
+"""
+
+from typing import Any
+
+AXES = {"accuracy": 1, "latency_ms_p90": -1, "energy_mj_per_image": -1, "image_encoder_bytes": -1}
+"""what counts, and whether more (1) or less (-1) of it is better"""
+DOT_PRODUCT = {"aarch64": ("asimddp",), "x86_64": ("avx512_vnni", "avx_vnni", "amx_int8")}
+
+
+def rows(benches: list[dict[str, Any]], parities: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """One a bench report; a parity report counts when it is of the same bundle and device."""
+    out = []
+    for b, p in zip(benches, parities, strict=True):
+        counts = p is not None and p["bundle"] == b["bundle"] and p["accuracy"] is not None
+        energy, r1 = b["energy_mj_per_image"], p["accuracy"]["bundle_r1"] if p is not None and counts else None
+        out.append(
+            {
+                "device": b["device"],
+                "target": b["target"],
+                "accuracy": r1,
+                "latency_ms_p90": (b["single_stream"] or {}).get("latency_ms_p90"),
+                "pictures_per_second": (b["offline"] or {}).get("pictures_per_second"),
+                "energy_mj_per_image": energy,
+                "energy_mj_per_correct": None if energy is None or not r1 else energy / r1,
+                "image_encoder_bytes": b["image_encoder_bytes"],
+                "peak_memory_mib": b["peak_memory_mib"],
+            }
+        )
+    return pareto(out)
+
+
+def pareto(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with `on_front` (None where a row lacks every axis that the others have) and `axes` added."""
+    timed = [r for r in table if r["latency_ms_p90"] is not None]
+    axes = [a for a in AXES if timed and all(r[a] is not None for r in timed)]
+
+    def beats(a: dict[str, Any], b: dict[str, Any]) -> bool:
+        differences = [AXES[x] * (a[x] - b[x]) for x in axes]
+        return all(d >= 0 for d in differences) and any(d > 0 for d in differences)
+
+    return [{**r, "axes": axes, "on_front": not any(beats(o, r) for o in timed) if r in timed else None} for r in table]
+
+
+def int8_gain(benches: list[dict[str, Any]]) -> list[str]:
+    """For each int8 bundle of ONNX Runtime beside the fp32 one of the same device: is it faster there, and could it be?"""
+    lines = []
+    timed = [b for b in benches if b["single_stream"] and b["ran"]["runtime"] == "onnxruntime"]
+    for b in timed:
+        base = next((f for f in timed if f["device"] == b["device"] and f["ran"].get("precision") == "fp32"), None)
+        if base is None or b["ran"].get("precision") != "int8":
+            continue
+        times = base["single_stream"]["latency_ms_p50"] / b["single_stream"]["latency_ms_p50"]
+        known = DOT_PRODUCT.get(b["machine"]["arch"])
+        there = None if known is None or b["machine"]["isa"] is None else bool(set(known) & set(b["machine"]["isa"]))
+        dot = "unknown whether this core has dot-product" if there is None else f"this core has {'' if there else 'no '}dot-product"
+        faster = f"{times:.2f} times as fast as" if times >= 1 else f"slower than ({times:.2f} times as fast as)"
+        lines.append(f"{b['device']}: {b['target']} is {faster} {base['target']}; {dot}")
+    return lines

@@ -1,0 +1,254 @@
+"""Energy a picture: what the board draws under load, less what it draws when idle, over the pictures of that time.
+
+Where power is read (the profile's `rails` say which; their sum must be the board's draw, none a part of another):
+
+    hwmon      Jetson's INA3221 (in*_input in mV times curr*_input in mA) and INA238 (power*_input in microwatts), by label.
+               Kernel Documentation/hwmon/{ina3221,ina238,sysfs-interface}
+    RAPL       x86: energy_uj, a counter that wraps at max_energy_range_uj. Kernel Documentation/power/powercap
+    tegrastats Jetson, where hwmon cannot be read: "VDD_IN 4938mW/4902mW"
+    a meter    any board: a CSV with columns `timestamp` (seconds since 1970, or ISO 8601 with its zone) and `watts`,
+               written by the meter's own program while the benchmark runs, on a clock that agrees with the board's
+
+How to read it: `mj_per_image` is above idle, with the 95 % half-width from the scatter of the samples (in blocks, since
+neighbouring ones are alike); the sensor's own calibration error is on top of it and is not known here. `steady` says
+whether the temperature had come to rest (under SLOPE); only the part after that counts, and where it never did, the
+figure is that of a board still warming up. What cannot be read is None, never an estimate.
+"""
+
+import csv
+import datetime
+import math
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from edgeclip import machine
+from edgeclip.errors import EdgeclipError
+
+HZ = 10.0
+IDLE_S = 10.0
+SLOPE = 1.0
+"""kelvin a minute"""
+BLOCKS = 10
+TEGRASTATS_MS = 100
+
+
+class Sample(NamedTuple):
+    time: float
+    """seconds since 1970"""
+    watts: float
+    """over all rails, at this moment; of a counter: the mean since the sample before"""
+    celsius: float | None
+
+
+class Source(NamedTuple):
+    name: str
+    """sensor and rails, for the report"""
+    read: Callable[[], float | None]
+    """watts, or None when there is nothing new"""
+
+
+# --- sensors
+
+
+def find(rails: tuple[str, ...], root: Path = machine.ROOT) -> Source | None:
+    """What reads all of `rails` here, or None: a part of the board's draw is not the board's draw."""
+    if not rails:
+        return None
+    for read in (hwmon, rapl):
+        if source := read(rails, root):
+            return source
+    return tegrastats(rails) if shutil.which("tegrastats") else None
+
+
+def hwmon(rails: tuple[str, ...], root: Path) -> Source | None:
+    channels: dict[str, list[Path]] = {}
+    chips = set()
+    for label in sorted(root.glob("sys/class/hwmon/hwmon*/*_label")):
+        rail, number = _text(label), re.match(r"(?:in|curr|power)(\d+)_label", label.name)
+        if rail not in rails or number is None or rail in channels:
+            continue
+        power = label.with_name(f"power{number[1]}_input")
+        pair = [label.with_name(f"in{number[1]}_input"), label.with_name(f"curr{number[1]}_input")]
+        files = [power] if power.exists() else pair
+        if all(_number(f) is not None for f in files):
+            channels[rail] = files
+            chips.add(_text(label.with_name("name")) or "hwmon")
+    if set(channels) != set(rails):
+        return None
+
+    def watts() -> float | None:
+        values = [[_number(f) for f in files] for files in channels.values()]
+        if any(v is None for row in values for v in row):
+            return None
+        return sum(math.prod(row) / 1e6 for row in values)  # type: ignore[arg-type]  # mV x mA and microwatts alike
+
+    return Source(f"{', '.join(sorted(chips))}: {' + '.join(rails)}", watts)
+
+
+def rapl(rails: tuple[str, ...], root: Path) -> Source | None:
+    zones: list[tuple[Path, float]] = []
+    for rail in rails:
+        found = [p.parent for p in sorted(root.glob("sys/class/powercap/intel-rapl:*/name")) if re.fullmatch(rf"{rail}(-\d+)?", _text(p) or "")]
+        ranges = [_number(p / "max_energy_range_uj") for p in found]
+        if not found or any(_number(p / "energy_uj") is None for p in found) or None in ranges:  # readable by root only
+            return None
+        zones += [(p, float(r or 0)) for p, r in zip(found, ranges, strict=True)]
+    before: dict[Path, tuple[float, float]] = {}
+
+    def watts() -> float | None:
+        total: float | None = 0.0
+        for zone, wrap in zones:
+            now, energy = time.perf_counter(), _number(zone / "energy_uj")
+            if energy is None:
+                return None
+            if zone in before and total is not None:
+                t, e = before[zone]
+                total += ((energy - e) % wrap if wrap else energy - e) / 1e6 / (now - t)
+            else:
+                total = None
+            before[zone] = (now, energy)
+        return total
+
+    return Source(f"RAPL: {' + '.join(rails)}", watts)
+
+
+def tegrastats(rails: tuple[str, ...], lines: Iterator[str] | None = None) -> Source:
+    """lines: of tegrastats; None: of a process that is started now and lives as long as this one."""
+    if lines is None:
+        process = subprocess.Popen(["tegrastats", "--interval", str(TEGRASTATS_MS)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        lines = iter(process.stdout.readline, "")
+
+    def watts() -> float | None:
+        found = dict(re.findall(r"(\w+) (\d+)mW/\d+mW", next(lines, "")))
+        return sum(int(found[r]) for r in rails) / 1e3 if set(rails) <= found.keys() else None
+
+    return Source(f"tegrastats: {' + '.join(rails)}", watts)
+
+
+def meter(path: Path) -> list[Sample]:
+    """A meter's CSV. Raises `EdgeclipError` for one that cannot be read as `timestamp,watts`."""
+    rows = []
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            for i, row in enumerate(csv.DictReader(f), 2):
+                stamp = row["timestamp"].strip()
+                t = float(stamp) if re.fullmatch(r"[\d.]+", stamp) else datetime.datetime.fromisoformat(stamp.replace("Z", "+00:00"))
+                if isinstance(t, datetime.datetime):
+                    if t.tzinfo is None:
+                        raise EdgeclipError(f"{path}:{i}", "this time has no zone", "write it with one, or as seconds since 1970")
+                    t = t.timestamp()
+                rows.append(Sample(t, float(row["watts"]), None))
+    except FileNotFoundError:
+        raise EdgeclipError(path, "there is no such file", "check the path") from None
+    except (KeyError, ValueError, AttributeError, UnicodeDecodeError) as e:
+        raise EdgeclipError(
+            path, f"is no CSV with the columns timestamp and watts ({type(e).__name__}: {e})", "let the meter's program write these two"
+        ) from None
+    return sorted(rows)
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return None
+
+
+def _number(path: Path) -> float | None:
+    value = _text(path)
+    return float(value) if value and re.fullmatch(r"-?\d+", value) else None
+
+
+# --- sampling
+
+
+class Sampler:
+    """Reads a source HZ times a second in a thread of its own, between `with`'s two ends."""
+
+    def __init__(self, source: Source, root: Path = machine.ROOT):
+        self.source, self.root, self.stop = source, root, threading.Event()
+        self.samples: list[Sample] = []
+
+    def __enter__(self) -> "Sampler":
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join(2)
+
+    def _run(self) -> None:
+        while not self.stop.is_set():
+            if (watts := self.source.read()) is not None:
+                self.samples.append(Sample(time.time(), watts, machine.temperature_c(self.root)))
+            self.stop.wait(1 / HZ)
+
+
+def measure(query: Callable[[Any], Any], inputs: list[Any], seconds: float, source: Source | None, meter_csv: Path | None = None) -> dict[str, Any] | None:
+    """Idle, then load for so long; None where there is nothing to read. The CSV is read after the load is over."""
+    if source is None and meter_csv is None:
+        return None
+    with Sampler(source or Source("", lambda: 0.0)) as sampler:
+        times = [time.time()]
+        time.sleep(IDLE_S)
+        times.append(time.time())
+        count = 0
+        while time.time() - times[1] < seconds:
+            query(inputs[count % len(inputs)])
+            count += 1
+        times.append(time.time())
+    samples = meter(meter_csv) if meter_csv else sampler.samples
+    temperatures = sampler.samples if meter_csv else samples
+    return per_image(samples, temperatures, times, count, f"meter: {meter_csv}" if meter_csv else source.name if source else "")
+
+
+def per_image(samples: list[Sample], temperatures: list[Sample], times: list[float], count: int, name: str) -> dict[str, Any]:
+    """times: idle from, load from, load to. count: pictures between the last two."""
+    steady = steady_from([s for s in temperatures if times[1] <= s.time <= times[2]])
+    start = times[1] if steady is None or math.isinf(steady) else steady
+    idle = [s for s in samples if times[0] <= s.time < times[1]]
+    load = [s for s in samples if start <= s.time <= times[2]]
+    result: dict[str, Any] = {
+        "source": name, "samples_idle": len(idle), "samples_load": len(load), "rate_hz": None, "idle_w": None, "load_w": None,
+        "steady": None if steady is None else not math.isinf(steady), "mj_per_image": None, "mj_per_image_half_width": None, "pictures": count,
+        "sensor_error": "not known: the half-width is that of the samples only",
+    }  # fmt: skip
+    if len(idle) >= 2 and len(load) >= 2 * BLOCKS and count:
+        seconds = (times[2] - times[1]) / count
+        result["rate_hz"] = (len(load) - 1) / (load[-1].time - load[0].time)
+        result["idle_w"], result["load_w"] = (float(np.mean([s.watts for s in part])) for part in (idle, load))
+        result["mj_per_image"] = 1e3 * (result["load_w"] - result["idle_w"]) * seconds
+        error = math.hypot(_standard_error(idle), _standard_error(load))
+        result["mj_per_image_half_width"] = 1e3 * 1.96 * error * seconds
+    return result
+
+
+def _standard_error(samples: list[Sample]) -> float:
+    """Of the mean, from the means of blocks of neighbouring samples."""
+    blocks = [np.mean(b) for b in np.array_split([s.watts for s in samples], min(BLOCKS, len(samples)))]
+    return float(np.std(blocks, ddof=1) / math.sqrt(len(blocks)))
+
+
+def steady_from(samples: list[Sample]) -> float | None:
+    """The first moment from which the temperature's slope is under SLOPE, over the next fifth of the time and over all the
+    rest; inf: never; None: unknown. At least the last third must be left, or it would always be steady at the very end.
+    """
+    known = [(s.time, s.celsius) for s in samples if s.celsius is not None]
+    if len(known) < 3 * BLOCKS:
+        return None
+    t, c = np.array(known).T
+    for i in range(0, 2 * len(t) // 3, max(1, len(t) // 30)):
+        slopes = [np.polyfit((t[part] - t[i]) / 60, c[part], 1)[0] for part in (slice(i, i + len(t) // 5), slice(i, None))]
+        if max(map(abs, slopes)) < SLOPE:
+            return float(t[i])
+    return math.inf

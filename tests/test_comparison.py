@@ -1,0 +1,56 @@
+"""The front holds what nothing else beats, and an axis that was not measured everywhere takes no part."""
+
+from edgeclip.comparison import int8_gain, pareto, rows
+
+
+def row(name, accuracy, latency, energy=None, size=10):
+    return {"target": name, "accuracy": accuracy, "latency_ms_p90": latency, "energy_mj_per_image": energy, "image_encoder_bytes": size}
+
+
+def front(*table):
+    return [r["target"] for r in pareto(list(table)) if r["on_front"]]
+
+
+def test_a_front_by_hand():
+    assert front(row("fast", 0.8, 1.0), row("right", 0.9, 5.0), row("worse", 0.8, 2.0), row("between", 0.85, 3.0)) == ["fast", "right", "between"]
+
+
+def test_equals_do_not_beat_each_other():
+    assert front(row("a", 0.8, 1.0), row("b", 0.8, 1.0)) == ["a", "b"]
+
+
+def test_smaller_counts_where_all_else_is_equal():
+    assert front(row("a", 0.8, 1.0, size=9), row("b", 0.8, 1.0)) == ["a"]
+
+
+def test_an_axis_that_one_row_lacks_takes_no_part():
+    table = pareto([row("a", 0.8, 1.0, energy=9.0), row("b", 0.8, 2.0, energy=1.0)])
+    assert [r["on_front"] for r in table] == [True, True] and "energy_mj_per_image" in table[0]["axes"]
+    table = pareto([row("a", 0.8, 1.0, energy=9.0), row("b", 0.8, 2.0)])
+    assert [r["on_front"] for r in table] == [True, False] and "energy_mj_per_image" not in table[0]["axes"]
+
+
+def test_refused_timings_are_neither_on_the_front_nor_off_it():
+    table = pareto([row("a", 0.8, 1.0), row("emulated", 0.9, None)])
+    assert [r["on_front"] for r in table] == [True, None]
+
+
+def report(device, target, p50, isa, precision):
+    return {"device": device, "target": target, "bundle": "b", "single_stream": {"latency_ms_p50": p50, "latency_ms_p90": p50}, "offline": None, "energy_mj_per_image": 3.0,
+            "image_encoder_bytes": 1, "peak_memory_mib": 1, "machine": {"arch": "aarch64", "isa": isa}, "ran": {"runtime": "onnxruntime", "precision": precision}}  # fmt: skip
+
+
+def test_int8_is_held_against_fp32_of_the_same_core():
+    pi5 = [report("pi-5", "onnx-fp32", 10.0, ["asimddp"], "fp32"), report("pi-5", "onnx-int8-arm", 4.0, ["asimddp"], "int8")]
+    pi4 = [report("pi-4", "onnx-fp32", 20.0, [], "fp32"), report("pi-4", "onnx-int8-arm", 25.0, [], "int8")]
+    assert int8_gain(pi5 + pi4) == [
+        "pi-5: onnx-int8-arm is 2.50 times as fast as onnx-fp32; this core has dot-product",
+        "pi-4: onnx-int8-arm is slower than (0.80 times as fast as) onnx-fp32; this core has no dot-product",
+    ]
+
+
+def test_energy_of_a_right_answer_needs_the_parity_report_of_the_same_bundle():
+    bench = report("d", "t", 1.0, [], "int8")
+    parity = {"bundle": "b", "accuracy": {"bundle_r1": 0.6}}
+    assert rows([bench], [parity])[0]["energy_mj_per_correct"] == 5.0
+    assert rows([bench], [parity | {"bundle": "old"}])[0]["energy_mj_per_correct"] is None and rows([bench], [None])[0]["accuracy"] is None
