@@ -245,6 +245,15 @@ def list_(kind: str | None, as_json: bool) -> None:
     tables.table([[k, n, p] for k, n, p, _ in rows], ["kind", "name", "purpose"])
 
 
-COMMANDS = (cli_bundle.classify, cli_bundle.labels, cli_bundle.embed, cli_cache.cache, cli_device.validate, cli_device.bench, cli_device.doctor)
+COMMANDS = (
+    cli_bundle.classify,
+    cli_bundle.labels,
+    cli_bundle.embed,
+    cli_cache.cache,
+    cli_device.validate,
+    cli_device.bench,
+    cli_device.doctor,
+    cli_device.selftest,
+)
 for command in COMMANDS:
     main.add_command(command)

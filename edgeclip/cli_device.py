@@ -71,6 +71,19 @@ def _board(name: str, device: Any, clean: bool) -> Iterator[Any]:
             board.clean()
 
 
+def _write_parity(report: dict[str, Any], device: str, run: Path | None) -> dict[str, Any]:
+    """The report, and what it says of an engine in the engines' history."""
+    import datetime
+
+    from edgeclip.engine import remember
+
+    if run is not None:
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        if line := remember(run / "reports" / f"{report['target']}.{device}.engines.json", report, now):
+            click.echo(line, err=True)
+    return _write_report(report, device, run, "parity")
+
+
 def _write_report(report: dict[str, Any], device: str, run: Path | None, kind: str) -> dict[str, Any]:
     from edgeclip import disk
 
@@ -104,10 +117,10 @@ def validate(run: Path | None, bundle: Path | None, clean: bool, device_name: st
     with _board(name, device, clean) as board:
         if board is None:
             here = D.require_here(name, device)
-            reports = [_write_report(compare(b, evaluation, here), name, run, "parity") for b in bundles]
+            reports = [_write_parity(compare(b, evaluation, here), name, run) for b in bundles]
         else:
             board.prepare(bundles, evaluation)
-            reports = [_write_report(board.validate(b, evaluation), name, run, "parity") for b in bundles]
+            reports = [_write_parity(board.validate(b, evaluation), name, run) for b in bundles]
     if as_json:
         click.echo(json.dumps(reports, indent=1))
     else:
@@ -159,33 +172,76 @@ def _bench_one(
     from edgeclip import disk
     from edgeclip.bench import bench as measure
     from edgeclip.bench import incomplete
+    from edgeclip.engine import validated
+    from edgeclip.errors import LinkLost
+    from edgeclip.validate import load_evaluation
+    from edgeclip.validate import validate as compare
 
     name, device = D.load(device_name)
     bundles, run = _bundles(run, bundle, name, device)
     short = disk.read_json(run / "recipe.json").get("bench") if run and (run / "recipe.json").exists() else None
     minimum = D.Minimum(**short) if short else device.bench
-    reports = []
+    evaluation = load_evaluation(run / "evaluation") if run else None
+    reports, parities = [], []
     with _board(name, device, clean) as board:
         if board is None:
-            here = D.require_here(name, device)
-            pictures = run / "evaluation" if run else None
-            reports = [_write_report(measure(b, device, here, pictures, minimum, scenarios, minutes, meter_csv), name, run, "bench") for b in bundles]
+            here, checks = D.require_here(name, device), None
         else:
-            from edgeclip.remote.link import LinkLost
-            from edgeclip.validate import load_evaluation
-
             if meter_csv:
                 raise EdgeclipError("--meter", "goes with a device that is this machine", "run bench on the board itself, where the meter's file is")
-            checks = [r._asdict() for r in board.prepare(bundles, load_evaluation(run / "evaluation") if run else None)]
-            for b in bundles:
-                try:
+            checks = [r._asdict() for r in board.prepare(bundles, evaluation)]
+        for b in bundles:
+            try:
+                if board is None:
+                    report = measure(b, device, here, evaluation.folder if evaluation else None, minimum, scenarios, minutes, meter_csv)
+                else:
                     report = board.bench(b, minimum, scenarios, minutes) | {"preflight": checks}
-                except LinkLost as e:
-                    _write_report(incomplete(b, board.facts, minimum, str(e)), name, run, "bench")
-                    raise
-                reports.append(_write_report(report, name, run, "bench"))
-    paths = [run / "reports" / f"{r['target']}.{name}.parity.json" if run else None for r in reports]
-    return reports, [disk.read_json(p) if p and p.exists() else None for p in paths]
+            except LinkLost as e:
+                _write_report(incomplete(b, board.facts, minimum, str(e)), name, run, "bench")
+                raise
+            path = run / "reports" / f"{report['target']}.{name}.parity.json" if run else None
+            parity = disk.read_json(path) if path and path.exists() else None
+            if "engine" in report["ran"] and not validated(parity, report):  # a benchmark of an engine counts once it is known to answer right
+                parity = _write_parity(compare(b, evaluation, here) if board is None else board.validate(b, evaluation), name, run)
+            if "engine" in report["ran"] and parity is not None and parity["verdict"] == "fail":
+                report["failures"] += [f"parity of this engine: {f}" for f in parity["failures"]]
+            reports.append(_write_report(report, name, run, "bench"))
+            parities.append(parity)
+    return reports, parities
+
+
+@click.command()
+@click.option("--run", type=click.Path(path_type=Path), help="Every bundle of this run.  [default: runs/latest]")
+@click.option("--bundle", type=click.Path(path_type=Path), help="One bundle folder.")
+@click.option("--device", "device_name", required=True, help="A name from `edgeclip list devices`, or a YAML file.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path(), help="Folder of the reports.  [default: the working folder]")
+@json_option
+def selftest(run: Path | None, bundle: Path | None, device_name: str, out: Path, as_json: bool) -> None:
+    """Try on a device what could not be tried without one; writes a report to attach to an issue.
+
+    \b
+    Engine, golden answers, batches, power rails, counters: docs/devices.md says what is open. Exits 3 when a step failed.
+    Example:
+        edgeclip selftest --bundle runs/latest/bundles/tensorrt-fp16 --device jetson-orin-nano
+    """
+    from edgeclip import device as D
+    from edgeclip.selftest import selftest as examine
+    from edgeclip.selftest import write
+
+    if run and bundle:
+        raise click.UsageError("--run and --bundle exclude each other")
+    name, device = D.load(device_name)
+    bundles, _ = _bundles(run, bundle, name, device)
+    with _board(name, device, False) as board:
+        if board is not None:
+            board.prepare(bundles, None)
+        reports = [examine(b, device) if board is None else board.selftest(b) for b in bundles]
+    paths = [str(write(r, name, out)) for r in reports]
+    if as_json:
+        click.echo(json.dumps(reports, indent=1))
+    else:
+        tables.selftest(reports, paths)
+    sys.exit(GATE_FAILED if any(s["status"] == "fail" for r in reports for s in r["steps"]) else 0)
 
 
 @click.command()

@@ -28,6 +28,10 @@ class Interrupted(Exception):
         self.number = number
 
 
+class LinkLost(EdgeclipError):
+    """A board stopped answering in the middle of something."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The second half of a message about an unknown name: the nearest known one, or all of them."""
     known = sorted(known)

@@ -38,7 +38,13 @@ def bench(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[st
     return measure(_bundle(work, device), device, machine.facts(), evaluation, Minimum(**work["minimum"]), **how), {}
 
 
-VERBS = {"validate": validate, "bench": bench}
+def selftest(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    from edgeclip.selftest import selftest as examine
+
+    return examine(_bundle(work, device), device), {}
+
+
+VERBS = {"validate": validate, "bench": bench, "selftest": selftest}
 
 
 def _bundle(work: dict[str, Any], device: Device) -> Bundle:

@@ -195,6 +195,13 @@ def comparison(rows: list[dict[str, Any]], lines: list[str]) -> None:
         click.echo(line)
 
 
+def selftest(reports: list[dict[str, Any]], paths: list[str]) -> None:
+    for r, path in zip(reports, paths, strict=True):
+        rows = [[s["step"], s["status"], f"{s['seconds']:.1f}", " ".join(str(s["detail"] or "").split())[:100]] for s in r["steps"]]
+        table(rows, [r["target"]["name"], "", "s", ""])
+        click.echo(f"report, to attach to an issue: {path}")
+
+
 def ranking(results: dict[str, list[dict[str, Any]]]) -> None:
     # Plain lines: importing a table library would be a tenth of the cold start.
     for image, rows in results.items():

@@ -116,6 +116,9 @@ def judge(bundle: Bundle, evaluation: Evaluation | None, observed: Observed, mac
     verdict = "golden pictures only"
     if evaluation is not None and runs:
         verdict = _compare(bundle, evaluation, observed.arrays, tolerance, report, failures)
+    precision, layers = bundle.manifest["target"]["precision"], observed.facts["ran"].get("layers")
+    if layers is not None and not layers.get(precision):
+        failures.append(f"engine: no layer takes {precision} (found {layers}): it is not what it is called")
     report["failures"] = failures
     report["verdict"] = "fail" if failures else verdict
     return report

@@ -16,9 +16,8 @@ from sshd import home, mount_tmpfs, profile, proxy, sshd, working_below, write_s
 from edgeclip import disk
 from edgeclip.bundle import Bundle
 from edgeclip.device import load as load_device
-from edgeclip.errors import EdgeclipError
+from edgeclip.errors import EdgeclipError, LinkLost
 from edgeclip.remote.board import Board
-from edgeclip.remote.link import LinkLost
 
 
 @pytest.fixture

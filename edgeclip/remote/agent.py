@@ -153,7 +153,7 @@ def run(request: Request) -> None:
     """Starts the runner with the rest of the request on its standard input; the runner itself answers."""
     folder = home(request)
     held = lock(folder, ".run", False)
-    environment = dict(os.environ, PYTHONPATH=inside(folder, request["runner"]), PYTHONDONTWRITEBYTECODE="1")
+    environment = dict(os.environ, PYTHONPATH=inside(folder, request["runner"]), PYTHONDONTWRITEBYTECODE="1", EDGECLIP_ENGINES=inside(folder, "engines"))
     work = dict(request["work"], folder=folder, python=request["python"])
     command = [*request["python"], "-m", "edgeclip.on_board"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, cwd=folder, start_new_session=True)

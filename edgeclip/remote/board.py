@@ -25,10 +25,10 @@ from edgeclip import disk
 from edgeclip import preflight as P
 from edgeclip.bundle import Bundle
 from edgeclip.device import Device, Minimum, Reach
-from edgeclip.errors import EdgeclipError
+from edgeclip.errors import EdgeclipError, LinkLost
 from edgeclip.progress import say
 from edgeclip.remote import own_sshd, runner
-from edgeclip.remote.link import AGAIN, Link, LinkLost, connect
+from edgeclip.remote.link import AGAIN, Link, connect
 from edgeclip.validate import Evaluation, Observed, judge
 
 T = TypeVar("T")
@@ -162,6 +162,9 @@ class Board:
 
     def bench(self, bundle: Bundle, minimum: Minimum, scenarios: tuple[str, ...], minutes: float = 0.0) -> dict[str, Any]:
         return self._run("bench", bundle, minimum=msgspec.to_builtins(minimum), scenarios=scenarios, minutes=minutes)[0]
+
+    def selftest(self, bundle: Bundle) -> dict[str, Any]:
+        return self._run("selftest", bundle)[0]
 
     def _run(self, verb: str, bundle: Bundle, **more: Any) -> tuple[dict[str, Any], bytes]:
         self._same_boot(verb)

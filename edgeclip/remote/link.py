@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgeclip.device import Reach
-from edgeclip.errors import EdgeclipError
+from edgeclip.errors import EdgeclipError, LinkLost
 from edgeclip.progress import say
 
 AGENT = (Path(__file__).parent / "agent.py").read_bytes()
@@ -27,10 +27,6 @@ AGAIN = "run the command again: what has arrived is kept"
 
 Start = Callable[[], Awaitable[Any]]
 """starts COMMAND on the board: a process with stdin, stdout and stderr streams"""
-
-
-class LinkLost(EdgeclipError):
-    """The board stopped answering in the middle of a request."""
 
 
 class Link(NamedTuple):

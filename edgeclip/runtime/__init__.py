@@ -16,12 +16,13 @@ from edgeclip.errors import EdgeclipError, did_you_mean
 RUNTIMES = {
     "onnxruntime": "edgeclip.runtime.onnxruntime",
     "openvino": "edgeclip.runtime.openvino",
+    "tensorrt": "edgeclip.runtime.tensorrt",
     "null": "edgeclip.runtime.null",
 }
 INSTALL = {
     "onnxruntime": "pip install 'edgeclip[onnxruntime]'",
     "openvino": "pip install 'edgeclip[openvino]'",
-    "tensorrt": "build the engine on the board: it has TensorRT",
+    "tensorrt": "it comes with JetPack: run on the board (--device jetson-orin-nano); on a GPU host: pip install tensorrt",
 }
 
 
