@@ -141,8 +141,10 @@ def check_with(bundle: Bundle, minimum: Minimum) -> str:
     """The command line of the runtime's own tool by which a sceptic can check single_stream, where the bundle lies."""
     model, size, threads = bundle.folder / bundle.manifest["image_encoder"], bundle.preprocess.size, bundle.threads
     shape, count = f"1x3x{size}x{size}", minimum.min_query_count
-    if bundle.manifest["runtime"] == "openvino":
-        return f"benchmark_app -m {model} -d CPU -hint latency -nireq 1 -nthreads {threads} -infer_precision f32 -data_shape '[{shape.replace('x', ',')}]' -niter {count}"
+    if bundle.manifest["runtime"] == "openvino":  # its -nthreads excludes -hint
+        limit = f"""echo '{{"CPU": {{"INFERENCE_NUM_THREADS": {threads}}}}}' > threads.json"""
+        how = f"-hint latency -api sync -nireq 1 -infer_precision f32 -load_config threads.json -data_shape '[1,3,{size},{size}]' -niter {count}"
+        return f"{limit}; benchmark_app -m {model} -d CPU {how}"
     if bundle.manifest["runtime"] == "tensorrt":
         return f"trtexec --onnx={model} --stronglyTyped --shapes=pixels:{shape} --iterations={count} --percentile=90"
     providers = "".join({"CUDAExecutionProvider": " -e cuda", "TensorrtExecutionProvider": " -e tensorrt"}.get(p, "") for p in (bundle.providers or ())[:1])

@@ -47,6 +47,20 @@ def test_validate_and_bench_through_the_users_own_ssh_setup(a_run, sshd, home, t
     assert not (tmp_path / "on-board").exists() and working_below(tmp_path / "on-board") == []
 
 
+def test_several_devices_stand_in_one_table(a_run, sshd, home, tmp_path):  # noqa: F811
+    write_ssh_config(home, sshd())
+    disk.write_json(a_run / "recipe.json", {"bench": {"min_duration_s": 0.05, "min_query_count": 20}})
+    both = ("--device", "host-cpu", "--device", profile(tmp_path))
+    assert run("validate", "--run", a_run).exit_code == 0
+    result = run("bench", "--run", a_run, *both, "--json")
+    record = json.loads(result.stdout)
+    assert [r["device"] for r in record["comparison"]] == ["host-cpu", "toy"] and len(record["reports"]) == 2, result.output
+    assert record["comparison"][0]["accuracy"] == pytest.approx(0.8) and record["comparison"][1]["accuracy"] is None  # not validated there
+    assert "accuracy" not in record["comparison"][0]["axes"] and any(r["on_front"] for r in record["comparison"])
+    result = run("bench", "--run", a_run, *both, "--scenario", "single_stream")
+    assert "front" in result.stdout and "onnxruntime_perf_test" in result.stdout and result.exit_code == 0, result.output
+
+
 def test_a_jump_host_of_the_users_config_is_taken(sshd, home, tmp_path):  # noqa: F811
     write_ssh_config(home, sshd())
     result = run("doctor", "--device", profile(tmp_path, "far"), "--json")
