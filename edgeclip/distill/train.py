@@ -309,9 +309,9 @@ def _restore(found: Checkpoint, modules: dict[str, nn.Module], draws: dict[str, 
     if found.state["processes"] != ranks.size():
         say(f"the checkpoint is of {found.state['processes']} processes and these are {ranks.size()}: masks and dropout are drawn otherwise from here on")
         return
-    torch.set_rng_state(found.tensors["random.cpu"][ranks.rank()])
+    torch.set_rng_state(found.tensors["random.cpu"][ranks.rank()].clone())  # a view is read from its storage's start
     if device.type == "cuda" and "random.cuda" in found.tensors:
-        torch.cuda.set_rng_state(found.tensors["random.cuda"][ranks.rank()], device)
+        torch.cuda.set_rng_state(found.tensors["random.cuda"][ranks.rank()].clone(), device)
 
 
 def _saved(folder: Path | None, at: Position) -> str:
