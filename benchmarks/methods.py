@@ -136,11 +136,12 @@ def described(bench: Bench, losses: dict[str, Any], regime: str, seed: int) -> R
 def fingerprints(bench: Bench, name: str, method: str, regime: str) -> dict[str, str]:
     """Of what every method of a set shares, of the schedule, and of the run: only runs that share the first two are paired.
 
-    Of the recipe as it is written down, so that a new field with a default makes no old run a stranger.
+    Of the recipe as it is written down, so that a new field with a default makes no old run a stranger; who changes what the
+    code computes takes the lines out of the log.
     """
     written = yaml.safe_load((RECIPES / f"{SETS[name]}.yaml").read_text(encoding="utf-8"))
     pictures = {which: [[p.name, [x.key for x in p.pictures]] for p in parts] for which, parts in bench.parts.items()}
-    shared = {f: written[f] for f in ("teacher", "adapt", "views")} | {"cache": bench.cached.folder.name, "pictures": pictures}
+    shared = {f: written[f] for f in ("teacher", "adapt", "views")} | {"pictures": pictures}
     schedule = {}
     if method in METHODS:
         resolved = described(bench, METHODS[method], regime, 0).train

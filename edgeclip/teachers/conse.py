@@ -6,7 +6,7 @@ domain. Wherever its figures are reported it is called what it is: not CLIP.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,39 +14,43 @@ from edgeclip import tokenizer, weights
 from edgeclip.recipe import Conse, Timm
 from edgeclip.teachers import Teacher, TextTower, sentence
 
-ANCHORS = "all synonyms, no prompt, centred"
+ANCHORS = "all synonyms, centred"
 """Part of the teacher's identity: change it with the anchors, or an old cache is taken for a new one."""
 
 
 class ConseTower(nn.Module):
     """Pixels [B, 3, H, W] to rows [B, H + D]: pooled features beside the ConSE embedding."""
 
-    def __init__(self, classifier: nn.Module, anchors: Float[Tensor, "C D"]):
+    def __init__(self, classifier: nn.Module, anchors: Float[Tensor, "C D"], temperature: float):
         super().__init__()
         self.classifier = classifier
         self.anchors = nn.Buffer(anchors)
+        self.temperature = temperature
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B R"]:
         pooled = self.classifier.forward_head(self.classifier.forward_features(pixels), pre_logits=True)
-        probability = F.softmax(self.classifier.get_classifier()(pooled), dim=-1)
+        probability = F.softmax(self.classifier.get_classifier()(pooled) / self.temperature, dim=-1)
         return torch.cat([pooled, probability @ self.anchors], dim=-1)
 
 
+class Centred(nn.Module):
+    """input_ids [N, L] to unit features [N, D] of an encoder, less `centre`."""
+
+    def __init__(self, encoder: nn.Module, centre: Float[Tensor, "D"]):
+        super().__init__()
+        self.encoder = encoder
+        self.centre = nn.Buffer(centre)
+
+    def forward(self, input_ids: Int[Tensor, "N L"]) -> Float[Tensor, "N D"]:
+        return F.normalize(self.encoder(input_ids) - self.centre, dim=-1)
+
+
 def load(spec: Conse) -> Teacher:
-    from timm.data import ImageNetInfo
-
     classifier, preprocess = weights.timm_model(Timm(model=spec.classifier, weights=spec.weights, image_size=spec.image_size), num_classes=None)
-    text = load_text(spec)
-    words = tokenizer.load(text.tokenizer, text.context_length)
-
-    @torch.inference_mode()
-    def encode_text(texts: list[str]) -> Float[Tensor, "N 384"]:
-        ids = torch.from_numpy(tokenizer.encode(words, texts, text.context_length))
-        ids = ids[:, : int((ids != 0).sum(dim=1).max())]  # padding to the longest is enough
-        return torch.cat([text.module(part) for part in ids.split(256)])
-
-    # every synonym of a class, and no prompt: "jersey" alone hides the T-shirt (on clothing novel .39 against .75)
-    anchors = encode_text([str(names) for names in ImageNetInfo("imagenet-1k").label_descriptions()]).clone()
+    encoder, words = sentence.load(weights.pip_file(spec.text.removeprefix("pip:")))
+    anchors = _anchors(spec, encoder, words)
+    centre = anchors.mean(dim=0)
+    text = _text_tower(spec, encoder, words, centre)
     return Teacher(
         name=f"{spec.classifier} + MiniLM joined by ConSE (not CLIP)",
         licence="EfficientNet-Lite and all-MiniLM-L6-v2: Apache-2.0",
@@ -56,17 +60,41 @@ def load(spec: Conse) -> Teacher:
             "weights": weights.source(spec.weights),
             "text": weights.source(spec.text),
             "anchors": ANCHORS,
+            "anchor_prompt": spec.anchor_prompt,
+            "temperature": spec.temperature,
+            "centre_texts": spec.centre_texts,
         },
         preprocess=preprocess,
         logit_scale=spec.logit_scale,
         embed_dim=sentence.WIDTH,
-        tower=ConseTower(classifier, anchors - anchors.mean(dim=0)).eval().to(memory_format=torch.channels_last),
+        tower=ConseTower(classifier, anchors - centre, spec.temperature).eval().to(memory_format=torch.channels_last),
         features=lambda rows: rows[:, -sentence.WIDTH :],
-        encode_text=encode_text,
+        encode_text=lambda texts: _encode(text.module, words, texts),
         text=text,
     )
 
 
 def load_text(spec: Conse) -> TextTower:
-    encoder, tokenizer_json = sentence.load(weights.pip_file(spec.text.removeprefix("pip:")))
-    return TextTower(module=encoder, tokenizer=tokenizer_json, context_length=sentence.CONTEXT_LENGTH)
+    encoder, words = sentence.load(weights.pip_file(spec.text.removeprefix("pip:")))
+    centre = _anchors(spec, encoder, words).mean(dim=0) if spec.centre_texts else None
+    return _text_tower(spec, encoder, words, centre)
+
+
+def _text_tower(spec: Conse, encoder: nn.Module, words: str, centre: Float[Tensor, "D"] | None) -> TextTower:
+    module = Centred(encoder, centre) if spec.centre_texts and centre is not None else encoder
+    return TextTower(module=module.eval(), tokenizer=words, context_length=sentence.CONTEXT_LENGTH)
+
+
+def _anchors(spec: Conse, encoder: nn.Module, words: str) -> Float[Tensor, "C D"]:
+    from timm.data import ImageNetInfo
+
+    # every synonym of a class: "jersey" alone hides the T-shirt (on clothing novel .39 against .75)
+    names = ImageNetInfo("imagenet-1k").label_descriptions()
+    return _encode(encoder, words, [spec.anchor_prompt.format(c=c) for c in names]).clone()
+
+
+@torch.inference_mode()
+def _encode(module: nn.Module, words: str, texts: list[str]) -> Float[Tensor, "N D"]:
+    ids = torch.from_numpy(tokenizer.encode(tokenizer.load(words, sentence.CONTEXT_LENGTH), texts, sentence.CONTEXT_LENGTH))
+    ids = ids[:, : int((ids != 0).sum(dim=1).max())]  # padding to the longest is enough
+    return torch.cat([module(part) for part in ids.split(256)])
