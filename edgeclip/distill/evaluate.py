@@ -58,9 +58,19 @@ def image_features(
     return np.concatenate(indices), np.concatenate(out)
 
 
-def teacher_features(teacher: Teacher, tower: nn.Module, pictures: list[Picture], what: str, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """`image_features` of the teacher, adapted where it is; `tower` is its own, folded."""
-    return image_features(nn.Sequential(tower, _Features(teacher)), pictures, teacher.preprocess, what, device, 8 if device.type == "cpu" else 64)
+def teacher_features(
+    teachers: list[tuple[Teacher, nn.Module]], fusion: nn.Module | None, pictures: list[Picture], what: str, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """`image_features` of a teacher, adapted where it is, beside its own folded tower; or of several that `fusion` makes one."""
+    kept, features = np.empty(0, int), list[np.ndarray]()
+    for i, (teacher, tower) in enumerate(teachers, start=1):
+        said = f"teacher{f' {i}' if fusion else ''}: {what}"
+        kept, own = image_features(nn.Sequential(tower, _Features(teacher)), pictures, teacher.preprocess, said, device, 8 if device.type == "cpu" else 64)
+        features.append(own)  # a picture that is readable is so for all of them
+    if fusion is None:
+        return kept, features[0]
+    with torch.inference_mode():
+        return kept, F.normalize(fusion.cpu()([torch.from_numpy(f) for f in features]), dim=-1).numpy()
 
 
 def note(asked: R.Recipe, spec: R.Data, s: EvaluationSet) -> tuple[bool, str]:
@@ -122,8 +132,7 @@ def evaluate(
     head: EduAttentionHead | None,
     keep_head: bool,
     preprocess: Preprocess,
-    teacher: Teacher,
-    teacher_tower: nn.Module | None,
+    of_teacher: Callable[[list[Picture], str], tuple[np.ndarray, np.ndarray]] | None,
     data: Dataset,
     class_features: np.ndarray,
     max_pictures: int,
@@ -134,6 +143,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy of each evaluation set; writes the evaluation folder. class_features: [N, D] over all of data.classes.
 
+    of_teacher: pictures, and their name for the progress line, to what `teacher_features` gives; None: no teacher is at hand.
     own_class_features: the same of the student's own text tower; the student is then scored with either, and `baked`
     says which of them it ships with.
     """
@@ -147,10 +157,8 @@ def evaluate(
         parity += [(s, s.pictures[i], f) for i, f in zip(kept, features, strict=True)]
         if not s.headline:
             continue
-        of_teacher = None
-        if teacher_tower is not None:
-            of_teacher = Answers(*teacher_features(teacher, teacher_tower, s.pictures, f"teacher: {s.name}", device), class_features)
-        row = score(s, Answers(kept, features, shipped), of_teacher, edu, keep_head)
+        theirs = Answers(*of_teacher(s.pictures, s.name), class_features) if of_teacher else None
+        row = score(s, Answers(kept, features, shipped), theirs, edu, keep_head)
         row |= {m: score(s, Answers(kept, features, w), None, edu, keep_head)["student"] for m, w in either.items()}
         sets.append(row)
     _write(folder, parity, data, max_pictures)

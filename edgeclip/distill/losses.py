@@ -69,7 +69,7 @@ def kl(batch: Batch, spec: R.KL) -> Float[Tensor, ""]:
     tau = spec.temperature
     q_s = batch.logit_scale * batch.head_features @ batch.class_features.T
     others = [(t.features, t.class_features, t.logit_scale) for t in batch.other_teachers]
-    p_t = _log_average([(batch.teacher_features, batch.class_features, batch.logit_scale), *others], tau)
+    p_t = log_average([(batch.teacher_features, batch.class_features, batch.logit_scale), *others], tau)
     loss = F.kl_div(F.log_softmax(q_s / tau, dim=-1), p_t, reduction="batchmean", log_target=True)
     return loss * tau**2 / (q_s.shape[1] if spec.reduction == "promptkd" else 1)
 
@@ -136,8 +136,8 @@ def distribution(batch: Batch, spec: R.Distribution) -> Float[Tensor, ""]:
     teachers = [(batch.teacher_features, _captions(batch), batch.logit_scale)]
     teachers += [(t.features, _captions(t), t.logit_scale) for t in batch.other_teachers]
     s = (spec.logit_scale or batch.logit_scale) * batch.image_features @ _text(batch).T
-    rows = _log_average(teachers, 1.0).exp()
-    columns = _log_average([(t, v, scale) for v, t, scale in teachers], 1.0).exp()
+    rows = log_average(teachers, 1.0).exp()
+    columns = log_average([(t, v, scale) for v, t, scale in teachers], 1.0).exp()
     return 0.5 * (F.cross_entropy(s, rows) + F.cross_entropy(s.T, columns))
 
 
@@ -264,7 +264,7 @@ def _kl(t: Float[Tensor, "B M"], s: Float[Tensor, "B M"]) -> Float[Tensor, ""]:
     return F.kl_div(F.log_softmax(s, dim=-1), F.log_softmax(t, dim=-1), reduction="batchmean", log_target=True)
 
 
-def _log_average(teachers: list[tuple[Tensor, Tensor, float]], tau: float) -> Float[Tensor, "B M"]:
+def log_average(teachers: list[tuple[Tensor, Tensor, float]], tau: float) -> Float[Tensor, "B M"]:
     """Log of the mean of softmax(scale V T^T / tau) over the teachers."""
     logs = [F.log_softmax(scale * v @ t.T / tau, dim=-1) for v, t, scale in teachers]
     return logs[0] if len(logs) == 1 else torch.logsumexp(torch.stack(logs), dim=0) - math.log(len(logs))

@@ -169,7 +169,8 @@ def _open(folder: Path, asked: Recipe) -> Run:
             teacher = promptsrc.adapted(teacher, asked.adapt, folder / "teacher")
         elif asked.adapt:
             teacher = adapted(teacher, asked.adapt, folder / "teacher")
-        tower = teachers.folded(teacher)
+        tower = teachers.folded(teacher) if not asked.fuse else None
+        missing = "several teachers are fused, and only distill scores them" if asked.fuse else ""
     return Run(folder, asked, student, head, text, preprocess, description, teacher, tower, missing, pick_device(asked.train.device))
 
 
@@ -204,7 +205,7 @@ def _images(run: Run, pictures: list[Picture], what: str) -> tuple[tuple[np.ndar
     of_student = image_features(run.student, pictures, run.preprocess, f"student: {what}", run.device)
     if run.teacher is None or run.teacher_tower is None:
         return of_student, None
-    return of_student, teacher_features(run.teacher, run.teacher_tower, pictures, f"teacher: {what}", run.device)
+    return of_student, teacher_features([(run.teacher, run.teacher_tower)], None, pictures, what, run.device)
 
 
 # --- the protocols: sets to a record

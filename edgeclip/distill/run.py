@@ -2,6 +2,7 @@
 
 runs/<name>/recipe.yaml, recipe.json   what was asked, as written and as understood (roots.json: where the data lay)
             teacher/                   stage 1: the adapted teacher's head or prompts
+            fusion/                    of several teachers, where the recipe fuses them
             student/                   stage 2: weights, class features, EduAttention (student.partial: of the last good epoch)
             checkpoint/                where stage 2 stands, until it is finished; tensorboard/ where the recipe asks
             evaluation/, results.json  what was reached, and what `validate` compares with
@@ -23,7 +24,9 @@ from edgeclip import __version__, cache, data, disk, ranks, recipe, students, te
 from edgeclip.allocator import give_back_freed_memory, keep_freed_memory
 from edgeclip.distill import board, losses, promptsrc
 from edgeclip.distill.adapt import adapt
-from edgeclip.distill.evaluate import evaluate, note
+from edgeclip.distill.evaluate import evaluate, note, teacher_features
+from edgeclip.distill.fuse import Fusion, fuse
+from edgeclip.distill.targets import TeacherRows, labels
 from edgeclip.distill.text import texts
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
@@ -104,6 +107,11 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         return teachers.without_towers(other), rows
 
     others = [another(spec, run / f"teacher-{i}") for i, spec in enumerate(asked.other_teachers, start=2)]
+    fusion: Fusion | None = None
+    if asked.fuse:
+        with ranks.first_alone():
+            side_by_side = [TeacherRows(t, c, dataset.train_classes, device) for t, c in [(teacher, cached), *others]]
+            fusion = fuse(side_by_side, labels(cached, dataset), asked.fuse, asked.seed, run / "fusion")
     if others:
         clock.lap("other teachers")
 
@@ -143,6 +151,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             asked,
             device,
             others=others,
+            fusion=fusion,
             texts=learnt,
             keep=partial(save, run / "student.partial"),
             checkpoints=run / "checkpoint",
@@ -163,13 +172,16 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     clock.lap("rest of stage 2")
 
     tower = tower or _tower(asked, run)
+    scored = [(teacher, tower)]
+    if fusion:
+        scored += [(t, teachers.folded(teachers.load(spec))) for (t, _), spec in zip(others, asked.other_teachers, strict=True)]
+    towers = [(t, own) for t, own in scored if own is not None]  # a teacher of ready embeddings has none to be scored with
     results = evaluate(
         student,
         head,
         bool(head and head.spec.keep),
         preprocess,
-        teacher,
-        tower,
+        partial(teacher_features, towers, fusion, device=device) if len(towers) == len(scored) else None,
         dataset,
         cached.class_features,
         asked.parity.max_pictures,
@@ -298,6 +310,8 @@ def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> 
             raise EdgeclipError(f"{path}: losses.{name}", *lacks)
         if name in losses.NEED_LABELS and not dataset.labelled:
             raise EdgeclipError(f"{path}: losses.{name}", "needs labels, and the data has no labelled pictures", "drop the loss, or label some")
+    if asked.fuse and not dataset.classes:
+        raise EdgeclipError(f"{path}: fuse", "needs a class list, and the data has none", "give data.classes or evaluation_data")
     first = asked.train.first
     if first and first.labels == "predictions" and not dataset.classes:
         raise EdgeclipError(f"{path}: train.first.labels", "predictions need a class list, and the data has none", "use labels: features")

@@ -29,20 +29,20 @@ class Targets:
         device: torch.device,
         others: list[tuple[Teacher, TeacherCache]] | None = None,
         adapted_here: bool = True,
+        fusion: nn.Module | None = None,
     ):
-        """adapted_here: stage 1 had this very set's labels, so that captions may use them."""
+        """adapted_here: stage 1 had this very set's labels, so that captions may use them. fusion: makes one teacher of all."""
         self.spec, self.device, self.logit_scale, self.adapted_here = spec, device, teacher.logit_scale, adapted_here
-        self.teachers = [_Rows(t, c, data.train_classes, device) for t, c in [(teacher, cache), *(others or [])]]
+        self.teachers = [TeacherRows(t, c, data.train_classes, device) for t, c in [(teacher, cache), *(others or [])]]
+        self.fusion = fusion.to(device) if fusion else None
         self.class_features = self.teachers[0].class_features
-        position = {c: i for i, c in enumerate(data.train_classes)}
-        label_of = {p.key: position.get(p.label, -1) for p in data.labelled}
-        self.labels = np.array([label_of.get(p.key, -1) for p in cache.pictures])
+        self.labels = labels(cache, data)
         self.prototypes = self._prototypes() if (self.labels >= 0).any() else None
 
     def __call__(self, index: np.ndarray, view: np.ndarray) -> dict[str, Any]:
         """Fields of `losses.Batch` for the pictures `index` [B] in their views `view` [B]."""
-        first, *others = self.teachers
-        raw = first.features(index, view)
+        first, *others = self.teachers if self.fusion is None else self.teachers[:1]
+        raw = self._features(index, view)
         unit = F.normalize(raw, dim=-1)
         labels = torch.from_numpy(self.labels[index]).to(self.device)
         classes = None
@@ -50,7 +50,7 @@ class Targets:
             first_choice = (unit @ self.class_features.T).argmax(dim=-1)
             classes = torch.where(labels >= 0, labels, first_choice) if self.adapted_here else first_choice
 
-        def captions(rows: _Rows) -> Tensor | None:
+        def captions(rows: TeacherRows) -> Tensor | None:
             return rows.captions(index, view) if classes is None else rows.class_features[classes]
 
         return {
@@ -64,16 +64,30 @@ class Targets:
             "other_teachers": tuple(OtherTeacher(F.normalize(t.features(index, view), dim=-1), t.class_features, captions(t), t.logit_scale) for t in others),
         }
 
+    @torch.no_grad()
+    def _features(self, index: np.ndarray, view: np.ndarray) -> Float[Tensor, "B D"]:
+        """The first teacher's, or all of them fused; not normalised."""
+        if self.fusion is None:
+            return self.teachers[0].features(index, view)
+        return self.fusion([F.normalize(t.features(index, view), dim=-1) for t in self.teachers])
+
     def _prototypes(self) -> Float[Tensor, "N D"]:
         """The unit mean of each class's unit features in the plain view; zero where nothing is labelled."""
         sums = torch.zeros_like(self.class_features)
         for part in np.array_split(np.flatnonzero(self.labels >= 0), max(1, len(self.labels) // 4096)):
-            features = F.normalize(self.teachers[0].features(part, np.zeros_like(part)), dim=-1)
+            features = F.normalize(self._features(part, np.zeros_like(part)), dim=-1)
             sums.index_add_(0, torch.from_numpy(self.labels[part]).to(self.device), features)
         return F.normalize(sums, dim=-1)
 
 
-class _Rows:
+def labels(cache: TeacherCache, data: Dataset) -> np.ndarray:
+    """[n]: of each cached picture its place in data.train_classes; -1 where it has no label."""
+    position = {c: i for i, c in enumerate(data.train_classes)}
+    label_of = {p.key: position.get(p.label, -1) for p in data.labelled}
+    return np.array([label_of.get(p.key, -1) for p in cache.pictures])
+
+
+class TeacherRows:
     """One teacher's cache as features."""
 
     def __init__(self, teacher: Teacher, cache: TeacherCache, classes: list[int], device: torch.device):

@@ -64,6 +64,7 @@ def train(
     device: torch.device,
     *,
     others: list[tuple[Teacher, TeacherCache]] | None = None,
+    fusion: nn.Module | None = None,
     texts: Texts | None = None,
     tower_features: Tensor | None = None,
     keep: Callable[[list[dict[str, Any]]], None] | None = None,
@@ -74,7 +75,7 @@ def train(
     """Trains `student`, `head` and the text tower of `texts` in place; returns the log: a row an epoch, each loss before
     its weight, and alpha.
 
-    others: further teachers, with caches of the same views.
+    others: further teachers, with caches of the same views. fusion: makes one teacher of all of them.
     tower_features: [n, K, T] of the student's frozen tower for the projector's steps, where they are known already.
     keep: called with the log after each epoch, when every weight is finite.
     checkpoints: folder where the state is kept, and from which it is taken where it holds one.
@@ -84,7 +85,7 @@ def train(
     spec, seed, clock = recipe.train, recipe.seed, clock or Clock()
     student.to(device, memory_format=torch.channels_last)
     adapted_here = recipe.adapt is not None and recipe.adapt_data is None
-    targets = Targets(teacher, cache, data, recipe.losses, device, others, adapted_here)
+    targets = Targets(teacher, cache, data, recipe.losses, device, others, adapted_here, fusion)
     learned = L.learned_parameters(recipe.losses, teacher.embed_dim, seed).to(device)
     if head is not None:
         head.to(device)

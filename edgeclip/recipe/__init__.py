@@ -23,6 +23,7 @@ from edgeclip.recipe.ingredients import (
     DataFile,
     Embeddings,
     Folders,
+    Fuse,
     OpenClip,
     OpenMoji,
     Prompts,
@@ -52,6 +53,7 @@ __all__ = [
     "Embeddings",
     "First",
     "Folders",
+    "Fuse",
     "IFAlign",
     "Losses",
     "MaskedFeature",
@@ -90,6 +92,8 @@ class Recipe(Config):
     other_teachers: tuple[Teacher, ...] = ()
     """further teachers of the same pictures (MobileCLIP, MST-KD): `kl` and `distribution` average the probabilities of all, each
     with its own logit scale; the student lives in the first one's space, and whose classifier is assembled is adapted like it"""
+    fuse: Fuse | None = None
+    """the teachers' features side by side and one learned linear map into the first one's space, in place of the average"""
     evaluation_data: Data | None = None
     """another set to evaluate on, whose class list the KL uses when `data` has none; null: `data`'s own test part"""
     adapt_data: Data | None = None
@@ -187,6 +191,8 @@ def check(recipe: Recipe, where: object) -> None:
             raise EdgeclipError(f"{where}: {field}", "has both text and class_features", "give one of them")
         if isinstance(teacher, Embeddings) and losses.if_align and not losses.if_align.normalise:
             raise EdgeclipError(f"{where}: losses.if_align", f"needs the teacher's norms, which {field} (kind: embeddings) has lost", "use normalise: true")
+    if recipe.fuse and not recipe.other_teachers:
+        raise EdgeclipError(f"{where}: fuse", "needs several teachers", "add other_teachers, or set fuse to null")
     first = recipe.teacher
     if isinstance(first, Embeddings | Reinforced) and not first.text and recipe.text_encoder and not recipe.student.text:
         raise EdgeclipError(f"{where}: text_encoder", "the teacher has none to ship", "set text_encoder: false, or give teacher.text")

@@ -177,6 +177,16 @@ class ResidualHead(Config, tag="residual_head", tag_field="kind"):
     """null: labelled pictures only"""
 
 
+class Fuse(Config):
+    """Several teachers made one by a linear map of their features side by side (MST-KD)."""
+
+    steps: Positive = 300
+    batch_size: Positive = 256
+    lr: NonNegative = 1e-3
+    labels: NonNegative = 1.0
+    """weight of the cross-entropy with the labels that there are, beside the KL to the average of the teachers' distributions"""
+
+
 class Prompts(Config, tag="prompts", tag_field="kind"):
     """ComKD stage 1 for an open_clip ViT teacher: PromptSRC's prompts in both encoders (METHODS 1.3, 5.1), on labelled
     classes. The towers stay frozen. The defaults are PromptKD's configuration of its ViT-L/14 teacher; momentum and weight
