@@ -5,6 +5,9 @@ held-out concepts (R@1). One teacher cache a set; its head is adapted once a see
 the same views, order and start of the student. Methods differ in `losses` alone.
 
     full     every weight of the student trained from pixels over the cached views: the reference rows
+    small    the same at 80 px: under a fifteenth of the teacher's multiply-accumulates
+    vit      the same with a ViT-Ti/16 at 64 px, every weight from random: where EduAttention's paper has it, as near as it can be had
+             without weights of a pretrained ViT
     frozen   the tower's features stay, projector and EduAttention are trained: minutes, and labelled so
 
 A loss that needs texts takes the prompt of a picture's class: its label in the base half, the adapted teacher's first
@@ -53,8 +56,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 LOG = Path(__file__).parent.parent / "docs" / "methods.jsonl"
 SETS = {"clothing": "clothing", "grocery": "grocery", "openmoji": "quickstart"}
 SEEDS = range(5)
-EPOCHS = 3
-"""of a full run, after the projector's steps"""
+EPOCHS = {"full": 3, "small": 3, "vit": 40, "frozen": 0}
+"""after the projector's steps, which a tower with random weights does without"""
 
 CLIP_KD = {"contrastive": {}, "affinity": {"form": "kl"}, "feature": {"weight": 7.8}, "interactive": {}, "captions": "classes"}
 COMKD = {"kl": {}, "if_align": {"weight": 100}, "edu_attention": {"temperature": 0.1}}
@@ -96,10 +99,22 @@ class Bench(NamedTuple):
     parts: dict[str, list[Part]]
 
 
-def prepare(name: str, roots: tuple[str, ...], folder: Path) -> Bench:
+def with_student(asked: R.Recipe, regime: str) -> R.Recipe:
+    """The recipe with the regime's student."""
+    assert isinstance(asked.student.tower, R.Timm)
+    if regime == "small":
+        return replace(asked, student=replace(asked.student, tower=replace(asked.student.tower, image_size=80)))
+    if regime == "vit":
+        tower = R.Timm(model="vit_tiny_patch16_224", weights="random", image_size=64)
+        schedule = replace(asked.train, warmup_steps=0, tower_lr_ratio=1.0, batch_size=64, lr=1e-3, weight_decay=0.05)
+        return replace(asked, student=replace(asked.student, tower=tower), train=schedule)
+    return asked
+
+
+def prepare(name: str, regime: str, roots: tuple[str, ...], folder: Path) -> Bench:
     """Builds or opens the teacher cache and the frozen features of set `name`; `folder`: where the cache lies."""
     keep_freed_memory()
-    asked = recipe.load(RECIPES / f"{SETS[name]}.yaml", roots)
+    asked = with_student(recipe.load(RECIPES / f"{SETS[name]}.yaml", roots), regime)
     dataset = data.load(asked.data, folder)
     if isinstance(asked.data, R.WebDataset):
         sets = {"val": data.load(replace(asked.data, test="val/*.tar"), folder).evaluation, "test": dataset.evaluation}
@@ -125,7 +140,7 @@ def prepare(name: str, roots: tuple[str, ...], folder: Path) -> Bench:
 
 
 def described(bench: Bench, losses: dict[str, Any], regime: str, seed: int) -> R.Recipe:
-    schedule = replace(bench.recipe.train, epochs=EPOCHS if regime == "full" else 0)
+    schedule = replace(bench.recipe.train, epochs=EPOCHS[regime])
     if regime == "frozen" and isinstance(bench.recipe.data, R.OpenMoji):
         schedule = replace(schedule, warmup_steps=2000)
     asked = replace(bench.recipe, losses=config.convert(losses, R.Losses, "losses"), train=schedule, seed=seed)
@@ -146,6 +161,7 @@ def fingerprints(bench: Bench, name: str, method: str, regime: str) -> dict[str,
     if method in METHODS:
         resolved = described(bench, METHODS[method], regime, 0).train
         schedule = {"student": written["student"], "train": written["train"], "epochs": resolved.epochs, "warmup_steps": resolved.warmup_steps}
+        schedule |= {"regime": regime} if regime in ("small", "vit") else {}
     whole = {"shared": shared, "schedule": schedule, "fingerprint": shared | schedule | {"losses": METHODS.get(method)}}
     return {name: disk.fingerprint(what)[:16] for name, what in whole.items()}
 
@@ -169,7 +185,7 @@ def run(bench: Bench, losses: dict[str, Any], regime: str, seed: int, teacher: t
     seconds = time.perf_counter() - start
 
     def features(part: Part) -> np.ndarray:
-        if regime == "full":
+        if regime != "frozen":
             return image_features(student, part.pictures, preprocess, part.name, cpu)[1]
         with torch.inference_mode():
             return F.normalize(student.projector(torch.from_numpy(part.tower_features)), dim=-1).numpy()
@@ -210,7 +226,7 @@ def trial(regime: str, names: list[str], methods: list[str], seeds: list[int], r
     """Every run that the log does not hold yet, seed by seed, so that whatever is there is paired."""
     for name in names:
         given = tuple(r for r in roots if r.partition("=")[0] == name)
-        bench = prepare(name, given, folder)
+        bench = prepare(name, regime, given, folder)
         counts = {p.name: len(p.labels) for p in bench.parts["test"]}
         for seed in seeds:
             teacher = adapted(bench, seed)
@@ -234,7 +250,7 @@ def trial(regime: str, names: list[str], methods: list[str], seeds: list[int], r
 
 def quick(roots: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:
     """Identities and signs on clothing, frozen features, two seeds; nothing goes to the log."""
-    bench = prepare("clothing", tuple(r for r in roots if r.startswith("clothing=")), folder)
+    bench = prepare("clothing", "frozen", tuple(r for r in roots if r.startswith("clothing=")), folder)
     required = []
     means: dict[str, list[float]] = {}
     for seed in (0, 1):
@@ -255,6 +271,8 @@ def main() -> None:
     parser = compare.arguments(__doc__)
     parser.add_argument("--frozen", action="store_true", help="the rows on frozen tower features")
     parser.add_argument("--full", action="store_true", help="the rows with every weight trained")
+    parser.add_argument("--small", action="store_true", help="the same with the student at 80 px")
+    parser.add_argument("--vit", action="store_true", help="the same with a ViT student from random weights")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
@@ -265,7 +283,7 @@ def main() -> None:
     here = compare.this_machine()
     roots = tuple(options.data)
     required = quick(roots, options.cache) if options.quick else []
-    for regime in ("frozen", "full"):
+    for regime in EPOCHS:
         if getattr(options, regime) and not options.quick:
             trial(regime, options.sets, options.methods, options.seeds, roots, options.cache)
     if not options.quick:

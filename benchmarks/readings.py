@@ -69,7 +69,7 @@ def runs(name: str, readings: list[str], roots: tuple[str, ...], folder: Path) -
     missing = [(r, s) for s in SEEDS for r in readings if (name, r, s) not in known]
     if not missing:
         return
-    bench = methods.prepare(name, tuple(r for r in roots if r.partition("=")[0] == name), folder)
+    bench = methods.prepare(name, "frozen", tuple(r for r in roots if r.partition("=")[0] == name), folder)
     for r, seed in missing:
         result = methods.run(bench, READINGS[r], "frozen", seed, methods.adapted(bench, seed))
         # A head that needs more than one picture's unit feature does not ship (keep: false): its student is scored without it.
