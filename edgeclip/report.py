@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeclip import __version__, disk
+from edgeclip.tables import MODELS
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 
@@ -17,16 +18,19 @@ def report(run: Path) -> tuple[Path, dict[str, str]]:
     """Writes RUN/report.html; returns its path and the verdict on each target that has a bundle."""
     import jinja2
 
-    disk.read_manifest(run, "run")
+    manifest = disk.read_manifest(run, "run")
     results = disk.read_json(run / "results.json")
     targets = collect(run)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
     environment.filters["form"] = form
+    environment.filters["millions"] = lambda value, digits: _number(None if value is None else value / 1e6, digits) + (" M" if value is not None else "")
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=run.name,
         version=__version__,
         results=results,
+        models=MODELS,
+        protocols=protocols(run, manifest.get("student")),
         recipe=(run / "recipe.yaml").read_text(encoding="utf-8"),
         targets=targets,
         waterfall=waterfall(results, targets),
@@ -67,6 +71,12 @@ def collect(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def protocols(run: Path, student: str | None) -> list[dict[str, Any]]:
+    """The records of `edgeclip evaluate` that are of this very student."""
+    found = [disk.read_json(path) for path in sorted((run / "reports").glob("evaluate-*.json"))]
+    return [record for record in found if record["student"] == student]
+
+
 def verdict(parity: dict[str, Any] | None, bench: dict[str, Any] | None) -> str:
     """One line: ship, or do not ship and why."""
     reasons = []
@@ -91,7 +101,7 @@ def verdict(parity: dict[str, Any] | None, bench: dict[str, Any] | None) -> str:
 def waterfall(results: dict[str, Any], targets: list[dict[str, Any]]) -> dict[str, Any]:
     """R@1 of each step on the same pictures: {"sets": names, "steps": [(step, [R@1 or None])]}."""
     names = [s["name"] for s in results["sets"]]
-    steps: list[tuple[str, list[float | None]]] = [(model, [s[model]["r1"] for s in results["sets"]]) for model in ("teacher", "student")]
+    steps: list[tuple[str, list[float | None]]] = [(model, [(s[model] or {}).get("r1") for s in results["sets"]]) for model in ("teacher", "student")]
     for t in targets:
         if t["parity"] and t["parity"]["sets"]:
             of = {s["name"]: s["bundle_r1"] for s in t["parity"]["sets"]}

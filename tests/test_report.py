@@ -60,7 +60,7 @@ def make_run(folder, reports=True, sets=("base", "novel")):
     if reports:
         disk.write_json(folder / "reports" / "t.host-cpu.parity.json", parity(bundle=digest))
         disk.write_json(folder / "reports" / "t.host-cpu.bench.json", bench(bundle=digest))
-    disk.write_json(folder / disk.MANIFEST, {"kind": "run"})
+    disk.write_json(folder / disk.MANIFEST, {"kind": "run", "student": "this student"})
     return folder
 
 
@@ -103,6 +103,50 @@ def test_what_was_not_measured_says_so_and_texts_are_escaped(tmp_path):
     page = report(make_run(tmp_path / "run"))[0].read_text(encoding="utf-8")
     assert "not measured" in page and "a &lt;note&gt; &amp; more" in page and "&lt;script&gt;alert(1)" in page
     assert "<td>2.25</td>" in page and "<td>None</td>" not in page
+
+
+def test_every_reading_and_every_protocol_of_this_student_is_on_the_page(tmp_path):
+    require("matplotlib", "pip install 'edgeclip[train]'")
+    run = make_run(tmp_path / "run")
+    results = disk.read_json(run / "results.json")
+    results["sets"][0] |= {"student_own_text": {"r1": 0.3125, "r5": 0.4}, "teacher": None}  # of a teacher without a tower at hand
+    results["models"]["teacher"] |= {"parameters": None, "macs": None}
+    disk.write_json(run / "results.json", results)
+    row = {
+        "name": "night",
+        "of": "night",
+        "note": "a shift",
+        "pictures": 9,
+        "classes": 3,
+        "chance_r1": 1 / 3,
+        "teacher": None,
+        "student": {"r1": 0.8765, "r5": 1.0},
+    }
+    record = {"protocol": "zero_shot", "student": "this student", "sets": [row], "text_side": "the teacher's", "average": {"student": 0.765}}
+    disk.write_json(run / "reports" / "evaluate-zero_shot-night.json", record)
+    disk.write_json(run / "reports" / "evaluate-zero_shot-old.json", record | {"student": "another", "sets": [row | {"name": "stale"}]})
+    page = report(run)[0].read_text(encoding="utf-8")
+    assert "student with its own text tower" in page and "<td>0.312</td>" in page
+    assert "Protocol: zero shot" in page and "<td>0.876</td>" in page and "<td>0.765</td>" in page and "stale" not in page
+    assert "<td>not measured</td>" in page
+
+
+def test_retrieval_is_on_the_page_both_ways(tmp_path):
+    require("matplotlib", "pip install 'edgeclip[train]'")
+    run = make_run(tmp_path / "run")
+    way = {"r1": 0.1875, "r5": 0.5, "r10": 0.75, "chance_r1": 0.02, "chance_r5": 0.1, "chance_r10": 0.2}
+    row = {
+        "name": "shop",
+        "of": "shop",
+        "note": "captions",
+        "pictures": 9,
+        "texts": 8,
+        "teacher": None,
+        "student": {"image_to_text": way, "text_to_image": way},
+    }
+    disk.write_json(run / "reports" / "evaluate-retrieval-shop.json", {"protocol": "retrieval", "student": "this student", "sets": [row], "text_side": "own"})
+    page = report(run)[0].read_text(encoding="utf-8")
+    assert page.count("<td>0.188</td><td>0.500</td><td>0.750</td>") == 2 and "text to image" in page
 
 
 def test_a_run_without_any_report_does_not_ship(tmp_path):
