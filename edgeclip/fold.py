@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 MAX_RELATIVE_ERROR = 1e-4
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a folded student may be trained on
 def fold(module: nn.Module, example: torch.Tensor) -> nn.Module:
     """A folded copy of `module` in eval mode; raises `AssertionError` where it does not compute the same.
 

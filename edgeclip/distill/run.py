@@ -20,9 +20,9 @@ import msgspec
 import torch
 from torch import nn
 
-from edgeclip import __version__, cache, data, disk, ranks, recipe, students, teachers, weights
+from edgeclip import __version__, cache, data, disk, ranks, recipe, students, target, teachers, weights
 from edgeclip.allocator import give_back_freed_memory, keep_freed_memory
-from edgeclip.distill import board, losses, promptsrc
+from edgeclip.distill import board, losses, promptsrc, quantised
 from edgeclip.distill.adapt import adapt
 from edgeclip.distill.evaluate import evaluate, note, teacher_features
 from edgeclip.distill.fuse import Fusion, fuse
@@ -158,6 +158,12 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             board=run / "tensorboard" if asked.train.tensorboard else None,
             clock=clock,
         )
+        if asked.distill:
+
+            def again(copy: nn.Module, own_head: nn.Module | None, recipe: Recipe) -> list[dict[str, Any]]:
+                return train(copy, own_head, teacher, cached, preprocess, dataset, recipe, device, others=others, clock=clock)
+
+            quantised.after_stage_2(asked, dataset, student, head, preprocess, run / "quantised", description["parents"], again)
         if not ranks.rank():
             save(run / "student", log)
             for temporary in ("student.partial", "checkpoint"):
@@ -240,6 +246,8 @@ def load_data(asked: Recipe, path: Path) -> tuple[data.Dataset, data.Dataset | N
     need = any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
     captions = asked.student.text is not None or (need and asked.losses.captions == "data")
     _check(dataset, asked, captions, path)
+    if asked.distill:
+        quantised.check(*target.load(asked.distill.quantize))
     return dataset, labelled, captions
 
 

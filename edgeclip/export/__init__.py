@@ -60,7 +60,12 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
         pictures = calibration.draw(source, target.calibration)
         used = pictures.used
         say(f"search for the form of {name}: ranges of {len(pictures.ranges)} training pictures, judged on {len(pictures.judged)}")
-        quantisation, record = search(model, pictures, target, exporter, _answers(source))
+        learnt = None
+        if source.quantised:
+            from edgeclip.distill import quantised  # it imports this package
+
+            learnt = quantised.load(source.quantised, source.image_encoder, target, pictures.ranges)
+        quantisation, record = search(model, pictures, target, exporter, _answers(source), learnt)
     say(f"2/5 write the image encoder as {name}" + (f", {quantisation.int8_share:.1%} of the multiply-accumulates in int8" if quantisation else ""))
     with disk.new_folder(out) as folder:
         manifest: dict[str, Any] = {

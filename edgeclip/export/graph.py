@@ -190,8 +190,13 @@ def int8_embeddings(model: onnx.ModelProto, rows: int = 256) -> onnx.ModelProto:
                 helper.make_node("Mul", [f"{at}_float", f"{at}_scales"], [n.output[0]], f"{at}_scaled"),
             ]
         )
-    read = {i for n in model.graph.node for i in n.input}
+    drop_unread(model)
+    return model
+
+
+def drop_unread(model: onnx.ModelProto) -> None:
+    """Takes out the constants that surgery has left without a reader."""
+    read = {i for n in model.graph.node for i in n.input} | {o.name for o in model.graph.output}
     kept = [i for i in model.graph.initializer if i.name in read]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-    return model

@@ -172,6 +172,7 @@ def correct_bias(calibrated: Calibrated, nodes: list[str], calibration: np.ndarr
         name = f"{n.name}_bias_corrected"
         model.graph.initializer.append(numpy_helper.from_array((constants[n.input[2]] - by).astype(np.float32), name))
         by_name[n.name].input[2] = name
+    graph.drop_unread(model)
     return Calibrated(model, calibrated.ranges)
 
 

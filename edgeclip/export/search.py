@@ -60,17 +60,30 @@ class Task(NamedTuple):
 
 
 def search(
-    model: onnx.ModelProto, pictures: Pictures, target: Target, exporter: Any, answers: Callable[[np.ndarray], np.ndarray] | None
+    model: onnx.ModelProto,
+    pictures: Pictures,
+    target: Target,
+    exporter: Any,
+    answers: Callable[[np.ndarray], np.ndarray] | None,
+    learnt: Quantisation | None = None,
 ) -> tuple[Quantisation, dict[str, Any]]:
-    """The map to ship, and its record with the frontier. Raises `Refused` where no map holds what the target asks."""
+    """The map to ship, and its record with the frontier. Raises `Refused` where no map holds what the target asks.
+
+    learnt: the map of a student that was trained with this target's rounding: it alone is tried, as it is.
+    """
     spec = target.calibration
     assert spec is not None
     reduce_range = policy.reduced_range(target)
     with tempfile.TemporaryDirectory() as temporary:
         task = Task(model, pictures, target, exporter, answers, policy.features(model, pictures.judged), Path(temporary))
-        tried: list[Candidate] = []
+        tried = [_try(task, learnt, 0)] if learnt else list[Candidate]()
+        if learnt and tried[0].short:
+            raise Refused(
+                "distill.quantize", f"the student that learnt with rounding does not hold: {'; '.join(tried[0].short)}", "train it longer (distill.epochs)"
+            )
         outer: dict[str, float] | None = None
-        for form in (Form(*values) for values in itertools.product(spec.methods, spec.smoothing, spec.layers, spec.model_types)):
+        forms = [] if learnt else itertools.product(spec.methods, spec.smoothing, spec.layers, spec.model_types)
+        for form in (Form(*values) for values in forms):
             found = policy.choose(model, pictures.ranges, form, outer, spec, reduce_range, own_bias=target.runtime != "openvino")
             if found is None:
                 continue
@@ -88,7 +101,12 @@ def search(
     for c in tried:
         c.row["verdict"] = "chosen" if c is chosen else "; ".join(c.short) or ("slower, or less exact at the same speed" if float_ms else "less exact")
     _refuse(chosen, target, spec, float_ms)
-    record = chosen.quantisation.record() | {"judged_on": len(pictures.judged), "judged_in": _judged_in(target), "latency_ms_float": float_ms}
+    record = chosen.quantisation.record() | {
+        "judged_on": len(pictures.judged),
+        "judged_in": _judged_in(target),
+        "latency_ms_float": float_ms,
+        "learnt": learnt is not None,
+    }
     return chosen.quantisation, record | {"frontier": [c.row for c in tried]}
 
 

@@ -41,7 +41,7 @@ def smooth(model: onnx.ModelProto, pictures: np.ndarray, alpha: float | None) ->
             own.input[i] = _put(model, f"{norm.name}_smooth_{i}", graph.initializers(model)[own.input[i]] / scale)
         for r in readers:
             nodes[r.name].input[1] = _put(model, f"{r.name}_smooth_weight", weights[r.input[1]] * scale[:, None])
-    _drop_unread(model)
+    graph.drop_unread(model)
     return model
 
 
@@ -88,10 +88,3 @@ def _largest(model: onnx.ModelProto, names: list[str], pictures: np.ndarray) -> 
 def _put(model: onnx.ModelProto, name: str, value: np.ndarray) -> str:
     model.graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
     return name
-
-
-def _drop_unread(model: onnx.ModelProto) -> None:
-    read = {i for n in model.graph.node for i in n.input} | {o.name for o in model.graph.output}
-    kept = [i for i in model.graph.initializer if i.name in read]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)

@@ -44,6 +44,8 @@ class Source(NamedTuple):
     golden_licence: str
     licences: dict[str, str]
     parents: dict[str, Any]
+    quantised: Path | None = None
+    """folder of the copy that learnt with an int8 target's rounding; None: there is none"""
 
 
 def from_run(run: Path) -> Source:
@@ -75,6 +77,8 @@ def from_run(run: Path) -> Source:
         return {hashlib.sha256(read(pictures[i])).hexdigest() for i in held_out}
 
     manifest = disk.read_manifest(evaluation, "evaluation")
+    there = (run / "quantised" / disk.MANIFEST).exists()
+    learnt = {"quantised": disk.sha256(run / "quantised" / disk.MANIFEST)} if there else {}
     return Source(
         image_encoder=student,
         preprocess=preprocess,
@@ -89,7 +93,8 @@ def from_run(run: Path) -> Source:
         golden=index_tar(evaluation / "pictures.tar")[:8],
         golden_licence=manifest["licence"],
         licences=description["licences"],
-        parents={"student": disk.sha256(run / "student" / disk.MANIFEST), **description["parents"]},
+        parents={"student": disk.sha256(run / "student" / disk.MANIFEST), **description["parents"], **learnt},
+        quantised=run / "quantised" if learnt else None,
     )
 
 

@@ -38,7 +38,7 @@ from edgeclip.recipe.ingredients import (
     VisualPrompts,
     WebDataset,
 )
-from edgeclip.recipe.training import KL, Affinity, Bench, Distribution, EduAttention, First, IFAlign, Losses, MaskedFeature, Parity, Train, Weighted
+from edgeclip.recipe.training import KL, Affinity, Bench, Distill, Distribution, EduAttention, First, IFAlign, Losses, MaskedFeature, Parity, Train, Weighted
 
 __all__ = [
     "KL",
@@ -48,6 +48,7 @@ __all__ = [
     "Conse",
     "Data",
     "DataFile",
+    "Distill",
     "Distribution",
     "EduAttention",
     "Embeddings",
@@ -104,6 +105,8 @@ class Recipe(Config):
     """null: the teacher is taken as it is"""
     views: Views = Views()
     train: Train = Train()
+    distill: Distill | None = None
+    """null: the student is quantised after training alone"""
     parity: Parity = Parity()
     bench: Bench | None = None
     """a short run for this recipe's `bench`; null: the device profile's own minimum"""

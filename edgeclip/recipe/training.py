@@ -177,3 +177,13 @@ class Parity(Config):
 class Bench(Config):
     min_duration_s: NonNegative = 60.0
     min_query_count: Positive = 1024
+
+
+class Distill(Config):
+    """What follows stage 2."""
+
+    quantize: str
+    """an int8 target of onnxruntime or tensorrt, by name or path: a copy of the student learns on with that target's rounding,
+    and `export` to that target writes the copy with its learnt scales; the float student stays what it was"""
+    epochs: Positive = 1
+    lr: NonNegative = 1e-4

@@ -1,0 +1,190 @@
+"""Every family at full size through onnx-int8 and tensorrt-int8: sizes, times, and whether TensorRT-RTX builds it.
+
+Random weights: what is shown is that the graph exports, that its float form equals torch, that int8 runs in ONNX Runtime
+and that TensorRT-RTX parses and builds both towers; accuracy is for trained students. Forms are the policy's own, without
+the search (8 calibration pictures, minmax, every candidate layer), so that a family costs a minute or two.
+
+    docs/targets.jsonl     a line a family, appended when it is done; a family that is there is not run again
+    docs/targets.md        the table, between two marks (--write)
+
+What bounds it: tracing and building; the latencies are single, on a machine that may be shared, and only their ratio
+within a row means something.
+
+    python benchmarks/export_matrix.py                    # all that are missing
+    python benchmarks/export_matrix.py --families RN50    # one
+    python benchmarks/export_matrix.py --write
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DOCS = Path(__file__).parent.parent / "docs"
+LOG, PAGE = DOCS / "targets.jsonl", DOCS / "targets.md"
+START, END = "<!-- matrix -->", "<!-- end of matrix -->"
+
+
+def tiny(image: dict[str, Any], text: dict[str, Any], embed_dim: int = 512) -> dict[str, Any]:
+    return {
+        "embed_dim": embed_dim,
+        "vision_cfg": {"image_size": 224, "head_width": 64, **image},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, **text},
+    }
+
+
+FAMILIES: dict[str, Any] = {
+    "MobileCLIP2-S0": "MobileCLIP2-S0",
+    "MobileCLIP2-S2": "MobileCLIP2-S2",
+    "MobileCLIP-S1": "MobileCLIP-S1",
+    "ViT-B-32": "ViT-B-32",
+    "ViT-B-16": "ViT-B-16",
+    "ViT-S-32-alt": "ViT-S-32-alt",
+    "TinyCLIP 8M/3M": tiny({"layers": 10, "width": 256, "patch_size": 16}, {"width": 256, "heads": 4, "layers": 3}),
+    "TinyCLIP 39M/19M": tiny({"layers": 12, "width": 512, "patch_size": 16}, {"width": 512, "heads": 8, "layers": 6}),
+    "RN50": "RN50",
+    "ViTamin-S": "ViTamin-S",
+    "PE-Core-T-16": "PE-Core-T-16-384",
+    "SigLIP ViT-B-16": "ViT-B-16-SigLIP",
+    "timm vit_tiny": "vit_tiny_patch16_224",
+    "timm repvit_m0_9": "repvit_m0_9",
+    "timm mobilenetv4_conv_small": "mobilenetv4_conv_small",
+    "timm efficientnet_lite0": "efficientnet_lite0",
+}
+
+
+def towers(model: Any) -> tuple[Any, Any, int, int]:
+    """(image module, text module or None, image size, context length)"""
+    import open_clip
+
+    from edgeclip import weights
+    from edgeclip.export.source import from_model
+    from edgeclip.recipe import OpenClip
+    from edgeclip.teachers.open_clip import TextModule
+
+    if isinstance(model, str) and model not in open_clip.list_models():
+        found = from_model(model, "random", [], None)
+        return found.image_encoder, None, found.preprocess.size, 0
+    spec = OpenClip(model="own" if isinstance(model, dict) else model, weights="random", config=model if isinstance(model, dict) else None)
+    clip, preprocess = weights.open_clip_model(spec)
+    from torch import nn
+    from torch.nn import functional as F
+
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = clip.visual
+
+        def forward(self, pixels: Any) -> Any:
+            return F.normalize(self.visual(pixels), dim=-1)
+
+    return Unit().eval(), TextModule(clip).eval(), preprocess.size, int(clip.context_length)
+
+
+def latency_ms(path: Path, x: np.ndarray, count: int = 15) -> float:
+    from edgeclip.runtime import open_session
+
+    run, laps = open_session("onnxruntime", path, 1).run, []
+    for _ in range(count + 3):
+        before = time.perf_counter()
+        run(x)
+        laps.append(1e3 * (time.perf_counter() - before))
+    return round(float(np.median(laps[3:])), 2)
+
+
+def measure(name: str) -> dict[str, Any]:
+    import torch
+
+    from edgeclip import target
+    from edgeclip.export import graph
+    from edgeclip.export.half import to_fp16
+    from edgeclip.export.lint import lint
+    from edgeclip.export.onnxruntime import calibrate, quantise, write_text
+    from edgeclip.fold import fold
+    from edgeclip.metrics import cosine
+
+    image, text, size, context = towers(FAMILIES[name])
+    x = np.random.default_rng(0).normal(size=(8, 3, size, size)).astype(np.float32)
+    example = torch.from_numpy(x[:1])
+    model = graph.to_onnx(fold(image, example), example, "pixels", "image_features", 19)
+    with torch.inference_mode():
+        expected = image(torch.from_numpy(x[:3])).numpy()
+    row: dict[str, Any] = {"family": name, "image_size": size, "nodes": len(model.graph.node)}
+    tensorrt = target.load("tensorrt-int8")[1]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        paths = {n: folder / f"{n}.onnx" for n in ("float", "onnx-int8", "tensorrt-int8", "text", "text-tensorrt")}
+        graph.save(model, paths["float"])
+        from edgeclip.runtime import open_session
+
+        run = open_session("onnxruntime", paths["float"], 1).run
+        row["float_error"] = max(float(np.abs(run(x[:b]) - expected[:b]).max()) for b in (1, 3))
+        calibrated = calibrate(model, x, "minmax")
+        products = graph.matrix_products(calibrated.model)
+        graph.save(quantise(calibrated, products, activations="uint8"), paths["onnx-int8"])
+        graph.save(to_fp16(quantise(calibrated, products, activations="int8", float_bias=True)), paths["tensorrt-int8"])
+        row["int8_layers"] = len(products)
+        row["int8_cosine"] = cosine(open_session("onnxruntime", paths["onnx-int8"], 1).run(x[:3]), expected)["raw_min"]
+        for n in ("float", "onnx-int8"):
+            row[f"{n}_ms"], row[f"{n}_mib"] = latency_ms(paths[n], x[:1]), round(paths[n].stat().st_size / 2**20, 1)
+        before = time.perf_counter()
+        verdict = lint(paths["tensorrt-int8"], tensorrt)
+        row |= {
+            "tensorrt_builds": verdict["builds"],
+            "tensorrt_s": round(time.perf_counter() - before, 1),
+            "checked_by": verdict["checked_by"],
+            "errors": verdict["errors"][:2],
+        }
+        row["tensorrt_mib"] = round(paths["tensorrt-int8"].stat().st_size / 2**20, 1)
+        if text is not None:
+            ids = torch.ones(2, context, dtype=torch.long)
+            traced = graph.to_onnx(text, ids, "input_ids", "text_features", 19)
+            shipped = folder / write_text(traced, target.load("onnx-int8")[1], folder)
+            row["text_mib"] = round(shipped.stat().st_size / 2**20, 1)
+            graph.save(to_fp16(traced), paths["text-tensorrt"])
+            row["text_tensorrt_builds"] = lint(paths["text-tensorrt"], tensorrt)["builds"]
+    return row
+
+
+def table() -> str:
+    rows = [json.loads(line) for line in LOG.read_text().splitlines()]
+    lines = [
+        "| family | input | float error | int8 layers | onnx-fp32 ms / MiB | onnx-int8 ms / MiB | times as fast | tensorrt-int8 MiB, image / text build (s) | text int8 MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        yes = {True: "yes", False: "**no**", None: "not checked"}
+        text = yes[r["text_tensorrt_builds"]] if "text_tensorrt_builds" in r else "no text"
+        lines.append(
+            f"| {r['family']} | {r['image_size']} | {r['float_error']:.0e} | {r['int8_layers']} | {r['float_ms']} / {r['float_mib']} | {r['onnx-int8_ms']} / {r['onnx-int8_mib']} "
+            f"| {r['float_ms'] / r['onnx-int8_ms']:.2f} | {r['tensorrt_mib']}, {yes[r['tensorrt_builds']]} / {text} ({r['tensorrt_s']}) | {r.get('text_mib', '')} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--write", action="store_true", help="put the table into docs/targets.md")
+    options = parser.parse_args()
+    if options.write:
+        page = PAGE.read_text()
+        PAGE.write_text(page[: page.index(START) + len(START)] + "\n" + table() + "\n" + page[page.index(END) :])
+        return
+    done = {json.loads(line)["family"] for line in LOG.read_text().splitlines()} if LOG.exists() else set()
+    for name in (f for f in options.families if f not in done):
+        row = measure(name)
+        with open(LOG, "a") as f:
+            f.write(json.dumps(row) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Quantisation-aware distillation: the student learns on with exactly the rounding that its int8 target will do.
+
+After stage 2 the student is folded, and the target's policy says which layers become int8 and with which ranges. Each of
+them then rounds in training as the exported graph does: its input, and for ONNX Runtime a convolution's output, per
+tensor with a scale that is learnt (Esser et al. 2020, LSQ); its weights per output channel. The losses, the cached
+teacher and the views are stage 2's own, so an epoch costs little more than one of stage 2. The learnt scales are what
+`export` writes; nothing is calibrated again.
+
+    run/quantised/quantised.safetensors   the folded student's weights
+                  quantised.json          target, layers, ranges
+                  manifest.json           last
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from msgspec.structs import replace
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from edgeclip import disk, ranks
+from edgeclip import recipe as R
+from edgeclip import target as T
+from edgeclip.data import Dataset
+from edgeclip.errors import EdgeclipError
+from edgeclip.export import graph, policy
+from edgeclip.export.onnxruntime import Calibrated, calibrate
+from edgeclip.export.policy import Form, Quantisation
+from edgeclip.fold import fold
+from edgeclip.pictures import read
+from edgeclip.preprocess import Preprocess, normalise, open_picture, to_pixels
+
+SMALLEST = 1e-6
+
+
+class Rounding(nn.Module):
+    """Per tensor, with a learnt scale; the zero point is calibration's. Its gradient passes through the rounding."""
+
+    def __init__(self, low: float, high: float, symmetric: bool):
+        super().__init__()
+        low, high = min(low, 0.0), max(high, 0.0)
+        self.bottom, self.top = (-128, 127) if symmetric else (0, 255)
+        scale = max(max(-low, high) / 127 if symmetric else (high - low) / 255, SMALLEST)
+        self.log_scale = nn.Parameter(torch.tensor(scale).log())
+        self.zero_point = 0 if symmetric else round(-low / scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.log_scale.exp()
+        q = x / scale
+        q = (q + (q.round() - q).detach() + self.zero_point).clamp(self.bottom, self.top)
+        return (q - self.zero_point) * scale
+
+    def range(self) -> list[float]:
+        """What ONNX Runtime's quantiser makes the same scale and zero point of: it spreads a symmetric range over 254 steps."""
+        scale = self.log_scale.exp().item()
+        return [-127 * scale, 127 * scale] if self.bottom else [-self.zero_point * scale, (255 - self.zero_point) * scale]
+
+
+class RoundedWeight(nn.Module):
+    """Symmetric, a scale for each output channel from its largest weight."""
+
+    def __init__(self, top: int):
+        super().__init__()
+        self.top = top
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale = (weight.detach().flatten(1).abs().amax(dim=1) / self.top).clamp(min=SMALLEST).view(-1, *[1] * (weight.ndim - 1))
+        q = weight / scale
+        return (q + (q.round() - q).detach()) * scale
+
+
+def module_name(node: str) -> str:
+    """The module that the exporter named a node after: '/tower/blocks/blocks.1/blocks.1.0/conv/Conv' to 'tower.blocks.1.0.conv'."""
+    parts = node.strip("/").split("/")[:-1]
+    return ".".join(p for i, p in enumerate(parts) if i + 1 == len(parts) or not parts[i + 1].startswith(p + "."))
+
+
+def attach(folded: nn.Module, quantisation: Quantisation, target: T.Target) -> dict[str, Rounding]:
+    """Makes the mapped layers of a folded student round; returns each quantised tensor's rounding.
+
+    Raises `EdgeclipError` for a layer that is no module of its own (the packed projection of torch's MultiheadAttention).
+    """
+    modules = dict(folded.named_modules())
+    found, ranges = dict[str, Rounding](), quantisation.calibrated.ranges
+    symmetric = target.runtime == "tensorrt" or target.activations == "int8"
+
+    def rounding(tensor: str) -> Rounding:
+        if tensor not in found:
+            low, high = ranges[tensor].range_value
+            found[tensor] = Rounding(np.asarray(low).item(), np.asarray(high).item(), symmetric)
+        return found[tensor]
+
+    for node in (n for n in quantisation.calibrated.model.graph.node if n.name in set(quantisation.nodes)):
+        module = modules.get(module_name(node.name))
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            raise EdgeclipError(
+                f"distill.quantize: {node.name}", "is no Conv2d or Linear of the student's own", "use a tower of separate layers, or leave it out"
+            )
+        parametrize.register_parametrization(module, "weight", RoundedWeight(63 if quantisation.reduce_range else 127))
+        module.input_rounding = rounding(node.input[0])
+        module.register_forward_pre_hook(lambda m, x: (m.input_rounding(x[0]), *x[1:]))
+        if node.op_type == "Conv" and target.runtime == "onnxruntime":
+            module.output_rounding = rounding(node.output[0])
+            module.register_forward_hook(lambda m, _, y: m.output_rounding(y))
+    return found
+
+
+def fine_tune(
+    student: nn.Module, pictures: np.ndarray, path: str, folder: Path, train: Callable[[nn.Module], list[dict[str, Any]]], parents: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Fine-tunes a folded copy of `student` for the target at `path` and writes `folder`; returns the log.
+
+    pictures: float32 [n, 3, H, W], training pictures that give the first ranges. train: trains a student in place.
+    """
+    name, target = T.load(path)
+    check(name, target)
+    assert target.calibration is not None
+    x = torch.from_numpy(pictures[:1])
+    student = student.cpu()
+    folded = fold(student, x).requires_grad_(True)
+    model = graph.to_onnx(folded, x, "pixels", "image_features", target.opset)
+    form = Form(target.calibration.methods[0], None, "all", None)
+    chosen = policy.choose(model, pictures, form, None, target.calibration, policy.reduced_range(target), own_bias=False)
+    assert chosen is not None
+    roundings = attach(folded, chosen, target)
+    log = train(folded)
+    folded.cpu()
+    if ranks.rank():
+        return log
+    modules = dict(folded.named_modules())
+    for module in modules.values():
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    state = {k: v.detach().contiguous() for k, v in folded.state_dict().items() if "_rounding." not in k}
+    with disk.new_folder(folder) as temporary:
+        save_file(state, temporary / "quantised.safetensors")
+        ranges = {tensor: r.range() for tensor, r in roundings.items()}
+        record = {"target": _what(target), "form": form._asdict(), "nodes": chosen.nodes, "float_layers": chosen.float_layers, "ranges": ranges, "log": log}
+        disk.write_json(temporary / "quantised.json", record | {"reduce_range": chosen.reduce_range})
+        disk.write_manifest(temporary, "quantised student", {"parents": parents})
+    return log
+
+
+def after_stage_2(
+    asked: R.Recipe,
+    dataset: Dataset,
+    student: nn.Module,
+    head: nn.Module | None,
+    preprocess: Preprocess,
+    folder: Path,
+    parents: dict[str, Any],
+    train: Callable[[nn.Module, nn.Module | None, R.Recipe], list[dict[str, Any]]],
+) -> None:
+    """Stage 2 once more, on a rounding copy of the student: what `distill.quantize` asks for. train: stage 2's own loop."""
+    assert asked.distill is not None
+    target = T.load(asked.distill.quantize)[1]
+    assert target.calibration is not None
+    held_out = {hashlib.sha256(read(p)).digest() for s in dataset.evaluation if not s.seen for p in s.pictures}
+    pictures = list[np.ndarray]()
+    for i in np.random.default_rng(target.calibration.seed).permutation(len(dataset.train)):
+        content = read(dataset.train[i])
+        if hashlib.sha256(content).digest() not in held_out and len(pictures) < target.calibration.pictures:
+            pictures.append(to_pixels(open_picture(content, dataset.train[i].key), preprocess))
+    again = replace(asked.train, warmup_steps=0, first=None, epochs=asked.distill.epochs, lr=asked.distill.lr, tower_lr_ratio=1.0, freeze_batch_norm=False)
+    recipe = replace(asked, train=again, student=replace(asked.student, text=None, visual_prompts=None))
+    fine_tune(student, normalise(np.stack(pictures), preprocess), asked.distill.quantize, folder, lambda m: train(m, copy.deepcopy(head), recipe), parents)
+
+
+def check(name: str, target: T.Target) -> None:
+    if target.precision != "int8" or target.runtime == "openvino":
+        raise EdgeclipError(f"distill.quantize: {name}", "takes no learnt scales", "name an int8 target of onnxruntime or tensorrt")
+
+
+def _what(target: T.Target) -> dict[str, Any]:
+    """What two targets must share for one's learnt scales to be the other's."""
+    return {"runtime": target.runtime, "activations": target.activations, "reduce_range": target.reduce_range, "opset": target.opset}
+
+
+def load(folder: Path, student: nn.Module, target: T.Target, pictures: np.ndarray) -> Quantisation | None:
+    """The map of a fine-tuned student for `target`; None where there is none, or it was fine-tuned for another."""
+    if not (folder / disk.MANIFEST).exists():
+        return None
+    disk.verify(folder, disk.read_manifest(folder, "quantised student"))
+    record = disk.read_json(folder / "quantised.json")
+    if record["target"] != msgspec.to_builtins(_what(target)):
+        return None
+    x = torch.from_numpy(pictures[:1])
+    folded = fold(student, x)
+    folded.load_state_dict(load_file(folder / "quantised.safetensors"))
+    calibrated = calibrate(graph.to_onnx(folded, x, "pixels", "image_features", target.opset), pictures, record["form"]["method"])
+    ready = Calibrated(calibrated.model, with_ranges(calibrated.ranges, record["ranges"]))
+    return policy.of_layers(Form(**record["form"]), pictures, ready, record["float_layers"], record["reduce_range"])
+
+
+def with_ranges(ranges: Any, learnt: dict[str, list[float]]) -> Any:
+    """ONNX Runtime's TensorsData with the learnt ranges in the place of the measured ones."""
+    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
+
+    values = {k: tuple(np.asarray(v, np.float32) for v in ranges[k].range_value) for k in ranges.keys()}  # noqa: SIM118
+    return TensorsData(CalibrationMethod.MinMax, values | {k: tuple(np.asarray(v, np.float32) for v in pair) for k, pair in learnt.items()})

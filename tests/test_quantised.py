@@ -1,0 +1,132 @@
+"""What is rounded in training is what is deployed: same layers, same scales, same answers."""
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from conftest import torch_student, toy_input, toy_target
+from torch import nn
+
+from edgeclip import disk
+from edgeclip.distill import quantised
+from edgeclip.errors import EdgeclipError
+from edgeclip.export import graph, policy
+from edgeclip.export.onnxruntime import quantise
+from edgeclip.fold import fold
+from edgeclip.metrics import cosine
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.stack([toy_input(i) for i in range(48)])
+
+
+def run(model, x):
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {model.graph.input[0].name: x})[0]
+
+
+@pytest.mark.parametrize(
+    ("node", "module"),
+    [
+        ("/tower/blocks/blocks.1/blocks.1.0/conv_dw/Conv", "tower.blocks.1.0.conv_dw"),
+        ("/tower/blocks/blocks.11/mlp/fc1/MatMul", "tower.blocks.11.mlp.fc1"),
+        ("/projector/projector.3/Gemm", "projector.3"),
+        ("/tower/conv_stem/Conv", "tower.conv_stem"),
+    ],
+)
+def test_a_node_is_traced_back_to_its_module(node, module):
+    assert quantised.module_name(node) == module
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounding_is_onnxs_and_its_gradient_passes(symmetric):
+    rounding = quantised.Rounding(-1.0, 3.0, symmetric)
+    x = torch.linspace(-5, 5, 101, requires_grad=True)
+    y = rounding(x)
+    scale = rounding.log_scale.exp().item()
+    expected = (torch.clamp(torch.round(x / scale) + rounding.zero_point, rounding.bottom, rounding.top) - rounding.zero_point) * scale
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    low, high = ((q - rounding.zero_point) * scale for q in (rounding.bottom, rounding.top))
+    inside = (x > low + scale) & (x < high - scale)
+    assert (x.grad[inside] == 1).all() and (x.grad[(x < low - scale) | (x > high + scale)] == 0).all()
+    assert rounding.log_scale.grad != 0
+
+
+@pytest.mark.parametrize("name", ["onnx-int8", "onnx-int8-arm", "tensorrt-int8"])
+def test_the_rounding_student_is_the_exported_graph(pictures, tmp_path, name):
+    student, target = torch_student(), toy_target(name)
+    trained = {}
+
+    def train(folded: nn.Module):
+        optimizer = torch.optim.SGD(folded.parameters(), 1e-2)
+        x = torch.from_numpy(pictures)
+        with torch.inference_mode():
+            wanted = student(x)
+        wanted = wanted.clone()
+        for _ in range(5):
+            loss = (folded.train()(x) - wanted).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.inference_mode():
+            trained["features"] = folded.eval()(x).numpy()
+        return [{"loss": loss.item()}]
+
+    path = tmp_path / "t.yaml"
+    path.write_text(_yaml(name))
+    log = quantised.fine_tune(student, pictures, str(path), tmp_path / "quantised", train, {"student": "x"})
+    assert log[0]["loss"] >= 0
+    found = quantised.load(tmp_path / "quantised", torch_student(), target, pictures)
+    assert found is not None and found.float_layers == {} and len(found.nodes) == 5
+    model = quantise(found.calibrated, found.nodes, activations="uint8" if name == "onnx-int8" else "int8", float_bias=name == "tensorrt-int8")
+    assert cosine(run(model, pictures), trained["features"])["centred_p1"] > 0.99
+    record = disk.read_json(tmp_path / "quantised" / "quantised.json")
+    scales = graph.initializers(model)
+    for tensor, (low, high) in record["ranges"].items():  # the learnt scale is the exported one
+        assert scales[f"{tensor}_scale"] == pytest.approx((high - low) / (255 if name == "onnx-int8" else 254), rel=1e-5)
+
+
+def _yaml(name):
+    limits = "tolerance: {centred_cosine_p1: 0.5, top1_agreement: 0.5, accuracy_drop_pp: 1}"
+    spec = "calibration: {pictures: 32, methods: [minmax], smoothing: [null], probe_layers: 0}"
+    kind = {
+        "onnx-int8": "runtime: onnxruntime\nactivations: uint8\nreduce_range: as_host",
+        "onnx-int8-arm": "runtime: onnxruntime\nactivations: int8",
+        "tensorrt-int8": "runtime: tensorrt\nopset: 19\ntext: fp16",
+    }[name]
+    return f"{kind}\nprecision: int8\n{spec}\n{limits}\n"
+
+
+def test_learnt_scales_are_of_one_target_only(pictures, tmp_path):
+    (tmp_path / "t.yaml").write_text(_yaml("onnx-int8"))
+    quantised.fine_tune(torch_student(), pictures, str(tmp_path / "t.yaml"), tmp_path / "q", lambda m: [], {})
+    assert quantised.load(tmp_path / "q", torch_student(), toy_target("onnx-int8-arm"), pictures) is None
+    assert quantised.load(tmp_path / "nothing", torch_student(), toy_target("onnx-int8"), pictures) is None
+    for name in ("openvino-int8", "onnx-fp32"):
+        with pytest.raises(EdgeclipError, match="takes no learnt scales"):
+            quantised.check(name, toy_target(name))
+
+
+def test_fine_tuning_gains_where_a_range_was_spoilt(pictures, tmp_path):
+    """Rounding to a hundredth of the steps costs; sixty steps towards the float features win some of it back."""
+    student = torch_student()
+    x = torch.from_numpy(pictures)
+    with torch.inference_mode():
+        wanted = student(x).clone()
+    folded = fold(student, x[:1]).requires_grad_(True)
+    model = graph.to_onnx(folded, x[:1], "pixels", "image_features", 18)
+    target = toy_target("onnx-int8")
+    chosen = policy.choose(model, pictures, policy.Form("minmax", None, "all", None), {}, target.calibration, own_bias=False)
+    roundings = quantised.attach(folded, chosen, target)
+    with torch.no_grad():
+        for r in roundings.values():
+            r.log_scale.add_(2.0)
+    before = (folded(x) - wanted).square().sum().item()
+    optimizer = torch.optim.Adam(folded.parameters(), 5e-4)
+    for _ in range(60):
+        loss = (folded(x) - wanted).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5 * before
