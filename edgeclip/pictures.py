@@ -35,9 +35,16 @@ class Picture(NamedTuple):
 
 
 def read(picture: Picture) -> bytes:
-    with open(picture.path, "rb") as f:
-        f.seek(picture.offset)
-        return f.read(picture.size)
+    """Raises `UnreadablePicture` when its file is gone or ends before the picture does."""
+    try:
+        with open(picture.path, "rb") as f:
+            f.seek(picture.offset)
+            content = f.read(picture.size)
+    except FileNotFoundError:
+        raise UnreadablePicture(f"{picture.path} ({picture.key})", "there is no such file", "restore it") from None
+    if len(content) < picture.size:
+        raise UnreadablePicture(f"{picture.path} ({picture.key})", "the shard is shorter than its index says", "restore it")
+    return content
 
 
 def index_tar(path: Path) -> list[Picture]:
@@ -48,6 +55,8 @@ def index_tar(path: Path) -> list[Picture]:
             for member in tar:
                 key, dot, suffix = member.name.partition(".")
                 if member.isfile() and dot:
+                    if "." + suffix.lower() in found[key]:
+                        raise tarfile.ReadError(f"two members are called '{member.name}'")
                     found[key]["." + suffix.lower()] = member
             refuse_cut(tar)
             pictures = []

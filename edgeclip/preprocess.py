@@ -7,6 +7,7 @@ antialiased resize in a graph, so it is host code on every runtime.
 """
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +46,20 @@ def open_picture(source: Path | bytes, name: object = None) -> Image.Image:
         raise UnreadablePicture(where, f"unreadable picture ({e})", "replace or remove it") from None
 
 
+def open_scaled(content: bytes, name: object, least: Callable[[tuple[int, int]], tuple[int, int]]) -> tuple[Image.Image, tuple[int, int]]:
+    """(RGB picture, its full size): a JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller than `least` of its full size.
+
+    libjpeg-turbo then computes only the low frequencies of each block. Never for evaluation: `open_picture` is exact.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            full = image.size
+            image.draft("RGB", least(full))
+            return image.convert("RGB"), full
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UnreadablePicture(name, f"unreadable picture ({e})", "replace or remove it") from None
+
+
 def to_pixels(image: Image.Image, spec: Preprocess) -> np.ndarray:
     """uint8 [H, W, 3] of the encoder's size."""
     size, resample = spec.size, FILTERS[spec.interpolation]
@@ -59,7 +74,9 @@ def to_pixels(image: Image.Image, spec: Preprocess) -> np.ndarray:
 
 def normalise(pixels: np.ndarray, spec: Preprocess) -> np.ndarray:
     """uint8 [B, H, W, 3] to float32 [B, 3, H, W]."""
-    mean = np.asarray(spec.mean, np.float32)
-    std = np.asarray(spec.std, np.float32)
-    x = (pixels.astype(np.float32) / np.float32(255) - mean) / std
-    return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    values = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+    table = (values - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
+    x = np.empty((len(pixels), 3, *pixels.shape[1:3]), np.float32)
+    for c in range(3):  # a pixel has 256 values: looking them up is the same arithmetic, in a tenth of the time
+        np.take(table[:, c], pixels[..., c], out=x[:, c], mode="clip")
+    return x

@@ -22,6 +22,6 @@ size, not by its bytes: who repaints a file at equal size deletes the cache.
 
 from edgeclip.cache.building import build, class_features, lacking
 from edgeclip.cache.shards import Rows, Shards, TeacherCache, open_folder
-from edgeclip.cache.views import draw_views, replay
+from edgeclip.cache.views import draw_views, replay, see
 
-__all__ = ["Rows", "Shards", "TeacherCache", "build", "class_features", "draw_views", "lacking", "open_folder", "replay"]
+__all__ = ["Rows", "Shards", "TeacherCache", "build", "class_features", "draw_views", "lacking", "open_folder", "replay", "see"]

@@ -26,6 +26,7 @@ from edgeclip.cache.assemble import as_json, assemble, discard, finished, write_
 from edgeclip.cache.shards import FORMAT, Embeddings, TeacherCache, name, open_folder, record
 from edgeclip.cache.views import draw_views, replay
 from edgeclip.data import Dataset
+from edgeclip.data.index import Pictures
 from edgeclip.errors import EdgeclipError
 from edgeclip.pictures import MAX_UNREADABLE, Picture, read, refuse_unreadable, stream
 from edgeclip.preprocess import normalise, open_picture
@@ -114,10 +115,20 @@ def describe(teacher: Teacher, data: Dataset, spec: Views, seed: int, captions: 
         "seed": seed if teacher.source is None else None,
         "classes": data.classes,
         "templates": list(data.templates),
-        "captions": _digest(p.caption for p in data.train) if captions else None,
+        "captions": _digests(data)[1] if captions else None,
         "pictures": len(data.train),
-        "data": _digest(f"{p.key} {p.size if p.size >= 0 else Path(p.path).stat().st_size}" for p in data.train),
+        "data": _digests(data)[0],
     }
+
+
+def _digests(data: Dataset) -> list[str]:
+    """Of the pictures' keys with their sizes, and of their captions; an index has them."""
+    if isinstance(data.train, Pictures):
+        return data.train.digests
+    return [
+        _digest(f"{p.key} {p.size if p.size >= 0 else Path(p.path).stat().st_size}" for p in data.train),
+        _digest(p.caption for p in data.train),
+    ]
 
 
 def _digest(lines: Iterable[str]) -> str:

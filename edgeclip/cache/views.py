@@ -11,7 +11,7 @@ import random
 import numpy as np
 from PIL import Image
 
-from edgeclip.preprocess import FILTERS, Preprocess
+from edgeclip.preprocess import FILTERS, Preprocess, open_scaled
 from edgeclip.recipe import Views
 
 OPERATIONS = (
@@ -53,6 +53,26 @@ def replay(image: Image.Image, view: np.ndarray, spec: Preprocess) -> np.ndarray
         resized = _operate(resized, OPERATIONS[int(number)], magnitude)
     pixels = np.asarray(resized)
     return pixels[:, ::-1] if flip else pixels
+
+
+def see(content: bytes, view: np.ndarray, spec: Preprocess, name: object) -> np.ndarray:
+    """uint8 [H, W, 3]: one view of a picture in a file's bytes, for training: a JPEG is decoded at the smallest of its eighths
+    that still has a pixel of its own for every pixel of the view. `replay` of the whole picture is within resampling of it.
+
+    Raises `UnreadablePicture`.
+    """
+    width, height = float(view[2]), float(view[3])
+
+    def least(size: tuple[int, int]) -> tuple[int, int]:
+        w, h = (width, height) if width else (min(size), min(size))
+        return math.ceil(size[0] * spec.size / w), math.ceil(size[1] * spec.size / h)
+
+    image, full = open_scaled(content, name, least)
+    if image.size != full:
+        view = view.copy()
+        view[[0, 2]] *= image.width / full[0]
+        view[[1, 3]] *= image.height / full[1]
+    return replay(image, view, spec)
 
 
 def _operate(image: Image.Image, operation: str, magnitude: float) -> Image.Image:

@@ -4,12 +4,15 @@
 `DATASETS`.
 """
 
+import csv
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgeclip import recipe as R
+from edgeclip.data.index import index
+from edgeclip.data.shards import find
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.pictures import Picture, index_folder, index_tar
 
@@ -37,7 +40,7 @@ class Dataset(NamedTuple):
     templates: tuple[str, ...]
     labelled: list[Picture]
     """what the teacher may be adapted on"""
-    train: list[Picture]
+    train: Sequence[Picture]
     """what the student sees, without labels"""
     train_classes: list[int]
     """the class list of the distillation losses: no class that is held out from training"""
@@ -61,8 +64,8 @@ def _webdataset(spec: R.WebDataset, cache: Path) -> Dataset:
     if spec.classes:
         classes = _lines(root / spec.classes)
         templates = templates or tuple(_lines(root / "zeroshot_classification_templates.txt"))
-    train = _shards(root, spec.train) if spec.train else []
-    test = _shards(root, spec.test) if spec.test else []
+    train: Sequence[Picture] = index(find(root, spec.train, spec.pipe, cache), cache, index_tar) if spec.train else []
+    test = list(index(find(root, spec.test, spec.pipe, cache), cache, index_tar)) if spec.test else []
     return _split(spec, classes, templates, train, test)
 
 
@@ -81,7 +84,7 @@ def _folders(spec: R.Folders, cache: Path) -> Dataset:
     return _split(spec, classes, spec.templates, parts[False], parts[True])
 
 
-def _split(spec: R.WebDataset | R.Folders, classes: list[str], templates: tuple[str, ...], train: list[Picture], test: list[Picture]) -> Dataset:
+def _split(spec: R.WebDataset | R.Folders, classes: list[str], templates: tuple[str, ...], train: Sequence[Picture], test: list[Picture]) -> Dataset:
     everything = list(range(len(classes)))
     if spec.protocol == "zero_shot":
         labelled = [p for p in train if p.label >= 0] if classes else []
@@ -145,11 +148,32 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def _shards(root: Path, pattern: str) -> list[Picture]:
-    shards = sorted(root.glob(pattern), key=lambda p: (len(p.name), p.name))
-    if not shards:
-        raise EdgeclipError(root / pattern, "no shard matches", "check the glob and the folder")
-    return [p for shard in shards for p in index_tar(shard)]
+def _csv(spec: R.Csv, cache: Path) -> Dataset:
+    """open_clip's own: a line a picture, its path and its caption; no class."""
+    root = _root(spec.root, spec.name)
+
+    def rows(path: Path) -> list[Picture]:
+        try:
+            with open(path, encoding="utf-8", newline="") as f:
+                lines = csv.DictReader(f, delimiter=spec.separator)
+                for column in (spec.image, spec.caption):
+                    if column not in (lines.fieldnames or []):
+                        raise EdgeclipError(path, f"has no column '{column}'", did_you_mean(column, lines.fieldnames or []))
+                return [Picture(line[spec.image], str(root / line[spec.image]), caption=(line[spec.caption] or "").strip()) for line in lines]
+        except FileNotFoundError:
+            raise EdgeclipError(path, "there is no such file", "check the path") from None
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise EdgeclipError(path, f"is no readable CSV file ({e})", "write UTF-8 text") from None
+
+    pictures = rows(root / spec.file)
+    seen: set[str] = set()
+    for p in pictures:
+        if p.key in seen:
+            raise EdgeclipError(root / spec.file, f"names '{p.key}' twice", "keep one line a picture")
+        seen.add(p.key)
+        if not Path(p.path).is_file():
+            raise EdgeclipError(root / spec.file, f"names '{p.key}', and there is no such file below {root}", "remove the line, or check data.root")
+    return Dataset(spec.name, spec.licence, [], (), [], pictures, [], [])
 
 
 def _openmoji(spec: R.OpenMoji, cache: Path) -> Dataset:
@@ -158,4 +182,4 @@ def _openmoji(spec: R.OpenMoji, cache: Path) -> Dataset:
     return openmoji.load(spec, cache)
 
 
-DATASETS: dict[type, Callable[[Any, Path], Dataset]] = {R.OpenMoji: _openmoji, R.WebDataset: _webdataset, R.Folders: _folders}
+DATASETS: dict[type, Callable[[Any, Path], Dataset]] = {R.OpenMoji: _openmoji, R.WebDataset: _webdataset, R.Folders: _folders, R.Csv: _csv}

@@ -60,7 +60,7 @@ def from_run(run: Path) -> Source:
         if isinstance(asked.data, OpenMoji):  # it has some pictures twice, under another name that is held out
             held_out = evaluation_hashes()
             return [p for p in dataset.train if hashlib.sha256(read(p)).hexdigest() not in held_out]
-        return dataset.train
+        return list(dataset.train)
 
     def load_text() -> TextTower:
         if own := students.load_text(run / "student"):

@@ -19,6 +19,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.recipe.ingredients import (
     Adapt,
     Conse,
+    Csv,
     Data,
     DataFile,
     Embeddings,
@@ -46,6 +47,7 @@ __all__ = [
     "Affinity",
     "Bench",
     "Conse",
+    "Csv",
     "Data",
     "DataFile",
     "Distill",

@@ -34,9 +34,11 @@ class WebDataset(Config, tag="webdataset", tag_field="kind"):
     root: str
     """folder on this machine; `--data` overrides it, and it is never part of a fingerprint"""
     train: str | None = "train/*.tar"
-    """glob below root; null: nothing to train on"""
+    """glob or brace range below root, or pipe: and a command whose output is a shard; null: nothing to train on"""
     test: str | None = "test/*.tar"
-    """glob below root; null: nothing to evaluate on"""
+    """the same; null: nothing to evaluate on"""
+    pipe: bool = False
+    """whether commands may run; their output is kept below cache/shards"""
     classes: str | None = "classnames.txt"
     """file below root, a class a line in index order; null: captions only"""
     templates: tuple[str, ...] = ()
@@ -57,7 +59,22 @@ class Folders(Config, tag="folders", tag_field="kind"):
     licence: str = "unknown"
 
 
-Data = OpenMoji | WebDataset | Folders
+class Csv(Config, tag="csv", tag_field="kind"):
+    """open_clip's CSV: a line a picture, with its path and its caption. Nothing in it is evaluated on: give evaluation_data."""
+
+    name: str
+    root: str
+    """folder of the pictures that the lines name, and of `file`"""
+    file: str = "train.csv"
+    separator: str = "\t"
+    image: str = "filepath"
+    """column of the picture's path below root"""
+    caption: str = "title"
+    """column of its caption"""
+    licence: str = "unknown"
+
+
+Data = OpenMoji | WebDataset | Folders | Csv
 
 
 class DataFile(Config):

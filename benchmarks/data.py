@@ -1,0 +1,155 @@
+"""From a JPEG's bytes to a normalised input of 224 px: images a second on one core, ours against the usual pipelines.
+
+    edgeclip     one stored view: decoded at the smallest eighth that is large enough, cropped and resized in one step, normalised
+    open_clip    its training transform (RandomResizedCrop, to RGB, ToTensor, Normalize), its defaults
+    torchvision  decode_jpeg to a tensor, RandomResizedCrop with antialias, scaling and Normalize
+
+for JPEGs of 224 x 224 and of 4000 x 3000 pixels (12 megapixels). All crop nine tenths to all of the picture's area, so that
+they decode the same pictures and resize the same share of them; each is a process of its own, one thread, and they take turns.
+
+What bounds it: libjpeg-turbo's Huffman decoding, which no scaling saves; at 12 megapixels the inverse transform, the colour
+conversion and the resize of pixels that nobody will see are most of the work of the others.
+
+Scaled decoding is for training. Evaluation decodes whole and is PIL's own, bit for bit (`tests/test_preprocess.py`).
+
+Required: never slower than either, and at least 4 times as fast as either at 12 megapixels.
+
+    python benchmarks/data.py --check
+"""
+
+import sys
+import time
+from typing import Any
+
+import compare
+
+SIZES = {"224 px": (224, 224), "12 megapixels": (4000, 3000)}
+PICTURES = 8
+ROUNDS = 31
+SCALE = (0.9, 1.0)
+PEERS = ("edgeclip", "open_clip", "torchvision")
+
+
+def pictures(size: tuple[int, int]) -> list[bytes]:
+    """JPEGs of quality 90 with a photograph's spectrum (amplitude falling with frequency), so that Huffman decoding has its usual work."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    w, h = size
+    found = []
+    for i in range(PICTURES):
+        rng = np.random.default_rng(i)
+        frequency = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)[None]) + 1 / max(size)
+        channels = [np.fft.irfft2(np.fft.rfft2(rng.normal(size=(h, w))) / frequency, s=(h, w)) for _ in range(3)]
+        x = np.stack(channels, axis=-1)
+        x = (x - x.mean()) / x.std() * 50 + 128
+        buffer = io.BytesIO()
+        Image.fromarray(x.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        found.append(buffer.getvalue())
+    return found
+
+
+def worker(peer: str) -> None:
+    import io
+    import random
+
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    torch.set_num_threads(1)
+    files = {name: pictures(size) for name, size in SIZES.items()}
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    if peer == "edgeclip":
+        from edgeclip.cache import draw_views, see
+        from edgeclip.preprocess import Preprocess, normalise
+        from edgeclip.recipe import Views
+
+        spec, rng = Preprocess(size=224, mean=mean, std=std), random.Random(0)
+        views = {n: [draw_views(*size, Views(count=2, scale=SCALE, ratio=(0.75, 4 / 3)), rng)[1] for _ in range(64)] for n, size in SIZES.items()}
+
+        def one(name: str, content: bytes, i: int) -> Any:
+            return normalise(see(content, views[name][i % 64], spec, i)[None], spec)
+
+    elif peer == "open_clip":
+        from open_clip.transform import image_transform
+
+        transform = image_transform(224, is_train=True, mean=mean, std=std)
+
+        def one(name: str, content: bytes, i: int) -> Any:
+            return transform(Image.open(io.BytesIO(content)))
+
+    else:
+        from torchvision.io import ImageReadMode, decode_jpeg
+        from torchvision.transforms import v2
+
+        transform = v2.Compose([v2.RandomResizedCrop(224, scale=SCALE, antialias=True), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+        def one(name: str, content: bytes, i: int) -> Any:
+            return transform(decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB))
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        name, count = request["size"], request["count"]
+        start = time.process_time()
+        for i in range(count):
+            shape = tuple(np.shape(one(name, files[name][i % PICTURES], i)))
+        return {"per_second": count / (time.process_time() - start), "shape": shape}
+
+    compare.serve(answer)
+
+
+def threads(name: str, count: int, n: int) -> float:
+    """Images a second in wall time through the training's own stream of n threads."""
+    import random
+
+    from edgeclip.cache import draw_views, see
+    from edgeclip.pictures import stream
+    from edgeclip.preprocess import Preprocess, normalise
+    from edgeclip.recipe import Views
+
+    spec, files = Preprocess(size=224, mean=(0.5,) * 3, std=(0.2,) * 3), pictures(SIZES[name])
+    view = draw_views(*SIZES[name], Views(count=2, scale=SCALE), random.Random(0))[1]
+    start = time.perf_counter()
+    for _, pixels in stream(range(count), lambda i: see(files[i % PICTURES], view, spec, i), 32, [], n):
+        normalise(pixels, spec)
+    return count / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = compare.arguments(__doc__)
+    parser.add_argument("--peer", choices=PEERS, help="(internal) be this worker")
+    options = parser.parse_args()
+    if options.peer:
+        worker(options.peer)
+        return
+    here = compare.this_machine()
+    rounds_of: dict[str, list[dict[str, Any]]] = {}
+    counts = {"224 px": 60 if options.quick else 200, "12 megapixels": 4 if options.quick else 8}
+    with compare.workers({p: [sys.executable, __file__, "--peer", p] for p in PEERS}) as ask:
+        for size, count in counts.items():
+            for p in PEERS:
+                assert ask[p](size=size, count=2)["shape"][-3:] == [3, 224, 224]  # warm
+            rounds_of[size] = compare.interleave({p: lambda p=p: ask[p](size=size, count=count) for p in PEERS}, ROUNDS)  # noqa: B023
+    rows, figures, required = [], {}, []
+    for size, rounds in rounds_of.items():
+        for p in PEERS:
+            found = compare.interval(compare.column(rounds, p, "per_second"))
+            ours = compare.interval(compare.ratios(rounds, "edgeclip", p, "per_second"))
+            rows.append([size, p, str(found), str(ours) if p != "edgeclip" else ""])
+            figures[f"{size}, {p}"] = found._asdict()
+            if p != "edgeclip":
+                least = 4.0 if size == "12 megapixels" else 1.0
+                required.append(compare.judge(f"{size}: edgeclip / {p}", compare.ratios(rounds, "edgeclip", p, "per_second"), at_least=least))
+    compare.table(rows, ["JPEG", "pipeline", "images a second and core (95 %)", "edgeclip / this (95 %)"])
+    both = {n: [threads(size, 20 * counts[size] if size == "224 px" else 60, n) for size in SIZES] for n in (1, 2)}
+    compare.table(
+        [[size, f"{both[1][i]:.4g}", f"{both[2][i]:.4g}", f"{both[2][i] / both[1][i]:.2f}"] for i, size in enumerate(SIZES)],
+        ["JPEG, wall time", "1 thread", "2 threads", "ratio"],
+    )
+    compare.finish({"benchmark": "data", **figures, "threads": both}, required, here, options)
+
+
+if __name__ == "__main__":
+    main()
