@@ -1,0 +1,207 @@
+"""What a cached teacher saves: the same student on the same pictures with a live teacher, with the cache, with no teacher.
+
+    (a) live     teacher forward on the picture's view, student forward, backward, step
+    (b) cache    the teacher's row from disk instead
+    (c) none     student forward, backward, step on tensors that were loaded before: the limit
+
+Student ViT-Ti/16, teachers ViT-B/32, B/16 and L/14 of open_clip with random weights (timing does not care), at 224 px, on
+JPEGs of 256 px. (a) and (b) read, decode and normalise the pictures with the training's own stream of two threads; torch has
+one thread. Each way is a process of its own; they take turns, a round being one batch each of (a), four of (b) and of (c).
+
+    s/1000       wall time of 1,000 pictures                    CPU          user + system seconds of 1,000 pictures
+    memory       highest anonymous memory while it trains       beyond (c)   less that of (c), which imports the same
+    cache        seconds to build it, for 1,000 pictures of two views: the teacher's own time
+    break-even   epochs after which building the cache has paid: cache / ((a) - (b))
+
+What bounds (b): decoding. What bounds (a): the teacher.
+
+Required, with L/14: (a)/(b) at least 8 in wall time; memory beyond (c) at least 9 times smaller in (b) than in (a); CPU of
+(b) at most 1.08 of (c).
+
+    python benchmarks/cache.py --check
+"""
+
+import argparse
+import os
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import compare
+
+TEACHERS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
+PICTURES, BATCH, ROUNDS, VIEWS = 32, 8, 31, 2
+STEPS = {"live": 1, "cache": 4, "none": 4}
+
+
+def write_pictures(folder: Path) -> None:
+    from data import pictures
+
+    for i in range(PICTURES // 4):
+        for j, content in enumerate(pictures((256, 256))):
+            (folder / f"{i:02d}-{j}.jpg").write_bytes(content)
+
+
+def load_teacher(model: str) -> Any:
+    from edgeclip import recipe as R
+    from edgeclip import teachers
+
+    return teachers.load(R.OpenClip(model=model, weights="random"))
+
+
+def build(folder: Path) -> Any:
+    """The cache of (b), by ViT-B/32; a row's width is all that another teacher would change."""
+    import torch
+
+    from edgeclip import cache, teachers
+    from edgeclip.data import Dataset
+    from edgeclip.pictures import index_folder
+    from edgeclip.recipe import Views
+
+    teacher = load_teacher("ViT-B-32")
+    data = Dataset("made", "", [], (), [], index_folder(folder / "pictures"), [], [])
+    views = Views(count=VIEWS)
+    return cache.build(folder / "cache", teacher, teachers.folded(teacher), data, views, 0, captions=False, device=torch.device("cpu"), threads=2)
+
+
+def anonymous_mib() -> float:
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("RssAnon")) / 1024
+
+
+def worker(way: str, model: str, folder: Path) -> None:
+    import numpy as np
+    import torch
+    from torch.nn import functional as F
+
+    from edgeclip import recipe as R
+    from edgeclip import students, teachers
+    from edgeclip.cache import open_folder, see
+    from edgeclip.pictures import index_folder, read, stream
+    from edgeclip.preprocess import normalise
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    pictures = index_folder(folder / "pictures")
+    cached = open_folder(next(p for p in (folder / "cache").iterdir() if len(p.name) == 16), pictures)
+    tower = None
+    width = cached.rows.shape[2]
+    if way == "live":
+        teacher = load_teacher(model)
+        width, tower = teacher.embed_dim, teachers.folded(teacher).eval()
+        del teacher
+    student, preprocess = students.build(R.Student(tower=R.Timm(model="vit_tiny_patch16_224", weights="random", image_size=224)), width)
+    student.train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    order = np.random.default_rng(0)
+    preloaded = torch.randn(BATCH, 3, 224, 224), F.normalize(torch.randn(BATCH, width), dim=-1)
+    spent = {"teacher": 0.0}
+
+    def batches(steps: int) -> Iterator[tuple[Any, Any]]:
+        if way == "none":
+            for _ in range(steps):
+                yield preloaded
+            return
+        index, view = order.integers(len(pictures), size=steps * BATCH), order.integers(VIEWS, size=steps * BATCH)
+
+        def make(at: int) -> Any:
+            i = int(index[at])
+            return see(read(cached.pictures[i]), cached.views[i, view[at]], preprocess, i)
+
+        for at, pixels in stream(range(steps * BATCH), make, BATCH, [], 2):
+            x = torch.from_numpy(normalise(pixels, preprocess))
+            if tower is None:
+                target = torch.from_numpy(cached.rows[index[at], view[at]])
+            else:
+                start = time.perf_counter()
+                with torch.inference_mode():
+                    target = tower(x)
+                target = target.clone()
+                spent["teacher"] += time.perf_counter() - start
+            yield x, F.normalize(target, dim=-1)
+
+    highest = [0.0]
+
+    def watch() -> None:
+        while True:
+            highest[0] = max(highest[0], anonymous_mib())
+            time.sleep(0.1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        steps = request["steps"]
+        spent["teacher"] = 0.0
+        before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        for x, target in batches(steps):
+            loss = (1 - (F.normalize(student(x), dim=-1) * target).sum(dim=-1)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        per_thousand = 1000 / (steps * BATCH)
+        return {"wall": wall * per_thousand, "cpu": cpu * per_thousand, "teacher": spent["teacher"] * per_thousand, "memory": highest[0]}
+
+    compare.serve(answer)
+
+
+def main() -> None:
+    parser = compare.arguments(__doc__)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker[0], options.worker[1], Path(options.worker[2]))
+        return
+    here = compare.this_machine()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    models = TEACHERS[:1] if options.quick else TEACHERS
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "pictures").mkdir()
+        write_pictures(folder / "pictures")
+        build(folder)
+        commands = {f"live {m}": ["live", m] for m in models} | {"cache": ["cache", "-"], "none": ["none", "-"]}
+        with compare.workers({n: [sys.executable, __file__, "--worker", *c, name] for n, c in commands.items()}) as ask:
+            for n, c in commands.items():
+                ask[n](steps=STEPS[c[0]])  # warm
+            rounds = compare.interleave({n: lambda n=n, c=c: ask[n](steps=STEPS[c[0]]) for n, c in commands.items()}, ROUNDS)
+    report(rounds, models, here, options)
+
+
+def report(rounds: list[dict[str, Any]], models: tuple[str, ...], here: dict[str, Any], options: argparse.Namespace) -> None:
+    memory = {n: rounds[-1][n]["memory"] for n in rounds[0]}
+    rows, figures = [], {}
+    for n in rounds[0]:
+        wall, cpu = (compare.interval(compare.column(rounds, n, f)) for f in ("wall", "cpu"))
+        beyond = memory[n] - memory["none"]
+        row = {"wall_s": wall._asdict(), "cpu_s": cpu._asdict(), "memory_mib": memory[n], "beyond_none_mib": beyond}
+        shown = [n, str(wall), str(cpu), f"{memory[n]:.0f}", f"{beyond:.0f}", "", "", ""]
+        if n.startswith("live"):
+            cost = compare.interval([VIEWS * t for t in compare.column(rounds, n, "teacher")]).median
+            even = cost / (wall.median - compare.interval(compare.column(rounds, "cache", "wall")).median)
+            ratio = compare.interval(compare.ratios(rounds, n, "cache", "wall"))
+            row |= {"cache_s": cost, "break_even_epochs": even, "over_cache": ratio._asdict()}
+            shown[5:] = [str(ratio), f"{cost:.0f}", f"{even:.1f}"]
+        rows.append(shown)
+        figures[n] = row
+    compare.table(rows, ["way", "s/1000", "CPU s/1000", "memory MiB", "beyond (c)", "/ (b), wall", "cache, s/1000", "break-even"])
+    over = compare.interval(compare.ratios(rounds, "cache", "none", "wall"))
+    print(f"(b)/(c) in wall time: {over}")
+    last = f"live {models[-1]}"
+    b = max(memory["cache"] - memory["none"], 1.0)
+    required = [
+        compare.judge(f"(a)/(b), wall time, {models[-1]}", compare.ratios(rounds, last, "cache", "wall"), at_least=8),
+        compare.exact(f"memory beyond (c), (a)/(b), {models[-1]}", (memory[last] - memory["none"]) / b, at_least=9),
+        compare.judge("(b)/(c), CPU seconds", compare.ratios(rounds, "cache", "none", "cpu"), at_most=1.08),
+    ]
+    compare.finish({"benchmark": "cache", "ways": figures, "cache_over_none_wall": over._asdict()}, required, here, options)
+
+
+if __name__ == "__main__":
+    main()
