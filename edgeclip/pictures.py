@@ -10,7 +10,7 @@ import itertools
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from edgeclip.preprocess import UnreadablePicture
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_UNREADABLE = 0.01
+Index = TypeVar("Index")
 
 
 class Picture(NamedTuple):
@@ -90,14 +91,14 @@ def index_folder(folder: Path) -> list[Picture]:
 
 
 def stream(
-    order: Iterable[int], make: Callable[[int], np.ndarray], batch_size: int, skipped: list[str], threads: int = 2
+    order: Iterable[Index], make: Callable[[Index], np.ndarray], batch_size: int, skipped: list[str], threads: int = 2
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (indices [B], stacked make(index) [B, ...]) in `order`, the last batch short.
 
     What `make` raises as `UnreadablePicture` is left out and its message put into `skipped`; `refuse_unreadable`
     judges the count.
     """
-    pending: collections.deque[tuple[int, concurrent.futures.Future[np.ndarray]]] = collections.deque()
+    pending: collections.deque[tuple[Index, concurrent.futures.Future[np.ndarray]]] = collections.deque()
     todo = iter(order)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         try:

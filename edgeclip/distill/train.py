@@ -14,7 +14,7 @@ its epoch again and leaves out what was done.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import ranks
-from edgeclip.cache import TeacherCache, replay
+from edgeclip.cache import TeacherCache, see
 from edgeclip.data import Dataset
+from edgeclip.data.order import Shuffled
 from edgeclip.distill import losses as L
 from edgeclip.distill.board import Board
 from edgeclip.distill.checkpoint import Checkpoint, Position, load, optimizer_tensors, restore_optimizer, save, signals
@@ -35,7 +36,7 @@ from edgeclip.distill.targets import Targets
 from edgeclip.distill.text import Texts, text_feature
 from edgeclip.errors import EdgeclipError, Interrupted
 from edgeclip.pictures import read, stream
-from edgeclip.preprocess import Preprocess, UnreadablePicture, open_picture
+from edgeclip.preprocess import Preprocess, UnreadablePicture
 from edgeclip.progress import Clock, say, track
 from edgeclip.recipe import First, Recipe, Train, Weighted
 from edgeclip.students import EduAttentionHead, Student, checkpoint_gradients
@@ -125,12 +126,16 @@ def train(
                 if step >= done:
                     yield index, view, None
             return
-        whole = order.permutation(n)[: phase.steps * spec.batch_size].reshape(phase.steps, -1)[done:]
-        views = order.integers(cache.views.shape[1], size=n)
-        own = whole[:, _own(whole.shape[1])]
-        pixels = _pixels(cache, own.reshape(-1), views, preprocess, own.shape[1], spec.threads)
-        for index, (_, x) in zip(whole, pixels, strict=True):
-            yield index, views[index], x
+        seed, size = int(order.integers(2**62)), min(spec.batch_size, n)
+        shuffled, own = Shuffled(n, seed), _own(size)
+
+        def drawn(step: int) -> tuple[np.ndarray, np.ndarray]:  # by its number, so that no list of the epoch is held
+            return shuffled[np.arange(step * size, (step + 1) * size)], np.random.default_rng([seed, step]).integers(cache.views.shape[1], size=size)
+
+        pairs = (pair for step in range(done, phase.steps) for pair in zip(*(part[own].tolist() for part in drawn(step)), strict=True))
+        pixels = _pixels(cache, pairs, preprocess, own.stop - own.start, spec.threads)
+        for step, (_, x) in zip(range(done, phase.steps), pixels, strict=True):
+            yield *drawn(step), x
 
     def parts(phase: Phase, index: np.ndarray, drawn: np.ndarray, pixels: np.ndarray | None) -> list[Part]:
         """What this process's towers see of the batch, in as many parts as the recipe says."""
@@ -320,16 +325,18 @@ def _saved(folder: Path | None, at: Position) -> str:
 
 
 def _pixels(
-    cache: TeacherCache, order: np.ndarray, views: np.ndarray, preprocess: Preprocess, batch_size: int, threads: int
+    cache: TeacherCache, pairs: Iterable[tuple[int, int]], preprocess: Preprocess, batch_size: int, threads: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    def make(i: int) -> np.ndarray:
-        picture = cache.pictures[i]
+    """pairs: a picture and which of its views."""
+
+    def make(pair: tuple[int, int]) -> np.ndarray:
+        picture = cache.pictures[pair[0]]
         try:
-            return replay(open_picture(read(picture), picture.key), cache.views[i, views[i]], preprocess)
+            return see(read(picture), cache.views[pair], preprocess, picture.key)
         except UnreadablePicture as e:  # it was readable when the cache was built
             raise EdgeclipError(cache.folder, f"a picture changed since the cache was built ({e})", "restore it, or delete this cache") from None
 
-    return stream(order.tolist(), make, batch_size, [], threads)
+    return stream(pairs, make, batch_size, [], threads)
 
 
 def _to(pixels: np.ndarray, preprocess: Preprocess, device: torch.device) -> Tensor:
@@ -346,7 +353,7 @@ def frozen_features(student: Student, cache: TeacherCache, preprocess: Preproces
     n, k = cache.views.shape[:2]
     own, size, threads = np.arange(n)[_own(n)], recipe.train.batch_size, recipe.train.threads
     out = []
-    parts = ((v, part) for v in range(k) for part in _pixels(cache, own, np.full(n, v), preprocess, size, threads))
+    parts = ((v, part) for v in range(k) for part in _pixels(cache, ((int(i), v) for i in own), preprocess, size, threads))
     for _, (_, x) in track(parts, "student features", k * math.ceil(len(own) / size)):
         out.append(student.tower(_to(x, preprocess, device)))
     return ranks.gather(torch.cat(out).reshape(k, len(own), -1).transpose(0, 1), ranks.share(n))
