@@ -5,6 +5,7 @@ takes as many as the system grants, and each array holds its part of them; a fil
 """
 
 import functools
+import itertools
 import mmap
 import os
 import resource
@@ -84,23 +85,27 @@ class Shards:
         # Shard by shard into one array, then back into the order asked for: two plain copies, no scattered writes.
         of = np.searchsorted(self.ends, index, side="right")
         order = np.argsort(of, kind="stable")
-        cuts = np.flatnonzero(np.diff(of[order])) + 1
-        parts = []
-        for places in np.split(order, cuts):
-            shard = int(of[places[0]])
-            parts.append(_rows(self._map(shard), index[places] - self._start(shard), [m if np.ndim(m) == 0 else m[places] for m in more]))
+        of, sorted_index = of[order], index[order] - np.concatenate([[0], self.ends])[of[order]]
+        sorted_more = [m if np.ndim(m) == 0 else m[order] for m in more]
+        cuts = [0, *(np.flatnonzero(of[1:] != of[:-1]) + 1).tolist(), len(index)]
+        found = np.empty((len(index), *self.shape[1 + len(more) :]), self.dtype)
+        for a, b in itertools.pairwise(cuts):
+            _rows(self._map(int(of[a])), sorted_index[a:b], [m if np.ndim(m) == 0 else m[a:b] for m in sorted_more], found[a:b])
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        return np.take(np.concatenate(parts), back, axis=0)
+        return found.take(back, 0)
 
 
-def _rows(array: np.ndarray, index: np.ndarray, more: list[Any]) -> np.ndarray:
-    """array[index, *more]; of whole rows by `take`, which is three times as fast as indexing."""
+def _rows(array: np.ndarray, index: np.ndarray, more: list[Any], out: np.ndarray | None = None) -> np.ndarray:
+    """array[index, *more]; of whole rows by `take`, which is three times as fast as indexing. out: where to put them."""
     if array.flags.c_contiguous and len(more) <= 1:
         if more:
             index, array = index * array.shape[1] + more[0], array.reshape(-1, *array.shape[2:])
-        return np.take(array, index, axis=0)
-    return array[(index, *more)]
+        return array.take(index, 0, out, "raise" if out is None else "clip")  # clip: no copy on the way into out; all are inside
+    rows: np.ndarray = array[(index, *more)]
+    if out is not None:
+        out[:] = rows
+    return rows
 
 
 class Joined:
