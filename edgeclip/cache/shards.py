@@ -83,9 +83,9 @@ class Shards:
         if len(self.files) == 1 or not len(index):
             return _rows(self._map(0), index, more)
         # Shard by shard into one array, then back into the order asked for: two plain copies, no scattered writes.
-        of = np.searchsorted(self.ends, index, side="right")
-        order = np.argsort(of, kind="stable")
-        of, sorted_index = of[order], index[order] - np.concatenate([[0], self.ends])[of[order]]
+        order = np.argsort(index, kind="stable")
+        of = np.searchsorted(self.ends, index[order], side="right")
+        sorted_index = index[order] - np.concatenate([[0], self.ends])[of]
         sorted_more = [m if np.ndim(m) == 0 else m[order] for m in more]
         cuts = [0, *(np.flatnonzero(of[1:] != of[:-1]) + 1).tolist(), len(index)]
         found = np.empty((len(index), *self.shape[1 + len(more) :]), self.dtype)
