@@ -153,6 +153,7 @@ def worker(way: str, model: str, folder: Path) -> None:
 
 def main() -> None:
     parser = compare.arguments(__doc__)
+    parser.add_argument("--teacher", action="append", default=[], choices=TEACHERS, help="only this one; may be repeated  [default: all three]")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -160,7 +161,7 @@ def main() -> None:
         return
     here = compare.this_machine()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    models = TEACHERS[:1] if options.quick else TEACHERS
+    models = tuple(options.teacher) or (TEACHERS[:1] if options.quick else TEACHERS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "pictures").mkdir()

@@ -84,6 +84,8 @@ def labels(cache: TeacherCache, data: Dataset) -> np.ndarray:
     """[n]: of each cached picture its place in data.train_classes; -1 where it has no label."""
     position = {c: i for i, c in enumerate(data.train_classes)}
     label_of = {p.key: position.get(p.label, -1) for p in data.labelled}
+    if not label_of:  # then nothing is kept of each picture: there may be a billion
+        return np.broadcast_to(np.int64(-1), len(cache.pictures))
     return np.array([label_of.get(p.key, -1) for p in cache.pictures])
 
 
