@@ -80,6 +80,8 @@ def note(asked: R.Recipe, spec: R.Data, s: EvaluationSet) -> tuple[bool, str]:
     stage_1 = (asked.adapt_data or asked.data) if asked.adapt else None
     labelled = stage_1 is not None and stage_1.name == spec.name and not (s.name == "novel" and getattr(stage_1, "protocol", "") == "base_to_novel")
     labels = "the teacher was adapted on labels of its training pictures" if labelled else "the teacher was adapted on no label of it"
+    if stage_1 is not None and stage_1.name == spec.name and getattr(asked.adapt, "self_training", None):
+        labels += ", and on its training pictures without labels"
     if s.shift:
         return False, "shift; not transductive"
     if spec.name == asked.data.name:
