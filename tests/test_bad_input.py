@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from conftest import RECIPE, encoded, mistake, picture, run, snapshot, truncated_jpeg, write
+from conftest import RECIPE, REPO, encoded, mistake, picture, run, snapshot, truncated_jpeg, write
 
 
 def same(folder, before):
@@ -144,9 +144,16 @@ def test_a_bundle_without_a_manifest(cat, own_bundle):
 
 
 def test_a_device_profile_that_is_not_this_machine(here, shipped_bundle):
-    for arguments in (["doctor"], ["validate", "--bundle", shipped_bundle("onnx-fp32")], ["bench", "--bundle", shipped_bundle("onnx-fp32")]):
-        mistake(*arguments, "--device", "jetson-orin-nano", says="this machine is not that device")
-    assert snapshot(here) == {}
+    board = (REPO / "devices" / "jetson-orin-nano.yaml").read_text().replace("reach: {ssh: jetson-orin-nano}", "reach: {}")
+    (here / "devices").mkdir()
+    (here / "devices" / "board.yaml").write_text(board)
+    before = snapshot(here)
+    for verb in ("validate", "bench"):
+        mistake(verb, "--bundle", shipped_bundle("onnx-fp32"), "--device", "board", says="this machine is not that device")
+        mistake(verb, "--bundle", shipped_bundle("onnx-fp32"), "--device", "jetson-orin-nano", says="cannot be reached over ssh")
+    mistake("doctor", "--device", "jetson-orin-nano", says="cannot be reached over ssh")  # it is not in this user's ssh setup
+    assert run("doctor", "--device", "board").exit_code == 3  # its table says what is wrong
+    assert snapshot(here) == before
 
 
 def test_a_bundle_that_the_device_cannot_run(here, shipped_bundle):
