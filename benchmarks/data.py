@@ -151,7 +151,7 @@ def measure(folder: Path, here: dict[str, Any], options: argparse.Namespace) -> 
         for size, count in counts.items():
             for p in PEERS:
                 assert ask[p](size=size, count=2)["shape"][-3:] == [3, 224, 224]  # warm
-            rounds_of[size] = compare.interleave({p: lambda p=p: ask[p](size=size, count=count) for p in PEERS}, ROUNDS)  # noqa: B023
+            rounds_of[size] = compare.interleave({p: lambda p=p: ask[p](size=size, count=count) for p in PEERS}, ROUNDS)  # noqa: B023  (called in this turn)
     rows, figures, required = [], {}, []
     for size, rounds in rounds_of.items():
         for p in PEERS:

@@ -90,7 +90,7 @@ def with_open_clip(model: str, folder: Path) -> dict[str, Any]:
         if self is logging.getLogger() and not any(isinstance(h, Watch) for h in self.handlers):
             setup(self, Watch())
 
-    logging.Logger.addHandler = added  # type: ignore[method-assign]
+    logging.Logger.addHandler = added  # type: ignore[method-assign]  # the peer has no hook
     shards = f"{folder}/shards/{{0..{SHARDS - 1}}}.tar"
     train(
         f"--model {STUDENT} --distill-model {model} --distill-pretrained {folder}/teacher.safetensors --dataset-type webdataset --train-data {shards} "
@@ -156,7 +156,7 @@ def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[st
         ends.append(time.perf_counter())
         return said
 
-    Step.__call__ = timed  # type: ignore[method-assign]
+    Step.__call__ = timed  # type: ignore[method-assign]  # the loop has no hook to time steps by
     train(student, None, teacher, cached, preprocess, dataset, asked, cpu, texts=learnt)
     return {"ends": ends}
 

@@ -65,7 +65,7 @@ def index_tar(path: Path) -> list[Picture]:
                 image = next((m for s, m in members.items() if s in SUFFIXES), None)
                 if image is None:
                     continue
-                text = {s: tar.extractfile(members[s]).read().decode().strip() for s in (".cls", ".txt") if s in members}  # type: ignore[union-attr]
+                text = {s: tar.extractfile(members[s]).read().decode().strip() for s in (".cls", ".txt") if s in members}  # type: ignore[union-attr]  # files, asked above
                 label = int(text.get(".cls", -1))
                 pictures.append(Picture(f"{path.stem}/{key}", str(path), image.offset_data, image.size, label, text.get(".txt", "")))
             return pictures

@@ -146,7 +146,7 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                 uid = name
                 if suffix in members:
                     raise EdgeclipError(tar, f"has two members '{member.name}'", "repair or remove the shard")
-                members[suffix] = opened.extractfile(member).read()  # type: ignore[union-attr]
+                members[suffix] = opened.extractfile(member).read()  # type: ignore[union-attr]  # a file, asked above
                 if len(members[suffix]) != member.size:
                     raise tarfile.ReadError(f"'{member.name}' is cut off")
             refuse_cut(opened)

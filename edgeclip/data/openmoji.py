@@ -61,7 +61,7 @@ def load(spec: OpenMoji, cache: Path) -> Dataset:
 
     everything = list(range(len(classes)))
     evaluation = [
-        EvaluationSet("held-out concepts", of("colour", held), held, "neither name nor picture was in training"),
+        EvaluationSet("held-out concepts", of("colour", held), held, "no name was in training, and no picture but those that two names share"),
         EvaluationSet(
             "unlabelled concepts", of("colour", unlabelled), unlabelled, "transductive: the student saw these very pictures without names", seen=True
         ),

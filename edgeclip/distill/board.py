@@ -28,7 +28,7 @@ EVERY = 10
 def check() -> None:
     """Raises `EdgeclipError` where TensorBoard is not installed."""
     try:
-        import torch.utils.tensorboard  # noqa: F401
+        import torch.utils.tensorboard  # noqa: F401  (is it there?)
     except ImportError:
         raise EdgeclipError("train.tensorboard", "tensorboard is not installed", "pip install 'edgeclip[tensorboard]', or leave the field out") from None
 

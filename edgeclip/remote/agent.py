@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from typing import Any, Dict  # noqa: UP035
+from typing import Any, Dict  # noqa: UP035  (as below)
 
 MARK = b"edgeclip-reply "  # what a login shell prints before it is not the answer
 OURS = ".edgeclip-board"  # only a folder with this file in it is ever removed
