@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,10 +113,12 @@ def test_tensorrt_rtx_parses_and_builds_every_form_of_every_family(written):
     assert not refused
 
 
-def test_the_runtime_of_jetpack_6_loads_every_form_of_every_family(written):
-    folder = Path(os.environ.get("EDGECLIP_ORT_OLD", "/nonexistent"))
-    if not (folder / "bin" / "python").exists():
-        pytest.skip(f"data: no environment with onnxruntime {OLD}: python -m venv D && D/bin/pip install onnxruntime=={OLD} numpy, then EDGECLIP_ORT_OLD=D")
+def test_the_runtime_of_jetpack_6_loads_every_form_of_every_family(written, tmp_path):
+    folder = Path(os.environ.get("EDGECLIP_ORT_OLD", tmp_path / "old"))  # an environment that has it already, or one of this test's own
+    if not folder.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        if subprocess.run([folder / "bin" / "pip", "install", "--quiet", f"onnxruntime=={OLD}", "numpy"]).returncode:
+            pytest.skip(f"no onnxruntime {OLD}: pip install onnxruntime=={OLD} numpy, in an environment of its own that EDGECLIP_ORT_OLD names")
     files = sorted(str(f) for f in written.glob("*.onnx"))
     if not files:
         pytest.skip("data: the families were not exported in this run")
