@@ -215,7 +215,7 @@ def scored(bench: Bench, features: Any, head: Any) -> dict[str, Any]:
 
 
 def append(record: dict[str, Any], log: Path) -> None:
-    torn = log.exists() and not log.read_bytes().endswith(b"\n")  # by a run that was killed while it wrote
+    torn = log.exists() and log.read_bytes()[-1:] not in (b"", b"\n")  # by a run that was killed while it wrote
     with log.open("a", encoding="utf-8") as f:
         f.write("\n" * torn + json.dumps(record) + "\n")
         f.flush()
