@@ -74,15 +74,17 @@ def cosine(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 
 
 def accuracy_drop(reference: np.ndarray, candidate: np.ndarray) -> dict[str, float]:
-    """Paired comparison of two bool [B] hit vectors over the same pictures, in percentage points.
+    """Paired comparison of two bool [B] hit vectors over the same pictures, in percentage points: `paired_drop`."""
+    return paired_drop(int((reference & ~candidate).sum()), int((~reference & candidate).sum()), len(reference))
+
+
+def paired_drop(lost: int, won: int, n: int) -> dict[str, float]:
+    """Of `n` pictures, `lost` were right before and wrong after, and `won` the other way round.
 
     `upper_pp` is the one-sided 95 % limit of the drop: Agresti and Min's adjusted Wald interval for paired
     proportions (2005; half a picture added to each of the four cells, so that no discordant pair does not mean
     certainty). A set whose `upper_pp` exceeds the margin cannot vouch for it, whatever its point estimate.
     """
-    n = len(reference)
-    lost = float((reference & ~candidate).sum())
-    won = float((~reference & candidate).sum())
     b, c, m = lost + 0.5, won + 0.5, n + 2
     se = math.sqrt(b + c - (b - c) ** 2 / m) / m
     drop = 100 * (lost - won) / n

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from edgeclip.metrics import accuracy_drop, chance_recall, cosine, harmonic_mean, hits, l2_normalise, recall_both_ways
+from edgeclip.metrics import accuracy_drop, chance_recall, cosine, harmonic_mean, hits, l2_normalise, paired_drop, recall_both_ways
 
 
 def test_normalised_rows_have_length_one_and_zero_stays_zero():
@@ -110,6 +110,17 @@ def test_the_accuracy_drop_equals_brute_force(seed):
         sum(y and not x for x, y in zip(a, b, strict=True)),
         300,
     )
+
+
+def test_counts_of_several_sets_pool_to_the_drop_of_their_pictures_together():
+    rng = np.random.default_rng(0)
+    sets = [(rng.random(n) < 0.8, rng.random(n) < 0.75) for n in (40, 400)]
+    drops = [accuracy_drop(a, b) for a, b in sets]
+    lost, won, n = (int(sum(d[k] for d in drops)) for k in ("lost", "won", "pictures"))
+    together = accuracy_drop(*(np.concatenate(side) for side in zip(*sets, strict=True)))
+    assert paired_drop(lost, won, n) == together
+    right = sum(int(a.sum()) for a, _ in sets)  # where the first is right, only a lost one is answered otherwise
+    assert 1 - lost / right == np.mean([y for a, b in sets for x, y in zip(a, b, strict=True) if x])
 
 
 def test_the_upper_limit_is_agresti_and_mins():

@@ -13,7 +13,7 @@ SCORES = {"r1": 0.5, "r5": 0.75}
 
 
 def parity(**changes):
-    accuracy = {"drop_pp": 0.25, "upper_pp": 0.75, "lost": 3.0, "won": 2.0, "pictures": 400, "reference_r1": 0.5, "bundle_r1": 0.4975}
+    accuracy = {"drop_pp": 0.25, "upper_pp": 0.75, "lost": 3, "won": 2, "pictures": 400, "reference_r1": 0.5, "bundle_r1": 0.4975}
     fields = {
         "kind": "parity", "device": "host-cpu", "target": "t", "verdict": "pass", "failures": [], "pictures": 400, "accuracy": accuracy, "top1_agreement": 0.99,
         "cosine": {"centred_p1": 0.98, "raw_p1": 0.99}, "sets": [{"name": "novel", "bundle_r1": 0.4321}],

@@ -69,9 +69,7 @@ def load(spec: OpenMoji, cache: Path) -> Dataset:
     drawings = [p for p in of("line", base) if _digest(p) not in trained]
     evaluation = [
         EvaluationSet("held-out concepts", of("colour", held), held, "neither name nor picture was in training"),
-        EvaluationSet(
-            "unlabelled concepts", seen, unlabelled, "transductive: the student saw these very pictures without names", seen=True
-        ),
+        EvaluationSet("unlabelled concepts", seen, unlabelled, "transductive: the student saw these very pictures without names", seen=True),
         EvaluationSet("line drawings", drawings, base, "base concepts in a style never seen in training", shift=True),
         EvaluationSet("base, colour", labelled, everything, "training pictures: parity only", headline=False, seen=True),
         EvaluationSet("line drawings, other", of("line", held + unlabelled), everything, "parity only", headline=False),

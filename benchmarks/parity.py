@@ -1,0 +1,60 @@
+"""What a target costs in accuracy, over several runs together: pooled drop, its 95 % limit, and who keeps the right answers.
+
+Reads the parity reports that `edgeclip validate` left in each run, one a target; nothing is measured here. Pictures of all
+runs are pooled as one sample: a drop is (right before and wrong after, minus the other way round) over all pictures, its
+limit that of edgeclip/metrics.py. A picture that float32 answers rightly and the target otherwise is a lost one, so the
+agreement on those is 1 - lost / right. A run counts by its headline sets only: test pictures, each once.
+
+    edgeclip distill recipes/clothing.yaml --data DIR ; edgeclip export --run runs/clothing --target onnx-int8 ; edgeclip validate --run runs/clothing
+    python benchmarks/parity.py --run runs/clothing --run runs/grocery --check
+"""
+
+from pathlib import Path
+from typing import Any
+
+import compare
+
+from edgeclip import disk
+from edgeclip.metrics import paired_drop
+
+
+def counted(name: str, target: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """reports: parity reports; their pictures are pooled."""
+    sets = [s for r in reports for s in r["sets"]]
+    n, lost, won = (int(sum(s[k] for s in sets)) for k in ("pictures", "lost", "won"))
+    right = round(sum(s["reference_r1"] * s["pictures"] for s in sets))
+    drop = paired_drop(lost, won, n)
+    return {"runs": name, "target": target, "pictures": n, "float32_r1": right / n, "target_r1": (right - lost + won) / n, **drop, "kept": 1 - lost / right}
+
+
+def main() -> None:
+    parser = compare.arguments(__doc__)
+    parser.add_argument("--run", action="append", type=Path, required=True, help="a run that was exported and validated; several are pooled")
+    parser.add_argument("--device", default="host-cpu")
+    options = parser.parse_args()
+    here = compare.this_machine()
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for run in options.run:
+        for path in sorted((run / "reports").glob(f"*.{options.device}.parity.json")):
+            report = disk.read_json(path)
+            if report["accuracy"] is not None:
+                found.setdefault(report["target"], {})[run.name] = report
+    rows = []
+    for target, reports in found.items():
+        rows += [counted(name, target, [report]) for name, report in reports.items()]
+        if len(reports) == len(options.run) > 1:
+            rows.append(counted("pooled", target, list(reports.values())))
+    shown = {"target": "", "runs": "", "pictures": "", "float32_r1": ".4f", "target_r1": ".4f", "drop_pp": ".2f", "upper_pp": ".2f", "kept": ".4f"}
+    cells = [[format(row[c], form) for c, form in shown.items()] for row in rows]
+    compare.table(cells, ["target", "run", "pictures", "R@1 float32", "R@1 target", "drop, pp", "95 % limit, pp", "same answer where float32 is right"])
+    required = []
+    for row in rows:
+        if row["runs"] == "pooled" or len(options.run) == 1:
+            required.append(compare.exact(f"{row['target']}, {row['runs']}: drop, pp", row["drop_pp"], n=row["pictures"], at_most=0.5))
+            required.append(compare.exact(f"{row['target']}, {row['runs']}: its 95 % limit, pp", row["upper_pp"], n=row["pictures"], at_most=1.0))
+            required.append(compare.exact(f"{row['target']}, {row['runs']}: kept where float32 is right", row["kept"], n=row["pictures"], at_least=0.98))
+    compare.finish({"rows": rows}, required, here, options)
+
+
+if __name__ == "__main__":
+    main()
