@@ -145,7 +145,7 @@ def measure(run: Path, options: Any) -> None:
             pairs = (
                 ("bench, onnxruntime", "bare loop", 0.03, 5),
                 ("bench, openvino", "benchmark_app", 0.05, 2),
-                ("edgeclip bench, loopback", "edgeclip bench, host-cpu", 0.05, 1),
+                ("edgeclip bench, loopback", "edgeclip bench, host-cpu", 0.05, 2),
             )
             # Pair by pair, so that the two of a round are neighbours in time; the quick ones more often.
             measured = [compare.interleave({a: sides[a], b: sides[b]}, times * compare.MIN_PAIRS) for a, b, _, times in pairs]

@@ -25,8 +25,13 @@ def open_session(model: Path, threads: int, optimisation: str) -> Session:
     request = compiled.create_infer_request()
     i, o = compiled.input(0), compiled.output(0)
 
+    dtype = i.get_element_type().to_dtype()
+
     def run(x: np.ndarray) -> np.ndarray:
-        out: np.ndarray = request.infer({0: x}, share_inputs=True)[o].copy()  # the request's buffer is used again
+        # As infer({0: x})[o], without its dictionaries and its copies of both sides: a tenth of a millisecond.
+        request.set_input_tensor(ov.Tensor(np.ascontiguousarray(x, dtype), shared_memory=True))
+        request.infer(share_outputs=True)
+        out: np.ndarray = request.get_output_tensor().data.copy()  # the request's buffer is used again
         return out
 
     facts = {"runtime": "openvino", "version": ov.__version__.split("-")[0], "providers": devices, "threads": threads, "optimisation": None}
