@@ -87,19 +87,28 @@ def distill(recipe: Path, roots: tuple[str, ...], out: Path | None, fresh: bool,
     tables.accuracy(results)
 
 
+LAYOUTS = ("bundle", "optimum", "open_clip")
+
+
 @main.command()
-@click.option("--target", "targets", multiple=True, required=True, help="A name from `edgeclip list targets`, or a YAML file; may be repeated.")
+@click.option("--target", "targets", multiple=True, help="A name from `edgeclip list targets`, or a YAML file; may be repeated.")
 @click.option("--run", type=click.Path(path_type=Path), help="Run folder.  [default: runs/latest]")
+@click.option("--layout", type=click.Choice(LAYOUTS), default="bundle", show_default=True, help="optimum, open_clip: folders that those libraries load.")
+@click.option("--no-head", is_flag=True, help="Of --layout optimum: leave EduAttention out, class scores are plain cosines.")
 @click.option("--model", help="Instead of a run: any open_clip model (a name, or a JSON file of its configuration) or timm classifier.")
 @click.option("--weights", help="Of --model: a file, random, pip:PACKAGE or hub:TAG.")
 @click.option("--labels", type=click.Path(path_type=Path), help="Of --model: a file, one label a line.")
 @click.option("--images", type=click.Path(path_type=Path), help="Of --model: a folder of pictures for calibration and golden answers.")
 @click.option("--image-only", is_flag=True, help="Of --model: leave the text encoder out.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundles.  [default: <run>/bundles, or bundles/<model>]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of what is written.  [default: <run>/bundles, or bundles/<model>; of another layout <run>/<layout>]"
+)
 @json_option
 def export(
     targets: tuple[str, ...],
     run: Path | None,
+    layout: str,
+    no_head: bool,
     model: str | None,
     weights: str | None,
     labels: Path | None,
@@ -113,35 +122,52 @@ def export(
     \b
     Examples:
         edgeclip export --target onnx-int8 --target openvino-int8
+        edgeclip export --target onnx-int8 --layout optimum
+        edgeclip export --layout open_clip
         edgeclip export --model MobileCLIP2-S0 --weights model.safetensors --labels labels.txt --target onnx-fp32
     """
     if bool(model) != bool(weights):
         raise click.UsageError("--model and --weights go together")
     if model and run:
         raise click.UsageError("--model and --run exclude each other")
+    if bool(targets) == (layout == "open_clip"):
+        raise click.UsageError("--layout open_clip is the float student, without --target" if targets else "Missing option '--target'.")
+    if layout == "open_clip" and model:
+        raise click.UsageError("--layout open_clip is for a run's student")
+    if no_head and layout != "optimum":
+        raise click.UsageError("--no-head belongs to --layout optimum")
+    from edgeclip import disk
     from edgeclip import target as T
 
     loaded = [T.load(t) for t in targets]
     from edgeclip.export import export as write
+    from edgeclip.export import open_clip, optimum
     from edgeclip.export.source import from_model, from_run
 
     if model and weights:
         source = from_model(model, weights, label_file(labels) if labels else [], images, text=not image_only)
-        folder = out or Path("bundles") / model.removesuffix(".json").replace("/", "_")
+        home = {kind: Path(kind) / model.removesuffix(".json").replace("/", "_") for kind in ("bundles", "optimum")}
     else:
         run = latest(run)
-        source, folder = from_run(run), out or run / "bundles"
-    from edgeclip import disk
-
+        source, home = from_run(run), {kind: run / kind for kind in ("bundles", "optimum", "open_clip")}
+        if layout == "open_clip":
+            path = open_clip.write(run, source, (out or home[layout]) / run.name)
+            say(as_json, {"open_clip": str(path)}, f'open_clip.create_model_and_transforms("local-dir:{path}")')
+            return
+    if layout == "optimum":
+        for name, target in loaded:
+            optimum.check(target.runtime, source.load_text is not None, None if no_head else source.head, name)
     rows = []
     for name, target in loaded:
-        path = write(source, name, target, folder / name)
+        path = write(source, name, target, (out if out and layout == "bundle" else home["bundles"]) / name)
         manifest = disk.read_manifest(path, "bundle")
-        rows.append({"target": name, "image_encoder_mib": manifest["image_encoder_bytes"] / 2**20, "bundle": str(path), "lint": manifest["lint"]})
+        if layout == "optimum":
+            path = optimum.write(path, (out or home[layout]) / name, head=not no_head)
+        rows.append({"target": name, "image_encoder_mib": manifest["image_encoder_bytes"] / 2**20, layout: str(path), "lint": manifest["lint"]})
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
-    tables.bundles(rows)
+    tables.bundles(rows, layout)
 
 
 PROTOCOLS = ("zero_shot", "base_to_novel", "cross_dataset", "domain_generalisation", "retrieval")

@@ -96,8 +96,8 @@ def accuracy(results: dict[str, Any]) -> None:
     click.echo(f"run: {results['run']}")
 
 
-def bundles(rows: list[dict[str, Any]]) -> None:
-    table([[r["target"], f"{r['image_encoder_mib']:.1f}", r["bundle"]] for r in rows], ["target", "image encoder MiB", "bundle"])
+def bundles(rows: list[dict[str, Any]], layout: str = "bundle") -> None:
+    table([[r["target"], f"{r['image_encoder_mib']:.1f}", r[layout]] for r in rows], ["target", "image encoder MiB", layout])
     for r in rows:
         if lint := r["lint"]:
             click.echo(
