@@ -13,7 +13,7 @@ One float ONNX graph (folded, dynamic batch) is what every rival starts from, wi
 
 Each engine is a process of its own that answers single queries (batch 1); they take turns, and ratios are formed within
 a round. Closeness is over pictures that gave no ranges and that no search has seen: first percentile of the centred cosine, share of equal top-1
-answers. Random weights (MobileCLIP2-S0, ViT-B-32) serve for speed and bytes alone: their cosines say little.
+answers. R@1 of a run is over up to 400 of the test pictures that it keeps for parity. Random weights (MobileCLIP2-S0, ViT-B-32) serve for speed and bytes alone: their cosines say little.
 
 What bounds it: with VNNI the int8 products; depthwise convolutions and small maps are bound by memory.
 
@@ -38,7 +38,7 @@ import numpy as np
 EDGECLIP = {"edgeclip onnx-int8": "onnx-int8", "edgeclip openvino-int8": "openvino-int8"}
 RIVALS = {"edgeclip onnx-int8": ("ORT dynamic", "ORT static", "ModelOpt"), "edgeclip openvino-int8": ("NNCF", "NNCF as optimum-intel")}
 WARM_UP, QUERIES = 10, 5
-SAME = 0.005
+SAME, SCORED = 0.005, 400
 
 
 def prepare(source: Any, pictures: list[Any], count: int, folder: Path) -> dict[str, np.ndarray]:
@@ -138,8 +138,8 @@ def ours(folder: Path, inputs: dict[str, np.ndarray], answers: Any) -> dict[str,
 
 
 def work(path: Path, threads: int, inputs: Path) -> None:
-    """One engine's process."""
-    x = np.load(inputs)
+    """One engine's process. inputs: a folder with fresh.npy and, for a trained student, scored.npy."""
+    x = np.load(inputs / "fresh.npy")
     if path.suffix == ".torch":  # a file that says which student; it is loaded as everywhere
         import torch
 
@@ -158,7 +158,7 @@ def work(path: Path, threads: int, inputs: Path) -> None:
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         if "features" in request:
-            return {"features": [run(row[None])[0].tolist() for row in x]}
+            return {"features": [run(row[None])[0].tolist() for row in np.load(inputs / f"{request['features']}.npy", mmap_mode="r")]}
         run(x[:1])
         laps = []
         for _ in range(request["queries"]):
@@ -178,6 +178,9 @@ def student(name: str) -> Any:
 
 def measure(name: str, photos: list[Any], options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from edgeclip.metrics import cosine
+    from edgeclip.pictures import index_tar, read
+    from edgeclip.preprocess import normalise, open_picture, to_pixels
+    from edgeclip.validate import decide, load_evaluation
     from edgeclip.zero_shot import class_scores
 
     label, source = Path(name).name, student(name)
@@ -192,19 +195,30 @@ def measure(name: str, photos: list[Any], options: Any) -> tuple[dict[str, Any],
             return class_scores(features, source.class_features, source.head).argmax(axis=1)
 
         labelled = answers if len(source.class_features) else None
+        evaluation = load_evaluation(Path(name) / "evaluation", SCORED) if Path(name).is_dir() else None
+        if evaluation:
+            every = index_tar(evaluation.folder / "pictures.tar")
+            pixels = np.stack([to_pixels(open_picture(read(every[i])), source.preprocess) for i in evaluation.chosen])
+            np.save(folder / "scored.npy", normalise(pixels, source.preprocess))
+
+        def of(engine: Any, which: str) -> np.ndarray:
+            return np.array(engine(features=which)["features"], np.float32)
+
         files = {"torch fp32": folder / "student.torch", **rivals(folder, inputs["ranges"], options.modelopt), **ours(folder, inputs, labelled)}
         figures: dict[str, Any] = {}
         required: list[dict[str, Any]] = []
         for threads in options.threads:
-            commands = {e: [sys.executable, __file__, "--worker", str(f), str(threads), str(folder / "fresh.npy")] for e, f in files.items()}
+            commands = {e: [sys.executable, __file__, "--worker", str(f), str(threads), str(folder)] for e, f in files.items()}
             with compare.workers(commands) as ask:
                 if not figures:
-                    reference = np.array(ask["torch fp32"](features=True)["features"], np.float32)
+                    reference = of(ask["torch fp32"], "fresh")
                     for e, f in files.items():
-                        features = np.array(ask[e](features=True)["features"], np.float32)
+                        features = of(ask[e], "fresh")
                         size = f.stat().st_size + (f.with_suffix(".bin").stat().st_size if f.suffix == ".xml" else 0)
                         same = float((answers(features) == answers(reference)).mean()) if labelled else None
+                        right = np.concatenate([hit for _, hit, _ in decide(source, evaluation, of(ask[e], "scored"))]).mean() if evaluation else None
                         figures[e] = {"bytes": size, "centred_cosine_p1": cosine(features, reference)["centred_p1"], "top1_agreement": same}
+                        figures[e]["accuracy"] = None if right is None else float(right)
                 laps = compare.interleave(
                     {e: (lambda e=e: float(ask[e](queries=QUERIES)["ms"])) for e in files}, compare.MIN_PAIRS * (1 if options.quick else 2)
                 )
@@ -225,11 +239,11 @@ def measure(name: str, photos: list[Any], options: Any) -> tuple[dict[str, Any],
         rows = []
         for e, f in figures.items():
             times = [str(compare.Interval(**f[f"{what}_{t}"])) for t in options.threads for what in ("latency_ms", "times_torch")]
-            same = None if f["top1_agreement"] is None else f"{f['top1_agreement']:.3f}"
-            rows.append([e, *times, f"{f['bytes'] / 2**20:.1f}", f"{f['centred_cosine_p1']:.4f}", same])
+            same, right = (None if f[k] is None else f"{f[k]:.3f}" for k in ("top1_agreement", "accuracy"))
+            rows.append([e, *times, f"{f['bytes'] / 2**20:.1f}", f"{f['centred_cosine_p1']:.4f}", same, right])
         heads = [h for t in options.threads for h in (f"ms, {t} thread(s)", "times torch")]
         print(f"{label}, batch 1")
-        compare.table(rows, ["engine", *heads, "MiB", "centred cosine p1", "top-1 agreement"])
+        compare.table(rows, ["engine", *heads, "MiB", "centred cosine p1", "top-1 agreement", "R@1"])
     return figures, required
 
 
