@@ -127,7 +127,7 @@ def ours(folder: Path, inputs: dict[str, np.ndarray], answers: Any) -> dict[str,
         exporter = importlib.import_module(EXPORTERS[target.runtime])
         model, before = onnx.load(folder / "float.onnx"), time.perf_counter()
         try:
-            chosen, record = search(model, Pictures(inputs["ranges"], inputs["judged"], []), target, exporter, answers)
+            chosen, record = search(model, Pictures(inputs["ranges"], inputs["judged"], [], np.full(len(inputs["judged"]), -1)), target, exporter, answers)
         except Refused as e:
             print(f"{name}: refused ({e})", file=sys.stderr)
             continue

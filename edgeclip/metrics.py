@@ -18,6 +18,12 @@ def hits(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
     return (scores >= own).sum(axis=1) <= k
 
 
+def agreement(answers: np.ndarray, reference: np.ndarray, where: np.ndarray | None = None) -> float | None:
+    """Share of equal answers [B], over the pictures `where` [B] is true; None where there is none of them."""
+    same = (answers == reference)[slice(None) if where is None else where]
+    return float(same.mean()) if len(same) else None
+
+
 def harmonic_mean(a: float, b: float) -> float:
     return 2 * a * b / (a + b) if a + b else 0.0
 

@@ -108,13 +108,16 @@ def bundles(rows: list[dict[str, Any]], layout: str = "bundle") -> None:
 def parity(reports: list[dict[str, Any]]) -> None:
     rows = []
     for r in reports:
-        numbers: list[str | None] = [None] * 7
+        numbers: list[str | None] = [None] * 8
         if r["accuracy"]:
             a, c = r["accuracy"], r["cosine"]
-            values = (c["centred_p1"], c["raw_p1"], r["top1_agreement"], a["reference_r1"], a["bundle_r1"])
-            numbers = [*(f"{v:.4f}" for v in values), f"{a['drop_pp']:.2f}", f"{a['upper_pp']:.2f}"]
+            values = (c["centred_p1"], c["raw_p1"], r["top1_agreement"], r["agreement_where_right"], a["reference_r1"], a["bundle_r1"])
+            numbers = [*(None if v is None else f"{v:.4f}" for v in values), f"{a['drop_pp']:.2f}", f"{a['upper_pp']:.2f}"]
         rows.append([r["target"], r["pictures"], *numbers, r["verdict"]])
-    table(rows, ["target", "pictures", "cosine p1 centred", "raw", "top-1 agreement", "R@1 fp32", "R@1", "drop pp", "at most pp", "verdict"])
+    table(
+        rows,
+        ["target", "pictures", "cosine p1 centred", "raw", "top-1 agreement", "where fp32 is right", "R@1 fp32", "R@1", "drop pp", "at most pp", "verdict"],
+    )
     for r in reports:
         for failure in r["failures"]:
             click.echo(f"{r['target']}: {failure}")

@@ -41,13 +41,15 @@ class Calibration(Config):
     """over float32 in the same runtime, where it is measured; with less an int8 target is refused"""
 
 
-class Tolerance(Config):
+class Tolerance(Config, kw_only=True):
     """Limits on error, each against the fp32 torch student on the same pictures."""
 
     centred_cosine_p1: Fraction
     """first percentile of the cosine after the mean feature is taken away"""
     top1_agreement: Fraction
     """share of pictures with the same first answer"""
+    agreement_where_right: Fraction | None = None
+    """the same over the pictures that the student answers rightly, which needs labels; null: not asked for"""
     accuracy_drop_pp: Annotated[float, Meta(ge=0.0)]
     """margin in percentage points; the one-sided 95 % limit of the paired drop must lie below it"""
     optimisation_agreement: Fraction | None = None

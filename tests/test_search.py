@@ -23,6 +23,7 @@ from edgeclip.fold import fold
 from edgeclip.metrics import cosine
 from edgeclip.pictures import Picture
 from edgeclip.target import Calibration, Tolerance
+from edgeclip.validate import short_of_agreement
 
 
 def run(model, x):
@@ -160,7 +161,26 @@ def asked(name="onnx-int8", p1=0.95, **fields):
 
 
 def look(model, pictures, wanted):
-    return search(model, Pictures(pictures[:32], pictures[32:], []), wanted, importlib.import_module(EXPORTERS[wanted.runtime]), None)
+    return search(model, Pictures(pictures[:32], pictures[32:], [], np.full(32, -1)), wanted, importlib.import_module(EXPORTERS[wanted.runtime]), None)
+
+
+def test_right_answers_are_kept_where_labels_tell_which_they_are(plain, pictures):
+    """Labels made of the float answers: all right, none known, and none right."""
+    wanted = asked()
+    classes = np.random.default_rng(0).normal(size=(40, 24)).astype(np.float32)
+    answers = lambda features: (features @ classes.T).argmax(axis=1)  # noqa: E731
+    own = answers(run(plain, pictures[32:]))
+    seen = {}
+    for name, labels in (("right", own), ("unknown", np.full(32, -1)), ("wrong", own + 1)):
+        record = search(plain, Pictures(pictures[:32], pictures[32:], [], labels), wanted, importlib.import_module(EXPORTERS["onnxruntime"]), answers)[1]
+        seen[name] = record["frontier"][0]
+    assert seen["right"]["agreement_where_right"] == seen["right"]["top1_agreement"]
+    assert seen["unknown"]["agreement_where_right"] is None and seen["wrong"]["agreement_where_right"] is None
+    flawed = answers(run(plain, pictures[32:]) + 0.05 * np.random.default_rng(1).normal(size=(32, 24)))
+    assert 0 < (kept := float((flawed == own).mean())) < 1
+    limits = Tolerance(centred_cosine_p1=0, top1_agreement=0, agreement_where_right=0.98, accuracy_drop_pp=1)
+    assert short_of_agreement(limits, kept, kept) == [f"top-1 agreement where the student is right {kept:.4f}, below 0.98"]
+    assert short_of_agreement(limits, kept, None) == []
 
 
 def test_where_the_first_form_holds_nothing_is_given_back(plain, pictures):

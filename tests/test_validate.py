@@ -50,6 +50,17 @@ def test_a_float_bundle_passes_against_its_own_student(shipped_bundle, evaluatio
     assert r["bundle"] == disk.sha256(shipped_bundle("onnx-fp32") / disk.MANIFEST)
 
 
+def test_agreement_where_right_is_what_is_left_of_the_right_answers(own_bundle, evaluation):
+    folder = own_bundle("onnx-fp32")
+    r = report(damage(folder, 0.05), evaluation)
+    a, right = r["accuracy"], 320  # of 400: every fifth label is wrong
+    assert r["agreement_where_right"] == pytest.approx(1 - a["lost"] / right) and 0.9 < r["agreement_where_right"] < 1
+    assert any(f.startswith("top-1 agreement where the student is right") for f in r["failures"]) == (r["agreement_where_right"] < 0.999)
+    without = {k: v for k, v in disk.read_manifest(folder, "bundle")["target"]["tolerance"].items() if k != "agreement_where_right"}
+    resign(folder, target={**disk.read_manifest(folder, "bundle")["target"], "tolerance": without})
+    assert not any("where the student is right" in f for f in report(folder, evaluation)["failures"])
+
+
 @pytest.mark.parametrize("name", ["onnx-int8", "openvino-int8"])
 def test_an_int8_bundle_is_measured_not_taken_for_the_student(shipped_bundle, evaluation, name):
     r = report(shipped_bundle(name), evaluation)

@@ -27,6 +27,8 @@ class Pictures(NamedTuple):
     """float32 [m, 3, H, W]: what candidates are compared on"""
     used: list[dict[str, str]]
     """key, sha256 and use ('ranges' or 'judged') of each, as the bundle lists them"""
+    labels: np.ndarray
+    """int [m]: class index of each judged picture, -1 where it has none that training may know"""
 
 
 def draw(source: Source, spec: Calibration) -> Pictures:
@@ -56,7 +58,7 @@ def draw(source: Source, spec: Calibration) -> Pictures:
             "calibration", f"its {len(ranges)} pictures are all alike, so their ranges say nothing", "give pictures as different as the real ones"
         )
     judged = _load(chosen["judged"], source.preprocess) if chosen["judged"] else ranges
-    return Pictures(ranges, judged, used)
+    return Pictures(ranges, judged, used, np.array([p.label for p in chosen["judged"] or chosen["ranges"]]))
 
 
 def _load(pictures: list[Picture], preprocess: Preprocess) -> np.ndarray:

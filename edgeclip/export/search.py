@@ -27,10 +27,11 @@ from edgeclip.errors import Refused
 from edgeclip.export import policy
 from edgeclip.export.calibration import Pictures
 from edgeclip.export.policy import Form, Quantisation
-from edgeclip.metrics import cosine
+from edgeclip.metrics import agreement, cosine
 from edgeclip.progress import say
 from edgeclip.runtime import open_session
 from edgeclip.target import Calibration, Target
+from edgeclip.validate import short_of_agreement
 
 ROUNDS, QUERIES = 15, 4
 SAME_SPEED = 1.05
@@ -117,26 +118,29 @@ def _try(task: Task, quantisation: Quantisation, number: int) -> Candidate:
     run = _session(task.target, path)
     found = np.concatenate([run(task.pictures.judged[i : i + BATCH]) for i in range(0, len(task.pictures.judged), BATCH)])
     close, tolerance = cosine(found, task.reference), task.target.tolerance
-    agreement = None if task.answers is None else float((task.answers(found) == task.answers(task.reference)).mean())
+    same, where_right = None, None
+    if task.answers is not None:
+        answers, reference = task.answers(found), task.answers(task.reference)
+        same, where_right = agreement(answers, reference), agreement(answers, reference, reference == task.pictures.labels)
     row: dict[str, Any] = {
         **quantisation.form._asdict(),
         "float_layers": len(quantisation.float_layers),
         "int8_share_of_macs": quantisation.int8_share,
         "centred_cosine_mean": policy.centred_cosine(found, task.reference),
         "centred_cosine_p1": close["centred_p1"],
-        "top1_agreement": agreement,
+        "top1_agreement": same,
+        "agreement_where_right": where_right,
         "bytes": sum(f.stat().st_size for f in folder.iterdir()),
         "latency_ms": None,
     }
     short = []
     if not close["centred_p1"] >= tolerance.centred_cosine_p1:  # not a number is short too
         short.append(f"centred cosine p1 {close['centred_p1']:.4f}, below {tolerance.centred_cosine_p1}")
-    if agreement is not None and agreement < tolerance.top1_agreement:
-        short.append(f"top-1 agreement {agreement:.4f}, below {tolerance.top1_agreement}")
+    short += short_of_agreement(tolerance, same, where_right)
     form = ", ".join(str(v) for v in quantisation.form if v is not None)
     say(
         f"{form}, {row['float_layers']} layers in float: int8 share {quantisation.int8_share:.3f}, centred cosine p1 {close['centred_p1']:.4f}"
-        + ("" if agreement is None else f", top-1 agreement {agreement:.4f}")
+        + "".join(f", {what} {v:.4f}" for what, v in (("top-1 agreement", same), ("where right", where_right)) if v is not None)
     )
     return Candidate(quantisation, run, row, short)
 

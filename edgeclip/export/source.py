@@ -36,7 +36,7 @@ class Source(NamedTuple):
     head: EduAttention | None
     logit_scale: float
     calibration: Callable[[], list[Picture]]
-    """training pictures; asked for by int8 targets only"""
+    """training pictures, with the labels that training may know; asked for by int8 targets only"""
     evaluation_hashes: Callable[[], set[str]]
     """sha256 of the pictures that the student is evaluated on and did not see in training"""
     golden: list[Picture]
@@ -55,12 +55,14 @@ def from_run(run: Path) -> Source:
     asked = recipe.of_run(run)
 
     def training_pictures() -> list[Picture]:
-        # As the cache was asked to have them: nothing held out.
+        # As the cache was asked to have them: nothing held out, and no label that stage 1 had not.
         dataset = data.load(asked.data, Path("cache"))
+        labelled = {p.key for p in dataset.labelled}
+        train = [p if p.key in labelled else p._replace(label=-1) for p in dataset.train]
         if isinstance(asked.data, OpenMoji):  # it has some pictures twice, under another name that is held out
             held_out = evaluation_hashes()
-            return [p for p in dataset.train if hashlib.sha256(read(p)).hexdigest() not in held_out]
-        return list(dataset.train)
+            return [p for p in train if hashlib.sha256(read(p)).hexdigest() not in held_out]
+        return train
 
     def load_text() -> TextTower:
         if own := students.load_text(run / "student"):
