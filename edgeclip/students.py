@@ -29,6 +29,7 @@ from edgeclip.inherit import inherit_from
 from edgeclip.preprocess import Preprocess
 from edgeclip.prompts import PromptedTower
 from edgeclip.share import SharedBlocks, share
+from edgeclip.stem import put_stem
 from edgeclip.teachers import TextTower
 from edgeclip.teachers.open_clip import ImageTower, clip_tokenizer_json
 from edgeclip.zero_shot import EduAttention, ensemble, prompts
@@ -115,6 +116,8 @@ def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
     tower, preprocess = image_tower(spec.tower)
     if spec.inherit:
         inherit_from(tower, image_tower(spec.inherit)[0])
+    if spec.stem:
+        preprocess = put_stem(tower, spec.stem, preprocess)
     if spec.share:
         share(tower, spec.share)
     if visual := spec.visual_prompts:
@@ -206,7 +209,8 @@ def load(folder: Path) -> tuple[Student, EduAttentionHead | None, Preprocess, di
     description = disk.read_json(folder / "student.json")
     spec = msgspec.convert(description["architecture"], R.Student)
     # The weights come from this folder: those that the recipe started from need not be at hand any more.
-    spec = msgspec.structs.replace(spec, tower=msgspec.structs.replace(spec.tower, weights="random"), inherit=None)
+    stem = msgspec.structs.replace(spec.stem, weights="random") if spec.stem else None
+    spec = msgspec.structs.replace(spec, tower=msgspec.structs.replace(spec.tower, weights="random"), inherit=None, stem=stem)
     student, _ = build(spec, description["embed_dim"])
     state = load_file(folder / "student.safetensors")
     student.load_state_dict({k: v for k, v in state.items() if not k.startswith(("head.", "text."))})

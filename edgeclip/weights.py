@@ -85,7 +85,11 @@ def timm_model(spec: Timm, num_classes: int | None = 0) -> tuple[nn.Module, Prep
     name = f"{spec.model}.{hub}" if hub else spec.model
     try:
         with _hub(hub is not None):
-            model = timm.create_model(name, pretrained=hub is not None)
+            model = timm.create_model(name, pretrained=hub is not None, **({"depth": spec.depth} if spec.depth else {}))
+    except TypeError:
+        if not spec.depth:
+            raise
+        raise EdgeclipError(f"{spec.model}: depth", "this model has no number of blocks to set", "leave depth out, or choose a ViT") from None
     except Exception as e:  # the hub client's errors have no common type
         if hub is None:
             raise

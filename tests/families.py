@@ -6,6 +6,9 @@ from open_clip.model import CLIP, CustomTextCLIP
 from torch import nn
 from torch.nn import functional as F
 
+from edgeclip import recipe as R
+from edgeclip import students
+
 SIZE, WIDTH = 64, 16
 TEXT = {"context_length": 12, "vocab_size": 200, "width": 32, "heads": 2, "layers": 2}
 
@@ -56,6 +59,7 @@ IMAGE = {
     "repvit": of_timm("repvit_m0_9", embed_dim=(16, 32, 48, 64), depth=(1, 1, 1, 1)),
     "mobilenetv4": of_timm("mobilenetv4_conv_small_035"),
     "efficientnet_lite": of_timm("efficientnet_lite0"),
+    "ViT on a CNN's stages": lambda: hybrid(),
 }
 TEXTS = {
     "causal (ViT-B-32, ViT-B-16, ViT-S-32-alt, TinyCLIP, RN50)": clip({"layers": 1, "width": 32, "head_width": 16, "patch_size": 32}),
@@ -63,6 +67,12 @@ TEXTS = {
     "causal, own class (ViTamin, PE-Core)": lambda: custom(),
     "last token, no mask (SigLIP)": lambda: custom(no_causal_mask=True, proj_bias=True, pool_type="last"),
 }
+
+
+def hybrid():
+    tower = R.Timm(model="vit_tiny_patch16_224", weights="random", image_size=SIZE, depth=2)
+    stem = R.Stem(model="efficientnet_lite0", weights="random", stride=16)
+    return nn.Sequential(students.build(R.Student(tower=tower, stem=stem), WIDTH)[0].tower, nn.Linear(192, WIDTH))
 
 
 def custom(**text):

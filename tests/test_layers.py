@@ -9,7 +9,7 @@ import pytest
 import edgeclip
 
 PACKAGE = Path(edgeclip.__file__).parent
-HOST = ("cache", "ranks", "students", "prompts", "inherit", "share", "fold", "weights", "teachers", "data", "distill", "export")
+HOST = ("cache", "ranks", "students", "prompts", "inherit", "share", "stem", "fold", "weights", "teachers", "data", "distill", "export")
 HEAVY = ("torch", "torchvision", "onnx", "open_clip", "timm", "matplotlib", "transformers", "jaxtyping")
 MODULES = sorted(".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__") for p in PACKAGE.rglob("*.py"))
 DEVICE = [m for m in MODULES if not (m + ".").startswith(tuple(f"edgeclip.{h}." for h in HOST))]

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from timm.layers import HybridEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,7 +39,7 @@ from edgeclip.errors import EdgeclipError, Interrupted
 from edgeclip.pictures import read, stream
 from edgeclip.preprocess import Preprocess, UnreadablePicture
 from edgeclip.progress import Clock, say, track
-from edgeclip.recipe import First, Recipe, Train, Weighted
+from edgeclip.recipe import First, Recipe, Weighted
 from edgeclip.students import EduAttentionHead, Student, checkpoint_gradients
 from edgeclip.teachers import Teacher
 
@@ -177,7 +178,7 @@ def train(
 
     with signals() if checkpoints else contextlib.nullcontext([]) as noted, Board(board, at.done) as shown:
         for phase in phases[at.phase :]:
-            optimizer = _optimizer(phase, spec, student, text_tower, [m for m in (student.projector, head, learned) if m is not None])
+            optimizer = _optimizer(phase, recipe, student, text_tower, [m for m in (student.projector, head, learned) if m is not None])
             restore_optimizer(optimizer, optimizer_state)
             optimizer_state = {}
             for epoch in range(at.epoch, phase.epochs):
@@ -262,14 +263,20 @@ def _cosine(step: int, steps: int) -> float:
     return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _optimizer(phase: Phase, spec: Train, student: Student, text: nn.Module | None, new: list[nn.Module]) -> torch.optim.Optimizer:
+def _optimizer(phase: Phase, recipe: Recipe, student: Student, text: nn.Module | None, new: list[nn.Module]) -> torch.optim.Optimizer:
     """Of the new layers and, unless they are frozen, the towers."""
+    spec, stem = recipe.train, recipe.student.stem
     layers = [p for module in (*new, *([text.projector] if text else [])) for p in module.parameters()]
     groups: list[dict[str, Any]] = [{"params": layers, "lr": spec.warmup_lr if phase.frozen else spec.lr}]
     if not phase.frozen:
         towers = [student.tower, *([text.tower] if text else [])]
         weights = [p for tower in towers for p in tower.parameters() if p.requires_grad]  # what is frozen gets no optimiser state
         groups.insert(0, {"params": weights, "lr": spec.lr * spec.tower_lr_ratio})
+        if stem:
+            slower = {id(p) for m in student.tower.modules() if isinstance(m, HybridEmbed) for p in m.backbone.parameters()}
+            of_stem = [p for p in weights if id(p) in slower]
+            groups[0] |= {"params": [p for p in weights if id(p) not in slower]}
+            groups.insert(1, {"params": of_stem, "lr": spec.lr * spec.tower_lr_ratio * stem.lr_ratio})
     if spec.weight_decay_of == "matrices":
         split = [(g, [p for p in g["params"] if (p.ndim > 1) == matrix], matrix) for g in groups for matrix in (True, False)]
         groups = [g | {"params": params} | ({} if matrix else {"weight_decay": 0.0}) for g, params, matrix in split if params]

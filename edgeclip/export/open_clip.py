@@ -76,8 +76,8 @@ def _no(what: str, do: str) -> EdgeclipError:
 
 def _image(student: Student, spec: recipe.Student) -> tuple[dict[str, Any], State]:
     """(embed_dim and vision_cfg, state of `visual`): the image tower with the projector folded into its end."""
-    if spec.visual_prompts or spec.share:
-        raise _no("it has visual prompts or shared blocks", "use a bundle, or --layout optimum")
+    if spec.visual_prompts or spec.share or spec.stem:
+        raise _no("it has visual prompts, shared blocks or a convolutional stem", "use a bundle, or --layout optimum")
     tower, (first, last) = student.tower, _projector(student.projector)
     embed_dim = last[0].shape[0]
     if isinstance(spec.tower, Timm):

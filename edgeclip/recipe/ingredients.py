@@ -264,6 +264,23 @@ class Timm(Config, tag="timm", tag_field="kind"):
     weights: str
     image_size: Positive
     seed: int = 0
+    depth: Positive | None = None
+    """blocks of a ViT; null: as many as its name says"""
+
+
+class Stem(Config):
+    """Early convolutions for a ViT student: a pretrained CNN's first stages in the place of its patch embedding (timm's HybridEmbed)."""
+
+    model: str
+    """a timm CNN"""
+    weights: str
+    stride: Positive = 16
+    """pixels from one column of the map to the next: the last stage of that stride is the last that is taken"""
+    patch: Positive = 1
+    """columns and rows of the map that make one token"""
+    lr_ratio: NonNegative = 1.0
+    """its learning rate over the rest of the tower's"""
+    seed: int = 0
 
 
 class VisualPrompts(Config):
@@ -297,6 +314,8 @@ class Student(Config):
     inherit: Timm | OpenClip | None = None
     """a larger ViT that a ViT tower takes its weights from (TinyCLIP): every (L_t // L_s)-th layer, leading slices; of an
     open_clip model the image tower is taken; null: the tower's own weights"""
+    stem: Stem | None = None
+    """null: a ViT's own patch embedding; else the tower must be a ViT of timm, and pictures are prepared as the stem's CNN wants them"""
     share: Share | None = None
     """shared blocks for a ViT tower, after it has its weights; null: every block its own"""
     text: OpenClip | None = None

@@ -1,0 +1,45 @@
+"""Early convolutions: a pretrained CNN's first stages in the place of a ViT's patch embedding.
+
+A vision transformer from random weights needs far more pictures than a small set has: its first layers must find out what
+edges are. Here a CNN that knows gives a map of features, and the transformer starts from patches of that (timm's
+HybridEmbed; Xiao et al. 2021, arXiv 2106.14881; LeViT). The map is convolutional and is quantised, and its batch norms
+folded, like any other; the blocks behind it are the ViT's own.
+"""
+
+import msgspec
+import torch
+from timm.layers import HybridEmbed, resample_abs_pos_embed
+from timm.models._features import FeatureGetterNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from edgeclip import recipe as R
+from edgeclip import weights
+from edgeclip.errors import EdgeclipError
+from edgeclip.preprocess import Preprocess
+
+
+def put_stem(tower: nn.Module, spec: R.Stem, preprocess: Preprocess) -> Preprocess:
+    """Puts the stages into a timm ViT tower, in place; returns the preprocessing, which is the CNN's at the ViT's size.
+
+    Raises `EdgeclipError` for a tower that is no timm ViT, a stride that the CNN has no stage of, and a map that no whole
+    number of patches covers.
+    """
+    if not isinstance(tower, VisionTransformer) or tower.pos_embed is None:
+        raise EdgeclipError("student.stem", f"goes before a ViT of timm, and student.tower is a {type(tower).__name__}", "choose a ViT, or set stem to null")
+    size = preprocess.size
+    cnn, own = weights.timm_model(R.Timm(model=spec.model, weights=spec.weights, image_size=size))
+    strides = [stage["reduction"] for stage in cnn.feature_info] if isinstance(getattr(cnn, "feature_info", None), list) else []
+    if spec.stride not in strides:
+        known = f"its strides are {', '.join(map(str, sorted(set(strides))))}" if strides else "its stages are not known to timm"
+        raise EdgeclipError("student.stem.stride", f"{spec.model} has no stage of stride {spec.stride}; {known}", "choose another stride or model")
+    stages = FeatureGetterNet(cnn, out_indices=(len(strides) - 1 - strides[::-1].index(spec.stride),), norm=False)
+    if size % (spec.stride * spec.patch):
+        raise EdgeclipError("student.stem", f"{size} px is no multiple of stride times patch, {spec.stride * spec.patch}", "choose another image_size or patch")
+    before = tower.patch_embed.grid_size
+    torch.manual_seed(spec.seed)
+    tower.patch_embed = HybridEmbed(stages, img_size=size, patch_size=spec.patch, embed_dim=tower.embed_dim)
+    prefix = 0 if tower.no_embed_class else tower.num_prefix_tokens
+    positions = resample_abs_pos_embed(tower.pos_embed, list(tower.patch_embed.grid_size), old_size=list(before), num_prefix_tokens=prefix)
+    tower.pos_embed = nn.Parameter(positions.detach().clone())
+    return msgspec.structs.replace(own, size=size)
