@@ -4,6 +4,7 @@ image_encoder.onnx | .xml + .bin    float32 [B, 3, H, W] to unit image_features 
 class_features.npy, labels.json     [N, D] baked words; the head is a matrix product
 head.npz                            EduAttention over the active class matrix, where it was kept
 text_encoder.*, tokenizer.json      optional; opened only for words that were never baked
+vocabulary.npy                      [K] ids of the tokens that the text encoder has, where it was exported with some alone
 golden/                             pictures and texts, with the fp32 torch student's own answers
 manifest.json                       last: preprocess, runtime, target, parents, versions, licences, sha256 of every file
 
@@ -110,13 +111,19 @@ class Bundle:
         return np.concatenate([self.encode_pixels(self.pixels(i)[None]) for i in images])
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
-        """[N, D] unit rows, of texts as they are: no prompt template is put around them."""
+        """[N, D] unit rows, of texts as they are: no prompt template is put around them.
+
+        Raises `EdgeclipError` for a text that is too long, or has a token that the bundle was exported without.
+        """
         from edgeclip import tokenizer  # the library is needed for new words only
 
         text = self.manifest["text"]
         encoder = self.text_encoder
         words = tokenizer.load(self.file("tokenizer.json").read_text(encoding="utf-8"), text["context_length"])
-        ids = tokenizer.encode(words, texts, text["context_length"]).astype(encoder.input.dtype)
+        ids = tokenizer.encode(words, texts, text["context_length"])
+        if text.get("vocabulary"):
+            ids = tokenizer.renumber(words, ids, np.load(self.file("vocabulary.npy")), texts)
+        ids = ids.astype(encoder.input.dtype)
         return np.concatenate([encoder.run(ids[i : i + TEXT_BATCH]) for i in range(0, len(ids), TEXT_BATCH)])
 
     def bake(self, labels: list[str]) -> np.ndarray:

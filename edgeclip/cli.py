@@ -93,6 +93,7 @@ LAYOUTS = ("bundle", "optimum", "open_clip")
 @main.command()
 @click.option("--target", "targets", multiple=True, help="A name from `edgeclip list targets`, or a YAML file; may be repeated.")
 @click.option("--run", type=click.Path(path_type=Path), help="Run folder.  [default: runs/latest]")
+@click.option("--vocabulary", type=click.Path(path_type=Path), help="Keep only the text tokens of labels, templates and the texts in this file, one a line.")
 @click.option("--layout", type=click.Choice(LAYOUTS), default="bundle", show_default=True, help="optimum, open_clip: folders that those libraries load.")
 @click.option("--no-head", is_flag=True, help="Of --layout optimum: leave EduAttention out, class scores are plain cosines.")
 @click.option("--model", help="Instead of a run: any open_clip model (a name, or a JSON file of its configuration) or timm classifier.")
@@ -107,6 +108,7 @@ LAYOUTS = ("bundle", "optimum", "open_clip")
 def export(
     targets: tuple[str, ...],
     run: Path | None,
+    vocabulary: Path | None,
     layout: str,
     no_head: bool,
     model: str | None,
@@ -136,13 +138,15 @@ def export(
         raise click.UsageError("--layout open_clip is for a run's student")
     if no_head and layout != "optimum":
         raise click.UsageError("--no-head belongs to --layout optimum")
+    if vocabulary and layout != "bundle":
+        raise click.UsageError("--vocabulary belongs to --layout bundle")
     from edgeclip import disk
     from edgeclip import target as T
 
     loaded = [T.load(t) for t in targets]
     from edgeclip.export import export as write
     from edgeclip.export import open_clip, optimum
-    from edgeclip.export.source import from_model, from_run
+    from edgeclip.export.source import from_model, from_run, with_vocabulary
 
     if model and weights:
         source = from_model(model, weights, label_file(labels) if labels else [], images, text=not image_only)
@@ -154,6 +158,8 @@ def export(
             path = open_clip.write(run, source, (out or home[layout]) / run.name)
             say(as_json, {"open_clip": str(path)}, f'open_clip.create_model_and_transforms("local-dir:{path}")')
             return
+    if vocabulary:
+        source = with_vocabulary(source, label_file(vocabulary))
     if layout == "optimum":
         for name, target in loaded:
             optimum.check(target.runtime, source.load_text is not None, None if no_head else source.head, name)

@@ -27,6 +27,21 @@ def encode(tokenizer: Tokenizer, texts: list[str], context_length: int, cut: boo
     return np.array(ids, np.int64)
 
 
+def renumber(tokenizer: Tokenizer, ids: np.ndarray, kept: np.ndarray, texts: list[str]) -> np.ndarray:
+    """ids [N, L] of the whole vocabulary as those of a text encoder that has the tokens `kept` [K], ascending, alone.
+
+    Raises `EdgeclipError` for a text with another token: it is never mapped to one that is there.
+    """
+    new = np.minimum(np.searchsorted(kept, ids), len(kept) - 1)
+    for text, row, gone in zip(texts, ids, kept[new] != ids, strict=True):
+        if gone.any():
+            words = ", ".join(f"'{tokenizer.id_to_token(int(i))}'" for i in row[gone])
+            raise EdgeclipError(
+                f"text '{text[:40]}'", f"has tokens that this text encoder was exported without ({words})", "export with the text in --vocabulary"
+            )
+    return new.astype(ids.dtype)
+
+
 def check_class_names(tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str], context_length: int) -> None:
     """Raises `EdgeclipError` for two classes with equal tokens, which no score can tell apart, and for a prompt that does not fit."""
     first: dict[tuple[int, ...], int] = {}

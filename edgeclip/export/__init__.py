@@ -18,13 +18,14 @@ from edgeclip import __version__, disk
 from edgeclip.export import calibration, graph, tensorrt
 from edgeclip.export.search import search
 from edgeclip.export.source import Source
+from edgeclip.export.vocabulary import prune
 from edgeclip.fold import fold
 from edgeclip.metrics import l2_normalise
 from edgeclip.pictures import read
 from edgeclip.preprocess import normalise, open_picture, to_pixels
 from edgeclip.progress import say
 from edgeclip.target import Target
-from edgeclip.zero_shot import class_scores
+from edgeclip.zero_shot import class_scores, prompts
 
 EXPORTERS = {"onnxruntime": "edgeclip.export.onnxruntime", "openvino": "edgeclip.export.openvino", "tensorrt": "edgeclip.export.tensorrt"}
 GOLDEN_TEXTS = ["a photo of a cat", "a red umbrella", "the letter A", "two people shaking hands"]
@@ -154,6 +155,16 @@ def _write_text(source: Source, target: Target, exporter: Any, folder: Path) -> 
     text = source.load_text()
     words = tokenizer.load(text.tokenizer, text.context_length)
     ids = torch.from_numpy(tokenizer.encode(words, GOLDEN_TEXTS, text.context_length))
+    kept: dict[str, Any] | None = None
+    if source.vocabulary is not None:
+        with torch.inference_mode():
+            whole = text.module(ids)
+        text, own, kept = prune(text, [*GOLDEN_TEXTS, *prompts(source.labels, source.templates or ["{c}"]), *source.vocabulary])
+        ids = torch.from_numpy(tokenizer.renumber(words, ids.numpy(), own, GOLDEN_TEXTS))
+        with torch.inference_mode():
+            assert torch.equal(text.module(ids), whole), "pruning the vocabulary changed the features of kept texts"
+        disk.write_array(folder / "vocabulary.npy", own)
+        say(f"    {kept['kept']:,} tokens kept, {kept['lost']:,} lost: texts that have one of those are refused")
     model = graph.to_onnx(text.module, ids[:2], "input_ids", "text_features", target.opset)
     with torch.inference_mode():
         features = text.module(ids).numpy()
@@ -162,7 +173,7 @@ def _write_text(source: Source, target: Target, exporter: Any, folder: Path) -> 
     disk.write_text(folder / "tokenizer.json", text.tokenizer)
     disk.write_array(folder / "golden" / "text_features.npy", l2_normalise(features))
     disk.write_text(folder / "golden" / "texts.json", json.dumps(GOLDEN_TEXTS))
-    return {"encoder": exporter.write_text(model, target, folder), "context_length": text.context_length}
+    return {"encoder": exporter.write_text(model, target, folder), "context_length": text.context_length, "vocabulary": kept}
 
 
 def _run_float(model: Any, x: np.ndarray) -> np.ndarray:

@@ -41,6 +41,8 @@ def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
     bundle = Bundle.load(bundle_folder, check=True)
     edu_attention = bundle.head if head else None
     check(bundle.manifest["runtime"], bool(bundle.manifest["text"]), edu_attention, bundle_folder)
+    if bundle.manifest["text"].get("vocabulary"):
+        raise EdgeclipError("--layout optimum", "a tokenizer.json cannot refuse the tokens that --vocabulary leaves out", "leave --vocabulary out")
     with disk.new_folder(out) as folder:
         config = _config(bundle)
         if bundle.manifest["runtime"] == "openvino":

@@ -44,6 +44,8 @@ class Source(NamedTuple):
     golden_licence: str
     licences: dict[str, str]
     parents: dict[str, Any]
+    vocabulary: list[str] | None = None
+    """texts whose tokens, beside those of labels and templates, are all that the text encoder keeps; None: it keeps all"""
     quantised: Path | None = None
     """folder of the copy that learnt with an int8 target's rounding; None: there is none"""
 
@@ -189,3 +191,10 @@ def _image_side(spec: OpenClip, labels: list[str], pictures: list[Picture]) -> S
         licences={"model": "unknown", "data": "none"},
         parents={"model": spec.model, "weights": weights.source(spec.weights), "labels": disk.fingerprint(labels), "images": [p.key for p in pictures]},
     )
+
+
+def with_vocabulary(source: Source, texts: list[str]) -> Source:
+    """The source with the tokens of labels, templates and `texts` alone. Raises `EdgeclipError` where it has no text side."""
+    if not source.load_text:
+        raise EdgeclipError("--vocabulary", "there is no text encoder to keep words of", "leave it out")
+    return source._replace(vocabulary=texts, parents={**source.parents, "vocabulary": disk.fingerprint(texts)})
