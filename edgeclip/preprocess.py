@@ -55,7 +55,8 @@ def open_scaled(content: bytes, name: object, least: Callable[[tuple[int, int]],
         with Image.open(io.BytesIO(content)) as image:
             full = image.size
             image.draft("RGB", least(full))
-            return image.convert("RGB"), full
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB"), full  # convert copies what is RGB already
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UnreadablePicture(name, f"unreadable picture ({e})", "replace or remove it") from None
 

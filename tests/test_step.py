@@ -5,12 +5,13 @@ import pytest
 import torch
 from toys import run
 
+from edgeclip import recipe as R
 from edgeclip.distill import losses as L
 from edgeclip.distill import train as T
+from edgeclip.distill.checkpoint import optimizer_tensors, restore_optimizer
 from edgeclip.errors import EdgeclipError
 from edgeclip.preprocess import Preprocess, normalise
-from edgeclip.recipe import Student, Timm
-from edgeclip.students import build, checkpoint_gradients
+from edgeclip.students import EduAttentionHead, Student, build, checkpoint_gradients
 
 EVERYTHING = {name: {} for name in L.LOSSES if name != "masked_feature"} | {"if_align": {"momentum": 0.5}, "edu_attention": {"axis": "batch", "keep": False}}
 COMKD = {"kl": {}, "if_align": {"weight": 10}, "edu_attention": {}}
@@ -63,7 +64,7 @@ def test_gradient_checkpointing_changes_nothing(folder, accumulate):
 
 
 def test_gradient_checkpointing_saves_what_the_blocks_keep():
-    student, _ = build(Student(tower=Timm(model="vit_tiny_patch16_224", weights="random", image_size=32)), 8)
+    student, _ = build(R.Student(tower=R.Timm(model="vit_tiny_patch16_224", weights="random", image_size=32)), 8)
 
     def kept():
         sizes = []
@@ -80,7 +81,7 @@ def test_gradient_checkpointing_saves_what_the_blocks_keep():
 def test_gradient_checkpointing_is_refused_where_it_would_do_nothing(student):
     import msgspec
 
-    spec = msgspec.convert({"tower": {"kind": "timm", "model": "vit_tiny_patch16_224", "weights": "random", "image_size": 32}, **student}, Student)
+    spec = msgspec.convert({"tower": {"kind": "timm", "model": "vit_tiny_patch16_224", "weights": "random", "image_size": 32}, **student}, R.Student)
     with pytest.raises(EdgeclipError, match=r"train\.gradient_checkpointing"):
         checkpoint_gradients(build(spec, 8)[0].tower)
 
@@ -112,8 +113,33 @@ def test_weight_decay_can_leave_scalars_and_biases_alone(folder):
             assert shrunk == ([True, True] if before.ndim > 1 else [True, False])
 
 
+@pytest.mark.parametrize(("of", "least"), [("all", 1), ("matrices", 2)])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_scalars_never_decay(of, least, frozen):
+    student = Student(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)), 4, 8, 6)
+    head = EduAttentionHead(8, R.EduAttention(learn_temperature=True))
+    learned = L.learned_parameters(R.Losses(contrastive=R.Weighted(), interactive=R.Weighted()), 8, 0)
+    modules, train = [student.projector, head, learned], R.Train(weight_decay=0.1, weight_decay_of=of)
+    asked = R.Recipe(
+        data=R.OpenMoji(), teacher=R.Conse(), losses=R.Losses(), student=R.Student(tower=R.Timm(model="none", weights="random", image_size=8)), train=train
+    )
+    groups = T._optimizer(T.Phase("p", 1, 1, frozen=frozen), asked, student, None, modules).param_groups
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    assert decay.keys() == {id(p) for m in [*modules, *([] if frozen else [student.tower])] for p in m.parameters()}
+    assert {decay[id(p)] for p in (head.alpha, head.log_temperature, *learned.values())} == {0.0}
+    assert all(decay[id(p)] == (0.1 if p.ndim >= least else 0.0) for m in modules for p in m.parameters())
+
+
+def test_the_optimisers_state_of_other_weights_is_refused():
+    one, other = (torch.optim.AdamW([torch.nn.Parameter(torch.ones(shape))]) for shape in ((), 3))
+    one.param_groups[0]["params"][0].grad = torch.ones(())
+    one.step()
+    with pytest.raises(EdgeclipError, match=r"of another weight .*--fresh"):
+        restore_optimizer(other, optimizer_tensors(one))
+
+
 def test_pixels_go_in_as_preprocess_normalises_them_bit_for_bit():
     spec = Preprocess(size=16, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    x = T._to(pixels, spec, torch.device("cpu"))
+    x = T.to_input(pixels, spec, torch.device("cpu"))
     assert (x.numpy() == normalise(pixels, spec)).all() and x.is_contiguous(memory_format=torch.channels_last)

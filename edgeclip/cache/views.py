@@ -2,13 +2,16 @@
 
 A view is [left, top, width, height in source pixels, flip 0 or 1], and for reinforced data RandAugment's operations after
 the resize, two numbers each: its place in `OPERATIONS` and its magnitude (TranslateX and TranslateY: of the side). Width 0
-is the picture's centre square, for whoever does not know its size.
+is the picture's centre square, for whoever does not know its size. Boxes are drawn in whole pixels, as torchvision and
+open_clip draw them: then torch's resize, which takes a third of PIL's time, cuts out the same box.
 """
 
 import math
 import random
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from edgeclip.preprocess import FILTERS, Preprocess, open_scaled
@@ -24,17 +27,17 @@ OPERATIONS = (
 def draw_views(width: int, height: int, spec: Views, rng: random.Random) -> np.ndarray:
     """[K, 5] view parameters for a picture of width x height pixels: the centre square, then random resized crops."""
     side = min(width, height)
-    views = [[(width - side) / 2, (height - side) / 2, side, side, 0]]
+    views = [[round((width - side) / 2), round((height - side) / 2), side, side, 0]]
     for _ in range(spec.count - 1):
         for _attempt in range(10):
             area = width * height * rng.uniform(*spec.scale)
             ratio = math.exp(rng.uniform(math.log(spec.ratio[0]), math.log(spec.ratio[1])))
-            w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-            if w <= width and h <= height:
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
                 break
         else:
             w = h = side
-        views.append([rng.uniform(0, width - w), rng.uniform(0, height - h), w, h, rng.random() < spec.flip])
+        views.append([rng.randint(0, width - w), rng.randint(0, height - h), w, h, rng.random() < spec.flip])
     return np.array(views, np.float32)
 
 
@@ -57,7 +60,8 @@ def replay(image: Image.Image, view: np.ndarray, spec: Preprocess) -> np.ndarray
 
 def see(content: bytes, view: np.ndarray, spec: Preprocess, name: object) -> np.ndarray:
     """uint8 [H, W, 3]: one view of a picture in a file's bytes, for training: a JPEG is decoded at the smallest of its eighths
-    that still has a pixel of its own for every pixel of the view. `replay` of the whole picture is within resampling of it.
+    that still has a pixel of its own for every pixel of the view. `replay` of the whole picture is within resampling of it,
+    and of a picture that is not scaled within one level, but for the rim, where PIL's filter looks beyond the box.
 
     Raises `UnreadablePicture`.
     """
@@ -72,7 +76,12 @@ def see(content: bytes, view: np.ndarray, spec: Preprocess, name: object) -> np.
         view = view.copy()
         view[[0, 2]] *= image.width / full[0]
         view[[1, 3]] *= image.height / full[1]
-    return replay(image, view, spec)
+    if len(view) > 5 or not view[2] or (view[:4] % 1).any():
+        return replay(image, view, spec)
+    left, top, width, height, flip = view.astype(int).tolist()
+    box = torch.from_numpy(np.array(image)[top : top + height, left : left + width]).permute(2, 0, 1)[None]
+    resized = F.interpolate(box, (spec.size, spec.size), mode=spec.interpolation, antialias=True)  # uint8: Pillow-SIMD's arithmetic
+    return (resized.flip(3) if flip else resized)[0].permute(1, 2, 0).numpy()
 
 
 def _operate(image: Image.Image, operation: str, magnitude: float) -> Image.Image:

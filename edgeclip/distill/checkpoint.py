@@ -80,12 +80,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The other way round, each tensor in its parameter's memory layout."""
+    """The other way round, each tensor in its parameter's memory layout.
+
+    Raises `EdgeclipError` for the state of other parameters, as of an edgeclip that numbered them otherwise.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, _, name = key.partition(".")
-        p = parameters[int(number)]
+        p = parameters[int(number)] if int(number) < len(parameters) else None
+        if p is None or (name != "step" and value.shape != p.shape):
+            raise EdgeclipError("checkpoint", f"its optimiser state '{key}' is of another weight (an older edgeclip wrote it?)", "begin anew with --fresh")
         state.setdefault(int(number), {})[name] = torch.empty_like(p, dtype=value.dtype).copy_(value) if value.shape == p.shape and p.ndim else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

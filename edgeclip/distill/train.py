@@ -147,7 +147,7 @@ def train(
         found = [Part()] * count
         if pixels is not None:
             hide = None if phase.first else recipe.losses.masked_feature
-            found = [part._replace(pixels=_to(x, preprocess, device), hide=hide) for part, x in zip(found, np.array_split(pixels, count), strict=True)]
+            found = [part._replace(pixels=to_input(x, preprocess, device), hide=hide) for part, x in zip(found, np.array_split(pixels, count), strict=True)]
         if texts is not None and reads:
             ids = (of[own[_own(len(own))]].tensor_split(count) for of, own in ((texts.captions, index), (texts.prompts, drawn)))
             found = [part._replace(captions=c.to(device), prompts=p.to(device)) for part, c, p in zip(found, *ids, strict=True)]
@@ -277,9 +277,9 @@ def _optimizer(phase: Phase, recipe: Recipe, student: Student, text: nn.Module |
             of_stem = [p for p in weights if id(p) in slower]
             groups[0] |= {"params": [p for p in weights if id(p) not in slower]}
             groups.insert(1, {"params": of_stem, "lr": spec.lr * spec.tower_lr_ratio * stem.lr_ratio})
-    if spec.weight_decay_of == "matrices":
-        split = [(g, [p for p in g["params"] if (p.ndim > 1) == matrix], matrix) for g in groups for matrix in (True, False)]
-        groups = [g | {"params": params} | ({} if matrix else {"weight_decay": 0.0}) for g, params, matrix in split if params]
+    least = 2 if spec.weight_decay_of == "matrices" else 1  # a scalar (alpha, a log scale) is no weight of many: decay would only pull it to 0
+    split = [(g, [p for p in g["params"] if (p.ndim >= least) == decays], decays) for g in groups for decays in (True, False)]
+    groups = [g | {"params": params} | ({} if decays else {"weight_decay": 0.0}) for g, params, decays in split if params]
     if spec.optimizer == "sgd" and not phase.frozen:
         return torch.optim.SGD(groups, momentum=spec.momentum, weight_decay=spec.weight_decay)
     return torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
@@ -346,11 +346,13 @@ def _pixels(
     return stream(pairs, make, batch_size, [], threads)
 
 
-def _to(pixels: np.ndarray, preprocess: Preprocess, device: torch.device) -> Tensor:
+def to_input(pixels: np.ndarray, preprocess: Preprocess, device: torch.device) -> Tensor:
     """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in channels_last layout: `preprocess.normalise` bit for bit, without turning pixels twice."""
-    x = torch.from_numpy(pixels).to(device).float().div_(torch.tensor(255.0, device=device))
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (preprocess.mean, preprocess.std))
-    return x.sub_(mean).div_(std).permute(0, 3, 1, 2)
+    b, h, w, c = pixels.shape
+    x = torch.from_numpy(pixels).to(device).reshape(b, h, w * c).float().div_(torch.tensor(255.0, device=device))
+    # a whole line's means and deviations at once: over the last three numbers alone nothing is vectorised
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=device).repeat(w) for v in (preprocess.mean, preprocess.std))
+    return x.sub_(mean).div_(std).view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -362,7 +364,7 @@ def frozen_features(student: Student, cache: TeacherCache, preprocess: Preproces
     out = []
     parts = ((v, part) for v in range(k) for part in _pixels(cache, ((int(i), v) for i in own), preprocess, size, threads))
     for _, (_, x) in track(parts, "student features", k * math.ceil(len(own) / size)):
-        out.append(student.tower(_to(x, preprocess, device)))
+        out.append(student.tower(to_input(x, preprocess, device)))
     return ranks.gather(torch.cat(out).reshape(k, len(own), -1).transpose(0, 1), ranks.share(n))
 
 

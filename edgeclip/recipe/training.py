@@ -146,7 +146,8 @@ class Train(Config):
     """of sgd"""
     weight_decay: NonNegative = 1e-2
     weight_decay_of: Literal["all", "matrices"] = "all"
-    """matrices: of weights with two or more dimensions only, as CLIP was trained; biases, norms, alpha and log scales keep theirs"""
+    """matrices: of weights with two or more dimensions only, as CLIP was trained; biases and norms keep theirs. Scalars (alpha, log
+    scales) never decay"""
     freeze_batch_norm: bool = False
     """keep the pretrained tower's batch-norm statistics (its weights are trained all the same): a small set's batches
     have other statistics than those its filters were learnt with"""
