@@ -83,6 +83,27 @@ def test_each_teacher_is_its_columns_of_every_view_and_caption(tmp_path, kind):
     assert first.pictures[11].key == "dr1/u11" and first.views.shape == (12, K, 9)
 
 
+def test_dfndrs_captioners_stand_apart(tmp_path):
+    """text_emb of the data's caption alone, and a list with features of its own for every captioner; one list has none."""
+
+    def apart(i, name, content):
+        image, text, _, syn = sample(i)
+        if name == "syn.json":
+            return json.dumps({"syn_text": syn[1:], "syn_text_coca": syn[:1], "syn_text_later": ["no features"]}).encode()
+        if name == "npz":
+            buffer = io.BytesIO()
+            np.savez(buffer, image_emb=image, text_emb=text[:1], syn_text_emb=text[2:], syn_text_coca_emb=text[1:2])
+            return buffer.getvalue()
+        return content
+
+    made = build(tmp_path, dataset(reinforced(tmp_path / "dr0.tar", range(5), change=apart)))
+    unit = sample(3)[1][[0, 2, 1], :6]
+    np.testing.assert_allclose(made.caption_features[3], unit / np.linalg.norm(unit, axis=1, keepdims=True), atol=2e-3)
+    cut = reinforced(tmp_path / "dr0.tar", range(5), change=lambda i, n, c: c if n != "syn.json" else b'{"syn_text": ["one"]}')
+    with pytest.raises(EdgeclipError, match=r"5 of 5 samples are broken.*'u0' 2 captions and 3 rows \(text\)"):
+        build(tmp_path, dataset(cut), cache_name="another")
+
+
 def test_the_shards_may_lie_apart_from_the_pictures_and_in_another_order(tmp_path):
     pictures = reinforced(tmp_path / "pictures.tar", range(9), change=lambda i, name, content: content if name in ("jpg", "txt") else None)
     reinforced(tmp_path / "dr0.tar", [8, 3, 5, 1, 0, 2, 7], pictures=False)

@@ -7,9 +7,13 @@ A sample of such a tar, beside the picture or in tars of their own:
     <uid>.npz             image_emb [K, E], text_emb [C, E]: the data's own caption first, then the synthetic ones;
       or <uid>.pth.gz     the same as a torch file of bfloat16. E: the teachers' widths one after the other
 
+DFNDR's generator writes each captioner's list and features apart: syn_text_a in the JSON, syn_text_a_emb beside a text_emb of
+the data's own caption alone. They are put one after the other by name; a list without features is left out.
+
 One tar becomes one shard of the cache, for the part of E that is this teacher's. A view is a crop and then RandAugment's
 operations, by their numbers in torchvision's order; magnitudes of TranslateX and TranslateY are pixels of the teacher's
-input, and kept as fractions of its side. Sources: MobileCLIP arXiv 2311.17049, the cards of apple/DataCompDR-12M.
+input, and kept as fractions of its side. Sources: MobileCLIP arXiv 2311.17049, the cards of apple/DataCompDR-12M, the generator
+apple/ml-mobileclip-dr.
 """
 
 import gzip
@@ -49,7 +53,7 @@ def identity(spec: Reinforced) -> dict[str, Any]:
 def width(spec: Reinforced) -> int:
     """This teacher's, by the first sample."""
     for _, members in _samples(shard_files(spec)[0]):
-        return _columns(_arrays(members)[0], spec).shape[1]
+        return _columns(_arrays(members)["image_emb"], spec).shape[1]
     raise EdgeclipError(shard_files(spec)[0], "has no reinforced sample", "check the recipe's teacher.shards")
 
 
@@ -70,13 +74,13 @@ def make(spec: Reinforced, pictures: Sequence[Picture], place_of: dict[str, int]
         if key not in place_of:
             continue
         try:
-            image, text = _arrays(members)
-            view = parameters(members["paug.json"], spec.image_size)
-            captioned = [pictures[place_of[key]].caption, *json.loads(members.get("syn.json", b'{"syn_text": []}'))["syn_text"]]
+            arrays_of = _arrays(members)
+            image, view = arrays_of["image_emb"], parameters(members["paug.json"], spec.image_size)
+            captioned, text = _captions(pictures[place_of[key]].caption, json.loads(members.get("syn.json", b"{}")), arrays_of)
             if len(view) != len(image):
                 raise ValueError(f"{len(view)} views and {len(image)} rows")
-            if text is not None and len(text) != len(captioned):
-                raise ValueError(f"{len(captioned)} captions and {len(text)} rows")
+            if texts and text is not None and len(text) != len(texts[0]):
+                raise ValueError(f"{len(text)} captions, and others have {len(texts[0])}")
             if rows and (image.shape[0] != rows[0].shape[0] or view.shape != records[0][2].shape):
                 raise ValueError(f"{len(image)} views, and others have {len(rows[0])}")
             own = _columns(image, spec)
@@ -156,8 +160,25 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield uid, members
 
 
-def _arrays(members: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray | None]:
-    """(image_emb [K, E], text_emb [C, E] or None), float32; nothing is unpickled but tensors."""
+def _captions(own: str, synthetic: dict[str, list[str]], arrays: dict[str, np.ndarray]) -> tuple[list[str], np.ndarray | None]:
+    """(captions, their features [C, E]; None where there are none): the data's own first, then each captioner's by name."""
+    lists = {k: v for k, v in sorted(synthetic.items()) if k.startswith("syn_text")}
+    everything = [own, *(c for v in lists.values() for c in v)]
+    if "text_emb" not in arrays:
+        return everything, None
+    apart = {k: (said, arrays[f"{k}_emb"]) for k, said in lists.items() if f"{k}_emb" in arrays}
+    parts = {"text": ([own] if apart else everything, arrays["text_emb"])} | apart
+    for name, (said, rows) in parts.items():
+        if len(said) != len(rows):
+            raise ValueError(f"{len(said)} captions and {len(rows)} rows ({name})")
+    return [c for said, _ in parts.values() for c in said], np.concatenate([rows for _, rows in parts.values()])
+
+
+def _arrays(members: dict[str, bytes]) -> dict[str, np.ndarray]:
+    """image_emb [K, E] and what there is of text_emb [C, E] and the captioners' own, float32; nothing is unpickled but tensors.
+
+    Raises KeyError where image_emb is missing.
+    """
     if "npz" in members:
         with np.load(io.BytesIO(members["npz"]), allow_pickle=False) as z:
             found = {k: z[k] for k in z.files}
@@ -166,5 +187,6 @@ def _arrays(members: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray | None]:
         found = {k: (v if isinstance(v, torch.Tensor) else torch.stack(list(v))).float().numpy() for k, v in loaded.items() if len(v)}
     else:
         raise KeyError("npz or pth.gz")
-    text = found.get("text_emb")
-    return np.asarray(found["image_emb"], np.float32), None if text is None else np.asarray(text, np.float32)
+    return {"image_emb": np.asarray(found["image_emb"], np.float32)} | {
+        k: np.asarray(v, np.float32) for k, v in found.items() if k.endswith("text_emb") or k.startswith("syn_text")
+    }
