@@ -18,9 +18,12 @@ from edgeclip import cache, teachers
 from edgeclip import recipe as R
 from edgeclip.cache.views import OPERATIONS
 from edgeclip.data import Dataset
+from edgeclip.distill.text import texts
 from edgeclip.errors import EdgeclipError
 from edgeclip.pictures import index_tar
 from edgeclip.preprocess import Preprocess
+from edgeclip.students import token_ids
+from edgeclip.teachers.open_clip import clip_tokenizer_json
 
 K, SYNTHETIC, WIDTHS = 3, 2, (6, 4)
 
@@ -188,3 +191,14 @@ def test_a_student_learns_from_both_teachers(here):
     found = json.loads(run("cache", "build", write(here, RECIPE), "--json").stdout)
     assert [(c["pictures"], c["views"], c["width"], c["captions"]) for c in found] == [(9, K, 6, 3), (9, K, 4, 3)]
     mistake("cache", "build", write(here, RECIPE), "--out", "x", says="--out x: is one folder, and the recipe has several teachers")
+
+
+def test_a_students_text_tower_reads_the_caption_whose_features_the_view_has(tmp_path):
+    """Caption by caption the ids lie beside the teacher's features of the same words."""
+    made = build(tmp_path, dataset(reinforced(tmp_path / "dr0.tar", [4, 1]), reinforced(tmp_path / "dr1.tar", [7])))
+    text = teachers.TextTower(module=torch.nn.Identity(), tokenizer=clip_tokenizer_json("ViT-B-32"), context_length=16)
+    found = texts(text, teachers.load(R.Reinforced(root=str(tmp_path), shards="dr*.tar")), made, [], ())
+    said = [[f"caption {i}", *(f"synthetic {i} {c}" for c in range(SYNTHETIC))] for i in (4, 1, 7)]
+    assert found.captions.shape == (3, 1 + SYNTHETIC, 16) and made.caption_features.shape[:2] == found.captions.shape[:2]
+    for i, words in enumerate(said):
+        assert torch.equal(found.captions[i], token_ids(text, words))

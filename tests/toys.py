@@ -92,7 +92,7 @@ def run(folder, losses, kind="plain", text=False, student=None, **schedule):
     texts = None
     if text:
         words = torch.from_numpy(rng.integers(20, size=(PICTURES + 9, 5)))
-        texts = Texts(StudentText(Words(), 12, D), words[:PICTURES], words[PICTURES:], torch.from_numpy(unit(rng, 9, D)))
+        texts = Texts(StudentText(Words(), 12, D), words[:PICTURES, None], words[PICTURES:], torch.from_numpy(unit(rng, 9, D)))
     steps, first = [], Step.__call__
 
     def recorded(self, *arguments):

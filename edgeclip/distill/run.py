@@ -107,6 +107,9 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         return teachers.without_towers(other), rows
 
     others = [another(spec, run / f"teacher-{i}") for i, spec in enumerate(asked.other_teachers, start=2)]
+    if differ := next((str(c.folder) for _, c in others if asked.student.text and c.manifest["captions"] != cached.manifest["captions"]), None):
+        where = f"{path}: student.text"
+        raise EdgeclipError(where, f"reads the first teacher's captions, and {differ} has another number of them a picture", "leave that teacher out")
     fusion: Fusion | None = None
     if asked.fuse:
         with ranks.first_alone():

@@ -7,11 +7,13 @@ drawn beside them, because captions alone need not name every class.
 
 from typing import NamedTuple
 
+import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 from torch import Tensor, cat, nn
 
 from edgeclip import students
 from edgeclip.cache import TeacherCache
+from edgeclip.cache.shards import name
 from edgeclip.distill.losses import Batch
 from edgeclip.teachers import Teacher, TextTower
 from edgeclip.zero_shot import prompts
@@ -20,8 +22,8 @@ from edgeclip.zero_shot import prompts
 class Texts(NamedTuple):
     tower: nn.Module
     """input_ids [N, L] to the student's unit features [N, D]"""
-    captions: Int[Tensor, "n L"]
-    """ids of every training picture's caption"""
+    captions: Int[Tensor, "n C L"]
+    """ids of every training picture's captions; view v goes with caption v modulo C, as in `targets`"""
     prompts: Int[Tensor, "P L"]
     """ids of every class name under every template; P may be 0"""
     prompt_features: Float[Tensor, "P D"]
@@ -31,10 +33,19 @@ class Texts(NamedTuple):
 def texts(text: TextTower, teacher: Teacher, cache: TeacherCache, classes: list[str], templates: tuple[str, ...]) -> Texts:
     """classes: those that training may name. Raises `EdgeclipError` for a text longer than the student's context."""
     named = prompts(classes, templates)
-    captions = students.token_ids(text, [p.caption for p in cache.pictures], cut=True)
+    said = _captions(cache)
+    captions = students.token_ids(text, [c for of_picture in said for c in of_picture], cut=True)
     ids = students.token_ids(text, named) if named else captions[:0]
     features = teacher.encode_text(named) if named else captions.new_zeros((0, teacher.embed_dim)).float()
-    return Texts(text.module, captions, ids, features)
+    return Texts(text.module, captions.reshape(len(said), -1, captions.shape[1]), ids, features)
+
+
+def _captions(cache: TeacherCache) -> list[list[str]]:
+    """Of every picture, the data's own first; a reinforced cache has all of them beside their features."""
+    if cache.manifest["captions"] == 1:
+        return [[p.caption] for p in cache.pictures]
+    tables = [pq.read_table(cache.folder / name("metadata", i, len(cache.manifest["shards"]))) for i in range(len(cache.manifest["shards"]))]
+    return [[own, *more] for t in tables for own, more in zip(t["caption"].to_pylist(), t["more_captions"].to_pylist(), strict=True)]
 
 
 def text_feature(batch: Batch, prompts: Float[Tensor, "p D"] | None, prompt_targets: Float[Tensor, "p D"]) -> Float[Tensor, ""]:

@@ -138,7 +138,7 @@ def train(
         for step, (_, x) in zip(range(done, phase.steps), pixels, strict=True):
             yield *drawn(step), x
 
-    def parts(phase: Phase, index: np.ndarray, drawn: np.ndarray, pixels: np.ndarray | None) -> list[Part]:
+    def parts(phase: Phase, index: np.ndarray, view: np.ndarray, drawn: np.ndarray, pixels: np.ndarray | None) -> list[Part]:
         """What this process's towers see of the batch, in as many parts as the recipe says."""
         reads = texts is not None and phase.first is None
         if pixels is None and not reads:
@@ -149,8 +149,10 @@ def train(
             hide = None if phase.first else recipe.losses.masked_feature
             found = [part._replace(pixels=to_input(x, preprocess, device), hide=hide) for part, x in zip(found, np.array_split(pixels, count), strict=True)]
         if texts is not None and reads:
-            ids = (of[own[_own(len(own))]].tensor_split(count) for of, own in ((texts.captions, index), (texts.prompts, drawn)))
-            found = [part._replace(captions=c.to(device), prompts=p.to(device)) for part, c, p in zip(found, *ids, strict=True)]
+            own = _own(len(index))
+            ids = texts.captions[index[own], view[own] % texts.captions.shape[1]], texts.prompts[drawn[_own(len(drawn))]]
+            split = zip(found, *(of.tensor_split(count) for of in ids), strict=True)
+            found = [part._replace(captions=c.to(device), prompts=p.to(device)) for part, c, p in split]
         return found
 
     def full(batch: L.Batch, prompts: Tensor | None, drawn: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
@@ -196,7 +198,7 @@ def train(
                     said = run_step(
                         optimizer,
                         _cosine(position, phase.epochs * phase.steps),
-                        parts(phase, index, drawn, pixels),
+                        parts(phase, index, view, drawn, pixels),
                         {"image": tower_features[index, view]} if pixels is None and tower_features is not None else {},
                         known,
                         dict.fromkeys(("image", "masked", "text"), counts) | {"prompts": ranks.share(len(drawn))},

@@ -196,8 +196,6 @@ def check(recipe: Recipe, where: object) -> None:
             continue
         if teacher.text and teacher.class_features:
             raise EdgeclipError(f"{where}: {field}", "has both text and class_features", "give one of them")
-        if isinstance(teacher, Reinforced) and recipe.student.text:
-            raise EdgeclipError(f"{where}: student.text", f"reads one caption a picture, and {field} (kind: reinforced) has several", "leave student.text out")
         if isinstance(teacher, Embeddings) and losses.if_align and not losses.if_align.normalise:
             raise EdgeclipError(f"{where}: losses.if_align", f"needs the teacher's norms, which {field} (kind: embeddings) has lost", "use normalise: true")
     if recipe.fuse and not recipe.other_teachers:
