@@ -130,3 +130,41 @@ def test_fine_tuning_gains_where_a_range_was_spoilt(pictures, tmp_path):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5 * before
+
+
+def test_from_recipe_to_graph_the_learnt_scales_ship(here):
+    """The real commands: a recipe with distill.quantize, then export to that target, whose graph has the scales that training learnt."""
+    import onnx
+    from conftest import RECIPE, picture
+    from conftest import run as cli
+
+    for label in ("apple", "pear"):
+        (here / "photos" / label).mkdir(parents=True)
+        for i in range(40):
+            picture(i + 1000 * (label == "pear"), 40, 40).save(here / "photos" / label / f"{i}.png")
+    (here / "t.yaml").write_text(
+        _yaml("onnx-int8").replace("probe_layers: 0", "probe_layers: 0, judged_on: 8, min_int8_share: 0, min_speedup: 0").replace("0.5", "0.0")
+    )
+    recipe = RECIPE.replace("ROOT", "photos") + "distill: {quantize: t.yaml, epochs: 2, lr: 1e-5}\n"
+    (here / "q.yaml").write_text(recipe)
+    result = cli("distill", "q.yaml")
+    assert result.exit_code == 0, result.output
+    record = disk.read_json(here / "runs/q/quantised/quantised.json")
+    assert len(record["log"]) == 2 and len(record["nodes"]) > 20
+
+    result = cli("export", "--run", "runs/q", "--target", "t.yaml", "--json")
+    assert result.exit_code == 0, result.output
+    bundle = here / "runs/q/bundles/t"
+    manifest = disk.read_manifest(bundle, "bundle")
+    assert manifest["quantisation"]["learnt"] is True and len(manifest["quantisation"]["frontier"]) == 1
+    assert manifest["parents"]["quantised"] == disk.sha256(here / "runs/q/quantised" / disk.MANIFEST)
+    scales = graph.initializers(onnx.load(bundle / "image_encoder.onnx"))
+    found = {tensor: scales[f"{tensor}_scale"] for tensor in record["ranges"] if f"{tensor}_scale" in scales}
+    assert found.keys() == record["ranges"].keys()
+    for tensor, (low, high) in record["ranges"].items():
+        assert found[tensor] == pytest.approx((high - low) / 255, rel=1e-5)
+
+    # Another target calibrates the float student, whose scales are others.
+    (here / "u.yaml").write_text((here / "t.yaml").read_text().replace("as_host", "always"))
+    assert cli("export", "--run", "runs/q", "--target", "u.yaml").exit_code == 0
+    assert disk.read_manifest(here / "runs/q/bundles/u", "bundle")["quantisation"]["learnt"] is False

@@ -82,12 +82,17 @@ def module_name(node: str) -> str:
     return ".".join(p for i, p in enumerate(parts) if i + 1 == len(parts) or not parts[i + 1].startswith(p + "."))
 
 
+def traced_modules(folded: nn.Module) -> dict[str, nn.Module]:
+    """Every module by the name that a tracer gives it; timm's FeatureGetterNet (a stem) runs its model's layers without calling the model."""
+    return {name.replace(".backbone.model.", ".backbone."): module for name, module in folded.named_modules()}
+
+
 def attach(folded: nn.Module, quantisation: Quantisation, target: T.Target) -> dict[str, Rounding]:
     """Makes the mapped layers of a folded student round; returns each quantised tensor's rounding.
 
     Raises `EdgeclipError` for a layer that is no module of its own (the packed projection of torch's MultiheadAttention).
     """
-    modules = dict(folded.named_modules())
+    modules = traced_modules(folded)
     found, ranges = dict[str, Rounding](), quantisation.calibrated.ranges
     symmetric = target.runtime == "tensorrt" or target.activations == "int8"
 
