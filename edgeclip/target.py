@@ -23,6 +23,9 @@ class Calibration(Config):
     seed: int = 0
     judged_on: Annotated[int, Meta(ge=0)] = 128
     """so many further training pictures, none of which gave ranges, are what candidates are judged on; 0: the pictures of the ranges"""
+    judged_cosine_p1: Fraction = 0.0
+    """what the search asks of the centred cosine on those pictures where it is more than the tolerance: pictures that training has
+    seen are answered with a wider lead than new ones, so their answers survive a rounding that costs new ones theirs"""
     methods: tuple[Literal["minmax", "mean", "percentile", "entropy"], ...] = ("minmax", "mean")
     """how ranges are taken: over everything; the mean of each picture's; a histogram's 99.999 %; by least entropy loss"""
     smoothing: tuple[Fraction | None, ...] = (None, 0.5)

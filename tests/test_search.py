@@ -209,6 +209,15 @@ def test_without_smoothing_the_worst_layers_go_back_to_float_and_no_more(plain, 
     assert 0.3 <= found.int8_share < 1.0
 
 
+def test_the_search_may_ask_more_of_the_judged_pictures_than_the_tolerance_does(plain, pictures):
+    (loose,) = look(plain, pictures, asked(p1=0.0))[1]["frontier"]
+    least = (loose["centred_cosine_p1"] + 1) / 2
+    strict = look(plain, pictures, asked(p1=0.0, judged_cosine_p1=least, min_int8_share=0))[1]["frontier"]
+    chosen = next(r for r in strict if r["verdict"] == "chosen")
+    assert loose["verdict"] == "chosen" and chosen["centred_cosine_p1"] >= least > loose["centred_cosine_p1"]
+    assert f"below {least}" in strict[0]["verdict"] and chosen["float_layers"] > 0
+
+
 def test_what_cannot_be_repaired_is_refused_with_its_reason(hard, pictures):
     with pytest.raises(
         Refused, match=r"int8 does not hold: with the \d+ worst layers in float \(int8 share 0\.[78]\d+\) centred cosine p1 0\.\d+, below 0\.95"

@@ -117,7 +117,8 @@ def _try(task: Task, quantisation: Quantisation, number: int) -> Candidate:
     path = folder / task.exporter.write(task.model, task.target, quantisation, folder)
     run = _session(task.target, path)
     found = np.concatenate([run(task.pictures.judged[i : i + BATCH]) for i in range(0, len(task.pictures.judged), BATCH)])
-    close, tolerance = cosine(found, task.reference), task.target.tolerance
+    close, tolerance, spec = cosine(found, task.reference), task.target.tolerance, task.target.calibration
+    least = max(tolerance.centred_cosine_p1, spec.judged_cosine_p1 if spec else 0.0)
     same, where_right = None, None
     if task.answers is not None:
         answers, reference = task.answers(found), task.answers(task.reference)
@@ -134,8 +135,8 @@ def _try(task: Task, quantisation: Quantisation, number: int) -> Candidate:
         "latency_ms": None,
     }
     short = []
-    if not close["centred_p1"] >= tolerance.centred_cosine_p1:  # not a number is short too
-        short.append(f"centred cosine p1 {close['centred_p1']:.4f}, below {tolerance.centred_cosine_p1}")
+    if not close["centred_p1"] >= least:  # not a number is short too
+        short.append(f"centred cosine p1 {close['centred_p1']:.4f}, below {least}")
     short += short_of_agreement(tolerance, same, where_right)
     form = ", ".join(str(v) for v in quantisation.form if v is not None)
     say(
