@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import pytest
 import torch
 from conftest import require
+from onnx import helper
 
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
@@ -81,3 +83,24 @@ def test_every_runtime_but_the_null_one_has_an_install_line():
 
 def test_threads_are_those_asked_for(model):
     assert open_session("onnxruntime", model, 2).facts["threads"] == 2
+
+
+def test_s8s8_is_integer_arithmetic_here_as_on_arm(tmp_path):
+    """The scales make 1 / 128, so that one sum in 128 lies on a rounding boundary: sums of floats fall on either side of it."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-100, 100, shape, dtype=np.int8) for shape in ((1, 8, 16, 16), (8, 8, 1, 1)))
+    scale = {k: np.float32(v) for k, v in {"x": 0.1, "w": 0.3, "y": 0.06 * 64}.items()}
+    nodes = [
+        *(helper.make_node("DequantizeLinear", [k, f"{k}_scale", "zero"], [f"{k}_float"]) for k in "xw"),
+        helper.make_node("Conv", ["x_float", "w_float"], ["y_float"]),
+        helper.make_node("QuantizeLinear", ["y_float", "y_scale", "zero"], ["y_int"]),
+        helper.make_node("DequantizeLinear", ["y_int", "y_scale", "zero"], ["y"]),
+    ]
+    constants = {"w": w, "zero": np.int8(0), **{f"{k}_scale": v for k, v in scale.items()}}
+    ends = [helper.make_tensor_value_info(name, kind, x.shape) for name, kind in (("x", onnx.TensorProto.INT8), ("y", onnx.TensorProto.FLOAT))]
+    g = helper.make_graph(nodes, "g", ends[:1], ends[1:], [onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()])
+    onnx.save(helper.make_model(g, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "m.onnx")
+    sums = np.einsum("oi,bihw->bohw", w[:, :, 0, 0].astype(np.int64), x.astype(np.int64))
+    expected = np.rint(sums.astype(np.float32) * (scale["x"] * scale["w"] / scale["y"])).clip(-128, 127) * scale["y"]
+    found = open_session("onnxruntime", tmp_path / "m.onnx", 1).run(x)
+    assert (found == expected).all() and np.unique(expected).size > 100
