@@ -84,12 +84,14 @@ def bench(
     scenarios: tuple[str, ...] = SCENARIOS,
     minutes: float = 0.0,
     meter_csv: Path | None = None,
+    metered: bool = False,
     python: tuple[str, ...] = (sys.executable,),
 ) -> dict[str, Any]:
     """The bench report, JSON-able. `evaluation`: a run's evaluation folder, for pictures; None: the golden ones.
 
     minutes: of sustained load. meter_csv: what an external power meter writes meanwhile; the device's own rails are read
-    without it. python: what starts a fresh process here.
+    without it. metered: such a meter is the host's, which will read it (`energy.by_the_hosts_meter`). python: what starts a
+    fresh process here.
     """
     name = bundle.manifest["target"]["name"]
     session = bundle.image_encoder
@@ -111,10 +113,10 @@ def bench(
     if minutes:
         say(f"bench {name}: sustained, {minutes:g} minutes")
         report["sustained"] = sustained(session.run, inputs, 60 * minutes)
-    source = None if meter_csv else energy.find(device.rails)
-    if "single_stream" in scenarios and (source or meter_csv):
+    source = None if meter_csv or metered else energy.find(device.rails)
+    if "single_stream" in scenarios and (source or meter_csv or metered):
         say(f"bench {name}: energy, {energy.IDLE_S:g} s idle and {minimum.min_duration_s:g} s under load")
-        report["energy"] = energy.measure(session.run, inputs, minimum.min_duration_s, source, meter_csv)
+        report["energy"] = energy.measure(session.run, inputs, minimum.min_duration_s, source, meter_csv, metered)
         report["energy_mj_per_image"] = (report["energy"] or {}).get("mj_per_image")
     report["temperature_end_c"] = machine.temperature_c()
     report["failures"] = over_budget(report, device)

@@ -133,7 +133,7 @@ def validate(run: Path | None, bundle: Path | None, clean: bool, device_name: st
 @click.option("--device", "devices", multiple=True, help="A name from `edgeclip list devices`, or a YAML file; several are compared.  [default: host-cpu]")
 @click.option("--scenario", type=click.Choice(["single_stream", "multi_stream", "offline"]), help="MLPerf's; all three when omitted.")
 @click.option("--minutes", default=0.0, help="So many minutes of sustained load besides: temperature, throttling, drift of p90.")
-@click.option("--meter", "meter_csv", type=click.Path(path_type=Path), help="A CSV (timestamp, watts) that a power meter is writing meanwhile.")
+@click.option("--meter", "meter_csv", type=click.Path(path_type=Path), help="A CSV (timestamp, watts) that a power meter is writing here meanwhile.")
 @json_option
 def bench(
     run: Path | None, bundle: Path | None, clean: bool, devices: tuple[str, ...], scenario: str | None, minutes: float, meter_csv: Path | None, as_json: bool
@@ -187,15 +187,13 @@ def _bench_one(
         if board is None:
             here, checks = D.require_here(name, device), None
         else:
-            if meter_csv:
-                raise EdgeclipError("--meter", "goes with a device that is this machine", "run bench on the board itself, where the meter's file is")
             checks = [r._asdict() for r in board.prepare(bundles, evaluation)]
         for b in bundles:
             try:
                 if board is None:
                     report = measure(b, device, here, evaluation.folder if evaluation else None, minimum, scenarios, minutes, meter_csv)
                 else:
-                    report = board.bench(b, minimum, scenarios, minutes) | {"preflight": checks}
+                    report = board.bench(b, minimum, scenarios, minutes, meter_csv) | {"preflight": checks}
             except LinkLost as e:
                 _write_report(incomplete(b, board.facts, minimum, str(e)), name, run, "bench")
                 raise

@@ -7,7 +7,8 @@ Where power is read (the profile's `rails` say which; their sum must be the boar
     RAPL       x86: energy_uj, a counter that wraps at max_energy_range_uj. Kernel Documentation/power/powercap
     tegrastats Jetson, where hwmon cannot be read: "VDD_IN 4938mW/4902mW"
     a meter    any board: a CSV with columns `timestamp` (seconds since 1970, or ISO 8601 with its zone) and `watts`,
-               written by the meter's own program while the benchmark runs, on a clock that agrees with the board's
+               written by the meter's own program on the host while the benchmark runs. Of a remote board the clocks' offset
+               is measured over the link, before and after, and what lies within its half-width of an edge does not count
 
 How to read it: `mj_per_image` is above idle, with the 95 % half-width from the scatter of the samples (in blocks, since
 neighbouring ones are alike); the sensor's own calibration error is on top of it and is not known here. `steady` says
@@ -194,9 +195,14 @@ class Sampler:
             self.stop.wait(1 / HZ)
 
 
-def measure(query: Callable[[Any], Any], inputs: list[Any], seconds: float, source: Source | None, meter_csv: Path | None = None) -> dict[str, Any] | None:
-    """Idle, then load for so long; None where there is nothing to read. The CSV is read after the load is over."""
-    if source is None and meter_csv is None:
+def measure(
+    query: Callable[[Any], Any], inputs: list[Any], seconds: float, source: Source | None, meter_csv: Path | None = None, metered: bool = False
+) -> dict[str, Any] | None:
+    """Idle, then load for so long; None where there is nothing to read. The CSV is read after the load is over.
+
+    metered: what `by_the_hosts_meter` needs instead.
+    """
+    if source is None and meter_csv is None and not metered:
         return None
     with Sampler(source or Source("", lambda: 0.0)) as sampler:
         times = [time.time()]
@@ -207,9 +213,24 @@ def measure(query: Callable[[Any], Any], inputs: list[Any], seconds: float, sour
             query(inputs[count % len(inputs)])
             count += 1
         times.append(time.time())
+    if metered:
+        return {"times": times, "count": count, "temperatures": sampler.samples}
     samples = meter(meter_csv) if meter_csv else sampler.samples
     temperatures = sampler.samples if meter_csv else samples
     return per_image(samples, temperatures, times, count, f"meter: {meter_csv}" if meter_csv else source.name if source else "")
+
+
+def by_the_hosts_meter(path: Path, marks: dict[str, Any], before: tuple[float, float], after: tuple[float, float]) -> dict[str, Any]:
+    """marks: `measure`'s, by the board's clock. before, after: (the board's clock less the host's, half-width) in seconds.
+
+    The offset is the mean of both, its half-width holds both with theirs.
+    """
+    offset = (before[0] + after[0]) / 2
+    half = max(abs(o - offset) + h for o, h in (before, after))
+    idle, load, end = (t - offset for t in marks["times"])
+    kept = [s for s in meter(path) if all(abs(s.time - edge) >= half for edge in (idle, load, end))]
+    temperatures = [Sample(t - offset, w, c) for t, w, c in marks["temperatures"]]
+    return {**per_image(kept, temperatures, [idle, load, end], marks["count"], f"meter: {path}"), "clock_offset_s": offset, "clock_half_width_s": half}
 
 
 def per_image(samples: list[Sample], temperatures: list[Sample], times: list[float], count: int, name: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def bench(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[st
     from edgeclip.bench import bench as measure
 
     evaluation = Path(work["evaluation"]) if work["evaluation"] else None
-    how = {"scenarios": tuple(work["scenarios"]), "minutes": work["minutes"], "python": tuple(work["python"])}
+    how = {"scenarios": tuple(work["scenarios"]), "minutes": work["minutes"], "python": tuple(work["python"]), "metered": work.get("metered", False)}
     return measure(_bundle(work, device), device, machine.facts(), evaluation, Minimum(**work["minimum"]), **how), {}
 
 

@@ -10,12 +10,17 @@ from typing import Any, NamedTuple
 from edgeclip.device import Device, differences
 
 CLOCK_S = 120
+"""this project's choice: nothing that is kept is dated by the board, a clock further off says that it was never set"""
 BUSY = 0.5
-"""load average before the work: others are using the cores"""
+"""load average before the work: others are using the cores. This project's choice: half a core on average of the last minute"""
 BUILD_MIB = 3000
-"""memory and swap that building an engine may take beside the system: CUDA, cuDNN's and TensorRT's libraries and the tactics"""
+"""memory and swap that building an engine may take beside the system: CUDA, cuDNN's and TensorRT's libraries and the tactics. An
+estimate of this project, measured on no board"""
 HOT_C = 70
+"""this project's choice, where a board names no limit of its own: a Raspberry Pi slows down from 80 on (its documentation, "Frequency
+management and thermal control"), so ten are left for the run"""
 MARGIN_C = 20
+"""this project's choice: below the critical temperature that the kernel's thermal zone gives (a trip point of type critical)"""
 
 
 class Row(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 from test_device import fake
 
 from edgeclip import energy
-from edgeclip.energy import Sample, find, meter, per_image, steady_from
+from edgeclip.energy import Sample, by_the_hosts_meter, find, meter, per_image, steady_from
 from edgeclip.errors import EdgeclipError
 
 INA3221 = {
@@ -157,3 +157,16 @@ def test_a_load_is_sampled_while_it_runs(monkeypatch):
     r = energy.measure(query, [0], 3.0, energy.Source("toy", lambda: 9.0 if busy[0] else 4.0))
     assert r["idle_w"] == pytest.approx(4.0) and r["load_w"] == pytest.approx(9.0, abs=0.3) and r["samples_load"] >= 20
     assert r["mj_per_image"] == pytest.approx(5e3 * 3.0 / r["pictures"], rel=0.1)
+
+
+@pytest.mark.parametrize("ahead", [0.0, 100.0, -7.5])
+def test_a_meter_on_the_hosts_clock_is_read_by_the_boards_marks(tmp_path, ahead):
+    """2 W idle for 10 s, 5 W for 20 s of 400 pictures: 3 W of 50 ms are 150 mJ, whatever the board's clock says."""
+    rows = [f"{1000 + t / 10},{2 if t < 100 else 5}" for t in range(300)]
+    (tmp_path / "m.csv").write_text("timestamp,watts\n" + "\n".join(rows))
+    marks = {"times": [1000 + ahead, 1010 + ahead, 1030 + ahead], "count": 400, "temperatures": []}
+    found = by_the_hosts_meter(tmp_path / "m.csv", marks, (ahead - 0.02, 0.05), (ahead + 0.02, 0.03))
+    assert found["mj_per_image"] == pytest.approx(150) and found["clock_offset_s"] == pytest.approx(ahead)
+    assert found["clock_half_width_s"] == pytest.approx(0.07) and found["samples_idle"] == 99 and found["samples_load"] == 199
+    late = by_the_hosts_meter(tmp_path / "m.csv", marks, (ahead + 100, 0.05), (ahead + 100, 0.05))
+    assert late["mj_per_image"] is None  # nothing of the file lies in that time

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +41,15 @@ def test_validate_and_bench_through_the_users_own_ssh_setup(a_run, sshd, home, t
     assert far["cosine"]["centred_min"] == pytest.approx(near["cosine"]["centred_min"], abs=1e-5) and far["accuracy"] == near["accuracy"]
     assert disk.read_json(a_run / "reports" / "onnx-fp32.toy.parity.json") == far
 
-    result = run("bench", "--run", a_run, "--device", toy, "--json", "--clean")
+    disk.write_json(a_run / "recipe.json", {"bench": {"min_duration_s": 2.0, "min_query_count": 20}})
+    start = time.time()
+    (tmp_path / "meter.csv").write_text("timestamp,watts\n" + "".join(f"{start + t / 500},3\n" for t in range(60_000)))
+    result = run("bench", "--run", a_run, "--device", toy, "--json", "--clean", "--meter", tmp_path / "meter.csv")
     assert result.exit_code == 0 and "sending" not in result.stderr, result.output  # all of it was there already
     (report,) = json.loads(result.stdout)
     assert report["single_stream"]["queries"] >= 20 and report["cold_start"]["process_ms"] > 0 and report["preflight"][0]["check"] == "board"
+    power = report["energy"]  # one clock on both sides, and a board that draws as much at rest
+    assert abs(power["clock_offset_s"]) <= power["clock_half_width_s"] < 5 and power["load_w"] == 3 and power["mj_per_image"] == 0
     assert not (tmp_path / "on-board").exists() and working_below(tmp_path / "on-board") == []
 
 

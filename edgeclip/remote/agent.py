@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from typing import Any, Dict  # noqa: UP035  (as below)
 
@@ -71,6 +72,10 @@ def look(request: Request) -> dict[str, Any]:
         raise ValueError("its Python cannot say what it is: " + " ".join(done.stderr.decode(errors="replace").split())[-300:])
     facts, state = json.loads(done.stdout.splitlines()[-1])
     return {"folder": folder, "facts": facts, "state": state}
+
+
+def clock(request: Request) -> dict[str, Any]:
+    return {"time": time.time()}
 
 
 def missing(request: Request) -> dict[str, Any]:
@@ -189,7 +194,7 @@ def main() -> None:
     try:
         if request["op"] == "run":
             run(request)
-        reply({op.__name__: op for op in (look, missing, put, build, exists, clean)}[request["op"]](request))
+        reply({op.__name__: op for op in (look, clock, missing, put, build, exists, clean)}[request["op"]](request))
     except EOFError:
         sys.exit(1)
     except (OSError, ValueError, zipfile.BadZipFile) as e:

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from edgeclip import disk
+from edgeclip import disk, energy
 from edgeclip import preflight as P
+from edgeclip.bench import over_budget
 from edgeclip.bundle import Bundle
 from edgeclip.device import Device, Minimum, Reach
 from edgeclip.errors import EdgeclipError, LinkLost
@@ -36,6 +37,7 @@ MACHINE = Path(__file__).parent.parent / "machine.py"
 ROOM = 1.2
 """of the files' own size: room for a copy on its way and for what is unpacked"""
 BLOCK = 1 << 18
+TRIPS = 5
 
 
 class Board:
@@ -160,8 +162,28 @@ class Board:
         with np.load(io.BytesIO(payload), allow_pickle=False) as z:
             return Observed(facts, {k: z[k] for k in z.files})
 
-    def bench(self, bundle: Bundle, minimum: Minimum, scenarios: tuple[str, ...], minutes: float = 0.0) -> dict[str, Any]:
-        return self._run("bench", bundle, minimum=msgspec.to_builtins(minimum), scenarios=scenarios, minutes=minutes)[0]
+    def bench(self, bundle: Bundle, minimum: Minimum, scenarios: tuple[str, ...], minutes: float = 0.0, meter_csv: Path | None = None) -> dict[str, Any]:
+        """meter_csv: of a power meter that the host reads, on the host's clock."""
+        before = self.clock() if meter_csv else None
+        asked = {"minimum": msgspec.to_builtins(minimum), "scenarios": scenarios, "minutes": minutes, "metered": meter_csv is not None}
+        report = self._run("bench", bundle, **asked)[0]
+        if meter_csv and before and report["energy"]:
+            report["energy"] = energy.by_the_hosts_meter(meter_csv, report["energy"], before, self.clock())
+            report["energy_mj_per_image"] = report["energy"]["mj_per_image"]
+            report["failures"] = over_budget(report, self.device)
+        return report
+
+    def clock(self) -> tuple[float, float]:
+        """(the board's clock less this one's, half-width), seconds: the middle of the quickest of some round trips. What came back
+        was read somewhere within the trip, so the half-width is half of it, and a bound."""
+        trips = []
+        for _ in range(TRIPS):
+            start = time.time()
+            there = float(self.ask("clock")["time"])
+            end = time.time()
+            trips.append(((end - start) / 2, there - (start + end) / 2))
+        half, offset = min(trips)
+        return offset, half
 
     def selftest(self, bundle: Bundle) -> dict[str, Any]:
         return self._run("selftest", bundle)[0]

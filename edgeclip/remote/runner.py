@@ -20,7 +20,7 @@ from edgeclip.errors import EdgeclipError
 PACKAGE = Path(__file__).parent.parent
 NEEDS = ("msgspec", "numpy", "pillow", "pyyaml", "tokenizers")
 """what validate and bench import; their own requirements are for parts that are not used"""
-HOST = ("cache", "ranks", "students", "prompts", "inherit", "share", "fold", "weights", "teachers", "data", "distill", "export", "remote")
+HOST = ("cache", "ranks", "stem", "students", "prompts", "inherit", "share", "fold", "weights", "teachers", "data", "distill", "export", "remote")
 """modules and folders that stay on the host"""
 OLDEST = (3, 10)
 
