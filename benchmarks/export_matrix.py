@@ -127,7 +127,7 @@ def measure(name: str) -> dict[str, Any]:
         calibrated = calibrate(model, x, "minmax")
         products = graph.matrix_products(calibrated.model)
         graph.save(quantise(calibrated, products, activations="uint8"), paths["onnx-int8"])
-        graph.save(to_fp16(quantise(calibrated, products, activations="int8", float_bias=True)), paths["tensorrt-int8"])
+        graph.save(to_fp16(quantise(calibrated, products, activations="int8", for_tensorrt=True)), paths["tensorrt-int8"])
         row["int8_layers"] = len(products)
         row["int8_cosine"] = cosine(open_session("onnxruntime", paths["onnx-int8"], 1).run(x[:3]), expected)["raw_min"]
         for n in ("float", "onnx-int8"):

@@ -68,7 +68,7 @@ class Target(Config, kw_only=True):
     calibration: Calibration | None = None
     """int8 and fp8 only"""
     activations: Literal["uint8", "int8"] | None = None
-    """int8 on onnxruntime: uint8 is the fast form on x86 with VNNI, int8 symmetric that of ARM and TensorRT"""
+    """int8 on onnxruntime: uint8 is the fast form on x86 with VNNI, int8 that of ARM"""
     reduce_range: Literal["never", "always", "as_host"] | None = None
     """uint8 activations only: 7-bit weights, because an x86 without VNNI adds pairs of 8-bit products in 16 bits, which
     saturates; as_host: by the instruction set of the machine that exports, which the bundle records"""

@@ -74,7 +74,7 @@ def test_an_image_tower(name, pictures, written):
     forms = {"onnx-fp32": model, "onnx-fp16": to_fp16(model)}
     forms["onnx-int8"] = quantise(calibrated, products, activations="uint8")
     forms["onnx-int8-arm"] = quantise(calibrated, products, activations="int8")
-    symmetric = quantise(calibrated, products, activations="int8", float_bias=True)
+    symmetric = quantise(calibrated, products, activations="int8", for_tensorrt=True)
     both, others = quantised_by(symmetric)
     assert sorted(both) == sorted(products) and others == {}  # TensorRT's form: Q/DQ before the products, and nowhere else
     both, others = quantised_by(forms["onnx-int8"])

@@ -94,3 +94,16 @@ def test_a_fold_that_would_change_the_output_is_refused():
     torch.manual_seed(0)
     with pytest.raises(AssertionError, match="folding changed the output"):
         fold(randomise(Twice()), image())
+
+
+@pytest.mark.parametrize("size", [64, 65, 70])
+def test_padding_that_depends_on_the_size_is_a_constant_of_the_graph(size):
+    import timm
+
+    from edgeclip.export import graph
+
+    torch.manual_seed(0)
+    tower = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    x = torch.randn(2, 3, size, size)
+    model = graph.to_onnx(fold(tower, x), x, "pixels", "image_features", 18)
+    assert {n.op_type for n in model.graph.node} == {"Conv", "Clip", "Add", "GlobalAveragePool", "Flatten"}

@@ -38,16 +38,17 @@ def found(model):
 
 
 def test_the_exported_form_breaks_no_rule(calibrated, nodes):
-    assert found(to_fp16(quantise(calibrated, nodes, activations="int8", float_bias=True))) == []
+    assert found(to_fp16(quantise(calibrated, nodes, activations="int8", for_tensorrt=True))) == []
 
 
 def test_zero_points_uint8_and_int32_biases_are_named_with_node_and_cure(calibrated, nodes):
     asymmetric = found(quantise(calibrated, nodes, activations="uint8"))
     assert any("zero point that is not 0" in what and "symmetrically" in cure for _, what, cure in asymmetric)
-    biased = found(quantise(calibrated, nodes, activations="int8"))
-    assert biased and all(what == "an int32 bias behind DequantizeLinear" and "biases in float" in cure for _, what, cure in biased)
-    names = {n.name for n in quantise(calibrated, nodes, activations="int8").graph.node}
-    assert {node for node, _, _ in biased} <= names
+    for_arm = quantise(calibrated, nodes, activations="int8")
+    kinds = {what: cure for _, what, cure in found(for_arm)}
+    assert set(kinds) == {"an int32 bias behind DequantizeLinear", "a zero point that is not 0"}
+    assert "biases in float" in kinds["an int32 bias behind DequantizeLinear"]
+    assert {node for node, _, _ in found(for_arm)} <= {n.name for n in for_arm.graph.node}
 
 
 def one_node(op, inputs=("x",), opset=19, domain="", constants=(), **attributes):
@@ -73,7 +74,7 @@ def test_each_refusal_names_its_node(model, node, what):
 
 
 def test_a_product_with_one_quantised_operand_is_named(calibrated, nodes):
-    model = quantise(calibrated, nodes, activations="int8", float_bias=True)
+    model = quantise(calibrated, nodes, activations="int8", for_tensorrt=True)
     product = next(n for n in model.graph.node if n.name == nodes[1])
     product.input[0] = next(n for n in model.graph.node if n.output[0] == product.input[0]).input[0]
     product.input[0] = next(n for n in model.graph.node if n.output[0] == product.input[0]).input[0]
@@ -82,7 +83,7 @@ def test_a_product_with_one_quantised_operand_is_named(calibrated, nodes):
 
 def test_the_command_exits_3_with_one_line_a_refusal(calibrated, nodes, tmp_path):
     graph.save(quantise(calibrated, nodes, activations="int8"), tmp_path / "bad.onnx")
-    graph.save(to_fp16(quantise(calibrated, nodes, activations="int8", float_bias=True)), tmp_path / "good.onnx")
+    graph.save(to_fp16(quantise(calibrated, nodes, activations="int8", for_tensorrt=True)), tmp_path / "good.onnx")
     bad, good = (cli("lint", tmp_path / f"{name}.onnx", "--target", "tensorrt-int8") for name in ("bad", "good"))
     assert bad.exit_code == 3 and "an int32 bias behind DequantizeLinear; leave biases in float" in bad.stdout
     assert good.exit_code == 0 and "legal" in good.stdout
@@ -99,7 +100,7 @@ def test_what_is_no_onnx_file_or_no_tensorrt_target_is_a_users_error(tmp_path):
 
 def test_the_builder_builds_with_profile_and_workspace_and_writes_the_engine(calibrated, nodes, tmp_path):
     trt = require("tensorrt_rtx", "pip install 'edgeclip[lint]'")
-    graph.save(to_fp16(quantise(calibrated, nodes, activations="int8", float_bias=True)), tmp_path / "m.onnx")
+    graph.save(to_fp16(quantise(calibrated, nodes, activations="int8", for_tensorrt=True)), tmp_path / "m.onnx")
     facts = tensorrt_build.build(tmp_path / "m.onnx", tmp_path / "m.plan", batch=(1, 2, 3), workspace_mib=64, timing_cache=tmp_path / "t", trt=trt)
     assert (tmp_path / "m.plan").stat().st_size == facts["engine_bytes"] > 0
     assert facts["module"] == "tensorrt_rtx" and facts["batch"] == [1, 2, 3] and facts["workspace_mib"] == 64

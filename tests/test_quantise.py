@@ -13,7 +13,7 @@ from edgeclip import machine, target
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph, policy, tensorrt
 from edgeclip.export.half import to_fp16
-from edgeclip.export.onnxruntime import calibrate, quantise
+from edgeclip.export.onnxruntime import calibrate, quantise, rounded_outputs
 from edgeclip.fold import fold
 from edgeclip.metrics import cosine
 from edgeclip.target import Calibration
@@ -115,10 +115,28 @@ def test_a_relu6_stays_in_the_graph_with_its_bounds(calibrated):
     assert clips(model) == clips(calibrated.model) != []
 
 
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+def test_what_an_activation_cuts_off_takes_no_step_of_the_rounding(calibrated, activations, tmp_path):
+    """A convolution behind which a ReLU6 comes is rounded once, behind it; ONNX Runtime then needs no ReLU6 and no float convolution."""
+    nodes = graph.matrix_products(calibrated.model)
+    model = quantise(calibrated, nodes, activations=activations)
+    makers = {o: n for n in model.graph.node for o in n.output}
+    convs = {n.name for n in model.graph.node if n.op_type == "Conv"}
+    activated = [n for n in model.graph.node if n.op_type in ("Clip", "Relu") and n.name in {c.name for c in calibrated.model.graph.node}]
+    once = {makers[n.input[0]].name for n in activated} & convs
+    assert once == convs - rounded_outputs(calibrated.model, nodes) != set()
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = [n.op_type for n in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert kinds.count("QLinearConv") == len(convs) and kinds.count("Clip") + kinds.count("Relu") <= len(activated) - len(once)
+
+
 @pytest.fixture(scope="module")
 def tensorrt_form(student, pictures):
     calibrated = prepare(student, pictures, 19)
-    return to_fp16(quantise(calibrated, graph.matrix_products(calibrated.model), activations="int8", float_bias=True))
+    return to_fp16(quantise(calibrated, graph.matrix_products(calibrated.model), activations="int8", for_tensorrt=True))
 
 
 def test_tensorrts_form_has_zero_points_of_zero_and_no_int32_bias(tensorrt_form):
@@ -149,8 +167,8 @@ def test_tensorrts_form_still_answers_in_onnxruntime(tensorrt_form, pictures, ca
 
 def test_float8_stands_where_int8_stood_and_keeps_the_ranges(calibrated, tensorrt_form, pictures):
     nodes = graph.matrix_products(calibrated.model)
-    symmetric = quantise(calibrated, nodes, activations="int8", float_bias=True)
-    float8 = tensorrt.to_fp8(quantise(calibrated, nodes, activations="int8", float_bias=True), calibrated.model)
+    symmetric = quantise(calibrated, nodes, activations="int8", for_tensorrt=True)
+    float8 = tensorrt.to_fp8(quantise(calibrated, nodes, activations="int8", for_tensorrt=True), calibrated.model)
     before, after, floats = graph.initializers(symmetric), graph.initializers(float8), graph.initializers(calibrated.model)
     assert [n.op_type for n in symmetric.graph.node] == [n.op_type for n in float8.graph.node]
     assert {str(after[n.input[2]].dtype) for n in float8.graph.node if n.op_type == "QuantizeLinear"} == {"float8_e4m3fn"}

@@ -1,7 +1,7 @@
 """Quantisation-aware distillation: the student learns on with exactly the rounding that its int8 target will do.
 
 After stage 2 the student is folded, and the target's policy says which layers become int8 and with which ranges. Each of
-them then rounds in training as the exported graph does: its input, and for ONNX Runtime a convolution's output, per
+them then rounds in training as the exported graph does: its input, and for ONNX Runtime most convolutions' outputs, per
 tensor with a scale that is learnt (Esser et al. 2020, LSQ); its weights per output channel. The losses, the cached
 teacher and the views are stage 2's own, so an epoch costs little more than one of stage 2. The learnt scales are what
 `export` writes; nothing is calibrated again.
@@ -31,7 +31,7 @@ from edgeclip import target as T
 from edgeclip.data import Dataset
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph, policy
-from edgeclip.export.onnxruntime import Calibrated, calibrate
+from edgeclip.export.onnxruntime import Calibrated, calibrate, rounded_outputs
 from edgeclip.export.policy import Form, Quantisation
 from edgeclip.fold import fold
 from edgeclip.pictures import read
@@ -94,7 +94,7 @@ def attach(folded: nn.Module, quantisation: Quantisation, target: T.Target) -> d
     """
     modules = traced_modules(folded)
     found, ranges = dict[str, Rounding](), quantisation.calibrated.ranges
-    symmetric = target.runtime == "tensorrt" or target.activations == "int8"
+    symmetric = target.runtime == "tensorrt"
 
     def rounding(tensor: str) -> Rounding:
         if tensor not in found:
@@ -102,6 +102,7 @@ def attach(folded: nn.Module, quantisation: Quantisation, target: T.Target) -> d
             found[tensor] = Rounding(np.asarray(low).item(), np.asarray(high).item(), symmetric)
         return found[tensor]
 
+    outputs = rounded_outputs(quantisation.calibrated.model, quantisation.nodes) if target.runtime == "onnxruntime" else set()
     for node in (n for n in quantisation.calibrated.model.graph.node if n.name in set(quantisation.nodes)):
         module = modules.get(module_name(node.name))
         if not isinstance(module, nn.Conv2d | nn.Linear):
@@ -111,7 +112,7 @@ def attach(folded: nn.Module, quantisation: Quantisation, target: T.Target) -> d
         parametrize.register_parametrization(module, "weight", RoundedWeight(63 if quantisation.reduce_range else 127))
         module.input_rounding = rounding(node.input[0])
         module.register_forward_pre_hook(lambda m, x: (m.input_rounding(x[0]), *x[1:]))
-        if node.op_type == "Conv" and target.runtime == "onnxruntime":
+        if node.name in outputs:
             module.output_rounding = rounding(node.output[0])
             module.register_forward_hook(lambda m, _, y: m.output_rounding(y))
     return found

@@ -71,9 +71,9 @@ def rules(model: onnx.ModelProto) -> Iterator[tuple[str, str, str]]:
             if source is not None and source.dtype == np.int32:
                 yield n.name, "an int32 bias behind DequantizeLinear", "leave biases in float (a tensorrt target does)"
             elif len(n.input) > 2 and n.input[2] in constants and np.asarray(constants[n.input[2]]).astype(np.float32).any():
-                yield n.name, "a zero point that is not 0", "quantise symmetrically: activations: int8"
+                yield n.name, "a zero point that is not 0", "quantise symmetrically to int8 (a tensorrt target does)"
             elif len(n.input) > 2 and n.input[2] in constants and constants[n.input[2]].dtype == np.uint8:
-                yield n.name, "uint8", "quantise symmetrically to int8"
+                yield n.name, "uint8", "quantise symmetrically to int8 (a tensorrt target does)"
         elif n.op_type in graph.PRODUCTS:
             sides = [makers[i].op_type if i in makers else "" for i in n.input[:2]]
             if sides.count("DequantizeLinear") == 1:

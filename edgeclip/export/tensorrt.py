@@ -29,7 +29,7 @@ E4M3_MAX = 448.0
 def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path) -> str:
     """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 and fp8 targets."""
     if quantisation is not None:
-        model = quantise(quantisation.calibrated, quantisation.nodes, activations="int8", float_bias=True)
+        model = quantise(quantisation.calibrated, quantisation.nodes, activations="int8", for_tensorrt=True)
         if target.precision == "fp8":
             model = to_fp8(model, quantisation.calibrated.model)
     path = folder / "image_encoder.onnx"
