@@ -107,3 +107,4 @@ def test_padding_that_depends_on_the_size_is_a_constant_of_the_graph(size):
     x = torch.randn(2, 3, size, size)
     model = graph.to_onnx(fold(tower, x), x, "pixels", "image_features", 18)
     assert {n.op_type for n in model.graph.node} == {"Conv", "Clip", "Add", "GlobalAveragePool", "Flatten"}
+    assert {i.name for i in model.graph.initializer} <= {name for n in model.graph.node for name in n.input}

@@ -39,6 +39,7 @@ def to_onnx(module: nn.Module, example: torch.Tensor, input_name: str, output_na
     model = onnx.load_from_string(buffer.getvalue())
     model = fold_constants(model)
     merge_pads(model)
+    drop_unread(model)
     onnx.checker.check_model(model)
     return model
 
