@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import require
 
 INSTALL = "apt install openssh-server"
 
@@ -18,6 +17,8 @@ INSTALL = "apt install openssh-server"
 @pytest.fixture
 def sshd():
     """start(extra configuration) -> asyncssh's options; each is stopped at the end."""
+    from conftest import require  # conftest takes these fixtures from here
+
     require("asyncssh", "pip install 'edgeclip[ssh]'")
     from edgeclip.remote import own_sshd
 

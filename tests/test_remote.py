@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPO, run
-from sshd import home, profile, proxy, sshd, working_below, write_ssh_config  # noqa: F401
+from sshd import profile, working_below, write_ssh_config
 from test_layers import HOST
 
 from edgeclip import disk
@@ -30,7 +30,7 @@ def a_run(shipped_bundle, evaluation, tmp_path):
     return tmp_path / "run"
 
 
-def test_validate_and_bench_through_the_users_own_ssh_setup(a_run, sshd, home, tmp_path):  # noqa: F811
+def test_validate_and_bench_through_the_users_own_ssh_setup(a_run, sshd, home, tmp_path):
     write_ssh_config(home, sshd())
     toy = profile(tmp_path)
     result = run("validate", "--run", a_run, "--device", toy, "--json")
@@ -53,7 +53,7 @@ def test_validate_and_bench_through_the_users_own_ssh_setup(a_run, sshd, home, t
     assert not (tmp_path / "on-board").exists() and working_below(tmp_path / "on-board") == []
 
 
-def test_several_devices_stand_in_one_table(a_run, sshd, home, tmp_path):  # noqa: F811
+def test_several_devices_stand_in_one_table(a_run, sshd, home, tmp_path):
     write_ssh_config(home, sshd())
     disk.write_json(a_run / "recipe.json", {"bench": {"min_duration_s": 0.05, "min_query_count": 20}})
     both = ("--device", "host-cpu", "--device", profile(tmp_path))
@@ -67,13 +67,13 @@ def test_several_devices_stand_in_one_table(a_run, sshd, home, tmp_path):  # noq
     assert "front" in result.stdout and "onnxruntime_perf_test" in result.stdout and result.exit_code == 0, result.output
 
 
-def test_a_jump_host_of_the_users_config_is_taken(sshd, home, tmp_path):  # noqa: F811
+def test_a_jump_host_of_the_users_config_is_taken(sshd, home, tmp_path):
     write_ssh_config(home, sshd())
     result = run("doctor", "--device", profile(tmp_path, "far"), "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["machine"]["python"], result.output
 
 
-def test_the_shipped_loopback_needs_no_setup(shipped_bundle, tmp_path, home):  # noqa: F811
+def test_the_shipped_loopback_needs_no_setup(shipped_bundle, tmp_path, home):
     name, device = load_device("loopback")
     bundle = Bundle.load(shipped_bundle("onnx-fp32"))
     with Board(name, device, options=None) as board:

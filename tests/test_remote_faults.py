@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import mistake, run
-from sshd import home, mount_tmpfs, profile, proxy, sshd, working_below, write_ssh_config  # noqa: F401
+from sshd import mount_tmpfs, profile, working_below, write_ssh_config
 
 from edgeclip import disk
 from edgeclip.bundle import Bundle
@@ -27,7 +27,7 @@ def a_run(shipped_bundle, evaluation, tmp_path):
     return tmp_path / "run"
 
 
-def test_a_refused_connection(sshd, home, tmp_path):  # noqa: F811
+def test_a_refused_connection(sshd, home, tmp_path):
     import socket
 
     with socket.socket() as s:
@@ -37,11 +37,11 @@ def test_a_refused_connection(sshd, home, tmp_path):  # noqa: F811
     assert "refused" in error and "ssh -o BatchMode=yes board true" in error
 
 
-def test_a_host_that_nobody_knows(home, tmp_path):  # noqa: F811
+def test_a_host_that_nobody_knows(home, tmp_path):
     mistake("doctor", "--device", profile(tmp_path, "no-such-board.invalid"), says="cannot be reached over ssh")
 
 
-def test_a_wrong_host_key_is_not_trusted(sshd, home, tmp_path):  # noqa: F811
+def test_a_wrong_host_key_is_not_trusted(sshd, home, tmp_path):
     options = sshd()
     other = Path(sshd()["known_hosts"]).read_text().split(" ", 1)[1]
     write_ssh_config(home, options, host_key=other)
@@ -49,27 +49,27 @@ def test_a_wrong_host_key_is_not_trusted(sshd, home, tmp_path):  # noqa: F811
     assert "ssh board" in error and not (tmp_path / "on-board").exists()
 
 
-def test_an_unknown_host_key_is_not_accepted(sshd, home, tmp_path):  # noqa: F811
+def test_an_unknown_host_key_is_not_accepted(sshd, home, tmp_path):
     write_ssh_config(home, sshd())
     (home / ".ssh" / "known_hosts").unlink()
     mistake("doctor", "--device", profile(tmp_path), says="its host key is not the known one")
     assert not (home / ".ssh" / "known_hosts").exists()
 
 
-def test_a_password_prompt_does_not_hang(sshd, home, tmp_path):  # noqa: F811
+def test_a_password_prompt_does_not_hang(sshd, home, tmp_path):
     write_ssh_config(home, sshd("PasswordAuthentication yes\nAuthenticationMethods password\n"))
     start = time.monotonic()
     error = mistake("doctor", "--device", profile(tmp_path), says="no key of yours was accepted")
     assert "ssh-copy-id board" in error and time.monotonic() - start < 30
 
 
-def test_a_key_with_a_passphrase_does_not_ask_for_it(sshd, home, tmp_path):  # noqa: F811
+def test_a_key_with_a_passphrase_does_not_ask_for_it(sshd, home, tmp_path):
     write_ssh_config(home, sshd())
     subprocess.run(["ssh-keygen", "-q", "-p", "-f", str(home / ".ssh" / "key"), "-N", "secret"], check=True)
     mistake("doctor", "--device", profile(tmp_path), says="key")
 
 
-def test_a_copy_that_breaks_off_goes_on_where_it_was(sshd, proxy, home, tmp_path):  # noqa: F811
+def test_a_copy_that_breaks_off_goes_on_where_it_was(sshd, proxy, home, tmp_path):
     options = sshd()
     cut = proxy(options["port"], limit=6_000_000)
     whole = proxy(options["port"])
@@ -92,7 +92,7 @@ def test_a_copy_that_breaks_off_goes_on_where_it_was(sshd, proxy, home, tmp_path
     assert stored.read_bytes() == (tmp_path / "big").read_bytes()
 
 
-def test_a_benchmark_whose_link_breaks_is_marked_incomplete_and_ends_there(a_run, sshd, proxy, home, tmp_path):  # noqa: F811
+def test_a_benchmark_whose_link_breaks_is_marked_incomplete_and_ends_there(a_run, sshd, proxy, home, tmp_path):
     options = sshd()
     between = proxy(options["port"])
     write_ssh_config(home, options, port=between.port)
@@ -121,7 +121,7 @@ def test_a_benchmark_whose_link_breaks_is_marked_incomplete_and_ends_there(a_run
     assert working_below(on_board) == []  # nobody goes on measuring for a host that has gone
 
 
-def test_a_board_without_room_is_told_before_anything_travels(sshd, home, tmp_path):  # noqa: F811
+def test_a_board_without_room_is_told_before_anything_travels(sshd, home, tmp_path):
     mount_tmpfs(tmp_path / "on-board", "4m")
     try:
         (tmp_path / "big").write_bytes(b"x" * 8_000_000)
@@ -146,14 +146,14 @@ def lie(tmp_path, code):
     return f"SetEnv PYTHONPATH={tmp_path / 'lie'}\n"
 
 
-def test_a_wrong_clock_is_a_warning_and_reports_carry_the_hosts_time(sshd, home, tmp_path):  # noqa: F811
+def test_a_wrong_clock_is_a_warning_and_reports_carry_the_hosts_time(sshd, home, tmp_path):
     write_ssh_config(home, sshd(lie(tmp_path, "import time\nreal = time.time\ntime.time = lambda: real() - 86400 * 365\n")))
     result = run("doctor", "--device", profile(tmp_path), "--json")
     row = next(r for r in json.loads(result.stdout)["preflight"] if r["check"] == "clock")
     assert row["status"] == "warn" and row["found"].startswith("-31536") and result.exit_code == 0
 
 
-def test_a_board_that_rebooted_between_the_build_and_the_run(shipped_bundle, sshd, home, tmp_path):  # noqa: F811
+def test_a_board_that_rebooted_between_the_build_and_the_run(shipped_bundle, sshd, home, tmp_path):
     boot = tmp_path / "boot"
     boot.write_text("first")
     code = (
@@ -172,7 +172,7 @@ def test_a_board_that_rebooted_between_the_build_and_the_run(shipped_bundle, ssh
         assert board.validate(bundle, None)["failures"] == []
 
 
-def test_a_board_that_is_another_one_is_not_measured(a_run, sshd, home, tmp_path):  # noqa: F811
+def test_a_board_that_is_another_one_is_not_measured(a_run, sshd, home, tmp_path):
     write_ssh_config(home, sshd())
     toy = profile(tmp_path, more="recognise: {device_tree_model: Raspberry Pi 5}\n")
     error = mistake("bench", "--run", a_run, "--device", toy, says="not 'Raspberry Pi 5'", only_line=False)
@@ -186,6 +186,6 @@ def test_without_asyncssh_the_install_line(tmp_path):
     assert done.returncode == 1 and "pip install 'edgeclip[ssh]'" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_board_without_python_is_told_so(sshd, home, tmp_path):  # noqa: F811
+def test_a_board_without_python_is_told_so(sshd, home, tmp_path):
     write_ssh_config(home, sshd(f"SetEnv PATH={tmp_path}\n"))
     mistake("doctor", "--device", profile(tmp_path), says="python3", only_line=False)
