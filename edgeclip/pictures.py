@@ -4,13 +4,15 @@ A `Picture` is an address, not pixels, so a list of them is small. `stream` deco
 its consumer (PIL lets go of the interpreter lock for both) and keeps the order it was given, whatever the threads do.
 """
 
+import abc
 import collections
 import concurrent.futures
+import hashlib
 import itertools
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
 
@@ -35,6 +37,21 @@ class Picture(NamedTuple):
     caption: str = ""
 
 
+class Lookup(Sequence[Picture], abc.ABC):
+    """Pictures that are looked up when they are asked for: a subclass knows how many, and which is the i-th, 0 <= i < n."""
+
+    @abc.abstractmethod
+    def at(self, i: int) -> Picture: ...
+
+    @overload
+    def __getitem__(self, i: int) -> Picture: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Picture]: ...
+    def __getitem__(self, i: int | slice) -> Picture | Sequence[Picture]:
+        found = range(len(self))[i]  # raises IndexError
+        return self.at(found) if isinstance(found, int) else [self.at(j) for j in found]
+
+
 def read(picture: Picture) -> bytes:
     """Raises `UnreadablePicture` when its file is gone or ends before the picture does."""
     try:
@@ -46,6 +63,11 @@ def read(picture: Picture) -> bytes:
     if len(content) < picture.size:
         raise UnreadablePicture(f"{picture.path} ({picture.key})", "the shard is shorter than its index says", "restore it")
     return content
+
+
+def digest(picture: Picture) -> str:
+    """sha256 of its bytes, in hex. Raises as `read`."""
+    return hashlib.sha256(read(picture)).hexdigest()
 
 
 def index_tar(path: Path) -> list[Picture]:

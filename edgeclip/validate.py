@@ -202,9 +202,9 @@ def _compare(bundle: Bundle, evaluation: Evaluation, found: dict[str, np.ndarray
             row = {"name": s["name"], "note": s["note"], "classes": len(s["classes"]), "reference_r1": float(before.mean()), "bundle_r1": float(after.mean())}
             report["sets"].append(row | accuracy_drop(before, after))
     if "basic" in every:
-        same = float((answers["all"] == answers["basic"]).mean())
+        same = agreement(answers["all"], answers["basic"])
         report["optimisation"] = {"top1_agreement": same, **cosine(features, every["basic"])}
-        if same < (tolerance.optimisation_agreement or 0):
+        if same is not None and same < (tolerance.optimisation_agreement or 0):
             failures.append(f"graph optimisations BASIC and ALL agree on {same:.4f} of the answers, below {tolerance.optimisation_agreement}")
 
     p1, accuracy = report["cosine"]["centred_p1"], report["accuracy"]

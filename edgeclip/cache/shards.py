@@ -11,13 +11,13 @@ import os
 import resource
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from edgeclip import disk
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Picture
+from edgeclip.pictures import Lookup, Picture
 
 KIND = "teacher cache"
 FORMAT = 2
@@ -158,7 +158,7 @@ class Rows:
         return rows if self.norms is None else rows * self.norms[index, which][:, None]
 
 
-class Kept(Sequence[Picture]):
+class Kept(Lookup):
     """The data set's pictures that have a row, in the rows' order."""
 
     def __init__(self, pictures: Sequence[Picture], places: Shards):
@@ -167,16 +167,8 @@ class Kept(Sequence[Picture]):
     def __len__(self) -> int:
         return len(self.places)
 
-    @overload
-    def __getitem__(self, i: int) -> Picture: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[Picture]: ...
-    def __getitem__(self, i: int | slice) -> Picture | Sequence[Picture]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        return self.pictures[int(self.places[i % len(self)])]
+    def at(self, i: int) -> Picture:
+        return self.pictures[int(self.places[i])]
 
 
 class TeacherCache(NamedTuple):

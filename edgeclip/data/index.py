@@ -12,14 +12,14 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from edgeclip import disk
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Picture
+from edgeclip.pictures import Lookup, Picture
 from edgeclip.progress import track
 
 BATCH = 4096
@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
 )
 
 
-class Pictures(Sequence[Picture]):
+class Pictures(Lookup):
     """The pictures of `shards` as their index has them."""
 
     def __init__(self, path: Path, shards: Sequence[Path]):
@@ -41,16 +41,8 @@ class Pictures(Sequence[Picture]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, i: int) -> Picture: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[Picture]: ...
-    def __getitem__(self, i: int | slice) -> Picture | Sequence[Picture]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        batch, row = divmod(i % len(self), BATCH)
+    def at(self, i: int) -> Picture:
+        batch, row = divmod(i, BATCH)
         key, shard, offset, size, label, caption = (self._batch(batch).column(c)[row].as_py() for c in range(6))
         return Picture(key, str(self.shards[shard]), offset, size, label, caption)
 

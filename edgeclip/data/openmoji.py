@@ -10,7 +10,6 @@ accuracy on base colour pictures would be training accuracy: base concepts are s
 """
 
 import concurrent.futures
-import hashlib
 import io
 import random
 import tarfile
@@ -20,7 +19,7 @@ from pathlib import Path
 from edgeclip import disk
 from edgeclip.data import Dataset, EvaluationSet
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Picture, index_tar, read
+from edgeclip.pictures import Picture, digest, index_tar
 from edgeclip.progress import track
 from edgeclip.recipe import OpenMoji
 
@@ -63,22 +62,18 @@ def load(spec: OpenMoji, cache: Path) -> Dataset:
 
     everything = list(range(len(classes)))
     # Some concepts share a drawing ("flag: Norway" and "flag: Svalbard & Jan Mayen"), and some drawings are lines alone.
-    scored = {_digest(p) for p in of("colour", held)}
-    labelled, seen = ([p for p in of("colour", part) if _digest(p) not in scored] for part in (base, unlabelled))
-    trained = {_digest(p) for p in labelled + seen}
-    drawings = [p for p in of("line", base) if _digest(p) not in trained]
+    scored = {digest(p) for p in of("colour", held)}
+    labelled, seen = ([p for p in of("colour", part) if digest(p) not in scored] for part in (base, unlabelled))
+    trained = {digest(p) for p in labelled + seen}
+    drawings, others = ([p for p in of("line", part) if digest(p) not in trained] for part in (base, held + unlabelled))
     evaluation = [
         EvaluationSet("held-out concepts", of("colour", held), held, "neither name nor picture was in training"),
         EvaluationSet("unlabelled concepts", seen, unlabelled, "transductive: the student saw these very pictures without names", seen=True),
         EvaluationSet("line drawings", drawings, base, "base concepts in a style never seen in training", shift=True),
         EvaluationSet("base, colour", labelled, everything, "training pictures: parity only", headline=False, seen=True),
-        EvaluationSet("line drawings, other", of("line", held + unlabelled), everything, "parity only", headline=False),
+        EvaluationSet("line drawings, other", others, everything, "parity only", headline=False),
     ]
     return Dataset("OpenMoji", "OpenMoji, CC BY-SA 4.0", classes, spec.templates, labelled, labelled + seen, sorted(base + unlabelled), evaluation)
-
-
-def _digest(picture: Picture) -> bytes:
-    return hashlib.sha256(read(picture)).digest()
 
 
 def _rasterise(files: list[Path], size: int, folder: Path) -> None:

@@ -12,7 +12,6 @@ teacher and the views are stage 2's own, so an epoch costs little more than one 
 """
 
 import copy
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,12 +167,8 @@ def after_stage_2(
     assert asked.distill is not None
     target = T.load(asked.distill.quantize)[1]
     assert target.calibration is not None
-    held_out = {hashlib.sha256(read(p)).digest() for s in dataset.evaluation if not s.seen for p in s.pictures}
-    pictures = list[np.ndarray]()
-    for i in np.random.default_rng(target.calibration.seed).permutation(len(dataset.train)):
-        content = read(dataset.train[i])
-        if hashlib.sha256(content).digest() not in held_out and len(pictures) < target.calibration.pictures:
-            pictures.append(to_pixels(open_picture(content, dataset.train[i].key), preprocess))
+    order = np.random.default_rng(target.calibration.seed).permutation(len(dataset.train))[: target.calibration.pictures]
+    pictures = [to_pixels(open_picture(read(dataset.train[i]), dataset.train[i].key), preprocess) for i in order]
     again = replace(asked.train, warmup_steps=0, first=None, epochs=asked.distill.epochs, lr=asked.distill.lr, tower_lr_ratio=1.0, freeze_batch_norm=False)
     recipe = replace(asked, train=again, student=replace(asked.student, text=None, visual_prompts=None))
     fine_tune(student, normalise(np.stack(pictures), preprocess), asked.distill.quantize, folder, lambda m: train(m, copy.deepcopy(head), recipe), parents)
@@ -209,5 +204,5 @@ def with_ranges(ranges: Any, learnt: dict[str, list[float]]) -> Any:
     """ONNX Runtime's TensorsData with the learnt ranges in the place of the measured ones."""
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
 
-    values = {k: tuple(np.asarray(v, np.float32) for v in ranges[k].range_value) for k in ranges.keys()}  # noqa: SIM118
+    values = {k: tuple(np.asarray(v, np.float32) for v in ranges[k].range_value) for k in ranges.keys()}  # noqa: SIM118  (it has no __iter__)
     return TensorsData(CalibrationMethod.MinMax, values | {k: tuple(np.asarray(v, np.float32) for v in pair) for k, pair in learnt.items()})

@@ -5,14 +5,13 @@ bundle. What would quietly spoil the result is refused before anything is writte
 pictures that are all alike (their ranges say nothing of others), and pictures that the student is evaluated on.
 """
 
-import hashlib
 from typing import NamedTuple
 
 import numpy as np
 
 from edgeclip.errors import EdgeclipError
 from edgeclip.export.source import Source
-from edgeclip.pictures import Picture, read, stream
+from edgeclip.pictures import Picture, digest, read, stream
 from edgeclip.preprocess import Preprocess, normalise, open_picture, to_pixels
 from edgeclip.target import Calibration
 
@@ -44,7 +43,7 @@ def draw(source: Source, spec: Calibration) -> Pictures:
     order = np.random.default_rng(spec.seed).permutation(len(pool))
     parts = {"ranges": sorted(order[: spec.pictures]), "judged": sorted(order[spec.pictures : wanted])}
     chosen = {name: [pool[i] for i in part] for name, part in parts.items()}
-    used = [{"key": p.key, "sha256": hashlib.sha256(read(p)).hexdigest(), "use": name} for name, part in chosen.items() for p in part]
+    used = [{"key": p.key, "sha256": digest(p), "use": name} for name, part in chosen.items() for p in part]
     held_out = source.evaluation_hashes()
     if leaked := [u["key"] for u in used if u["sha256"] in held_out]:
         raise EdgeclipError(

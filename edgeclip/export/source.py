@@ -1,6 +1,5 @@
 """What is exported: a run's student, or any open_clip or timm checkpoint, as one record."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +14,9 @@ from torch.nn import functional as F
 from edgeclip import data, disk, recipe, students, teachers, weights
 from edgeclip.distill import promptsrc
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Picture, index_folder, index_tar, read
+from edgeclip.pictures import Picture, digest, index_folder, index_tar
 from edgeclip.preprocess import Preprocess
-from edgeclip.recipe import OpenClip, OpenMoji, Timm
+from edgeclip.recipe import OpenClip, Timm
 from edgeclip.teachers import TextTower
 from edgeclip.teachers import open_clip as open_clip_teacher
 from edgeclip.zero_shot import EduAttention, ensemble, prompts
@@ -60,11 +59,7 @@ def from_run(run: Path) -> Source:
         # As the cache was asked to have them: nothing held out, and no label that stage 1 had not.
         dataset = data.load(asked.data, Path("cache"))
         labelled = {p.key for p in dataset.labelled}
-        train = [p if p.key in labelled else p._replace(label=-1) for p in dataset.train]
-        if isinstance(asked.data, OpenMoji):  # it has some pictures twice, under another name that is held out
-            held_out = evaluation_hashes()
-            return [p for p in train if hashlib.sha256(read(p)).hexdigest() not in held_out]
-        return train
+        return [p if p.key in labelled else p._replace(label=-1) for p in dataset.train]
 
     def load_text() -> TextTower:
         if own := students.load_text(run / "student"):
@@ -78,7 +73,7 @@ def from_run(run: Path) -> Source:
     def evaluation_hashes() -> set[str]:
         pictures = index_tar(evaluation / "pictures.tar")
         held_out = [i for s in disk.read_json(evaluation / "evaluation.json")["sets"] if not s.get("seen") for i in s["rows"]]
-        return {hashlib.sha256(read(pictures[i])).hexdigest() for i in held_out}
+        return {digest(pictures[i]) for i in held_out}
 
     manifest = disk.read_manifest(evaluation, "evaluation")
     there = (run / "quantised" / disk.MANIFEST).exists()
