@@ -1,5 +1,7 @@
 """A runtime says what really runs, and does what was asked or fails."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,25 @@ def test_openvino_answers_as_torch_in_float32(model, student):
     assert (first == kept).all()
     assert session.input == ("pixels", [None, 3, 32, 32], "float32") and session.facts["providers"] == ["CPU"]
     assert openvino.__version__.startswith(session.facts["version"])
+
+
+LET_GO_ELSEWHERE = """
+import signal, sys, threading
+from pathlib import Path
+from edgeclip.runtime import open_session
+sessions = [open_session("openvino", Path(sys.argv[1]), 1)]
+elsewhere = threading.Thread(target=sessions.clear)
+elsewhere.start()
+elsewhere.join()
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_a_signal_is_survived_after_an_openvino_session_went_in_another_thread(model):
+    require("openvino", "pip install 'edgeclip[openvino]'")
+    done = subprocess.run([sys.executable, "-c", LET_GO_ELSEWHERE, model], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "handled\n", "")
 
 
 def test_the_null_runtime_answers_the_same_to_anything():

@@ -1,5 +1,6 @@
 """OpenVINO on a CPU, latency hint, one stream. Float layers stay float32: bf16 is never taken by default."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,15 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.runtime import Port, Session
 
 
+@functools.cache
+def _core() -> ov.Core:
+    """One a process, never let go of: when the last one goes in another thread than the first came, OpenVINO unmaps the signal
+    stack that it gave to the first (its plugin's set-up for AMX), and the next Ctrl-C there is a segmentation fault."""
+    return ov.Core()
+
+
 def open_session(model: Path, threads: int, optimisation: str) -> Session:
-    core = ov.Core()
+    core = _core()
     asked = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     try:
         compiled = core.compile_model(core.read_model(model), "CPU", asked)
