@@ -52,6 +52,9 @@ def test_openvino_answers_as_torch_in_float32(model, student):
     first = session.run(x())
     with torch.inference_mode():
         np.testing.assert_allclose(first, student(torch.from_numpy(x())).numpy(), atol=1e-4)
+    read_only = x()
+    read_only.setflags(write=False)
+    assert (session.run(read_only) == first).all()
     kept = first.copy()
     session.run(x() + 1)  # the answer is the caller's own, not the request's buffer
     assert (first == kept).all()

@@ -212,7 +212,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
                 "input": teacher.preprocess.size,
             },
             "student": {
-                "name": asked.student.tower.model,
+                "name": asked.student.tower.model + (f" behind {asked.student.stem.model}" if asked.student.stem else ""),
                 "parameters": weights.parameters(student),
                 "macs": weights.macs(student, preprocess.size),
                 "input": preprocess.size,
