@@ -54,7 +54,8 @@ def test_openvino_answers_as_torch_in_float32(model, student):
         np.testing.assert_allclose(first, student(torch.from_numpy(x())).numpy(), atol=1e-4)
     read_only = x()
     read_only.setflags(write=False)
-    assert (session.run(read_only) == first).all()
+    for copied in (read_only, np.asfortranarray(x()), x().astype(np.float64)):
+        assert (session.run(copied) == first).all()
     kept = first.copy()
     session.run(x() + 1)  # the answer is the caller's own, not the request's buffer
     assert (first == kept).all()
