@@ -30,8 +30,9 @@ class Calibration(Config):
     """how ranges are taken: over everything; the mean of each picture's; a histogram's 99.999 %; by least entropy loss"""
     smoothing: tuple[Fraction | None, ...] = (None, 0.5)
     """SmoothQuant's alpha, how far outlier channels behind a LayerNorm are moved into the weights; null: not at all"""
-    layers: tuple[Literal["all", "dense"], ...] = ("all",)
-    """all: what the policy allows; dense: depthwise convolutions stay in float"""
+    layers: tuple[Literal["all", "dense", "residual"], ...] = ("all",)
+    """all: what the policy allows; dense: depthwise convolutions stay in float; residual, openvino only: all, and the residual
+    additions too, which it computes with the convolution before them"""
     model_types: tuple[Literal["transformer"] | None, ...] = (None,)
     """openvino only: NNCF's pattern sets; transformer suits ViT towers, null convolutional ones"""
     probe_layers: Annotated[int, Meta(ge=0)] = 12
@@ -91,6 +92,8 @@ def load(name: str) -> tuple[str, Target]:
             raise EdgeclipError(f"{path}: calibration.{field}", "is empty or names something twice", "give each candidate once")
         if target.runtime != "openvino" and target.calibration.model_types != (None,):
             raise EdgeclipError(f"{path}: calibration.model_types", "belongs to openvino", "remove it")
+        if target.runtime != "openvino" and "residual" in target.calibration.layers:
+            raise EdgeclipError(f"{path}: calibration.layers", "residual belongs to openvino", "remove it")
     if (target.activations == "uint8") != (target.reduce_range is not None):
         raise EdgeclipError(f"{path}: reduce_range", "belongs to activations: uint8, and only to it", "say never, always or as_host, or remove it")
     if target.runtime == "tensorrt" and target.calibration and target.opset < 19:

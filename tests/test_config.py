@@ -139,6 +139,7 @@ def test_calibration_belongs_to_int8_only(tmp_path):
         ("runtime: onnxruntime\nprecision: int8\nactivations: int8\nreduce_range: always\ncalibration: {}", "reduce_range: belongs to activations: uint8"),
         ("runtime: tensorrt\nprecision: fp8\ntext: fp16\ncalibration: {}", "opset 18 has neither fp8 nor"),
         ("runtime: openvino\nprecision: fp8\nopset: 19\ncalibration: {}", "openvino bundles have no precision fp8"),
+        ("runtime: onnxruntime\nprecision: int8\nactivations: int8\ncalibration: {layers: [all, residual]}", "layers: residual belongs to openvino"),
     ],
 )
 def test_fields_of_a_target_that_do_not_go_together_are_refused(tmp_path, fields, what):

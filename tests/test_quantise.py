@@ -6,8 +6,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import toy_input
+from conftest import require, toy_input
 from onnx import TensorProto
+from torch import nn
+from torch.nn import functional as F
 
 from edgeclip import machine, target
 from edgeclip.errors import EdgeclipError
@@ -225,3 +227,33 @@ def test_a_layer_that_int8_would_ruin_stays_in_float(calibrated, pictures):
 
 def test_no_layer_is_probed_twice_or_judged_where_none_is_asked(calibrated, pictures):
     assert choose(calibrated, pictures, probe_layers=0).float_layers == {}
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.head = nn.Linear(8, 16)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return F.normalize(self.head((x + self.branch(x)).mean((2, 3))), dim=-1)
+
+
+@pytest.mark.parametrize(("layers", "rounded"), [("all", 0), ("residual", 2)])
+def test_openvino_rounds_a_residual_additions_operands_only_where_the_form_says_so(pictures, tmp_path, layers, rounded):
+    require("nncf", "pip install 'edgeclip[openvino]'")
+    import openvino as ov
+
+    from edgeclip.export import openvino
+
+    torch.manual_seed(0)
+    asked = target.load("openvino-int8")[1]
+    model = graph.to_onnx(Residual().eval(), torch.from_numpy(pictures[:1]), "pixels", "image_features", 18)
+    chosen = policy.choose(model, pictures, policy.Form("minmax", None, layers, None), {}, asked.calibration, False, own_bias=False)
+    written = ov.Core().read_model(tmp_path / openvino.write(model, asked, chosen, tmp_path))
+    additions = [op for op in written.get_ordered_ops() if op.get_type_name() == "Add"]
+    operands = [[v.get_node().get_type_name() for v in op.input_values()] for op in additions]
+    [residual] = [o for o in operands if "Constant" not in o and "Convert" not in o]  # the others add a bias
+    assert residual.count("FakeQuantize") == rounded

@@ -49,7 +49,8 @@ def _ranges(method: str) -> Any:
 
 
 def _ignored(ov_model: Any, quantisation: Quantisation, nncf: Any) -> Any:
-    """What the policy keeps in float: residual additions, and the layers that it names, by OpenVINO's names, which end in the ONNX node's output name."""
+    """What stays in float: residual additions unless the form takes them, and the layers that the policy names, by OpenVINO's
+    names, which end in the ONNX node's output name."""
     outputs = {n.output[0]: n.name for n in quantisation.calibrated.model.graph.node if n.name in quantisation.float_layers}
     found: dict[str, str] = {}
     for op in ov_model.get_ordered_ops():
@@ -63,7 +64,8 @@ def _ignored(ov_model: Any, quantisation: Quantisation, nncf: Any) -> Any:
         raise EdgeclipError("openvino", f"layers to keep in float were not found after conversion ({', '.join(sorted(missing))})", "report this")
     names = [*found.values(), *_after_last_product(ov_model)]
     # NNCF would put residual additions and pooling into int8 too. validate=False: a tower may have none.
-    return nncf.IgnoredScope(names=names, types=["Add", "ReduceMean"], validate=False)
+    types = ["ReduceMean"] if quantisation.form.layers == "residual" else ["Add", "ReduceMean"]
+    return nncf.IgnoredScope(names=names, types=types, validate=False)
 
 
 def _after_last_product(ov_model: Any) -> list[str]:
