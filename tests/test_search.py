@@ -225,6 +225,11 @@ def test_what_cannot_be_repaired_is_refused_with_its_reason(hard, pictures):
         look(hard, pictures, asked())
 
 
+def test_a_target_none_of_whose_forms_is_one_of_the_student_is_a_clear_error(plain, pictures):
+    with pytest.raises(EdgeclipError, match="calibration: none of the target's forms is one of this student"):
+        look(plain, pictures, asked(layers=("dense",)))
+
+
 def test_int8_that_is_no_faster_is_refused_with_both_times(plain, pictures):
     if not measured_here(asked()):
         pytest.skip("the machine is no x86: onnx-int8 is not timed on it")

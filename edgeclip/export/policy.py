@@ -109,8 +109,11 @@ def choose(
 
     own_bias: correct biases here; NNCF does it by itself.
 
-    None where the form asks for smoothing and there is nothing to smooth, or for dense layers and all are.
+    None where the form is another one's double: it asks for smoothing and there is nothing to smooth, for dense layers and all are,
+    or for residual additions with NNCF's transformer patterns, which leave them in float.
     """
+    if (form.layers, form.model_type) == ("residual", "transformer"):
+        return None
     smoothed = smooth(model, calibration, form.smoothing)
     if smoothed is None:
         return None

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 
 from edgeclip import machine
-from edgeclip.errors import Refused
+from edgeclip.errors import EdgeclipError, Refused
 from edgeclip.export import policy
 from edgeclip.export.calibration import Pictures
 from edgeclip.export.policy import Form, Quantisation
@@ -91,6 +91,9 @@ def search(
             if outer is None:
                 outer = {k: v for k, v in found.float_layers.items() if v is not None}
             tried.append(_try(task, found, len(tried)))
+        if not tried:
+            what = "none of the target's forms is one of this student: nothing to smooth, no depthwise convolution, or residual with transformer"
+            raise EdgeclipError("calibration", what, "add null to smoothing, all to layers")
         holding = [c for c in tried if not c.short]
         if not holding:
             best = max(tried, key=lambda c: c.row["centred_cosine_mean"])
