@@ -86,15 +86,19 @@ def towers(model: Any) -> tuple[Any, Any, int, int]:
     return Unit().eval(), TextModule(clip).eval(), preprocess.size, int(clip.context_length)
 
 
-def latency_ms(path: Path, x: np.ndarray, count: int = 15) -> float:
+def latencies_ms(paths: list[Path], x: np.ndarray, rounds: int = 25) -> list[float]:
+    """Medians over rounds in which each graph runs once, so that other work on the machine meets them alike."""
     from edgeclip.runtime import open_session
 
-    run, laps = open_session("onnxruntime", path, 1).run, []
-    for _ in range(count + 3):
-        before = time.perf_counter()
-        run(x)
-        laps.append(1e3 * (time.perf_counter() - before))
-    return round(float(np.median(laps[3:])), 2)
+    runs = [open_session("onnxruntime", path, 1).run for path in paths]
+    laps: list[list[float]] = []
+    for _ in range(rounds + 3):
+        laps.append([])
+        for run in runs:
+            before = time.perf_counter()
+            run(x)
+            laps[-1].append(1e3 * (time.perf_counter() - before))
+    return [round(v, 2) for v in np.median(laps[3:], axis=0).tolist()]
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -130,8 +134,8 @@ def measure(name: str) -> dict[str, Any]:
         graph.save(to_fp16(quantise(calibrated, products, activations="int8", for_tensorrt=True)), paths["tensorrt-int8"])
         row["int8_layers"] = len(products)
         row["int8_cosine"] = cosine(open_session("onnxruntime", paths["onnx-int8"], 1).run(x[:3]), expected)["raw_min"]
-        for n in ("float", "onnx-int8"):
-            row[f"{n}_ms"], row[f"{n}_mib"] = latency_ms(paths[n], x[:1]), round(paths[n].stat().st_size / 2**20, 1)
+        for n, ms in zip(("float", "onnx-int8"), latencies_ms([paths["float"], paths["onnx-int8"]], x[:1]), strict=True):
+            row[f"{n}_ms"], row[f"{n}_mib"] = ms, round(paths[n].stat().st_size / 2**20, 1)
         before = time.perf_counter()
         verdict = lint(paths["tensorrt-int8"], tensorrt)
         row |= {
