@@ -4,8 +4,6 @@ padding that TF-style convolutions compute from their input's size, which is a c
 The folded model is another model until it is shown to be the same one, so `fold` compares both before it returns.
 """
 
-import copy
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -23,7 +21,7 @@ def fold(module: nn.Module, example: torch.Tensor) -> nn.Module:
     from timm.utils.model import reparameterize_model
 
     module = module.eval()
-    folded = reparameterize_model(copy.deepcopy(module))
+    folded = reparameterize_model(module)  # a copy
     _fold_batch_norms(folded)
     _fix_padding(folded, example)
     expected, got = module(example), folded(example)
