@@ -71,7 +71,12 @@ def _board(name: str, device: Any, clean: bool) -> Iterator[Any]:
             board.clean()
 
 
-def _write_parity(report: dict[str, Any], device: str, run: Path | None) -> dict[str, Any]:
+def _path(run: Path, bundle: Any, device: str, what: str) -> Path:
+    """Where a report lies: by the bundle's folder, since two bundles may be of one target."""
+    return run / "reports" / f"{bundle.folder.resolve().name}.{device}.{what}.json"
+
+
+def _write_parity(report: dict[str, Any], device: str, run: Path | None, bundle: Any) -> dict[str, Any]:
     """The report, and what it says of an engine in the engines' history."""
     import datetime
 
@@ -79,18 +84,27 @@ def _write_parity(report: dict[str, Any], device: str, run: Path | None) -> dict
 
     if run is not None:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        if line := remember(run / "reports" / f"{report['target']}.{device}.engines.json", report, now):
+        if line := remember(_path(run, bundle, device, "engines"), report, now):
             click.echo(line, err=True)
-    return _write_report(report, device, run, "parity")
+    return _write_report(report, device, run, bundle)
 
 
-def _write_report(report: dict[str, Any], device: str, run: Path | None, kind: str) -> dict[str, Any]:
+def _write_report(report: dict[str, Any], device: str, run: Path | None, bundle: Any) -> dict[str, Any]:
     from edgeclip import disk
 
     report = {"device": device, **report}
     if run is not None:
-        disk.write_json(run / "reports" / f"{report['target']}.{device}.{kind}.json", report)
+        disk.write_json(_path(run, bundle, device, report["kind"]), report)
     return report
+
+
+def _earlier(run: Path | None, bundle: Any, device: str, kind: str) -> dict[str, Any] | None:
+    """The report that lies there already, where it is of this very bundle."""
+    from edgeclip import disk
+
+    path = _path(run, bundle, device, kind) if run else None
+    found: dict[str, Any] | None = disk.read_json(path) if path and path.exists() else None
+    return found if found and found["bundle"] == disk.sha256(bundle.folder / disk.MANIFEST) else None
 
 
 @click.command()
@@ -117,10 +131,10 @@ def validate(run: Path | None, bundle: Path | None, clean: bool, device_name: st
     with _board(name, device, clean) as board:
         if board is None:
             here = D.require_here(name, device)
-            reports = [_write_parity(compare(b, evaluation, here), name, run) for b in bundles]
+            reports = [_write_parity(compare(b, evaluation, here), name, run, b) for b in bundles]
         else:
             board.prepare(bundles, evaluation)
-            reports = [_write_parity(board.validate(b, evaluation), name, run) for b in bundles]
+            reports = [_write_parity(board.validate(b, evaluation), name, run, b) for b in bundles]
     if as_json:
         click.echo(json.dumps(reports, indent=1))
     else:
@@ -171,7 +185,7 @@ def _bench_one(
     from edgeclip import device as D
     from edgeclip import disk
     from edgeclip.bench import bench as measure
-    from edgeclip.bench import incomplete
+    from edgeclip.bench import incomplete, joined
     from edgeclip.engine import validated
     from edgeclip.errors import LinkLost
     from edgeclip.validate import load_evaluation
@@ -189,21 +203,23 @@ def _bench_one(
         else:
             checks = [r._asdict() for r in board.prepare(bundles, evaluation)]
         for b in bundles:
+            earlier = _earlier(run, b, name, "bench")
             try:
                 if board is None:
                     report = measure(b, device, here, evaluation.folder if evaluation else None, minimum, scenarios, minutes, meter_csv)
                 else:
                     report = board.bench(b, minimum, scenarios, minutes, meter_csv) | {"preflight": checks}
             except LinkLost as e:
-                _write_report(incomplete(b, board.facts, minimum, str(e)), name, run, "bench")
+                if earlier is None or "incomplete" in earlier:  # a whole report of this bundle stays
+                    _write_report(incomplete(b, board.facts, minimum, str(e)), name, run, b)
                 raise
-            path = run / "reports" / f"{report['target']}.{name}.parity.json" if run else None
-            parity = disk.read_json(path) if path and path.exists() else None
+            report = joined(report, earlier, device) if earlier else report
+            parity = _earlier(run, b, name, "parity")
             if "engine" in report["ran"] and not validated(parity, report):  # a benchmark of an engine counts once it is known to answer right
-                parity = _write_parity(compare(b, evaluation, here) if board is None else board.validate(b, evaluation), name, run)
+                parity = _write_parity(compare(b, evaluation, here) if board is None else board.validate(b, evaluation), name, run, b)
             if "engine" in report["ran"] and parity is not None and parity["verdict"] == "fail":
                 report["failures"] += [f"parity of this engine: {f}" for f in parity["failures"]]
-            reports.append(_write_report(report, name, run, "bench"))
+            reports.append(_write_report(report, name, run, b))
             parities.append(parity)
     return reports, parities
 

@@ -83,7 +83,11 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `path`; on success it takes the place of `path`, on failure nothing is left."""
+    """Yields an empty folder beside `path`; on success it takes the place of `path`, on failure nothing is left.
+
+    Raises `EdgeclipError` when something else than a folder of the same kind lies at `path`.
+    """
+    _refuse_foreign(path, None)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -92,6 +96,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             _sync(file)
+        _refuse_foreign(path, _kind(temporary))
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
             os.rename(path, old)
@@ -100,6 +105,22 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_foreign(path: Path, kind: str | None) -> None:
+    """Nobody's folder is replaced but one of ours. kind: of what takes its place; None: not known yet."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    found = _kind(path)
+    if found is None or kind not in (None, found):
+        what = "something else lies there already" if found is None else f"a {found} lies there already"
+        raise EdgeclipError(path, f"{what}, and is not replaced", "choose another path, or remove it yourself")
+
+
+def _kind(folder: Path) -> str | None:
+    """What a folder's manifest calls it."""
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    return manifest.get("kind") if isinstance(manifest, dict) else None
 
 
 def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> None:

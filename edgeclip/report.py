@@ -49,11 +49,13 @@ def collect(run: Path) -> list[dict[str, Any]]:
     for folder in sorted(p.parent for p in (run / "bundles").glob(f"*/{disk.MANIFEST}")):
         manifest, digest = disk.read_manifest(folder, "bundle"), disk.sha256(folder / disk.MANIFEST)
         found: dict[str, dict[str, Any]] = {}
-        for path in sorted((run / "reports").glob(f"{folder.name}.*.json")):
-            content = disk.read_json(path)
-            if content["bundle"] == digest:
-                found.setdefault(content["device"], {})[content["kind"]] = content
-        for device, reports in found.items() or [(None, {})]:
+        for kind in ("parity", "bench"):
+            for path in sorted((run / "reports").glob(f"{folder.name}.*.{kind}.json")):
+                content = disk.read_json(path)
+                if content["bundle"] == digest:
+                    found.setdefault(content["device"], {})[kind] = content
+        of_devices: list[tuple[str | None, dict[str, Any]]] = [*sorted(found.items())]
+        for device, reports in of_devices or [(None, {})]:
             parity, bench = reports.get("parity"), reports.get("bench")
             rows.append(
                 {
@@ -88,14 +90,13 @@ def verdict(parity: dict[str, Any] | None, bench: dict[str, Any] | None) -> str:
         reasons.append("not benchmarked")
     else:
         reasons += [f"over budget: {f}" if "budget" in f else f for f in bench["failures"]]
+        if not (bench["single_stream"] or bench["failures"]):
+            reasons.append("single_stream not measured")
     if reasons:
         return f"do not ship: {'; '.join(reasons)}"
     assert parity is not None and bench is not None
-    single = bench["single_stream"]
-    latency = f", p90 {single['latency_ms_p90']:.2f} ms" if single else ""
-    return (
-        f"ship: accuracy drop {parity['accuracy']['drop_pp']:.2f} pp (at most {parity['accuracy']['upper_pp']:.2f}) on {parity['pictures']} pictures{latency}"
-    )
+    a, latency = parity["accuracy"], bench["single_stream"]["latency_ms_p90"]
+    return f"ship: accuracy drop {a['drop_pp']:.2f} pp (at most {a['upper_pp']:.2f}) on {parity['pictures']} pictures, p90 {latency:.2f} ms"
 
 
 def waterfall(results: dict[str, Any], targets: list[dict[str, Any]]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def parity(reports: list[dict[str, Any]]) -> None:
         for failure in r["failures"]:
             click.echo(f"{r['target']}: {failure}")
         if r["verdict"] == "golden pictures only":
-            click.echo(f"{r['target']}: no run beside this bundle: only its golden pictures were compared (cosine {r['golden']['cosine_min']:.4f})")
+            click.echo(f"{r['target']}: {r['not_compared']}: only its golden pictures were compared (cosine {r['golden']['cosine_min']:.4f})")
         if r["verdict"] == "too few pictures":
             click.echo(f"{r['target']}: {r['pictures']} pictures cannot exclude a drop of {r['accuracy']['upper_pp']:.2f} pp")
 
@@ -155,6 +155,8 @@ def bench(reports: list[dict[str, Any]]) -> None:
             first, last = (t["windows"][i]["temperature_c"] for i in (0, -1))
             hot = f"temperature {NOT_MEASURED}" if first is None or last is None else f"{first:.0f} to {last:.0f} degrees C"
             click.echo(f"{x['target']}: {t['minutes']:g} minutes: p90 of the last tenth {t['p90_drift']:.2f} times the first's; {hot}; {slowed}")
+        if x["kept"]:
+            click.echo(f"{x['target']}: not measured anew, kept from the report before: {', '.join(x['kept'])}")
         for failure in x["failures"]:
             click.echo(f"{x['target']}: {'over budget: ' if 'budget' in failure else ''}{failure}")
     for x in reports:

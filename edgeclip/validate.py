@@ -44,6 +44,8 @@ class Evaluation(NamedTuple):
     sets: list[dict[str, Any]]
     chosen: list[int]
     """[n], which of the folder's pictures take part"""
+    class_names: list[str] | None = None
+    """what labels and classes number; None: a run that is older than this field"""
 
 
 def load_evaluation(folder: Path, pictures: int | None = None) -> Evaluation:
@@ -56,7 +58,16 @@ def load_evaluation(folder: Path, pictures: int | None = None) -> Evaluation:
         chosen = sorted(random.Random(0).sample(chosen, pictures))
         place = {row: i for i, row in enumerate(chosen)}
         sets = [{**s, "rows": [place[r] for r in s["rows"] if r in place]} for s in sets]
-    return Evaluation(folder, features[chosen], labels[chosen], sets, chosen)
+    return Evaluation(folder, features[chosen], labels[chosen], sets, chosen, description.get("class_names"))
+
+
+def not_compared(bundle: Bundle, evaluation: Evaluation | None) -> str | None:
+    """Why the evaluation pictures cannot be asked of this bundle; None: they can. Their labels are numbers in the run's class list."""
+    if evaluation is None:
+        return "no run beside this bundle"
+    names = evaluation.class_names
+    other = "bundle" in bundle.manifest["parents"] if names is None else names != bundle.labels  # parents: `edgeclip labels` was here
+    return "its labels are not the run's classes" if other else None
 
 
 class Observed(NamedTuple):
@@ -70,7 +81,7 @@ class Observed(NamedTuple):
 
 
 def validate(bundle: Bundle, evaluation: Evaluation | None, machine: dict[str, Any]) -> dict[str, Any]:
-    """The parity report, JSON-able. Without an evaluation folder only the golden pictures are compared."""
+    """The parity report, JSON-able. Without an evaluation folder of the bundle's own labels only the golden pictures are compared."""
     return judge(bundle, evaluation, observe(bundle, evaluation), machine)
 
 
@@ -83,7 +94,7 @@ def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
         arrays["golden_pixels"] = np.stack([bundle.pixels(bundle.folder / p) for p in pictures])
     if bundle.manifest["text"]:
         arrays["text_features"] = bundle.encode_text(disk.read_json(bundle.folder / "golden" / "texts.json"))
-    if evaluation is not None and not _interface(bundle, facts["ports"]):
+    if evaluation is not None and not not_compared(bundle, evaluation) and not _interface(bundle, facts["ports"]):
         sessions = {"features_all": encoder}
         if Tolerance(**bundle.manifest["target"]["tolerance"]).optimisation_agreement is not None:
             sessions["features_basic"] = bundle.open_image_encoder(optimisation="basic")
@@ -106,6 +117,7 @@ def judge(bundle: Bundle, evaluation: Evaluation | None, observed: Observed, mac
         "ran": observed.facts["ran"],
         "tolerance": bundle.manifest["target"]["tolerance"],
         "golden": _golden(bundle, observed.arrays, failures),
+        "not_compared": not_compared(bundle, evaluation),
         "pictures": 0,
         "cosine": None,
         "top1_agreement": None,
@@ -115,7 +127,7 @@ def judge(bundle: Bundle, evaluation: Evaluation | None, observed: Observed, mac
         "optimisation": None,
     }
     verdict = "golden pictures only"
-    if evaluation is not None and runs:
+    if evaluation is not None and not report["not_compared"] and runs:
         verdict = _compare(bundle, evaluation, observed.arrays, tolerance, report, failures)
     precision, layers = bundle.manifest["target"]["precision"], observed.facts["ran"].get("layers")
     if layers is not None and not layers.get(precision):

@@ -233,7 +233,7 @@ def write_evaluation(folder: Path, source, count: int) -> Path:
             add_member(tar, f"{i:06d}.png", encoded(p))
     np.save(folder / "image_features.npy", features)
     sets = [{"name": "all", "note": "made up", "rows": list(range(count)), "classes": list(range(len(LABELS)))}]
-    disk.write_json(folder / "evaluation.json", {"labels": labels, "sets": sets})
+    disk.write_json(folder / "evaluation.json", {"labels": labels, "class_names": LABELS, "sets": sets})
     disk.write_manifest(folder, "evaluation", {"licence": "made up", "pictures": count})
     return folder
 

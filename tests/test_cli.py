@@ -89,6 +89,21 @@ def test_validate_exits_0_3_and_4_by_the_verdict(shipped_bundle, source, here, e
     assert result.exit_code == 3 and "golden pictures: cosine" in result.stdout
 
 
+def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_the_rest(shipped_bundle, evaluation, here):
+    for name in ("onnx-fp32", "rev"):
+        shutil.copytree(shipped_bundle("onnx-fp32"), here / "r" / "bundles" / name)
+    shutil.copytree(evaluation, here / "r" / "evaluation")
+    disk.write_json(here / "r" / "recipe.json", {"bench": {"min_duration_s": 0.01, "min_query_count": 5}})
+    assert run("validate", "--bundle", "r/bundles/rev").exit_code == 0
+    assert [p.name for p in (here / "r" / "reports").iterdir()] == ["rev.host-cpu.parity.json"]
+    assert run("bench", "--bundle", "r/bundles/rev").exit_code == 0
+    before = disk.read_json(here / "r/reports/rev.host-cpu.bench.json")
+    result = run("bench", "--bundle", "r/bundles/rev", "--scenario", "offline")
+    after = disk.read_json(here / "r/reports/rev.host-cpu.bench.json")
+    assert after["single_stream"] == before["single_stream"] and "kept from the report before: single_stream, multi_stream" in result.stdout
+    assert sorted(p.name for p in (here / "r" / "reports").iterdir()) == ["rev.host-cpu.bench.json", "rev.host-cpu.parity.json"]
+
+
 def test_list_and_doctor_know_what_ships(here):
     rows = json.loads(run("list", "--json").stdout)
     assert {(r["kind"], r["name"]) for r in rows} >= {("recipe", "quickstart"), ("target", "onnx-int8"), ("device", "host-cpu")} and all(

@@ -39,13 +39,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_a_failed_folder_leaves_the_old_one_and_nothing_else(tmp_path):
-    with disk.new_folder(tmp_path / "box") as folder:
-        (folder / "a").write_text("old")
+    box(tmp_path)
     before = snapshot(tmp_path)
     with pytest.raises(KeyboardInterrupt), disk.new_folder(tmp_path / "box") as folder:
-        (folder / "a").write_text("half")
+        (folder / "b").write_text("half")
         raise KeyboardInterrupt
-    assert snapshot(tmp_path) == before == {"box": b"", "box/a": b"old"}
+    assert snapshot(tmp_path) == before and before["box/b"] == b"b"
 
 
 def test_a_new_folder_replaces_the_old_one_whole(tmp_path):
@@ -53,7 +52,28 @@ def test_a_new_folder_replaces_the_old_one_whole(tmp_path):
         with disk.new_folder(tmp_path / "box") as folder:
             assert list(folder.iterdir()) == []
             (folder / name).write_text(name)
-    assert snapshot(tmp_path) == {"box": b"", "box/second": b"second"}
+            disk.write_manifest(folder, "parcel", {})
+    assert snapshot(tmp_path).keys() == {"box", "box/second", f"box/{disk.MANIFEST}"}
+
+
+@pytest.mark.parametrize("there", ["a file", "somebody's folder", "a letter"])
+def test_what_is_not_of_the_same_kind_is_not_replaced(tmp_path, there):
+    if there == "a file":
+        (tmp_path / "box").write_text("thesis")
+    else:
+        (tmp_path / "box").mkdir()
+        (tmp_path / "box" / "thesis.txt").write_text("thesis")
+    if there == "a letter":
+        disk.write_manifest(tmp_path / "box", "letter", {})
+    before = snapshot(tmp_path)
+    with pytest.raises(EdgeclipError, match="lies there already, and is not replaced"), disk.new_folder(tmp_path / "box") as folder:
+        disk.write_manifest(folder, "parcel", {})
+    assert snapshot(tmp_path) == before
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "box").mkdir()
+    assert disk.read_manifest(box(tmp_path), "parcel")["weight"] == 3
 
 
 def test_an_unfinished_folder_is_not_visible_under_its_name(tmp_path):

@@ -74,6 +74,7 @@ def test_what_passed_and_was_measured_ships():
     [
         (None, None, ["not validated", "not benchmarked"]),
         (parity(), None, ["not benchmarked"]),
+        (parity(), bench(single_stream=None), ["single_stream not measured"]),
         (None, bench(), ["not validated"]),
         (parity(verdict="fail", failures=["top-1 agreement 0.5, below 0.9", "accuracy drop 9 pp, above 1"]), bench(), ["top-1 agreement", "accuracy drop"]),
         (parity(verdict="too few pictures"), bench(), ["too few pictures"]),
@@ -160,6 +161,12 @@ def test_a_report_of_another_bundle_does_not_count(tmp_path):
     disk.write_json(run / "reports" / "t.host-cpu.parity.json", parity(bundle="0" * 64))
     (row,) = collect(run)
     assert row["parity"] is None and row["bench"] is not None and "not validated" in row["verdict"]
+
+
+def test_the_history_of_an_engine_is_no_report(tmp_path):
+    run = make_run(tmp_path / "run")
+    disk.write_json(run / "reports" / "t.host-cpu.engines.json", [{"engine": "k1"}])
+    assert [r["verdict"][:5] for r in collect(run)] == ["ship:"]
 
 
 def test_each_device_has_its_own_line(tmp_path):

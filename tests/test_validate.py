@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-from conftest import picture, write_evaluation
+from conftest import LABELS, picture, write_evaluation
 from onnx import numpy_helper
 
 from edgeclip import disk
-from edgeclip.bundle import Bundle
+from edgeclip.bundle import Bundle, bake_labels
 from edgeclip.errors import EdgeclipError
 from edgeclip.validate import load_evaluation, validate
 
@@ -117,6 +117,21 @@ def test_too_few_pictures_is_the_verdict_where_they_cannot_tell(shipped_bundle, 
 def test_without_an_evaluation_folder_only_the_golden_pictures_speak(shipped_bundle):
     r = report(shipped_bundle("onnx-fp32"), None)
     assert r["verdict"] == "golden pictures only" and r["pictures"] == 0 and r["accuracy"] is None and r["failures"] == []
+
+
+@pytest.mark.parametrize("labels", [["apple", "cat"], LABELS[::-1]])
+@pytest.mark.parametrize("old", [False, True])
+def test_other_labels_are_not_judged_by_the_runs_numbers(own_bundle, evaluation, tmp_path, labels, old):
+    if old:  # a run from before class names were kept
+        evaluation = shutil.copytree(evaluation, tmp_path / "evaluation")
+        disk.write_json(evaluation / "evaluation.json", {k: v for k, v in disk.read_json(evaluation / "evaluation.json").items() if k != "class_names"})
+        disk.write_manifest(evaluation, "evaluation", {"licence": "", "pictures": 400})
+        assert report(own_bundle("onnx-fp32"), evaluation)["verdict"] == "pass"
+        shutil.rmtree(tmp_path / "bundle")
+    folder = own_bundle("onnx-fp32")
+    r = report(bake_labels(folder, labels, folder), evaluation)
+    assert (r["verdict"], r["pictures"], r["accuracy"], r["failures"]) == ("golden pictures only", 0, None, [])
+    assert r["not_compared"] == "its labels are not the run's classes"
 
 
 def test_a_set_is_scored_over_its_own_class_list(shipped_bundle, source, evaluation, tmp_path):

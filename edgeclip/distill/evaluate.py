@@ -196,5 +196,5 @@ def _write(folder: Path, parity: list[tuple[EvaluationSet, Picture, np.ndarray]]
         for s in data.evaluation:
             rows = [i for i, (own, _, _) in enumerate(parity) if own is s]
             sets.append({"name": s.name, "note": s.note, "rows": rows, "classes": s.classes, "seen": s.seen})
-        disk.write_json(temporary / "evaluation.json", {"labels": [p.label for _, p, _ in parity], "sets": sets})
+        disk.write_json(temporary / "evaluation.json", {"labels": [p.label for _, p, _ in parity], "class_names": data.classes, "sets": sets})
         disk.write_manifest(temporary, "evaluation", {"licence": data.licence, "pictures": len(parity)})
