@@ -21,6 +21,15 @@ from edgeclip.errors import EdgeclipError
 MANIFEST = "manifest.json"
 
 
+def glance(path: Path) -> list[Any]:
+    """[name, bytes, sha256 of its first and last 64 KiB]: tells files of a terabyte apart without reading them."""
+    size, edge = path.stat().st_size, 2**16
+    with open(path, "rb") as f:
+        head = f.read(edge)
+        f.seek(max(0, size - edge))
+        return [path.name, size, hashlib.sha256(head + f.read()).hexdigest()]
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as f:
         if hasattr(hashlib, "file_digest"):  # Python 3.11 and newer

@@ -25,7 +25,7 @@ STD = 0.02
 """of the normal distribution that prompts start from"""
 
 
-class ViT(NamedTuple):
+class Stages(NamedTuple):
     """What a prompted tower needs to know of a vision transformer, whichever library it is from."""
 
     embed: Callable[[Tensor], Tensor]
@@ -38,14 +38,14 @@ class ViT(NamedTuple):
     width: int
 
 
-def _parts(vit: nn.Module) -> ViT:
+def _parts(vit: nn.Module) -> Stages:
     from open_clip.transformer import VisionTransformer as OpenClipViT
     from timm.models.vision_transformer import VisionTransformer as TimmViT
 
     if isinstance(vit, OpenClipViT):
-        return ViT(vit._embeds, vit.ln_pre, vit.transformer.resblocks, partial(_finish_open_clip, vit), vit.class_embedding.shape[0])
+        return Stages(vit._embeds, vit.ln_pre, vit.transformer.resblocks, partial(_finish_open_clip, vit), vit.class_embedding.shape[0])
     if isinstance(vit, TimmViT):
-        return ViT(partial(_embed_timm, vit), vit.norm_pre, vit.blocks, lambda x: vit.forward_head(vit.norm(x)), vit.embed_dim)
+        return Stages(partial(_embed_timm, vit), vit.norm_pre, vit.blocks, lambda x: vit.forward_head(vit.norm(x)), vit.embed_dim)
     raise EdgeclipError(f"prompts in {type(vit).__name__}", "the image tower is no ViT of open_clip or timm", "choose a ViT, or do without prompts")
 
 

@@ -19,12 +19,17 @@ PATIENCE = datetime.timedelta(days=7)
 """for which one process waits for another (a teacher's cache takes hours); torchrun ends them all when one dies"""
 
 
+def own(device: torch.device) -> torch.device:
+    """The device that is this process's own, where torchrun started several on one machine."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
 def start(device: torch.device) -> torch.device:
     """Joins the other processes where torchrun started this one; returns the device that is this process's own."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return device
+    device = own(device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)

@@ -97,6 +97,28 @@ def test_pictures_without_a_row_are_left_out_only_when_asked(tmp_path, photos):
     assert [p.key for p in made.pictures] == KEYS[:20] and len(made.manifest["skipped"]) == 4
 
 
+def test_teachers_are_joined_only_when_their_rows_are_of_the_same_pictures_and_views(tmp_path, photos):
+    whole = build(tmp_path, embeddings(tmp_path / "theirs"), photos)
+    same = build(tmp_path, embeddings(tmp_path / "others", shards=2), photos)
+    cache.refuse_other_views(whole, same)
+    fewer = build(tmp_path, embeddings(tmp_path / "fewer", KEYS[1:]), photos, partial=True)
+    moved = build(tmp_path, embeddings(tmp_path / "moved", KEYS[:-1]), photos, partial=True)
+    for first, other, what in ((whole, fewer, r"holds 23 pictures in 1 views, others than"), (moved, fewer, "holds other pictures than")):
+        with pytest.raises(EdgeclipError, match=what):
+            cache.refuse_other_views(first, other)
+    drawn = whole._replace(views=np.ones((COUNT, 1, 5), np.float32))
+    cache.refuse_other_views(whole, drawn)  # of embeddings no view is known: it is CLIP's own
+    with pytest.raises(EdgeclipError, match="holds other views than"):
+        cache.refuse_other_views(drawn, drawn._replace(views=2 * drawn.views))
+
+
+def test_two_models_embeddings_in_files_of_equal_names_and_sizes_are_told_apart(tmp_path, photos):
+    first, second = embeddings(tmp_path / "first"), embeddings(tmp_path / "second")
+    for file in (second / "img_emb").glob("*.npy"):
+        np.save(file, -np.load(file))
+    assert build(tmp_path, first, photos).folder != build(tmp_path, second, photos).folder
+
+
 def test_two_rows_of_one_key_are_named(tmp_path, photos):
     root = embeddings(tmp_path / "theirs", [*KEYS[:20], *KEYS[:4]])
     with pytest.raises(EdgeclipError, match=r"rows \d+ and \d+ have the same image_path 'part/0\d.png' \(join: key\); use another key or join"):

@@ -10,7 +10,7 @@ STUDENT = {"tower": {"kind": "timm", "model": "x", "weights": "random", "image_s
 def test_what_is_transductive_and_whose_labels_were_seen():
     def said(asked, name, part="s", **fields):
         return note(
-            config.convert({**asked, "teacher": {"kind": "conse"}, "student": STUDENT, "losses": {"kl": {}}}, recipe.Recipe, "r"),
+            config.convert({"teacher": {"kind": "conse"}, "student": STUDENT, "losses": {"kl": {}}, **asked}, recipe.Recipe, "r"),
             paint(name),
             EvaluationSet(part, [], [], "its own", **fields),
         )
@@ -27,4 +27,7 @@ def test_what_is_transductive_and_whose_labels_were_seen():
     assert unseen in said({"data": spec("a")}, "a")[1]
     cross = {"data": spec("a"), "adapt": {"kind": "residual_head"}, "adapt_data": spec("b")}
     assert [(t, seen in n) for t, n in (said(cross, s) for s in "abc")] == [(True, False), (False, True), (False, False)]
+    assert "without labels" in said(base_to_novel, "a", "base")[1]
+    assert "with the labels that there are" in said({**base_to_novel, "losses": {"affinity": {}, "captions": "classes"}}, "a", "base")[1]
+    assert "without labels" in said({**cross, "losses": {"affinity": {}, "captions": "classes"}}, "a")[1]
     assert said(cross, "a", shift=True) == (False, "shift; not transductive")

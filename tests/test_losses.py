@@ -272,6 +272,15 @@ def test_the_total_is_the_weighted_sum_and_parts_are_unweighted():
     close(parts["kl"], L.kl(batch(), R.KL()))
 
 
+def test_a_learned_scale_is_held_at_100_and_comes_down_again():
+    learned = L.learned_parameters(R.Losses(interactive=ONE), D, 0)
+    scale = learned["interactive_log_scale"]
+    scale.data.fill_(np.log(150.0))
+    L.interactive(batch()._replace(learned=learned), ONE).backward()
+    close(scale.exp().detach(), 100.0)
+    assert scale.grad.abs() > 0
+
+
 def test_what_a_batch_lacks_is_named():
     with pytest.raises(EdgeclipError, match="caption_features"):
         L.contrastive(batch()._replace(caption_features=None), ONE)

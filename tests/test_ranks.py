@@ -36,6 +36,12 @@ ranks.stop()
 """
 
 
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
+    assert ranks.own(torch.device("cuda")) == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert ranks.own(torch.device("cuda")) == torch.device("cuda", 3) and ranks.own(torch.device("cpu")) == torch.device("cpu")
+
+
 def torchrun(script, *arguments, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

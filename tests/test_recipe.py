@@ -44,8 +44,17 @@ def test_a_description_reads_back_as_the_same_recipe(tmp_path):
         ("{if_align: {momentum: 1.0}}", "momentum"),
         ("{kl: {}, edu_attention: {query: raw}}", "set keep: false"),
         ("{kl: {}, edu_attention: {axis: batch}}", "set keep: false"),
+        ("{kl: {temperature: 0}}", "losses.kl.temperature"),
+        ("{affinity: {logit_scale: 0}}", "losses.affinity.logit_scale"),
         ("{contrastve: {}}", "did you mean 'contrastive'"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(tmp_path, losses, what):
     assert what in error(tmp_path, RECIPE.replace("{kl: {weight: 1}}", losses))
+
+
+def test_self_training_starts_within_stage_1(tmp_path):
+    text = RECIPE.replace("{kind: open_clip, model: ViT-B-32, weights: random}", "{kind: conse}")
+    assert "adapt.self_training.start: is beyond the 50 steps" in error(
+        tmp_path, f"{text}adapt: {{kind: residual_head, steps: 50, self_training: {{start: 50}}}}\n"
+    )

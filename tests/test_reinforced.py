@@ -190,7 +190,7 @@ def test_a_student_learns_from_both_teachers(here):
     assert {"distribution", "affinity", "feature"} <= json.loads(result.stdout)["log"][-1].keys()
     found = json.loads(run("cache", "build", write(here, RECIPE), "--json").stdout)
     assert [(c["pictures"], c["views"], c["width"], c["captions"]) for c in found] == [(9, K, 6, 3), (9, K, 4, 3)]
-    mistake("cache", "build", write(here, RECIPE), "--out", "x", says="--out x: is one folder, and the recipe has several teachers")
+    mistake("cache", "build", write(here, RECIPE), "--out", "x", says="--out x: is one folder, and the recipe needs several caches")
 
 
 def test_a_students_text_tower_reads_the_caption_whose_features_the_view_has(tmp_path):

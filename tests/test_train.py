@@ -40,7 +40,7 @@ def toy():
     rng = np.random.default_rng(0)
     pictures = [Picture(key=str(i), path="", label=i % N) for i in range(PICTURES)]
     rows = unit(rng, PICTURES, VIEWS, D).astype(np.float16)
-    captions = unit(rng, PICTURES, D).astype(np.float16)
+    captions = unit(rng, PICTURES, 1, D).astype(np.float16)
     cache = TeacherCache(Path("cache"), {}, pictures, rows, np.zeros((PICTURES, VIEWS, 5), np.float32), unit(rng, N, D), captions)
     labelled = [p for p in pictures if p.label < 3]
     data = Dataset("toy", "none", list("abcdef"), ("{c}",), labelled, pictures, list(range(N)), [])

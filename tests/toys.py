@@ -66,7 +66,7 @@ def run(folder, losses, kind="plain", text=False, student=None, **schedule):
     rng = np.random.default_rng(0)
     views = np.tile(np.float32([0, 0, SIDE, SIDE, 0]), (PICTURES, VIEWS, 1))
     views[:, 1, 4] = 1
-    rows, captions, classes = unit(rng, PICTURES, VIEWS, D).astype(np.float16), unit(rng, PICTURES, D).astype(np.float16), unit(rng, N, D)
+    rows, captions, classes = unit(rng, PICTURES, VIEWS, D).astype(np.float16), unit(rng, PICTURES, 1, D).astype(np.float16), unit(rng, N, D)
     cache = TeacherCache(folder, {}, pictures, rows, views, classes, captions)
     data = Dataset("toy", "none", list("abcdef"), ("{c}",), [p for p in pictures if p.label < 3], pictures, list(range(N)), [])
     preprocess = Preprocess(size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))

@@ -21,7 +21,7 @@ size, not by its bytes: who repaints a file at equal size deletes the cache.
 """
 
 from edgeclip.cache.building import build, class_features, lacking
-from edgeclip.cache.shards import Rows, Shards, TeacherCache, open_folder
+from edgeclip.cache.shards import Rows, Shards, TeacherCache, open_folder, refuse_other_views
 from edgeclip.cache.views import draw_views, replay, see
 
-__all__ = ["Rows", "Shards", "TeacherCache", "build", "class_features", "draw_views", "lacking", "open_folder", "replay", "see"]
+__all__ = ["Rows", "Shards", "TeacherCache", "build", "class_features", "draw_views", "lacking", "open_folder", "refuse_other_views", "replay", "see"]

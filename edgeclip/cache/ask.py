@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeclip import disk, recipe, teachers
+from edgeclip import disk, ranks, recipe, teachers
 from edgeclip.cache.building import build
 from edgeclip.cache.embeddings import open_embeddings
 from edgeclip.cache.shards import KIND, Embeddings, Joined, Shards, TeacherCache, open_folder
@@ -26,27 +26,21 @@ def build_for(path: Path, roots: tuple[str, ...] = (), out: Path | None = None) 
     asked = recipe.load(path, roots)
     if isinstance(asked.adapt, recipe.Prompts):
         raise EdgeclipError(f"{path}: adapt", "prompts change the rows, and stage 1 makes them", f"use: edgeclip distill {path}")
-    if out and asked.other_teachers:
-        raise EdgeclipError(f"--out {out}", "is one folder, and the recipe has several teachers", "leave it out: caches are found by their fingerprints")
-    dataset, _, captions = run.load_data(asked, path)
-    device = run.pick_device(asked.train.device)
+    own_stage_1 = bool(asked.adapt_data and isinstance(asked.adapt, recipe.ResidualHead))
+    if out and (asked.other_teachers or own_stage_1):
+        raise EdgeclipError(f"--out {out}", "is one folder, and the recipe needs several caches", "leave it out: they are found by their fingerprints")
+    dataset, labelled, captions = run.load_data(asked, path)
+    device = ranks.own(run.pick_device(asked.train.device))
     found = []
     for spec in (asked.teacher, *asked.other_teachers):
         teacher = teachers.load(spec)
         teachers.check_class_names(teacher, dataset.classes, dataset.templates)
-        made = build(
-            run.CACHE,
-            teacher,
-            teachers.folded(teacher),
-            dataset,
-            asked.views,
-            asked.seed,
-            captions=captions,
-            device=device,
-            threads=asked.train.threads,
-            out=out,
-        )
-        found.append(inspect(made.folder))
+        tower, sets = teachers.folded(teacher), [(dataset, captions)]
+        if own_stage_1 and labelled and isinstance(spec, recipe.Conse):
+            sets.append((labelled._replace(train=labelled.labelled), False))
+        for data, with_captions in sets:
+            made = build(run.CACHE, teacher, tower, data, asked.views, asked.seed, captions=with_captions, device=device, threads=asked.train.threads, out=out)
+            found.append(inspect(made.folder))
     return found
 
 

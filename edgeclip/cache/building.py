@@ -93,6 +93,8 @@ def build(
     if isinstance(teacher.source, R.Reinforced):
         return _of_reinforced(folder, description, known, teacher.source, teacher, data, captions)
     assert tower is not None
+    if teacher.text is not None:
+        teacher.text.module.to(device)  # encode_text and captions run where it lies
     job = _Job(teacher, tower.to(device), data, spec, seed, captions, device, threads)
     assemble(
         folder,
@@ -169,7 +171,9 @@ def _plan(job: _Job, partial: Path) -> int:
     bytes_each = 2 * k * width + record(k, 5).itemsize + METADATA_BYTES + 2 * job.teacher.embed_dim * job.captions
     need, free = max(0, n - done) * bytes_each, shutil.disk_usage(partial).free
     rest = f"{n - done:,} of {n:,} pictures" if done else f"{n:,} pictures"
-    say(f"teacher cache: {rest} x {k} views, about {_minutes((n - done) * seconds)} and {need / 2**20:,.1f} MiB of {free / 2**30:,.1f} GiB free")
+    say(
+        f"teacher cache: {rest} x {k} views, about {_minutes((n - done) * seconds)}{' (captions not counted)' if job.captions else ''} and {need / 2**20:,.1f} MiB of {free / 2**30:,.1f} GiB free"
+    )
     if need > free:
         raise EdgeclipError(
             partial.parent, f"the cache needs {need / 2**30:,.1f} GiB more and the disk has {free / 2**30:,.1f} GiB free", "free some, or take fewer views"

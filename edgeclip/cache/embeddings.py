@@ -93,9 +93,9 @@ def _npy_rows(file: Path) -> tuple[int, int]:
 
 
 def identity(spec: Embeddings) -> dict[str, Any]:
-    """What decides the rows: the files by name and size, and how they are joined."""
+    """What decides the rows: the files (two models' have equal names and sizes, so by their content), and how they are joined."""
     root = Path(spec.root)
-    files = [[p.parent.name, p.name, p.stat().st_size] for what in ("img_emb", "text_emb", "metadata") for p in sorted((root / what).glob("*.*"))]
+    files = [[p.parent.name, *disk.glance(p)] for what in ("img_emb", "text_emb", "metadata") for p in sorted((root / what).glob("*.*"))]
     return {"kind": "embeddings", "files": disk.fingerprint(files), "key": spec.key, "join": spec.join}
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgeclip import disk
 from edgeclip.cache.assemble import write_shard
 from edgeclip.cache.embeddings import JOINS
 from edgeclip.cache.shards import record
@@ -47,7 +48,7 @@ def shard_files(spec: Reinforced) -> list[Path]:
 
 
 def identity(spec: Reinforced) -> dict[str, Any]:
-    return {"kind": "reinforced", "files": [[p.name, p.stat().st_size] for p in shard_files(spec)], "columns": spec.columns, "join": spec.join}
+    return {"kind": "reinforced", "files": [disk.glance(p) for p in shard_files(spec)], "columns": spec.columns, "join": spec.join}
 
 
 def width(spec: Reinforced) -> int:

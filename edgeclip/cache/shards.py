@@ -185,6 +185,25 @@ class TeacherCache(NamedTuple):
     """[n, C, D]"""
 
 
+def refuse_other_views(first: TeacherCache, other: TeacherCache) -> None:
+    """Raises `EdgeclipError` unless row i, view k is of the same picture and the same view in both: teachers are joined by them."""
+
+    def refuse(what: str) -> None:
+        raise EdgeclipError(f"{other.folder} ({other.manifest['name']})", f"{what} than {first.folder} ({first.manifest['name']})", "leave that teacher out")
+
+    assert isinstance(first.pictures, Kept) and isinstance(other.pictures, Kept)
+    if first.rows.shape[:2] != other.rows.shape[:2]:
+        refuse(f"holds {other.rows.shape[0]} pictures in {other.rows.shape[1]} views, others")
+    for start in range(0, len(first.rows), 2**16):
+        part = slice(start, start + 2**16)
+        if (first.pictures.places[part] != other.pictures.places[part]).any():
+            refuse("holds other pictures")
+        a, b = first.views[part], other.views[part]
+        plain = (a[..., 2] == 0) | (b[..., 2] == 0)  # the centre crop has no numbers where nobody looked at the picture
+        if a.shape != b.shape or not (plain | (a == b).all(axis=-1)).all():
+            refuse("holds other views")
+
+
 class Embeddings(NamedTuple):
     """Rows that lie elsewhere."""
 

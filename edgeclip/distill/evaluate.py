@@ -85,7 +85,9 @@ def note(asked: R.Recipe, spec: R.Data, s: EvaluationSet) -> tuple[bool, str]:
     if s.shift:
         return False, "shift; not transductive"
     if spec.name == asked.data.name:
-        own = "with the labels that there are" if asked.losses.cross_entropy or asked.losses.prototype else "without labels"
+        as_captions = asked.losses.captions == "classes" and asked.adapt and not asked.adapt_data
+        labels_used = asked.losses.cross_entropy or asked.losses.prototype or as_captions or (asked.fuse and asked.fuse.labels)
+        own = "with the labels that there are" if labels_used else "without labels"
         return True, f"transductive: the student saw training pictures of this set {own}; {labels}"
     return False, f"not transductive: the student saw no picture of this set; {labels}"
 
@@ -132,7 +134,6 @@ def mean_over(sets: list[dict[str, Any]], mean: Callable[[list[float]], float]) 
 def evaluate(
     student: Student,
     head: EduAttentionHead | None,
-    keep_head: bool,
     preprocess: Preprocess,
     of_teacher: Callable[[list[Picture], str], tuple[np.ndarray, np.ndarray]] | None,
     data: Dataset,
@@ -149,7 +150,7 @@ def evaluate(
     own_class_features: the same of the student's own text tower; the student is then scored with either, and `baked`
     says which of them it ships with.
     """
-    edu = head.numpy() if head is not None else None
+    edu, keep_head = (head.numpy(), head.spec.keep) if head is not None else (None, False)
     either = {} if own_class_features is None else {"student_teacher_text": class_features, "student_own_text": own_class_features}
     shipped = either["student_own_text"] if baked == "student" else class_features
     sets: list[dict[str, Any]] = []

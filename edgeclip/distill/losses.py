@@ -300,7 +300,10 @@ def _text(batch: Batch) -> Float[Tensor, "B D"]:
 
 
 def _scale(batch: Batch, name: str) -> Float[Tensor, ""]:
-    return _need(batch, "learned")[f"{name}_log_scale"].exp().clamp(max=100.0)
+    """A learned scale of at most 100, as CLIP's. The parameter is held there, not the scale: that would have no gradient beyond."""
+    log_scale = _need(batch, "learned")[f"{name}_log_scale"]
+    log_scale.data.clamp_(max=math.log(100.0))
+    return log_scale.exp()
 
 
 def _need(batch: Batch | OtherTeacher, field: str) -> Any:

@@ -104,6 +104,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             rows = cache.build(CACHE, other, other_tower, unprompted, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
             if isinstance(spec, recipe.Conse):
                 other = stage_1_head(other, other_tower, rows, folder)
+        cache.refuse_other_views(cached, rows)
         return teachers.without_towers(other), rows
 
     others = [another(spec, run / f"teacher-{i}") for i, spec in enumerate(asked.other_teachers, start=2)]
@@ -188,7 +189,6 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     results = evaluate(
         student,
         head,
-        bool(head and head.spec.keep),
         preprocess,
         partial(teacher_features, towers, fusion, device=device) if len(towers) == len(scored) else None,
         dataset,

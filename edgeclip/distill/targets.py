@@ -1,7 +1,7 @@
 """What the teachers, the captions and the labels say of a batch: the half of `losses.Batch` that no gradient reaches.
 
 Rows come from the cache (a memory map, so nothing is held but the batch) and pass through the adapted head where there
-is one. Further teachers (MobileCLIP, MST-KD) have caches of the same views.
+is one. Further teachers (MobileCLIP, MST-KD) have caches of the same views of the same pictures: `cache.refuse_other_views`.
 """
 
 from typing import Any
@@ -107,5 +107,5 @@ class TeacherRows:
         captions = self.cache.caption_features
         if captions is None:
             return None
-        rows = captions[index] if len(captions.shape) == 2 else captions[index, view % captions.shape[1]]
+        rows = captions[index, view % captions.shape[1]]
         return F.normalize(torch.from_numpy(rows.astype(np.float32)), dim=-1).to(self.device)  # float16 on disk

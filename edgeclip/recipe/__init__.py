@@ -198,6 +198,9 @@ def check(recipe: Recipe, where: object) -> None:
             raise EdgeclipError(f"{where}: {field}", "has both text and class_features", "give one of them")
         if isinstance(teacher, Embeddings) and losses.if_align and not losses.if_align.normalise:
             raise EdgeclipError(f"{where}: losses.if_align", f"needs the teacher's norms, which {field} (kind: embeddings) has lost", "use normalise: true")
+    head = recipe.adapt
+    if isinstance(head, ResidualHead) and head.self_training and head.self_training.start >= head.steps:
+        raise EdgeclipError(f"{where}: adapt.self_training.start", f"is beyond the {head.steps} steps of stage 1", "start earlier, or set it to null")
     if recipe.fuse and not recipe.other_teachers:
         raise EdgeclipError(f"{where}: fuse", "needs several teachers", "add other_teachers, or set fuse to null")
     first = recipe.teacher

@@ -9,6 +9,7 @@ from edgeclip.config import Config
 Positive = Annotated[int, Meta(ge=1)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Meta(ge=0.0)]
+PositiveFloat = Annotated[float, Meta(gt=0.0)]
 
 
 # --- data
@@ -97,11 +98,11 @@ class Conse(Config, tag="conse", tag_field="kind"):
     """sentence encoder, [N, 384]"""
     anchor_prompt: str = "{c}"
     """of the ImageNet classes' texts; {c} is a class by all its synonyms"""
-    temperature: Annotated[float, Meta(gt=0.0)] = 1.0
+    temperature: PositiveFloat = 1.0
     """of the softmax over the ImageNet classes"""
     centre_texts: bool = False
     """true: the anchors' mean is taken from every text as it is from the anchors; texts of one prompt share most of their feature"""
-    logit_scale: NonNegative = 20.0
+    logit_scale: PositiveFloat = 20.0
     """cosines are multiplied by this before a softmax (1 / temperature)"""
 
 
@@ -134,7 +135,7 @@ class Embeddings(Config, tag="embeddings", tag_field="kind"):
     """the same model, for class names and for the bundle's text encoder; null: class_features, or no class at all"""
     class_features: str | None = None
     """.npy file [N, D] of a feature a class, in the data's class order, instead of `text`'s"""
-    logit_scale: NonNegative = 100.0
+    logit_scale: PositiveFloat = 100.0
     """the model's, already exponentiated"""
     licence: str = "unknown"
 
@@ -157,7 +158,7 @@ class Reinforced(Config, tag="reinforced", tag_field="kind"):
     """as of kind: embeddings"""
     class_features: str | None = None
     """as of kind: embeddings"""
-    logit_scale: NonNegative = 100.0
+    logit_scale: PositiveFloat = 100.0
     """MobileCLIP 100; MobileCLIP2 70 and 60"""
     licence: str = "unknown"
 
@@ -234,7 +235,7 @@ class Prompts(Config, tag="prompts", tag_field="kind"):
     """of KL(frozen || prompted) over the labelled classes, divided by pictures and classes"""
     average_mean: float = 15.0
     """the prompts that are kept average those after each epoch, with Gaussian weights around this epoch (from 1)"""
-    average_std: Annotated[float, Meta(gt=0.0)] = 1.0
+    average_std: PositiveFloat = 1.0
     """epochs"""
 
 

@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from edgeclip.config import Config
-from edgeclip.recipe.ingredients import Fraction, NonNegative, Positive
+from edgeclip.recipe.ingredients import Fraction, NonNegative, Positive, PositiveFloat
 
 
 class KL(Config):
     """Equation 8: KL(softmax(q_t / tau) || softmax(q_s / tau)) over the class list of the training pictures."""
 
     weight: NonNegative = 1.0
-    temperature: NonNegative = 1.0
+    temperature: PositiveFloat = 1.0
     reduction: Literal["batchmean", "promptkd"] = "batchmean"
     """A12. promptkd divides by B * N, not B, so weights of 200 to 1000 are its usual ones"""
 
@@ -37,7 +37,7 @@ class IFAlign(Config):
 class EduAttention(Config):
     """Equations 6 and 7: attention of the student's feature over the class matrix, alpha learnable from 0."""
 
-    temperature: Annotated[float, Meta(gt=0.0)] = 0.1
+    temperature: PositiveFloat = 0.1
     """A6: C; with `query: raw` sqrt(D) is its usual value"""
     learn_temperature: bool = False
     query: Literal["unit", "raw"] = "unit"
@@ -65,13 +65,13 @@ class Affinity(Config):
     weight: NonNegative = 1.0
     form: Literal["kl", "cross_entropy"] = "cross_entropy"
     """KL (CLIP-KD's CRD) and soft cross-entropy (TinyCLIP, open_clip) differ by the teacher's entropy, a constant"""
-    logit_scale: NonNegative | None = None
+    logit_scale: PositiveFloat | None = None
     """of teacher and student alike (TinyCLIP: 50); null: the teacher's own"""
 
 
 class Distribution(Config):
     weight: NonNegative = 1.0
-    logit_scale: NonNegative | None = None
+    logit_scale: PositiveFloat | None = None
     """the student's; null: the first teacher's own"""
 
 
