@@ -53,13 +53,15 @@ class Lookup(Sequence[Picture], abc.ABC):
 
 
 def read(picture: Picture) -> bytes:
-    """Raises `UnreadablePicture` when its file is gone or ends before the picture does."""
+    """Raises `UnreadablePicture` when its file is gone, may not be read or ends before the picture does."""
     try:
         with open(picture.path, "rb") as f:
             f.seek(picture.offset)
             content = f.read(picture.size)
     except FileNotFoundError:
         raise UnreadablePicture(f"{picture.path} ({picture.key})", "there is no such file", "restore it") from None
+    except OSError as e:
+        raise UnreadablePicture(f"{picture.path} ({picture.key})", f"cannot be read ({e.strerror})", "check its rights and its disk") from None
     if len(content) < picture.size:
         raise UnreadablePicture(f"{picture.path} ({picture.key})", "the shard is shorter than its index says", "restore it")
     return content
@@ -76,8 +78,10 @@ def index_tar(path: Path) -> list[Picture]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                key, dot, suffix = member.name.partition(".")
-                if member.isfile() and dot:
+                folder, slash, name = member.name.removeprefix("./").rpartition("/")
+                stem, dot, suffix = name.partition(".")  # WebDataset's rule: a folder may have dots, and a hidden file is none of a sample
+                key = folder + slash + stem
+                if member.isfile() and stem and dot:
                     if "." + suffix.lower() in found[key]:
                         raise tarfile.ReadError(f"two members are called '{member.name}'")
                     found[key]["." + suffix.lower()] = member
@@ -108,7 +112,7 @@ def refuse_cut(tar: tarfile.TarFile) -> None:
 
 def index_folder(folder: Path) -> list[Picture]:
     """Every picture below `folder`, sorted by path."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
     return [Picture(str(p.relative_to(folder)), str(p)) for p in files]
 
 

@@ -112,7 +112,10 @@ class StudentText(nn.Module):
 
 
 def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
-    """A student with its tower's weights and a fresh projector; its width is asked of the tower by one dry run."""
+    """A student with its tower's weights and a fresh projector; its width is asked of the tower by one dry run.
+
+    Raises `EdgeclipError` for a tower that does not take pictures of the asked size.
+    """
     tower, preprocess = image_tower(spec.tower)
     if spec.inherit:
         inherit_from(tower, image_tower(spec.inherit)[0])
@@ -123,8 +126,12 @@ def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
     if visual := spec.visual_prompts:
         tower = PromptedTower(tower.visual if isinstance(tower, ImageTower) else tower, visual.length, visual.depth)
         tower.vit.requires_grad_(not visual.freeze_tower)
-    with torch.inference_mode():
-        width = tower.eval()(torch.zeros(1, 3, preprocess.size, preprocess.size)).shape[1]
+    try:
+        with torch.inference_mode():
+            width = tower.eval()(torch.zeros(1, 3, preprocess.size, preprocess.size)).shape[1]
+    except (AssertionError, RuntimeError) as e:  # windows or positions of another size
+        what = f"does not take pictures of {preprocess.size} px ({str(e).splitlines()[0]})"
+        raise EdgeclipError(f"student.tower: {spec.tower.model}", what, "give the image_size that its name says, or choose another model") from None
     return Student(tower, width, embed_dim, spec.projector_hidden).eval(), preprocess
 
 

@@ -8,6 +8,7 @@ import contextlib
 import importlib.metadata
 import logging
 import socket
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,9 @@ def state_dict(path: Path) -> dict[str, torch.Tensor]:
 def _load_into(model: nn.Module, state: dict[str, torch.Tensor], where: str, by_order: bool = False) -> None:
     own = model.state_dict()
     if by_order:  # the same architecture under another repository's names: equal order, equal shapes
+        if len(own) != len(state):
+            tensors = f"{len(state)} tensors, and the model has {len(own)}"
+            raise EdgeclipError(where, f"these weights do not fit the model: {tensors}", "check that model and weights belong together")
         state = dict(zip(own, state.values(), strict=True))
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
@@ -177,7 +181,7 @@ def _hub(wanted: bool) -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    if wanted and not before:
+    if wanted and not before and not urllib.request.getproxies().keys() & {"https", "all"}:  # the way through a proxy is its client's to find
         url = urlsplit(constants.ENDPOINT)
         try:
             socket.create_connection((url.hostname, url.port or 443), timeout=5).close()

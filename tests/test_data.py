@@ -69,6 +69,18 @@ def test_templates_of_the_recipe_win(tmp_path):
     assert data.load(R.WebDataset(name="w", root=str(webdataset(tmp_path)), templates=("x {c}",)), tmp_path).templates == ("x {c}",)
 
 
+@pytest.mark.parametrize(("templates", "says"), [(("a {c}", "a photo of a {}"), "'a photo of a {}' has no {c}; write {c} where"), ((), "'' has no {c}")])
+def test_prompts_that_would_be_the_same_for_every_class_are_refused(tmp_path, templates, says):
+    with pytest.raises(EdgeclipError) as e:
+        data.load(R.Folders(name="f", root=str(folders(tmp_path, count=1)), templates=templates), tmp_path)
+    assert f"templates of the data 'f': {says}" in str(e.value)
+    webdataset(tmp_path / "w")
+    (tmp_path / "w" / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {}\n")
+    with pytest.raises(EdgeclipError, match=r"templates of the data 'w': 'the \{\}' has no \{c\}"):
+        data.load(R.WebDataset(name="w", root=str(tmp_path / "w")), tmp_path)
+    assert data.load(R.WebDataset(name="w", root=str(tmp_path / "w"), classes=None, test=None), tmp_path).templates == ()
+
+
 @pytest.mark.parametrize(("n", "base"), [(5, 3), (4, 2), (2, 1)])
 def test_base_to_novel_labels_the_first_half_only(tmp_path, n, base):
     root = folders(tmp_path, tuple("abcde"[:n]))

@@ -33,6 +33,14 @@ def test_a_picture_without_label_and_caption_says_so(tmp_path):
     assert [(p.label, p.caption) for p in index_tar(tmp_path / "0.tar")][-1] == (-1, "")
 
 
+def test_a_folder_with_dots_is_no_end_of_a_key(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("./1.png", "v1.0/1.png", "v1.0/2.x.txt", "v1.0/2.png", "../plain/3.png", "v1.0/._2.png", ".png"):
+            add_member(tar, name, name.encode())
+    found = index_tar(tmp_path / "0.tar")
+    assert {p.key: read(p).decode() for p in found} == {"0/1": "./1.png", "0/v1.0/1": "v1.0/1.png", "0/v1.0/2": "v1.0/2.png", "0/../plain/3": "../plain/3.png"}
+
+
 @pytest.mark.parametrize("content", [b"no tar at all" * 100, b""])
 def test_a_broken_shard_is_named(tmp_path, content):
     (tmp_path / "0.tar").write_bytes(content)
@@ -67,6 +75,14 @@ def test_a_folder_is_indexed_in_order_and_only_its_pictures(tmp_path):
         (tmp_path / name).write_bytes(name.encode())
     found = index_folder(tmp_path)
     assert [p.key for p in found] == ["a/z.jpg", "b.PNG", "c.webp"] and [read(p) for p in found] == [b"a/z.jpg", b"b.PNG", b"c.webp"]
+
+
+def test_a_folder_that_is_called_like_a_picture_is_none(tmp_path):
+    (tmp_path / "a.jpg").mkdir()
+    (tmp_path / "a.jpg" / "b.png").write_bytes(b"x")
+    assert [p.key for p in index_folder(tmp_path)] == ["a.jpg/b.png"]
+    with pytest.raises(UnreadablePicture, match=r"a.jpg \(k\): cannot be read \(Is a directory\)"):
+        read(Picture("k", str(tmp_path / "a.jpg")))
 
 
 def test_read_takes_its_part_of_a_file(tmp_path):

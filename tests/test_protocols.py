@@ -94,6 +94,7 @@ def workplace(tmp_path_factory):
     write_set(folder / "night", ["yellow", "red", "green"], dark=60)
     write_set(folder / "mute", ["red", "blue"], captions=False)
     (folder / "r.yaml").write_text(RECIPE)
+    (folder / "words.yaml").write_text("data: {kind: csv, name: words, root: paint}")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(teachers, "load", colour_teacher)
@@ -217,6 +218,7 @@ def test_the_same_recipe_resumes_and_data_may_be_moved_by_name(workplace):
         (["retrieval", "--data", "mute"], "retrieval needs captions"),
         (["zero_shot", "--data", "nothing"], "no such folder"),
         (["zero_shot", "--data", "nothing.yaml"], "no such file"),
+        (["zero_shot", "--data", "words.yaml"], "--data words: is of kind csv, which nothing is evaluated on; name a set with a test part"),
         (["domain_generalisation", "--data", "paint"], "has no shift"),
         (["base_to_novel", "--data", "paint", "--data", "cars"], "takes one set"),
     ],

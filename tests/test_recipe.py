@@ -58,3 +58,17 @@ def test_self_training_starts_within_stage_1(tmp_path):
     assert "adapt.self_training.start: is beyond the 50 steps" in error(
         tmp_path, f"{text}adapt: {{kind: residual_head, steps: 50, self_training: {{start: 50}}}}\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("train: {batch_size: 1}", "train.batch_size: is 1, and the projector's batch norm needs two; raise it, or set student.projector_hidden to null"),
+        ("train: {warmup_batch_size: 1}", "train.warmup_batch_size: is 1"),
+        ("views: {ratio: [0, 1]}", "views.ratio[0]: expected `float` > 0.0"),
+        ("views: {scale: [0.5, -1]}", "views.scale[1]: expected `float` > 0.0"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused(tmp_path, more, says):
+    assert says in error(tmp_path, RECIPE + more)
+    recipe.load(write(tmp_path, RECIPE.replace("size: 64}", "size: 64}, projector_hidden: null") + "train: {batch_size: 1}"))

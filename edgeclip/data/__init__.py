@@ -48,8 +48,11 @@ class Dataset(NamedTuple):
 
 
 def load(spec: R.Data, cache: Path) -> Dataset:
-    """Raises `EdgeclipError` where a folder, a class list or every picture is missing."""
+    """Raises `EdgeclipError` where a folder, a class list or every picture is missing, and for a template without a place for the name."""
     data = DATASETS[type(spec)](spec, cache)
+    nameless = next((t for t in data.templates or ("",) if "{c}" not in t), None)
+    if data.classes and nameless is not None:  # such a prompt is the same for every class
+        raise EdgeclipError(f"templates of the data '{data.name}'", f"'{nameless}' has no {{c}}", "write {c} where the class's name goes: a photo of a {c}")
     for p in (p for part in (data.labelled, *(s.pictures for s in data.evaluation)) for p in part):
         if not 0 <= p.label < len(data.classes) and (data.classes or p.label >= 0):
             raise EdgeclipError(
@@ -159,7 +162,12 @@ def _csv(spec: R.Csv, cache: Path) -> Dataset:
                 for column in (spec.image, spec.caption):
                     if column not in (lines.fieldnames or []):
                         raise EdgeclipError(path, f"has no column '{column}'", did_you_mean(column, lines.fieldnames or []))
-                return [Picture(line[spec.image], str(root / line[spec.image]), caption=(line[spec.caption] or "").strip()) for line in lines]
+                found = []
+                for line in lines:
+                    if not line[spec.image]:
+                        raise EdgeclipError(f"{path}: line {lines.line_num}", f"has nothing in column '{spec.image}'", "complete or remove it")
+                    found.append(Picture(line[spec.image], str(root / line[spec.image]), caption=(line[spec.caption] or "").strip()))
+                return found
         except FileNotFoundError:
             raise EdgeclipError(path, "there is no such file", "check the path") from None
         except (UnicodeDecodeError, csv.Error) as e:

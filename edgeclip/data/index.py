@@ -23,6 +23,8 @@ from edgeclip.pictures import Lookup, Picture
 from edgeclip.progress import track
 
 BATCH = 4096
+FORMAT = 2
+"""of an index; higher when `pictures.index_tar` finds what it did not find before, so that no older index is taken"""
 SCHEMA = pa.schema(
     {"key": pa.string(), "shard": pa.int32(), "offset": pa.int64(), "size": pa.int64(), "label": pa.int32(), "caption": pa.string(), "hash": pa.uint64()}
 )
@@ -59,7 +61,7 @@ def index(shards: Sequence[Path], cache: Path, read: Callable[[Path], list[Pictu
     Raises `EdgeclipError` for a key that two pictures have, and what `read` raises.
     """
     known = [[p.name, s.st_size, s.st_mtime_ns] for p in shards for s in [p.stat()]]
-    path = cache / "index" / f"{disk.fingerprint(known)[:16]}.arrow"
+    path = cache / "index" / f"{disk.fingerprint([FORMAT, known])[:16]}.arrow"
     if not path.with_suffix(".json").exists():
         digests = [hashlib.sha256(), hashlib.sha256()]
         hashes: list[np.ndarray] = []
@@ -99,5 +101,5 @@ def _refuse_twice(hashes: list[np.ndarray], shards: Sequence[Path]) -> None:
         stems = [p.stem for p in shards]
         same = next((s for s in stems if stems.count(s) > 1), None) if len(stems) < 10_000 else None
         what = f"two shards are called '{same}'" if same else "a key occurs twice in a shard"
-        where = os.path.commonpath([str(p) for p in shards])
+        where = Path(os.path.commonpath([str(p) for p in shards]))  # of relative ones perhaps nothing, which is the working folder
         raise EdgeclipError(where, f"{twice} pictures have a key that another has ({what})", "rename the shards, or repair them")

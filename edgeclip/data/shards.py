@@ -1,9 +1,9 @@
 """Which tar shards a recipe means: a glob, a brace range, or commands whose output is a tar.
 
-    train/*.tar     {00000..00099}.tar     {a,b}/{0..9}.tar     pipe:aws s3 cp s3://bucket/{00000..00099}.tar -
+    train/*.tar     {00000..00099}.tar     {a,b}-{0..9}.tar     pipe:aws s3 cp s3://bucket/{00000..00099}.tar -
 
-Commands run only where the recipe says `pipe: true`. Their output is kept below `cache/shards`, because a picture is read
-again in every epoch.
+Two shards of one name are refused, in different folders too: a picture's key is <shard>/<name>. Commands run only where the
+recipe says `pipe: true`. Their output is kept below `cache/shards`, because a picture is read again in every epoch.
 """
 
 import itertools
@@ -46,12 +46,17 @@ def find(root: Path, pattern: str, pipe: bool, cache: Path) -> list[Path]:
         if not pipe:
             raise EdgeclipError(pattern, "is a command, and the recipe does not allow them", "set pipe: true in its data, if you trust it")
         return [_piped(command, cache) for command in expand(pattern.removeprefix("pipe:"))]
-    found = []
-    for each in expand(pattern):
-        here = sorted(root.glob(each), key=lambda p: (len(p.name), p.name))
-        if not here:
-            raise EdgeclipError(root / each, "no shard matches", "check the glob and the folder")
-        found += here
+    return [path for each in expand(pattern) for path in matching(root, each)]
+
+
+def matching(root: Path, glob: str) -> list[Path]:
+    """The shards below `root` that a glob finds, 2.tar before 10.tar. Raises `EdgeclipError` where it finds none, or is no glob."""
+    try:
+        found = sorted(root.glob(glob), key=lambda p: (len(p.name), p.name))
+    except (NotImplementedError, ValueError) as e:
+        raise EdgeclipError(glob, f"is no glob below {root} ({e})", "write it relative to that folder") from None
+    if not found:
+        raise EdgeclipError(root / glob, "no shard matches", "check the glob and the folder")
     return found
 
 

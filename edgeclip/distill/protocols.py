@@ -124,6 +124,8 @@ def _for_protocol(spec: Data, protocol: str) -> Data:
         if protocol == "base_to_novel":
             raise EdgeclipError("openmoji", "has a split of its own (held-out, unlabelled and base concepts)", "use --protocol zero_shot")
         return spec
+    if isinstance(spec, recipe.Csv):
+        raise EdgeclipError(f"--data {spec.name}", "is of kind csv, which nothing is evaluated on", "name a set with a test part")
     spec = msgspec.structs.replace(spec, protocol="base_to_novel" if protocol == "base_to_novel" else "zero_shot")
     return msgspec.structs.replace(spec, train=None) if isinstance(spec, recipe.WebDataset) else spec
 

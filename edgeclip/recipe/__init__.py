@@ -175,6 +175,11 @@ def check(recipe: Recipe, where: object) -> None:
         raise EdgeclipError(f"{where}: student.inherit", "would overwrite the weights of student.tower", "give the tower weights: random")
     if recipe.student.class_features == "student" and not recipe.student.text:
         raise EdgeclipError(f"{where}: student.class_features", "the student has no text tower", "give student.text, or take the teacher's")
+    for field in ("batch_size", "warmup_batch_size"):
+        if recipe.student.projector_hidden and getattr(recipe.train, field) == 1:
+            raise EdgeclipError(
+                f"{where}: train.{field}", "is 1, and the projector's batch norm needs two", "raise it, or set student.projector_hidden to null"
+            )
     if losses.if_align and losses.if_align.axis == "tokens":
         raise EdgeclipError(f"{where}: losses.if_align.axis: tokens", "needs token_features, which a teacher cache does not hold", "use axis: batch")
     align = losses.if_align

@@ -43,7 +43,7 @@ class WebDataset(Config, tag="webdataset", tag_field="kind"):
     classes: str | None = "classnames.txt"
     """file below root, a class a line in index order; null: captions only"""
     templates: tuple[str, ...] = ()
-    """prompt templates; empty: those of zeroshot_classification_templates.txt below root"""
+    """prompt templates, {c} where the class's name goes; empty: those of zeroshot_classification_templates.txt below root"""
     protocol: Literal["zero_shot", "base_to_novel"] = "zero_shot"
     """base_to_novel: labels of the first half of the classes only (ceil(N/2)); both halves are scored apart"""
     licence: str = "unknown"
@@ -250,9 +250,9 @@ class Views(Config):
 
     count: Positive = 2
     """view 0 is the plain centre square, the others are random resized crops"""
-    scale: tuple[float, float] = (0.5, 1.0)
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.0)
     """of the picture's area"""
-    ratio: tuple[float, float] = (0.8, 1.25)
+    ratio: tuple[PositiveFloat, PositiveFloat] = (0.8, 1.25)
     """width by height"""
     flip: Fraction = 0.5
     """probability of a horizontal flip in views 1 and up"""

@@ -23,7 +23,8 @@ class ImageTower(nn.Module):
         self.visual = model.visual
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        return self.visual(pixels)
+        out = self.visual(pixels)
+        return out[0] if isinstance(out, tuple) else out  # CoCa's comes with its patches' tokens
 
 
 class TextModule(nn.Module):

@@ -19,7 +19,7 @@ from edgeclip.teachers import Teacher, TextTower, open_clip
 
 
 def load(spec: R.Embeddings | R.Reinforced) -> Teacher:
-    """Raises `EdgeclipError` where the text encoder, the class file and the rows are not of one width."""
+    """Raises `EdgeclipError` where the text encoder, the class file and the rows are not of one width, or a file is missing."""
     if isinstance(spec, R.Embeddings):
         folder = embeddings.open_embeddings(Path(spec.root))
         width, identity, size = int(folder.images.shape[1]), embeddings.identity(spec), 224
@@ -30,6 +30,8 @@ def load(spec: R.Embeddings | R.Reinforced) -> Teacher:
     text = open_clip.load(spec.text) if spec.text else None
     if text is not None and text.embed_dim != width:
         raise EdgeclipError("teacher.text", f"its features are {text.embed_dim} wide and the embeddings {width}", "name the text encoder of the same model")
+
+    class_features = _class_file(Path(spec.class_features), width) if spec.class_features else None
 
     def no_text(texts: list[str]) -> Float[Tensor, "N D"]:
         raise EdgeclipError("teacher.text", f"is null, and a text encoder is needed for '{texts[0]}'", "name one")
@@ -49,7 +51,7 @@ def load(spec: R.Embeddings | R.Reinforced) -> Teacher:
         encode_text=text.encode_text if text else no_text,
         text=text.text if text else None,
         source=spec,
-        class_features=_class_file(Path(spec.class_features), width) if spec.class_features else None,
+        class_features=class_features,
     )
 
 
@@ -59,7 +61,7 @@ def _class_file(path: Path, width: int) -> np.ndarray:
         features = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the recipe's teacher.class_features") from None
-    except ValueError as e:
+    except (OSError, EOFError, ValueError) as e:
         raise EdgeclipError(path, f"is no readable .npy file ({e})", "write [classes, width] float rows with numpy.save") from None
     if features.ndim != 2 or features.shape[1] != width or not np.isfinite(features).all():
         raise EdgeclipError(path, f"holds {features.shape}, not finite rows of width {width}", "write a row a class, of the embeddings' model")
