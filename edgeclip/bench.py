@@ -115,7 +115,7 @@ def bench(
         report["sustained"] = sustained(session.run, inputs, 60 * minutes)
     source = None if meter_csv or metered else energy.find(device.rails)
     if "single_stream" in scenarios and (source or meter_csv or metered):
-        say(f"bench {name}: energy, {energy.IDLE_S:g} s idle and {minimum.min_duration_s:g} s under load")
+        say(f"bench {name}: energy, {energy.idle_s(minimum.min_duration_s):g} s idle and {minimum.min_duration_s:g} s under load")
         report["energy"] = energy.measure(session.run, inputs, minimum.min_duration_s, source, meter_csv, metered)
         report["energy_mj_per_image"] = (report["energy"] or {}).get("mj_per_image")
     report["temperature_end_c"] = machine.temperature_c()

@@ -62,7 +62,7 @@ def main() -> None:
         np.savez(payload, allow_pickle=False, **arrays)
     except EdgeclipError as e:
         answer = {"error": str(e)}
-    out.write(MARK + json.dumps({**answer, "bytes": len(payload.getvalue())}).encode() + b"\n" + payload.getvalue())
+    out.write(b"\n" + MARK + json.dumps({**answer, "bytes": len(payload.getvalue())}).encode() + b"\n" + payload.getvalue())
     out.flush()
 
 

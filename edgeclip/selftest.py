@@ -91,11 +91,9 @@ def _power(device: Device) -> str | None:
     source = energy.find(device.rails)
     if source is None:
         return None
-    readings = []
-    for _ in range(10):
-        readings.append(source.read())
-        time.sleep(0.1)
-    known = [r for r in readings if r is not None]
+    with energy.Sampler(source) as sampler:
+        time.sleep(1)
+    known = [s.watts for s in sampler.samples]
     assert known, f"{source.name}: nothing could be read"
     return f"{source.name}: {min(known):.2f} to {max(known):.2f} W over a second"
 

@@ -115,10 +115,24 @@ def test_a_changed_byte_on_the_way_is_refused(tmp_path):
 
 
 def test_only_what_edgeclip_left_is_removed(tmp_path):
-    (tmp_path / "precious").mkdir()
+    mine = tmp_path / "precious" / "store" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("ten years")
     (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/precious}}\nruntimes: [onnxruntime]\n")
     with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
-        assert not board.clean() and (tmp_path / "precious").is_dir()
+        with pytest.raises(EdgeclipError, match=r"holds files that are not edgeclip's; name an empty or a new folder"):
+            board.send({disk.sha256(mine): mine}, "file")
+        assert not board.clean() and mine.read_text() == "ten years" and list((tmp_path / "precious").iterdir()) == [mine.parent]
+
+
+def test_what_somebody_put_beside_it_later_stays(tmp_path):
+    (tmp_path / "b").mkdir()  # an empty folder will do
+    (tmp_path / "file").write_bytes(b"abc")
+    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n")
+    with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
+        board.send({disk.sha256(tmp_path / "file"): tmp_path / "file"}, "file")
+        (tmp_path / "b" / "notes.txt").write_text("mine")
+        assert board.clean() and [f.name for f in (tmp_path / "b").iterdir()] == ["notes.txt"]
 
 
 def test_two_at_once_would_measure_each_other(shipped_bundle, tmp_path):
@@ -137,7 +151,7 @@ def test_two_at_once_would_measure_each_other(shipped_bundle, tmp_path):
 
 def test_words_of_a_login_shell_are_not_taken_for_the_answer(tmp_path):
     shell = tmp_path / "chatty"
-    shell.write_text('#!/bin/sh\necho "Welcome to the board"; exec "$@"\n')
+    shell.write_text('#!/bin/sh\necho "Welcome to the board"; printf "$ "; exec "$@"\n')
     shell.chmod(0o755)
     (tmp_path / "d.yaml").write_text(f"reach: {{command: [{shell}], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n")
     with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
@@ -152,7 +166,9 @@ def test_the_runner_is_the_device_layer_and_nothing_of_the_host(tmp_path):
     content = runner.device_layer()
     names = zipfile.ZipFile(io.BytesIO(content)).namelist()
     assert content == runner.device_layer() and "edgeclip/on_board.py" in names and "edgeclip/runtime/onnxruntime.py" in names
-    assert not any(n.startswith(tuple(f"edgeclip/{h}" for h in ("distill", "export", "teachers", "remote", "cache.py"))) for n in names)
+    assert {n.split("/")[1].removesuffix(".py") for n in names}.isdisjoint(runner.HOST) and {"cache", "distill", "remote"} <= set(runner.HOST)
+    (tmp_path / "own.zip").write_bytes(content)
+    assert len(content) < 0.5 * runner.unpacked({"own": tmp_path / "own.zip"}) == 0.5 * sum((REPO / n).stat().st_size for n in names)
 
 
 def test_the_remote_command_is_one_constant_string():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from edgeclip import disk
 from edgeclip.bundle import Bundle
 from edgeclip.device import load as load_device
 from edgeclip.errors import EdgeclipError, LinkLost
+from edgeclip.remote import runner
 from edgeclip.remote.board import Board
 
 
@@ -135,6 +137,16 @@ def test_a_board_without_room_is_told_before_anything_travels(sshd, home, tmp_pa
                 blocks = [b"x" * 1_000_000] * 8
                 board._wait(board.link.ask("put", blocks, folder=board.folder, files=[["f" * 64, 8_000_000, 0]]))
             assert list((tmp_path / "on-board" / "store").iterdir()) == []
+            # 8 MB of which 8 KB travel: what is unpacked counts, and what cannot be unpacked is taken away again
+            with zipfile.ZipFile(tmp_path / "wheel", "w", zipfile.ZIP_DEFLATED) as z:
+                z.writestr("module.py", b"x" * 8_000_000)
+            wheel = {disk.sha256(tmp_path / "wheel"): tmp_path / "wheel"}
+            with pytest.raises(EdgeclipError, match="MiB are free; make room"):
+                board.send(wheel, "runner", runner.unpacked(wheel))
+            board.send(wheel, "runner")
+            with pytest.raises(EdgeclipError, match="No space left"):
+                board.ask("build", name="runner/r", unpack=list(wheel))
+            assert list((tmp_path / "on-board" / "runner").iterdir()) == [] and board.send(wheel, "runner") == 0  # it need not travel again
     finally:
         subprocess.run(["umount", str(tmp_path / "on-board")], check=True)
 

@@ -26,22 +26,27 @@ import zipfile
 from typing import Any, Dict  # noqa: UP035  (as below)
 
 MARK = b"edgeclip-reply "  # what a login shell prints before it is not the answer
-OURS = ".edgeclip-board"  # only a folder with this file in it is ever removed
+OURS = ".edgeclip-board"  # only in a folder with this file in it is anything ever written or removed
+LEFT = ("store", "trees", "runner", "engines", ".copy", ".run", OURS)
 BLOCK = 1 << 18
 Request = Dict[str, Any]  # noqa: UP006  (an old Python evaluates it)
 STDIN: Any = sys.stdin.buffer
 
 
 def reply(answer: dict[str, Any], payload: bytes = b"") -> None:
-    """One line that is found among whatever else is printed, then the payload."""
-    sys.stdout.buffer.write(MARK + json.dumps(dict(answer, bytes=len(payload))).encode() + b"\n" + payload)
+    """One line that is found among whatever else is printed, a banner without an end of line too, then the payload."""
+    sys.stdout.buffer.write(b"\n" + MARK + json.dumps(dict(answer, bytes=len(payload))).encode() + b"\n" + payload)
     sys.stdout.buffer.flush()
 
 
 def home(request: Request) -> str:
+    """The folder, made if need be; somebody else's, with files in it, is refused, since --clean could not tell them apart."""
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
-    os.makedirs(os.path.join(folder, "store"), exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
+    if os.listdir(folder) and not os.path.exists(os.path.join(folder, OURS)):
+        raise ValueError(folder + " holds files that are not edgeclip's; name an empty or a new folder in the profile's reach.folder")
     open(os.path.join(folder, OURS), "a").close()
+    os.makedirs(os.path.join(folder, "store"), exist_ok=True)
     return folder
 
 
@@ -133,20 +138,28 @@ def build(request: Request) -> dict[str, Any]:
     if not os.path.exists(path):
         temporary = path + ".new"
         shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-        for name, digest in request.get("files", {}).items():
-            target = inside(temporary, name)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            try:
-                os.link(inside(folder, "store/" + digest), target)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(inside(folder, "store/" + digest), target)
+        try:
+            _fill(folder, temporary, request.get("files", {}), request.get("unpack", []))
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk must not stay full
         for digest in request.get("unpack", []):
-            with zipfile.ZipFile(inside(folder, "store/" + digest)) as wheel:
-                wheel.extractall(temporary)
             os.remove(inside(folder, "store/" + digest))  # its content is what counts from here on
-        os.replace(temporary, path)
     return {"path": path}
+
+
+def _fill(folder: str, temporary: str, files: dict[str, str], unpack: list[str]) -> None:
+    os.makedirs(temporary)
+    for name, digest in files.items():
+        target = inside(temporary, name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        try:
+            os.link(inside(folder, "store/" + digest), target)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(inside(folder, "store/" + digest), target)
+    for digest in unpack:
+        with zipfile.ZipFile(inside(folder, "store/" + digest)) as wheel:
+            wheel.extractall(temporary)
 
 
 def exists(request: Request) -> dict[str, Any]:
@@ -181,11 +194,17 @@ def run(request: Request) -> None:
 
 
 def clean(request: Request) -> dict[str, Any]:
-    """Removes everything that edgeclip left, and only that."""
+    """Removes everything that edgeclip left, and only that: the folder itself goes when nothing else is in it."""
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
     if not os.path.exists(os.path.join(folder, OURS)):
         return {"removed": False}
-    shutil.rmtree(folder)
+    for path in (os.path.join(folder, name) for name in LEFT):
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        elif os.path.exists(path):
+            os.remove(path)
+    if not os.listdir(folder):
+        os.rmdir(folder)
     return {"removed": True}
 
 

@@ -35,7 +35,7 @@ from edgeclip.validate import Evaluation, Observed, judge
 T = TypeVar("T")
 MACHINE = Path(__file__).parent.parent / "machine.py"
 ROOM = 1.2
-"""of the files' own size: room for a copy on its way and for what is unpacked"""
+"""of the files' own size, packed and unpacked: whole blocks, and a copy on its way"""
 BLOCK = 1 << 18
 TRIPS = 5
 
@@ -134,17 +134,17 @@ class Board:
             files = {disk.sha256(f): f for f in (*wheels, own)}
             name = f"runner/{runner.key(files)}"
             if not self.ask("exists", name=name)["exists"]:
-                self.send(files, "runner")
+                self.send(files, "runner", runner.unpacked(files))
                 self.ask("build", name=name, unpack=sorted(files))
         return name
 
-    def send(self, files: dict[str, Path], what: str) -> int:
-        """Brings files {sha256: path} into the board's store; returns how many bytes travelled."""
+    def send(self, files: dict[str, Path], what: str, unpacked: int = 0) -> int:
+        """Brings files {sha256: path} into the board's store; returns how many bytes travelled. unpacked: bytes that come on top there."""
         found = self.ask("missing", files={d: f.stat().st_size for d, f in files.items()})
         todo = [(d, files[d], files[d].stat().st_size, have) for d, have in found["have"].items()]
         size = sum(total - have for _, _, total, have in todo)
-        if size * ROOM > found["free_bytes"]:
-            what = f"{what} needs {size * ROOM / 2**20:.1f} MiB there, and {found['free_bytes'] / 2**20:.1f} MiB are free"
+        if (need := ROOM * (size + unpacked)) > found["free_bytes"]:
+            what = f"{what} needs {need / 2**20:.1f} MiB there, and {found['free_bytes'] / 2**20:.1f} MiB are free"
             raise EdgeclipError(self.name, what, "make room, or remove what edgeclip left with --clean")
         if todo:
             say(f"{self.name}: sending {what}, {size / 2**20:.1f} MiB")

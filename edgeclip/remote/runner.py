@@ -60,12 +60,17 @@ def wheels(name: str, facts: dict[str, Any], packages: tuple[str, ...], cache: P
 def device_layer() -> bytes:
     """A zip of the device layer's own modules: equal sources, equal bytes."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as z:
+    with zipfile.ZipFile(buffer, "w") as z:
         for path in sorted(PACKAGE.rglob("*.py")):
             name = path.relative_to(PACKAGE)
             if name.parts[0].removesuffix(".py") not in HOST:
-                z.writestr(zipfile.ZipInfo(f"edgeclip/{name.as_posix()}"), path.read_bytes())
+                z.writestr(zipfile.ZipInfo(f"edgeclip/{name.as_posix()}"), path.read_bytes(), zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
+
+
+def unpacked(files: dict[str, Path]) -> int:
+    """Bytes in the wheels {sha256: path}, once they are unpacked."""
+    return sum(i.file_size for path in files.values() for i in zipfile.ZipFile(path).infolist())
 
 
 def key(files: dict[str, Path]) -> str:
