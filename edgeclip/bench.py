@@ -103,23 +103,28 @@ def bench(
     inputs = [normalise(bundle.pixels(open_picture(s))[None], bundle.preprocess) for s in sources]
     for scenario, batch in (("single_stream", 1), ("multi_stream", STREAMS), ("offline", device.offline_batch)):
         if scenario in scenarios:
-            say(f"bench {name}: {scenario}, at least {minimum.min_duration_s:g} s and {minimum.min_query_count} pictures")
             batches = inputs if batch == 1 else [np.concatenate([inputs[i % len(inputs)] for i in range(batch)])]
-            result = summary(run_scenario(session.run, batches, minimum.min_duration_s, -(-minimum.min_query_count // batch)))
+            count = minimum.min_query_count if scenario == "multi_stream" else -(-minimum.min_query_count // batch)  # a p99 needs its queries
+            say(f"bench {name}: {scenario}, at least {minimum.min_duration_s:g} s and {count} queries of {batch}")
+            result = summary(run_scenario(session.run, batches, minimum.min_duration_s, count))
             report[scenario] = {**result, "batch": batch, "pictures_per_second": 1e3 * batch / float(result["latency_ms_mean"] or 1)}
     report["stages"] = _stages(bundle, sources)
-    report["cold_start"] = cold_start(bundle.folder, bundle.threads, python)
+    report["cold_start"] = cold_start(bundle, python)
     report["peak_memory_mib"] = report["cold_start"]["peak_memory_mib"]
     if minutes:
         say(f"bench {name}: sustained, {minutes:g} minutes")
         report["sustained"] = sustained(session.run, inputs, 60 * minutes)
+    unread: list[str] = []
     source = None if meter_csv or metered else energy.find(device.rails)
     if "single_stream" in scenarios and (source or meter_csv or metered):
         say(f"bench {name}: energy, {energy.idle_s(minimum.min_duration_s):g} s idle and {minimum.min_duration_s:g} s under load")
-        report["energy"] = energy.measure(session.run, inputs, minimum.min_duration_s, source, meter_csv, metered)
+        try:
+            report["energy"] = energy.measure(session.run, inputs, minimum.min_duration_s, source, meter_csv, metered)
+        except EdgeclipError as e:  # the meter's file: hours of timings do not go with it
+            unread = [f"energy not measured: {e}"]
         report["energy_mj_per_image"] = (report["energy"] or {}).get("mj_per_image")
     report["temperature_end_c"] = machine.temperature_c()
-    report["failures"] = over_budget(report, device)
+    report["failures"] = unread + over_budget(report, device)
     return report
 
 
@@ -150,7 +155,7 @@ def check_with(bundle: Bundle, minimum: Minimum) -> str:
     if bundle.manifest["runtime"] == "tensorrt":
         return f"trtexec --onnx={model} --stronglyTyped --shapes=pixels:{shape} --iterations={count} --percentile=90"
     providers = "".join({"CUDAExecutionProvider": " -e cuda", "TensorrtExecutionProvider": " -e tensorrt"}.get(p, "") for p in (bundle.providers or ())[:1])
-    return f"onnxruntime_perf_test -I -f batch:1 -m times -r {count} -x {threads} -y 1{providers or ' -e cpu'} {model}"
+    return f"onnxruntime_perf_test -I -f batch:1 -m times -r {count} -x {threads} -y 1 -C 'session.qdqisint8allowed|1'{providers or ' -e cpu'} {model}"
 
 
 def incomplete(bundle: Bundle, here: dict[str, Any], minimum: Minimum, reason: str) -> dict[str, Any]:
@@ -204,8 +209,8 @@ def _pictures(bundle: Bundle, evaluation: Path | None) -> list[bytes]:
     return found
 
 
-def _stages(bundle: Bundle, sources: list[bytes]) -> dict[str, float]:
-    """Median milliseconds of each stage of one `classify`, measured apart."""
+def _stages(bundle: Bundle, sources: list[bytes]) -> dict[str, float | None]:
+    """Median milliseconds of each stage of one `classify`, measured apart; head_ms is None where there are no labels."""
     laps: dict[str, list[float]] = {s: [] for s in ("decode", "preprocess", "model", "head")}
     for i in range(STAGE_QUERIES):
         times = [time.perf_counter()]
@@ -220,17 +225,20 @@ def _stages(bundle: Bundle, sources: list[bytes]) -> dict[str, float]:
         times.append(time.perf_counter())
         for stage, a, b in zip(laps, times, times[1:], strict=False):
             laps[stage].append(1e3 * (b - a))
-    return {f"{stage}_ms": float(np.median(values)) for stage, values in laps.items()}
+    return {f"{stage}_ms": float(np.median(values)) if stage != "head" or bundle.labels else None for stage, values in laps.items()}
 
 
-def cold_start(bundle: Path, threads: int, python: tuple[str, ...] = (sys.executable,), runs: int = 3) -> dict[str, float | int]:
-    """Of fresh processes: start to first answer, opening the bundle, first inference (medians), peak resident memory."""
+def cold_start(bundle: Bundle, python: tuple[str, ...] = (sys.executable,), runs: int = 3) -> dict[str, float | int]:
+    """Of fresh processes with the bundle's threads and providers: start to first answer, opening it, first inference (medians), peak
+    resident memory. Raises `EdgeclipError` with the last line of a process that fails.
+    """
     code = (
         "import time; t0=time.perf_counter()\n"
         "import json, re, sys\n"
         "import numpy as np\n"
         "from edgeclip.bundle import Bundle\n"
-        "b=Bundle.load(sys.argv[1], threads=int(sys.argv[2])); b.image_encoder; t1=time.perf_counter()\n"
+        "threads, providers = json.loads(sys.argv[2])\n"
+        "b=Bundle.load(sys.argv[1], threads=threads, providers=providers and tuple(providers)); b.image_encoder; t1=time.perf_counter()\n"
         "s=b.preprocess.size; b.encode_pixels(np.zeros((1,s,s,3),np.uint8)); t2=time.perf_counter()\n"
         # not getrusage: its peak survives fork and exec, so a child inherits a large parent's
         "print(json.dumps([t1-t0, t2-t1, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])/1024]))\n"
@@ -238,7 +246,11 @@ def cold_start(bundle: Path, threads: int, python: tuple[str, ...] = (sys.execut
     rows = []
     for _ in range(runs):
         before = time.perf_counter()
-        done = subprocess.run([*python, "-c", code, str(bundle.resolve()), str(threads)], capture_output=True, text=True, check=True)
+        how = json.dumps([bundle.threads, bundle.providers])
+        done = subprocess.run([*python, "-c", code, str(bundle.folder.resolve()), how], capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
+            raise EdgeclipError(bundle.folder, f"a fresh process cannot answer with it ({reason})", "see what it needs with: edgeclip doctor")
         rows.append([time.perf_counter() - before, *json.loads(done.stdout)])
     wall, load, first, memory = (float(v) for v in np.median(rows, axis=0))
     return {"runs": runs, "process_ms": 1e3 * wall, "load_ms": 1e3 * load, "first_inference_ms": 1e3 * first, "peak_memory_mib": round(memory)}

@@ -13,6 +13,7 @@ bundle.classify("cat.jpg", ["a cat", "a dog"])
 """
 
 import json
+import platform
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,18 @@ from edgeclip.preprocess import Preprocess, normalise, open_picture, to_pixels
 from edgeclip.runtime import Session, open_session
 from edgeclip.zero_shot import EduAttention, class_scores, ensemble, prompts
 
+FORMAT = 1
+"""of the manifest and what it lists"""
+OLD = "was written by an older edgeclip"
 TEXT_BATCH = 32
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises `EdgeclipError` for an unfinished bundle, and for one of another format."""
+    manifest = disk.read_manifest(folder, "bundle")
+    if manifest.get("format") != FORMAT:
+        raise EdgeclipError(folder, f"is of format {manifest.get('format')}, and this edgeclip reads {FORMAT}", "export it anew")
+    return manifest
 
 
 class Bundle:
@@ -46,7 +58,7 @@ class Bundle:
         Every file is compared with the manifest's sha256 when it is opened; check: compare all of them now.
         """
         folder = Path(folder)
-        manifest = disk.read_manifest(folder, "bundle")
+        manifest = read_manifest(folder)
         if check:
             disk.verify(folder, manifest)
         return cls(folder, manifest, threads, providers)
@@ -66,10 +78,13 @@ class Bundle:
 
     @property
     def precision(self) -> str:
-        """What is stored and what is computed: a CPU's kernels know no fp16 here."""
-        stored = self.manifest["target"]["precision"]
-        on_cpu = self.image_encoder.facts["providers"] in (["CPUExecutionProvider"], ["CPU"])
-        return "fp16 stored, fp32 computed" if stored == "fp16" and on_cpu else stored
+        """What is stored and what is computed. Of CPUs ONNX Runtime alone has fp16 kernels, of some versions, operations and ARM cores."""
+        stored: str = self.manifest["target"]["precision"]
+        providers = self.image_encoder.facts["providers"]
+        if stored != "fp16" or providers not in (["CPUExecutionProvider"], ["CPU"]):
+            return stored
+        unknown = providers == ["CPUExecutionProvider"] and platform.machine() == "aarch64"
+        return f"fp16 stored, {'fp16 or fp32' if unknown else 'fp32'} computed"
 
     @cached_property
     def text_encoder(self) -> Session:
@@ -94,6 +109,8 @@ class Bundle:
         if "head.npz" not in self.manifest["files"]:
             return None
         with np.load(self.file("head.npz"), allow_pickle=False) as z:
+            if "fc" not in z:
+                raise EdgeclipError(self.folder, OLD, "export it anew")
             return EduAttention(z["weight"], z["bias"], float(z["alpha"]), float(z["temperature"]), str(z["fc"]), bool(z["normalise"]))
 
     def pixels(self, image: str | Path | bytes | Image.Image) -> np.ndarray:

@@ -132,6 +132,9 @@ def export(
         raise click.UsageError("--model and --weights go together")
     if model and run:
         raise click.UsageError("--model and --run exclude each other")
+    for option, given in (("--labels", labels), ("--images", images), ("--image-only", image_only)):
+        if given and not model:
+            raise click.UsageError(f"{option} belongs to --model")
     if bool(targets) == (layout == "open_clip"):
         raise click.UsageError("--layout open_clip is the float student, without --target" if targets else "Missing option '--target'.")
     if layout == "open_clip" and model:

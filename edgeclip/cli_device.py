@@ -147,7 +147,9 @@ def validate(run: Path | None, bundle: Path | None, clean: bool, device_name: st
 @click.option("--device", "devices", multiple=True, help="A name from `edgeclip list devices`, or a YAML file; several are compared.  [default: host-cpu]")
 @click.option("--scenario", type=click.Choice(["single_stream", "multi_stream", "offline"]), help="MLPerf's; all three when omitted.")
 @click.option("--minutes", default=0.0, help="So many minutes of sustained load besides: temperature, throttling, drift of p90.")
-@click.option("--meter", "meter_csv", type=click.Path(path_type=Path), help="A CSV (timestamp, watts) that a power meter is writing here meanwhile.")
+@click.option(
+    "--meter", "meter_csv", type=click.Path(path_type=Path), help="A CSV (timestamp, watts) that a power meter of the one --device is writing here meanwhile."
+)
 @json_option
 def bench(
     run: Path | None, bundle: Path | None, clean: bool, devices: tuple[str, ...], scenario: str | None, minutes: float, meter_csv: Path | None, as_json: bool
@@ -160,9 +162,15 @@ def bench(
         edgeclip bench --bundle runs/quickstart/bundles/onnx-int8 --scenario single_stream
         edgeclip bench --run runs/quickstart --device raspberry-pi-5 --device intel-n100
     """
-    from edgeclip import comparison
+    from edgeclip import comparison, energy
     from edgeclip.bench import SCENARIOS
 
+    if meter_csv and len(devices) > 1:
+        raise click.UsageError("--meter is one power meter: give one --device")
+    if meter_csv and scenario not in (None, "single_stream"):
+        raise click.UsageError("--meter measures single_stream: leave --scenario out")
+    if meter_csv:
+        energy.meter(meter_csv)  # before the clock starts
     scenarios, reports, parities = (scenario,) if scenario else SCENARIOS, [], []
     for device_name in devices or ("host-cpu",):
         new, found = _bench_one(device_name, run, bundle, clean, scenarios, minutes, meter_csv)

@@ -43,9 +43,13 @@ def one_bundle(bundle: Path | None) -> Path:
 
 def label_file(path: Path) -> list[str]:
     try:
-        labels = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        labels = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
+    except OSError as e:
+        raise EdgeclipError(path, f"cannot be read ({e.strerror})", "give a text file, one label a line") from None
+    except UnicodeDecodeError:
+        raise EdgeclipError(path, "is not UTF-8", "save it as UTF-8 (iconv -f cp1252 -t utf-8)") from None
     if not labels:
         raise EdgeclipError(path, "empty class list", "write one label a line")
     return labels

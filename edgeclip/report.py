@@ -8,8 +8,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from edgeclip import __version__, disk
-from edgeclip.tables import MODELS
+from edgeclip import __version__, bundle, disk
+from edgeclip.errors import EdgeclipError
+from edgeclip.tables import MODELS, processor
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 
@@ -24,6 +25,7 @@ def report(run: Path) -> tuple[Path, dict[str, str]]:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
     environment.filters["form"] = form
+    environment.filters["processor"] = processor
     environment.filters["millions"] = lambda value, digits: _number(None if value is None else value / 1e6, digits) + (" M" if value is not None else "")
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=run.name,
@@ -47,7 +49,9 @@ def collect(run: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for folder in sorted(p.parent for p in (run / "bundles").glob(f"*/{disk.MANIFEST}")):
-        manifest, digest = disk.read_manifest(folder, "bundle"), disk.sha256(folder / disk.MANIFEST)
+        manifest, digest = bundle.read_manifest(folder), disk.sha256(folder / disk.MANIFEST)
+        if manifest["quantisation"] and "judged_on" not in manifest["quantisation"]:
+            raise EdgeclipError(folder, bundle.OLD, "export it anew")
         found: dict[str, dict[str, Any]] = {}
         for kind in ("parity", "bench"):
             for path in sorted((run / "reports").glob(f"{folder.name}.*.{kind}.json")):

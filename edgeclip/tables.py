@@ -127,6 +127,12 @@ def parity(reports: list[dict[str, Any]]) -> None:
             click.echo(f"{r['target']}: {r['pictures']} pictures cannot exclude a drop of {r['accuracy']['upper_pp']:.2f} pp")
 
 
+def processor(machine: dict[str, Any]) -> str:
+    """ARM's kernel names no model: then it is the board."""
+    name: str = machine["cpu"] or machine.get("device_tree_model") or f"unnamed {machine.get('arch', 'processor')}"
+    return name
+
+
 def bench(reports: list[dict[str, Any]]) -> None:
     rows = []
     for r in reports:
@@ -138,8 +144,8 @@ def bench(reports: list[dict[str, Any]]) -> None:
     latency = ["target", "p50 ms", "p90 ms", "p99 ms", "multi p99 ms", "offline /s"]
     table(rows, [*latency, "decode ms", "preprocess ms", "model ms", "head ms", "cold start ms", "mJ", "peak MiB", "encoder MiB"])
     r = reports[0]
-    isa = ", ".join(r["machine"]["isa"] or ["unknown"])
-    click.echo(f"{r['device']}: {r['machine']['cpu']}, ISA {isa}, {r['ran']['threads']} thread(s), warm-up {r['warm_up']} queries")
+    isa = "unknown" if r["machine"]["isa"] is None else ", ".join(r["machine"]["isa"]) or "none that matters here"
+    click.echo(f"{r['device']}: {processor(r['machine'])}, ISA {isa}, {r['ran']['threads']} thread(s), warm-up {r['warm_up']} queries")
     if any(x["short_run"] for x in reports):
         click.echo(f"short run: at least {r['min_duration_s']:g} s and {r['min_query_count']} queries, where MLPerf asks for 60 s and 1,024")
     for x in reports:

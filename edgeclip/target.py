@@ -96,6 +96,8 @@ def load(name: str) -> tuple[str, Target]:
             raise EdgeclipError(f"{path}: calibration.layers", "residual belongs to openvino", "remove it")
     if (target.activations == "uint8") != (target.reduce_range is not None):
         raise EdgeclipError(f"{path}: reduce_range", "belongs to activations: uint8, and only to it", "say never, always or as_host, or remove it")
+    if target.tolerance.optimisation_agreement is not None and target.runtime != "onnxruntime":
+        raise EdgeclipError(f"{path}: tolerance.optimisation_agreement", "belongs to onnxruntime: elsewhere there is no BASIC and ALL", "remove it")
     if target.runtime == "tensorrt" and target.calibration and target.opset < 19:
         raise EdgeclipError(f"{path}: opset", f"opset {target.opset} has neither fp8 nor Q/DQ with float16 scales", "use opset 19 or 20")
     for field, allowed in (("precision", PRECISIONS), ("text", TEXT_PRECISIONS)):

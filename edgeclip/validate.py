@@ -20,8 +20,9 @@ import numpy as np
 
 from edgeclip import disk
 from edgeclip.bundle import Bundle
+from edgeclip.errors import EdgeclipError
 from edgeclip.metrics import accuracy_drop, agreement, cosine, hits
-from edgeclip.pictures import index_tar, read, refuse_unreadable, stream
+from edgeclip.pictures import index_tar, read, stream
 from edgeclip.preprocess import normalise, open_picture
 from edgeclip.progress import track
 from edgeclip.target import Tolerance
@@ -183,7 +184,9 @@ def _features(bundle: Bundle, evaluation: Evaluation, sessions: dict[str, Any]) 
         x = normalise(pixels, bundle.preprocess)
         for name, session in sessions.items():
             out[name].append(session.run(x))
-    refuse_unreadable(skipped * 100, len(pictures), evaluation.folder)  # the run wrote them: a single one is wrong
+    if skipped:  # the run wrote them: a single one is wrong
+        what = f"{len(skipped)} of {len(pictures)} pictures are unreadable (first: {skipped[0]})"
+        raise EdgeclipError(evaluation.folder, what, "copy the run again, or make it anew")
     return {name: np.concatenate(rows) for name, rows in out.items()}
 
 

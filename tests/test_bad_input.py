@@ -2,8 +2,12 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from conftest import RECIPE, REPO, encoded, mistake, picture, run, snapshot, truncated_jpeg, write
+
+from edgeclip import disk
+from edgeclip.bundle import Bundle
 
 
 def same(folder, before):
@@ -110,6 +114,39 @@ def test_an_empty_class_list(here, own_bundle):
     mistake("distill", "r.yaml", says="empty class list", only_line=False)
     same(here, before)
     same(bundle, bundle_before)
+
+
+def test_a_file_of_labels_that_is_no_text(here, own_bundle):
+    bundle = own_bundle("onnx-fp32")
+    (here / "words.txt").write_bytes("Äpfel\n".encode("cp1252"))
+    mistake("labels", bundle, "words.txt", says="words.txt: is not UTF-8")
+    mistake("labels", bundle, ".", says=".: cannot be read (Is a directory)")
+    (here / "words.txt").write_bytes("\ufeffpear\nplum\n".encode())
+    assert run("labels", bundle, "words.txt").exit_code == 0 and Bundle.load(bundle).labels == ["pear", "plum"]
+
+
+def test_labels_are_not_baked_over_somebodys_folder(here, shipped_bundle):
+    (here / "keep").mkdir()
+    write(here / "keep", "precious", "thesis.txt")
+    write(here, "pear\n", "words.txt")
+    before = snapshot(here)
+    mistake("labels", shipped_bundle("onnx-fp32"), "words.txt", "--out", "keep", says="is not replaced")
+    same(here, before)
+
+
+def test_a_bundle_of_another_format(cat, own_bundle):
+    bundle = own_bundle("onnx-fp32")
+    manifest = disk.read_json(bundle / "manifest.json")
+    disk.write_json(bundle / "manifest.json", manifest | {"format": 99})
+    mistake("classify", cat, "--bundle", bundle, says="is of format 99, and this edgeclip reads 1; export it anew")
+    with np.load(bundle / "head.npz") as z:
+        np.savez(bundle / "head.npz", **{k: z[k] for k in z.files if k != "fc"})
+    disk.write_json(bundle / "manifest.json", manifest | {"files": manifest["files"] | {"head.npz": disk.sha256(bundle / "head.npz")}})
+    mistake("classify", cat, "--bundle", bundle, says="was written by an older edgeclip; export it anew")
+
+
+def test_a_meters_file_that_is_missing_is_told_before_the_clock_starts(here, shipped_bundle):
+    mistake("bench", "--bundle", shipped_bundle("onnx-fp32"), "--meter", "m.csv", says="m.csv: there is no such file")
 
 
 def test_an_empty_list_of_words(cat, shipped_bundle):

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeclip import machine
-from edgeclip.bench import WARM_UP, bench, check_with, joined, over_budget, run_scenario, summary, sustained
+from edgeclip import machine, tables
+from edgeclip.bench import WARM_UP, _pictures, _stages, bench, check_with, cold_start, joined, over_budget, run_scenario, summary, sustained
 from edgeclip.bundle import Bundle
 from edgeclip.device import Budget, Device, Minimum
 from edgeclip.errors import EdgeclipError
@@ -70,7 +70,7 @@ def test_a_report_says_what_ran_and_where(measured, shipped_bundle):
 
 def test_every_scenario_reaches_its_minimum(measured):
     single, multi, offline = measured["single_stream"], measured["multi_stream"], measured["offline"]
-    assert multi["batch"] == 8 and 8 * multi["queries"] >= 30 and multi["latency_ms_p99"] is None and measured["sustained"] is None
+    assert multi["batch"] == 8 and multi["queries"] >= 30 and multi["latency_ms_p99"] is None and measured["sustained"] is None
     assert single["batch"] == 1 and single["queries"] >= 30 and offline["batch"] == 4 and 4 * offline["queries"] >= 30
     assert offline["pictures_per_second"] == pytest.approx(4e3 / offline["latency_ms_mean"])
 
@@ -87,8 +87,32 @@ def test_stages_and_cold_start_are_measured_apart(measured):
     assert cold["process_ms"] > cold["load_ms"] > 0 and measured["peak_memory_mib"] == cold["peak_memory_mib"] > 10
 
 
-def test_what_was_not_measured_is_null(measured):
+def test_a_fresh_process_runs_where_the_bundle_does(shipped_bundle):
+    bundle = Bundle.load(shipped_bundle("onnx-fp32"), providers=("CUDAExecutionProvider",))
+    with pytest.raises(EdgeclipError, match=r"a fresh process cannot answer with it .*has no CUDAExecutionProvider"):
+        cold_start(bundle, runs=1)
+
+
+def test_what_was_not_measured_is_null(measured, shipped_bundle):
     assert measured["energy_mj_per_image"] is None
+    bundle = Bundle.load(shipped_bundle("onnx-fp32"))
+    bundle.labels = []  # one that only embeds
+    assert _stages(bundle, _pictures(bundle, None))["head_ms"] is None
+
+
+def test_a_meter_that_cannot_be_read_costs_the_energy_alone(shipped_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgeclip.energy.IDLE_S", 0.0)
+    device, how = Device(runtimes=["onnxruntime"]), {"meter_csv": tmp_path / "gone.csv"}
+    r = bench(Bundle.load(shipped_bundle("onnx-fp32")), device, machine.facts(), None, Minimum(0.0, 5), ("single_stream",), **how)
+    assert r["single_stream"]["queries"] >= 5 and r["energy"] is None
+    assert len(r["failures"]) == 1 and r["failures"][0].startswith("energy not measured: ") and "there is no such file" in r["failures"][0]
+
+
+@pytest.mark.parametrize(("isa", "says"), [(None, "ISA unknown"), ([], "ISA none that matters here"), (["asimddp", "i8mm"], "ISA asimddp, i8mm")])
+def test_what_a_core_has_not_is_not_unknown(measured, capsys, isa, says):
+    board = {**measured["machine"], "isa": isa, "cpu": None, "device_tree_model": "Raspberry Pi 4 Model B"}
+    tables.bench([{**measured, "device": "pi", "machine": board}])
+    assert f"pi: Raspberry Pi 4 Model B, {says}, 1 thread(s)" in capsys.readouterr().out
 
 
 def test_only_the_exceeded_budget_is_a_failure(measured):
@@ -145,6 +169,7 @@ def test_a_budget_on_what_was_not_measured_is_not_kept(measured):
 @pytest.mark.parametrize(("name", "tool"), [("onnx-fp32", "onnxruntime_perf_test"), ("openvino-int8", "benchmark_app"), ("tensorrt-int8", "trtexec")])
 def test_a_sceptic_gets_the_runtimes_own_command_line(shipped_bundle, name, tool):
     line = check_with(Bundle.load(shipped_bundle(name), threads=3), Minimum())
+    assert ("qdqisint8allowed|1'" in line) == name.startswith("onnx")  # as runtime/onnxruntime.py opens it
     assert f"{tool} " in line and str(shipped_bundle(name)) in line and "1024" in line and (tool == "trtexec" or " 3" in line)
 
 
@@ -155,5 +180,8 @@ def test_a_provider_that_is_not_there_is_an_error_not_a_cpu(shipped_bundle):
 
 
 @pytest.mark.parametrize(("name", "precision"), [("onnx-fp16", "fp16 stored, fp32 computed"), ("onnx-fp32", "fp32"), ("onnx-int8", "int8")])
-def test_a_cpu_says_that_it_computes_fp16_in_fp32(shipped_bundle, name, precision):
+def test_a_cpu_says_that_it_computes_fp16_in_fp32(shipped_bundle, monkeypatch, name, precision):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert Bundle.load(shipped_bundle(name)).precision == precision
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert Bundle.load(shipped_bundle(name)).precision == precision.replace(", fp32", ", fp16 or fp32")

@@ -49,7 +49,9 @@ def test_every_command_prints_json_when_asked(command):
 @pytest.mark.parametrize(
     "arguments",
     [["no-such-command"], ["classify"], ["embed", "a.png"], ["list", "nothing"], ["validate", "--run", "a", "--bundle", "b"], ["doctor", "--nothing"], ["export"],
-     ["export", "--target", "onnx-fp32", "--model", "m"], ["bench", "--scenario", "x"], ["evaluate"], ["evaluate", "runs/r", "--protocol", "few_shot"], ["classify", "a.png", "--top", "many"]],
+     ["export", "--target", "onnx-fp32", "--model", "m"], ["bench", "--scenario", "x"], ["evaluate"], ["evaluate", "runs/r", "--protocol", "few_shot"], ["classify", "a.png", "--top", "many"],
+     *(["export", "--run", "r", "--target", "onnx-fp32", *own] for own in (["--labels", "l"], ["--images", "i"], ["--image-only"])),
+     ["bench", "--meter", "m", "--scenario", "offline"], ["bench", "--meter", "m", "--device", "host-cpu", "--device", "loopback"]],
 )  # fmt: skip
 def test_a_malformed_command_line_exits_2(here, arguments):
     assert run(*arguments).exit_code == 2 and snapshot(here) == {}

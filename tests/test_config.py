@@ -140,9 +140,11 @@ def test_calibration_belongs_to_int8_only(tmp_path):
         ("runtime: tensorrt\nprecision: fp8\ntext: fp16\ncalibration: {}", "opset 18 has neither fp8 nor"),
         ("runtime: openvino\nprecision: fp8\nopset: 19\ncalibration: {}", "openvino bundles have no precision fp8"),
         ("runtime: onnxruntime\nprecision: int8\nactivations: int8\ncalibration: {layers: [all, residual]}", "layers: residual belongs to openvino"),
+        ("runtime: openvino\nprecision: fp16\ntext: fp16", "optimisation_agreement: belongs to onnxruntime"),
     ],
 )
 def test_fields_of_a_target_that_do_not_go_together_are_refused(tmp_path, fields, what):
-    limits = "tolerance: {centred_cosine_p1: 0.9, top1_agreement: 0.9, accuracy_drop_pp: 1}"
+    limits = "tolerance: {centred_cosine_p1: 0.9, top1_agreement: 0.9, accuracy_drop_pp: 1"
+    limits += ", optimisation_agreement: 0.9}" if "optimisation" in what else "}"
     with pytest.raises(EdgeclipError, match=what):
         target.load(str(write(tmp_path, f"{fields}\n{limits}\n")))

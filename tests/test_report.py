@@ -54,7 +54,7 @@ def make_run(folder, reports=True, sets=("base", "novel")):
     with disk.new_folder(folder / "bundles" / "t") as b:
         disk.write_text(b / "image_encoder.onnx", "x")
         disk.write_manifest(
-            b, "bundle", {"image_encoder_bytes": 3 << 20, "quantisation": None, "lint": None, "target": {"name": "t"}, "runtime": "onnxruntime"}
+            b, "bundle", {"format": 1, "image_encoder_bytes": 3 << 20, "quantisation": None, "lint": None, "target": {"name": "t"}, "runtime": "onnxruntime"}
         )
     digest = disk.sha256(folder / "bundles" / "t" / disk.MANIFEST)
     if reports:
@@ -167,6 +167,16 @@ def test_the_history_of_an_engine_is_no_report(tmp_path):
     run = make_run(tmp_path / "run")
     disk.write_json(run / "reports" / "t.host-cpu.engines.json", [{"engine": "k1"}])
     assert [r["verdict"][:5] for r in collect(run)] == ["ship:"]
+
+
+def test_a_bundle_of_an_older_edgeclip_is_one_line(tmp_path):
+    run = make_run(tmp_path / "run")
+    path = run / "bundles" / "t" / disk.MANIFEST
+    manifest = disk.read_json(path)
+    for change, says in (({"quantisation": {"frontier": []}}, "written by an older edgeclip; export it anew"), ({"format": 0}, "is of format 0")):
+        disk.write_json(path, manifest | change)
+        with pytest.raises(EdgeclipError, match=says):
+            collect(run)
 
 
 def test_each_device_has_its_own_line(tmp_path):

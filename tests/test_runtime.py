@@ -108,6 +108,10 @@ def test_every_runtime_but_the_null_one_has_an_install_line():
 
 def test_threads_are_those_asked_for(model):
     assert open_session("onnxruntime", model, 2).facts["threads"] == 2
+    require("openvino", "pip install 'edgeclip[openvino]'")
+    assert open_session("openvino", model, 1).facts["threads"] == 1
+    with pytest.raises(EdgeclipError, match=r"runs on \d+ thread\(s\), not on 10000"):
+        open_session("openvino", model, 10_000)
 
 
 def test_s8s8_is_integer_arithmetic_here_as_on_arm(tmp_path):

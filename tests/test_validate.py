@@ -1,11 +1,12 @@
 """validate passes what is the same model, and names everything that is not."""
 
 import shutil
+import tarfile
 
 import numpy as np
 import onnx
 import pytest
-from conftest import LABELS, picture, write_evaluation
+from conftest import LABELS, add_member, encoded, picture, write_evaluation
 from onnx import numpy_helper
 
 from edgeclip import disk
@@ -162,6 +163,16 @@ def test_a_changed_evaluation_picture_is_refused(evaluation, tmp_path):
     (folder / "pictures.tar").write_bytes(content)
     with pytest.raises(EdgeclipError, match=r"pictures\.tar was changed"):
         load_evaluation(folder)
+
+
+def test_one_unreadable_picture_of_the_runs_own_is_told_as_one(shipped_bundle, source, tmp_path):
+    folder = write_evaluation(tmp_path / "evaluation", source, 20)
+    with tarfile.open(folder / "pictures.tar", "w") as tar:
+        for i in range(20):
+            add_member(tar, f"{i:06d}.png", b"no picture" if i == 7 else encoded(picture(i)))
+    disk.write_manifest(folder, "evaluation", {"licence": "", "pictures": 20})
+    with pytest.raises(EdgeclipError, match=r"1 of 20 pictures are unreadable .*000007"):
+        report(shipped_bundle("onnx-fp32"), folder)
 
 
 def test_pixels_of_the_toy_are_read_as_they_were_made(shipped_bundle):

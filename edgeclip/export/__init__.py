@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from edgeclip import __version__, disk
+from edgeclip.bundle import FORMAT
 from edgeclip.export import calibration, graph, tensorrt
 from edgeclip.export.search import search
 from edgeclip.export.source import Source
@@ -70,7 +71,7 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
     say(f"2/5 write the image encoder as {name}" + (f", {quantisation.int8_share:.1%} of the multiply-accumulates in int8" if quantisation else ""))
     with disk.new_folder(out) as folder:
         manifest: dict[str, Any] = {
-            "format": 1,
+            "format": FORMAT,
             "target": {"name": name, **msgspec.to_builtins(target)},
             "runtime": target.runtime,
             "image_encoder": exporter.write(model, target, quantisation, folder),

@@ -168,9 +168,15 @@ class Board:
         asked = {"minimum": msgspec.to_builtins(minimum), "scenarios": scenarios, "minutes": minutes, "metered": meter_csv is not None}
         report = self._run("bench", bundle, **asked)[0]
         if meter_csv and before and report["energy"]:
-            report["energy"] = energy.by_the_hosts_meter(meter_csv, report["energy"], before, self.clock())
-            report["energy_mj_per_image"] = report["energy"]["mj_per_image"]
-            report["failures"] = over_budget(report, self.device)
+            marks, unread = report.pop("energy"), []
+            try:
+                report["energy"] = energy.by_the_hosts_meter(meter_csv, marks, before, self.clock())
+            except LinkLost:
+                raise
+            except EdgeclipError as e:
+                report["energy"], unread = None, [f"energy not measured: {e}"]
+            report["energy_mj_per_image"] = (report["energy"] or {}).get("mj_per_image")
+            report["failures"] = unread + over_budget(report, self.device)
         return report
 
     def clock(self) -> tuple[float, float]:

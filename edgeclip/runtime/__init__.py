@@ -1,7 +1,8 @@
 """Inference runtimes behind one record. One file a runtime, imported only when it is asked for.
 
-`open_session` loads a model file and reports what really runs: after loading, providers, device, precision and
-threads are read back, and a difference from what was asked is an error, never a quiet substitute.
+`open_session` loads a model file and reports what really runs: after loading, providers or device and, of OpenVINO, precision and
+threads are read back, and a difference from what was asked is an error, never a quiet substitute. ONNX Runtime can only be asked for
+the threads in its session's options; it keeps to them.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""ONNX Runtime. Providers and threads are asked for by name and read back.
+"""ONNX Runtime. Providers are asked for by name and read back, threads are those of the session's options.
 
 Of providers without the CPU's among them no node may run on the CPU; with it, those may that the others refuse.
 """
@@ -48,7 +48,8 @@ def open_session(model: Path, threads: int, optimisation: str, providers: tuple[
         out: np.ndarray = session.run([o.name], {i.name: x})[0]
         return out
 
-    facts = {"runtime": "onnxruntime", "version": ort.__version__, "providers": found, "threads": threads, "optimisation": optimisation}
+    used = session.get_session_options().intra_op_num_threads
+    facts = {"runtime": "onnxruntime", "version": ort.__version__, "providers": found, "threads": used, "optimisation": optimisation}
     return Session(run, _port(i), _port(o), facts)
 
 

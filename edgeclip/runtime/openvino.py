@@ -30,6 +30,9 @@ def open_session(model: Path, threads: int, optimisation: str) -> Session:
     devices = compiled.get_property("EXECUTION_DEVICES")
     if devices != ["CPU"] or precision != "f32":
         raise EdgeclipError(model, f"runs on {devices} in {precision}, not on CPU in f32", "use a runtime that does what is asked")
+    used = compiled.get_property("INFERENCE_NUM_THREADS")
+    if used != threads:
+        raise EdgeclipError(model, f"runs on {used} thread(s), not on {threads}", "ask for no more than this process has cores")
     request = compiled.create_infer_request()
     i, o = compiled.input(0), compiled.output(0)
 
@@ -43,7 +46,7 @@ def open_session(model: Path, threads: int, optimisation: str) -> Session:
         out: np.ndarray = request.get_output_tensor().data.copy()  # the request's buffer is used again
         return out
 
-    facts = {"runtime": "openvino", "version": ov.__version__.split("-")[0], "providers": devices, "threads": threads, "optimisation": None}
+    facts = {"runtime": "openvino", "version": ov.__version__.split("-")[0], "providers": devices, "threads": used, "optimisation": None}
     return Session(run, _port(i), _port(o), facts)
 
 
