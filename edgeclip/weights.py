@@ -120,10 +120,7 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
         raise EdgeclipError(spec.model, "unknown open_clip model", did_you_mean(spec.model, open_clip.list_models()))
     torch.manual_seed(spec.seed)
     if spec.config is not None:
-        try:
-            model: nn.Module = open_clip.model.CLIP(**spec.config)
-        except TypeError as e:
-            raise EdgeclipError(f"config of {spec.model}", f"not an open_clip model configuration ({e})", "give embed_dim, vision_cfg and text_cfg") from None
+        model = _from_config(spec)
         if spec.weights.startswith("hub:"):
             raise EdgeclipError(spec.model, "a model with its own config has no hub tag", "give weights: random or a file")
     elif spec.weights.startswith("hub:"):
@@ -145,7 +142,7 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
     if spec.weights != "random" and not spec.weights.startswith("hub:"):
         _load_into(model, state_dict(Path(spec.weights)), spec.weights)
     size = model.visual.image_size
-    cfg = getattr(model.visual, "preprocess_cfg", None) or {}
+    cfg = (spec.config or {}).get("preprocess_cfg") or getattr(model.visual, "preprocess_cfg", None) or {}
     if not spec.weights.startswith("hub:") and spec.config is None:
         cfg = _usual_preprocess(spec.model) or cfg
     preprocess = Preprocess(
@@ -156,6 +153,35 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
         resize=cfg.get("resize_mode", "shortest"),
     )
     return model.eval(), preprocess
+
+
+def open_clip_config(spec: OpenClip) -> dict[str, Any]:
+    """open_clip's model configuration: the spec's own, be it whole or in an open_clip_config.json, or that of a model it lists."""
+    import open_clip
+
+    config: dict[str, Any] = open_clip.get_model_config(spec.model) if spec.config is None else spec.config
+    return config.get("model_cfg", config)
+
+
+def _from_config(spec: OpenClip) -> nn.Module:
+    """Random weights; the class is chosen as open_clip's own factory chooses it."""
+    import open_clip
+
+    config = dict(open_clip_config(spec))
+    where, kind = f"config of {spec.model}", open_clip.CLIP
+    if config.get("text_cfg", {}).keys() & {"hf_model_name", "hf_tokenizer_name"}:
+        raise EdgeclipError(
+            where, "its texts go through a model or tokenizer of Hugging Face's", "take a model that open_clip lists, or one with CLIP's tokenizer"
+        )
+    if config.pop("custom_text", False):
+        kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
+        if "preprocess_cfg" not in (spec.config or {}):
+            say(f"{spec.model}: its configuration says nothing of preprocessing; open_clip's default is used (an open_clip_config.json says it)")
+    try:
+        model: nn.Module = kind(**config)
+    except TypeError as e:
+        raise EdgeclipError(where, f"not an open_clip model configuration ({e})", "give embed_dim, vision_cfg and text_cfg") from None
+    return model
 
 
 def _usual_preprocess(model: str) -> dict[str, Any]:

@@ -175,6 +175,8 @@ def made(folder, source, tower, hidden, own_text=True, **recipe):
 def test_open_clip_loads_the_student_itself(name, source, tmp_path):
     import open_clip as library
 
+    from edgeclip import recipe as R
+    from edgeclip import weights
     from edgeclip.export import open_clip
     from edgeclip.preprocess import normalise, to_pixels
     from edgeclip.students import token_ids
@@ -194,6 +196,14 @@ def test_open_clip_loads_the_student_itself(name, source, tmp_path):
             assert (ids == token_ids(text, TEXTS)).all()
             torch.testing.assert_close(model.encode_text(ids, normalize=True), text.module(ids), atol=1e-5, rtol=0)
             assert model.logit_scale.exp().item() == pytest.approx(source.logit_scale)
+        weights_file = str(folder / "open_clip_model.safetensors")
+        for file, same in (("open_clip_config.json", True), ("small-student.json", p.mean == library.OPENAI_DATASET_MEAN)):  # and so do we
+            spec = R.OpenClip(model="small-student", weights=weights_file, config=disk.read_json(folder / file))
+            back, preprocess = weights.open_clip_model(spec)
+            torch.testing.assert_close(back.encode_image(x, normalize=True), own.image_encoder(x), atol=1e-5, rtol=0)
+            assert (preprocess == p) is same
+    with pytest.raises(EdgeclipError, match="config of small-student: its texts go through a model or tokenizer of Hugging Face's"):
+        weights.open_clip_model(R.OpenClip(model="small-student", weights="random", config={"text_cfg": {"hf_tokenizer_name": "x"}}))
 
 
 def test_open_clip_takes_the_teachers_text_tower_where_the_student_has_none(source, tmp_path):

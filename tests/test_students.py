@@ -131,11 +131,11 @@ def test_a_tower_whose_windows_fit_one_size_says_so():
 
 
 def test_cocas_tower_gives_its_feature_alone():
-    import open_clip
-
     small = {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1}
     vision = {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16, "attentional_pool": True, "attn_pooler_heads": 2}
-    model = open_clip.CoCa(10, small, {**small, "embed_cls": True, "output_tokens": True}, {**vision, "output_tokens": True}).eval()
+    text = {**small, "embed_cls": True, "output_tokens": True}
+    config = {"embed_dim": 10, "vision_cfg": {**vision, "output_tokens": True}, "text_cfg": text, "multimodal_cfg": small, "custom_text": True}
+    model, _ = weights.open_clip_model(R.OpenClip(model="small", weights="random", config=config))
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.testing.assert_close(torch.nn.functional.normalize(ImageTower(model)(x), dim=-1), model.encode_image(x))

@@ -35,6 +35,7 @@ from edgeclip.recipe import OpenClip, Timm
 from edgeclip.students import Student, StudentText
 from edgeclip.teachers import TextTower
 from edgeclip.teachers.open_clip import ImageTower, TextModule
+from edgeclip.weights import open_clip_config
 
 STEEP = 2.0**16
 """GELU(STEEP x) / STEEP differs from ReLU(x) by at most 0.17 / STEEP"""
@@ -83,7 +84,7 @@ def _image(student: Student, spec: recipe.Student) -> tuple[dict[str, Any], Stat
     if isinstance(spec.tower, Timm):
         config = {"timm_model_name": spec.tower.model, "timm_pool": "", "image_size": spec.tower.image_size}
         return _timm(tower, config, first, last, embed_dim)
-    model_config = _open_clip_config(spec.tower)
+    model_config = open_clip_config(spec.tower)
     config = model_config["vision_cfg"]
     assert isinstance(tower, ImageTower)
     visual, state = tower.visual, tower.visual.state_dict()
@@ -145,13 +146,6 @@ def _timm(
     return {"embed_dim": width, "vision_cfg": config}, state
 
 
-def _open_clip_config(spec: OpenClip) -> dict[str, Any]:
-    import open_clip
-
-    config: dict[str, Any] = spec.config if spec.config is not None else open_clip.get_model_config(spec.model)
-    return config
-
-
 def _text_spec(asked: recipe.Recipe) -> OpenClip:
     """Whose text tower the student's pictures are compared with: its own, or its teacher's."""
     if asked.student.text:
@@ -173,7 +167,7 @@ def _text_tower(text: TextTower, spec: OpenClip) -> tuple[dict[str, Any], bool, 
     module = text.module
     assert isinstance(module, StudentText | TextModule)
     model = module.tower if isinstance(module, StudentText) else module.model
-    config = _open_clip_config(spec)
+    config = open_clip_config(spec)
     if "hf_model_name" in config["text_cfg"]:
         raise _no(f"{spec.model} has a Hugging Face text tower", "use --layout optimum")
     own = model.text if hasattr(model, "text") else model

@@ -113,7 +113,8 @@ class OpenClip(Config, tag="open_clip", tag_field="kind"):
     """open_clip's model name, or a name of your own for `config`"""
     weights: str
     config: dict[str, Any] | None = None
-    """open_clip's JSON model configuration (embed_dim, vision_cfg, text_cfg) of a model that open_clip does not list"""
+    """open_clip's JSON model configuration (embed_dim, vision_cfg, text_cfg) of a model that open_clip does not list, or what
+    its open_clip_config.json holds (that as model_cfg, and preprocess_cfg)"""
     seed: int = 0
     """of `weights: random`"""
     licence: str = "unknown"
