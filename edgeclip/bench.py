@@ -6,8 +6,8 @@ queries of eight pictures and its result is the p99; `offline` sends batches and
 ends when its minimum duration *and* its minimum count are reached; loading and preprocessing happen before the clock
 starts. A percentile is quoted only where enough samples carry it: p99 from 1,000 on, otherwise it is null.
 
-`sustained` goes on for minutes and says what the load does to the board: p90, temperature and throttling of each tenth,
-and the drift of p90 from the first to the last. An emulated processor's times are refused: no figure, and the reason.
+`sustained` goes on for minutes and says what the load does to the board: p90, temperature and throttling of each tenth
+(what throttles at its end, or has counted in it), and the drift of p90 from the first to the last. An emulated processor's times are refused: no figure, and the reason.
 
 What bounds it: the model. `benchmarks/harness.py` runs the null runtime through the same path and shows what the
 harness itself costs (under 50 microseconds a query).
@@ -129,18 +129,23 @@ def bench(
 
 
 def sustained(query: Callable[[Any], Any], samples: list[Any], seconds: float) -> dict[str, Any]:
-    """One query after another for so long, in tenths. p90_drift: of the last tenth, as a multiple of the first's."""
-    rows, before = [], machine.throttled()
+    """One query after another for so long, in tenths. p90_drift: of the last tenth, as a multiple of the first's.
+
+    throttled: what did in any of them. throttled_before: a Raspberry Pi has since it was started, and will not say so again.
+    """
+    readings = [machine.throttled()]
+    rows: list[dict[str, Any]] = []
     for _ in range(WINDOWS):
         s = summary(run_scenario(query, samples, seconds / WINDOWS, 1))
-        rows.append({k: s[k] for k in ("queries", "latency_ms_p50", "latency_ms_p90")} | {"temperature_c": machine.temperature_c()})
-    after = machine.throttled()
-    slowed = None if before is None or after is None else sorted(k for k in after if after[k] > before.get(k, 0))
+        readings.append(machine.throttled())
+        rows.append({k: s[k] for k in ("queries", "latency_ms_p50", "latency_ms_p90")})
+        rows[-1] |= {"temperature_c": machine.temperature_c(), "throttled": machine.slowed(*readings[-2:])}
     return {
         "minutes": seconds / 60,
         "windows": rows,
         "p90_drift": float(rows[-1]["latency_ms_p90"] or 0) / float(rows[0]["latency_ms_p90"] or 1),
-        "throttled": slowed,
+        "throttled": None if None in readings else sorted({name for r in rows for name in r["throttled"]}),
+        "throttled_before": (readings[0] or {}).get("get_throttled", 0) > 0xFFFF,
     }
 
 

@@ -45,7 +45,7 @@ def doctor() -> dict[str, Any]:
 def preflight_here(device: Device) -> tuple[dict[str, Any], list[Row]]:
     """(this machine's facts, what a benchmark on it as `device` would meet)"""
     facts = machine.facts()
-    return facts, preflight(device, facts, machine.state(os.getcwd()), 0.0, False, time.time())
+    return facts, preflight(device, facts, machine.state(os.getcwd()), 0.0, False, False, time.time())
 
 
 def purpose(kind: str) -> list[tuple[str, str, str]]:

@@ -22,6 +22,7 @@ from typing import Any
 ISA = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16", "asimddp", "i8mm")
 ROOT = Path("/")
 HWCAP, HWCAP2 = 16, 26
+COUNTERS = ("_throttle_count", "_event_cnt")  # since the machine was started
 DPKG = {"jetpack": r"nvidia-jetpack", "tensorrt": r"libnvinfer\d+", "cuda": r"cuda-cudart-\d+-\d+"}
 
 
@@ -125,13 +126,14 @@ def _millidegrees(root: Path, name: str) -> list[float]:
 def throttled(root: Path = ROOT) -> dict[str, int] | None:
     """Counters and states that stay equal while nothing is throttled; None where this kernel shows none.
 
-    x86: thermal_throttle counts. Raspberry Pi: the firmware's bits (0 to 3 now, 16 to 19 since boot; 0 is well).
-    Jetson: over-current events. Any: cooling devices that are holding a clock down (fans are no throttling).
+    x86: thermal_throttle counts. Raspberry Pi: the firmware's bits (0 to 3 now, 16 to 19 since boot; 0 is well), without which
+    it is None there, whatever else can be read. Jetson: over-current events. Any: cooling devices that are holding a clock
+    down (fans are no throttling).
     """
     found: dict[str, int] = {}
     for pattern in (
         "sys/devices/system/cpu/cpu*/thermal_throttle/*_throttle_count",
-        "sys/devices/platform/soc/soc:firmware/get_throttled",
+        "sys/devices/platform/soc*/soc*:firmware/get_throttled",  # soc/soc:firmware, on a Pi 5 soc@107c000000/soc@107c000000:firmware
         "sys/class/hwmon/hwmon*/oc*_event_cnt",
     ):
         for p in root.glob(pattern):
@@ -143,7 +145,23 @@ def throttled(root: Path = ROOT) -> dict[str, int] | None:
         kind, value = _read(p.with_name("type")) or "", _read(p)
         if value and value.isdigit() and "fan" not in kind.lower():
             found[f"{p.parent.name} {kind}"] = int(value)
+    if "get_throttled" not in found and "Raspberry Pi" in (_read(root / "proc/device-tree/model") or ""):
+        return None
     return found or None
+
+
+def slowed(before: dict[str, int] | None, now: dict[str, int] | None) -> list[str] | None:
+    """What of two readings of `throttled` says that a clock is held down, or was between them; None: unknown."""
+    if before is None or now is None:
+        return None
+
+    def held(name: str, value: int) -> bool:
+        old = before.get(name, 0)
+        if name == "get_throttled":  # a bit of now, or one since boot that is new
+            return bool(value & 0xF or value >> 16 & ~(old >> 16))
+        return value > (old if name.endswith(COUNTERS) else 0)
+
+    return sorted(name for name, value in now.items() if held(name, value))
 
 
 def _cpufreq(root: Path) -> list[Path]:
@@ -151,10 +169,11 @@ def _cpufreq(root: Path) -> list[Path]:
 
 
 def clocks_locked(root: Path = ROOT) -> bool | None:
-    """Do all cores (and a Jetson's GPU) run between equal limits, as jetson_clocks leaves them? None: no cpufreq here."""
+    """Do all cores (and a Jetson's GPU) run between equal limits, as jetson_clocks leaves them? None: some cannot be read."""
     limits = [(_read(p / "scaling_min_freq"), _read(p / "scaling_max_freq")) for p in _cpufreq(root)]
     limits += [(_read(p / "min_freq"), _read(p / "max_freq")) for p in root.glob("sys/class/devfreq/*gpu*")]
-    return all(low == high for low, high in limits) if limits else None
+    known = [low is not None and high is not None for low, high in limits]
+    return all(low == high for low, high in limits) if limits and all(known) else None
 
 
 def power_mode(root: Path = ROOT) -> dict[str, Any]:

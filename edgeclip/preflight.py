@@ -8,6 +8,7 @@ What cannot be read is a warning too: not known is not well.
 from typing import Any, NamedTuple
 
 from edgeclip.device import Device, differences
+from edgeclip.machine import COUNTERS
 
 CLOCK_S = 120
 """this project's choice: nothing that is kept is dated by the board, a clock further off says that it was never set"""
@@ -31,8 +32,8 @@ class Row(NamedTuple):
     need: str
 
 
-def preflight(device: Device, facts: dict[str, Any], state: dict[str, Any], need_mib: float, builds: bool, host_time: float) -> list[Row]:
-    """facts, state: machine.py's, of the board. need_mib: what will be copied. builds: an engine has to be built there."""
+def preflight(device: Device, facts: dict[str, Any], state: dict[str, Any], need_mib: float, engines: bool, builds: bool, host_time: float) -> list[Row]:
+    """facts, state: machine.py's, of the board. need_mib: what will be copied. engines: TensorRT's will run there. builds: one is not kept yet."""
     rows = []
 
     def row(check: str, good: bool | None, found: Any, need: str, otherwise: str = "warn") -> None:
@@ -52,7 +53,7 @@ def preflight(device: Device, facts: dict[str, Any], state: dict[str, Any], need
     row("memory", None if available is None else available >= least, None if available is None else memory, f"{least} MiB with swap", "fail")
     if "tensorrt" in device.runtimes:
         for name in ("l4t", "jetpack", "tensorrt", "cuda"):
-            row(name, state[name] is not None, state[name], "any", "fail" if builds and name == "tensorrt" else "warn")
+            row(name, state[name] is not None, state[name], "any", "fail" if engines and name == "tensorrt" else "warn")
         row("power mode", state["power_mode"] is not None, state["power_mode"], "known (nvpmodel -q)")
     locked = (
         None if state["clocks_locked"] is None else f"{'locked' if state['clocks_locked'] else 'free'}, governor {', '.join(state['governors'] or ['unknown'])}"
@@ -61,7 +62,7 @@ def preflight(device: Device, facts: dict[str, Any], state: dict[str, Any], need
     limit = min(HOT_C, (state["critical_c"] or HOT_C + MARGIN_C) - MARGIN_C)
     temperature = state["temperature_c"]
     row("temperature", None if temperature is None else temperature <= limit, None if temperature is None else f"{temperature:.1f} C", f"at most {limit:.0f} C")
-    slowed = None if state["throttled"] is None else {k: v for k, v in state["throttled"].items() if v and not k.endswith("_count")}
+    slowed = None if state["throttled"] is None else {k: v for k, v in state["throttled"].items() if v and not k.endswith(COUNTERS)}
     row("throttling", None if slowed is None else not slowed, "none" if slowed == {} else slowed, "none")
     load = state["load_average"]
     row("other load", None if load is None else load <= BUSY, load, f"at most {BUSY}")

@@ -154,6 +154,17 @@ def test_the_drift_is_the_last_tenths_p90_over_the_firsts(monkeypatch):
     assert sustained(lambda x: x, [0], 1.0)["p90_drift"] == pytest.approx(3.0)
 
 
+def test_a_load_that_throttled_in_its_middle_says_so(monkeypatch):
+    """A Raspberry Pi that was throttled some time before, and is again in the fourth tenth only."""
+    readings = iter([0x50000] * 4 + [0x50004] + [0x50000] * 6)
+    monkeypatch.setattr("edgeclip.machine.throttled", lambda: {"get_throttled": next(readings)})
+    found = sustained(lambda x: x, [0], 0.01)
+    assert [w["throttled"] for w in found["windows"]] == [[]] * 3 + [["get_throttled"]] + [[]] * 6
+    assert found["throttled"] == ["get_throttled"] and found["throttled_before"] is True
+    monkeypatch.setattr("edgeclip.machine.throttled", lambda: None)
+    assert sustained(lambda x: x, [0], 0.01)["throttled"] is None
+
+
 def test_the_times_of_an_emulated_processor_are_refused(shipped_bundle):
     bundle, device = Bundle.load(shipped_bundle("onnx-fp32")), Device(runtimes=["onnxruntime"])
     r = bench(bundle, device, machine.facts() | {"emulated": True}, None, Minimum(0.0, 5), minutes=1.0)

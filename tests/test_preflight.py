@@ -7,13 +7,13 @@ from edgeclip import device, machine
 from edgeclip.preflight import preflight
 
 WELL = {"free_disk_mib": 9000, "available_mib": 5000, "swap_mib": 4000, "load_average": 0.1, "time": 1000.0, "temperature_c": 45.0, "critical_c": 105.0,
-        "throttled": {"cooling_device1 cpufreq-cpu0": 0, "cpu0/core_throttle_count": 7}, "governors": ["performance"], "clocks_locked": True,
+        "throttled": {"cooling_device1 cpufreq-cpu0": 0, "cpu0/core_throttle_count": 7, "oc1_event_cnt": 3}, "governors": ["performance"], "clocks_locked": True,
         "power_mode": "MAXN_SUPER", "l4t": "36.4.3", "jetpack": "6.2+b77", "tensorrt": "10.3.0", "cuda": "12.6.68"}  # fmt: skip
 NANO = FACTS | {"device_tree_model": "NVIDIA Jetson Orin Nano", "python": "3.10.12", "emulated": False, "glibc": "2.35"}
 
 
-def status(state, facts=NANO, need=100.0, builds=True, name="jetson-orin-nano"):
-    return {r.check: r.status for r in preflight(device.load(name)[1], facts, state, need, builds, 1000.0)}
+def status(state, facts=NANO, need=100.0, engines=True, builds=True, name="jetson-orin-nano"):
+    return {r.check: r.status for r in preflight(device.load(name)[1], facts, state, need, engines, builds, 1000.0)}
 
 
 def test_a_board_that_is_well_passes_throughout():
@@ -34,6 +34,7 @@ def test_a_board_that_is_well_passes_throughout():
         ({"temperature_c": 86.0}, "temperature", "warn"),
         ({"temperature_c": 66.0, "critical_c": 80.0}, "temperature", "warn"),
         ({"temperature_c": None}, "temperature", "warn"),
+        ({"throttled": {"cooling_device1 cpufreq-cpu0": 2}}, "throttling", "warn"),
         ({"throttled": {"get_throttled": 0x50005}}, "throttling", "warn"),
         ({"throttled": None}, "throttling", "warn"),
         ({"load_average": 2.5}, "other load", "warn"),
@@ -60,10 +61,16 @@ def test_an_emulated_processor_is_named():
 
 
 def test_a_jetson_without_tensorrt_may_still_run_cpu_bundles():
-    assert status(WELL | {"tensorrt": None}, builds=False)["tensorrt"] == "warn"
+    assert status(WELL | {"tensorrt": None}, engines=False, builds=False)["tensorrt"] == "warn"
+    assert status(WELL | {"tensorrt": None}, builds=False)["tensorrt"] == "fail"  # a kept engine needs it too
 
 
 def test_the_rows_come_from_the_machines_own_files(tmp_path):
     state = machine.state(str(tmp_path), fake(tmp_path, JETSON))
     found = status(state)
-    assert found["clocks"] == "warn" and found["temperature"] == "pass" and found["power mode"] == found["tensorrt"] == "pass" and found["memory"] == "pass"
+    assert (
+        found["clocks"] == "warn"
+        and found["temperature"] == "pass"
+        and found["power mode"] == found["tensorrt"] == "pass"
+        and found["memory"] == found["throttling"] == "pass"
+    )

@@ -102,6 +102,15 @@ def test_what_lies_on_the_board_travels_once(shipped_bundle, evaluation, tmp_pat
         assert (loaded.reference == np.load(evaluation / "image_features.npy")).all()
 
 
+def test_an_engine_that_is_kept_needs_no_memory_for_its_build(shipped_bundle, tmp_path):
+    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [tensorrt]\n")
+    bundle = Bundle.load(shipped_bundle("tensorrt-int8"))
+    with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
+        for need in ("3000 MiB", "300 MiB"):
+            assert next(r.need for r in board.preflight([bundle], None) if r.check == "memory").startswith(need)
+            (tmp_path / "b" / "engines" / disk.sha256(bundle.folder / bundle.manifest["image_encoder"])[:16]).mkdir(parents=True, exist_ok=True)
+
+
 def test_a_changed_byte_on_the_way_is_refused(tmp_path):
     (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n")
     (tmp_path / "file").write_bytes(b"abc")

@@ -99,7 +99,9 @@ class Board:
         files = [f for b in bundles for f in self._files(b.folder, b.manifest).values()]
         files += self._files(evaluation.folder).values() if evaluation else []
         need = ROOM * sum(f.stat().st_size for f in files) / 2**20
-        return P.preflight(self.device, self.facts, self.state, need, any(b.manifest["runtime"] == "tensorrt" for b in bundles), self.host_time)
+        onnx = [b.manifest["files"][b.manifest["image_encoder"]] for b in bundles if b.manifest["runtime"] == "tensorrt"]
+        builds = not all(self.ask("exists", name=f"engines/{sha[:16]}")["exists"] for sha in onnx)
+        return P.preflight(self.device, self.facts, self.state, need, bool(onnx), builds, self.host_time)
 
     def prepare(self, bundles: list[Bundle], evaluation: Evaluation | None) -> list[P.Row]:
         """Preflight, then everything that is missing there. Raises `EdgeclipError` for what failed."""
