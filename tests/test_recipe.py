@@ -60,6 +60,11 @@ def test_self_training_starts_within_stage_1(tmp_path):
     )
 
 
+def test_an_anchor_prompt_names_the_class(tmp_path):
+    text = RECIPE.replace("{kind: open_clip, model: ViT-B-32, weights: random}", "{kind: conse, anchor_prompt: 'a {}'}")
+    assert "teacher.anchor_prompt: 'a {}' has no {c}; write {c} where the class's name goes" in error(tmp_path, text)
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -197,6 +197,8 @@ def check(recipe: Recipe, where: object) -> None:
     if isinstance(recipe.adapt, Prompts) and not isinstance(recipe.teacher, OpenClip):
         raise EdgeclipError(f"{where}: adapt", "prompts are for an open_clip teacher only", "use kind: residual_head, or set adapt to null")
     for field, teacher in [("teacher", recipe.teacher), *((f"other_teachers.{i}", t) for i, t in enumerate(recipe.other_teachers))]:
+        if isinstance(teacher, Conse) and "{c}" not in teacher.anchor_prompt:
+            raise EdgeclipError(f"{where}: {field}.anchor_prompt", f"'{teacher.anchor_prompt}' has no {{c}}", "write {c} where the class's name goes")
         if not isinstance(teacher, Embeddings | Reinforced):
             continue
         if teacher.text and teacher.class_features:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from edgeclip import tokenizer, weights
 from edgeclip.recipe import Conse, Timm
 from edgeclip.teachers import Teacher, TextTower, sentence
+from edgeclip.zero_shot import prompts
 
 ANCHORS = "all synonyms, centred"
 """Part of the teacher's identity: change it with the anchors, or an old cache is taken for a new one."""
@@ -90,7 +91,7 @@ def _anchors(spec: Conse, encoder: nn.Module, words: str) -> Float[Tensor, "C D"
 
     # every synonym of a class: "jersey" alone hides the T-shirt (on clothing novel .39 against .75)
     names = ImageNetInfo("imagenet-1k").label_descriptions()
-    return _encode(encoder, words, [spec.anchor_prompt.format(c=c) for c in names]).clone()
+    return _encode(encoder, words, prompts(names, [spec.anchor_prompt])).clone()
 
 
 @torch.inference_mode()
