@@ -1,14 +1,18 @@
 """What is rounded in training is what is deployed: same layers, same scales, same answers."""
 
+import json
+
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import torch_student, toy_input, toy_target
+from conftest import RECIPE, mistake, picture, torch_student, toy_input, toy_target, truncated_jpeg, write
+from conftest import run as cli
 from torch import nn
 
 from edgeclip import disk
 from edgeclip.distill import quantised
+from edgeclip.distill.step import Step
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph, policy
 from edgeclip.export.onnxruntime import quantise
@@ -76,12 +80,12 @@ def test_the_rounding_student_is_the_exported_graph(pictures, tmp_path, name):
     path = tmp_path / "t.yaml"
     path.write_text(_yaml(name))
     log = quantised.fine_tune(student, pictures, str(path), tmp_path / "quantised", train, {"student": "x"})
-    assert log[0]["loss"] >= 0
     found = quantised.load(tmp_path / "quantised", torch_student(), target, pictures)
     assert found is not None and found.float_layers == {} and len(found.nodes) == 5
     model = quantise(found.calibrated, found.nodes, activations="uint8" if name == "onnx-int8" else "int8", for_tensorrt=name == "tensorrt-int8")
     assert cosine(run(model, pictures), trained["features"])["centred_p1"] > 0.99
     record = disk.read_json(tmp_path / "quantised" / "quantised.json")
+    assert record["log"] == log
     scales = graph.initializers(model)
     for tensor, (low, high) in record["ranges"].items():  # the learnt scale is the exported one
         assert scales[f"{tensor}_scale"] == pytest.approx((high - low) / (254 if name == "tensorrt-int8" else 255), rel=1e-5)
@@ -105,7 +109,9 @@ def test_learnt_scales_are_of_one_target_only(pictures, tmp_path):
     assert quantised.load(tmp_path / "nothing", torch_student(), toy_target("onnx-int8"), pictures) is None
     for name in ("openvino-int8", "onnx-fp32"):
         with pytest.raises(EdgeclipError, match="takes no learnt scales"):
-            quantised.check(name, toy_target(name))
+            quantised.check(name, toy_target(name), 32)
+    with pytest.raises(EdgeclipError, match="onnx-int8: asks for 32 training pictures, and there are 31"):
+        quantised.check("onnx-int8", toy_target("onnx-int8"), 31)
 
 
 def test_fine_tuning_gains_where_a_range_was_spoilt(pictures, tmp_path):
@@ -132,21 +138,61 @@ def test_fine_tuning_gains_where_a_range_was_spoilt(pictures, tmp_path):
     assert loss.item() < 0.5 * before
 
 
+READABLE = 116
+"""of 70 photos a class and a broken one, in the training part"""
+PACKED = """{kind: open_clip, model: own, weights: random, config: {embed_dim: 8,
+  vision_cfg: {image_size: 32, layers: 3, width: 16, head_width: 8, patch_size: 16},
+  text_cfg: {context_length: 12, vocab_size: 49408, width: 8, heads: 2, layers: 1}}}"""
+
+
+def ask(here, each, pictures=32):
+    """q.yaml: a student for t.yaml's rounding, of `each` photos a class."""
+    for label in ("apple", "pear"):
+        (here / "photos" / label).mkdir(parents=True)
+        for i in range(each):
+            picture(i + 1000 * (label == "pear"), 40, 40).save(here / "photos" / label / f"{i}.png")
+    text = _yaml("onnx-int8").replace("probe_layers: 0", "probe_layers: 0, judged_on: 8, min_int8_share: 0, min_speedup: 0").replace("0.5", "0.0")
+    (here / "t.yaml").write_text(text.replace("pictures: 32", f"pictures: {pictures}"))
+    (here / "q.yaml").write_text(RECIPE.replace("ROOT", "photos") + "distill: {quantize: t.yaml, epochs: 2, lr: 1e-5}\n")
+
+
+def test_a_stop_while_it_learns_costs_nothing_of_stage_2(here, monkeypatch):
+    """Nor does a picture that cannot be read: stage 2 had done without it."""
+    ask(here, 70, pictures=READABLE)
+    write(here, (here / "q.yaml").read_text().replace("batch_size: 4", "batch_size: 16"), "q.yaml")
+    truncated_jpeg(here / "photos/apple/x.jpg")
+    assert cli("distill", "q.yaml", "--out", "runs/whole").exit_code == 0
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantised, "fine_tune", stopped)
+        assert cli("distill", "q.yaml").exit_code == 130
+    steps, step = [], Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda *a: steps.append(1) or step(*a))
+    result = cli("distill", "q.yaml", "--json")
+    assert result.exit_code == 0, result.output
+    whole, again = (disk.read_manifest(here / "runs" / name / "quantised", "quantised student")["files"] for name in ("whole", "q"))
+    assert whole == again and len(json.loads(result.stdout)["skipped"]) == 1
+    assert len(steps) == 2 * (READABLE // 16)
+
+
+def test_a_student_that_cannot_round_is_refused_before_it_is_trained(here):
+    ask(here, 40)
+    asked = (here / "q.yaml").read_text()
+    write(here, asked.replace("{kind: timm, model: mobilenetv4_conv_small_035, weights: random, image_size: 32}", PACKED), "packed.yaml")
+    mistake("distill", "packed.yaml", says="is no Conv2d or Linear of the student's own", only_line=False)
+    assert not (here / "runs").exists() and not list(here.glob("cache/*/img_emb"))
+    write(here, (here / "t.yaml").read_text().replace("pictures: 32", "pictures: 320"), "t.yaml")
+    mistake("distill", "q.yaml", says="asks for 320 training pictures, and there are", only_line=False)
+
+
 def test_from_recipe_to_graph_the_learnt_scales_ship(here):
     """The real commands: a recipe with distill.quantize, then export to that target, whose graph has the scales that training learnt."""
     import onnx
-    from conftest import RECIPE, picture
-    from conftest import run as cli
 
-    for label in ("apple", "pear"):
-        (here / "photos" / label).mkdir(parents=True)
-        for i in range(40):
-            picture(i + 1000 * (label == "pear"), 40, 40).save(here / "photos" / label / f"{i}.png")
-    (here / "t.yaml").write_text(
-        _yaml("onnx-int8").replace("probe_layers: 0", "probe_layers: 0, judged_on: 8, min_int8_share: 0, min_speedup: 0").replace("0.5", "0.0")
-    )
-    recipe = RECIPE.replace("ROOT", "photos") + "distill: {quantize: t.yaml, epochs: 2, lr: 1e-5}\n"
-    (here / "q.yaml").write_text(recipe)
+    ask(here, 40)
     result = cli("distill", "q.yaml")
     assert result.exit_code == 0, result.output
     record = disk.read_json(here / "runs/q/quantised/quantised.json")

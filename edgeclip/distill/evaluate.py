@@ -6,7 +6,7 @@ and with EduAttention over all classes where fewer are active (A11: it attended 
 
     evaluation/pictures.tar          the parity pictures' own bytes, in order
                image_features.npy    [n, D] float32, the fp32 student's unit features of them
-               evaluation.json       labels, and each set's name, note, classes and rows
+               evaluation.json       labels, each set's name, note, classes and rows, sha256 of every picture that was held out
 """
 
 import io
@@ -26,7 +26,7 @@ from edgeclip import disk
 from edgeclip import recipe as R
 from edgeclip.data import Dataset, EvaluationSet
 from edgeclip.metrics import harmonic_mean, hits
-from edgeclip.pictures import Picture, read, refuse_unreadable, stream
+from edgeclip.pictures import Picture, digest, read, refuse_unreadable, stream
 from edgeclip.preprocess import Preprocess, normalise, open_picture, to_pixels
 from edgeclip.progress import say, track
 from edgeclip.students import EduAttentionHead, Student
@@ -182,6 +182,7 @@ class _Features(nn.Module):
 
 
 def _write(folder: Path, parity: list[tuple[EvaluationSet, Picture, np.ndarray]], data: Dataset, max_pictures: int) -> None:
+    held_out = sorted({digest(p) for s, p, _ in parity if not s.seen})
     if len(parity) > max_pictures:
         keep = sorted(random.Random(0).sample(range(len(parity)), max_pictures))
         parity = [parity[i] for i in keep]
@@ -197,5 +198,6 @@ def _write(folder: Path, parity: list[tuple[EvaluationSet, Picture, np.ndarray]]
         for s in data.evaluation:
             rows = [i for i, (own, _, _) in enumerate(parity) if own is s]
             sets.append({"name": s.name, "note": s.note, "rows": rows, "classes": s.classes, "seen": s.seen})
-        disk.write_json(temporary / "evaluation.json", {"labels": [p.label for _, p, _ in parity], "class_names": data.classes, "sets": sets})
+        record = {"labels": [p.label for _, p, _ in parity], "class_names": data.classes, "sets": sets, "held_out": held_out}
+        disk.write_json(temporary / "evaluation.json", record)
         disk.write_manifest(temporary, "evaluation", {"licence": data.licence, "pictures": len(parity)})

@@ -8,7 +8,8 @@ Sources: ComKD-CLIP arXiv 2408.04145 (equation numbers, ambiguities A1 to A13), 
 CLIP-RD 2603.25383, TinyCLIP 2309.12314, MobileCLIP 2311.17049, CLIP-Embed-KD 2404.06170. Slips of their codes are not
 copied: learnable scales are exponentiated, similarities of the prototype loss have a temperature.
 
-To add a loss: one function, one line in `LOSSES`, one field in `recipe.Losses`.
+To add a loss: one function, one line in `LOSSES`, one field in `recipe.Losses`, and its name in `NEED_CAPTIONS`, `NEED_LABELS` or
+`NEED_CLASSES` where it reads those.
 """
 
 import math

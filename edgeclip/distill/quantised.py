@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import torch
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from torch.nn.utils import parametrize
 from edgeclip import disk, ranks
 from edgeclip import recipe as R
 from edgeclip import target as T
-from edgeclip.data import Dataset
+from edgeclip.cache import TeacherCache
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph, policy
 from edgeclip.export.onnxruntime import Calibrated, calibrate, rounded_outputs
@@ -125,12 +126,9 @@ def fine_tune(
     pictures: float32 [n, 3, H, W], training pictures that give the first ranges. train: trains a student in place.
     """
     name, target = T.load(path)
-    check(name, target)
+    check(name, target, len(pictures))
     assert target.calibration is not None
-    x = torch.from_numpy(pictures[:1])
-    student = student.cpu()
-    folded = fold(student, x).requires_grad_(True)
-    model = graph.to_onnx(folded, x, "pixels", "image_features", target.opset)
+    folded, model = _traced(student.cpu(), torch.from_numpy(pictures[:1]), target)
     form = Form(target.calibration.methods[0], None, "all", None)
     chosen = policy.choose(model, pictures, form, None, target.calibration, policy.reduced_range(target), own_bias=False)
     assert chosen is not None
@@ -153,9 +151,24 @@ def fine_tune(
     return log
 
 
+def _traced(student: nn.Module, x: Tensor, target: T.Target) -> tuple[nn.Module, onnx.ModelProto]:
+    """A folded copy that can be trained, and its float graph."""
+    folded = fold(student, x).requires_grad_(True)
+    return folded, graph.to_onnx(folded, x, "pixels", "image_features", target.opset)
+
+
+def check_student(student: nn.Module, size: int, path: str) -> None:
+    """Raises, as `attach`, before hours of training have gone into a student that cannot round."""
+    target = T.load(path)[1]
+    x = torch.zeros(1, 3, size, size)
+    folded, model = _traced(student, x, target)
+    every_layer = policy.of_layers(Form("minmax", None, "all", None), x.numpy(), calibrate(model, x.numpy(), "minmax"), {}, policy.reduced_range(target))
+    attach(folded, every_layer, target)
+
+
 def after_stage_2(
     asked: R.Recipe,
-    dataset: Dataset,
+    cached: TeacherCache,
     student: nn.Module,
     head: nn.Module | None,
     preprocess: Preprocess,
@@ -167,16 +180,22 @@ def after_stage_2(
     assert asked.distill is not None
     target = T.load(asked.distill.quantize)[1]
     assert target.calibration is not None
-    order = np.random.default_rng(target.calibration.seed).permutation(len(dataset.train))[: target.calibration.pictures]
-    pictures = [to_pixels(open_picture(read(dataset.train[i]), dataset.train[i].key), preprocess) for i in order]
+    order = np.random.default_rng(target.calibration.seed).permutation(len(cached.pictures))[: target.calibration.pictures]
+    chosen = [cached.pictures[i] for i in order.tolist()]  # of those that were readable
+    pictures = [to_pixels(open_picture(read(p), p.key), preprocess) for p in chosen]
     again = replace(asked.train, warmup_steps=0, first=None, epochs=asked.distill.epochs, lr=asked.distill.lr, tower_lr_ratio=1.0, freeze_batch_norm=False)
     recipe = replace(asked, train=again, student=replace(asked.student, text=None, visual_prompts=None))
     fine_tune(student, normalise(np.stack(pictures), preprocess), asked.distill.quantize, folder, lambda m: train(m, copy.deepcopy(head), recipe), parents)
 
 
-def check(name: str, target: T.Target) -> None:
+def check(name: str, target: T.Target, pictures: int) -> None:
+    """Raises where `target` takes no learnt scales, or asks for more training pictures than there are."""
     if target.precision != "int8" or target.runtime == "openvino":
         raise EdgeclipError(f"distill.quantize: {name}", "takes no learnt scales", "name an int8 target of onnxruntime or tensorrt")
+    assert target.calibration is not None
+    if pictures < target.calibration.pictures:
+        asks = f"asks for {target.calibration.pictures} training pictures, and there are {pictures}"
+        raise EdgeclipError(f"distill.quantize: {name}", asks, "give more, or lower calibration.pictures in a target of your own")
 
 
 def _what(target: T.Target) -> dict[str, Any]:

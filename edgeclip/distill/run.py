@@ -9,7 +9,6 @@ runs/<name>/recipe.yaml, recipe.json   what was asked, as written and as underst
             manifest.json              last
 """
 
-import os
 import resource
 import shutil
 from functools import partial
@@ -25,6 +24,7 @@ from edgeclip.allocator import give_back_freed_memory, keep_freed_memory
 from edgeclip.distill import board, losses, promptsrc, quantised
 from edgeclip.distill.adapt import adapt
 from edgeclip.distill.evaluate import evaluate, note, teacher_features
+from edgeclip.distill.folder import check_claim, claim, mark_latest, move_data, place
 from edgeclip.distill.fuse import Fusion, fuse
 from edgeclip.distill.targets import TeacherRows, labels
 from edgeclip.distill.text import texts
@@ -46,11 +46,13 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     `Interrupted` after a signal to stage 2, when it is saved.
     """
     asked = recipe.load(path, roots)
-    run = out or Path("runs") / path.stem
-    _check_claim(run, asked, fresh)
+    run = place(out or Path("runs") / path.stem)
+    check_claim(run, asked, fresh)
     if (run / disk.MANIFEST).exists() and not fresh:
         say(f"{run}: finished already (--fresh starts over)")
-        _mark_latest(run)
+        if roots and first():
+            move_data(run, asked)
+        mark_latest(run)
         return load_results(run) if first() else {}
     keep_freed_memory()
     device = ranks.start(pick_device(asked.train.device))
@@ -71,7 +73,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     ranks.wait()
     with ranks.first_alone():
         if not ranks.rank():
-            _claim(run, path, asked, fresh)  # only now: a mistake in what was asked leaves no folder behind
+            claim(run, path, asked, fresh)  # only now: a mistake in what was asked leaves no folder behind
     unprompted = dataset
     if prompted:  # prompts change the tower whose rows the cache keeps, so they come first
         with ranks.first_alone():
@@ -165,9 +167,9 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         if asked.distill:
 
             def again(copy: nn.Module, own_head: nn.Module | None, recipe: Recipe) -> list[dict[str, Any]]:
-                return train(copy, own_head, teacher, cached, preprocess, dataset, recipe, device, others=others, clock=clock)
+                return train(copy, own_head, teacher, cached, preprocess, dataset, recipe, device, others=others, fusion=fusion, clock=clock)
 
-            quantised.after_stage_2(asked, dataset, student, head, preprocess, run / "quantised", description["parents"], again)
+            quantised.after_stage_2(asked, cached, student, head, preprocess, run / "quantised", description["parents"], again)
         if not ranks.rank():
             save(run / "student", log)
             for temporary in ("student.partial", "checkpoint"):
@@ -232,7 +234,7 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         run / disk.MANIFEST,
         {"kind": "run", "edgeclip": __version__, "student": disk.sha256(run / "student" / disk.MANIFEST), "recipe": description["parents"]["recipe"]},
     )
-    _mark_latest(run)
+    mark_latest(run)
     return results
 
 
@@ -250,7 +252,7 @@ def load_data(asked: Recipe, path: Path) -> tuple[data.Dataset, data.Dataset | N
     captions = asked.student.text is not None or (need and asked.losses.captions == "data")
     _check(dataset, asked, captions, path)
     if asked.distill:
-        quantised.check(*target.load(asked.distill.quantize))
+        quantised.check(*target.load(asked.distill.quantize), len(dataset.train))
     return dataset, labelled, captions
 
 
@@ -260,28 +262,6 @@ def _tower(asked: Recipe, run: Path) -> nn.Module | None:
     if isinstance(asked.adapt, recipe.Prompts):
         teacher = promptsrc.adapted(teacher, asked.adapt, run / "teacher")
     return teachers.folded(teacher)
-
-
-def _check_claim(run: Path, asked: Recipe, fresh: bool) -> None:
-    """Raises when the run folder holds a run of another recipe, or something that is no run."""
-    if (run / "recipe.json").exists():
-        different = [] if fresh else disk.differences(recipe.description(recipe.of_run(run)), recipe.description(asked))
-        if different:
-            raise EdgeclipError(run, f"holds a run of another recipe ({'; '.join(different[:5])})", "use --fresh to start over, or another --out")
-    elif run.exists() and any(run.iterdir()):
-        raise EdgeclipError(run, "is not empty and not a run", "choose another --out")
-
-
-def _claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
-    """Makes the run folder ours."""
-    if fresh and run.exists():
-        shutil.rmtree(run)
-    disk.write_json(run / "roots.json", recipe.roots(asked))  # also when resuming: data may have moved
-    if (run / "recipe.json").exists():
-        say(f"{run}: resuming")
-    else:
-        disk.write_text(run / "recipe.yaml", path.read_text(encoding="utf-8"))
-        disk.write_json(run / "recipe.json", recipe.description(asked))
 
 
 def pick_device(asked: str) -> torch.device:
@@ -351,25 +331,15 @@ def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> 
 
 def _check_student(dataset: data.Dataset, asked: Recipe, embed_dim: int) -> None:
     """Builds the student once for nothing: what cannot be built is refused before the teacher has run."""
-    student, _ = students.build(asked.student, embed_dim)
+    student, preprocess = students.build(asked.student, embed_dim)
+    if asked.distill:
+        quantised.check_student(student, preprocess.size, asked.distill.quantize)
     if asked.train.gradient_checkpointing:
         students.checkpoint_gradients(student.tower)
     if asked.student.text:
         text = students.build_text(asked.student.text, embed_dim)
         classes = [dataset.classes[i] for i in dataset.train_classes]
         students.token_ids(text, prompts(classes, dataset.templates))
-
-
-def _mark_latest(run: Path) -> None:
-    """`runs/latest` (beside the run) points to the newest finished run."""
-    latest = run.parent / "latest"
-    temporary = run.parent / f".latest.{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(run.name)
-    if latest.is_symlink() or not latest.exists():
-        os.replace(temporary, latest)
-    else:
-        temporary.unlink()
 
 
 def load_results(run: Path) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def train(
                     keep(log)
                 ended = epoch + 1 == phase.epochs
                 at = Position(at.phase + 1, 0, 0, at.done) if ended else at._replace(epoch=epoch + 1, step=0)
-                if checkpoints and (at.phase < len(phases) or stop):
+                if checkpoints:  # the last one too: what follows may fail
                     keep_state(at, None if ended else optimizer, order.bit_generator.state)
                     if stop:
                         raise Interrupted(stop, _saved(checkpoints, at))

@@ -57,7 +57,13 @@ def from_run(run: Path) -> Source:
 
     def training_pictures() -> list[Picture]:
         # As the cache was asked to have them: nothing held out, and no label that stage 1 had not.
-        dataset = data.load(asked.data, Path("cache"))
+        from edgeclip.distill.run import CACHE  # it imports this package
+
+        spec = asked.data
+        if not isinstance(spec, recipe.OpenMoji) and not Path(spec.root).is_dir():
+            moved = f"say where it lies: edgeclip distill {run / 'recipe.yaml'} --out {run} --data {spec.name}=DIR"
+            raise EdgeclipError(spec.root, f"there is no such folder for the data '{spec.name}'", moved)
+        dataset = data.load(spec, CACHE)
         labelled = {p.key for p in dataset.labelled}
         return [p if p.key in labelled else p._replace(label=-1) for p in dataset.train]
 
@@ -71,9 +77,11 @@ def from_run(run: Path) -> Source:
     evaluation = run / "evaluation"
 
     def evaluation_hashes() -> set[str]:
-        pictures = index_tar(evaluation / "pictures.tar")
-        held_out = [i for s in disk.read_json(evaluation / "evaluation.json")["sets"] if not s.get("seen") for i in s["rows"]]
-        return {digest(pictures[i]) for i in held_out}
+        record = disk.read_json(evaluation / "evaluation.json")
+        if "held_out" in record:
+            return set(record["held_out"])
+        pictures = index_tar(evaluation / "pictures.tar")  # a run of before: of those that it kept
+        return {digest(pictures[i]) for s in record["sets"] if not s.get("seen") for i in s["rows"]}
 
     manifest = disk.read_manifest(evaluation, "evaluation")
     there = (run / "quantised" / disk.MANIFEST).exists()
@@ -106,7 +114,7 @@ class _Normalised(nn.Module):
         return F.normalize(self.tower(pixels), dim=-1)
 
 
-def from_model(name: str, weights_name: str, labels: list[str], images: Path | None, image_size: int = 224, text: bool = True) -> Source:
+def from_model(name: str, weights_name: str, labels: list[str], images: Path | None, text: bool = True) -> Source:
     """Any open_clip model (by name, or by a JSON file of its configuration), or any timm classifier. text: False leaves the text side out.
 
     A timm classifier has no text side, but it is a dual encoder all the same: its logits are the image feature and the
@@ -115,11 +123,13 @@ def from_model(name: str, weights_name: str, labels: list[str], images: Path | N
     Raises `EdgeclipError` for unknown names, weights that do not fit, or labels that are not the classifier's.
     """
     import open_clip
+    import timm
 
     pictures = index_folder(images) if images else []
     if images and not pictures:
         raise EdgeclipError(images, "has no pictures", "give a folder of .jpg, .png or .webp")
     load_text: Callable[[], TextTower] | None
+    spec: OpenClip | Timm
     if name in open_clip.list_models() or name.endswith(".json"):
         config = disk.read_json(Path(name)) if name.endswith(".json") else None
         spec = OpenClip(model=Path(name).stem if config else name, weights=weights_name, config=config)
@@ -131,13 +141,11 @@ def from_model(name: str, weights_name: str, labels: list[str], images: Path | N
         class_features = ensemble(features[:, None]) if labels else features
         encoder, preprocess, load_text, scale = teacher.tower, teacher.preprocess, lambda: teachers.load_text(spec), teacher.logit_scale
     else:
-        try:
-            encoder, preprocess = weights.timm_model(Timm(model=name, weights=weights_name, image_size=image_size), num_classes=None)
-        except EdgeclipError as e:
-            if "unknown timm model" in str(e):
-                raise EdgeclipError(name, "neither an open_clip nor a timm model", "see open_clip.list_models() and timm.list_models()") from None
-            raise
-        preprocess = msgspec.structs.replace(preprocess, size=encoder.pretrained_cfg["input_size"][-1])
+        if not timm.is_model(name):
+            raise EdgeclipError(name, "neither an open_clip nor a timm model", "see open_clip.list_models() and timm.list_models()")
+        spec = Timm(model=name, weights=weights_name, image_size=224)
+        encoder, preprocess = weights.timm_model(spec, num_classes=None)
+        preprocess = msgspec.structs.replace(preprocess, size=encoder.pretrained_cfg["input_size"][-1])  # its own size
         if labels and len(labels) != encoder.num_classes:
             raise EdgeclipError(
                 "--labels", f"has {len(labels)} labels, {name} has {encoder.num_classes} classes", "give the classifier's own labels in its order"
@@ -158,7 +166,7 @@ def from_model(name: str, weights_name: str, labels: list[str], images: Path | N
         golden=pictures[:8],
         golden_licence="the user's own pictures",
         licences={"model": "unknown", "data": "none"},
-        parents={"model": name, "weights": weights.source(weights_name), "labels": disk.fingerprint(labels), "images": [p.key for p in pictures]},
+        parents=_parents(spec, labels, pictures),
     )
 
 
@@ -184,8 +192,19 @@ def _image_side(spec: OpenClip, labels: list[str], pictures: list[Picture]) -> S
         golden=pictures[:8],
         golden_licence="the user's own pictures",
         licences={"model": "unknown", "data": "none"},
-        parents={"model": spec.model, "weights": weights.source(spec.weights), "labels": disk.fingerprint(labels), "images": [p.key for p in pictures]},
+        parents=_parents(spec, labels, pictures),
     )
+
+
+def _parents(spec: OpenClip | Timm, labels: list[str], pictures: list[Picture]) -> dict[str, Any]:
+    """What the bundle is made of, by content: a file may be rewritten under its name."""
+    return {
+        "model": spec.model,
+        "config": disk.fingerprint(getattr(spec, "config", None)),
+        "weights": weights.source(spec.weights),
+        "labels": disk.fingerprint(labels),
+        "images": disk.fingerprint([(p.key, digest(p)) for p in pictures]),
+    }
 
 
 def with_vocabulary(source: Source, texts: list[str]) -> Source:

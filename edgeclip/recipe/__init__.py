@@ -226,8 +226,8 @@ def description(recipe: Recipe) -> dict[str, Any]:
 
 
 def roots(recipe: Recipe) -> dict[str, str]:
-    """Where the data lay: what `description` leaves out."""
-    return {f: d.root for f, d in data_sets(recipe).items() if not isinstance(d, OpenMoji)}
+    """Where the data lay, from wherever one looks: what `description` leaves out."""
+    return {f: str(Path(d.root).absolute()) for f, d in data_sets(recipe).items() if not isinstance(d, OpenMoji)}
 
 
 def of_run(run: Path) -> Recipe:
