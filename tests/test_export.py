@@ -1,6 +1,7 @@
 """A bundle gives the student's answers, says where it came from, and is whole or not there."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,25 @@ def test_a_timm_classifier_ranks_by_cosine_as_by_logit(photos, tmp_path):
         from_model("mobilenetv4_conv_small_035", "random", labels[:3], None)
     with pytest.raises(EdgeclipError, match="neither an open_clip nor a timm model"):
         from_model("no-such-net", "random", [], None)
+
+
+def test_a_bundle_of_a_rewritten_file_is_stale(photos, tmp_path):
+    from edgeclip.export.source import from_model
+
+    shutil.copytree(photos, tmp_path / "photos")
+    config = {"embed_dim": 8, "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16}}
+    config["text_cfg"] = {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}
+    path = tmp_path / "own.json"
+
+    def parents(**changed):
+        path.write_text(json.dumps(config | changed))
+        return from_model(str(path), "random", [], tmp_path / "photos", text=False).parents
+
+    first = parents()
+    assert parents() == first and parents(quick_gelu=True) != first
+    names = sorted(p.name for p in (tmp_path / "photos").iterdir())
+    shutil.copy(tmp_path / "photos" / names[1], tmp_path / "photos" / names[-1])  # neither name nor number is another
+    assert parents() != first
 
 
 def test_texts_that_ship_as_golden_have_torchs_answers(shipped_bundle, source):

@@ -14,6 +14,7 @@ from edgeclip import recipe as R
 from edgeclip.data import shapes
 from edgeclip.distill import run
 from edgeclip.distill.losses import Batch
+from edgeclip.distill.protocols import evaluate
 from edgeclip.distill.run import distill
 from edgeclip.distill.train import _first, train
 from edgeclip.errors import EdgeclipError
@@ -86,4 +87,6 @@ def test_training_runs_without_the_teachers_towers(trained, monkeypatch):
     monkeypatch.setattr(run, "train", counted)
     results, _ = trained("alone", {"kl": {"weight": 1}}, {"epochs": 1})
     assert alive == [[], ["Identity", "Identity"]]
-    assert results["sets"][0]["teacher"]["r1"] >= 0 and results["models"]["teacher"]["parameters"] > 0
+    # It is loaded again to be scored, and then is what `evaluate` loads.
+    again = evaluate(Path("runs/alone"), "zero_shot")["sets"][0]
+    assert again["teacher"] == results["sets"][0]["teacher"] is not None and results["models"]["teacher"]["parameters"] > 0

@@ -206,7 +206,7 @@ def test_the_same_recipe_resumes_and_data_may_be_moved_by_name(workplace):
     folder, results = workplace
     assert json.loads(run("distill", "r.yaml", "--data", "night=night", "--json").stdout) == results
     asked = recipe.of_run(folder / "runs/r")
-    assert recipe.roots(asked) == {"data": "paint", "adapt_data": "cars", "shifts.0": "night"}
+    assert recipe.roots(asked) == {"data": str(folder / "paint"), "adapt_data": str(folder / "cars"), "shifts.0": str(folder / "night")}
     shutil.copytree(folder / "night", folder / "moved")
     assert recipe.load(folder / "r.yaml", ("night=moved",)).shifts[0].root == "moved"
     assert recipe.description(asked) == recipe.description(recipe.load(folder / "r.yaml", ("night=moved",)))
