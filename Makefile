@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 RUN = runs/quickstart
 
-.PHONY: demo test check clean
+.PHONY: demo test check clean distclean
 .DELETE_ON_ERROR:
 
 # torch first and pinned: an open range elsewhere would bring another build of it.
@@ -29,4 +29,8 @@ check: .venv/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs cache .data
+	rm -rf .venv .data .mypy_cache .ruff_cache .pytest_cache
+
+# and what was trained
+distclean: clean
+	rm -rf runs cache

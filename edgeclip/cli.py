@@ -19,6 +19,8 @@ from edgeclip.cli_options import json_option, label_file, latest, say
 from edgeclip.errors import EdgeclipError, Interrupted, Refused
 from edgeclip.progress import first
 
+GO_ON = "nothing half-written is left; run the same command again (distill and cache build go on from the last finished stage)"
+
 
 class _Group(click.Group):
     """One boundary where a user's mistake becomes one line, and a signal its exit code."""
@@ -37,7 +39,7 @@ class _Group(click.Group):
                 click.echo(str(e), err=True)
             sys.exit(128 + e.number)
         except KeyboardInterrupt:
-            click.echo("Interrupted: nothing half-written is left; the same command goes on from the last finished stage.", err=True)
+            click.echo(f"Interrupted: {GO_ON}.", err=True)
             sys.exit(130)
         except ModuleNotFoundError as e:
             extra = HOST_PACKAGES.get((e.name or "").split(".")[0])
@@ -52,7 +54,7 @@ HOST_PACKAGES = {
 
 
 def _terminated(*_: object) -> NoReturn:
-    click.echo("Terminated: nothing half-written is left; the same command goes on from the last finished stage.", err=True)
+    click.echo(f"Terminated: {GO_ON}.", err=True)
     sys.exit(143)
 
 

@@ -1,6 +1,7 @@
 """What the commands share: `--json`, and which run, bundle or labels are meant."""
 
 import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,11 @@ def latest(run: Path | None) -> Path:
 
 
 def one_bundle(bundle: Path | None) -> Path:
-    """--bundle, or the newest run's only bundle for this machine's CPU: int8 before fp32, onnx before others."""
+    """--bundle, or the newest run's only bundle for this machine's CPU: int8 of its kind before fp32, onnx before others."""
     if bundle is not None:
         return bundle
     run = latest(None)
-    for name in ("onnx-int8", "onnx-fp32", "openvino-int8"):
+    for name in ("onnx-int8-arm" if platform.machine() == "aarch64" else "onnx-int8", "onnx-fp32", "openvino-int8"):
         if (run / "bundles" / name).is_dir():
             click.echo(f"bundle: {run / 'bundles' / name}", err=True)
             return run / "bundles" / name

@@ -1,13 +1,16 @@
 """Several boards, or several bundles of one, in one table: what each costs, and which of them nothing else beats.
 
-A row is on the Pareto front when no other row is at least as good on every axis and better on one. An axis that not every
-row has been measured on takes no part, and is named: not measured is neither good nor bad.
+A row is on the Pareto front when no other row is at least as good on every axis and better on one. An axis takes part only where
+every row has been measured on it, on the same terms: accuracy on as many pictures, energy of the same scope (a chip, a module, all
+that a meter sees). What takes no part is named with the reason: not measured is neither good nor bad.
 """
 
 from typing import Any
 
 AXES = {"accuracy": 1, "latency_ms_p90": -1, "energy_mj_per_image": -1, "image_encoder_bytes": -1}
 """what counts, and whether more (1) or less (-1) of it is better"""
+TERMS = {"accuracy": "pictures", "energy_mj_per_image": "energy_scope"}
+"""what must agree before an axis compares like with like"""
 DOT_PRODUCT = {"aarch64": ("asimddp",), "x86_64": ("avx512_vnni", "avx_vnni", "amx_int8")}
 
 
@@ -24,7 +27,9 @@ def rows(benches: list[dict[str, Any]], parities: list[dict[str, Any] | None]) -
                 "accuracy": r1,
                 "latency_ms_p90": (b["single_stream"] or {}).get("latency_ms_p90"),
                 "pictures_per_second": (b["offline"] or {}).get("pictures_per_second"),
+                "pictures": p["pictures"] if p is not None and counts else None,
                 "energy_mj_per_image": energy,
+                "energy_scope": None if energy is None else scope(b["energy"]["source"]),
                 "energy_mj_per_correct": None if energy is None or not r1 else energy / r1,
                 "image_encoder_bytes": b["image_encoder_bytes"],
                 "peak_memory_mib": b["peak_memory_mib"],
@@ -33,16 +38,28 @@ def rows(benches: list[dict[str, Any]], parities: list[dict[str, Any] | None]) -
     return pareto(out)
 
 
+def scope(source: str) -> str:
+    """What a power reading of `energy.find` or of a meter covers."""
+    return {"RAPL": "the chip by RAPL", "meter": "all that the meter sees"}.get(source.partition(":")[0], f"the rails {source.partition(': ')[2]}")
+
+
 def pareto(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `on_front` (None where a row lacks every axis that the others have) and `axes` added."""
+    """The rows with `on_front` (None where a row has no latency), `axes` and `left_out` (axis to reason) added."""
     timed = [r for r in table if r["latency_ms_p90"] is not None]
-    axes = [a for a in AXES if timed and all(r[a] is not None for r in timed)]
+    left_out = {}
+    for a in AXES:
+        terms = {str(r.get(TERMS.get(a, ""))) for r in timed}
+        if not timed or any(r[a] is None for r in timed):
+            left_out[a] = "not measured on every row"
+        elif len(terms) > 1:
+            left_out[a] = f"{TERMS[a].replace('_', ' ')} differ: {', '.join(sorted(terms))}"
+    axes = [a for a in AXES if a not in left_out]
 
     def beats(a: dict[str, Any], b: dict[str, Any]) -> bool:
         differences = [AXES[x] * (a[x] - b[x]) for x in axes]
         return all(d >= 0 for d in differences) and any(d > 0 for d in differences)
 
-    return [{**r, "axes": axes, "on_front": not any(beats(o, r) for o in timed) if r in timed else None} for r in table]
+    return [{**r, "axes": axes, "left_out": left_out, "on_front": not any(beats(o, r) for o in timed) if r in timed else None} for r in table]
 
 
 def int8_gain(benches: list[dict[str, Any]]) -> list[str]:

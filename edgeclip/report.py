@@ -5,6 +5,7 @@ Everything on it is read from the run's JSON; nothing is measured here. A number
 """
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,16 @@ def verdict(parity: dict[str, Any] | None, bench: dict[str, Any] | None) -> str:
 
 
 def waterfall(results: dict[str, Any], targets: list[dict[str, Any]]) -> dict[str, Any]:
-    """R@1 of each step on the same pictures: {"sets": names, "steps": [(step, [R@1 or None])]}."""
+    """R@1 of each step, and on how many pictures: {"sets": names, "steps": [(step, [(R@1 or None, pictures)])]}.
+
+    A bundle is compared on a part of the pictures, so what it lost stands in its parity report, not between two rows of this.
+    """
     names = [s["name"] for s in results["sets"]]
-    steps: list[tuple[str, list[float | None]]] = [(model, [(s[model] or {}).get("r1") for s in results["sets"]]) for model in ("teacher", "student")]
+    steps = [(model, [((s[model] or {}).get("r1"), s["pictures"]) for s in results["sets"]]) for model in ("teacher", "student")]
     for t in targets:
         if t["parity"] and t["parity"]["sets"]:
-            of = {s["name"]: s["bundle_r1"] for s in t["parity"]["sets"]}
-            steps.append((t["row"], [of.get(n) for n in names]))
+            of = {s["name"]: (s["bundle_r1"], s["pictures"]) for s in t["parity"]["sets"]}
+            steps.append((t["row"], [of.get(n, (None, 0)) for n in names]))
     return {"sets": names, "steps": steps}
 
 
@@ -138,11 +142,11 @@ def _plots(results: dict[str, Any], targets: list[dict[str, Any]]) -> list[tuple
     figure, axes = plt.subplots(figsize=(7, 3))
     width = 0.8 / len(steps["steps"])
     for i, (name, values) in enumerate(steps["steps"]):
-        axes.bar([x + i * width for x in range(len(values))], [v or 0 for v in values], width, label=name)
+        axes.bar([x + i * width for x in range(len(values))], [math.nan if v is None else v for v, _ in values], width, label=name)
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(steps["sets"]))], steps["sets"])
     axes.set_ylabel("R@1")
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    plots.append(("Accuracy of each step on the same pictures", _svg(figure)))
+    plots.append(("Accuracy of each step; a bundle's on a part of the pictures", _svg(figure)))
 
     measured = [t for t in targets if t["bench"] and t["bench"]["single_stream"] and t["parity"] and t["parity"]["accuracy"]]
     if measured:

@@ -4,6 +4,7 @@ Each step stands alone: it passes, fails with its reason, or cannot be tried her
 issue: what the machine is, versions, every step's outcome; no picture, no path outside the bundle, no name of a user.
 """
 
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -37,6 +38,8 @@ def selftest(bundle: Bundle, device: Device) -> dict[str, Any]:
             detail, status = str(e), "fail"
         except Exception as e:  # a defect of ours is what this is meant to find
             detail, status = "".join(traceback.format_exception_only(e)).strip() + traceback.format_exc()[-800:], "fail"
+        if status == "fail":
+            detail = without_paths(str(detail), bundle.folder)
         steps.append({"step": name, "status": status if detail is not None else "not possible here", "detail": detail, "seconds": time.perf_counter() - start})
         return detail
 
@@ -53,6 +56,13 @@ def selftest(bundle: Bundle, device: Device) -> dict[str, Any]:
     step("throttling counters", machine.throttled)
     manifest = {"target": bundle.manifest["target"], "bundle": disk.sha256(bundle.folder / disk.MANIFEST)}
     return {"kind": "selftest", "edgeclip": __version__, "machine": facts, "state": machine.state(str(bundle.folder)), **manifest, "steps": steps}
+
+
+def without_paths(text: str, bundle: Path) -> str:
+    """The names of files stay, the folders that they lie in go."""
+    for folder in sorted({str(bundle), str(bundle.resolve()), str(Path.home())}, key=len, reverse=True):
+        text = text.replace(folder, "~" if folder == str(Path.home()) else bundle.name)
+    return re.sub(r"(?<![\w.:/])[~/](?:[^\s/'\",;()]*/)+", "", text)
 
 
 def _is(device: Device, facts: dict[str, Any]) -> str:

@@ -204,6 +204,8 @@ def comparison(rows: list[dict[str, Any]], lines: list[str]) -> None:
     )  # fmt: skip
     if rows:
         click.echo(f"*: not beaten on {', '.join(rows[0]['axes']) or 'anything, since nothing was measured'}")
+        for axis, why in rows[0]["left_out"].items():
+            click.echo(f"{axis} takes no part: {why}")
     for line in lines:
         click.echo(line)
 

@@ -175,6 +175,8 @@ def test_the_times_of_an_emulated_processor_are_refused(shipped_bundle):
 def test_a_budget_on_what_was_not_measured_is_not_kept(measured):
     failures = over_budget(measured, Device(runtimes=["onnxruntime"], budget=Budget(energy_mj_per_image=5.0)))
     assert failures == ["energy_mj_per_image not measured, budget 5.0"]
+    failures = over_budget(measured | {"energy_mj_per_image": 0.94}, Device(runtimes=["onnxruntime"], budget=Budget(energy_mj_per_image=0.9)))
+    assert failures == ["energy_mj_per_image 0.94, budget 0.9"]
 
 
 @pytest.mark.parametrize(("name", "tool"), [("onnx-fp32", "onnxruntime_perf_test"), ("openvino-int8", "benchmark_app"), ("tensorrt-int8", "trtexec")])

@@ -1,6 +1,6 @@
 """The front holds what nothing else beats, and an axis that was not measured everywhere takes no part."""
 
-from edgeclip.comparison import int8_gain, pareto, rows
+from edgeclip.comparison import int8_gain, pareto, rows, scope
 
 
 def row(name, accuracy, latency, energy=None, size=10):
@@ -30,13 +30,31 @@ def test_an_axis_that_one_row_lacks_takes_no_part():
     assert [r["on_front"] for r in table] == [True, False] and "energy_mj_per_image" not in table[0]["axes"]
 
 
+def test_axes_on_other_terms_take_no_part():
+    """1 mJ of a chip is not less than 2 mJ of a whole board, nor is 0.9 of 10 pictures more than 0.8 of 400."""
+    pair = [
+        report("n100", "a", 1.0, [], "fp32") | {"energy": {"source": "RAPL: package"}},
+        report("pi", "b", 1.0, [], "fp32") | {"energy": {"source": "meter: m.csv"}},
+    ]
+    parities = [{"bundle": "b", "accuracy": {"bundle_r1": r1}, "pictures": n} for r1, n in ((0.9, 10), (0.8, 400))]
+    found = rows(pair, parities)[0]
+    assert found["axes"] == ["latency_ms_p90", "image_encoder_bytes"]
+    assert found["left_out"] == {
+        "accuracy": "pictures differ: 10, 400",
+        "energy_mj_per_image": "energy scope differ: all that the meter sees, the chip by RAPL",
+    }
+    same = rows([pair[0], pair[0]], [parities[0], parities[0]])[0]
+    assert same["axes"] == ["accuracy", "latency_ms_p90", "energy_mj_per_image", "image_encoder_bytes"] and same["left_out"] == {}
+    assert (scope("ina3221: VDD_IN"), scope("tegrastats: VDD_IN")) == ("the rails VDD_IN",) * 2
+
+
 def test_refused_timings_are_neither_on_the_front_nor_off_it():
     table = pareto([row("a", 0.8, 1.0), row("emulated", 0.9, None)])
     assert [r["on_front"] for r in table] == [True, None]
 
 
 def report(device, target, p50, isa, precision):
-    return {"device": device, "target": target, "bundle": "b", "single_stream": {"latency_ms_p50": p50, "latency_ms_p90": p50}, "offline": None, "energy_mj_per_image": 3.0,
+    return {"device": device, "target": target, "bundle": "b", "single_stream": {"latency_ms_p50": p50, "latency_ms_p90": p50}, "offline": None, "energy_mj_per_image": 3.0, "energy": {"source": "RAPL: package"},
             "image_encoder_bytes": 1, "peak_memory_mib": 1, "machine": {"arch": "aarch64", "isa": isa}, "ran": {"runtime": "onnxruntime", "precision": precision}}  # fmt: skip
 
 
@@ -51,6 +69,6 @@ def test_int8_is_held_against_fp32_of_the_same_core():
 
 def test_energy_of_a_right_answer_needs_the_parity_report_of_the_same_bundle():
     bench = report("d", "t", 1.0, [], "int8")
-    parity = {"bundle": "b", "accuracy": {"bundle_r1": 0.6}}
+    parity = {"bundle": "b", "accuracy": {"bundle_r1": 0.6}, "pictures": 400}
     assert rows([bench], [parity])[0]["energy_mj_per_correct"] == 5.0
     assert rows([bench], [parity | {"bundle": "old"}])[0]["energy_mj_per_correct"] is None and rows([bench], [None])[0]["accuracy"] is None

@@ -129,6 +129,9 @@ def test_precisions_are_read_from_the_engine_and_fp32_is_not_called_int8():
     assert tensorrt_build.require("int8", read) == {"int8": 1, "fp16": 1, "fp32": 1}
     with pytest.raises(BuildError, match=r"no layer takes int8 \(head in fp32\); do not call it int8"):
         tensorrt_build.require("int8", read[1:])
+    moved = read_layers({"Layers": [layer(k, k, ["Row major Int8 format"]) for k in ("Reformat", "Dequantize", "QuantizeLinear")]})
+    with pytest.raises(BuildError, match=r"no layer takes int8 \(head in fp32\)"):  # int8 was only carried about
+        tensorrt_build.require("int8", [*read[1:], *moved])
     with pytest.raises(BuildError, match="no layer takes fp8"):
         tensorrt_build.require("fp8", read)
     assert read_layers({"Layers": ["opaque"]}) == [{"name": "opaque", "kind": "unknown", "precision": "unknown"}]

@@ -16,7 +16,7 @@ def parity(**changes):
     accuracy = {"drop_pp": 0.25, "upper_pp": 0.75, "lost": 3, "won": 2, "pictures": 400, "reference_r1": 0.5, "bundle_r1": 0.4975}
     fields = {
         "kind": "parity", "device": "host-cpu", "target": "t", "verdict": "pass", "failures": [], "pictures": 400, "accuracy": accuracy, "top1_agreement": 0.99,
-        "cosine": {"centred_p1": 0.98, "raw_p1": 0.99}, "sets": [{"name": "novel", "bundle_r1": 0.4321}],
+        "cosine": {"centred_p1": 0.98, "raw_p1": 0.99}, "sets": [{"name": "novel", "bundle_r1": 0.4321, "pictures": 17}],
     }  # fmt: skip
     return fields | changes
 
@@ -191,7 +191,10 @@ def test_the_waterfall_has_each_step_on_the_same_sets(tmp_path):
     run = make_run(tmp_path / "run")
     found = waterfall(disk.read_json(run / "results.json"), collect(run))
     assert found["sets"] == ["base", "novel"]
-    assert found["steps"] == [("teacher", [0.5, 0.5]), ("student", [0.5, 0.5]), ("t on host-cpu", [None, 0.4321])]
+    assert found["steps"] == [("teacher", [(0.5, 40)] * 2), ("student", [(0.5, 40)] * 2), ("t on host-cpu", [(None, 0), (0.4321, 17)])]
+    require("matplotlib", "pip install 'edgeclip[train]'")
+    page = report(run)[0].read_text()
+    assert "<td>0.500 (40)</td>" in page and "<td>0.432 (17)</td>" in page and "<td>not measured</td><td>0.432" in page
 
 
 def test_the_same_run_gives_the_same_page(tmp_path):

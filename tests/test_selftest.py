@@ -1,12 +1,13 @@
 """The self-test tries each step on its own, and its report says of each what came of it."""
 
 import json
+from pathlib import Path
 
 from conftest import run
 
 from edgeclip.bundle import Bundle
 from edgeclip.device import Device, Recognise
-from edgeclip.selftest import selftest
+from edgeclip.selftest import selftest, without_paths
 
 
 def steps(report):
@@ -38,6 +39,15 @@ def test_without_tensorrt_the_engine_step_fails_and_the_rest_is_still_told(shipp
     report = selftest(Bundle.load(shipped_bundle("tensorrt-fp16")), Device(runtimes=["tensorrt"]))
     found = steps(report)
     assert found["open the image encoder"] == "fail" and "golden pictures and texts" not in found and "temperature" in found
+
+
+def test_a_failure_names_no_folder_outside_the_bundle(own_bundle):
+    folder = own_bundle("onnx-fp32")
+    (folder / "image_encoder.onnx").write_bytes(b"broken")
+    text = json.dumps(selftest(Bundle.load(folder), Device(runtimes=["onnxruntime"])))
+    assert "image_encoder.onnx was changed" in text and str(folder.parent) not in text and str(Path.home()) not in text
+    said = f'File "{Path.home()}/venv/lib/x.py", line 3; {folder}/a.onnx: bad; /data/anna/run/b.npy; 3 ms/picture; see https://a.b/c'
+    assert without_paths(said, folder) == 'File "x.py", line 3; bundle/a.onnx: bad; b.npy; 3 ms/picture; see https://a.b/c'
 
 
 def test_the_command_writes_a_report_to_attach(shipped_bundle, here):

@@ -6,7 +6,6 @@ tested, and with what.
 """
 
 import importlib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def open_session(model: Path, threads: int, optimisation: str) -> Session:
     engine = runtime.deserialize_cuda_engine((kept / "engine.plan").read_bytes())
     if engine is None:
         raise EdgeclipError(kept, "TensorRT cannot load the engine that it built", "remove the folder and run the command again")
-    counts = dict(Counter(layer["precision"] for layer in built["layers"] or []))
+    counts = tensorrt_build.counts(built["layers"] or [])
     facts = {"version": trt.__version__, "threads": threads, "engine": kept.name, "conditions": conditions, "layers": counts}
     return session(trt, cuda, runtime, engine, facts)
 

@@ -23,6 +23,10 @@ TYPES = {"int8": ("int8",), "fp8": ("fp8", "e4m3"), "fp16": ("fp16", "half"), "f
 PRODUCTS = ("conv", "gemm", "matmul", "matrix", "fully")
 
 
+MOVES = ("reformat", "quantize", "cast", "shuffle")
+"""kinds that change how a tensor lies or is written: what they take says nothing of what is computed"""
+
+
 class BuildError(Exception):
     """One line: where, what, what to do."""
 
@@ -133,11 +137,18 @@ def read_layers(information: dict[str, Any]) -> list[dict[str, str]]:
     return found
 
 
-def require(precision: str, found: list[dict[str, str]]) -> dict[str, int]:
-    """How many layers take each precision. Raises `BuildError` where none takes the one that the engine is named after."""
+def counts(found: list[dict[str, str]]) -> dict[str, int]:
+    """How many of the layers that compute something take each precision."""
     count: dict[str, int] = {}
     for layer in found:
-        count[layer["precision"]] = count.get(layer["precision"], 0) + 1
+        if not any(m in layer["kind"].lower() for m in MOVES):
+            count[layer["precision"]] = count.get(layer["precision"], 0) + 1
+    return count
+
+
+def require(precision: str, found: list[dict[str, str]]) -> dict[str, int]:
+    """`counts`. Raises `BuildError` where none takes the precision that the engine is named after."""
+    count = counts(found)
     if not count.get(precision):
         products = [x for x in found if any(p in x["kind"].lower() for p in PRODUCTS)]
         what = ", ".join(f"{x['name']} in {x['precision']}" for x in products[:3]) or "no product is visible"
@@ -172,11 +183,11 @@ def main() -> None:
                 print(f"{layer['precision']:<8} {layer['kind']:<24} {layer['name']}")
             wanted = manifest["target"]["precision"] if name == manifest["image_encoder"] else manifest["target"]["text"]
             try:
-                counts = require(wanted, facts["layers"])
+                taken = require(wanted, facts["layers"])
             except BuildError:
                 out.unlink()
                 raise
-            print(f"{out}: {counts}, {facts['engine_bytes'] / 2**20:.1f} MiB in {facts['seconds']} s")
+            print(f"{out}: {taken}, {facts['engine_bytes'] / 2**20:.1f} MiB in {facts['seconds']} s")
     except BuildError as e:
         sys.exit(f"Error: {e}")
 
