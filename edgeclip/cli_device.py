@@ -57,16 +57,24 @@ def _bundles(run: Path | None, bundle: Path | None, name: str, device: Any) -> t
 
 @contextlib.contextmanager
 def _board(name: str, device: Any, clean: bool) -> Iterator[Any]:
-    """An open board, or None where the device is this machine."""
+    """An open board, or None where the device is this machine. clean: what the board holds goes, whatever happens meanwhile."""
     from edgeclip import device as D
+    from edgeclip.errors import LinkLost
 
     if not D.is_remote(device):
-        yield None
+        with D.pinned(device):
+            yield None
         return
     from edgeclip.remote.board import Board
 
     with Board(name, device) as board:
-        yield board
+        try:
+            yield board
+        except Exception:
+            if clean:
+                with contextlib.suppress(LinkLost):
+                    board.clean()
+            raise
         if clean:
             board.clean()
 
@@ -191,9 +199,10 @@ def _bench_one(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any] | None]]:
     """(the bench reports of one device, the parity report of each where there is one)"""
     from edgeclip import device as D
-    from edgeclip import disk
+    from edgeclip import disk, preflight
     from edgeclip.bench import bench as measure
     from edgeclip.bench import incomplete, joined
+    from edgeclip.doctor import preflight_here
     from edgeclip.engine import validated
     from edgeclip.errors import LinkLost
     from edgeclip.validate import load_evaluation
@@ -207,21 +216,23 @@ def _bench_one(
     reports, parities = [], []
     with _board(name, device, clean) as board:
         if board is None:
-            here, checks = D.require_here(name, device), None
+            D.require_here(name, device)
+            here, rows = preflight_here(device, [b.manifest for b in bundles])
+            preflight.require(name, rows)
         else:
-            checks = [r._asdict() for r in board.prepare(bundles, evaluation)]
+            rows = board.prepare(bundles, evaluation)
         for b in bundles:
             earlier = _earlier(run, b, name, "bench")
             try:
                 if board is None:
                     report = measure(b, device, here, evaluation.folder if evaluation else None, minimum, scenarios, minutes, meter_csv)
                 else:
-                    report = board.bench(b, minimum, scenarios, minutes, meter_csv) | {"preflight": checks}
+                    report = board.bench(b, minimum, scenarios, minutes, meter_csv)
             except LinkLost as e:
                 if earlier is None or "incomplete" in earlier:  # a whole report of this bundle stays
                     _write_report(incomplete(b, board.facts, minimum, str(e)), name, run, b)
                 raise
-            report = joined(report, earlier, device) if earlier else report
+            report = (joined(report, earlier, device) if earlier else report) | {"preflight": [r._asdict() for r in rows]}
             parity = _earlier(run, b, name, "parity")
             if "engine" in report["ran"] and not validated(parity, report):  # a benchmark of an engine counts once it is known to answer right
                 parity = _write_parity(compare(b, evaluation, here) if board is None else board.validate(b, evaluation), name, run, b)
@@ -233,12 +244,11 @@ def _bench_one(
 
 
 @click.command()
-@click.option("--run", type=click.Path(path_type=Path), help="Every bundle of this run.  [default: runs/latest]")
-@click.option("--bundle", type=click.Path(path_type=Path), help="One bundle folder.")
+@_options
 @click.option("--device", "device_name", required=True, help="A name from `edgeclip list devices`, or a YAML file.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path(), help="Folder of the reports.  [default: the working folder]")
 @json_option
-def selftest(run: Path | None, bundle: Path | None, device_name: str, out: Path, as_json: bool) -> None:
+def selftest(run: Path | None, bundle: Path | None, clean: bool, device_name: str, out: Path, as_json: bool) -> None:
     """Try on a device what could not be tried without one; writes a report to attach to an issue.
 
     \b
@@ -250,11 +260,9 @@ def selftest(run: Path | None, bundle: Path | None, device_name: str, out: Path,
     from edgeclip.selftest import selftest as examine
     from edgeclip.selftest import write
 
-    if run and bundle:
-        raise click.UsageError("--run and --bundle exclude each other")
     name, device = D.load(device_name)
     bundles, _ = _bundles(run, bundle, name, device)
-    with _board(name, device, False) as board:
+    with _board(name, device, clean) as board:
         if board is not None:
             board.prepare(bundles, None)
         reports = [examine(b, device) if board is None else board.selftest(b) for b in bundles]

@@ -1,5 +1,8 @@
 """A device: where a bundle runs, what is known of it, and what it may cost there. `devices/*.yaml` are read into this."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -24,7 +27,7 @@ class Reach(Config):
     emulate: str | None = None
     """sshd only: an aarch64 Debian root below it, under qemu-user with this -cpu model"""
     python: tuple[str, ...] = ("python3",)
-    """what starts the board's Python, as [taskset, -c, 4-7, python3]"""
+    """what starts the board's Python, as [/opt/python3.11/bin/python3]"""
     folder: str = "~/.cache/edgeclip/board"
     """everything that edgeclip leaves on the board lies below it"""
 
@@ -71,6 +74,8 @@ class Device(Config, kw_only=True):
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     """ONNX Runtime's, best first: all of them must take part, and what took part is read back"""
     threads: Annotated[int, Meta(ge=1)] = 1
+    cpus: tuple[int, ...] = ()
+    """the processors to run on, by the kernel's numbers; none: all"""
     offline_batch: Annotated[int, Meta(ge=1)] = 8
     memory_bandwidth_gb_s: float | None = None
     """the data sheet's peak"""
@@ -116,9 +121,29 @@ def differences(device: Device, facts: dict[str, Any]) -> list[str]:
     return found
 
 
+@contextlib.contextmanager
+def pinned(device: Device) -> Iterator[None]:
+    """This thread, and what it starts from now on, runs on `device.cpus` only. Raises `EdgeclipError` where there are none such."""
+    if not device.cpus:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    try:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, device.cpus)
+        if os.sched_getaffinity(0) != set(device.cpus):
+            raise EdgeclipError("cpus", f"this process may run on {sorted(before)}, not on all of {list(device.cpus)}", "correct the device's profile")
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def require_here(name: str, device: Device) -> dict[str, Any]:
-    """This machine's facts; raises `EdgeclipError` when they are not those of the device."""
+    """This machine's facts; raises `EdgeclipError` when they are not those of the device, or its Python would be started otherwise."""
     here = machine.facts()
+    if len(device.reach.python) > 1 and not is_remote(device):
+        way = " ".join(device.reach.python)
+        raise EdgeclipError(f"{name}: reach.python", f"'{way}' takes no part on the board itself", "name processors in cpus, and run the rest by hand")
     if wrong := differences(device, here):
         raise EdgeclipError(name, f"this machine is not that device ({'; '.join(wrong)})", "run the command on the device, or use --device host-cpu")
     return here

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from edgeclip import __version__, config, machine
@@ -42,10 +43,13 @@ def doctor() -> dict[str, Any]:
     }
 
 
-def preflight_here(device: Device) -> tuple[dict[str, Any], list[Row]]:
-    """(this machine's facts, what a benchmark on it as `device` would meet)"""
-    facts = machine.facts()
-    return facts, preflight(device, facts, machine.state(os.getcwd()), 0.0, False, False, time.time())
+def preflight_here(device: Device, manifests: Iterable[dict[str, Any]] = ()) -> tuple[dict[str, Any], list[Row]]:
+    """(this machine's facts, what a benchmark of bundles with these manifests on it as `device` would meet)"""
+    from edgeclip import engine  # brings numpy, which `list` need not wait for
+
+    facts, names = machine.facts(), engine.names(manifests)
+    builds = not all((engine.folder() / n).exists() for n in names)
+    return facts, preflight(device, facts, machine.state(os.getcwd()), 0.0, bool(names), builds, time.time())
 
 
 def purpose(kind: str) -> list[tuple[str, str, str]]:

@@ -11,7 +11,7 @@ JetPack upgrade it shows whether accuracy moved (SigLIP's has: 71.6 to 68.4 with
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,11 @@ def folder() -> Path:
     """EDGECLIP_ENGINES (the runner sets it on a board), or the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return Path(os.environ.get("EDGECLIP_ENGINES") or cache / "edgeclip" / "engines")
+
+
+def names(manifests: Iterable[dict[str, Any]]) -> list[str]:
+    """What the engines of bundles with these manifests are kept under, below `folder`."""
+    return [m["files"][m["image_encoder"]][:16] for m in manifests if m["runtime"] == "tensorrt"]
 
 
 def conditions(model: Path, version: str, sm: str, options: dict[str, Any], root: Path = machine.ROOT) -> dict[str, Any]:

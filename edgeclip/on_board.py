@@ -16,7 +16,7 @@ import numpy as np
 
 from edgeclip import machine
 from edgeclip.bundle import Bundle
-from edgeclip.device import Device, Minimum
+from edgeclip.device import Device, Minimum, pinned
 from edgeclip.errors import EdgeclipError
 
 MARK = b"edgeclip-reply "
@@ -58,7 +58,9 @@ def main() -> None:
     payload = io.BytesIO()
     arrays: dict[str, Any]
     try:
-        answer, arrays = VERBS[work["verb"]](work, msgspec.convert(work["device"], Device))
+        device = msgspec.convert(work["device"], Device)
+        with pinned(device):
+            answer, arrays = VERBS[work["verb"]](work, device)
         np.savez(payload, allow_pickle=False, **arrays)
     except EdgeclipError as e:
         answer = {"error": str(e)}

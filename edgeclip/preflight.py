@@ -8,7 +8,9 @@ What cannot be read is a warning too: not known is not well.
 from typing import Any, NamedTuple
 
 from edgeclip.device import Device, differences
+from edgeclip.errors import EdgeclipError
 from edgeclip.machine import COUNTERS
+from edgeclip.progress import say
 
 CLOCK_S = 120
 """this project's choice: nothing that is kept is dated by the board, a clock further off says that it was never set"""
@@ -69,3 +71,12 @@ def preflight(device: Device, facts: dict[str, Any], state: dict[str, Any], need
     skew = state["time"] - host_time
     row("clock", abs(skew) <= CLOCK_S, f"{skew:+.0f} s", f"within {CLOCK_S} s of the host (reports carry the host's time)")
     return rows
+
+
+def require(name: str, rows: list[Row]) -> None:
+    """Says what is a warning; raises `EdgeclipError` for what failed."""
+    for r in rows:
+        if r.status == "warn":
+            say(f"{name}: warning: {r.check}: {r.found}, should be {r.need}")
+    if failed := [f"{r.check}: {r.found}, needs {r.need}" for r in rows if r.status == "fail"]:
+        raise EdgeclipError(name, f"not fit for it ({'; '.join(failed)})", f"see edgeclip doctor --device {name}")

@@ -158,7 +158,7 @@ def bench(reports: list[dict[str, Any]]) -> None:
             click.echo(f"{x['target']}: energy by {e['source']}: {rate}{half}, {steady}")
         if t := x["sustained"]:
             slowed = "unknown whether throttled" if t["throttled"] is None else f"throttled: {', '.join(t['throttled']) or 'no'}"
-            slowed += " (and since the board was started already)" if t["throttled_before"] else ""
+            slowed += " (and since the board was started already)" if t.get("throttled_before") else ""
             first, last = (t["windows"][i]["temperature_c"] for i in (0, -1))
             hot = f"temperature {NOT_MEASURED}" if first is None or last is None else f"{first:.0f} to {last:.0f} degrees C"
             click.echo(f"{x['target']}: {t['minutes']:g} minutes: p90 of the last tenth {t['p90_drift']:.2f} times the first's; {hot}; {slowed}")

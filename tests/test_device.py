@@ -1,6 +1,9 @@
 """A profile says what a board is, and a machine is held against it; the machine's facts come from the kernel's files."""
 
+import os
 import struct
+import subprocess
+import sys
 
 import pytest
 from conftest import REPO
@@ -173,6 +176,28 @@ def test_a_board_that_is_this_machine_needs_no_link(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "facts", lambda: facts)
     assert not device.is_remote(nano) and device.require_here("jetson-orin-nano", nano) == facts
     assert device.is_remote(device.load("loopback")[1]) and not device.is_remote(device.load("host-cpu")[1])
+
+
+def test_a_run_keeps_to_the_profiles_processors_and_its_children_too():
+    before = os.sched_getaffinity(0)
+    one = min(before)
+    ask = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+    with device.pinned(device.Device(runtimes=["onnxruntime"], cpus=(one,))):
+        assert machine.facts()["cores"] == 1 and subprocess.check_output(ask, text=True) == f"[{one}]\n"
+    with device.pinned(device.Device(runtimes=["onnxruntime"])):
+        assert os.sched_getaffinity(0) == before
+    for cpus in ((4000,), (one, 4000)):
+        with pytest.raises(EdgeclipError, match="not on all of"), device.pinned(device.Device(runtimes=[], cpus=cpus)):
+            pass
+        assert os.sched_getaffinity(0) == before
+    assert device.load("rk3588")[1].cpus == (4, 5, 6, 7)
+
+
+def test_what_would_start_a_boards_python_is_not_left_out_on_the_board_itself():
+    reach = device.Reach(ssh="b", python=("taskset", "-c", "4-7", "python3"))
+    here = device.Device(runtimes=["onnxruntime"], reach=reach, recognise=device.Recognise(arch=machine.facts()["arch"]))
+    with pytest.raises(EdgeclipError, match=r"toy: reach\.python: 'taskset -c 4-7 python3' takes no part on the board itself"):
+        device.require_here("toy", here)
 
 
 def test_the_configs_folder_names_every_profile():

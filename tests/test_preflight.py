@@ -1,6 +1,9 @@
 """The preflight says what is known to be well, and calls what is unknown a warning."""
 
+import json
+
 import pytest
+from conftest import mistake, run
 from test_device import FACTS, JETSON, fake
 
 from edgeclip import device, machine
@@ -74,3 +77,16 @@ def test_the_rows_come_from_the_machines_own_files(tmp_path):
         and found["power mode"] == found["tensorrt"] == "pass"
         and found["memory"] == found["throttling"] == "pass"
     )
+
+
+def test_a_benchmark_on_the_board_itself_keeps_its_state_too(shipped_bundle, tmp_path, monkeypatch):
+    state = machine.state(str(tmp_path)) | {"power_mode": "MAXN_SUPER", "clocks_locked": False, "load_average": 9.5}
+    monkeypatch.setattr(machine, "state", lambda *_: state)
+    (tmp_path / "d.yaml").write_text("runtimes: [onnxruntime, tensorrt]\nbench: {min_duration_s: 0.01, min_query_count: 5}\n")
+    ask = ("bench", "--bundle", shipped_bundle("onnx-fp32"), "--device", tmp_path / "d.yaml", "--scenario", "offline", "--json")
+    result = run(*ask)
+    found = {r["check"]: r["found"] for r in json.loads(result.stdout)[0]["preflight"]}
+    assert found["power mode"] == "MAXN_SUPER" and found["clocks"].startswith("free") and {"jetpack", "throttling"} <= set(found)
+    assert "d: warning: other load: 9.5, should be at most 0.5" in result.stderr
+    state |= {"available_mib": 10, "swap_mib": 0}
+    mistake(*ask, says="d: not fit for it (memory: 10 MiB free, 0 MiB swap, needs 300 MiB", only_line=False)

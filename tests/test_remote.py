@@ -1,6 +1,7 @@
 """The whole way to a board, through a real sshd: reach, copy, install, validate, bench, report, clean."""
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -12,7 +13,7 @@ from conftest import REPO, run
 from sshd import profile, working_below, write_ssh_config
 from test_layers import HOST
 
-from edgeclip import disk
+from edgeclip import cli_device, disk
 from edgeclip.bundle import Bundle
 from edgeclip.device import Minimum
 from edgeclip.device import load as load_device
@@ -83,12 +84,16 @@ def test_the_shipped_loopback_needs_no_setup(shipped_bundle, tmp_path, home):
 
 
 def test_a_command_prefix_is_a_way_too(shipped_bundle, tmp_path):
-    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\npackages: [onnxruntime]\n")
+    (tmp_path / "d.yaml").write_text(
+        f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\npackages: [onnxruntime]\ncpus: [{min(os.sched_getaffinity(0))}]\n"
+    )
     name, device = load_device(str(tmp_path / "d.yaml"))
     bundle = Bundle.load(shipped_bundle("onnx-fp32"))
     with Board(name, device) as board:
         board.prepare([bundle], None)
-        assert board.validate(bundle, None)["failures"] == [] and board.clean() and not board.clean()
+        assert board.validate(bundle, None)["failures"] == []
+    result = run("selftest", "--bundle", bundle.folder, "--device", tmp_path / "d.yaml", "--out", tmp_path, "--clean", "--json")
+    assert json.loads(result.stdout)[0]["machine"]["cores"] == 1 and not (tmp_path / "b").exists(), result.output
 
 
 def test_what_lies_on_the_board_travels_once(shipped_bundle, evaluation, tmp_path):
@@ -142,6 +147,21 @@ def test_what_somebody_put_beside_it_later_stays(tmp_path):
         board.send({disk.sha256(tmp_path / "file"): tmp_path / "file"}, "file")
         (tmp_path / "b" / "notes.txt").write_text("mine")
         assert board.clean() and [f.name for f in (tmp_path / "b").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_it_is_cleaned_when_something_went_wrong_too(tmp_path, linked):
+    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n")
+    (tmp_path / "file").write_bytes(b"abc")
+
+    async def broken():
+        raise ConnectionResetError
+
+    with pytest.raises(EdgeclipError, match="no: good"), cli_device._board(*load_device(str(tmp_path / "d.yaml")), True) as board:
+        board.send({disk.sha256(tmp_path / "file"): tmp_path / "file"}, "file")
+        board.link = board.link if linked else board.link._replace(start=broken)
+        raise EdgeclipError("no", "good", "at all")  # is what the user sees, whether the board is still there or not
+    assert (tmp_path / "b").exists() == (not linked)
 
 
 def test_two_at_once_would_measure_each_other(shipped_bundle, tmp_path):

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from edgeclip import disk, energy
+from edgeclip import disk, energy, engine
 from edgeclip import preflight as P
 from edgeclip.bench import over_budget
 from edgeclip.bundle import Bundle
@@ -99,18 +99,14 @@ class Board:
         files = [f for b in bundles for f in self._files(b.folder, b.manifest).values()]
         files += self._files(evaluation.folder).values() if evaluation else []
         need = ROOM * sum(f.stat().st_size for f in files) / 2**20
-        onnx = [b.manifest["files"][b.manifest["image_encoder"]] for b in bundles if b.manifest["runtime"] == "tensorrt"]
-        builds = not all(self.ask("exists", name=f"engines/{sha[:16]}")["exists"] for sha in onnx)
-        return P.preflight(self.device, self.facts, self.state, need, bool(onnx), builds, self.host_time)
+        names = engine.names(b.manifest for b in bundles)
+        builds = not all(self.ask("exists", name=f"engines/{n}")["exists"] for n in names)
+        return P.preflight(self.device, self.facts, self.state, need, bool(names), builds, self.host_time)
 
     def prepare(self, bundles: list[Bundle], evaluation: Evaluation | None) -> list[P.Row]:
         """Preflight, then everything that is missing there. Raises `EdgeclipError` for what failed."""
         rows = self.preflight(bundles, evaluation)
-        for r in rows:
-            if r.status == "warn":
-                say(f"{self.name}: warning: {r.check}: {r.found}, should be {r.need}")
-        if failed := [f"{r.check}: {r.found}, needs {r.need}" for r in rows if r.status == "fail"]:
-            raise EdgeclipError(self.name, f"not fit for it ({'; '.join(failed)})", f"see edgeclip doctor --device {self.name}")
+        P.require(self.name, rows)
         self.runner = self._install()
         self.places = {b.folder: self._tree(b.folder, b.manifest) for b in bundles}
         self.evaluation = self._tree(evaluation.folder) if evaluation else None
