@@ -123,6 +123,17 @@ def test_a_benchmark_whose_link_breaks_is_marked_incomplete_and_ends_there(a_run
     assert working_below(on_board) == []  # nobody goes on measuring for a host that has gone
 
 
+def test_a_meters_file_that_is_gone_after_the_load_costs_the_energy_alone(shipped_bundle, tmp_path):
+    board = Board(*load_device("loopback"))
+    marks = {"times": [0.0, 1.0, 2.0], "count": 9, "temperatures": []}
+    measured = {"single_stream": {"latency_ms_p90": 1.0}, "peak_memory_mib": 9, "energy": marks, "energy_mj_per_image": None, "failures": []}
+    board.clock, board._run = lambda: (0.0, 0.1), lambda *_, **__: (dict(measured), b"")
+    report = board.bench(Bundle.load(shipped_bundle("onnx-fp32")), board.device.bench, ("single_stream",), meter_csv=tmp_path / "gone.csv")
+    assert report["single_stream"] == measured["single_stream"] and report["energy"] is None
+    assert [f.split(":")[0] for f in report["failures"]] == ["energy not measured"]
+    board.loop.close()
+
+
 def test_a_board_without_room_is_told_before_anything_travels(sshd, home, tmp_path):
     mount_tmpfs(tmp_path / "on-board", "4m")
     try:
