@@ -96,7 +96,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises `EdgeclipError` when something else than a folder of the same kind lies at `path`.
     """
-    _refuse_foreign(path, None)
+    refuse_foreign(path, None)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -105,7 +105,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             _sync(file)
-        _refuse_foreign(path, _kind(temporary))
+        refuse_foreign(path, _kind(temporary))
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
             os.rename(path, old)
@@ -116,7 +116,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _refuse_foreign(path: Path, kind: str | None) -> None:
+def refuse_foreign(path: Path, kind: str | None) -> None:
     """Nobody's folder is replaced but one of ours. kind: of what takes its place; None: not known yet."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return

@@ -142,6 +142,13 @@ def test_labels_that_cannot_be_baked_leave_the_bundle_as_it_was(own_bundle, labe
     assert snapshot(folder.parent) == before
 
 
+def test_a_folder_that_is_no_bundle_is_refused_before_the_work(source, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("thesis")
+    with pytest.raises(EdgeclipError, match="something else lies there already"):
+        export(source, "onnx-fp32", toy_target("onnx-fp32"), tmp_path)
+    assert "1/5" not in capsys.readouterr().err and snapshot(tmp_path) == {"thesis.txt": b"thesis"}
+
+
 def test_a_bundle_without_a_text_encoder_knows_its_own_labels_only(source, tmp_path):
     bundle = Bundle.load(export(source._replace(load_text=None, head=None), "onnx-fp32", toy_target("onnx-fp32"), tmp_path / "b"))
     assert bundle.manifest["text"] is None and len(bundle.classify(picture(0))) == 5 and bundle.head is None

@@ -42,6 +42,7 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
     if _up_to_date(out, name, target, source):
         say(f"{out}: up to date (delete it to export anew)")
         return out
+    disk.refuse_foreign(out, "bundle")  # before the work, not after it
     exporter = importlib.import_module(EXPORTERS[target.runtime])
     size = source.preprocess.size
     pixels = _golden_pixels(source)
