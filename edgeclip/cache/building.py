@@ -171,9 +171,8 @@ def _plan(job: _Job, partial: Path) -> int:
     bytes_each = 2 * k * width + record(k, 5).itemsize + METADATA_BYTES + 2 * job.teacher.embed_dim * job.captions
     need, free = max(0, n - done) * bytes_each, shutil.disk_usage(partial).free
     rest = f"{n - done:,} of {n:,} pictures" if done else f"{n:,} pictures"
-    say(
-        f"teacher cache: {rest} x {k} views, about {_minutes((n - done) * seconds)}{' (captions not counted)' if job.captions else ''} and {need / 2**20:,.1f} MiB of {free / 2**30:,.1f} GiB free"
-    )
+    about = _minutes((n - done) * seconds) + (" (captions not counted)" if job.captions else "")
+    say(f"teacher cache: {rest} x {k} views, about {about} and {need / 2**20:,.1f} MiB of {free / 2**30:,.1f} GiB free")
     if need > free:
         raise EdgeclipError(
             partial.parent, f"the cache needs {need / 2**30:,.1f} GiB more and the disk has {free / 2**30:,.1f} GiB free", "free some, or take fewer views"

@@ -93,9 +93,10 @@ def _npy_rows(file: Path) -> tuple[int, int]:
 
 
 def identity(spec: Embeddings) -> dict[str, Any]:
-    """What decides the rows: the files (two models' have equal names and sizes, so by their content), and how they are joined."""
-    root = Path(spec.root)
-    files = [[p.parent.name, *disk.glance(p)] for what in ("img_emb", "text_emb", "metadata") for p in sorted((root / what).glob("*.*"))]
+    """What decides the rows: the files by name and size, the first of each kind by its edges too (two models' files are of equal
+    names and sizes, and there may be thousands), and how they are joined."""
+    kinds = [sorted((Path(spec.root) / what).glob("*.*")) for what in ("img_emb", "text_emb", "metadata")]
+    files = [[[p.parent.name, p.name, p.stat().st_size] for kind in kinds for p in kind], [disk.edges(kind[0]) for kind in kinds if kind]]
     return {"kind": "embeddings", "files": disk.fingerprint(files), "key": spec.key, "join": spec.join}
 
 

@@ -47,7 +47,9 @@ def shard_files(spec: Reinforced) -> list[Path]:
 
 
 def identity(spec: Reinforced) -> dict[str, Any]:
-    return {"kind": "reinforced", "files": [disk.glance(p) for p in shard_files(spec)], "columns": spec.columns, "join": spec.join}
+    shards = shard_files(spec)
+    files = [disk.edges(shards[0]), *([p.name, p.stat().st_size] for p in shards)]
+    return {"kind": "reinforced", "files": files, "columns": spec.columns, "join": spec.join}
 
 
 def width(spec: Reinforced) -> int:

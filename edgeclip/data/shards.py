@@ -53,7 +53,7 @@ def matching(root: Path, glob: str) -> list[Path]:
     """The shards below `root` that a glob finds, 2.tar before 10.tar. Raises `EdgeclipError` where it finds none, or is no glob."""
     try:
         found = sorted(root.glob(glob), key=lambda p: (len(p.name), p.name))
-    except (NotImplementedError, ValueError) as e:
+    except (NotImplementedError, ValueError) as e:  # pathlib's, for an absolute pattern and for one such as **.tar
         raise EdgeclipError(glob, f"is no glob below {root} ({e})", "write it relative to that folder") from None
     if not found:
         raise EdgeclipError(root / glob, "no shard matches", "check the glob and the folder")
