@@ -59,7 +59,6 @@ def _bundles(run: Path | None, bundle: Path | None, name: str, device: Any) -> t
 def _board(name: str, device: Any, clean: bool) -> Iterator[Any]:
     """An open board, or None where the device is this machine. clean: what the board holds goes, whatever happens meanwhile."""
     from edgeclip import device as D
-    from edgeclip.errors import LinkLost
 
     if not D.is_remote(device):
         with D.pinned(device):
@@ -72,7 +71,7 @@ def _board(name: str, device: Any, clean: bool) -> Iterator[Any]:
             yield board
         except Exception:
             if clean:
-                with contextlib.suppress(LinkLost):
+                with contextlib.suppress(EdgeclipError):  # what went wrong first is what the user sees
                     board.clean()
             raise
         if clean:

@@ -167,7 +167,8 @@ def meter(path: Path) -> list[Sample]:
                 if t.tzinfo is None:
                     raise EdgeclipError(f"{path}:{i}", "this time has no zone", "write it with one, or as seconds since 1970")
                 t = t.timestamp()
-            rows.append(Sample(t, float(row["watts"]), None))
+            if math.isfinite(watts := float(row["watts"])):  # nan: the meter had no reading
+                rows.append(Sample(t, watts, None))
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
     except (KeyError, ValueError, TypeError, AttributeError) as e:

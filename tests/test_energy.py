@@ -115,6 +115,11 @@ def test_a_meters_csv(tmp_path):
     assert [(s.time, s.watts) for s in meter(tmp_path / "m.csv")] == [(1795348800.5, 4.5), (1795348801.0, 5.5), (1795348802.0, 6.0)]
 
 
+def test_a_moment_for_which_the_meter_had_no_reading_does_not_count(tmp_path):
+    (tmp_path / "m.csv").write_text("timestamp,watts\n1795348801,5.5\n1795348802,nan\n1795348803,6.5\n")
+    assert [s.watts for s in meter(tmp_path / "m.csv")] == [5.5, 6.5]
+
+
 @pytest.mark.parametrize("half", ["1795348", "1795348803,", "1795348803,7", '"17953'])
 def test_the_row_that_a_meter_is_just_writing_does_not_count(tmp_path, half):
     (tmp_path / "m.csv").write_text(f"timestamp,watts\n1795348801,5.5\n1795348802,6.5\n{half}")

@@ -175,7 +175,10 @@ def test_two_at_once_would_measure_each_other(shipped_bundle, tmp_path):
             fcntl.flock(f, fcntl.LOCK_EX)
             with pytest.raises(EdgeclipError, match="another edgeclip is at work there"):
                 board.validate(bundle, None)
+            with pytest.raises(EdgeclipError, match="another edgeclip is at work there"):
+                board.clean()  # nor does it take away what another is measuring
         assert board.validate(bundle, None)["failures"] == []
+        assert board.clean() and not (tmp_path / "b").exists()
 
 
 def test_words_of_a_login_shell_are_not_taken_for_the_answer(tmp_path):

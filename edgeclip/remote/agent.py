@@ -56,7 +56,7 @@ def lock(folder: str, name: str, wait: bool) -> Any:
     try:
         fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
-        raise ValueError("another edgeclip is at work there, and two would measure each other") from None
+        raise ValueError("another edgeclip is at work there; wait until it has ended") from None
     return f
 
 
@@ -198,6 +198,7 @@ def clean(request: Request) -> dict[str, Any]:
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
     if not os.path.exists(os.path.join(folder, OURS)):
         return {"removed": False}
+    held = [lock(folder, ".run", False), lock(folder, ".copy", True)]  # not from under somebody's measurement
     for path in (os.path.join(folder, name) for name in LEFT):
         if os.path.isdir(path):
             shutil.rmtree(path)
@@ -205,6 +206,8 @@ def clean(request: Request) -> dict[str, Any]:
             os.remove(path)
     if not os.listdir(folder):
         os.rmdir(folder)
+    for f in held:
+        f.close()
     return {"removed": True}
 
 
