@@ -216,6 +216,19 @@ def test_a_split_with_an_empty_half(here, half):
     same(here, before)
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_data_set_of_hardly_any_training_pictures(here, left):
+    from hashlib import sha256
+
+    from edgeclip.pictures import index_folder
+
+    drawn = sorted(int(sha256(f"{f.name}/{p.key}".encode()).hexdigest()[:8], 16) / 2**32 for f in photos(here / "photos").iterdir() for p in index_folder(f))
+    write(here, RECIPE.replace("ROOT", f"photos, test_fraction: {drawn[-left] if left else (1 + drawn[-1]) / 2}"))
+    before = snapshot(here)
+    mistake("distill", "r.yaml", says=f"the data has {left} training pictures", only_line=False)
+    same(here, before)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_and_the_last_good_epoch_is_kept(here, monkeypatch, value):
     from edgeclip import students

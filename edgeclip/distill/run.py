@@ -320,6 +320,8 @@ def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> 
     if not dataset.evaluation or not all(s.pictures for s in dataset.evaluation):
         empty = next((s.name for s in dataset.evaluation if not s.pictures), "")
         raise EdgeclipError(f"{path}: data", f"has no pictures to evaluate on {empty}".rstrip(), "give a test part or evaluation_data")
+    if len(dataset.train) < 2:
+        raise EdgeclipError(path, f"the data has {len(dataset.train)} training pictures", "give two at least: losses and batch norm compare pictures")
     share = min(asked.train.batch_size, len(dataset.train)) // ranks.size()
     if share < asked.train.accumulate:
         raise EdgeclipError(
