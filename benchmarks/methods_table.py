@@ -57,6 +57,10 @@ def figure(run: dict[str, Any], prefix: str = "") -> float:
     return float(test[f"{prefix}harmonic mean"] if f"{prefix}harmonic mean" in test else test[f"{prefix}held-out concepts"])
 
 
+def _mean(of: dict[int, dict[str, Any]], prefix: str = "") -> float:
+    return float(np.mean([figure(run, prefix) for run in of.values()]))
+
+
 def difference(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
     """a minus b over the seeds that both have, with the two 95 % intervals; None for fewer than two seeds."""
     seeds = sorted(s for s in a.keys() & b.keys() if all(a[s].get(f) == b[s].get(f) for f in ("shared", "schedule")))
@@ -107,13 +111,14 @@ def _interval(d: dict[str, Any] | None) -> list[str]:
 
 
 def tables(log: list[dict[str, Any]]) -> str:
-    """Markdown: a table a regime and set, every method with its difference to PromptKD."""
+    """Markdown: a table a regime and set, the best method first, each with its difference to PromptKD."""
     runs = newest(log)
     out = []
     for regime, title in REGIMES.items():
         for name in sorted({s for r, s, _ in runs if r == regime}):
             own = {"teacher, adapted": runs.get(("teacher", name, "teacher"), {})}
-            own |= {m: runs[regime, s, m] for r, s, m in runs if r == regime and s == name}
+            of_regime = {m: runs[regime, s, m] for r, s, m in runs if r == regime and s == name}
+            own |= dict(sorted(of_regime.items(), key=lambda x: -_mean(x[1])))
             first = next(iter(next(r for m, r in own.items() if r and m != "teacher, adapted").values()))
             keys = ["base", "novel", "harmonic mean"] if "harmonic mean" in first["test"] else list(first["pictures"]) + [f"{k} R@5" for k in first["pictures"]]
             reference = own.get("PromptKD", {})
@@ -121,7 +126,7 @@ def tables(log: list[dict[str, Any]]) -> str:
             for method, of in own.items():
                 if not of:
                     continue
-                without = np.mean([figure(r, "without_edu_attention_") for r in of.values()]) if next(iter(of.values())).get("alpha") is not None else None
+                without = _mean(of, "without_edu_attention_") if next(iter(of.values())).get("alpha") is not None else None
                 alpha = [f"{r['alpha']:+.2f}" for r in of.values() if r.get("alpha") is not None]
                 paired = None if method in ("PromptKD", "teacher, adapted") else difference(of, reference)
                 rows.append(
@@ -144,10 +149,10 @@ def judged(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
         teacher, comkd = runs.get(("teacher", name, "teacher"), {}), runs.get(("full", name, "ComKD"), {})
         if teacher:
             goal = {"clothing": 0.89, "grocery": 0.34, "openmoji": 0.24}[name]
-            required.append(compare.exact(f"(a) {name}: adapted teacher", float(np.mean([figure(r) for r in teacher.values()])), n=len(teacher), at_least=goal))
+            required.append(compare.exact(f"(a) {name}: adapted teacher", _mean(teacher), n=len(teacher), at_least=goal))
         for regime, at_least in (("full", 1.0), ("small", 0.93)):
             if teacher and (student := runs.get((regime, name, "ComKD"), {})):
-                share = float(np.mean([figure(r) for r in student.values()]) / np.mean([figure(r) for r in teacher.values()]))
+                share = _mean(student) / _mean(teacher)
                 required.append(compare.exact(f"(b) {name}, {regime}: ComKD's student over its teacher", share, n=len(student), at_least=at_least))
         for letter, other, where in (("c", "PromptKD", ("clothing", "grocery")), ("e", "student alone", ("clothing", "grocery", "openmoji"))):
             d = difference(comkd, runs.get(("full", name, other), {}))
