@@ -141,8 +141,6 @@ def prepare(name: str, regime: str, roots: tuple[str, ...], folder: Path) -> Ben
 
 def described(bench: Bench, losses: dict[str, Any], regime: str, seed: int) -> R.Recipe:
     schedule = replace(bench.recipe.train, epochs=EPOCHS[regime])
-    if regime == "frozen" and isinstance(bench.recipe.data, R.OpenMoji):
-        schedule = replace(schedule, warmup_steps=2000)
     asked = replace(bench.recipe, losses=config.convert(losses, R.Losses, "losses"), train=schedule, seed=seed)
     recipe.check(asked, "benchmarks/methods.py")
     return asked

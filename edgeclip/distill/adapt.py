@@ -96,7 +96,7 @@ def _train(head: ResidualHead, teacher: Teacher, cache: TeacherCache, data: Data
     pseudo = torch.empty(0)
 
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.lr, spec.steps)
     head.train()
     for step in track(range(spec.steps), "stage 1: adapt the teacher", spec.steps):

@@ -284,7 +284,7 @@ def _optimizer(phase: Phase, recipe: Recipe, student: Student, text: nn.Module |
     groups = [g | {"params": params} | ({} if decays else {"weight_decay": 0.0}) for g, params, decays in split if params]
     if spec.optimizer == "sgd" and not phase.frozen:
         return torch.optim.SGD(groups, momentum=spec.momentum, weight_decay=spec.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=spec.weight_decay, fused=True)
 
 
 def _set_modes(phase: Phase, student: Student, recipe: Recipe) -> None:
