@@ -25,7 +25,7 @@ from edgeclip import disk
 REGIMES = {
     "full": "Every weight of the student trained from pixels",
     "small": "Every weight trained, the student at 80 px",
-    "vit": "A ViT student, every weight trained from random",
+    "vit": "A vision transformer as the student, every weight trained",
     "frozen": "Frozen tower features, projector and EduAttention trained (fast, not the reference)",
 }
 MARKS = ("<!-- methods: start -->", "<!-- methods: end -->")
