@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toys
 
 from edgeclip import recipe as R
 from edgeclip.cache import TeacherCache
@@ -140,6 +141,18 @@ def test_prototypes_are_unit_means_of_the_labelled_plain_views():
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_step(monkeypatch):
     with pytest.raises(EdgeclipError, match="projector step"):
         curve({"feature": {}}, monkeypatch, warmup_lr=1e25)
+
+
+def test_the_projector_learns_the_same_when_the_tower_sees_each_batch_as_it_comes(tmp_path, monkeypatch):
+    """Of many more views than the projector's steps see, features are not computed before: 6 x 12 of 80 views, and 7 x 12."""
+    whole, asked = T.frozen_features, []
+    monkeypatch.setattr(T, "frozen_features", lambda *a: asked.append(1) or whole(*a))
+    losses = {"kl": {}, "if_align": {"weight": 100}}
+    as_they_come, *_ = toys.run(tmp_path, losses, warmup_steps=6, warmup_lr=0, epochs=0)
+    assert not asked
+    before, *_ = toys.run(tmp_path, losses, warmup_steps=7, warmup_lr=0, epochs=0)
+    assert asked and len(as_they_come) == 6 and len(set(as_they_come)) == 6
+    np.testing.assert_allclose(as_they_come, before[:6], rtol=1e-5)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def train(
     its weight, and alpha.
 
     others: further teachers, with caches of the same views. fusion: makes one teacher of all of them.
-    tower_features: [n, K, T] of the student's frozen tower for the projector's steps, where they are known already.
+    tower_features: [n, K, T] of the student's frozen tower for the projector's steps, where they are known; else computed here.
     keep: called with the log after each epoch, when every weight is finite.
     checkpoints: folder where the state is kept, and from which it is taken where it holds one.
     board: folder for TensorBoard. clock: gets the time of waiting, forward, backward and optimiser.
@@ -113,19 +113,22 @@ def train(
         say(f"{checkpoints}: going on after step {found.position.done}")
         at, log, averages, optimizer_state = found.position, found.state["log"], _Averages(found.part("averages")), found.part("optimizer")
         _restore(found, modules, {"order": order, "prompt_order": prompt_order}, run_step, clock, device)
-    if tower_features is None and at.phase < len(phases) and phases[at.phase].frozen:
+    few = n * cache.views.shape[1] <= spec.warmup_steps * spec.warmup_batch_size  # else the tower sees each batch as it comes
+    if tower_features is None and few and at.phase < len(phases) and phases[at.phase].frozen:
         tower_features = frozen_features(student, cache, preprocess, recipe, device)
         clock.lap("student's frozen features")
 
     def batches(phase: Phase, done: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
         """An epoch without its first `done` steps: pictures and views of the whole batch, pixels of this process's share."""
         if phase.frozen:
-            assert tower_features is not None
-            for step in range(phase.steps):
-                index = order.choice(len(tower_features), min(spec.warmup_batch_size, len(tower_features)), replace=False)
-                view = order.integers(tower_features.shape[1], size=len(index))
-                if step >= done:
-                    yield index, view, None
+            size = min(spec.warmup_batch_size, n)
+            draws = [(order.choice(n, size, replace=False), order.integers(cache.views.shape[1], size=size)) for _ in range(phase.steps)][done:]
+            if tower_features is not None:
+                yield from ((*draw, None) for draw in draws)
+                return
+            pairs = (pair for draw in draws for pair in zip(*(part[_own(size)].tolist() for part in draw), strict=True))
+            for draw, (_, x) in zip(draws, _pixels(cache, pairs, preprocess, ranks.share(size)[ranks.rank()], spec.threads), strict=True):
+                yield *draw, x
             return
         seed, size = int(order.integers(2**62)), min(spec.batch_size, n)
         shuffled, own = Shuffled(n, seed), _own(size)
@@ -140,7 +143,7 @@ def train(
 
     def parts(phase: Phase, index: np.ndarray, view: np.ndarray, drawn: np.ndarray, pixels: np.ndarray | None) -> list[Part]:
         """What this process's towers see of the batch, in as many parts as the recipe says."""
-        reads = texts is not None and phase.first is None
+        reads, pixels = texts is not None and phase.first is None, None if phase.frozen else pixels
         if pixels is None and not reads:
             return []
         count = min(spec.accumulate, len(index[_own(len(index))]))
@@ -154,6 +157,14 @@ def train(
             split = zip(found, *(of.tensor_split(count) for of in ids), strict=True)
             found = [part._replace(captions=c.to(device), prompts=p.to(device)) for part, c, p in split]
         return found
+
+    @torch.no_grad()
+    def frozen(index: np.ndarray, view: np.ndarray, pixels: np.ndarray | None, counts: list[int]) -> Tensor:
+        """The frozen tower's features of the whole batch: those that are known, or each process's share of them, gathered."""
+        if tower_features is not None:
+            return tower_features[index, view]
+        assert pixels is not None
+        return ranks.gather(student.tower(to_input(pixels, preprocess, device)), counts)
 
     def full(batch: L.Batch, prompts: Tensor | None, drawn: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
         loss, said = L.total(batch, recipe.losses)
@@ -199,7 +210,7 @@ def train(
                         optimizer,
                         _cosine(position, phase.epochs * phase.steps),
                         parts(phase, index, view, drawn, pixels),
-                        {"image": tower_features[index, view]} if pixels is None and tower_features is not None else {},
+                        {"image": frozen(index, view, pixels, counts)} if phase.frozen else {},
                         known,
                         dict.fromkeys(("image", "masked", "text"), counts) | {"prompts": ranks.share(len(drawn))},
                         objective(phase, drawn),
@@ -289,6 +300,7 @@ def _optimizer(phase: Phase, recipe: Recipe, student: Student, text: nn.Module |
 
 def _set_modes(phase: Phase, student: Student, recipe: Recipe) -> None:
     if phase.frozen:
+        student.eval()
         student.projector.train()
         return
     student.train()
