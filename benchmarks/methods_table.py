@@ -9,6 +9,7 @@ A line of the log is a run; where a run was repeated with another fingerprint, t
 same teacher, data and schedule are paired.
 """
 
+import functools
 import json
 import re
 import sys
@@ -74,20 +75,27 @@ def difference(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]]) -> di
 
 def bootstrap(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, float]:
     """95 % percentile interval of mean figure(a) - mean figure(b); both are drawn with the same seeds and the same photos."""
-    rng = np.random.default_rng(0)
-    parts = {name: [np.stack([_hits(r, name) for r in side]).astype(np.float32) for side in (a, b)] for name in a[0]["hits"]}
-    out = []
-    for _ in range(BOOTSTRAPS):
-        seeds = rng.integers(len(a), size=len(a))
-        accuracy = []
-        for both in parts.values():
-            # How often each photo was drawn: a matrix product takes the place of 2 x seeds gathers.
-            drawn = rng.multinomial(both[0].shape[1], np.full(both[0].shape[1], 1 / both[0].shape[1])).astype(np.float32)
-            accuracy.append([(side[seeds] @ drawn) / drawn.sum() for side in both])
-        of_a, of_b = (_combine([x[i] for x in accuracy]) for i in (0, 1))
-        out.append(float((of_a - of_b).mean()))
-    low, high = np.percentile(out, [2.5, 97.5])
+    seeds, counts = _draws(len(a), tuple(a[0]["pictures"][name] for name in a[0]["hits"]), BOOTSTRAPS)
+    parts = []
+    for name, drawn in zip(a[0]["hits"], counts, strict=True):
+        rows = np.stack([_hits(run, name) for run in (*a, *b)]).astype(np.float32)
+        parts.append(rows @ drawn.astype(np.float32).T / rows.shape[1])
+    figures = _combine(parts).T  # [BOOTSTRAPS, runs]
+    of_a, of_b = (np.take_along_axis(side, seeds, axis=1) for side in np.split(figures, 2, axis=1))
+    low, high = np.percentile((of_a - of_b).mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
+
+
+@functools.cache  # a second for a set's photos, once for all of its rows
+def _draws(seeds: int, photos: tuple[int, ...], times: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """[times, seeds]: the seeds drawn again; and of each part, [times, photos]: how often each photo was drawn."""
+    rng = np.random.default_rng(0)
+    picked, counts = np.empty((times, seeds), np.int64), [np.empty((times, n), np.uint16) for n in photos]
+    for i in range(times):
+        picked[i] = rng.integers(seeds, size=seeds)
+        for drawn, n in zip(counts, photos, strict=True):
+            drawn[i] = rng.multinomial(n, np.full(n, 1 / n))
+    return picked, counts
 
 
 def _hits(run: dict[str, Any], name: str) -> np.ndarray:
@@ -95,7 +103,7 @@ def _hits(run: dict[str, Any], name: str) -> np.ndarray:
 
 
 def _combine(parts: list[np.ndarray]) -> np.ndarray:
-    """[seeds]: harmonic mean of base and novel, or the one part there is."""
+    """Harmonic mean of base and novel, or the one part there is."""
     return parts[0] if len(parts) == 1 else 2 * parts[0] * parts[1] / np.maximum(parts[0] + parts[1], 1e-9)
 
 
