@@ -164,7 +164,9 @@ def train(
         if tower_features is not None:
             return tower_features[index, view]
         assert pixels is not None
-        return ranks.gather(student.tower(to_input(pixels, preprocess, device)), counts)
+        features = ranks.gather(student.tower(to_input(pixels, preprocess, device)), counts)
+        clock.lap("student's frozen features")
+        return features
 
     def full(batch: L.Batch, prompts: Tensor | None, drawn: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
         loss, said = L.total(batch, recipe.losses)
