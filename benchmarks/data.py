@@ -84,7 +84,7 @@ def worker(peer: str, folder: Path) -> None:
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     if peer.startswith("edgeclip"):
         from edgeclip.cache import draw_views, see
-        from edgeclip.distill.train import to_input
+        from edgeclip.distill.pixels import to_input
         from edgeclip.preprocess import Preprocess
         from edgeclip.recipe import Views
 
@@ -140,7 +140,7 @@ def threads(name: str, files: list[bytes], count: int, n: int) -> dict[str, floa
     import torch
 
     from edgeclip.cache import draw_views, see
-    from edgeclip.distill.train import to_input
+    from edgeclip.distill.pixels import to_input
     from edgeclip.pictures import stream
     from edgeclip.preprocess import Preprocess
     from edgeclip.recipe import Views

@@ -49,7 +49,8 @@ from edgeclip import recipe as R
 from edgeclip.allocator import keep_freed_memory
 from edgeclip.distill.adapt import adapt
 from edgeclip.distill.evaluate import image_features
-from edgeclip.distill.train import frozen_features, train
+from edgeclip.distill.pixels import frozen_features
+from edgeclip.distill.train import train
 from edgeclip.metrics import harmonic_mean, hits
 from edgeclip.zero_shot import class_scores
 
@@ -96,7 +97,8 @@ class Bench(NamedTuple):
     dataset: data.Dataset
     teacher: teachers.Teacher
     cached: cache.TeacherCache
-    tower_features: torch.Tensor
+    tower_features: torch.Tensor | None
+    """None: no projector's steps"""
     parts: dict[str, list[Part]]
 
 
@@ -124,7 +126,7 @@ def prepare(name: str, regime: str, roots: tuple[str, ...], folder: Path) -> Ben
     cached = cache.build(folder, teacher, tower, dataset, asked.views, 0, captions=False, device=cpu, threads=asked.train.threads)
     student, preprocess = students.build(asked.student, teacher.embed_dim)
     student.to(memory_format=torch.channels_last)
-    features = frozen_features(student, cached, preprocess, asked, cpu) if asked.train.warmup_steps else torch.empty(0)
+    features = frozen_features(student, cached, preprocess, asked, cpu) if asked.train.warmup_steps else None
     parts: dict[str, list[Part]] = {}
     for which, evaluation in sets.items():
         parts[which] = []
@@ -223,7 +225,10 @@ def append(record: dict[str, Any], log: Path) -> None:
 
 def trial(regime: str, names: list[str], methods: list[str], seeds: list[int], roots: tuple[str, ...], folder: Path) -> None:
     """Every run that the log does not hold yet, seed by seed, so that whatever is there is paired."""
-    for name in [n for n in names if recipe_of(n, regime).exists()]:
+    for name in names:
+        if not recipe_of(name, regime).exists():
+            print(f"{name}: left out, {recipe_of(name, regime).name} is not there")
+            continue
         given = tuple(r for r in roots if r.partition("=")[0] == name)
         bench = prepare(name, regime, given, folder)
         counts = {p.name: len(p.labels) for p in bench.parts["test"]}

@@ -71,6 +71,13 @@ def share(count: int, of: int | None = None) -> list[int]:
     return [count // n + (i < count % n) for i in range(n)]
 
 
+def own_rows(count: int) -> slice:
+    """This process's share of `count` rows."""
+    shares = share(count)
+    start = sum(shares[: rank()])
+    return slice(start, start + shares[rank()])
+
+
 def gather(rows: Tensor, counts: list[int] | None = None) -> Tensor:
     """[b, ...] of each process to [B, ...] of all, in the order of ranks, everywhere; no gradient passes.
 

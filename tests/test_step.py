@@ -9,6 +9,7 @@ from edgeclip import recipe as R
 from edgeclip.distill import losses as L
 from edgeclip.distill import train as T
 from edgeclip.distill.checkpoint import optimizer_tensors, restore_optimizer
+from edgeclip.distill.pixels import to_input
 from edgeclip.errors import EdgeclipError
 from edgeclip.preprocess import Preprocess, normalise
 from edgeclip.students import EduAttentionHead, Student, build, checkpoint_gradients
@@ -141,5 +142,5 @@ def test_the_optimisers_state_of_other_weights_is_refused():
 def test_pixels_go_in_as_preprocess_normalises_them_bit_for_bit():
     spec = Preprocess(size=16, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    x = T.to_input(pixels, spec, torch.device("cpu"))
+    x = to_input(pixels, spec, torch.device("cpu"))
     assert (x.numpy() == normalise(pixels, spec)).all() and x.is_contiguous(memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ its epoch again and leaves out what was done.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,18 +26,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import ranks
-from edgeclip.cache import TeacherCache, see
+from edgeclip.cache import TeacherCache
 from edgeclip.data import Dataset
 from edgeclip.data.order import Shuffled
 from edgeclip.distill import losses as L
 from edgeclip.distill.board import Board
 from edgeclip.distill.checkpoint import Checkpoint, Position, load, optimizer_tensors, restore_optimizer, save, signals
+from edgeclip.distill.pixels import frozen_features, pixels_of, to_input
 from edgeclip.distill.step import ADVICE, NewLayers, Objective, Part, Step, Towers
 from edgeclip.distill.targets import Targets
 from edgeclip.distill.text import Texts, text_feature
 from edgeclip.errors import EdgeclipError, Interrupted
-from edgeclip.pictures import read, stream
-from edgeclip.preprocess import Preprocess, UnreadablePicture
+from edgeclip.preprocess import Preprocess
 from edgeclip.progress import Clock, say, track
 from edgeclip.recipe import First, Recipe, Weighted
 from edgeclip.students import EduAttentionHead, Student, checkpoint_gradients
@@ -126,18 +126,18 @@ def train(
             if tower_features is not None:
                 yield from ((*draw, None) for draw in draws)
                 return
-            pairs = (pair for draw in draws for pair in zip(*(part[_own(size)].tolist() for part in draw), strict=True))
-            for draw, (_, x) in zip(draws, _pixels(cache, pairs, preprocess, ranks.share(size)[ranks.rank()], spec.threads), strict=True):
+            pairs = (pair for draw in draws for pair in zip(*(part[ranks.own_rows(size)].tolist() for part in draw), strict=True))
+            for draw, (_, x) in zip(draws, pixels_of(cache, pairs, preprocess, ranks.share(size)[ranks.rank()], spec.threads), strict=True):
                 yield *draw, x
             return
         seed, size = int(order.integers(2**62)), min(spec.batch_size, n)
-        shuffled, own = Shuffled(n, seed), _own(size)
+        shuffled, own = Shuffled(n, seed), ranks.own_rows(size)
 
         def drawn(step: int) -> tuple[np.ndarray, np.ndarray]:  # by its number, so that no list of the epoch is held
             return shuffled[np.arange(step * size, (step + 1) * size)], np.random.default_rng([seed, step]).integers(cache.views.shape[1], size=size)
 
         pairs = (pair for step in range(done, phase.steps) for pair in zip(*(part[own].tolist() for part in drawn(step)), strict=True))
-        pixels = _pixels(cache, pairs, preprocess, own.stop - own.start, spec.threads)
+        pixels = pixels_of(cache, pairs, preprocess, own.stop - own.start, spec.threads)
         for step, (_, x) in zip(range(done, phase.steps), pixels, strict=True):
             yield *drawn(step), x
 
@@ -146,14 +146,14 @@ def train(
         reads, pixels = texts is not None and phase.first is None, None if phase.frozen else pixels
         if pixels is None and not reads:
             return []
-        count = min(spec.accumulate, len(index[_own(len(index))]))
+        count = min(spec.accumulate, len(index[ranks.own_rows(len(index))]))
         found = [Part()] * count
         if pixels is not None:
             hide = None if phase.first else recipe.losses.masked_feature
             found = [part._replace(pixels=to_input(x, preprocess, device), hide=hide) for part, x in zip(found, np.array_split(pixels, count), strict=True)]
         if texts is not None and reads:
-            own = _own(len(index))
-            ids = texts.captions[index[own], view[own] % texts.captions.shape[1]], texts.prompts[drawn[_own(len(drawn))]]
+            own = ranks.own_rows(len(index))
+            ids = texts.captions[index[own], view[own] % texts.captions.shape[1]], texts.prompts[drawn[ranks.own_rows(len(drawn))]]
             split = zip(found, *(of.tensor_split(count) for of in ids), strict=True)
             found = [part._replace(captions=c.to(device), prompts=p.to(device)) for part, c, p in split]
         return found
@@ -202,7 +202,7 @@ def train(
                 title = "stage 2: projector" if phase.frozen else f"stage 2: {phase.name} {epoch + 1} of {phase.epochs}"
                 for index, view, pixels in track(batches(phase, at.step), title, phase.steps - at.step, lambda: shown.note):
                     clock.lap("waiting for pictures")
-                    counts, own = ranks.share(len(index)), _own(len(index))
+                    counts, own = ranks.share(len(index)), ranks.own_rows(len(index))
                     known = _gathered(targets(index[own], view[own]), counts)
                     drawn = np.arange(0)
                     if texts is not None and phase.first is None:
@@ -242,13 +242,6 @@ def train(
                 clock.lap("rest of stage 2")
     student.eval()
     return log
-
-
-def _own(count: int) -> slice:
-    """This process's share of `count` rows."""
-    shares = ranks.share(count)
-    start = sum(shares[: ranks.rank()])
-    return slice(start, start + shares[ranks.rank()])
 
 
 def _gathered(known: dict[str, Any], counts: list[int]) -> dict[str, Any]:
@@ -345,43 +338,6 @@ def _restore(found: Checkpoint, modules: dict[str, nn.Module], draws: dict[str, 
 
 def _saved(folder: Path | None, at: Position) -> str:
     return f"Interrupted: step {at.done} is finished and saved in {folder}; the same command goes on from there."
-
-
-def _pixels(
-    cache: TeacherCache, pairs: Iterable[tuple[int, int]], preprocess: Preprocess, batch_size: int, threads: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """pairs: a picture and which of its views."""
-
-    def make(pair: tuple[int, int]) -> np.ndarray:
-        picture = cache.pictures[pair[0]]
-        try:
-            return see(read(picture), cache.views[pair], preprocess, picture.key)
-        except UnreadablePicture as e:  # it was readable when the cache was built
-            raise EdgeclipError(cache.folder, f"a picture changed since the cache was built ({e})", "restore it, or delete this cache") from None
-
-    return stream(pairs, make, batch_size, [], threads)
-
-
-def to_input(pixels: np.ndarray, preprocess: Preprocess, device: torch.device) -> Tensor:
-    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in channels_last layout: `preprocess.normalise` bit for bit, without turning pixels twice."""
-    b, h, w, c = pixels.shape
-    x = torch.from_numpy(pixels).to(device).reshape(b, h, w * c).float().div_(torch.tensor(255.0, device=device))
-    # a whole line's means and deviations at once: over the last three numbers alone nothing is vectorised
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=device).repeat(w) for v in (preprocess.mean, preprocess.std))
-    return x.sub_(mean).div_(std).view(b, h, w, c).permute(0, 3, 1, 2)
-
-
-@torch.no_grad()
-def frozen_features(student: Student, cache: TeacherCache, preprocess: Preprocess, recipe: Recipe, device: torch.device) -> Tensor:
-    """[n, K, T]: the frozen student tower's features of every cached view; each process computes its share."""
-    student.eval()
-    n, k = cache.views.shape[:2]
-    own, size, threads = np.arange(n)[_own(n)], recipe.train.batch_size, recipe.train.threads
-    out = []
-    parts = ((v, part) for v in range(k) for part in _pixels(cache, ((int(i), v) for i in own), preprocess, size, threads))
-    for _, (_, x) in track(parts, "student features", k * math.ceil(len(own) / size)):
-        out.append(student.tower(to_input(x, preprocess, device)))
-    return ranks.gather(torch.cat(out).reshape(k, len(own), -1).transpose(0, 1), ranks.share(n))
 
 
 class _Averages:
