@@ -1,29 +1,17 @@
 """YAML is read strictly: every shipped file loads, and every mistake is named with its field."""
 
 import pytest
-from conftest import REPO
 
 from edgeclip import config, device, recipe, target
 from edgeclip.errors import EdgeclipError
-
-RECIPE = """
-data: {kind: folders, name: shop, root: /a}
-teacher: {kind: open_clip, model: ViT-B-32, weights: random}
-student: {tower: {kind: timm, model: mobilenetv4_conv_small, weights: random, image_size: 64}}
-losses: {kl: {weight: 1}}
-"""
+from tests.support.files import REPO
+from tests.support.recipe_errors import RECIPE, error
 
 
 def write(tmp_path, text, name="r.yaml"):
     path = tmp_path / name
     path.write_text(text)
     return path
-
-
-def error(tmp_path, text):
-    with pytest.raises(EdgeclipError) as e:
-        recipe.load(write(tmp_path, text))
-    return str(e.value)
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "export").glob("*.yaml")), ids=lambda p: p.stem)

@@ -5,10 +5,10 @@ import os
 
 import numpy as np
 import pytest
-from conftest import snapshot
 
 from edgeclip import disk
 from edgeclip.errors import EdgeclipError
+from tests.support.files import snapshot
 
 
 def test_sha256_is_the_standards_of_abc(tmp_path):

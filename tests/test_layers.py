@@ -63,5 +63,5 @@ def test_a_module_has_at_most_470_lines(path):
 
 
 def test_a_test_file_has_at_most_300_lines():
-    long = {p.name: n for p in Path(__file__).parent.glob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 300}
+    long = {p.name: n for p in Path(__file__).parent.rglob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 300}
     assert not long

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, encoded, picture
+
+from tests.support.files import REPO
+from tests.support.images import encoded, picture
 
 PYTHON_310 = shutil.which("python3.10") or next(iter(sorted(glob.glob(str(Path.home() / ".pyenv/versions/3.10*/bin/python")))), None)
 

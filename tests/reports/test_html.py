@@ -1,0 +1,234 @@
+"""The report says ship or do not ship and why, from what was measured and nothing else, on one page without a network."""
+
+import re
+
+import pytest
+
+from edgeclip import disk
+from edgeclip.errors import EdgeclipError
+from edgeclip.report import collect, report, verdict, waterfall
+from tests.support.optional import require
+
+SCORES = {"r1": 0.5, "r5": 0.75}
+
+
+def parity(**changes):
+    accuracy = {"drop_pp": 0.25, "upper_pp": 0.75, "lost": 3, "won": 2, "pictures": 400, "reference_r1": 0.5, "bundle_r1": 0.4975}
+    fields = {
+        "kind": "parity", "device": "host-cpu", "target": "t", "verdict": "pass", "failures": [], "pictures": 400, "accuracy": accuracy, "top1_agreement": 0.99,
+        "cosine": {"centred_p1": 0.98, "raw_p1": 0.99}, "sets": [{"name": "novel", "bundle_r1": 0.4321, "pictures": 17}],
+    }  # fmt: skip
+    return fields | changes
+
+
+def bench(**changes):
+    single = {"latency_ms_p50": 1.5, "latency_ms_p90": 2.25, "latency_ms_p99": None}
+    fields = {
+        "kind": "bench", "device": "host-cpu", "target": "t", "failures": [], "single_stream": single, "offline": None, "cold_start": {"process_ms": 300.0}, "short_run": True,
+        "peak_memory_mib": 90, "energy_mj_per_image": None, "machine": {"cpu": "a cpu", "os": "an os"}, "ran": {"runtime": "onnxruntime", "version": "1", "threads": 1}, "warm_up": 10,
+    }  # fmt: skip
+    return fields | changes
+
+
+def make_run(folder, reports=True, sets=("base", "novel")):
+    scored = [
+        {
+            "name": n,
+            "note": "a <note> & more",
+            "pictures": 40,
+            "classes": 4,
+            "chance_r1": 0.25,
+            "teacher": SCORES,
+            "student": SCORES,
+            "student_without_edu_attention": SCORES,
+        }
+        for n in sets
+    ]
+    model = {"name": "net", "parameters": 1_000_000, "macs": 50_000_000, "input": 64}
+    results = {
+        "sets": scored, "data": "toy", "data_licence": "CC0", "models": {"teacher": model, "student": model}, "edu_attention": None, "skipped": [],
+        "log": [{"epoch": 0, "loss": 1.0, "kl": 1.0}, {"epoch": 1, "loss": 0.5, "kl": 0.5}], "device": "cpu", "seconds": {}, "peak_memory_mib": 1, "run": "r",
+    }  # fmt: skip
+    disk.write_json(folder / "results.json", results)
+    disk.write_text(folder / "recipe.yaml", "# a recipe <script>alert(1)</script>\nseed: 0\n")
+    with disk.new_folder(folder / "bundles" / "t") as b:
+        disk.write_text(b / "image_encoder.onnx", "x")
+        disk.write_manifest(
+            b, "bundle", {"format": 1, "image_encoder_bytes": 3 << 20, "quantisation": None, "lint": None, "target": {"name": "t"}, "runtime": "onnxruntime"}
+        )
+    digest = disk.sha256(folder / "bundles" / "t" / disk.MANIFEST)
+    if reports:
+        disk.write_json(folder / "reports" / "t.host-cpu.parity.json", parity(bundle=digest))
+        disk.write_json(folder / "reports" / "t.host-cpu.bench.json", bench(bundle=digest))
+    disk.write_json(folder / disk.MANIFEST, {"kind": "run", "student": "this student"})
+    return folder
+
+
+def test_what_passed_and_was_measured_ships():
+    line = verdict(parity(), bench())
+    assert line.startswith("ship: ") and "0.25 pp" in line and "0.75" in line and "400 pictures" in line and "2.25 ms" in line
+
+
+@pytest.mark.parametrize(
+    ("p", "b", "reasons"),
+    [
+        (None, None, ["not validated", "not benchmarked"]),
+        (parity(), None, ["not benchmarked"]),
+        (parity(), bench(single_stream=None), ["single_stream not measured"]),
+        (None, bench(), ["not validated"]),
+        (parity(verdict="fail", failures=["top-1 agreement 0.5, below 0.9", "accuracy drop 9 pp, above 1"]), bench(), ["top-1 agreement", "accuracy drop"]),
+        (parity(verdict="too few pictures"), bench(), ["too few pictures"]),
+        (parity(verdict="golden pictures only", accuracy=None), bench(), ["golden pictures only"]),
+        (parity(), bench(failures=["latency_ms_p90 9.0, budget 5.0"]), ["over budget: latency_ms_p90"]),
+    ],
+)
+def test_every_reason_against_shipping_is_on_the_line(p, b, reasons):
+    line = verdict(p, b)
+    assert line.startswith("do not ship: ") and all(r in line for r in reasons) and "\n" not in line
+
+
+def test_the_page_needs_no_network_and_runs_no_script(tmp_path):
+    require("matplotlib", "pip install 'edgeclip[train]'")
+    path, verdicts = report(make_run(tmp_path / "run"))
+    page = path.read_text(encoding="utf-8")
+    assert next(iter(verdicts.values())).startswith("ship: ")
+    without_names = re.sub(r"""\sxmlns(:\w+)?\s*=\s*("[^"]*"|'[^']*')|<!DOCTYPE[^>]*>|<!doctype[^>]*>""", "", page)
+    without_metadata = re.sub(r"<metadata>.*?</metadata>", "", without_names, flags=re.DOTALL)
+    assert not re.findall(r"https?://", without_metadata) and "<script" not in page and "@import" not in page
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#)""", without_metadata)
+    assert page.count("<svg") >= 2
+
+
+def test_what_was_not_measured_says_so_and_texts_are_escaped(tmp_path):
+    require("matplotlib", "pip install 'edgeclip[train]'")
+    page = report(make_run(tmp_path / "run"))[0].read_text(encoding="utf-8")
+    assert "not measured" in page and "a &lt;note&gt; &amp; more" in page and "&lt;script&gt;alert(1)" in page
+    assert "<td>2.25</td>" in page and "<td>None</td>" not in page
+
+
+def test_every_reading_and_every_protocol_of_this_student_is_on_the_page(tmp_path):
+    require("matplotlib", "pip install 'edgeclip[train]'")
+    run = make_run(tmp_path / "run")
+    results = disk.read_json(run / "results.json")
+    results["sets"][0] |= {"student_own_text": {"r1": 0.3125, "r5": 0.4}, "teacher": None}  # of a teacher without a tower at hand
+    results["models"]["teacher"] |= {"parameters": None, "macs": None}
+    disk.write_json(run / "results.json", results)
+    row = {
+        "name": "night",
+        "of": "night",
+        "note": "a shift",
+        "pictures": 9,
+        "classes": 3,
+        "chance_r1": 1 / 3,
+        "teacher": None,
+        "student": {"r1": 0.8765, "r5": 1.0},
+    }
+    record = {"protocol": "zero_shot", "student": "this student", "sets": [row], "text_side": "the teacher's", "average": {"student": 0.765}}
+    disk.write_json(run / "reports" / "evaluate-zero_shot-night.json", record)
+    disk.write_json(run / "reports" / "evaluate-zero_shot-old.json", record | {"student": "another", "sets": [row | {"name": "stale"}]})
+    page = report(run)[0].read_text(encoding="utf-8")
+    assert "student with its own text tower" in page and "<td>0.312</td>" in page
+    assert "Protocol: zero shot" in page and "<td>0.876</td>" in page and "<td>0.765</td>" in page and "stale" not in page
+    assert "<td>not measured</td>" in page
+
+
+def test_retrieval_is_on_the_page_both_ways(tmp_path):
+    require("matplotlib", "pip install 'edgeclip[train]'")
+    run = make_run(tmp_path / "run")
+    way = {"r1": 0.1875, "r5": 0.5, "r10": 0.75, "chance_r1": 0.02, "chance_r5": 0.1, "chance_r10": 0.2}
+    row = {
+        "name": "shop",
+        "of": "shop",
+        "note": "captions",
+        "pictures": 9,
+        "texts": 8,
+        "teacher": None,
+        "student": {"image_to_text": way, "text_to_image": way},
+    }
+    disk.write_json(run / "reports" / "evaluate-retrieval-shop.json", {"protocol": "retrieval", "student": "this student", "sets": [row], "text_side": "own"})
+    page = report(run)[0].read_text(encoding="utf-8")
+    assert page.count("<td>0.188</td><td>0.500</td><td>0.750</td>") == 2 and "text to image" in page
+
+
+def test_a_run_without_any_report_does_not_ship(tmp_path):
+    require("matplotlib", "pip install 'edgeclip[train]'")
+    _, verdicts = report(make_run(tmp_path / "run", reports=False))
+    assert verdicts == {"t": "do not ship: not validated; not benchmarked"}
+
+
+def test_a_report_of_another_bundle_does_not_count(tmp_path):
+    run = make_run(tmp_path / "run")
+    disk.write_json(run / "reports" / "t.host-cpu.parity.json", parity(bundle="0" * 64))
+    (row,) = collect(run)
+    assert row["parity"] is None and row["bench"] is not None and "not validated" in row["verdict"]
+
+
+def test_the_history_of_an_engine_is_no_report(tmp_path):
+    run = make_run(tmp_path / "run")
+    disk.write_json(run / "reports" / "t.host-cpu.engines.json", [{"engine": "k1"}])
+    assert [r["verdict"][:5] for r in collect(run)] == ["ship:"]
+
+
+def test_a_bundle_of_an_older_edgeclip_is_one_line(tmp_path):
+    run = make_run(tmp_path / "run")
+    path = run / "bundles" / "t" / disk.MANIFEST
+    manifest = disk.read_json(path)
+    for change, says in (({"quantisation": {"frontier": []}}, "written by an older edgeclip; export it anew"), ({"format": 0}, "is of format 0")):
+        disk.write_json(path, manifest | change)
+        with pytest.raises(EdgeclipError, match=says):
+            collect(run)
+
+
+def test_each_device_has_its_own_line(tmp_path):
+    run = make_run(tmp_path / "run")
+    digest = disk.sha256(run / "bundles" / "t" / disk.MANIFEST)
+    disk.write_json(run / "reports" / "t.board.parity.json", parity(bundle=digest, device="board"))
+    rows = {r["device"]: r["verdict"] for r in collect(run)}
+    assert rows["host-cpu"].startswith("ship") and rows["board"] == "do not ship: not benchmarked"
+
+
+def test_the_waterfall_has_each_step_on_the_same_sets(tmp_path):
+    run = make_run(tmp_path / "run")
+    found = waterfall(disk.read_json(run / "results.json"), collect(run))
+    assert found["sets"] == ["base", "novel"]
+    assert found["steps"] == [("teacher", [(0.5, 40)] * 2), ("student", [(0.5, 40)] * 2), ("t on host-cpu", [(None, 0), (0.4321, 17)])]
+    require("matplotlib", "pip install 'edgeclip[train]'")
+    page = report(run)[0].read_text()
+    assert "<td>0.500 (40)</td>" in page and "<td>0.432 (17)</td>" in page and "<td>not measured</td><td>0.432" in page
+
+
+def test_the_same_run_gives_the_same_page(tmp_path):
+    require("matplotlib", "pip install 'edgeclip[train]'")
+    run = make_run(tmp_path / "run")
+    first = report(run)[0].read_bytes()
+    assert report(run)[0].read_bytes() == first
+
+
+def test_an_unfinished_run_is_a_users_error(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / disk.MANIFEST).unlink()
+    with pytest.raises(EdgeclipError, match="no finished run"):
+        report(run)
+
+
+def test_every_form_that_was_tried_is_listed_and_those_that_were_timed_are_drawn(tmp_path):
+    run = make_run(tmp_path / "r")
+    row = {
+        "method": "minmax", "smoothing": 0.5, "layers": "dense", "model_type": None, "float_layers": 3, "int8_share_of_macs": 0.9, "centred_cosine_p1": 0.99,
+        "top1_agreement": None, "bytes": 1 << 20, "latency_ms": 2.0, "verdict": "chosen",
+    }  # fmt: skip
+    rejected = row | {"smoothing": None, "latency_ms": None, "verdict": "centred cosine p1 0.5, below 0.9"}
+    quantisation = {
+        "int8_share_of_macs": 0.9,
+        "float_layers": {},
+        "judged_on": 9,
+        "judged_in": "onnxruntime",
+        "latency_ms_float": 5.0,
+        "frontier": [row, rejected],
+    }
+    folder = run / "bundles" / "t"
+    manifest = disk.read_json(folder / disk.MANIFEST)
+    disk.write_json(folder / disk.MANIFEST, manifest | {"quantisation": quantisation})
+    page = report(run)[0].read_text()
+    assert "minmax, dense layers, smoothing 0.5, 3 in float" in page and "centred cosine p1 0.5, below 0.9" in page
+    assert "the star was chosen" in page and page.count("not measured") >= 2

@@ -1,0 +1,98 @@
+"""A tiny student, its text tower and target, and the evaluation folder that a run would keep."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from tests.support.images import add_member, encoded, picture
+
+LABELS = ["cat", "dog", "car", "tree", "house", "apple"]
+SIZE, WIDTH = 32, 16
+
+
+def torch_student():
+    """A small convolutional Student with batch norms whose statistics are not the initial ones."""
+    import torch
+    from torch import nn
+
+    from edgeclip.students import Student
+
+    torch.manual_seed(3)
+    layers: list[nn.Module] = []
+    for before, after in ((3, 16), (16, 32), (32, 32)):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU6()]
+    student = Student(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 32, WIDTH, 24)
+    student.train()
+    with torch.no_grad():
+        for step in range(30):
+            student(torch.from_numpy(np.stack([toy_input(100 * step + i) for i in range(8)])))
+    return student.eval()
+
+
+def toy_input(seed: int) -> np.ndarray:
+    return ((np.asarray(picture(seed, SIZE, SIZE), np.float32) / 255 - 0.5) / 0.25).transpose(2, 0, 1)
+
+
+def toy_text():
+    """A text tower of one embedding table over a word-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from torch import nn
+    from torch.nn import functional as F
+
+    from edgeclip.teachers import TextTower
+
+    words = sorted({w.lower() for t in ["a photo of red umbrella the letter two people shaking hands", *LABELS, "pear", "plum"] for w in t.split()})
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, **{w: i + 2 for i, w in enumerate(words)}}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(5)
+            self.table = nn.Embedding(len(words) + 2, 24)
+            self.out = nn.Linear(24, WIDTH)
+
+        def forward(self, input_ids):
+            mask = (input_ids != 0).float()[:, :, None]
+            return F.normalize(self.out((self.table(input_ids) * mask).sum(dim=1) / mask.sum(dim=1)), dim=-1)
+
+    return TextTower(module=Mean().eval(), tokenizer=tokenizer.to_str(), context_length=12)
+
+
+def toy_target(name: str):
+    """The shipped target of that name, with the calibration of a toy."""
+    import msgspec
+
+    from edgeclip import target
+
+    loaded = target.load(name)[1]
+    small = {"pictures": 32, "judged_on": 0, "probe_layers": 2, "layer_cosine": 0.9, "methods": ("minmax",), "smoothing": (None,)}
+    spec = target.Calibration(**small, min_int8_share=0, min_speedup=0)
+    return msgspec.structs.replace(loaded, calibration=spec) if loaded.calibration else loaded
+
+
+def write_evaluation(folder: Path, source, count: int) -> Path:
+    """An evaluation folder as `distill` leaves it; the labels are the student's own answers, every fifth one wrong."""
+    import torch
+
+    from edgeclip import disk
+    from edgeclip.zero_shot import class_scores
+
+    pictures = [picture(5000 + i, SIZE, SIZE) for i in range(count)]
+    x = np.stack([((np.asarray(p, np.float32) / 255 - 0.5) / 0.25).transpose(2, 0, 1) for p in pictures])
+    with torch.inference_mode():
+        features = source.image_encoder(torch.from_numpy(x)).numpy()
+    answers = class_scores(features, source.class_features, source.head).argmax(axis=1)
+    labels = [int((a + (i % 5 == 0)) % len(LABELS)) for i, a in enumerate(answers)]
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "pictures.tar", "w") as tar:
+        for i, p in enumerate(pictures):
+            add_member(tar, f"{i:06d}.png", encoded(p))
+    np.save(folder / "image_features.npy", features)
+    sets = [{"name": "all", "note": "made up", "rows": list(range(count)), "classes": list(range(len(LABELS)))}]
+    disk.write_json(folder / "evaluation.json", {"labels": labels, "class_names": LABELS, "sets": sets})
+    disk.write_manifest(folder, "evaluation", {"licence": "made up", "pictures": count})
+    return folder
