@@ -97,7 +97,9 @@ def test_a_working_folder_may_bring_its_own(tmp_path, monkeypatch):
     write(tmp_path / "devices", "runtimes: [onnxruntime]\nthreads: 3\n", "mine.yaml")
     monkeypatch.chdir(tmp_path)
     name, loaded = device.load("mine")
-    assert name == "mine" and loaded.threads == 3 and "host-cpu" in config.shipped("device")
+    assert name == "mine"
+    assert loaded.threads == 3
+    assert "host-cpu" in config.shipped("device")
 
 
 def test_a_device_that_is_not_this_machine_is_refused():

@@ -94,7 +94,9 @@ def box(tmp_path):
 
 def test_a_manifest_names_every_file_and_verifies(tmp_path):
     manifest = disk.read_manifest(box(tmp_path), "parcel")
-    assert manifest["kind"] == "parcel" and manifest["weight"] == 3 and set(manifest["files"]) == {"b", os.path.join("sub", "a")}
+    assert manifest["kind"] == "parcel"
+    assert manifest["weight"] == 3
+    assert set(manifest["files"]) == {"b", os.path.join("sub", "a")}
     disk.verify(tmp_path / "box", manifest)
 
 

@@ -62,6 +62,6 @@ def test_a_module_has_at_most_470_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 470
 
 
-def test_a_test_file_has_at_most_300_lines():
-    long = {p.name: n for p in Path(__file__).parent.rglob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 300}
+def test_a_test_file_has_at_most_400_lines():
+    long = {p.name: n for p in Path(__file__).parent.rglob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400}
     assert not long

@@ -30,7 +30,10 @@ def runs(seed, p, seeds=5, n=200, **fields):
 
 def test_a_run_against_itself_has_no_difference_and_no_interval():
     d = M.difference(runs(0, 0.7), runs(0, 0.7))
-    assert d["mean"] == 0 and d["t"] == (0, 0) and d["bootstrap"] == (0, 0) and d["n"] == 5
+    assert d["mean"] == 0
+    assert d["t"] == (0, 0)
+    assert d["bootstrap"] == (0, 0)
+    assert d["n"] == 5
 
 
 def test_the_t_interval_is_scipys():

@@ -38,7 +38,9 @@ def test_validate_and_bench_through_the_users_own_ssh_setup(a_run, sshd, home, t
     assert result.exit_code == 0, result.output
     (far,) = json.loads(result.stdout)
     (near,) = json.loads(run("validate", "--run", a_run, "--json").stdout)
-    assert far["verdict"] == "pass" and far["pictures"] == 400 and far["golden"]["largest_pixel_difference"] == 0
+    assert far["verdict"] == "pass"
+    assert far["pictures"] == 400
+    assert far["golden"]["largest_pixel_difference"] == 0
     assert far["cosine"]["centred_min"] == pytest.approx(near["cosine"]["centred_min"], abs=1e-5) and far["accuracy"] == near["accuracy"]
     assert disk.read_json(a_run / "reports" / "onnx-fp32.toy.parity.json") == far
 
@@ -48,9 +50,13 @@ def test_validate_and_bench_through_the_users_own_ssh_setup(a_run, sshd, home, t
     result = run("bench", "--run", a_run, "--device", toy, "--json", "--clean", "--meter", tmp_path / "meter.csv")
     assert result.exit_code == 0 and "sending" not in result.stderr, result.output  # all of it was there already
     (report,) = json.loads(result.stdout)
-    assert report["single_stream"]["queries"] >= 20 and report["cold_start"]["process_ms"] > 0 and report["preflight"][0]["check"] == "board"
+    assert report["single_stream"]["queries"] >= 20
+    assert report["cold_start"]["process_ms"] > 0
+    assert report["preflight"][0]["check"] == "board"
     power = report["energy"]  # one clock on both sides, and a board that draws as much at rest
-    assert abs(power["clock_offset_s"]) <= power["clock_half_width_s"] < 5 and power["load_w"] == 3 and power["mj_per_image"] == 0
+    assert abs(power["clock_offset_s"]) <= power["clock_half_width_s"] < 5
+    assert power["load_w"] == 3
+    assert power["mj_per_image"] == 0
     assert not (tmp_path / "on-board").exists() and working_below(tmp_path / "on-board") == []
 
 
@@ -65,7 +71,9 @@ def test_several_devices_stand_in_one_table(a_run, sshd, home, tmp_path):
     assert record["comparison"][0]["accuracy"] == pytest.approx(0.8) and record["comparison"][1]["accuracy"] is None  # not validated there
     assert "accuracy" not in record["comparison"][0]["axes"] and any(r["on_front"] for r in record["comparison"])
     result = run("bench", "--run", a_run, *both, "--scenario", "single_stream")
-    assert "front" in result.stdout and "onnxruntime_perf_test" in result.stdout and result.exit_code == 0, result.output
+    assert "front" in result.stdout, result.output
+    assert "onnxruntime_perf_test" in result.stdout, result.output
+    assert result.exit_code == 0, result.output
 
 
 def test_a_jump_host_of_the_users_config_is_taken(sshd, home, tmp_path):
@@ -136,7 +144,9 @@ def test_only_what_edgeclip_left_is_removed(tmp_path):
     with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
         with pytest.raises(EdgeclipError, match=r"holds files that are not edgeclip's; name an empty or a new folder"):
             board.send({disk.sha256(mine): mine}, "file")
-        assert not board.clean() and mine.read_text() == "ten years" and list((tmp_path / "precious").iterdir()) == [mine.parent]
+        assert not board.clean()
+        assert mine.read_text() == "ten years"
+        assert list((tmp_path / "precious").iterdir()) == [mine.parent]
 
 
 def test_what_somebody_put_beside_it_later_stays(tmp_path):
@@ -196,7 +206,9 @@ def test_the_runner_is_the_device_layer_and_nothing_of_the_host(tmp_path):
 
     content = runner.device_layer()
     names = zipfile.ZipFile(io.BytesIO(content)).namelist()
-    assert content == runner.device_layer() and "edgeclip/on_board.py" in names and "edgeclip/runtime/onnxruntime.py" in names
+    assert content == runner.device_layer()
+    assert "edgeclip/on_board.py" in names
+    assert "edgeclip/runtime/onnxruntime.py" in names
     assert {n.split("/")[1].removesuffix(".py") for n in names}.isdisjoint(runner.HOST) and {"cache", "distill", "remote"} <= set(runner.HOST)
     (tmp_path / "own.zip").write_bytes(content)
     assert len(content) < 0.5 * runner.unpacked({"own": tmp_path / "own.zip"}) == 0.5 * sum((REPO / n).stat().st_size for n in names)

@@ -73,7 +73,9 @@ def test_fp32_and_s8s8_answer_as_on_x86_with_the_same_onnxruntime(bundles, kind)
 
         margin = np.concatenate([m for _, _, m in decide(bundle, load_evaluation(bundles[kind][1]), x86.arrays["features_all"])])
         unlike = arm.arrays["answers"] != x86.arrays["answers"]
-        assert not (unlike & (margin >= 1e-3)).any() and len(unlike) == 60 and len(LABELS) == 6
+        assert not (unlike & (margin >= 1e-3)).any()
+        assert len(unlike) == 60
+        assert len(LABELS) == 6
 
 
 def test_the_verbs_go_there_and_timings_are_refused(bundles, tmp_path):
@@ -82,12 +84,17 @@ def test_the_verbs_go_there_and_timings_are_refused(bundles, tmp_path):
     shutil.copytree(bundles["cnn"][0][0].folder, run_folder / "bundles" / "onnx-fp32")
     result = run("validate", "--run", run_folder, "--device", "arm64-emulated", "--pictures", 20, "--json")
     (report,) = json.loads(result.stdout)
-    assert result.exit_code == 4 and report["failures"] == [] and report["pictures"] == 20 and report["machine"]["arch"] == "aarch64"
+    assert result.exit_code == 4
+    assert report["failures"] == []
+    assert report["pictures"] == 20
+    assert report["machine"]["arch"] == "aarch64"
     assert report["machine"]["emulated"] and report["golden"]["largest_pixel_difference"] == 0
     result = run("bench", "--run", run_folder, "--device", "arm64-emulated", "--json")
     (report,) = json.loads(result.stdout)
     assert result.exit_code == 3 and report["failures"][0].startswith("timings refused: the processor is emulated")
-    assert report["single_stream"] is None and report["offline"] is None and report["cold_start"] is None
+    assert report["single_stream"] is None
+    assert report["offline"] is None
+    assert report["cold_start"] is None
 
 
 @pytest.mark.parametrize(("cpu", "dot_product"), [("cortex-a72", False), ("cortex-a76", True)])

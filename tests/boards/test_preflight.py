@@ -71,12 +71,10 @@ def test_a_jetson_without_tensorrt_may_still_run_cpu_bundles():
 def test_the_rows_come_from_the_machines_own_files(tmp_path):
     state = machine.state(str(tmp_path), fake(tmp_path, JETSON))
     found = status(state)
-    assert (
-        found["clocks"] == "warn"
-        and found["temperature"] == "pass"
-        and found["power mode"] == found["tensorrt"] == "pass"
-        and found["memory"] == found["throttling"] == "pass"
-    )
+    assert found["clocks"] == "warn"
+    assert found["temperature"] == "pass"
+    assert found["power mode"] == found["tensorrt"] == "pass"
+    assert found["memory"] == found["throttling"] == "pass"
 
 
 def test_a_benchmark_on_the_board_itself_keeps_its_state_too(shipped_bundle, tmp_path, monkeypatch):
@@ -86,7 +84,9 @@ def test_a_benchmark_on_the_board_itself_keeps_its_state_too(shipped_bundle, tmp
     ask = ("bench", "--bundle", shipped_bundle("onnx-fp32"), "--device", tmp_path / "d.yaml", "--scenario", "offline", "--json")
     result = run(*ask)
     found = {r["check"]: r["found"] for r in json.loads(result.stdout)[0]["preflight"]}
-    assert found["power mode"] == "MAXN_SUPER" and found["clocks"].startswith("free") and {"jetpack", "throttling"} <= set(found)
+    assert found["power mode"] == "MAXN_SUPER"
+    assert found["clocks"].startswith("free")
+    assert {"jetpack", "throttling"} <= set(found)
     assert "d: warning: other load: 9.5, should be at most 0.5" in result.stderr
     state |= {"available_mib": 10, "swap_mib": 0}
     mistake(*ask, says="d: not fit for it (memory: 10 MiB free, 0 MiB swap, needs 300 MiB", only_line=False)

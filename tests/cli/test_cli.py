@@ -72,7 +72,9 @@ def test_embed_writes_unit_rows_in_the_order_given(shipped_bundle, cat):
     (cat.parent / "b.png").write_bytes(encoded(picture(2)))
     result = run("embed", "b.png", "cat.png", "b.png", "--out", "f.npy", "--bundle", shipped_bundle("onnx-fp32"))
     features = np.load(cat.parent / "f.npy")
-    assert result.exit_code == 0 and features.shape[0] == 3 and features.dtype == np.float32
+    assert result.exit_code == 0
+    assert features.shape[0] == 3
+    assert features.dtype == np.float32
     assert (features[0] == features[2]).all() and (features[0] != features[1]).any()
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-4)
 
@@ -125,7 +127,9 @@ def test_list_and_doctor_know_what_ships(here):
         r["purpose"] for r in rows
     )
     found = json.loads(run("doctor", "--json", "--device", "host-cpu").stdout)
-    assert found["device"] == "host-cpu" and found["machine"]["arch"] and all((p["version"] is None) == (p["install"] is not None) for p in found["parts"])
+    assert found["device"] == "host-cpu"
+    assert found["machine"]["arch"]
+    assert all((p["version"] is None) == (p["install"] is not None) for p in found["parts"])
 
 
 def test_init_writes_a_recipe_that_loads(here):
@@ -171,8 +175,12 @@ def test_a_missing_extra_is_one_line_with_its_install_command(shipped_bundle, he
     before = snapshot(here)
     done = fresh(f"sys.modules[{module!r}] = None", *arguments)
     errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
-    assert f"pip install 'edgeclip[{extra}]'" in errors[0] and module in errors[0] and snapshot(here) == before
+    assert done.returncode == 1, done.stderr
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert f"pip install 'edgeclip[{extra}]'" in errors[0]
+    assert module in errors[0]
+    assert snapshot(here) == before
 
 
 def test_an_interrupt_exits_130(here):

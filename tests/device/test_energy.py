@@ -174,7 +174,9 @@ def test_pictures_count_from_the_moment_that_the_watts_do():
     warm = samples(0, 30, 4.0) + samples(30, 600, 9.0, celsius=lambda t: 40 + min(t, 100) / 2)
     done = [(30.0 + t, t if t < 100 else 100 + 10 * (t - 100)) for t in range(601)]
     r = per_image(warm, warm, [0.0, 30.0, 630.0], done, "s")
-    assert r["steady"] is True and r["mj_per_image"] == pytest.approx(500) and r["pictures"] == pytest.approx(10 * r["seconds"], abs=1)
+    assert r["steady"] is True
+    assert r["mj_per_image"] == pytest.approx(500)
+    assert r["pictures"] == pytest.approx(10 * r["seconds"], abs=1)
 
 
 def test_only_the_part_after_the_board_is_warm_counts():
@@ -212,7 +214,9 @@ def test_a_load_is_sampled_while_it_runs(monkeypatch):
         energy.time.sleep(0.005)
 
     r = energy.measure(query, [0], 3.0, energy.Source("toy", lambda: 9.0 if busy[0] else 4.0))
-    assert r["idle_w"] == pytest.approx(4.0) and r["load_w"] == pytest.approx(9.0, abs=0.3) and r["samples_load"] >= 20
+    assert r["idle_w"] == pytest.approx(4.0)
+    assert r["load_w"] == pytest.approx(9.0, abs=0.3)
+    assert r["samples_load"] >= 20
     assert r["mj_per_image"] == pytest.approx(5e3 * r["seconds"] / r["pictures"], rel=0.1) and r["pictures"] <= 3.0 / 0.005 + 1
 
 
@@ -224,6 +228,8 @@ def test_a_meter_on_the_hosts_clock_is_read_by_the_boards_marks(tmp_path, ahead)
     marks = {"times": [1000 + ahead, 1010 + ahead, 1030 + ahead], "done": [(1010 + ahead, 0), (1030 + ahead, 400)], "temperatures": []}
     found = by_the_hosts_meter(tmp_path / "m.csv", marks, (ahead - 0.02, 0.05), (ahead + 0.02, 0.03))
     assert found["mj_per_image"] == pytest.approx(150) and found["clock_offset_s"] == pytest.approx(ahead)
-    assert found["clock_half_width_s"] == pytest.approx(0.07) and found["samples_idle"] == 99 and found["samples_load"] == 199
+    assert found["clock_half_width_s"] == pytest.approx(0.07)
+    assert found["samples_idle"] == 99
+    assert found["samples_load"] == 199
     late = by_the_hosts_meter(tmp_path / "m.csv", marks, (ahead + 100, 0.05), (ahead + 100, 0.05))
     assert late["mj_per_image"] is None  # nothing of the file lies in that time

@@ -35,7 +35,9 @@ def test_hits_equal_a_sort_where_no_tie_is():
 
 
 def test_the_harmonic_mean():
-    assert harmonic_mean(0.5, 0.5) == 0.5 and harmonic_mean(1.0, 0.0) == 0.0 and harmonic_mean(0.0, 0.0) == 0.0
+    assert harmonic_mean(0.5, 0.5) == 0.5
+    assert harmonic_mean(1.0, 0.0) == 0.0
+    assert harmonic_mean(0.0, 0.0) == 0.0
     assert math.isclose(harmonic_mean(0.6, 0.3), 0.4)
 
 
@@ -43,7 +45,9 @@ def test_recall_of_a_permutation_is_one_both_ways():
     order = np.random.default_rng(0).permutation(20)
     recall = recall_both_ways(np.eye(20), np.eye(20)[order], np.arange(20), order)
     for way in recall.values():
-        assert way["r1"] == way["r5"] == way["r10"] == 1.0 and math.isclose(way["chance_r1"], 1 / 20) and math.isclose(way["chance_r10"], 0.5)
+        assert way["r1"] == way["r5"] == way["r10"] == 1.0
+        assert math.isclose(way["chance_r1"], 1 / 20)
+        assert math.isclose(way["chance_r10"], 0.5)
 
 
 def test_recall_by_hand_with_texts_of_several_pictures():
@@ -89,7 +93,9 @@ def test_a_large_shared_mean_flatters_the_raw_cosine_only():
     rng = np.random.default_rng(1)
     a, b = (l2_normalise(20.0 + rng.normal(size=(500, 32))) for _ in range(2))
     c = cosine(a, b)
-    assert c["raw_min"] > 0.99 and abs(c["centred_p5"]) < 0.6 and c["centred_min"] < 0
+    assert c["raw_min"] > 0.99
+    assert abs(c["centred_p5"]) < 0.6
+    assert c["centred_min"] < 0
 
 
 def test_cosine_by_hand():

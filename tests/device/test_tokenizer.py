@@ -78,7 +78,10 @@ def test_a_text_fits_to_the_last_token_and_is_then_refused_never_cut(words):
 def test_ids_are_int64_padded_with_zero():
     ours = tokenizer.load(clip_tokenizer_json("ViT-B-32"), 20)
     ids = tokenizer.encode(ours, ["a cat", "a much longer line of text"], 20)
-    assert ids.dtype == np.int64 and ids.shape == (2, 20) and (ids[0, 4:] == 0).all() and (ids[:, 0] == 49406).all()
+    assert ids.dtype == np.int64
+    assert ids.shape == (2, 20)
+    assert (ids[0, 4:] == 0).all()
+    assert (ids[:, 0] == 49406).all()
 
 
 def test_the_sentence_encoders_own_truncation_and_padding_are_lifted():

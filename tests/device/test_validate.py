@@ -45,9 +45,13 @@ def damage(folder, amount, seed=0):
 def test_a_float_bundle_passes_against_its_own_student(shipped_bundle, evaluation):
     r = report(shipped_bundle("onnx-fp32"), evaluation)
     assert (r["verdict"], r["failures"], r["pictures"]) == ("pass", [], 400)
-    assert r["cosine"]["centred_min"] > 0.9999 and r["top1_agreement"] == 1.0 and r["accuracy"]["drop_pp"] == 0
+    assert r["cosine"]["centred_min"] > 0.9999
+    assert r["top1_agreement"] == 1.0
+    assert r["accuracy"]["drop_pp"] == 0
     assert r["accuracy"]["reference_r1"] == r["accuracy"]["bundle_r1"] == pytest.approx(0.8)
-    assert r["golden"]["largest_pixel_difference"] == 0 and r["golden"]["cosine_min"] > 0.9999 and r["golden"]["text_cosine_min"] > 0.9999
+    assert r["golden"]["largest_pixel_difference"] == 0
+    assert r["golden"]["cosine_min"] > 0.9999
+    assert r["golden"]["text_cosine_min"] > 0.9999
     assert r["optimisation"]["top1_agreement"] == 1.0 and r["ran"]["runtime"] == "onnxruntime"
     assert r["bundle"] == disk.sha256(shipped_bundle("onnx-fp32") / disk.MANIFEST)
 
@@ -118,7 +122,10 @@ def test_too_few_pictures_is_the_verdict_where_they_cannot_tell(shipped_bundle, 
 
 def test_without_an_evaluation_folder_only_the_golden_pictures_speak(shipped_bundle):
     r = report(shipped_bundle("onnx-fp32"), None)
-    assert r["verdict"] == "golden pictures only" and r["pictures"] == 0 and r["accuracy"] is None and r["failures"] == []
+    assert r["verdict"] == "golden pictures only"
+    assert r["pictures"] == 0
+    assert r["accuracy"] is None
+    assert r["failures"] == []
 
 
 @pytest.mark.parametrize("labels", [["apple", "cat"], LABELS[::-1]])
@@ -153,7 +160,10 @@ def test_a_set_is_scored_over_its_own_class_list(shipped_bundle, source, evaluat
     for row, (name, classes) in zip(r["sets"], parts.items(), strict=True):
         rows = [i for i, y in enumerate(labels) if y in classes]
         expected = hits(class_scores(features[rows], source.class_features[classes], source.head), np.array([classes.index(labels[i]) for i in rows])).mean()
-        assert row["name"] == name and row["classes"] == 3 and row["reference_r1"] == pytest.approx(expected) and row["pictures"] == len(rows)
+        assert row["name"] == name
+        assert row["classes"] == 3
+        assert row["reference_r1"] == pytest.approx(expected)
+        assert row["pictures"] == len(rows)
 
 
 def test_a_changed_evaluation_picture_is_refused(evaluation, tmp_path):

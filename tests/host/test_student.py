@@ -51,7 +51,9 @@ def test_a_student_comes_back_bit_for_bit(built, tmp_path):
     students.save(tmp_path / "s", student, head, description, np.eye(2, D, dtype=np.float32))
     torch.manual_seed(99)
     back, back_head, back_preprocess, back_description = students.load(tmp_path / "s")
-    assert back_preprocess == preprocess and back_description == json.loads(json.dumps(description)) and not back.training
+    assert back_preprocess == preprocess
+    assert back_description == json.loads(json.dumps(description))
+    assert not back.training
     with torch.inference_mode():
         assert torch.equal(back(pixels()), student(pixels()))
         u, w = student(pixels()), torch.eye(2, D)

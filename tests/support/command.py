@@ -16,6 +16,11 @@ def mistake(*arguments, says, only_line=True):
     assert result.exit_code == 1, (result.output, result.exception)
     lines = result.stderr.splitlines()
     errors = [line for line in lines if line.startswith("Error: ")]
-    assert len(errors) == 1 and lines[-1] == errors[0] and (len(lines) == 1 or not only_line), result.stderr
-    assert result.stdout == "" and says in errors[0] and "; " in errors[0] and ": " in errors[0].removeprefix("Error: "), errors[0]
+    assert len(errors) == 1, result.stderr
+    assert lines[-1] == errors[0], result.stderr
+    assert len(lines) == 1 or not only_line, result.stderr
+    assert result.stdout == "", errors[0]
+    assert says in errors[0], errors[0]
+    assert "; " in errors[0], errors[0]
+    assert ": " in errors[0].removeprefix("Error: "), errors[0]
     return errors[0]

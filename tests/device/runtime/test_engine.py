@@ -105,7 +105,9 @@ def test_an_engine_is_built_once_under_the_same_conditions():
 def test_every_condition_that_changes_makes_another_engine(field):
     first, _ = engine.engine(CONDITIONS, make())
     second, _ = engine.engine(CONDITIONS | {field: {"other": 1} if field == "options" else "b" * 64}, make(b"another"))
-    assert second != first and (second / "engine.plan").read_bytes() == b"another" and (first / "engine.plan").read_bytes() == b"plan"
+    assert second != first
+    assert (second / "engine.plan").read_bytes() == b"another"
+    assert (first / "engine.plan").read_bytes() == b"plan"
 
 
 def test_timings_are_taken_over_from_the_same_gpu_and_version_only():
@@ -212,7 +214,9 @@ def test_the_calls_of_an_execution_are_in_the_documented_order():
     names = [c[0] for c in f.calls]
     assert names == ["set_input_shape", "allocate", "set_tensor_address", "copy", "allocate", "set_tensor_address", "execute_async_v3", "copy", "wait"]
     copies = [c for c in f.calls if c[0] == "copy"]
-    assert (copies[0][4], copies[1][4]) == (tensorrt.TO_DEVICE, tensorrt.TO_HOST) and copies[0][3] == 2 * 3 * 8 * 8 * 4 and copies[1][3] == 2 * 16 * 4
+    assert (copies[0][4], copies[1][4]) == (tensorrt.TO_DEVICE, tensorrt.TO_HOST)
+    assert copies[0][3] == 2 * 3 * 8 * 8 * 4
+    assert copies[1][3] == 2 * 16 * 4
     f.calls.clear()
     s.run(np.zeros((1, 3, 8, 8)))  # smaller: the buffers are large enough
     assert [c[0] for c in f.calls] == ["set_input_shape", "copy", "execute_async_v3", "copy", "wait"]

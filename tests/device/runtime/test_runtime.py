@@ -36,7 +36,9 @@ def test_onnxruntime_answers_as_torch_and_says_what_it_is(model, student, optimi
     with torch.inference_mode():
         np.testing.assert_allclose(session.run(x()), student(torch.from_numpy(x())).numpy(), atol=1e-5)
     assert session.input == ("pixels", [None, 3, 32, 32], "float32")
-    assert session.output.name == "image_features" and session.output.shape[0] is None and session.output.dtype == "float32"
+    assert session.output.name == "image_features"
+    assert session.output.shape[0] is None
+    assert session.output.dtype == "float32"
     assert session.facts == {
         "runtime": "onnxruntime",
         "version": ort.__version__,
@@ -84,7 +86,9 @@ def test_a_signal_is_survived_after_an_openvino_session_went_in_another_thread(m
 
 def test_the_null_runtime_answers_the_same_to_anything():
     session = open_session("null", Path("none"), 1)
-    assert isinstance(session, Session) and session.run(x()) is session.run(x(5)) and session.facts["providers"] == []
+    assert isinstance(session, Session)
+    assert session.run(x()) is session.run(x(5))
+    assert session.facts["providers"] == []
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

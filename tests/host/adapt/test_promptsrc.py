@@ -143,7 +143,9 @@ def test_mistakes_of_stage_1(labelled, tmp_path):
 def test_shots_take_as_many_of_each_class():
     pictures = [Picture(key=str(i), path="", label=i % 3) for i in range(10)]
     taken = promptsrc._shots(pictures, 2, 0)
-    assert [p.label for p in taken] == [0, 0, 1, 1, 2, 2] and taken == promptsrc._shots(pictures, 2, 0) and len(set(taken)) == 6
+    assert [p.label for p in taken] == [0, 0, 1, 1, 2, 2]
+    assert taken == promptsrc._shots(pictures, 2, 0)
+    assert len(set(taken)) == 6
     assert len(promptsrc._shots(pictures, 100, 0)) == 10 and promptsrc._shots(pictures, None, 0) == pictures
 
 

@@ -99,7 +99,9 @@ def test_what_was_damaged_meanwhile_is_made_anew(tmp_path, folder, monkeypatch, 
     (partial(tmp_path) / "records" / "records_0.npy").unlink()
     resumed = build(tmp_path, dataset(folder))
     said = capsys.readouterr().err
-    assert "shard 1 of 3 is made anew" in said and "records_0.npy is missing" in said and "img_emb_1.npy was changed" in said
+    assert "shard 1 of 3 is made anew" in said
+    assert "records_0.npy is missing" in said
+    assert "img_emb_1.npy was changed" in said
     assert snapshot(resumed.folder) == snapshot(build(tmp_path / "fresh", dataset(folder)).folder)
 
 
@@ -265,7 +267,9 @@ def test_inspect_says_what_is_inside(tmp_path, folder):
     found = inspect(made.folder, verify=True)
     json.dumps(found)
     assert (found["pictures"], found["views"], found["width"], found["shards"], found["captions"], found["classes"]) == (12, 3, 4, 3, 1, 2)
-    assert found["replay"]["views"] == 36 and found["replay"]["cosine_min"] > 0.999 and found["unit_error"] < 1e-3
+    assert found["replay"]["views"] == 36
+    assert found["replay"]["cosine_min"] > 0.999
+    assert found["unit_error"] < 1e-3
     file = made.folder / "more_views" / "more_views_0.npy"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(EdgeclipError, match=r"more_views_0.npy was changed"):

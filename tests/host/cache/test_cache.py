@@ -25,7 +25,10 @@ SIZES = [(100, 60), (60, 100), (33, 33), (500, 20), (7, 90)]
 def test_every_view_lies_inside_the_picture(size):
     spec = Views(count=50, scale=(0.1, 1.0), ratio=(0.5, 2.0))
     left, top, width, height, flip = cache.draw_views(*size, spec, random.Random(0)).T
-    assert (left >= 0).all() and (top >= 0).all() and (width > 0).all() and (height > 0).all()
+    assert (left >= 0).all()
+    assert (top >= 0).all()
+    assert (width > 0).all()
+    assert (height > 0).all()
     assert (left + width <= size[0] * (1 + 1e-6)).all() and (top + height <= size[1] * (1 + 1e-6)).all()
     assert set(flip) <= {0, 1} and 5 < flip.sum() < 45
 
@@ -34,7 +37,10 @@ def test_areas_and_ratios_are_those_asked_for():
     views = cache.draw_views(100, 100, Views(count=300, scale=(0.3, 0.6), ratio=(0.9, 1.1)), random.Random(0))[1:]
     area, ratio = views[:, 2] * views[:, 3] / 1e4, views[:, 2] / views[:, 3]
     assert (views[:, :4] % 1 == 0).all()  # so the rest is within half a pixel of 55 on either side
-    assert 0.29 <= area.min() < 0.32 and 0.58 < area.max() <= 0.61 and 0.88 <= ratio.min() and ratio.max() <= 1.12
+    assert 0.29 <= area.min() < 0.32
+    assert 0.58 < area.max() <= 0.61
+    assert 0.88 <= ratio.min()
+    assert ratio.max() <= 1.12
 
 
 @pytest.mark.parametrize("size", SIZES)

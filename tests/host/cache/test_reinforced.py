@@ -77,7 +77,9 @@ def build(tmp_path, data, captions=True, cache_name="cache", **fields):
 def test_each_teacher_is_its_columns_of_every_view_and_caption(tmp_path, kind):
     tars = [reinforced(tmp_path / "dr0.tar", range(7), kind), reinforced(tmp_path / "dr1.tar", range(7, 12), kind)]
     first, second = (build(tmp_path, dataset(*tars), columns=c) for c in ((0, 6), (6, 10)))
-    assert first.rows.shape == (12, K, 6) and second.rows.shape == (12, K, 4) and len(first.manifest["shards"]) == 2
+    assert first.rows.shape == (12, K, 6)
+    assert second.rows.shape == (12, K, 4)
+    assert len(first.manifest["shards"]) == 2
     for i in (0, 11):
         image, text, *_ = sample(i)
         atol = 2e-3 if kind == "npz" else 2e-2  # float16, bfloat16

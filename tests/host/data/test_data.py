@@ -25,7 +25,9 @@ def test_folders_are_classes_and_photos_are_split(tmp_path):
     assert found.classes == ["apple pie", "b c", "car", "dog", "egg"] and found.templates == ("a photo of a {c}",)
     test = found.evaluation[0].pictures
     train, tested = {p.key for p in found.train}, {p.key for p in test}
-    assert not train & tested and len(train | tested) == 200 and 20 <= len(tested) <= 60
+    assert not train & tested
+    assert len(train | tested) == 200
+    assert 20 <= len(tested) <= 60
     assert all(found.classes[p.label].replace(" ", "_") == p.key.split("/")[0].replace(" ", "_") for p in found.train + test)
 
 
@@ -68,8 +70,12 @@ def test_base_to_novel_labels_the_first_half_only(tmp_path, n, base):
     found = data.load(R.Folders(name="f", root=str(root), protocol="base_to_novel"), tmp_path)
     assert {p.label for p in found.labelled} == set(range(base)) and {p.label for p in found.train} == set(range(n))
     first, second = found.evaluation
-    assert first.name == "base" and first.classes == list(range(base)) and {p.label for p in first.pictures} == set(range(base))
-    assert second.name == "novel" and second.classes == list(range(base, n)) and {p.label for p in second.pictures} == set(range(base, n))
+    assert first.name == "base"
+    assert first.classes == list(range(base))
+    assert {p.label for p in first.pictures} == set(range(base))
+    assert second.name == "novel"
+    assert second.classes == list(range(base, n))
+    assert {p.label for p in second.pictures} == set(range(base, n))
     assert "transductive" in second.note and "transductive" not in first.note
 
 
@@ -107,7 +113,9 @@ def test_a_missing_root_shard_or_class_list_is_named(tmp_path):
 def test_captions_alone_need_no_class_list(tmp_path):
     shard(tmp_path / "train" / "0.tar", [(None, "a cat"), (None, "a dog")])
     found = data.load(R.WebDataset(name="w", root=str(tmp_path), classes=None, test=None), tmp_path)
-    assert found.classes == [] and found.evaluation == [] and [p.caption for p in found.train] == ["a cat", "a dog"]
+    assert found.classes == []
+    assert found.evaluation == []
+    assert [p.caption for p in found.train] == ["a cat", "a dog"]
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +130,9 @@ def test_a_held_out_concept_occurs_in_nothing_that_trains(openmoji):
     assert held.name == "held-out concepts" and held.headline
     concepts = set(held.classes)
     assert len(concepts) == len(held.pictures) and {p.label for p in held.pictures} == concepts
-    assert (
-        not concepts & {p.label for p in openmoji.labelled} and not concepts & {p.label for p in openmoji.train} and not concepts & set(openmoji.train_classes)
-    )
+    assert not concepts & {p.label for p in openmoji.labelled}
+    assert not concepts & {p.label for p in openmoji.train}
+    assert not concepts & set(openmoji.train_classes)
     assert not {openmoji.classes[i] for i in concepts} & {openmoji.classes[i] for i in openmoji.train_classes}
 
 

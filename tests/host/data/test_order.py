@@ -30,4 +30,6 @@ def test_places_are_uniform_and_neighbours_are_torn_apart():
 def test_a_billion_cost_no_memory_and_no_time():
     order = Shuffled(10**9, 0)
     values = order[np.arange(10**9 - 1000, 10**9)]
-    assert len(np.unique(values)) == 1000 and values.min() >= 0 and values.max() < 10**9
+    assert len(np.unique(values)) == 1000
+    assert values.min() >= 0
+    assert values.max() < 10**9

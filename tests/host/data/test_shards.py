@@ -76,7 +76,9 @@ def test_an_index_gives_what_the_shards_hold_and_is_made_once(tmp_path):
 
     for _ in range(2):
         found = index(shards, tmp_path / "cache", reading)
-        assert len(found) == 15 and list(found) == expected == [found[i] for i in range(15)] and found[-1] == expected[-1]
+        assert len(found) == 15
+        assert list(found) == expected == [found[i] for i in range(15)]
+        assert found[-1] == expected[-1]
     assert calls == shards
     shard(shards[1], [(0, "another")])
     assert len(index(shards, tmp_path / "cache", reading)) == 11
@@ -160,7 +162,9 @@ def test_a_view_of_a_scaled_jpeg_is_that_of_the_whole_one(view):
     content, view = encoded(picture(5, 1280, 960), "JPEG"), np.array(view, np.float32)
     whole = cache.replay(Image.open(io.BytesIO(content)).convert("RGB"), view, SPEC).astype(float)
     seen = cache.see(content, view, SPEC, "x").astype(float)
-    assert seen.shape == (64, 64, 3) and np.abs(seen - whole).mean() < 1.0 and np.abs(seen - whole).max() < 12
+    assert seen.shape == (64, 64, 3)
+    assert np.abs(seen - whole).mean() < 1.0
+    assert np.abs(seen - whole).max() < 12
 
 
 def test_what_is_no_jpeg_or_no_larger_than_the_view_is_pils_within_a_level():

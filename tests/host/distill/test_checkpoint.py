@@ -157,4 +157,6 @@ def test_a_changed_recipe_on_resume_is_refused_with_the_difference(workplace):
     from tests.support.command import run as call
 
     result = call("distill", workplace / "other.yaml", "--out", workplace / "runs/stopped")
-    assert result.exit_code == 1 and "train.accumulate was 1, now 2" in result.stderr and "--fresh" in result.stderr
+    assert result.exit_code == 1
+    assert "train.accumulate was 1, now 2" in result.stderr
+    assert "--fresh" in result.stderr

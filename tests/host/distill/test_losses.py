@@ -261,7 +261,9 @@ def test_no_loss_is_negative_and_each_has_a_gradient_to_the_student(name):
     loss = L.LOSSES[name](b._replace(**leaves), SPECS[name])
     loss.backward()
     moved = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
-    assert loss.item() >= 0 and any(bool(g.abs().max() > 0) for g in moved) and loss.shape == ()
+    assert loss.item() >= 0
+    assert any(bool(g.abs().max() > 0) for g in moved)
+    assert loss.shape == ()
 
 
 def test_the_total_is_the_weighted_sum_and_parts_are_unweighted():

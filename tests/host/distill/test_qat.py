@@ -85,7 +85,9 @@ def test_the_rounding_student_is_the_exported_graph(pictures, tmp_path, name):
     path.write_text(_yaml(name))
     log = quantised.fine_tune(student, pictures, str(path), tmp_path / "quantised", train, {"student": "x"})
     found = quantised.load(tmp_path / "quantised", torch_student(), target, pictures)
-    assert found is not None and found.float_layers == {} and len(found.nodes) == 5
+    assert found is not None
+    assert found.float_layers == {}
+    assert len(found.nodes) == 5
     model = quantise(found.calibrated, found.nodes, activations="uint8" if name == "onnx-int8" else "int8", for_tensorrt=name == "tensorrt-int8")
     assert cosine(run(model, pictures), trained["features"])["centred_p1"] > 0.99
     record = disk.read_json(tmp_path / "quantised" / "quantised.json")

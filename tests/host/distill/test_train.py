@@ -152,7 +152,9 @@ def test_the_projector_learns_the_same_when_the_tower_sees_each_batch_as_it_come
     as_they_come, *_ = toys.run(tmp_path, losses, warmup_steps=6, warmup_lr=0, epochs=0)
     assert not asked
     before, *_ = toys.run(tmp_path, losses, warmup_steps=7, warmup_lr=0, epochs=0)
-    assert asked and len(as_they_come) == 6 and len(set(as_they_come)) == 6
+    assert asked
+    assert len(as_they_come) == 6
+    assert len(set(as_they_come)) == 6
     np.testing.assert_allclose(as_they_come, before[:6], rtol=1e-5)
 
 

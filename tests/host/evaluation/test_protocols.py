@@ -147,11 +147,15 @@ def test_zero_shot_on_a_folder_has_class_features_from_its_own_words_and_prompts
     folder, _ = workplace
     record = evaluate("zero_shot", "--data", "cars")
     (row,) = record["sets"]
-    assert row["teacher"]["r1"] == 1.0 and (row["classes"], row["pictures"]) == (3, 9) and "text encoder" in record["text_side"]
+    assert row["teacher"]["r1"] == 1.0
+    assert (row["classes"], row["pictures"]) == (3, 9)
+    assert "text encoder" in record["text_side"]
     assert not row["transductive"] and "adapted on labels of its training pictures" in row["note"]
     (folder / "night.yaml").write_text("data: {kind: webdataset, name: evening, root: night, train: null, templates: ['{c}']}\n")
     (row,) = evaluate("zero_shot", "--data", "night.yaml")["sets"]
-    assert row["teacher"]["r1"] == 1.0 and row["templates"] == 1 and not row["transductive"]
+    assert row["teacher"]["r1"] == 1.0
+    assert row["templates"] == 1
+    assert not row["transductive"]
 
 
 def test_base_to_novel_scores_each_half_within_itself(workplace):
@@ -199,7 +203,9 @@ def test_without_the_teachers_weights_its_column_is_not_measured(workplace, monk
     before = evaluate("zero_shot")["sets"][0]
     monkeypatch.setattr(teachers, "load", missing)
     record = evaluate("zero_shot")
-    assert record["sets"][0]["teacher"] is None and record["sets"][0]["student"] == before["student"] and "they are gone" in record["teacher_missing"]
+    assert record["sets"][0]["teacher"] is None
+    assert record["sets"][0]["student"] == before["student"]
+    assert "they are gone" in record["teacher_missing"]
     assert "not measured" in run("evaluate", "runs/r", "--protocol", "zero_shot").stdout
     mistake("evaluate", "runs/r", "--protocol", "retrieval", says="they are gone", only_line=False)
 
@@ -276,7 +282,9 @@ def test_every_reading_of_edu_attention_is_scored_once():
     assert kept["student"]["r1"] == not_kept["student_with_edu_attention"]["r1"] == r1(head)
     assert kept["student_without_edu_attention"]["r1"] == not_kept["student"]["r1"] == none["student"]["r1"] == r1(None)
     assert kept["student_attending_all_classes"]["r1"] == not_kept["student_attending_all_classes"]["r1"] == r1(head, w)
-    assert kept["student_with_edu_attention"] is None and none["student_attending_all_classes"] is None and kept["teacher"] is None
+    assert kept["student_with_edu_attention"] is None
+    assert none["student_attending_all_classes"] is None
+    assert kept["teacher"] is None
     assert len({r1(head), r1(None), r1(head, w)}) > 1
 
 

@@ -31,7 +31,9 @@ def test_the_manifest_names_every_file_parents_versions_and_licences(shipped_bun
     manifest = Bundle.load(folder).manifest
     on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {disk.MANIFEST}
     assert set(manifest["files"]) == on_disk
-    assert manifest["parents"] == source.parents and manifest["licences"] == source.licences and manifest["target"]["name"] == name
+    assert manifest["parents"] == source.parents
+    assert manifest["licences"] == source.licences
+    assert manifest["target"]["name"] == name
     assert {"edgeclip", "torch", "onnx"} <= manifest["versions"].keys()
     assert (manifest["embed_dim"], manifest["preprocess"]["size"], manifest["logit_scale"]) == (WIDTH, SIZE, 20.0)
     encoder = [p for p in folder.glob("image_encoder.*")]
@@ -73,7 +75,9 @@ def test_calibration_pictures_are_named_by_hash_and_none_is_golden(shipped_bundl
     manifest = disk.read_manifest(shipped_bundle("onnx-int8"), "bundle")
     used = {c["key"]: c["sha256"] for c in manifest["calibration"]}
     pool = {p.key: p for p in source.calibration()}
-    assert len(used) == 32 and used.keys() <= pool.keys() and not used.keys() & {p.key for p in source.golden}
+    assert len(used) == 32
+    assert used.keys() <= pool.keys()
+    assert not used.keys() & {p.key for p in source.golden}
     assert all(disk.sha256(Path(pool[k].path)) == v for k, v in used.items())
     assert disk.read_manifest(shipped_bundle("onnx-fp32"), "bundle")["calibration"] == []
 
@@ -89,7 +93,10 @@ def test_int8_targets_of_every_runtime_quantise_the_same_layers(shipped_bundle):
 def test_tensorrts_graph_is_parsed_and_built_by_tensorrt_rtx(shipped_bundle, name):
     require("tensorrt_rtx", "pip install 'edgeclip[lint]'")
     lint = disk.read_manifest(shipped_bundle(name), "bundle")["lint"]
-    assert lint["checked_by"].startswith("TensorRT-RTX") and lint["parses"] and lint["builds"] and lint["errors"] == []
+    assert lint["checked_by"].startswith("TensorRT-RTX")
+    assert lint["parses"]
+    assert lint["builds"]
+    assert lint["errors"] == []
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -154,7 +161,9 @@ def test_a_folder_that_is_no_bundle_is_refused_before_the_work(source, tmp_path,
 
 def test_a_bundle_without_a_text_encoder_knows_its_own_labels_only(source, tmp_path):
     bundle = Bundle.load(export(source._replace(load_text=None, head=None), "onnx-fp32", toy_target("onnx-fp32"), tmp_path / "b"))
-    assert bundle.manifest["text"] is None and len(bundle.classify(picture(0))) == 5 and bundle.head is None
+    assert bundle.manifest["text"] is None
+    assert len(bundle.classify(picture(0))) == 5
+    assert bundle.head is None
     for call in (lambda: bundle.classify(picture(0), ["pear"]), lambda: bake_labels(bundle.folder, ["pear"], tmp_path / "c")):
         with pytest.raises(EdgeclipError, match="no text encoder"):
             call()

@@ -102,7 +102,9 @@ def test_class_scores_as_a_graph_are_the_bundles(source, fc, normalise):
         model = optimum._scores(h, 20.0, 16, 18)
         logits, back, texts, images = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"u": u, "w": w})
         np.testing.assert_allclose(logits, 20.0 * class_scores(u, w, h), atol=2e-5)
-        assert (back == logits.T).all() and (texts == w).all() and (images == u).all()
+        assert (back == logits.T).all()
+        assert (texts == w).all()
+        assert (images == u).all()
 
 
 def test_the_folder_says_what_it_is(shipped_bundle, source, tmp_path):

@@ -72,7 +72,9 @@ def one_node(op, inputs=("x",), opset=19, domain="", constants=(), **attributes)
 )
 def test_each_refusal_names_its_node(model, node, what):
     ((found_node, found_what, cure),) = found(model)
-    assert found_node == node and what in found_what and cure
+    assert found_node == node
+    assert what in found_what
+    assert cure
 
 
 def test_a_product_with_one_quantised_operand_is_named(calibrated, nodes):
@@ -105,7 +107,9 @@ def test_the_builder_builds_with_profile_and_workspace_and_writes_the_engine(cal
     graph.save(to_fp16(quantise(calibrated, nodes, activations="int8", for_tensorrt=True)), tmp_path / "m.onnx")
     facts = tensorrt_build.build(tmp_path / "m.onnx", tmp_path / "m.plan", batch=(1, 2, 3), workspace_mib=64, timing_cache=tmp_path / "t", trt=trt)
     assert (tmp_path / "m.plan").stat().st_size == facts["engine_bytes"] > 0
-    assert facts["module"] == "tensorrt_rtx" and facts["batch"] == [1, 2, 3] and facts["workspace_mib"] == 64
+    assert facts["module"] == "tensorrt_rtx"
+    assert facts["batch"] == [1, 2, 3]
+    assert facts["workspace_mib"] == 64
     graph.save(quantise(calibrated, nodes, activations="int8"), tmp_path / "bad.onnx")
     with pytest.raises(BuildError, match=r"bad\.onnx: node '.*' \(DequantizeLinear\): "):
         tensorrt_build.build(tmp_path / "bad.onnx", tmp_path / "bad.plan", trt=trt)
@@ -143,5 +147,7 @@ def test_the_script_in_the_bundle_runs_alone_and_says_that_tensorrt_is_missing(s
     script = shipped_bundle("tensorrt-int8") / "build_engine.py"
     code = "import runpy, sys; sys.modules['tensorrt'] = None; sys.argv = ['build_engine.py']; runpy.run_path(sys.path.pop(), run_name='__main__')"
     done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.append({str(script)!r}); {code}"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("Error: tensorrt: not installed") and "Traceback" not in done.stderr
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: tensorrt: not installed")
+    assert "Traceback" not in done.stderr
     assert onnx.load(script.parent / "image_encoder.onnx").opset_import[0].version == 19

@@ -186,7 +186,9 @@ def test_right_answers_are_kept_where_labels_tell_which_they_are(plain, pictures
 
 def test_where_the_first_form_holds_nothing_is_given_back(plain, pictures):
     found, record = look(plain, pictures, asked())
-    assert found.float_layers == {} and found.int8_share == 1.0 and [r["verdict"] for r in record["frontier"]] == ["chosen"]
+    assert found.float_layers == {}
+    assert found.int8_share == 1.0
+    assert [r["verdict"] for r in record["frontier"]] == ["chosen"]
 
 
 @pytest.mark.parametrize("name", ["onnx-int8", "onnx-int8-arm", "tensorrt-int8"])
@@ -194,7 +196,9 @@ def test_a_hard_tower_fails_the_default_and_smoothing_repairs_it(hard, pictures,
     found, record = look(hard, pictures, asked(name, smoothing=(None, 0.5)))
     failed, held = record["frontier"]
     assert failed["smoothing"] is None and "centred cosine p1" in failed["verdict"]
-    assert held["verdict"] == "chosen" and found.form.smoothing == 0.5 and found.int8_share == 1.0
+    assert held["verdict"] == "chosen"
+    assert found.form.smoothing == 0.5
+    assert found.int8_share == 1.0
     assert held["centred_cosine_p1"] > 0.95 > failed["centred_cosine_p1"]
 
 
@@ -203,7 +207,9 @@ def test_without_smoothing_the_worst_layers_go_back_to_float_and_no_more(plain, 
     found, record = look(model, pictures, asked(min_int8_share=0.3))
     products = graph.matrix_products(found.calibrated.model)
     planted = [n for n in products if "blocks.1/" in n and ("qkv" in n or "fc1" in n)]
-    assert len(planted) == 2 and set(planted) <= set(found.float_layers) and len(found.float_layers) <= 4
+    assert len(planted) == 2
+    assert set(planted) <= set(found.float_layers)
+    assert len(found.float_layers) <= 4
     assert cosine(run(quantise(found.calibrated, found.nodes, activations="uint8"), pictures), run(plain, pictures))["centred_p1"] > 0.9
     verdicts = [r["verdict"] for r in record["frontier"]]
     assert verdicts.count("chosen") == 1 and "below 0.95" in verdicts[0]

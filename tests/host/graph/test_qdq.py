@@ -221,7 +221,9 @@ def test_a_layer_that_int8_would_ruin_stays_in_float(calibrated, pictures):
     products = graph.matrix_products(strict.calibrated.model)
     assert set(strict.float_layers) == {*products[:2], *products[-2:]} and strict.nodes == [products[2]]
     free = choose(calibrated, pictures, probe_layers=2, layer_cosine=0.0)
-    assert free.float_layers == {} and free.nodes == products and free.int8_share == 1.0
+    assert free.float_layers == {}
+    assert free.nodes == products
+    assert free.int8_share == 1.0
     macs = graph.macs(strict.calibrated.model, products, pictures[:1])
     assert abs(strict.int8_share - macs[products[2]] / sum(macs.values())) < 1e-3
 
