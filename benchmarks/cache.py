@@ -61,7 +61,7 @@ def build(folder: Path) -> Any:
 
     from edgeclip import cache, teachers
     from edgeclip.data import Dataset
-    from edgeclip.pictures import index_folder
+    from edgeclip.device.pictures import index_folder
     from edgeclip.recipe import Views
 
     teacher = load_teacher("ViT-B-32")
@@ -83,8 +83,8 @@ def worker(way: str, model: str, folder: Path) -> None:
     from edgeclip import recipe as R
     from edgeclip import students, teachers
     from edgeclip.cache import open_folder, see
-    from edgeclip.pictures import index_folder, read, stream
-    from edgeclip.preprocess import normalise
+    from edgeclip.device.pictures import index_folder, read, stream
+    from edgeclip.device.preprocess import normalise
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

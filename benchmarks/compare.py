@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from edgeclip import machine
+from edgeclip.device import machine
 
 MIN_PAIRS = 30
 EXIT_MISSED = 3

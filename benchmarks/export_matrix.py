@@ -104,13 +104,13 @@ def latencies_ms(paths: list[Path], x: np.ndarray, rounds: int = 25) -> list[flo
 def measure(name: str) -> dict[str, Any]:
     import torch
 
-    from edgeclip import target
+    from edgeclip.device import target
+    from edgeclip.device.metrics import cosine
     from edgeclip.export import graph
     from edgeclip.export.half import to_fp16
     from edgeclip.export.lint import lint
     from edgeclip.export.onnxruntime import calibrate, quantise, write_text
     from edgeclip.fold import fold
-    from edgeclip.metrics import cosine
 
     image, text, size, context = towers(FAMILIES[name])
     x = np.random.default_rng(0).normal(size=(8, 3, size, size)).astype(np.float32)

@@ -1,7 +1,7 @@
 """What a board must hold and bear: the runner's wheels for aarch64 and x86-64, and one classification with it in a fresh process.
 
 The wheels are those that `--device` brings (pip, for the platform and Python named); unpacked is what lies on the board. Import
-and classification run here, on x86-64, with the loopback's runner and a Python that sees nothing else: `edgeclip.bundle` is imported,
+and classification run here, on x86-64, with the loopback's runner and a Python that sees nothing else: `edgeclip.device.bundle` is imported,
 a golden picture of an int8 bundle is ranked among its labels. Time is the whole process; memory is VmHWM at its end.
 
 What bounds it: numpy's and ONNX Runtime's own libraries. Nothing is required; docs/devices.md quotes it.
@@ -18,8 +18,8 @@ from typing import Any
 
 import compare
 
-from edgeclip import device as D
-from edgeclip.bundle import Bundle
+from edgeclip.device import profile as D
+from edgeclip.device.bundle import Bundle
 from edgeclip.remote import runner
 from edgeclip.remote.board import Board
 
@@ -30,8 +30,8 @@ PLATFORMS = {
     "Debian 12 x86-64": {"arch": "x86_64", "python": "3.11.2", "glibc": "2.36"},
 }
 CODE = {
-    "import": "import edgeclip.bundle",
-    "one classification": "import sys; from edgeclip.bundle import Bundle; b = Bundle.load(sys.argv[1]); b.classify(b.folder / b.manifest['golden']['pictures'][0])",
+    "import": "import edgeclip.device.bundle",
+    "one classification": "import sys; from edgeclip.device.bundle import Bundle; b = Bundle.load(sys.argv[1]); b.classify(b.folder / b.manifest['golden']['pictures'][0])",
 }
 PEAK = "\nimport re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 

@@ -1,6 +1,6 @@
 """Are bench's figures the runtime's own? The harness alone, beside a bare loop, beside OpenVINO's tool, and through ssh.
 
-    the harness      `edgeclip.bench.run_scenario` drives a runtime that answers at once: what a query costs, all in, and what
+    the harness      `edgeclip.device.bench.run_scenario` drives a runtime that answers at once: what a query costs, all in, and what
                      the harness adds to every latency that it reports
     bare loop        onnxruntime's session.run in a loop of ten lines that imports nothing of edgeclip, beside bench's own path
     benchmark_app    OpenVINO's tool with -hint latency -nireq 1, beside bench's own path
@@ -27,10 +27,10 @@ from typing import Any
 import compare
 import numpy as np
 
-from edgeclip.bench import WARM_UP, run_scenario
-from edgeclip.bundle import Bundle
+from edgeclip.device.bench import WARM_UP, run_scenario
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.preprocess import normalise
 from edgeclip.errors import EdgeclipError
-from edgeclip.preprocess import normalise
 from edgeclip.runtime import open_session
 
 INPUT = (1, 3, 256, 256)

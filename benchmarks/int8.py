@@ -45,10 +45,10 @@ def prepare(source: Any, pictures: list[Any], count: int, folder: Path) -> dict[
     """Writes float.onnx; returns the inputs: {"ranges", "judged" (by the search), "fresh" (for the table)}."""
     import torch
 
+    from edgeclip.device.pictures import read
+    from edgeclip.device.preprocess import normalise, open_picture, to_pixels
     from edgeclip.export import graph
     from edgeclip.fold import fold
-    from edgeclip.pictures import read
-    from edgeclip.preprocess import normalise, open_picture, to_pixels
 
     order = np.random.default_rng(0).permutation(len(pictures))[: 3 * count]
     x = normalise(np.stack([to_pixels(open_picture(read(pictures[i])), source.preprocess) for i in order]), source.preprocess)
@@ -115,7 +115,7 @@ def ours(folder: Path, inputs: dict[str, np.ndarray], answers: Any, trained: boo
     import msgspec
     import onnx
 
-    from edgeclip import target as T
+    from edgeclip.device import target as T
     from edgeclip.errors import Refused
     from edgeclip.export import EXPORTERS
     from edgeclip.export.calibration import Pictures
@@ -181,11 +181,11 @@ def student(name: str) -> Any:
 
 
 def measure(name: str, photos: list[Any], options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    from edgeclip.metrics import cosine
-    from edgeclip.pictures import index_tar, read
-    from edgeclip.preprocess import normalise, open_picture, to_pixels
-    from edgeclip.validate import decide, load_evaluation
-    from edgeclip.zero_shot import class_scores
+    from edgeclip.device.metrics import cosine
+    from edgeclip.device.pictures import index_tar, read
+    from edgeclip.device.preprocess import normalise, open_picture, to_pixels
+    from edgeclip.device.validate import decide, load_evaluation
+    from edgeclip.device.zero_shot import class_scores
 
     label, source = Path(name).name, student(name)
     pictures = source.calibration() or photos
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--modelopt", help="the Python of an environment that has nvidia-modelopt")
     options: argparse.Namespace = parser.parse_args()
     options.threads = options.threads or [1]
-    from edgeclip.pictures import index_folder, index_tar
+    from edgeclip.device.pictures import index_folder, index_tar
 
     here = compare.this_machine()
     photos = index_tar(options.pictures) if options.pictures.suffix == ".tar" else index_folder(options.pictures)

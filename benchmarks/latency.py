@@ -41,7 +41,7 @@ def torch_student(run: Path, channels_last: bool) -> tuple[Callable[[], Any], st
     import torch
 
     from edgeclip import students
-    from edgeclip.preprocess import normalise
+    from edgeclip.device.preprocess import normalise
 
     torch.set_num_threads(1)
     student, _, preprocess, _ = students.load(run / "student")
@@ -57,8 +57,8 @@ def torch_student(run: Path, channels_last: bool) -> tuple[Callable[[], Any], st
 
 
 def bundled(run: Path, name: str) -> tuple[Callable[[], Any], str]:
-    from edgeclip.bundle import Bundle
-    from edgeclip.preprocess import normalise
+    from edgeclip.device.bundle import Bundle
+    from edgeclip.device.preprocess import normalise
 
     bundle = Bundle.load(run / "bundles" / name, threads=1)
     x, session = normalise(picture(run), bundle.preprocess), bundle.image_encoder

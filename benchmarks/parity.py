@@ -2,7 +2,7 @@
 
 Reads the parity reports that `edgeclip validate` left in each run, one a target; nothing is measured here. Pictures of all
 runs are pooled as one sample: a drop is (right before and wrong after, minus the other way round) over all pictures, its
-limit that of edgeclip/metrics.py. A picture that float32 answers rightly and the target otherwise is a lost one, so the
+limit that of edgeclip/device/metrics.py. A picture that float32 answers rightly and the target otherwise is a lost one, so the
 agreement on those is 1 - lost / right. A run counts by its headline sets only: test pictures, each once.
 
     edgeclip distill recipes/clothing.yaml --data DIR ; edgeclip export --run runs/clothing --target onnx-int8 ; edgeclip validate --run runs/clothing
@@ -15,7 +15,7 @@ from typing import Any
 import compare
 
 from edgeclip import disk
-from edgeclip.metrics import paired_drop
+from edgeclip.device.metrics import paired_drop
 
 
 def counted(name: str, target: str, reports: list[dict[str, Any]]) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def export(
     if vocabulary and layout != "bundle":
         raise click.UsageError("--vocabulary belongs to --layout bundle")
     from edgeclip import disk
-    from edgeclip import target as T
+    from edgeclip.device import target as T
 
     loaded = [T.load(t) for t in targets]
     from edgeclip.export import export as write
@@ -251,7 +251,7 @@ def lint(file: Path, target_name: str, as_json: bool) -> None:
     Example:
         edgeclip lint model.onnx --target tensorrt-int8
     """
-    from edgeclip import target as T
+    from edgeclip.device import target as T
 
     _, target = T.load(target_name)
     from edgeclip.export.lint import lint as check

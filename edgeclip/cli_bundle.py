@@ -23,7 +23,7 @@ def classify(images: tuple[Path, ...], bundle: Path | None, labels: str | None, 
     Example:
         edgeclip classify cat.jpg --labels "a cat, a dog, a car"
     """
-    from edgeclip.bundle import Bundle
+    from edgeclip.device.bundle import Bundle
 
     loaded = Bundle.load(one_bundle(bundle))
     words = [w.strip() for w in labels.split(",") if w.strip()] if labels is not None else None
@@ -46,7 +46,7 @@ def labels(bundle: Path, file: Path, out: Path | None, as_json: bool) -> None:
     Example:
         edgeclip labels runs/latest/bundles/onnx-int8 fruit.txt --out fruit-bundle
     """
-    from edgeclip.bundle import bake_labels
+    from edgeclip.device.bundle import bake_labels
 
     words = label_file(file)
     path = bake_labels(bundle, words, out or bundle)
@@ -68,7 +68,7 @@ def embed(images: tuple[Path, ...], out: Path, bundle: Path | None, as_json: boo
     if out.suffix != ".npy":
         raise EdgeclipError(out, "is not a .npy file", "give a name that ends in .npy")
     from edgeclip import disk
-    from edgeclip.bundle import Bundle
+    from edgeclip.device.bundle import Bundle
 
     features = Bundle.load(one_bundle(bundle)).encode_image(list(images))
     disk.write_array(out, features)

@@ -33,7 +33,7 @@ def _options(f: Callable[..., Any]) -> Callable[..., Any]:
 def _bundles(run: Path | None, bundle: Path | None, name: str, device: Any) -> tuple[list[Any], Path | None]:
     """(bundles that the device can run, the run's folder or None); those that it cannot run are named."""
     from edgeclip import disk
-    from edgeclip.bundle import Bundle
+    from edgeclip.device.bundle import Bundle
 
     if bundle is None:
         run = latest(run)
@@ -58,7 +58,7 @@ def _bundles(run: Path | None, bundle: Path | None, name: str, device: Any) -> t
 @contextlib.contextmanager
 def _board(name: str, device: Any, clean: bool) -> Iterator[Any]:
     """An open board, or None where the device is this machine. clean: what the board holds goes, whatever happens meanwhile."""
-    from edgeclip import device as D
+    from edgeclip.device import profile as D
 
     if not D.is_remote(device):
         with D.pinned(device):
@@ -128,9 +128,9 @@ def validate(run: Path | None, bundle: Path | None, clean: bool, device_name: st
     Example:
         edgeclip validate --run runs/quickstart --device host-cpu
     """
-    from edgeclip import device as D
-    from edgeclip.validate import load_evaluation
-    from edgeclip.validate import validate as compare
+    from edgeclip.device import profile as D
+    from edgeclip.device.validate import load_evaluation
+    from edgeclip.device.validate import validate as compare
 
     name, device = D.load(device_name)
     bundles, run = _bundles(run, bundle, name, device)
@@ -169,8 +169,9 @@ def bench(
         edgeclip bench --bundle runs/quickstart/bundles/onnx-int8 --scenario single_stream
         edgeclip bench --run runs/quickstart --device raspberry-pi-5 --device intel-n100
     """
-    from edgeclip import comparison, energy
-    from edgeclip.bench import SCENARIOS
+    from edgeclip import comparison
+    from edgeclip.device import energy
+    from edgeclip.device.bench import SCENARIOS
 
     if meter_csv and len(devices) > 1:
         raise click.UsageError("--meter is one power meter: give one --device")
@@ -197,15 +198,15 @@ def _bench_one(
     device_name: str, run: Path | None, bundle: Path | None, clean: bool, scenarios: tuple[str, ...], minutes: float, meter_csv: Path | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any] | None]]:
     """(the bench reports of one device, the parity report of each where there is one)"""
-    from edgeclip import device as D
     from edgeclip import disk, preflight
-    from edgeclip.bench import bench as measure
-    from edgeclip.bench import incomplete, joined
+    from edgeclip.device import profile as D
+    from edgeclip.device.bench import bench as measure
+    from edgeclip.device.bench import incomplete, joined
+    from edgeclip.device.validate import load_evaluation
+    from edgeclip.device.validate import validate as compare
     from edgeclip.doctor import preflight_here
     from edgeclip.engine import validated
     from edgeclip.errors import LinkLost
-    from edgeclip.validate import load_evaluation
-    from edgeclip.validate import validate as compare
 
     name, device = D.load(device_name)
     bundles, run = _bundles(run, bundle, name, device)
@@ -255,9 +256,9 @@ def selftest(run: Path | None, bundle: Path | None, clean: bool, device_name: st
     Example:
         edgeclip selftest --bundle runs/latest/bundles/tensorrt-fp16 --device jetson-orin-nano
     """
-    from edgeclip import device as D
-    from edgeclip.selftest import selftest as examine
-    from edgeclip.selftest import write
+    from edgeclip.device import profile as D
+    from edgeclip.device.selftest import selftest as examine
+    from edgeclip.device.selftest import write
 
     name, device = D.load(device_name)
     bundles, _ = _bundles(run, bundle, name, device)
@@ -285,7 +286,7 @@ def doctor(device_name: str | None, clean: bool, as_json: bool) -> None:
     Example:
         edgeclip doctor --device host-cpu
     """
-    from edgeclip import device as D
+    from edgeclip.device import profile as D
     from edgeclip.doctor import doctor as examine
     from edgeclip.doctor import preflight_here
 

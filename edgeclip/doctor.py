@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from edgeclip import __version__, config, machine
-from edgeclip.device import Device
+from edgeclip import __version__, config
+from edgeclip.device import machine
+from edgeclip.device.profile import Device
 from edgeclip.preflight import Row, preflight
 
 # what -> (module that must be importable, distribution whose version counts, install line)

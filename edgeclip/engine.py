@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from edgeclip import disk, machine
+from edgeclip import disk
+from edgeclip.device import machine
 
 KEEP = 3
 """engines of one ONNX file; each is about as large as that file"""

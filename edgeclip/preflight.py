@@ -7,9 +7,9 @@ What cannot be read is a warning too: not known is not well.
 
 from typing import Any, NamedTuple
 
-from edgeclip.device import Device, differences
+from edgeclip.device.machine import COUNTERS
+from edgeclip.device.profile import Device, differences
 from edgeclip.errors import EdgeclipError
-from edgeclip.machine import COUNTERS
 from edgeclip.progress import say
 
 CLOCK_S = 120

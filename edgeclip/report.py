@@ -9,7 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from edgeclip import __version__, bundle, disk
+from edgeclip import __version__, disk
+from edgeclip.device import bundle
 from edgeclip.errors import EdgeclipError
 from edgeclip.tables import MODELS, processor
 

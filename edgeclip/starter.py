@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from edgeclip import config, disk
+from edgeclip.device.pictures import index_folder
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import index_folder
 
 TEMPLATE = """\
 # {name}: distil the assembled teacher (it is not CLIP) into a small image tower, on photos in one folder a class.

@@ -15,8 +15,8 @@ from torch import nn
 
 from edgeclip import recipe as R
 from edgeclip import weights
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
-from edgeclip.preprocess import Preprocess
 
 
 def put_stem(tower: nn.Module, spec: R.Stem, preprocess: Preprocess) -> Preprocess:

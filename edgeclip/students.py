@@ -22,17 +22,18 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip import disk, tokenizer, weights
+from edgeclip import disk, weights
 from edgeclip import recipe as R
+from edgeclip.device import tokenizer
+from edgeclip.device.preprocess import Preprocess
+from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.inherit import inherit_from
-from edgeclip.preprocess import Preprocess
 from edgeclip.prompts import PromptedTower
 from edgeclip.share import SharedBlocks, share
 from edgeclip.stem import put_stem
 from edgeclip.teachers import TextTower
 from edgeclip.teachers.open_clip import ImageTower, clip_tokenizer_json
-from edgeclip.zero_shot import EduAttention, ensemble, prompts
 
 
 class Student(nn.Module):

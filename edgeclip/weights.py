@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from edgeclip import disk
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError, did_you_mean
-from edgeclip.preprocess import Preprocess
 from edgeclip.progress import say
 from edgeclip.recipe import OpenClip, Timm
 

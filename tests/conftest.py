@@ -33,7 +33,7 @@ def student():
 
 @pytest.fixture(scope="session")
 def preprocess():
-    from edgeclip.preprocess import Preprocess
+    from edgeclip.device.preprocess import Preprocess
 
     return Preprocess(size=SIZE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -52,10 +52,10 @@ def source(student, preprocess, photos):
     """What `export` takes: the tiny student with a text side, labels and an EduAttention head."""
     import torch
 
-    from edgeclip import tokenizer
+    from edgeclip.device import tokenizer
+    from edgeclip.device.pictures import index_folder
+    from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
     from edgeclip.export.source import Source
-    from edgeclip.pictures import index_folder
-    from edgeclip.zero_shot import EduAttention, ensemble, prompts
 
     text, templates = toy_text(), ["a photo of a {c}", "a {c}"]
     ids = tokenizer.encode(tokenizer.load(text.tokenizer, text.context_length), prompts(LABELS, templates), text.context_length)

@@ -2,7 +2,9 @@
 
 import pytest
 
-from edgeclip import config, device, recipe, target
+from edgeclip import config, recipe
+from edgeclip.device import profile as device
+from edgeclip.device import target
 from edgeclip.errors import EdgeclipError
 from tests.support.files import REPO
 from tests.support.recipe_errors import RECIPE, error

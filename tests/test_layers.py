@@ -39,7 +39,7 @@ def test_no_module_of_the_device_layer_imports_a_host_package():
     assert lines == ""
 
 
-@pytest.mark.parametrize("module", ["edgeclip.bundle", "edgeclip.validate", "edgeclip.bench"])
+@pytest.mark.parametrize("module", ["edgeclip.device.bundle", "edgeclip.device.validate", "edgeclip.device.bench"])
 def test_a_device_module_alone_imports_no_runtime(module):
     assert fresh(f"import sys, {module}; print([m for m in ('onnxruntime', 'openvino', *{HEAVY!r}) if m in sys.modules])") == "[]"
 

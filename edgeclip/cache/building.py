@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeclip import disk, tokenizer
+from edgeclip import disk
 from edgeclip import recipe as R
 from edgeclip.cache import embeddings, reinforced
 from edgeclip.cache.assemble import as_json, assemble, discard, finished, write_shard
@@ -27,13 +27,14 @@ from edgeclip.cache.shards import FORMAT, Embeddings, TeacherCache, name, open_f
 from edgeclip.cache.views import draw_views, replay
 from edgeclip.data import Dataset
 from edgeclip.data.index import Pictures
+from edgeclip.device import tokenizer
+from edgeclip.device.pictures import MAX_UNREADABLE, Picture, read, refuse_unreadable, stream
+from edgeclip.device.preprocess import normalise, open_picture
+from edgeclip.device.zero_shot import ensemble, prompts
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import MAX_UNREADABLE, Picture, read, refuse_unreadable, stream
-from edgeclip.preprocess import normalise, open_picture
 from edgeclip.progress import say, track
 from edgeclip.recipe import Views
 from edgeclip.teachers import Teacher
-from edgeclip.zero_shot import ensemble, prompts
 
 SHARD_BYTES = 2**28
 """of one shard's rows, which are held in memory while it is made"""

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from edgeclip import disk
 from edgeclip.cache.shards import Shards
+from edgeclip.device.pictures import Picture
 from edgeclip.errors import EdgeclipError, did_you_mean
-from edgeclip.pictures import Picture
 from edgeclip.progress import track
 from edgeclip.recipe import Embeddings
 

@@ -34,8 +34,8 @@ from edgeclip.cache.embeddings import JOINS
 from edgeclip.cache.shards import record
 from edgeclip.cache.views import OPERATIONS
 from edgeclip.data.shards import matching
+from edgeclip.device.pictures import MAX_UNREADABLE, Picture, refuse_cut
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import MAX_UNREADABLE, Picture, refuse_cut
 from edgeclip.progress import track
 from edgeclip.recipe import Reinforced
 

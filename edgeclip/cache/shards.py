@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgeclip import disk
+from edgeclip.device.pictures import Lookup, Picture
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Lookup, Picture
 
 KIND = "teacher cache"
 FORMAT = 2

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from edgeclip.preprocess import FILTERS, Preprocess, open_scaled
+from edgeclip.device.preprocess import FILTERS, Preprocess, open_scaled
 from edgeclip.recipe import Views
 
 OPERATIONS = (

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from edgeclip import disk
+from edgeclip.device.pictures import Lookup, Picture
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Lookup, Picture
 from edgeclip.progress import track
 
 BATCH = 4096

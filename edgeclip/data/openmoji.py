@@ -18,8 +18,8 @@ from pathlib import Path
 
 from edgeclip import disk
 from edgeclip.data import Dataset, EvaluationSet
+from edgeclip.device.pictures import Picture, digest, index_tar
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Picture, digest, index_tar
 from edgeclip.progress import track
 from edgeclip.recipe import OpenMoji
 

@@ -25,14 +25,14 @@ from torch.nn import functional as F
 from edgeclip import disk
 from edgeclip import recipe as R
 from edgeclip.data import Dataset, EvaluationSet
-from edgeclip.metrics import harmonic_mean, hits
-from edgeclip.pictures import Picture, digest, read, refuse_unreadable, stream
-from edgeclip.preprocess import Preprocess, normalise, open_picture, to_pixels
+from edgeclip.device.metrics import harmonic_mean, hits
+from edgeclip.device.pictures import Picture, digest, read, refuse_unreadable, stream
+from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_pixels
+from edgeclip.device.zero_shot import EduAttention, class_scores
 from edgeclip.progress import say, track
 from edgeclip.students import EduAttentionHead, Student
 from edgeclip.tables import MODELS
 from edgeclip.teachers import Teacher
-from edgeclip.zero_shot import EduAttention, class_scores
 
 
 @torch.inference_mode()

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from edgeclip import ranks
 from edgeclip.cache import TeacherCache, see
+from edgeclip.device.pictures import read, stream
+from edgeclip.device.preprocess import Preprocess, UnreadablePicture
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import read, stream
-from edgeclip.preprocess import Preprocess, UnreadablePicture
 from edgeclip.progress import track
 from edgeclip.recipe import Recipe
 from edgeclip.students import Student

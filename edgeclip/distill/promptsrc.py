@@ -27,18 +27,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip import disk, teachers, tokenizer
+from edgeclip import disk, teachers
 from edgeclip import recipe as R
 from edgeclip.cache import class_features, draw_views, replay
 from edgeclip.data import Dataset
+from edgeclip.device import tokenizer
+from edgeclip.device.pictures import Picture, read, refuse_unreadable, stream
+from edgeclip.device.preprocess import normalise, open_picture
+from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Picture, read, refuse_unreadable, stream
-from edgeclip.preprocess import normalise, open_picture
 from edgeclip.progress import say, track
 from edgeclip.prompts import PromptedText, PromptedTower
 from edgeclip.teachers import Teacher, TextTower
 from edgeclip.teachers.open_clip import ImageTower, encoder
-from edgeclip.zero_shot import prompts
 
 TEMPLATES = ("{c}.",)
 """what a prompted teacher reads: the learnt context stands before it"""

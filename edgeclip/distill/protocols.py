@@ -24,20 +24,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeclip import cache, config, data, disk, metrics, recipe, students, teachers
+from edgeclip import cache, config, data, disk, recipe, students, teachers
 from edgeclip.data import Dataset
+from edgeclip.device import metrics
+from edgeclip.device.pictures import Picture
+from edgeclip.device.preprocess import Preprocess
+from edgeclip.device.zero_shot import ensemble, prompts
 from edgeclip.distill import promptsrc
 from edgeclip.distill.adapt import adapted
 from edgeclip.distill.evaluate import Answers, image_features, mean_over, note, score, teacher_features
 from edgeclip.distill.run import CACHE, pick_device
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Picture
-from edgeclip.preprocess import Preprocess
 from edgeclip.progress import say
 from edgeclip.recipe import Data, Recipe
 from edgeclip.students import EduAttentionHead, Student
 from edgeclip.teachers import Teacher, TextTower
-from edgeclip.zero_shot import ensemble, prompts
 
 
 class Run(NamedTuple):

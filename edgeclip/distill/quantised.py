@@ -27,15 +27,15 @@ from torch.nn.utils import parametrize
 
 from edgeclip import disk, ranks
 from edgeclip import recipe as R
-from edgeclip import target as T
 from edgeclip.cache import TeacherCache
+from edgeclip.device import target as T
+from edgeclip.device.pictures import read
+from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_pixels
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph, policy
 from edgeclip.export.onnxruntime import Calibrated, calibrate, rounded_outputs
 from edgeclip.export.policy import Form, Quantisation
 from edgeclip.fold import fold
-from edgeclip.pictures import read
-from edgeclip.preprocess import Preprocess, normalise, open_picture, to_pixels
 
 SMALLEST = 1e-6
 

@@ -19,8 +19,10 @@ import msgspec
 import torch
 from torch import nn
 
-from edgeclip import __version__, cache, data, disk, ranks, recipe, students, target, teachers, weights
+from edgeclip import __version__, cache, data, disk, ranks, recipe, students, teachers, weights
 from edgeclip.allocator import give_back_freed_memory, keep_freed_memory
+from edgeclip.device import target
+from edgeclip.device.zero_shot import prompts
 from edgeclip.distill import board, losses, promptsrc, quantised
 from edgeclip.distill.adapt import adapt
 from edgeclip.distill.evaluate import evaluate, note, teacher_features
@@ -33,7 +35,6 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.progress import Clock, first, say
 from edgeclip.recipe import Recipe
 from edgeclip.teachers import Teacher
-from edgeclip.zero_shot import prompts
 
 CACHE = Path("cache")
 

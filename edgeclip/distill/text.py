@@ -14,9 +14,9 @@ from torch import Tensor, cat, nn
 from edgeclip import students
 from edgeclip.cache import TeacherCache
 from edgeclip.cache.shards import name
+from edgeclip.device.zero_shot import prompts
 from edgeclip.distill.losses import Batch
 from edgeclip.teachers import Teacher, TextTower
-from edgeclip.zero_shot import prompts
 
 
 class Texts(NamedTuple):

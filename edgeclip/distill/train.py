@@ -29,6 +29,7 @@ from edgeclip import ranks
 from edgeclip.cache import TeacherCache
 from edgeclip.data import Dataset
 from edgeclip.data.order import Shuffled
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill import losses as L
 from edgeclip.distill.board import Board
 from edgeclip.distill.checkpoint import Checkpoint, Position, load, optimizer_tensors, restore_optimizer, save, signals
@@ -37,7 +38,6 @@ from edgeclip.distill.step import ADVICE, NewLayers, Objective, Part, Step, Towe
 from edgeclip.distill.targets import Targets
 from edgeclip.distill.text import Texts, text_feature
 from edgeclip.errors import EdgeclipError, Interrupted
-from edgeclip.preprocess import Preprocess
 from edgeclip.progress import Clock, say, track
 from edgeclip.recipe import First, Recipe, Weighted
 from edgeclip.students import EduAttentionHead, Student, checkpoint_gradients

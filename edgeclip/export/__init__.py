@@ -15,18 +15,18 @@ import numpy as np
 import torch
 
 from edgeclip import __version__, disk
-from edgeclip.bundle import FORMAT
+from edgeclip.device.bundle import FORMAT
+from edgeclip.device.metrics import l2_normalise
+from edgeclip.device.pictures import read
+from edgeclip.device.preprocess import normalise, open_picture, to_pixels
+from edgeclip.device.target import Target
+from edgeclip.device.zero_shot import class_scores, prompts
 from edgeclip.export import calibration, graph, tensorrt
 from edgeclip.export.search import search
 from edgeclip.export.source import Source
 from edgeclip.export.vocabulary import prune
 from edgeclip.fold import fold
-from edgeclip.metrics import l2_normalise
-from edgeclip.pictures import read
-from edgeclip.preprocess import normalise, open_picture, to_pixels
 from edgeclip.progress import say
-from edgeclip.target import Target
-from edgeclip.zero_shot import class_scores, prompts
 
 EXPORTERS = {"onnxruntime": "edgeclip.export.onnxruntime", "openvino": "edgeclip.export.openvino", "tensorrt": "edgeclip.export.tensorrt"}
 GOLDEN_TEXTS = ["a photo of a cat", "a red umbrella", "the letter A", "two people shaking hands"]
@@ -152,7 +152,7 @@ def _answers(source: Source) -> Callable[[np.ndarray], np.ndarray] | None:
 
 def _write_text(source: Source, target: Target, exporter: Any, folder: Path) -> dict[str, Any]:
     assert source.load_text is not None
-    from edgeclip import tokenizer
+    from edgeclip.device import tokenizer
 
     text = source.load_text()
     words = tokenizer.load(text.tokenizer, text.context_length)

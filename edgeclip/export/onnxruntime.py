@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import onnx
 
+from edgeclip.device.target import Target
 from edgeclip.export import graph
 from edgeclip.export.half import to_fp16
 from edgeclip.progress import track
-from edgeclip.target import Target
 
 if TYPE_CHECKING:
     from edgeclip.export.policy import Quantisation

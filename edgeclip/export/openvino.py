@@ -8,10 +8,10 @@ from typing import Any
 
 import onnx
 
+from edgeclip.device.target import Target
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
 from edgeclip.export.policy import Quantisation
-from edgeclip.target import Target
 
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 

@@ -26,11 +26,12 @@ import numpy as np
 import onnx
 from onnx import compose, numpy_helper
 
-from edgeclip import disk, tokenizer
-from edgeclip.bundle import Bundle
+from edgeclip import disk
+from edgeclip.device import tokenizer
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.zero_shot import EduAttention
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
-from edgeclip.zero_shot import EduAttention
 
 
 def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:

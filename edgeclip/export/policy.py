@@ -18,14 +18,14 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeclip import machine
+from edgeclip.device import machine
+from edgeclip.device.metrics import l2_normalise
+from edgeclip.device.target import Calibration, Target
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
 from edgeclip.export.onnxruntime import Calibrated, calibrate, quantise
 from edgeclip.export.smooth import smooth
-from edgeclip.metrics import l2_normalise
 from edgeclip.progress import track
-from edgeclip.target import Calibration, Target
 
 PROBES = 32
 """calibration pictures a layer is judged on"""

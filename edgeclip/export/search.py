@@ -22,16 +22,16 @@ import msgspec
 import numpy as np
 import onnx
 
-from edgeclip import machine
+from edgeclip.device import machine
+from edgeclip.device.metrics import agreement, cosine
+from edgeclip.device.target import Calibration, Target
+from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
 from edgeclip.export import policy
 from edgeclip.export.calibration import Pictures
 from edgeclip.export.policy import Form, Quantisation
-from edgeclip.metrics import agreement, cosine
 from edgeclip.progress import say
 from edgeclip.runtime import open_session
-from edgeclip.target import Calibration, Target
-from edgeclip.validate import short_of_agreement
 
 ROUNDS, QUERIES = 15, 4
 SAME_SPEED = 1.05

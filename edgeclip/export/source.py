@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import data, disk, recipe, students, teachers, weights
+from edgeclip.device.pictures import Picture, digest, index_folder, index_tar
+from edgeclip.device.preprocess import Preprocess
+from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
 from edgeclip.distill import promptsrc
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Picture, digest, index_folder, index_tar
-from edgeclip.preprocess import Preprocess
 from edgeclip.recipe import OpenClip, Timm
 from edgeclip.teachers import TextTower
 from edgeclip.teachers import open_clip as open_clip_teacher
-from edgeclip.zero_shot import EduAttention, ensemble, prompts
 
 
 class Source(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeclip import tokenizer
+from edgeclip.device import tokenizer
 from edgeclip.errors import EdgeclipError
 from edgeclip.teachers import TextTower
 

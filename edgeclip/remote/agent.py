@@ -173,7 +173,7 @@ def run(request: Request) -> None:
     held = lock(folder, ".run", False)
     environment = dict(os.environ, PYTHONPATH=inside(folder, request["runner"]), PYTHONDONTWRITEBYTECODE="1", EDGECLIP_ENGINES=inside(folder, "engines"))
     work = dict(request["work"], folder=folder, python=request["python"])
-    command = [*request["python"], "-m", "edgeclip.on_board"]
+    command = [*request["python"], "-m", "edgeclip.device.__main__"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, cwd=folder, start_new_session=True)
     assert child.stdin
     child.stdin.write(json.dumps(work).encode())

@@ -21,16 +21,17 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from edgeclip import disk, energy, engine
+from edgeclip import disk, engine
 from edgeclip import preflight as P
-from edgeclip.bench import over_budget
-from edgeclip.bundle import Bundle
-from edgeclip.device import Device, Minimum, Reach
+from edgeclip.device import energy
+from edgeclip.device.bench import over_budget
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.profile import Device, Minimum, Reach
+from edgeclip.device.validate import Evaluation, Observed, judge
 from edgeclip.errors import EdgeclipError, LinkLost
 from edgeclip.progress import say
 from edgeclip.remote import own_sshd, runner
 from edgeclip.remote.link import AGAIN, Link, connect
-from edgeclip.validate import Evaluation, Observed, judge
 
 T = TypeVar("T")
 MACHINE = Path(__file__).parent.parent / "machine.py"

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeclip.device import Reach
+from edgeclip.device.profile import Reach
 from edgeclip.errors import EdgeclipError, LinkLost
 from edgeclip.progress import say
 

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from edgeclip.device import Reach
+from edgeclip.device.profile import Reach
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
 from edgeclip.remote.runner import cache_folder

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from edgeclip import recipe as R
-from edgeclip import tokenizer
+from edgeclip.device import tokenizer
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.fold import fold
-from edgeclip.preprocess import Preprocess
 
 
 @dataclass(frozen=True, kw_only=True)

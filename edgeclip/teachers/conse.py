@@ -10,10 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip import tokenizer, weights
+from edgeclip import weights
+from edgeclip.device import tokenizer
+from edgeclip.device.zero_shot import prompts
 from edgeclip.recipe import Conse, Timm
 from edgeclip.teachers import Teacher, TextTower, sentence
-from edgeclip.zero_shot import prompts
 
 ANCHORS = "all synonyms, centred"
 """Part of the teacher's identity: change it with the anchors, or an old cache is taken for a new one."""

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip import tokenizer, weights
+from edgeclip import weights
+from edgeclip.device import tokenizer
 from edgeclip.errors import EdgeclipError
 from edgeclip.recipe import OpenClip
 from edgeclip.teachers import Teacher, TextTower

@@ -13,8 +13,8 @@ from torch import Tensor
 from edgeclip import recipe as R
 from edgeclip import weights
 from edgeclip.cache import embeddings, reinforced
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
-from edgeclip.preprocess import Preprocess
 from edgeclip.teachers import Teacher, TextTower, open_clip
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from edgeclip import cli_device, disk
-from edgeclip.bundle import Bundle
-from edgeclip.device import Minimum
-from edgeclip.device import load as load_device
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.profile import Minimum
+from edgeclip.device.profile import load as load_device
+from edgeclip.device.validate import load_evaluation
 from edgeclip.errors import EdgeclipError
 from edgeclip.remote import runner
 from edgeclip.remote.board import Board
-from edgeclip.validate import load_evaluation
 from tests.support.command import run
 from tests.support.files import REPO
 from tests.support.sshd import profile, working_below, write_ssh_config
@@ -207,7 +207,7 @@ def test_the_runner_is_the_device_layer_and_nothing_of_the_host(tmp_path):
     content = runner.device_layer()
     names = zipfile.ZipFile(io.BytesIO(content)).namelist()
     assert content == runner.device_layer()
-    assert "edgeclip/on_board.py" in names
+    assert "edgeclip/device/__main__.py" in names
     assert "edgeclip/runtime/onnxruntime.py" in names
     assert {n.split("/")[1].removesuffix(".py") for n in names}.isdisjoint(runner.HOST) and {"cache", "distill", "remote"} <= set(runner.HOST)
     (tmp_path / "own.zip").write_bytes(content)

@@ -7,10 +7,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgeclip.bundle import Bundle
-from edgeclip.device import load as load_device
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.profile import load as load_device
+from edgeclip.device.validate import load_evaluation
 from edgeclip.remote.board import Board
-from edgeclip.validate import load_evaluation
 from tests.support.command import run
 from tests.support.toy_bundle import LABELS, write_evaluation
 
@@ -69,7 +69,7 @@ def test_fp32_and_s8s8_answer_as_on_x86_with_the_same_onnxruntime(bundles, kind)
         assert (arm.arrays["golden_pixels"] == x86.arrays["golden_pixels"]).all()  # PIL's resize is the same on both
         a, b = arm.arrays["features_all"].astype(np.float64), x86.arrays["features_all"]
         assert (a * b).sum(axis=1).min() > (0.99999 if "fp32" in bundle.folder.name else 0.99)
-        from edgeclip.validate import decide
+        from edgeclip.device.validate import decide
 
         margin = np.concatenate([m for _, _, m in decide(bundle, load_evaluation(bundles[kind][1]), x86.arrays["features_all"])])
         unlike = arm.arrays["answers"] != x86.arrays["answers"]

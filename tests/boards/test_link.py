@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from edgeclip import disk
-from edgeclip.bundle import Bundle
-from edgeclip.device import load as load_device
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.profile import load as load_device
 from edgeclip.errors import EdgeclipError, LinkLost
 from edgeclip.remote import runner
 from edgeclip.remote.board import Board

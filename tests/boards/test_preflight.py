@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from edgeclip import device, machine
+from edgeclip.device import machine
+from edgeclip.device import profile as device
 from edgeclip.preflight import preflight
 from tests.support.command import mistake, run
 from tests.support.machine_files import FACTS, JETSON, fake

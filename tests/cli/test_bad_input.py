@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgeclip import disk
-from edgeclip.bundle import Bundle
+from edgeclip.device.bundle import Bundle
 from tests.support.command import mistake, run
 from tests.support.files import REPO, snapshot, write
 from tests.support.images import encoded, picture, truncated_jpeg
@@ -223,7 +223,7 @@ def test_a_split_with_an_empty_half(here, half):
 def test_a_data_set_of_hardly_any_training_pictures(here, left):
     from hashlib import sha256
 
-    from edgeclip.pictures import index_folder
+    from edgeclip.device.pictures import index_folder
 
     drawn = sorted(int(sha256(f"{f.name}/{p.key}".encode()).hexdigest()[:8], 16) / 2**32 for f in photos(here / "photos").iterdir() for p in index_folder(f))
     write(here, RECIPE.replace("ROOT", f"photos, test_fraction: {drawn[-left] if left else (1 + drawn[-1]) / 2}"))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edgeclip.bundle import Bundle
 from edgeclip.cli import main
 from edgeclip.data import shapes
+from edgeclip.device.bundle import Bundle
 from tests.support.files import REPO
 
 
@@ -128,7 +128,7 @@ def test_labels_bakes_words_and_embed_writes_unit_rows(workplace):
 
 def test_no_held_back_picture_is_among_the_calibration_pictures(workplace):
     manifest = Bundle.load("runs/smoke/bundles/onnx-int8").manifest
-    from edgeclip.pictures import index_tar, read
+    from edgeclip.device.pictures import index_tar, read
 
     evaluation = {hashlib.sha256(read(p)).hexdigest() for p in index_tar(Path("runs/smoke/evaluation/pictures.tar"))}
     assert manifest["calibration"] and not evaluation & {c["sha256"] for c in manifest["calibration"]}

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeclip import machine, tables
-from edgeclip.bench import WARM_UP, _pictures, _stages, bench, check_with, cold_start, joined, over_budget, run_scenario, summary, sustained
-from edgeclip.bundle import Bundle
-from edgeclip.device import Budget, Device, Minimum
+from edgeclip import tables
+from edgeclip.device import machine
+from edgeclip.device.bench import WARM_UP, _pictures, _stages, bench, check_with, cold_start, joined, over_budget, run_scenario, summary, sustained
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.profile import Budget, Device, Minimum
 from edgeclip.errors import EdgeclipError
 from edgeclip.runtime import open_session
 
@@ -116,7 +117,7 @@ def test_what_was_not_measured_is_null(measured, shipped_bundle):
 
 
 def test_a_meter_that_cannot_be_read_costs_the_energy_alone(shipped_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr("edgeclip.energy.IDLE_S", 0.0)
+    monkeypatch.setattr("edgeclip.device.energy.IDLE_S", 0.0)
     device, how = Device(runtimes=["onnxruntime"]), {"meter_csv": tmp_path / "gone.csv"}
     r = bench(Bundle.load(shipped_bundle("onnx-fp32")), device, machine.facts(), None, Minimum(0.0, 5), ("single_stream",), **how)
     assert r["single_stream"]["queries"] >= 5 and r["energy"] is None
@@ -171,18 +172,18 @@ def test_sustained_load_is_told_in_tenths(shipped_bundle):
 
 def test_the_drift_is_the_last_tenths_p90_over_the_firsts(monkeypatch):
     runs = iter([[0.002] * 20] * 9 + [[0.006] * 20])
-    monkeypatch.setattr("edgeclip.bench.run_scenario", lambda *_: next(runs))
+    monkeypatch.setattr("edgeclip.device.bench.run_scenario", lambda *_: next(runs))
     assert sustained(lambda x: x, [0], 1.0)["p90_drift"] == pytest.approx(3.0)
 
 
 def test_a_load_that_throttled_in_its_middle_says_so(monkeypatch):
     """A Raspberry Pi that was throttled some time before, and is again in the fourth tenth only."""
     readings = iter([0x50000] * 4 + [0x50004] + [0x50000] * 6)
-    monkeypatch.setattr("edgeclip.machine.throttled", lambda: {"get_throttled": next(readings)})
+    monkeypatch.setattr("edgeclip.device.machine.throttled", lambda: {"get_throttled": next(readings)})
     found = sustained(lambda x: x, [0], 0.01)
     assert [w["throttled"] for w in found["windows"]] == [[]] * 3 + [["get_throttled"]] + [[]] * 6
     assert found["throttled"] == ["get_throttled"] and found["throttled_before"] is True
-    monkeypatch.setattr("edgeclip.machine.throttled", lambda: None)
+    monkeypatch.setattr("edgeclip.device.machine.throttled", lambda: None)
     assert sustained(lambda x: x, [0], 0.01)["throttled"] is None
 
 

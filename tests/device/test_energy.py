@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from edgeclip import energy
-from edgeclip.energy import Sample, by_the_hosts_meter, find, half_width, meter, per_image, steady_from
+from edgeclip.device import energy
+from edgeclip.device.energy import Sample, by_the_hosts_meter, find, half_width, meter, per_image, steady_from
 from edgeclip.errors import EdgeclipError
 from tests.support.machine_files import fake
 

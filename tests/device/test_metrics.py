@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from edgeclip.metrics import accuracy_drop, chance_recall, cosine, harmonic_mean, hits, l2_normalise, paired_drop, recall_both_ways
+from edgeclip.device.metrics import accuracy_drop, chance_recall, cosine, harmonic_mean, hits, l2_normalise, paired_drop, recall_both_ways
 
 
 def test_normalised_rows_have_length_one_and_zero_stays_zero():

@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
+from edgeclip.device.pictures import Picture, index_folder, index_tar, read, refuse_unreadable, stream
+from edgeclip.device.preprocess import UnreadablePicture
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Picture, index_folder, index_tar, read, refuse_unreadable, stream
-from edgeclip.preprocess import UnreadablePicture
 from tests.support.images import add_member, encoded, picture
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from edgeclip.device.preprocess import Preprocess, UnreadablePicture, normalise, open_picture, to_pixels
 from edgeclip.errors import EdgeclipError
-from edgeclip.preprocess import Preprocess, UnreadablePicture, normalise, open_picture, to_pixels
 from tests.support.images import encoded, picture, truncated_jpeg
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

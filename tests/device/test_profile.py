@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from edgeclip import config, device, machine
+from edgeclip import config
+from edgeclip.device import machine
+from edgeclip.device import profile as device
 from edgeclip.errors import EdgeclipError
 from tests.support.files import REPO
 from tests.support.machine_files import FACTS, JETSON, fake

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from edgeclip.bundle import Bundle
-from edgeclip.device import Device, Recognise
-from edgeclip.selftest import selftest, without_paths
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.profile import Device, Recognise
+from edgeclip.device.selftest import selftest, without_paths
 from tests.support.command import run
 
 

@@ -6,7 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from edgeclip import tokenizer, weights
+from edgeclip import weights
+from edgeclip.device import tokenizer
 from edgeclip.errors import EdgeclipError
 from edgeclip.teachers.open_clip import clip_tokenizer_json
 

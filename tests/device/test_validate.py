@@ -9,9 +9,9 @@ import pytest
 from onnx import numpy_helper
 
 from edgeclip import disk
-from edgeclip.bundle import Bundle, bake_labels
+from edgeclip.device.bundle import Bundle, bake_labels
+from edgeclip.device.validate import load_evaluation, validate
 from edgeclip.errors import EdgeclipError
-from edgeclip.validate import load_evaluation, validate
 from tests.support.images import add_member, encoded, picture
 from tests.support.toy_bundle import LABELS, write_evaluation
 
@@ -154,8 +154,8 @@ def test_a_set_is_scored_over_its_own_class_list(shipped_bundle, source, evaluat
     disk.write_manifest(folder, "evaluation", {"licence": "", "pictures": 400})
     r = report(shipped_bundle("onnx-fp32"), folder)
     features = np.load(folder / "image_features.npy")
-    from edgeclip.metrics import hits
-    from edgeclip.zero_shot import class_scores
+    from edgeclip.device.metrics import hits
+    from edgeclip.device.zero_shot import class_scores
 
     for row, (name, classes) in zip(r["sets"], parts.items(), strict=True):
         rows = [i for i, y in enumerate(labels) if y in classes]

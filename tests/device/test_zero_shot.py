@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from edgeclip import recipe as R
-from edgeclip.metrics import l2_normalise
+from edgeclip.device.metrics import l2_normalise
+from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, prompts
 from edgeclip.students import EduAttentionHead
-from edgeclip.zero_shot import EduAttention, class_scores, ensemble, prompts
 
 D = 12
 

@@ -5,7 +5,7 @@ import random
 import torch
 
 from edgeclip import recipe as R
-from edgeclip.pictures import Picture
+from edgeclip.device.pictures import Picture
 from tests.support.images import encoded
 from tests.support.toy_bundle import SIZE
 

@@ -66,7 +66,7 @@ def toy_target(name: str):
     """The shipped target of that name, with the calibration of a toy."""
     import msgspec
 
-    from edgeclip import target
+    from edgeclip.device import target
 
     loaded = target.load(name)[1]
     small = {"pictures": 32, "judged_on": 0, "probe_layers": 2, "layer_cosine": 0.9, "methods": ("minmax",), "smoothing": (None,)}
@@ -79,7 +79,7 @@ def write_evaluation(folder: Path, source, count: int) -> Path:
     import torch
 
     from edgeclip import disk
-    from edgeclip.zero_shot import class_scores
+    from edgeclip.device.zero_shot import class_scores
 
     pictures = [picture(5000 + i, SIZE, SIZE) for i in range(count)]
     x = np.stack([((np.asarray(p, np.float32) / 255 - 0.5) / 0.25).transpose(2, 0, 1) for p in pictures])

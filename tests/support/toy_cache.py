@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from edgeclip import cache
 from edgeclip.data import Dataset
-from edgeclip.pictures import index_folder
-from edgeclip.preprocess import Preprocess
+from edgeclip.device.pictures import index_folder
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.recipe import Views
 from edgeclip.teachers import Teacher
 

@@ -13,11 +13,11 @@ from edgeclip import recipe as R
 from edgeclip.cache import TeacherCache
 from edgeclip.config import convert
 from edgeclip.data import Dataset
+from edgeclip.device.pictures import index_folder
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill import train as T
 from edgeclip.distill.step import Step
 from edgeclip.distill.text import Texts
-from edgeclip.pictures import index_folder
-from edgeclip.preprocess import Preprocess
 from edgeclip.students import EduAttentionHead, Student, StudentText
 from edgeclip.teachers import Teacher
 from tests.support.images import picture

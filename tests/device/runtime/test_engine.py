@@ -241,8 +241,8 @@ def test_a_call_that_fails_is_an_error_never_another_runtime():
 
 
 def test_an_engine_without_a_layer_of_its_precision_does_not_pass(shipped_bundle):
-    from edgeclip.bundle import Bundle
-    from edgeclip.validate import judge, observe
+    from edgeclip.device.bundle import Bundle
+    from edgeclip.device.validate import judge, observe
 
     bundle = Bundle.load(shipped_bundle("onnx-int8"))
     observed = observe(bundle, None)

@@ -12,15 +12,16 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from edgeclip import disk, tokenizer, weights
+from edgeclip import disk, weights
 from edgeclip import recipe as R
 from edgeclip.cache import class_features
 from edgeclip.data import Dataset, shapes
+from edgeclip.device import tokenizer
+from edgeclip.device.pictures import Picture
+from edgeclip.device.preprocess import Preprocess, normalise
 from edgeclip.distill import promptsrc
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
-from edgeclip.pictures import Picture
-from edgeclip.preprocess import Preprocess, normalise
 from edgeclip.teachers import open_clip as teachers
 from tests.support.command import mistake, run
 from tests.support.files import write
@@ -170,7 +171,7 @@ train: {{epochs: 1, batch_size: 32, optimizer: sgd, lr: 0.005, device: cpu}}
 
 
 def test_vit_to_vit_from_recipe_to_bundle(here):
-    from edgeclip.bundle import Bundle
+    from edgeclip.device.bundle import Bundle
 
     shapes.write(here / "shapes")
     write(here, PATH.replace("ROOT", "shapes"))

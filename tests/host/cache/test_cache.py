@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from edgeclip import cache
+from edgeclip.device.preprocess import normalise
 from edgeclip.errors import EdgeclipError
-from edgeclip.preprocess import normalise
 from edgeclip.recipe import Views
 from tests.support.files import snapshot
 from tests.support.images import picture, truncated_jpeg

@@ -17,10 +17,10 @@ from edgeclip import cache, teachers
 from edgeclip import recipe as R
 from edgeclip.cache.views import OPERATIONS
 from edgeclip.data import Dataset
+from edgeclip.device.pictures import index_tar
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill.text import texts
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import index_tar
-from edgeclip.preprocess import Preprocess
 from edgeclip.students import token_ids
 from edgeclip.teachers.open_clip import clip_tokenizer_json
 from tests.support.command import mistake, run

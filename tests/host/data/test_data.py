@@ -2,8 +2,9 @@
 
 import pytest
 
-from edgeclip import data, pictures
+from edgeclip import data
 from edgeclip import recipe as R
+from edgeclip.device import pictures
 from edgeclip.errors import EdgeclipError
 from tests.support.files import REPO
 from tests.support.images import encoded, picture

@@ -13,9 +13,9 @@ from edgeclip import cache, data
 from edgeclip import recipe as R
 from edgeclip.data.index import index
 from edgeclip.data.shards import expand, find
+from edgeclip.device.pictures import Picture, index_tar, read
+from edgeclip.device.preprocess import Preprocess, UnreadablePicture, normalise
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Picture, index_tar, read
-from edgeclip.preprocess import Preprocess, UnreadablePicture, normalise
 from tests.support.files import snapshot
 from tests.support.images import add_member, encoded, picture
 from tests.support.webdataset import shard, webdataset

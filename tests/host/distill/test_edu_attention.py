@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from edgeclip import recipe as R
+from edgeclip.device.zero_shot import class_scores
 from edgeclip.distill import losses as L
 from edgeclip.students import EduAttentionHead
-from edgeclip.zero_shot import class_scores
 
 D = 8
 

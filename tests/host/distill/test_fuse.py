@@ -16,15 +16,15 @@ from edgeclip import teachers
 from edgeclip.cache import TeacherCache
 from edgeclip.cli import main
 from edgeclip.data import Dataset, load, shapes
+from edgeclip.device.metrics import hits
+from edgeclip.device.pictures import Picture
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill import run
 from edgeclip.distill.evaluate import image_features
 from edgeclip.distill.fuse import Fusion, fuse
 from edgeclip.distill.targets import Targets, TeacherRows, labels
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
-from edgeclip.metrics import hits
-from edgeclip.pictures import Picture
-from edgeclip.preprocess import Preprocess
 from edgeclip.teachers import Teacher
 from tests.support.files import REPO
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from edgeclip import recipe as R
+from edgeclip.device.metrics import l2_normalise
 from edgeclip.distill import losses as L
 from edgeclip.errors import EdgeclipError
-from edgeclip.metrics import l2_normalise
 from edgeclip.students import EduAttentionHead
 
 B, D, N, SCALE = 6, 8, 5, 7.0

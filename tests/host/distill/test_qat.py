@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from edgeclip import disk
+from edgeclip.device.metrics import cosine
 from edgeclip.distill import quantised
 from edgeclip.distill.step import Step
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph, policy
 from edgeclip.export.onnxruntime import quantise
 from edgeclip.fold import fold
-from edgeclip.metrics import cosine
 from tests.support.command import mistake
 from tests.support.command import run as cli
 from tests.support.files import write

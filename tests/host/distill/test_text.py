@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from edgeclip import recipe as R
 from edgeclip import students
-from edgeclip.bundle import Bundle
 from edgeclip.data import shapes
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.target import load as load_target
 from edgeclip.distill.run import distill
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import export
 from edgeclip.export.source import from_run
-from edgeclip.target import load as load_target
 from tests.support.command import mistake
 from tests.support.files import REPO
 
@@ -71,8 +71,8 @@ def test_words_that_were_never_baked_are_the_students_own_with_and_without_torch
     image = shapes.draw(0, random.Random(1))
     got = {r["label"]: r["score"] for r in bundle.classify(image, NEW)}
     student = students.load(folder / "runs/open/student")[0]
-    from edgeclip.preprocess import normalise
-    from edgeclip.zero_shot import class_scores
+    from edgeclip.device.preprocess import normalise
+    from edgeclip.device.zero_shot import class_scores
 
     with torch.inference_mode():
         feature = student(torch.from_numpy(normalise(bundle.pixels(image)[None], bundle.preprocess))).numpy()

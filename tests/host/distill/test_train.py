@@ -14,13 +14,13 @@ from edgeclip import recipe as R
 from edgeclip.cache import TeacherCache
 from edgeclip.config import convert
 from edgeclip.data import Dataset
+from edgeclip.device.pictures import Picture
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill import losses as L
 from edgeclip.distill import train as T
 from edgeclip.distill.step import Step
 from edgeclip.distill.targets import Targets
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import Picture
-from edgeclip.preprocess import Preprocess
 from edgeclip.students import EduAttentionHead, Student
 from edgeclip.teachers import Teacher
 from tests.support import toy_training as toys

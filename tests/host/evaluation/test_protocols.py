@@ -11,11 +11,11 @@ from PIL import Image
 
 from edgeclip import cli, config, disk, recipe, students, tables, teachers
 from edgeclip.data import EvaluationSet
+from edgeclip.device.metrics import harmonic_mean, hits, l2_normalise
+from edgeclip.device.preprocess import Preprocess
+from edgeclip.device.zero_shot import EduAttention, class_scores
 from edgeclip.distill import protocols
 from edgeclip.distill.evaluate import Answers, score
-from edgeclip.metrics import harmonic_mean, hits, l2_normalise
-from edgeclip.preprocess import Preprocess
-from edgeclip.zero_shot import EduAttention, class_scores
 from tests.support.command import mistake, run
 from tests.support.files import snapshot
 from tests.support.images import add_member, encoded

@@ -9,12 +9,13 @@ import onnx
 import pytest
 import torch
 
-from edgeclip import disk, target
-from edgeclip.bundle import Bundle, bake_labels
+from edgeclip import disk
+from edgeclip.device import target
+from edgeclip.device.bundle import Bundle, bake_labels
+from edgeclip.device.metrics import cosine
+from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import export, graph
-from edgeclip.metrics import cosine
-from edgeclip.zero_shot import class_scores
 from tests.support.files import snapshot
 from tests.support.images import encoded, picture, truncated_jpeg
 from tests.support.optional import require
@@ -204,7 +205,7 @@ def test_too_few_calibration_pictures_are_a_users_error(source, tmp_path):
 
 
 def test_unreadable_calibration_pictures_fail_the_export(source, tmp_path):
-    from edgeclip.pictures import Picture
+    from edgeclip.device.pictures import Picture
 
     bad = Picture("half.jpg", str(truncated_jpeg(tmp_path / "half.jpg")))
     with pytest.raises(EdgeclipError, match=r"1 of 32 pictures are unreadable.*half\.jpg"):

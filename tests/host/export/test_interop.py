@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from edgeclip import disk
-from edgeclip.bundle import Bundle
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import optimum
-from edgeclip.zero_shot import class_scores
 from tests.support.images import picture
 
 TEXTS = ["a photo of a cat", "a car", "red umbrella"]
@@ -179,8 +179,8 @@ def test_open_clip_loads_the_student_itself(name, source, tmp_path):
 
     from edgeclip import recipe as R
     from edgeclip import weights
+    from edgeclip.device.preprocess import normalise, to_pixels
     from edgeclip.export import open_clip
-    from edgeclip.preprocess import normalise, to_pixels
     from edgeclip.students import token_ids
 
     own, text = made(tmp_path / "run", source, *STUDENTS[name])

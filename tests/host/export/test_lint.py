@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeclip import target
+from edgeclip.device import target
 from edgeclip.export import graph
 from edgeclip.export.half import to_fp16
 from edgeclip.export.lint import lint, rules

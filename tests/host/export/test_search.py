@@ -10,7 +10,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from edgeclip import target
+from edgeclip.device import target
+from edgeclip.device.metrics import cosine
+from edgeclip.device.pictures import Picture
+from edgeclip.device.target import Calibration, Tolerance
+from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
 from edgeclip.export import EXPORTERS, graph, policy
 from edgeclip.export.calibration import Pictures
@@ -18,10 +22,6 @@ from edgeclip.export.onnxruntime import calibrate, quantise
 from edgeclip.export.search import measured_here, search
 from edgeclip.export.smooth import smooth
 from edgeclip.fold import fold
-from edgeclip.metrics import cosine
-from edgeclip.pictures import Picture
-from edgeclip.target import Calibration, Tolerance
-from edgeclip.validate import short_of_agreement
 from tests.support.command import run as cli
 from tests.support.images import picture
 from tests.support.toy_bundle import toy_input
@@ -245,7 +245,7 @@ def test_int8_that_is_no_faster_is_refused_with_both_times(plain, pictures):
 
 
 def test_speed_is_measured_only_where_the_machine_is_of_the_targets_kind(monkeypatch):
-    from edgeclip import machine
+    from edgeclip.device import machine
 
     targets = ("onnx-int8", "onnx-int8-arm", "openvino-int8", "tensorrt-int8")
     for arch, expected in (("x86_64", [True, False, True, False]), ("aarch64", [False, True, False, False])):

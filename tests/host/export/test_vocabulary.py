@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip import disk, tokenizer
-from edgeclip.bundle import Bundle
+from edgeclip import disk
+from edgeclip.device import tokenizer
+from edgeclip.device.bundle import Bundle
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import GOLDEN_TEXTS, export, optimum
 from edgeclip.export.source import with_vocabulary

@@ -10,14 +10,14 @@ from onnx import TensorProto
 from torch import nn
 from torch.nn import functional as F
 
-from edgeclip import machine, target
+from edgeclip.device import machine, target
+from edgeclip.device.metrics import cosine
+from edgeclip.device.target import Calibration
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph, policy, tensorrt
 from edgeclip.export.half import to_fp16
 from edgeclip.export.onnxruntime import calibrate, quantise, rounded_outputs
 from edgeclip.fold import fold
-from edgeclip.metrics import cosine
-from edgeclip.target import Calibration
 from tests.support.optional import require
 from tests.support.toy_bundle import toy_input
 

@@ -8,12 +8,12 @@ import torch
 
 from edgeclip import recipe as R
 from edgeclip import students, weights
-from edgeclip.bundle import Bundle
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.pictures import read
+from edgeclip.device.preprocess import normalise
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import export, graph
 from edgeclip.fold import fold
-from edgeclip.pictures import read
-from edgeclip.preprocess import normalise
 from edgeclip.share import swapped
 from tests.support.toy_bundle import WIDTH, toy_target
 

@@ -9,12 +9,12 @@ import torch
 from edgeclip import recipe as R
 from edgeclip import students, weights
 from edgeclip.config import convert
+from edgeclip.device.metrics import cosine
 from edgeclip.distill import quantised
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
 from edgeclip.export.onnxruntime import calibrate, quantise
 from edgeclip.fold import fold
-from edgeclip.metrics import cosine
 from tests.support.families import lively
 
 SIZE, D = 64, 12

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from edgeclip import __version__, disk, energy, machine
-from edgeclip.bench import run_scenario, summary
-from edgeclip.bundle import Bundle
-from edgeclip.device import Device, differences
+from edgeclip import __version__, disk
+from edgeclip.device import energy, machine
+from edgeclip.device.bench import run_scenario, summary
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.preprocess import normalise
+from edgeclip.device.profile import Device, differences
+from edgeclip.device.validate import judge, observe
 from edgeclip.errors import EdgeclipError
-from edgeclip.preprocess import normalise
-from edgeclip.validate import judge, observe
 
 QUERIES = 200
 ALIKE = 0.999

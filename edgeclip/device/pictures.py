@@ -16,8 +16,8 @@ from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
 
+from edgeclip.device.preprocess import UnreadablePicture
 from edgeclip.errors import EdgeclipError
-from edgeclip.preprocess import UnreadablePicture
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_UNREADABLE = 0.01

@@ -1,4 +1,4 @@
-"""`python -m edgeclip.on_board`: what runs on the board for a verb of the host.
+"""`python -m edgeclip.device.__main__`: what runs on the board for a verb of the host.
 
 One JSON request comes on standard input; the answer, one marked line of JSON and the arrays as .npz behind it, goes to
 standard output. Whatever a library prints goes to standard error, which the host shows.
@@ -14,16 +14,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from edgeclip import machine
-from edgeclip.bundle import Bundle
-from edgeclip.device import Device, Minimum, pinned
+from edgeclip.device import machine
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.profile import Device, Minimum, pinned
 from edgeclip.errors import EdgeclipError
 
 MARK = b"edgeclip-reply "
 
 
 def validate(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    from edgeclip.validate import load_evaluation, observe
+    from edgeclip.device.validate import load_evaluation, observe
 
     evaluation = load_evaluation(Path(work["evaluation"]), work["pictures"]) if work["evaluation"] else None
     facts, arrays = observe(_bundle(work, device), evaluation)
@@ -31,7 +31,7 @@ def validate(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict
 
 
 def bench(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    from edgeclip.bench import bench as measure
+    from edgeclip.device.bench import bench as measure
 
     evaluation = Path(work["evaluation"]) if work["evaluation"] else None
     how = {"scenarios": tuple(work["scenarios"]), "minutes": work["minutes"], "python": tuple(work["python"]), "metered": work.get("metered", False)}
@@ -39,7 +39,7 @@ def bench(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[st
 
 
 def selftest(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    from edgeclip.selftest import selftest as examine
+    from edgeclip.device.selftest import selftest as examine
 
     return examine(_bundle(work, device), device), {}
 

@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgeclip import disk
-from edgeclip.bundle import Bundle
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.metrics import accuracy_drop, agreement, cosine, hits
+from edgeclip.device.pictures import index_tar, read, stream
+from edgeclip.device.preprocess import normalise, open_picture
+from edgeclip.device.target import Tolerance
+from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
-from edgeclip.metrics import accuracy_drop, agreement, cosine, hits
-from edgeclip.pictures import index_tar, read, stream
-from edgeclip.preprocess import normalise, open_picture
 from edgeclip.progress import track
-from edgeclip.target import Tolerance
-from edgeclip.zero_shot import class_scores
 
 BATCH = 16
 TIE = 1e-5

@@ -27,14 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from edgeclip import disk, energy, machine
-from edgeclip.bundle import Bundle
-from edgeclip.device import Device, Minimum
+from edgeclip import disk
+from edgeclip.device import energy, machine
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.pictures import index_tar, read
+from edgeclip.device.preprocess import normalise, open_picture
+from edgeclip.device.profile import Device, Minimum
+from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
-from edgeclip.pictures import index_tar, read
-from edgeclip.preprocess import normalise, open_picture
 from edgeclip.progress import say
-from edgeclip.zero_shot import class_scores
 
 WARM_UP = 10
 STAGE_QUERIES = 50
@@ -242,7 +243,7 @@ def cold_start(bundle: Bundle, python: tuple[str, ...] = (sys.executable,), runs
         "import time; t0=time.perf_counter()\n"
         "import json, re, sys\n"
         "import numpy as np\n"
-        "from edgeclip.bundle import Bundle\n"
+        "from edgeclip.device.bundle import Bundle\n"
         "threads, providers = json.loads(sys.argv[2])\n"
         "b=Bundle.load(sys.argv[1], threads=threads, providers=providers and tuple(providers)); b.image_encoder; t1=time.perf_counter()\n"
         "s=b.preprocess.size; b.encode_pixels(np.zeros((1,s,s,3),np.uint8)); t2=time.perf_counter()\n"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgeclip.metrics import l2_normalise
+from edgeclip.device.metrics import l2_normalise
 
 
 class EduAttention(NamedTuple):

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
+from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
-from edgeclip.zero_shot import prompts
 
 
 def load(text: str, context_length: int) -> Tokenizer:

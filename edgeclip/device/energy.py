@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeclip import machine
+from edgeclip.device import machine
 from edgeclip.errors import EdgeclipError
 
 HZ = 10.0

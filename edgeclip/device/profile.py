@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from edgeclip import config, machine
+from edgeclip import config
 from edgeclip.config import Config
+from edgeclip.device import machine
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.runtime import INSTALL
 
