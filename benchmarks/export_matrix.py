@@ -88,7 +88,7 @@ def towers(model: Any) -> tuple[Any, Any, int, int]:
 
 def latencies_ms(paths: list[Path], x: np.ndarray, rounds: int = 25) -> list[float]:
     """Medians over rounds in which each graph runs once, so that other work on the machine meets them alike."""
-    from edgeclip.runtime import open_session
+    from edgeclip.device.runtime import open_session
 
     runs = [open_session("onnxruntime", path, 1).run for path in paths]
     laps: list[list[float]] = []
@@ -124,7 +124,7 @@ def measure(name: str) -> dict[str, Any]:
         folder = Path(temporary)
         paths = {n: folder / f"{n}.onnx" for n in ("float", "onnx-int8", "tensorrt-int8", "text", "text-tensorrt")}
         graph.save(model, paths["float"])
-        from edgeclip.runtime import open_session
+        from edgeclip.device.runtime import open_session
 
         run = open_session("onnxruntime", paths["float"], 1).run
         row["float_error"] = max(float(np.abs(run(x[:b]) - expected[:b]).max()) for b in (1, 3))

@@ -30,8 +30,8 @@ import numpy as np
 from edgeclip.device.bench import WARM_UP, run_scenario
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.preprocess import normalise
+from edgeclip.device.runtime import open_session
 from edgeclip.errors import EdgeclipError
-from edgeclip.runtime import open_session
 
 INPUT = (1, 3, 256, 256)
 SAMPLES = 32

@@ -154,7 +154,7 @@ def work(path: Path, threads: int, inputs: Path) -> None:
             with torch.inference_mode():
                 return module(torch.from_numpy(rows)).numpy()
     else:
-        from edgeclip.runtime import open_session
+        from edgeclip.device.runtime import open_session
 
         run = open_session("openvino" if path.suffix == ".xml" else "onnxruntime", path, threads).run
     for _ in range(WARM_UP):

@@ -87,7 +87,7 @@ def _write_parity(report: dict[str, Any], device: str, run: Path | None, bundle:
     """The report, and what it says of an engine in the engines' history."""
     import datetime
 
-    from edgeclip.engine import remember
+    from edgeclip.device.runtime.engine import remember
 
     if run is not None:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -202,10 +202,10 @@ def _bench_one(
     from edgeclip.device import profile as D
     from edgeclip.device.bench import bench as measure
     from edgeclip.device.bench import incomplete, joined
+    from edgeclip.device.runtime.engine import validated
     from edgeclip.device.validate import load_evaluation
     from edgeclip.device.validate import validate as compare
     from edgeclip.doctor import preflight_here
-    from edgeclip.engine import validated
     from edgeclip.errors import LinkLost
 
     name, device = D.load(device_name)

@@ -46,7 +46,7 @@ def doctor() -> dict[str, Any]:
 
 def preflight_here(device: Device, manifests: Iterable[dict[str, Any]] = ()) -> tuple[dict[str, Any], list[Row]]:
     """(this machine's facts, what a benchmark of bundles with these manifests on it as `device` would meet)"""
-    from edgeclip import engine  # brings numpy, which `list` need not wait for
+    from edgeclip.device.runtime import engine  # brings numpy, which `list` need not wait for
 
     facts, names = machine.facts(), engine.names(manifests)
     builds = not all((engine.folder() / n).exists() for n in names)

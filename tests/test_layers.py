@@ -23,7 +23,11 @@ def fresh(code: str) -> str:
 
 def test_the_device_layer_is_whole():
     named = "errors disk config preprocess metrics zero_shot pictures progress tokenizer target machine device bundle validate bench doctor report starter recipe cli"
-    assert {f"edgeclip.{m}" for m in named.split()} | {"edgeclip.runtime.onnxruntime", "edgeclip.runtime.openvino", "edgeclip.runtime.null"} <= set(DEVICE)
+    assert {f"edgeclip.{m}" for m in named.split()} | {
+        "edgeclip.device.runtime.onnxruntime",
+        "edgeclip.device.runtime.openvino",
+        "edgeclip.device.runtime.null",
+    } <= set(DEVICE)
 
 
 def test_no_module_of_the_device_layer_imports_a_host_package():

@@ -25,9 +25,9 @@ from PIL import Image
 
 from edgeclip import disk
 from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_pixels
+from edgeclip.device.runtime import Session, open_session
 from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, prompts
 from edgeclip.errors import EdgeclipError
-from edgeclip.runtime import Session, open_session
 
 FORMAT = 1
 """of the manifest and what it lists"""

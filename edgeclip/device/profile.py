@@ -10,8 +10,8 @@ from msgspec import Meta
 from edgeclip import config
 from edgeclip.config import Config
 from edgeclip.device import machine
+from edgeclip.device.runtime import INSTALL
 from edgeclip.errors import EdgeclipError, did_you_mean
-from edgeclip.runtime import INSTALL
 
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider")
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import onnx
 
+from edgeclip.device.runtime import tensorrt_build
 from edgeclip.device.target import Target
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
-from edgeclip.runtime import tensorrt_build
 
 OPSETS = (17, 20)
 INTEGER = ("MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv", "DynamicQuantizeLinear")

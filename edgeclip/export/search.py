@@ -24,6 +24,7 @@ import onnx
 
 from edgeclip.device import machine
 from edgeclip.device.metrics import agreement, cosine
+from edgeclip.device.runtime import open_session
 from edgeclip.device.target import Calibration, Target
 from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
@@ -31,7 +32,6 @@ from edgeclip.export import policy
 from edgeclip.export.calibration import Pictures
 from edgeclip.export.policy import Form, Quantisation
 from edgeclip.progress import say
-from edgeclip.runtime import open_session
 
 ROUNDS, QUERIES = 15, 4
 SAME_SPEED = 1.05
@@ -244,7 +244,7 @@ def _session(target: Target, path: Path) -> Callable[[np.ndarray], np.ndarray]:
         return open_session(target.runtime, path, 1).run
     import onnxruntime as ort
 
-    from edgeclip.runtime.onnxruntime import UNSAFE_IN_HALF
+    from edgeclip.device.runtime.onnxruntime import UNSAFE_IN_HALF
 
     options = ort.SessionOptions()
     options.log_severity_level = 3

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from edgeclip.device.runtime import tensorrt_build
 from edgeclip.device.target import Target
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
@@ -20,7 +21,6 @@ from edgeclip.export.half import to_fp16
 from edgeclip.export.lint import lint
 from edgeclip.export.onnxruntime import quantise
 from edgeclip.export.policy import Quantisation
-from edgeclip.runtime import tensorrt_build
 
 E4M3_MAX = 448.0
 """the largest finite float8 E4M3"""

@@ -6,7 +6,7 @@ library, and an old Python must at least be able to say how old it is. All it wr
     store/<sha256>        files by their content; <sha256>.part while one is on its way: a copy goes on where it broke off
     trees/<name>/         a bundle or an evaluation folder, hard-linked from the store
     runner/<key>/         unpacked wheels for PYTHONPATH
-    engines/              what was built there (edgeclip/engine.py)
+    engines/              what was built there (edgeclip/device/runtime/engine.py)
 
 A run ends when the link does: its standard input closes, and the process group is killed.
 """

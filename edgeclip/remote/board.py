@@ -21,12 +21,13 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from edgeclip import disk, engine
+from edgeclip import disk
 from edgeclip import preflight as P
 from edgeclip.device import energy
 from edgeclip.device.bench import over_budget
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Device, Minimum, Reach
+from edgeclip.device.runtime import engine
 from edgeclip.device.validate import Evaluation, Observed, judge
 from edgeclip.errors import EdgeclipError, LinkLost
 from edgeclip.progress import say

@@ -208,7 +208,7 @@ def test_the_runner_is_the_device_layer_and_nothing_of_the_host(tmp_path):
     names = zipfile.ZipFile(io.BytesIO(content)).namelist()
     assert content == runner.device_layer()
     assert "edgeclip/device/__main__.py" in names
-    assert "edgeclip/runtime/onnxruntime.py" in names
+    assert "edgeclip/device/runtime/onnxruntime.py" in names
     assert {n.split("/")[1].removesuffix(".py") for n in names}.isdisjoint(runner.HOST) and {"cache", "distill", "remote"} <= set(runner.HOST)
     (tmp_path / "own.zip").write_bytes(content)
     assert len(content) < 0.5 * runner.unpacked({"own": tmp_path / "own.zip"}) == 0.5 * sum((REPO / n).stat().st_size for n in names)

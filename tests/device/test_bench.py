@@ -12,8 +12,8 @@ from edgeclip.device import machine
 from edgeclip.device.bench import WARM_UP, _pictures, _stages, bench, check_with, cold_start, joined, over_budget, run_scenario, summary, sustained
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Budget, Device, Minimum
+from edgeclip.device.runtime import open_session
 from edgeclip.errors import EdgeclipError
-from edgeclip.runtime import open_session
 
 
 def test_the_harness_costs_under_50_microseconds_a_query():

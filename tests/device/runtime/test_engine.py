@@ -11,9 +11,9 @@ import types
 import numpy as np
 import pytest
 
-from edgeclip import disk, engine
+from edgeclip import disk
+from edgeclip.device.runtime import engine, open_session, tensorrt
 from edgeclip.errors import EdgeclipError
-from edgeclip.runtime import open_session, tensorrt
 from tests.support.machine_files import JETSON, fake
 from tests.support.optional import require
 

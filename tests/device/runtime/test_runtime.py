@@ -11,9 +11,9 @@ import pytest
 import torch
 from onnx import helper
 
+from edgeclip.device.runtime import INSTALL, RUNTIMES, Session, open_session
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
-from edgeclip.runtime import INSTALL, RUNTIMES, Session, open_session
 from tests.support.optional import require
 
 
@@ -68,7 +68,7 @@ def test_openvino_answers_as_torch_in_float32(model, student):
 LET_GO_ELSEWHERE = """
 import signal, sys, threading
 from pathlib import Path
-from edgeclip.runtime import open_session
+from edgeclip.device.runtime import open_session
 sessions = [open_session("openvino", Path(sys.argv[1]), 1)]
 elsewhere = threading.Thread(target=sessions.clear)
 elsewhere.start()

@@ -11,13 +11,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.device import target
+from edgeclip.device.runtime import tensorrt_build
+from edgeclip.device.runtime.tensorrt_build import BuildError, read_layers
 from edgeclip.export import graph
 from edgeclip.export.half import to_fp16
 from edgeclip.export.lint import lint, rules
 from edgeclip.export.onnxruntime import calibrate, quantise
 from edgeclip.fold import fold
-from edgeclip.runtime import tensorrt_build
-from edgeclip.runtime.tensorrt_build import BuildError, read_layers
 from tests.support.command import mistake
 from tests.support.command import run as cli
 from tests.support.optional import require

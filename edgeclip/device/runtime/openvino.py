@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
+from edgeclip.device.runtime import Port, Session
 from edgeclip.errors import EdgeclipError
-from edgeclip.runtime import Port, Session
 
 
 @functools.cache

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from edgeclip import engine as cache
+from edgeclip.device.runtime import INSTALL, Port, Session, tensorrt_build
+from edgeclip.device.runtime import engine as cache
+from edgeclip.device.runtime.cuda import TO_DEVICE, TO_HOST, Cuda
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
-from edgeclip.runtime import INSTALL, Port, Session, tensorrt_build
-from edgeclip.runtime.cuda import TO_DEVICE, TO_HOST, Cuda
 
 BATCH = (1, 4, 8)
 """smallest, best and largest batch of the optimisation profile"""

@@ -15,10 +15,10 @@ import numpy as np
 from edgeclip.errors import EdgeclipError, did_you_mean
 
 RUNTIMES = {
-    "onnxruntime": "edgeclip.runtime.onnxruntime",
-    "openvino": "edgeclip.runtime.openvino",
-    "tensorrt": "edgeclip.runtime.tensorrt",
-    "null": "edgeclip.runtime.null",
+    "onnxruntime": "edgeclip.device.runtime.onnxruntime",
+    "openvino": "edgeclip.device.runtime.openvino",
+    "tensorrt": "edgeclip.device.runtime.tensorrt",
+    "null": "edgeclip.device.runtime.null",
 }
 INSTALL = {
     "onnxruntime": "pip install 'edgeclip[onnxruntime]'",

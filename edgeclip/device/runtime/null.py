@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeclip.runtime import Port, Session
+from edgeclip.device.runtime import Port, Session
 
 
 def open_session(model: Path, threads: int, optimisation: str) -> Session:

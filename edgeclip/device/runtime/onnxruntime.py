@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from edgeclip.device.runtime import Port, Session
 from edgeclip.errors import EdgeclipError
-from edgeclip.runtime import Port, Session
 
 CPU = "CPUExecutionProvider"
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
