@@ -22,11 +22,11 @@ import compare
 import msgspec
 import numpy as np
 
+from edgeclip.boards.board import Board
 from edgeclip.device import profile as D
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.validate import Evaluation, Observed, decide, load_evaluation
 from edgeclip.errors import EdgeclipError
-from edgeclip.remote.board import Board
 
 VERSION = "onnxruntime==1.26.0"
 PHOTOS, QUICK = 200, 24

@@ -18,10 +18,10 @@ from typing import Any
 
 import compare
 
+from edgeclip.boards import runner
+from edgeclip.boards.board import Board
 from edgeclip.device import profile as D
 from edgeclip.device.bundle import Bundle
-from edgeclip.remote import runner
-from edgeclip.remote.board import Board
 
 RUNS = 7
 PLATFORMS = {

@@ -273,7 +273,7 @@ def list_(kind: str | None, as_json: bool) -> None:
     Example:
         edgeclip list targets
     """
-    from edgeclip.doctor import purpose
+    from edgeclip.boards.doctor import purpose
 
     rows = [(k.rstrip("s"), *row) for k in ([kind] if kind else ["recipes", "targets", "devices"]) for row in purpose(k.rstrip("s"))]
     if as_json:

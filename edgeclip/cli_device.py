@@ -64,7 +64,7 @@ def _board(name: str, device: Any, clean: bool) -> Iterator[Any]:
         with D.pinned(device):
             yield None
         return
-    from edgeclip.remote.board import Board
+    from edgeclip.boards.board import Board
 
     with Board(name, device) as board:
         try:
@@ -198,14 +198,15 @@ def _bench_one(
     device_name: str, run: Path | None, bundle: Path | None, clean: bool, scenarios: tuple[str, ...], minutes: float, meter_csv: Path | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any] | None]]:
     """(the bench reports of one device, the parity report of each where there is one)"""
-    from edgeclip import disk, preflight
+    from edgeclip import disk
+    from edgeclip.boards import preflight
+    from edgeclip.boards.doctor import preflight_here
     from edgeclip.device import profile as D
     from edgeclip.device.bench import bench as measure
     from edgeclip.device.bench import incomplete, joined
     from edgeclip.device.runtime.engine import validated
     from edgeclip.device.validate import load_evaluation
     from edgeclip.device.validate import validate as compare
-    from edgeclip.doctor import preflight_here
     from edgeclip.errors import LinkLost
 
     name, device = D.load(device_name)
@@ -286,9 +287,9 @@ def doctor(device_name: str | None, clean: bool, as_json: bool) -> None:
     Example:
         edgeclip doctor --device host-cpu
     """
+    from edgeclip.boards.doctor import doctor as examine
+    from edgeclip.boards.doctor import preflight_here
     from edgeclip.device import profile as D
-    from edgeclip.doctor import doctor as examine
-    from edgeclip.doctor import preflight_here
 
     if device_name is None:
         found = examine()

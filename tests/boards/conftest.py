@@ -17,7 +17,7 @@ INSTALL = "apt install openssh-server"
 def sshd():
     """start(extra configuration) -> asyncssh's options; each is stopped at the end."""
     require("asyncssh", "pip install 'edgeclip[ssh]'")
-    from edgeclip.remote import own_sshd
+    from edgeclip.boards import loopback as own_sshd
 
     if own_sshd.SSHD is None:
         pytest.skip(f"sshd is not installed: {INSTALL}")

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from edgeclip import cli_device, disk
+from edgeclip.boards import runner
+from edgeclip.boards.board import Board
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Minimum
 from edgeclip.device.profile import load as load_device
 from edgeclip.device.validate import load_evaluation
 from edgeclip.errors import EdgeclipError
-from edgeclip.remote import runner
-from edgeclip.remote.board import Board
 from tests.support.command import run
 from tests.support.files import REPO
 from tests.support.sshd import profile, working_below, write_ssh_config
@@ -215,7 +215,7 @@ def test_the_runner_is_the_device_layer_and_nothing_of_the_host(tmp_path):
 
 
 def test_the_remote_command_is_one_constant_string():
-    from edgeclip.remote import link
+    from edgeclip.boards import link
 
     assert link.COMMAND == 'exec python3 -u -c \'import sys; b = sys.stdin.buffer; exec(compile(b.read(int(b.readline())), "agent.py", "exec"))\''
     source = (REPO / "edgeclip" / "remote" / "link.py").read_text()

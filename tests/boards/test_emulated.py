@@ -7,10 +7,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from edgeclip.boards.board import Board
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import load as load_device
 from edgeclip.device.validate import load_evaluation
-from edgeclip.remote.board import Board
 from tests.support.command import run
 from tests.support.toy_bundle import LABELS, write_evaluation
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from edgeclip import disk
+from edgeclip.boards import runner
+from edgeclip.boards.board import Board
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import load as load_device
 from edgeclip.errors import EdgeclipError, LinkLost
-from edgeclip.remote import runner
-from edgeclip.remote.board import Board
 from tests.support.command import mistake, run
 from tests.support.sshd import mount_tmpfs, profile, working_below, write_ssh_config
 

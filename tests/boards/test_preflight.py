@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from edgeclip.boards.preflight import preflight
 from edgeclip.device import machine
 from edgeclip.device import profile as device
-from edgeclip.preflight import preflight
 from tests.support.command import mistake, run
 from tests.support.machine_files import FACTS, JETSON, fake
 

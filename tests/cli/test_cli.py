@@ -184,7 +184,7 @@ def test_a_missing_extra_is_one_line_with_its_install_command(shipped_bundle, he
 
 
 def test_an_interrupt_exits_130(here):
-    code = "import edgeclip.doctor as d\ndef stop(): raise KeyboardInterrupt\nd.doctor = stop"
+    code = "import edgeclip.boards.doctor as d\ndef stop(): raise KeyboardInterrupt\nd.doctor = stop"
     done = fresh(code, "doctor")
     assert done.returncode == 130 and "Traceback" not in done.stderr
 

@@ -22,7 +22,10 @@ import msgspec
 import numpy as np
 
 from edgeclip import disk
-from edgeclip import preflight as P
+from edgeclip.boards import loopback as own_sshd
+from edgeclip.boards import preflight as P
+from edgeclip.boards import runner
+from edgeclip.boards.link import AGAIN, Link, connect
 from edgeclip.device import energy
 from edgeclip.device.bench import over_budget
 from edgeclip.device.bundle import Bundle
@@ -31,11 +34,9 @@ from edgeclip.device.runtime import engine
 from edgeclip.device.validate import Evaluation, Observed, judge
 from edgeclip.errors import EdgeclipError, LinkLost
 from edgeclip.progress import say
-from edgeclip.remote import own_sshd, runner
-from edgeclip.remote.link import AGAIN, Link, connect
 
 T = TypeVar("T")
-MACHINE = Path(__file__).parent.parent / "machine.py"
+MACHINE = Path(__file__).parent.parent / "device" / "machine.py"
 ROOM = 1.2
 """of the files' own size, packed and unpacked: whole blocks, and a copy on its way"""
 BLOCK = 1 << 18

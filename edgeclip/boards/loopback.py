@@ -16,10 +16,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from edgeclip.boards.runner import cache_folder
 from edgeclip.device.profile import Reach
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
-from edgeclip.remote.runner import cache_folder
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 QEMU = "qemu-aarch64-static"

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from edgeclip import __version__, config
+from edgeclip.boards.preflight import Row, preflight
 from edgeclip.device import machine
 from edgeclip.device.profile import Device
-from edgeclip.preflight import Row, preflight
 
 # what -> (module that must be importable, distribution whose version counts, install line)
 NEEDS = {
