@@ -215,7 +215,7 @@ def report(run: Path | None, as_json: bool) -> None:
     Example:
         edgeclip report runs/quickstart
     """
-    from edgeclip.report import report as write
+    from edgeclip.reports.html import report as write
 
     path, verdicts = write(latest(run))
     lines = [f"{target}: {verdict}" for target, verdict in verdicts.items()]

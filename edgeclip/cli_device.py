@@ -169,9 +169,9 @@ def bench(
         edgeclip bench --bundle runs/quickstart/bundles/onnx-int8 --scenario single_stream
         edgeclip bench --run runs/quickstart --device raspberry-pi-5 --device intel-n100
     """
-    from edgeclip import comparison
     from edgeclip.device import energy
     from edgeclip.device.bench import SCENARIOS
+    from edgeclip.reports import comparison
 
     if meter_csv and len(devices) > 1:
         raise click.UsageError("--meter is one power meter: give one --device")

@@ -1,6 +1,6 @@
 """The front holds what nothing else beats, and an axis that was not measured everywhere takes no part."""
 
-from edgeclip.comparison import int8_gain, pareto, rows, scope
+from edgeclip.reports.comparison import int8_gain, pareto, rows, scope
 
 
 def row(name, accuracy, latency, energy=None, size=10):

@@ -6,7 +6,7 @@ import pytest
 
 from edgeclip import disk
 from edgeclip.errors import EdgeclipError
-from edgeclip.report import collect, report, verdict, waterfall
+from edgeclip.reports.html import collect, report, verdict, waterfall
 from tests.support.optional import require
 
 SCORES = {"r1": 0.5, "r5": 0.75}
