@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from edgeclip import disk
 from edgeclip import recipe as R
+from edgeclip.cli.tables import MODELS
 from edgeclip.data import Dataset, EvaluationSet
 from edgeclip.device.metrics import harmonic_mean, hits
 from edgeclip.device.pictures import Picture, digest, read, refuse_unreadable, stream
@@ -31,7 +32,6 @@ from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_p
 from edgeclip.device.zero_shot import EduAttention, class_scores
 from edgeclip.progress import say, track
 from edgeclip.students import EduAttentionHead, Student
-from edgeclip.tables import MODELS
 from edgeclip.teachers import Teacher
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from edgeclip import __version__, disk
+from edgeclip.cli.tables import MODELS, processor
 from edgeclip.device import bundle
 from edgeclip.errors import EdgeclipError
-from edgeclip.tables import MODELS, processor
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 

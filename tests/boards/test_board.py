@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeclip import cli_device, disk
+from edgeclip import disk
 from edgeclip.boards import runner
 from edgeclip.boards.board import Board
+from edgeclip.cli import device as cli_device
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Minimum
 from edgeclip.device.profile import load as load_device

@@ -112,7 +112,7 @@ def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_t
 
 
 def test_the_bundle_that_is_meant_is_of_this_processor(here, monkeypatch):
-    from edgeclip.cli_options import one_bundle
+    from edgeclip.cli.options import one_bundle
 
     for name in ("onnx-int8", "onnx-int8-arm", "onnx-fp32"):
         (here / "runs/latest/bundles" / name).mkdir(parents=True)

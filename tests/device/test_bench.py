@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeclip import tables
+from edgeclip.cli import tables
 from edgeclip.device import machine
 from edgeclip.device.bench import WARM_UP, _pictures, _stages, bench, check_with, cold_start, joined, over_budget, run_scenario, summary, sustained
 from edgeclip.device.bundle import Bundle

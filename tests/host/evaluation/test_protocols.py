@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeclip import cli, config, disk, recipe, students, tables, teachers
+from edgeclip import cli, config, disk, recipe, students, teachers
+from edgeclip.cli import tables
 from edgeclip.data import EvaluationSet
 from edgeclip.device.metrics import harmonic_mean, hits, l2_normalise
 from edgeclip.device.preprocess import Preprocess

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from edgeclip import tables
-from edgeclip.cli_options import json_option, latest
+from edgeclip.cli import tables
+from edgeclip.cli.options import json_option, latest
 from edgeclip.errors import EdgeclipError
 
 GATE_FAILED, TOO_FEW = 3, 4

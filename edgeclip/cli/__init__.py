@@ -13,9 +13,12 @@ from typing import Any, NoReturn
 
 import click
 
-from edgeclip import cli_bundle, cli_cache, cli_device, tables
-from edgeclip.cli_device import GATE_FAILED
-from edgeclip.cli_options import json_option, label_file, latest, say
+from edgeclip.cli import bundle as cli_bundle
+from edgeclip.cli import cache as cli_cache
+from edgeclip.cli import device as cli_device
+from edgeclip.cli import tables
+from edgeclip.cli.device import GATE_FAILED
+from edgeclip.cli.options import json_option, label_file, latest, say
 from edgeclip.errors import EdgeclipError, Interrupted, Refused
 from edgeclip.progress import first
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from edgeclip import tables
-from edgeclip.cli_options import json_option, label_file, one_bundle, say
+from edgeclip.cli import tables
+from edgeclip.cli.options import json_option, label_file, one_bundle, say
 from edgeclip.errors import EdgeclipError
 
 
