@@ -81,10 +81,11 @@ def worker(way: str, model: str, folder: Path) -> None:
     from torch.nn import functional as F
 
     from edgeclip import recipe as R
-    from edgeclip import students, teachers
+    from edgeclip import teachers
     from edgeclip.cache import open_folder, see
     from edgeclip.device.pictures import index_folder, read, stream
     from edgeclip.device.preprocess import normalise
+    from edgeclip.host import student as students
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

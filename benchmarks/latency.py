@@ -40,8 +40,8 @@ def torch_student(run: Path, channels_last: bool) -> tuple[Callable[[], Any], st
     """(a function that answers one query, version)"""
     import torch
 
-    from edgeclip import students
     from edgeclip.device.preprocess import normalise
+    from edgeclip.host import student as students
 
     torch.set_num_threads(1)
     student, _, preprocess, _ = students.load(run / "student")

@@ -44,15 +44,16 @@ import yaml
 from msgspec.structs import replace
 from torch.nn import functional as F
 
-from edgeclip import cache, config, data, disk, recipe, students, teachers
+from edgeclip import cache, config, data, disk, recipe, teachers
 from edgeclip import recipe as R
-from edgeclip.allocator import keep_freed_memory
 from edgeclip.device.metrics import harmonic_mean, hits
 from edgeclip.device.zero_shot import class_scores
 from edgeclip.distill.adapt import adapt
 from edgeclip.distill.evaluate import image_features
 from edgeclip.distill.pixels import frozen_features
 from edgeclip.distill.train import train
+from edgeclip.host import student as students
+from edgeclip.host.allocator import keep_freed_memory
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LOG = Path(__file__).parent.parent / "docs" / "methods.jsonl"

@@ -104,8 +104,8 @@ def warm_rows(folder: Path, n: int) -> list[float]:
     """Time of numpy's take over that of the cache, pair by pair."""
     import numpy as np
 
-    from edgeclip.allocator import keep_freed_memory
     from edgeclip.cache import open_folder
+    from edgeclip.host.allocator import keep_freed_memory
 
     keep_freed_memory()  # as `distill` does: the pages of a batch are the next batch's
     sparse(folder, n, views=1)

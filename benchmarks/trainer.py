@@ -103,13 +103,14 @@ def with_open_clip(model: str, folder: Path) -> dict[str, Any]:
 def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[str, Any]:
     import torch
 
-    from edgeclip import cache, data, students, teachers
+    from edgeclip import cache, data, teachers
     from edgeclip import recipe as R
-    from edgeclip.allocator import give_back_freed_memory, keep_freed_memory
     from edgeclip.config import convert
     from edgeclip.distill.step import Step
     from edgeclip.distill.text import texts
     from edgeclip.distill.train import train
+    from edgeclip.host import student as students
+    from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
 
     keep_freed_memory()
     tower = {"kind": "open_clip", "model": STUDENT, "weights": "random"}

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgeclip import ranks
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import distributed as ranks
 from edgeclip.progress import Clock
 
 EVERY = 10

@@ -30,8 +30,8 @@ from edgeclip.device.metrics import harmonic_mean, hits
 from edgeclip.device.pictures import Picture, digest, read, refuse_unreadable, stream
 from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_pixels
 from edgeclip.device.zero_shot import EduAttention, class_scores
+from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.progress import say, track
-from edgeclip.students import EduAttentionHead, Student
 from edgeclip.teachers import Teacher
 
 

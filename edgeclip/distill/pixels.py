@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgeclip import ranks
 from edgeclip.cache import TeacherCache, see
 from edgeclip.device.pictures import read, stream
 from edgeclip.device.preprocess import Preprocess, UnreadablePicture
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import distributed as ranks
+from edgeclip.host.student import Student
 from edgeclip.progress import track
 from edgeclip.recipe import Recipe
-from edgeclip.students import Student
 
 
 def pixels_of(

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from edgeclip import disk, ranks
+from edgeclip import disk
 from edgeclip import recipe as R
 from edgeclip.cache import TeacherCache
 from edgeclip.device import target as T
@@ -36,6 +36,7 @@ from edgeclip.export import graph, policy
 from edgeclip.export.onnxruntime import Calibrated, calibrate, rounded_outputs
 from edgeclip.export.policy import Form, Quantisation
 from edgeclip.fold import fold
+from edgeclip.host import distributed as ranks
 
 SMALLEST = 1e-6
 

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 from torch import Tensor, cat, nn
 
-from edgeclip import students
 from edgeclip.cache import TeacherCache
 from edgeclip.cache.shards import name
 from edgeclip.device.zero_shot import prompts
 from edgeclip.distill.losses import Batch
+from edgeclip.host import student as students
 from edgeclip.teachers import Teacher, TextTower
 
 

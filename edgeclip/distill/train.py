@@ -25,7 +25,6 @@ from timm.layers import HybridEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip import ranks
 from edgeclip.cache import TeacherCache
 from edgeclip.data import Dataset
 from edgeclip.data.order import Shuffled
@@ -38,9 +37,10 @@ from edgeclip.distill.step import ADVICE, NewLayers, Objective, Part, Step, Towe
 from edgeclip.distill.targets import Targets
 from edgeclip.distill.text import Texts, text_feature
 from edgeclip.errors import EdgeclipError, Interrupted
+from edgeclip.host import distributed as ranks
+from edgeclip.host.student import EduAttentionHead, Student, checkpoint_gradients
 from edgeclip.progress import Clock, say, track
 from edgeclip.recipe import First, Recipe, Weighted
-from edgeclip.students import EduAttentionHead, Student, checkpoint_gradients
 from edgeclip.teachers import Teacher
 
 

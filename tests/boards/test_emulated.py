@@ -29,7 +29,7 @@ def vit_source(source):
     import timm
     import torch
 
-    from edgeclip.students import Student
+    from edgeclip.host.student import Student
 
     torch.manual_seed(4)
     tower = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=0)

@@ -234,8 +234,8 @@ def test_a_data_set_of_hardly_any_training_pictures(here, left):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_and_the_last_good_epoch_is_kept(here, monkeypatch, value):
-    from edgeclip import students
     from edgeclip.distill import losses
+    from edgeclip.host import student as students
 
     photos(here / "photos")
     write(here, RECIPE.replace("ROOT", "photos").replace("epochs: 1", "epochs: 3"))

@@ -7,7 +7,7 @@ import torch
 from edgeclip import recipe as R
 from edgeclip.device.metrics import l2_normalise
 from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, prompts
-from edgeclip.students import EduAttentionHead
+from edgeclip.host.student import EduAttentionHead
 
 D = 12
 

@@ -8,7 +8,7 @@ import pytest
 STEPS = """
 import resource, sys
 import numpy as np
-from edgeclip.allocator import keep_freed_memory
+from edgeclip.host.allocator import keep_freed_memory
 if sys.argv[1] == "keep": keep_freed_memory()
 def step():
     held = [np.ones(40 << 20) for _ in range(8)]  # 2.5 GiB

@@ -1,11 +1,11 @@
-"""Two processes over gloo tell each other what `edgeclip.ranks` promises; one process needs none of it."""
+"""Two processes over gloo tell each other what `edgeclip.host.distributed` promises; one process needs none of it."""
 
 import json
 
 import pytest
 import torch
 
-from edgeclip import ranks
+from edgeclip.host import distributed as ranks
 from tests.support.torchrun import torchrun
 
 TALK = """

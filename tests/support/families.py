@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgeclip import recipe as R
-from edgeclip import students
+from edgeclip.host import student as students
 
 SIZE, WIDTH = 64, 16
 TEXT = {"context_length": 12, "vocab_size": 200, "width": 32, "heads": 2, "layers": 2}

@@ -16,7 +16,7 @@ def torch_student():
     import torch
     from torch import nn
 
-    from edgeclip.students import Student
+    from edgeclip.host.student import Student
 
     torch.manual_seed(3)
     layers: list[nn.Module] = []

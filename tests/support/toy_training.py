@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeclip import ranks
 from edgeclip import recipe as R
 from edgeclip.cache import TeacherCache
 from edgeclip.config import convert
@@ -18,7 +17,8 @@ from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill import train as T
 from edgeclip.distill.step import Step
 from edgeclip.distill.text import Texts
-from edgeclip.students import EduAttentionHead, Student, StudentText
+from edgeclip.host import distributed as ranks
+from edgeclip.host.student import EduAttentionHead, Student, StudentText
 from edgeclip.teachers import Teacher
 from tests.support.images import picture
 

@@ -21,7 +21,7 @@ from edgeclip.device.pictures import index_tar
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill.text import texts
 from edgeclip.errors import EdgeclipError
-from edgeclip.students import token_ids
+from edgeclip.host.student import token_ids
 from edgeclip.teachers.open_clip import clip_tokenizer_json
 from tests.support.command import mistake, run
 from tests.support.files import write

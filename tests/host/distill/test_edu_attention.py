@@ -7,7 +7,7 @@ import torch
 from edgeclip import recipe as R
 from edgeclip.device.zero_shot import class_scores
 from edgeclip.distill import losses as L
-from edgeclip.students import EduAttentionHead
+from edgeclip.host.student import EduAttentionHead
 
 D = 8
 

@@ -10,7 +10,7 @@ from edgeclip import recipe as R
 from edgeclip.device.metrics import l2_normalise
 from edgeclip.distill import losses as L
 from edgeclip.errors import EdgeclipError
-from edgeclip.students import EduAttentionHead
+from edgeclip.host.student import EduAttentionHead
 
 B, D, N, SCALE = 6, 8, 5, 7.0
 ONE = R.Weighted()

@@ -11,7 +11,7 @@ from edgeclip.distill import train as T
 from edgeclip.distill.checkpoint import optimizer_tensors, restore_optimizer
 from edgeclip.distill.pixels import to_input
 from edgeclip.errors import EdgeclipError
-from edgeclip.students import EduAttentionHead, Student, build, checkpoint_gradients
+from edgeclip.host.student import EduAttentionHead, Student, build, checkpoint_gradients
 from tests.support.toy_training import run
 
 EVERYTHING = {name: {} for name in L.LOSSES if name != "masked_feature"} | {"if_align": {"momentum": 0.5}, "edu_attention": {"axis": "batch", "keep": False}}

@@ -21,7 +21,7 @@ from edgeclip.distill import train as T
 from edgeclip.distill.step import Step
 from edgeclip.distill.targets import Targets
 from edgeclip.errors import EdgeclipError
-from edgeclip.students import EduAttentionHead, Student
+from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.teachers import Teacher
 from tests.support import toy_training as toys
 from tests.support.files import REPO

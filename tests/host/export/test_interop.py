@@ -145,8 +145,9 @@ def made(folder, source, tower, hidden, own_text=True, **recipe):
     """A run folder with a student of 8 dimensions, its batch norms and biases not the initial ones, and what export takes of it."""
     import msgspec
 
-    from edgeclip import config, students
+    from edgeclip import config
     from edgeclip import recipe as R
+    from edgeclip.host import student as students
     from tests.support.families import lively
 
     if "kind" not in tower:
@@ -181,7 +182,7 @@ def test_open_clip_loads_the_student_itself(name, source, tmp_path):
     from edgeclip import weights
     from edgeclip.device.preprocess import normalise, to_pixels
     from edgeclip.export import open_clip
-    from edgeclip.students import token_ids
+    from edgeclip.host.student import token_ids
 
     own, text = made(tmp_path / "run", source, *STUDENTS[name])
     folder = open_clip.write(tmp_path / "run", own, tmp_path / "out" / "small-student")

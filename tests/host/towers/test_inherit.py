@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from edgeclip import recipe as R
-from edgeclip import students
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import student as students
 from edgeclip.inherit import inherit, inherit_from, resample
 from tests.support.command import mistake
 from tests.support.files import snapshot, write

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edgeclip import recipe as R
-from edgeclip import students, weights
+from edgeclip import weights
 from edgeclip.config import convert
 from edgeclip.device.metrics import cosine
 from edgeclip.distill import quantised
@@ -15,6 +15,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
 from edgeclip.export.onnxruntime import calibrate, quantise
 from edgeclip.fold import fold
+from edgeclip.host import student as students
 from tests.support.families import lively
 
 SIZE, D = 64, 12
