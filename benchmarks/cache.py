@@ -49,8 +49,8 @@ def write_pictures(folder: Path) -> None:
 
 
 def load_teacher(model: str) -> Any:
-    from edgeclip import recipe as R
     from edgeclip import teachers
+    from edgeclip.host import recipe as R
 
     return teachers.load(R.OpenClip(model=model, weights="random"))
 
@@ -62,7 +62,7 @@ def build(folder: Path) -> Any:
     from edgeclip import cache, teachers
     from edgeclip.data import Dataset
     from edgeclip.device.pictures import index_folder
-    from edgeclip.recipe import Views
+    from edgeclip.host.recipe import Views
 
     teacher = load_teacher("ViT-B-32")
     data = Dataset("made", "", [], (), [], index_folder(folder / "pictures"), [], [])
@@ -80,11 +80,11 @@ def worker(way: str, model: str, folder: Path) -> None:
     import torch
     from torch.nn import functional as F
 
-    from edgeclip import recipe as R
     from edgeclip import teachers
     from edgeclip.cache import open_folder, see
     from edgeclip.device.pictures import index_folder, read, stream
     from edgeclip.device.preprocess import normalise
+    from edgeclip.host import recipe as R
     from edgeclip.host import student as students
 
     torch.set_num_threads(1)

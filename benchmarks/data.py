@@ -86,7 +86,7 @@ def worker(peer: str, folder: Path) -> None:
         from edgeclip.cache import draw_views, see
         from edgeclip.device.preprocess import Preprocess
         from edgeclip.distill.pixels import to_input
-        from edgeclip.recipe import Views
+        from edgeclip.host.recipe import Views
 
         spec, rng = Preprocess(size=224, mean=mean, std=std, interpolation="bilinear" if "bilinear" in peer else "bicubic"), random.Random(0)
         views = {n: [draw_views(*size, Views(count=2, scale=SCALE, ratio=(0.75, 4 / 3)), rng)[1] for _ in range(64)] for n, size in SIZES.items()}
@@ -143,7 +143,7 @@ def threads(name: str, files: list[bytes], count: int, n: int) -> dict[str, floa
     from edgeclip.device.pictures import stream
     from edgeclip.device.preprocess import Preprocess
     from edgeclip.distill.pixels import to_input
-    from edgeclip.recipe import Views
+    from edgeclip.host.recipe import Views
 
     spec = Preprocess(size=224, mean=(0.5,) * 3, std=(0.2,) * 3)
     view = draw_views(*SIZES[name], Views(count=2, scale=SCALE), random.Random(0))[1]

@@ -64,7 +64,7 @@ def towers(model: Any) -> tuple[Any, Any, int, int]:
 
     from edgeclip import weights
     from edgeclip.export.source import from_model
-    from edgeclip.recipe import OpenClip
+    from edgeclip.host.recipe import OpenClip
     from edgeclip.teachers.open_clip import TextModule
 
     if isinstance(model, str) and model not in open_clip.list_models():

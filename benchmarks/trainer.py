@@ -104,11 +104,11 @@ def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[st
     import torch
 
     from edgeclip import cache, data, teachers
-    from edgeclip import recipe as R
     from edgeclip.config import convert
     from edgeclip.distill.step import Step
     from edgeclip.distill.text import texts
     from edgeclip.distill.train import train
+    from edgeclip.host import recipe as R
     from edgeclip.host import student as students
     from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
 

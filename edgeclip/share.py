@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeclip import recipe as R
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 from edgeclip.inherit import vision_transformer
 
 

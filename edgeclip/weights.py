@@ -20,8 +20,8 @@ from torch import nn
 from edgeclip import disk
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError, did_you_mean
+from edgeclip.host.recipe import OpenClip, Timm
 from edgeclip.progress import say
-from edgeclip.recipe import OpenClip, Timm
 
 # Trained on (x - 127) / 128, which is neither ImageNet's nor timm's mean and std (the packages' own documentation).
 LITE = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}

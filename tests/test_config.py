@@ -2,10 +2,11 @@
 
 import pytest
 
-from edgeclip import config, recipe
+from edgeclip import config
 from edgeclip.device import profile as device
 from edgeclip.device import target
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe
 from tests.support.files import REPO
 from tests.support.recipe_errors import RECIPE, error
 

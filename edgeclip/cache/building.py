@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from edgeclip import disk
-from edgeclip import recipe as R
 from edgeclip.cache import embeddings, reinforced
 from edgeclip.cache.assemble import as_json, assemble, discard, finished, write_shard
 from edgeclip.cache.shards import FORMAT, Embeddings, TeacherCache, name, open_folder, record
@@ -32,8 +31,9 @@ from edgeclip.device.pictures import MAX_UNREADABLE, Picture, read, refuse_unrea
 from edgeclip.device.preprocess import normalise, open_picture
 from edgeclip.device.zero_shot import ensemble, prompts
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
+from edgeclip.host.recipe import Views
 from edgeclip.progress import say, track
-from edgeclip.recipe import Views
 from edgeclip.teachers import Teacher
 
 SHARD_BYTES = 2**28

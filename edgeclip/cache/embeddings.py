@@ -23,8 +23,8 @@ from edgeclip import disk
 from edgeclip.cache.shards import Shards
 from edgeclip.device.pictures import Picture
 from edgeclip.errors import EdgeclipError, did_you_mean
+from edgeclip.host.recipe import Embeddings
 from edgeclip.progress import track
-from edgeclip.recipe import Embeddings
 
 JOINS: dict[str, Callable[[str], str]] = {
     "key": lambda key: key,

@@ -36,8 +36,8 @@ from edgeclip.cache.views import OPERATIONS
 from edgeclip.data.shards import matching
 from edgeclip.device.pictures import MAX_UNREADABLE, Picture, refuse_cut
 from edgeclip.errors import EdgeclipError
+from edgeclip.host.recipe import Reinforced
 from edgeclip.progress import track
-from edgeclip.recipe import Reinforced
 
 MEMBERS = ("paug.json", "syn.json", "npz", "pth.gz")
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from edgeclip.device.preprocess import FILTERS, Preprocess, open_scaled
-from edgeclip.recipe import Views
+from edgeclip.host.recipe import Views
 
 OPERATIONS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",

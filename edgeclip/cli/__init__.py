@@ -236,7 +236,7 @@ def init(folder: Path, out: Path | None, as_json: bool) -> None:
     Example:
         edgeclip init ~/photos && edgeclip distill photos.yaml
     """
-    from edgeclip.starter import write_recipe
+    from edgeclip.host.recipe.starter import write_recipe
 
     path, classes = write_recipe(folder, out)
     say(as_json, {"recipe": str(path), "classes": classes}, f"{path}: {classes} classes; next: edgeclip distill {path}")

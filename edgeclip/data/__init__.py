@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeclip import recipe as R
 from edgeclip.data.index import index
 from edgeclip.data.shards import find
 from edgeclip.device.pictures import Picture, index_folder, index_tar
 from edgeclip.errors import EdgeclipError, did_you_mean
+from edgeclip.host import recipe as R
 
 
 class EvaluationSet(NamedTuple):

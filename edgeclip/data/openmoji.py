@@ -20,8 +20,8 @@ from edgeclip import disk
 from edgeclip.data import Dataset, EvaluationSet
 from edgeclip.device.pictures import Picture, digest, index_tar
 from edgeclip.errors import EdgeclipError
+from edgeclip.host.recipe import OpenMoji
 from edgeclip.progress import track
-from edgeclip.recipe import OpenMoji
 
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 SVG = "{http://www.w3.org/2000/svg}"

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk
-from edgeclip import recipe as R
 from edgeclip.cache import TeacherCache
 from edgeclip.data import Dataset
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 from edgeclip.progress import track
 from edgeclip.teachers import Teacher
 

@@ -23,13 +23,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgeclip import disk
-from edgeclip import recipe as R
 from edgeclip.cli.tables import MODELS
 from edgeclip.data import Dataset, EvaluationSet
 from edgeclip.device.metrics import harmonic_mean, hits
 from edgeclip.device.pictures import Picture, digest, read, refuse_unreadable, stream
 from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_pixels
 from edgeclip.device.zero_shot import EduAttention, class_scores
+from edgeclip.host import recipe as R
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.progress import say, track
 from edgeclip.teachers import Teacher

@@ -4,10 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
-from edgeclip import disk, recipe
+from edgeclip import disk
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe
+from edgeclip.host.recipe import Recipe
 from edgeclip.progress import say
-from edgeclip.recipe import Recipe
 
 
 def place(out: Path) -> Path:

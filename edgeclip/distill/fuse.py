@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk
-from edgeclip import recipe as R
 from edgeclip.distill.losses import log_average
 from edgeclip.distill.targets import TeacherRows
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 from edgeclip.progress import track
 
 

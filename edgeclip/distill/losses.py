@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip import recipe as R
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 
 
 class OtherTeacher(NamedTuple):

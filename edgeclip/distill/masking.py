@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from edgeclip.recipe import MaskedFeature
+from edgeclip.host.recipe import MaskedFeature
 
 DROPS = ("patch_drop", "patch_dropout")
 """Where timm's and open_clip's ViT call what drops patches; an identity unless asked for."""

@@ -12,9 +12,9 @@ from edgeclip.device.pictures import read, stream
 from edgeclip.device.preprocess import Preprocess, UnreadablePicture
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import distributed as ranks
+from edgeclip.host.recipe import Recipe
 from edgeclip.host.student import Student
 from edgeclip.progress import track
-from edgeclip.recipe import Recipe
 
 
 def pixels_of(

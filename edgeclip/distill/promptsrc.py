@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk, teachers
-from edgeclip import recipe as R
 from edgeclip.cache import class_features, draw_views, replay
 from edgeclip.data import Dataset
 from edgeclip.device import tokenizer
@@ -36,6 +35,7 @@ from edgeclip.device.pictures import Picture, read, refuse_unreadable, stream
 from edgeclip.device.preprocess import normalise, open_picture
 from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 from edgeclip.progress import say, track
 from edgeclip.prompts import PromptedText, PromptedTower
 from edgeclip.teachers import Teacher, TextTower

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeclip import cache, config, data, disk, recipe, teachers
+from edgeclip import cache, config, data, disk, teachers
 from edgeclip.data import Dataset
 from edgeclip.device import metrics
 from edgeclip.device.pictures import Picture
@@ -35,10 +35,11 @@ from edgeclip.distill.adapt import adapted
 from edgeclip.distill.evaluate import Answers, image_features, mean_over, note, score, teacher_features
 from edgeclip.distill.run import CACHE, pick_device
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe
 from edgeclip.host import student as students
+from edgeclip.host.recipe import Data, Recipe
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.progress import say
-from edgeclip.recipe import Data, Recipe
 from edgeclip.teachers import Teacher, TextTower
 
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from edgeclip import disk
-from edgeclip import recipe as R
 from edgeclip.cache import TeacherCache
 from edgeclip.device import target as T
 from edgeclip.device.pictures import read
@@ -37,6 +36,7 @@ from edgeclip.export.onnxruntime import Calibrated, calibrate, rounded_outputs
 from edgeclip.export.policy import Form, Quantisation
 from edgeclip.fold import fold
 from edgeclip.host import distributed as ranks
+from edgeclip.host import recipe as R
 
 SMALLEST = 1e-6
 

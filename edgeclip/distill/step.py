@@ -32,9 +32,9 @@ from edgeclip.distill import losses as L
 from edgeclip.distill import masking
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import distributed as ranks
+from edgeclip.host.recipe import MaskedFeature, Train
 from edgeclip.host.student import EduAttentionHead
 from edgeclip.progress import Clock
-from edgeclip.recipe import MaskedFeature, Train
 
 Objective = Callable[[L.Batch, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
 """of a batch and of the features of its class prompts: the loss, and what the log says of it"""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from edgeclip.cache import TeacherCache
 from edgeclip.data import Dataset
 from edgeclip.distill.losses import OtherTeacher
-from edgeclip.recipe import Losses
+from edgeclip.host.recipe import Losses
 from edgeclip.teachers import Teacher
 
 

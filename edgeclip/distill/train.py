@@ -38,9 +38,9 @@ from edgeclip.distill.targets import Targets
 from edgeclip.distill.text import Texts, text_feature
 from edgeclip.errors import EdgeclipError, Interrupted
 from edgeclip.host import distributed as ranks
+from edgeclip.host.recipe import First, Recipe, Weighted
 from edgeclip.host.student import EduAttentionHead, Student, checkpoint_gradients
 from edgeclip.progress import Clock, say, track
-from edgeclip.recipe import First, Recipe, Weighted
 from edgeclip.teachers import Teacher
 
 

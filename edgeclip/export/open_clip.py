@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_linear_bn_weights
 
-from edgeclip import disk, recipe, teachers
+from edgeclip import disk, teachers
 from edgeclip.errors import EdgeclipError
 from edgeclip.export.source import Source
+from edgeclip.host import recipe
 from edgeclip.host import student as students
+from edgeclip.host.recipe import OpenClip, Timm
 from edgeclip.host.student import Student, StudentText
-from edgeclip.recipe import OpenClip, Timm
 from edgeclip.teachers import TextTower
 from edgeclip.teachers.open_clip import ImageTower, TextModule
 from edgeclip.weights import open_clip_config

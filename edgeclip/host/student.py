@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk, weights
-from edgeclip import recipe as R
 from edgeclip.device import tokenizer
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 from edgeclip.inherit import inherit_from
 from edgeclip.prompts import PromptedTower
 from edgeclip.share import SharedBlocks, share

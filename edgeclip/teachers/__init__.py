@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from edgeclip import recipe as R
 from edgeclip.device import tokenizer
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.fold import fold
+from edgeclip.host import recipe as R
 
 
 @dataclass(frozen=True, kw_only=True)

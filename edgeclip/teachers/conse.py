@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from edgeclip import weights
 from edgeclip.device import tokenizer
 from edgeclip.device.zero_shot import prompts
-from edgeclip.recipe import Conse, Timm
+from edgeclip.host.recipe import Conse, Timm
 from edgeclip.teachers import Teacher, TextTower, sentence
 
 ANCHORS = "all synonyms, centred"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from edgeclip import weights
 from edgeclip.device import tokenizer
 from edgeclip.errors import EdgeclipError
-from edgeclip.recipe import OpenClip
+from edgeclip.host.recipe import OpenClip
 from edgeclip.teachers import Teacher, TextTower
 
 

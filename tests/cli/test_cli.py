@@ -133,7 +133,7 @@ def test_list_and_doctor_know_what_ships(here):
 
 
 def test_init_writes_a_recipe_that_loads(here):
-    from edgeclip import recipe
+    from edgeclip.host import recipe
 
     for name in ("cat", "dog"):
         (here / "my photos" / name).mkdir(parents=True)
@@ -146,7 +146,7 @@ def test_init_writes_a_recipe_that_loads(here):
 
 
 def test_init_quotes_a_folder_whose_name_is_no_plain_yaml(here):
-    from edgeclip import recipe
+    from edgeclip.host import recipe
 
     (here / "a: #1" / "cat").mkdir(parents=True)
     (here / "a: #1" / "cat" / "1.png").write_bytes(b"x")

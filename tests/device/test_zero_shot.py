@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip import recipe as R
 from edgeclip.device.metrics import l2_normalise
 from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, prompts
+from edgeclip.host import recipe as R
 from edgeclip.host.student import EduAttentionHead
 
 D = 12

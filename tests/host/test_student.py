@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip import recipe as R
 from edgeclip import weights
 from edgeclip.config import convert
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.teachers.open_clip import ImageTower
 from tests.support.optional import require

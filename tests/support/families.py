@@ -6,7 +6,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from torch import nn
 from torch.nn import functional as F
 
-from edgeclip import recipe as R
+from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 
 SIZE, WIDTH = 64, 16

@@ -4,8 +4,8 @@ import random
 
 import torch
 
-from edgeclip import recipe as R
 from edgeclip.device.pictures import Picture
+from edgeclip.host import recipe as R
 from tests.support.images import encoded
 from tests.support.toy_bundle import SIZE
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from edgeclip import recipe
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe
 from tests.support.files import write
 
 RECIPE = """

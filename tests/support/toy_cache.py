@@ -8,7 +8,7 @@ from edgeclip import cache
 from edgeclip.data import Dataset
 from edgeclip.device.pictures import index_folder
 from edgeclip.device.preprocess import Preprocess
-from edgeclip.recipe import Views
+from edgeclip.host.recipe import Views
 from edgeclip.teachers import Teacher
 
 SPEC = Preprocess(size=8, mean=(0.5,) * 3, std=(0.5,) * 3)

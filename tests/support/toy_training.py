@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeclip import recipe as R
 from edgeclip.cache import TeacherCache
 from edgeclip.config import convert
 from edgeclip.data import Dataset
@@ -18,6 +17,7 @@ from edgeclip.distill import train as T
 from edgeclip.distill.step import Step
 from edgeclip.distill.text import Texts
 from edgeclip.host import distributed as ranks
+from edgeclip.host import recipe as R
 from edgeclip.host.student import EduAttentionHead, Student, StudentText
 from edgeclip.teachers import Teacher
 from tests.support.images import picture

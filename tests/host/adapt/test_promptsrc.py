@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from edgeclip import disk, weights
-from edgeclip import recipe as R
 from edgeclip.cache import class_features
 from edgeclip.data import Dataset, shapes
 from edgeclip.device import tokenizer
@@ -22,6 +21,7 @@ from edgeclip.device.preprocess import Preprocess, normalise
 from edgeclip.distill import promptsrc
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
+from edgeclip.host import recipe as R
 from edgeclip.teachers import open_clip as teachers
 from tests.support.command import mistake, run
 from tests.support.files import write

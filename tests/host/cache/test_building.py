@@ -16,7 +16,7 @@ import torch
 from edgeclip import cache, disk
 from edgeclip.cache import assemble, building
 from edgeclip.errors import EdgeclipError
-from edgeclip.recipe import Views
+from edgeclip.host.recipe import Views
 from tests.support.files import snapshot
 from tests.support.images import encoded, picture
 from tests.support.toy_cache import build, dataset, teacher

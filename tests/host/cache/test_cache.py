@@ -13,7 +13,7 @@ from PIL import Image
 from edgeclip import cache
 from edgeclip.device.preprocess import normalise
 from edgeclip.errors import EdgeclipError
-from edgeclip.recipe import Views
+from edgeclip.host.recipe import Views
 from tests.support.files import snapshot
 from tests.support.images import picture, truncated_jpeg
 from tests.support.toy_cache import SPEC, D, Tower, build, dataset, encode_text, teacher

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from edgeclip import cache, disk, teachers
-from edgeclip import recipe as R
 from edgeclip.cache.ask import inspect
 from edgeclip.data import Dataset
 from edgeclip.device.metrics import hits, l2_normalise
 from edgeclip.device.pictures import index_folder
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 from tests.support import toy_cache
 from tests.support.command import mistake, run
 from tests.support.files import write

@@ -3,9 +3,9 @@
 import pytest
 
 from edgeclip import data
-from edgeclip import recipe as R
 from edgeclip.device import pictures
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 from tests.support.files import REPO
 from tests.support.images import encoded, picture
 from tests.support.optional import require

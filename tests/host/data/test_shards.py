@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from edgeclip import cache, data
-from edgeclip import recipe as R
 from edgeclip.data.index import index
 from edgeclip.data.shards import expand, find
 from edgeclip.device.pictures import Picture, index_tar, read
 from edgeclip.device.preprocess import Preprocess, UnreadablePicture, normalise
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 from tests.support.files import snapshot
 from tests.support.images import add_member, encoded, picture
 from tests.support.webdataset import shard, webdataset

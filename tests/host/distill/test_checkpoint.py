@@ -150,7 +150,7 @@ def test_a_changed_recipe_on_resume_is_refused_with_the_difference(workplace):
     recipe = json.loads((workplace / "r.yaml").read_text())
     recipe["train"]["accumulate"] = 2
     disk.write_json(workplace / "runs/stopped/roots.json", {"data": ".data/shapes", "evaluation_data": ".data/shapes"})
-    from edgeclip import recipe as R
+    from edgeclip.host import recipe as R
 
     disk.write_json(workplace / "runs/stopped/recipe.json", R.description(R.load(workplace / "r.yaml")))
     (workplace / "other.yaml").write_text(json.dumps(recipe))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip import recipe as R
 from edgeclip.device.zero_shot import class_scores
 from edgeclip.distill import losses as L
+from edgeclip.host import recipe as R
 from edgeclip.host.student import EduAttentionHead
 
 D = 8

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from edgeclip import recipe as R
 from edgeclip import teachers
 from edgeclip.cache import TeacherCache
 from edgeclip.cli import main
@@ -25,6 +24,7 @@ from edgeclip.distill.fuse import Fusion, fuse
 from edgeclip.distill.targets import Targets, TeacherRows, labels
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 from edgeclip.teachers import Teacher
 from tests.support.files import REPO
 

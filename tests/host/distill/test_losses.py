@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip import recipe as R
 from edgeclip.device.metrics import l2_normalise
 from edgeclip.distill import losses as L
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 from edgeclip.host.student import EduAttentionHead
 
 B, D, N, SCALE = 6, 8, 5, 7.0

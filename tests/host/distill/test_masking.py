@@ -5,7 +5,7 @@ import timm
 import torch
 
 from edgeclip.distill import masking
-from edgeclip.recipe import MaskedFeature
+from edgeclip.host.recipe import MaskedFeature
 
 
 @pytest.mark.parametrize("hidden", [0.0, 0.25, 0.75])

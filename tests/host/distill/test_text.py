@@ -9,7 +9,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from edgeclip import recipe as R
 from edgeclip.data import shapes
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.target import load as load_target
@@ -17,6 +16,7 @@ from edgeclip.distill.run import distill
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import export
 from edgeclip.export.source import from_run
+from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from tests.support.command import mistake
 from tests.support.files import REPO

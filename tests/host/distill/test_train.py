@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip import recipe as R
 from edgeclip.cache import TeacherCache
 from edgeclip.config import convert
 from edgeclip.data import Dataset
@@ -21,6 +20,7 @@ from edgeclip.distill import train as T
 from edgeclip.distill.step import Step
 from edgeclip.distill.targets import Targets
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.teachers import Teacher
 from tests.support import toy_training as toys

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeclip import cli, config, disk, recipe, teachers
+from edgeclip import cli, config, disk, teachers
 from edgeclip.cli import tables
 from edgeclip.data import EvaluationSet
 from edgeclip.device.metrics import harmonic_mean, hits, l2_normalise
@@ -17,6 +17,7 @@ from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, class_scores
 from edgeclip.distill import protocols
 from edgeclip.distill.evaluate import Answers, score
+from edgeclip.host import recipe
 from edgeclip.host import student as students
 from tests.support.command import mistake, run
 from tests.support.files import snapshot

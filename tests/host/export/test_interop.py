@@ -146,7 +146,7 @@ def made(folder, source, tower, hidden, own_text=True, **recipe):
     import msgspec
 
     from edgeclip import config
-    from edgeclip import recipe as R
+    from edgeclip.host import recipe as R
     from edgeclip.host import student as students
     from tests.support.families import lively
 
@@ -178,10 +178,10 @@ def made(folder, source, tower, hidden, own_text=True, **recipe):
 def test_open_clip_loads_the_student_itself(name, source, tmp_path):
     import open_clip as library
 
-    from edgeclip import recipe as R
     from edgeclip import weights
     from edgeclip.device.preprocess import normalise, to_pixels
     from edgeclip.export import open_clip
+    from edgeclip.host import recipe as R
     from edgeclip.host.student import token_ids
 
     own, text = made(tmp_path / "run", source, *STUDENTS[name])

@@ -3,8 +3,8 @@
 import msgspec
 import pytest
 
-from edgeclip import recipe
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe
 from tests.support.files import REPO, write
 from tests.support.recipe_errors import RECIPE, error
 

@@ -7,8 +7,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from edgeclip import recipe as R
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.inherit import inherit, inherit_from, resample
 from tests.support.command import mistake

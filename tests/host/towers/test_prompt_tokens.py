@@ -10,7 +10,6 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from edgeclip import recipe as R
 from edgeclip import weights
 from edgeclip.cache import TeacherCache
 from edgeclip.data import Dataset, shapes
@@ -18,6 +17,7 @@ from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
 from edgeclip.fold import fold
+from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.prompts import PromptedText, PromptedTower
 from edgeclip.teachers import open_clip as teachers

@@ -6,7 +6,6 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from edgeclip import recipe as R
 from edgeclip import weights
 from edgeclip.config import convert
 from edgeclip.device.metrics import cosine
@@ -15,6 +14,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
 from edgeclip.export.onnxruntime import calibrate, quantise
 from edgeclip.fold import fold
+from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from tests.support.families import lively
 

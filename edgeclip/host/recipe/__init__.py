@@ -16,7 +16,7 @@ import msgspec
 from edgeclip import config, disk
 from edgeclip.config import Config
 from edgeclip.errors import EdgeclipError
-from edgeclip.recipe.ingredients import (
+from edgeclip.host.recipe.ingredients import (
     Adapt,
     Conse,
     Csv,
@@ -40,7 +40,21 @@ from edgeclip.recipe.ingredients import (
     VisualPrompts,
     WebDataset,
 )
-from edgeclip.recipe.training import KL, Affinity, Bench, Distill, Distribution, EduAttention, First, IFAlign, Losses, MaskedFeature, Parity, Train, Weighted
+from edgeclip.host.recipe.training import (
+    KL,
+    Affinity,
+    Bench,
+    Distill,
+    Distribution,
+    EduAttention,
+    First,
+    IFAlign,
+    Losses,
+    MaskedFeature,
+    Parity,
+    Train,
+    Weighted,
+)
 
 __all__ = [
     "KL",

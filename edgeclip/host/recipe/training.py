@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from edgeclip.config import Config
-from edgeclip.recipe.ingredients import Fraction, NonNegative, Positive, PositiveFloat
+from edgeclip.host.recipe.ingredients import Fraction, NonNegative, Positive, PositiveFloat
 
 
 class KL(Config):
