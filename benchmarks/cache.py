@@ -60,8 +60,8 @@ def build(folder: Path) -> Any:
     import torch
 
     from edgeclip import cache, teachers
-    from edgeclip.data import Dataset
     from edgeclip.device.pictures import index_folder
+    from edgeclip.host.data import Dataset
     from edgeclip.host.recipe import Views
 
     teacher = load_teacher("ViT-B-32")

@@ -73,7 +73,7 @@ def one_size(folder: Path, n: int) -> dict[str, object]:
     import numpy as np
 
     from edgeclip.cache import open_folder
-    from edgeclip.data.order import Shuffled
+    from edgeclip.host.data.order import Shuffled
 
     base = anonymous_mib()
     start = time.perf_counter()

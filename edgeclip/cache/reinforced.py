@@ -33,9 +33,9 @@ from edgeclip.cache.assemble import write_shard
 from edgeclip.cache.embeddings import JOINS
 from edgeclip.cache.shards import record
 from edgeclip.cache.views import OPERATIONS
-from edgeclip.data.shards import matching
 from edgeclip.device.pictures import MAX_UNREADABLE, Picture, refuse_cut
 from edgeclip.errors import EdgeclipError
+from edgeclip.host.data.shards import matching
 from edgeclip.host.recipe import Reinforced
 from edgeclip.progress import track
 

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from edgeclip import disk
 from edgeclip.cache import TeacherCache
-from edgeclip.data import Dataset
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.data import Dataset
 from edgeclip.progress import track
 from edgeclip.teachers import Teacher
 

@@ -24,12 +24,12 @@ from torch.nn import functional as F
 
 from edgeclip import disk
 from edgeclip.cli.tables import MODELS
-from edgeclip.data import Dataset, EvaluationSet
 from edgeclip.device.metrics import harmonic_mean, hits
 from edgeclip.device.pictures import Picture, digest, read, refuse_unreadable, stream
 from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_pixels
 from edgeclip.device.zero_shot import EduAttention, class_scores
 from edgeclip.host import recipe as R
+from edgeclip.host.data import Dataset, EvaluationSet
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.progress import say, track
 from edgeclip.teachers import Teacher

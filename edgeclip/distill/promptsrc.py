@@ -29,13 +29,13 @@ from torch.nn import functional as F
 
 from edgeclip import disk, teachers
 from edgeclip.cache import class_features, draw_views, replay
-from edgeclip.data import Dataset
 from edgeclip.device import tokenizer
 from edgeclip.device.pictures import Picture, read, refuse_unreadable, stream
 from edgeclip.device.preprocess import normalise, open_picture
 from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.data import Dataset
 from edgeclip.progress import say, track
 from edgeclip.prompts import PromptedText, PromptedTower
 from edgeclip.teachers import Teacher, TextTower

@@ -19,7 +19,7 @@ import msgspec
 import torch
 from torch import nn
 
-from edgeclip import __version__, cache, data, disk, teachers, weights
+from edgeclip import __version__, cache, disk, teachers, weights
 from edgeclip.device import target
 from edgeclip.device.zero_shot import prompts
 from edgeclip.distill import board, losses, promptsrc, quantised
@@ -31,8 +31,8 @@ from edgeclip.distill.targets import TeacherRows, labels
 from edgeclip.distill.text import texts
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import data, recipe
 from edgeclip.host import distributed as ranks
-from edgeclip.host import recipe
 from edgeclip.host import student as students
 from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
 from edgeclip.host.recipe import Recipe

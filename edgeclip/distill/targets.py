@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip.cache import TeacherCache
-from edgeclip.data import Dataset
 from edgeclip.distill.losses import OtherTeacher
+from edgeclip.host.data import Dataset
 from edgeclip.host.recipe import Losses
 from edgeclip.teachers import Teacher
 

@@ -26,8 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip.cache import TeacherCache
-from edgeclip.data import Dataset
-from edgeclip.data.order import Shuffled
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill import losses as L
 from edgeclip.distill.board import Board
@@ -38,6 +36,8 @@ from edgeclip.distill.targets import Targets
 from edgeclip.distill.text import Texts, text_feature
 from edgeclip.errors import EdgeclipError, Interrupted
 from edgeclip.host import distributed as ranks
+from edgeclip.host.data import Dataset
+from edgeclip.host.data.order import Shuffled
 from edgeclip.host.recipe import First, Recipe, Weighted
 from edgeclip.host.student import EduAttentionHead, Student, checkpoint_gradients
 from edgeclip.progress import Clock, say, track

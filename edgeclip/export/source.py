@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip import data, disk, teachers, weights
+from edgeclip import disk, teachers, weights
 from edgeclip.device.pictures import Picture, digest, index_folder, index_tar
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
 from edgeclip.distill import promptsrc
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import recipe
+from edgeclip.host import data, recipe
 from edgeclip.host import student as students
 from edgeclip.host.recipe import OpenClip, Timm
 from edgeclip.teachers import TextTower

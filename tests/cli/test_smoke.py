@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from edgeclip.cli import main
-from edgeclip.data import shapes
 from edgeclip.device.bundle import Bundle
+from edgeclip.host.data import shapes
 from tests.support.files import REPO
 
 

@@ -5,9 +5,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgeclip import cache
-from edgeclip.data import Dataset
 from edgeclip.device.pictures import index_folder
 from edgeclip.device.preprocess import Preprocess
+from edgeclip.host.data import Dataset
 from edgeclip.host.recipe import Views
 from edgeclip.teachers import Teacher
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from edgeclip.cache import TeacherCache
 from edgeclip.config import convert
-from edgeclip.data import Dataset
 from edgeclip.device.pictures import index_folder
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill import train as T
@@ -18,6 +17,7 @@ from edgeclip.distill.step import Step
 from edgeclip.distill.text import Texts
 from edgeclip.host import distributed as ranks
 from edgeclip.host import recipe as R
+from edgeclip.host.data import Dataset
 from edgeclip.host.student import EduAttentionHead, Student, StudentText
 from edgeclip.teachers import Teacher
 from tests.support.images import picture

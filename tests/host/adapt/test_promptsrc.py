@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from edgeclip import disk, weights
 from edgeclip.cache import class_features
-from edgeclip.data import Dataset, shapes
 from edgeclip.device import tokenizer
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess, normalise
@@ -22,6 +21,7 @@ from edgeclip.distill import promptsrc
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
 from edgeclip.host import recipe as R
+from edgeclip.host.data import Dataset, shapes
 from edgeclip.teachers import open_clip as teachers
 from tests.support.command import mistake, run
 from tests.support.files import write

@@ -6,13 +6,13 @@ import torch
 from torch.nn import functional as F
 
 from edgeclip.cache import TeacherCache
-from edgeclip.data import Dataset
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.disk import MANIFEST
 from edgeclip.distill.adapt import ResidualHead, adapt, balanced
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.data import Dataset
 from edgeclip.teachers import Teacher
 
 WIDTH, DIM, CLASSES = 16, 8, 4

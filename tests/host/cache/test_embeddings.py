@@ -15,11 +15,11 @@ import torch
 
 from edgeclip import cache, disk, teachers
 from edgeclip.cache.ask import inspect
-from edgeclip.data import Dataset
 from edgeclip.device.metrics import hits, l2_normalise
 from edgeclip.device.pictures import index_folder
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.data import Dataset
 from tests.support import toy_cache
 from tests.support.command import mistake, run
 from tests.support.files import write

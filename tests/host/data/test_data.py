@@ -2,9 +2,9 @@
 
 import pytest
 
-from edgeclip import data
 from edgeclip.device import pictures
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import data
 from edgeclip.host import recipe as R
 from tests.support.files import REPO
 from tests.support.images import encoded, picture

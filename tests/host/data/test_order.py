@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgeclip.data.order import Shuffled
+from edgeclip.host.data.order import Shuffled
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 17, 1000, 4096, 4097, 70_000])

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeclip import cache, data
-from edgeclip.data.index import index
-from edgeclip.data.shards import expand, find
+from edgeclip import cache
 from edgeclip.device.pictures import Picture, index_tar, read
 from edgeclip.device.preprocess import Preprocess, UnreadablePicture, normalise
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import data
 from edgeclip.host import recipe as R
+from edgeclip.host.data.index import index
+from edgeclip.host.data.shards import expand, find
 from tests.support.files import snapshot
 from tests.support.images import add_member, encoded, picture
 from tests.support.webdataset import shard, webdataset

@@ -10,7 +10,6 @@ import yaml
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from edgeclip.data import shapes
 from edgeclip.distill import run
 from edgeclip.distill.losses import Batch
 from edgeclip.distill.protocols import evaluate
@@ -18,6 +17,7 @@ from edgeclip.distill.run import distill
 from edgeclip.distill.train import _first, train
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.data import shapes
 from edgeclip.teachers.open_clip import TextModule
 from tests.support.files import REPO
 

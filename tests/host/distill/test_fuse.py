@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from edgeclip import teachers
 from edgeclip.cache import TeacherCache
 from edgeclip.cli import main
-from edgeclip.data import Dataset, load, shapes
 from edgeclip.device.metrics import hits
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess
@@ -25,6 +24,7 @@ from edgeclip.distill.targets import Targets, TeacherRows, labels
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.data import Dataset, load, shapes
 from edgeclip.teachers import Teacher
 from tests.support.files import REPO
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from edgeclip import data, disk
+from edgeclip import disk
 from edgeclip.device.pictures import digest
 from edgeclip.export.source import from_run
-from edgeclip.host import recipe
+from edgeclip.host import data, recipe
 from tests.support.command import mistake, run
 from tests.support.files import write
 from tests.support.images import picture

@@ -9,7 +9,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from edgeclip.data import shapes
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.target import load as load_target
 from edgeclip.distill.run import distill
@@ -18,6 +17,7 @@ from edgeclip.export import export
 from edgeclip.export.source import from_run
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
+from edgeclip.host.data import shapes
 from tests.support.command import mistake
 from tests.support.files import REPO
 

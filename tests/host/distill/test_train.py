@@ -12,7 +12,6 @@ import torch
 
 from edgeclip.cache import TeacherCache
 from edgeclip.config import convert
-from edgeclip.data import Dataset
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill import losses as L
@@ -21,6 +20,7 @@ from edgeclip.distill.step import Step
 from edgeclip.distill.targets import Targets
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.data import Dataset
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.teachers import Teacher
 from tests.support import toy_training as toys

@@ -11,7 +11,6 @@ from PIL import Image
 
 from edgeclip import cli, config, disk, teachers
 from edgeclip.cli import tables
-from edgeclip.data import EvaluationSet
 from edgeclip.device.metrics import harmonic_mean, hits, l2_normalise
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, class_scores
@@ -19,6 +18,7 @@ from edgeclip.distill import protocols
 from edgeclip.distill.evaluate import Answers, score
 from edgeclip.host import recipe
 from edgeclip.host import student as students
+from edgeclip.host.data import EvaluationSet
 from tests.support.command import mistake, run
 from tests.support.files import snapshot
 from tests.support.images import add_member, encoded

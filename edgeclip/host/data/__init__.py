@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeclip.data.index import index
-from edgeclip.data.shards import find
 from edgeclip.device.pictures import Picture, index_folder, index_tar
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host import recipe as R
+from edgeclip.host.data.index import index
+from edgeclip.host.data.shards import find
 
 
 class EvaluationSet(NamedTuple):
@@ -185,7 +185,7 @@ def _csv(spec: R.Csv, cache: Path) -> Dataset:
 
 
 def _openmoji(spec: R.OpenMoji, cache: Path) -> Dataset:
-    from edgeclip.data import openmoji
+    from edgeclip.host.data import openmoji
 
     return openmoji.load(spec, cache)
 

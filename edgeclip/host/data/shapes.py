@@ -1,6 +1,6 @@
 """Generated pictures with captions, in WebDataset shards: enough data to run every joint of the chain in seconds.
 
-    python -m edgeclip.data.shapes .data/shapes
+    python -m edgeclip.host.data.shapes .data/shapes
 
 A picture is one shape in one colour ("a red circle") at a random place and size; its class is the colour and shape.
 """
@@ -56,5 +56,5 @@ def write(folder: Path, seed: int = 0) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m edgeclip.data.shapes FOLDER")
+        sys.exit("usage: python -m edgeclip.host.data.shapes FOLDER")
     write(Path(sys.argv[1]))

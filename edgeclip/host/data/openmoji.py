@@ -17,9 +17,9 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from edgeclip import disk
-from edgeclip.data import Dataset, EvaluationSet
 from edgeclip.device.pictures import Picture, digest, index_tar
 from edgeclip.errors import EdgeclipError
+from edgeclip.host.data import Dataset, EvaluationSet
 from edgeclip.host.recipe import OpenMoji
 from edgeclip.progress import track
 
