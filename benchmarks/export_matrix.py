@@ -62,9 +62,9 @@ def towers(model: Any) -> tuple[Any, Any, int, int]:
     """(image module, text module or None, image size, context length)"""
     import open_clip
 
-    from edgeclip import weights
     from edgeclip.export.source import from_model
     from edgeclip.host.recipe import OpenClip
+    from edgeclip.host.towers import weights
     from edgeclip.teachers.open_clip import TextModule
 
     if isinstance(model, str) and model not in open_clip.list_models():
@@ -110,7 +110,7 @@ def measure(name: str) -> dict[str, Any]:
     from edgeclip.export.half import to_fp16
     from edgeclip.export.lint import lint
     from edgeclip.export.onnxruntime import calibrate, quantise, write_text
-    from edgeclip.fold import fold
+    from edgeclip.host.towers.fold import fold
 
     image, text, size, context = towers(FAMILIES[name])
     x = np.random.default_rng(0).normal(size=(8, 3, size, size)).astype(np.float32)

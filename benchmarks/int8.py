@@ -48,7 +48,7 @@ def prepare(source: Any, pictures: list[Any], count: int, folder: Path) -> dict[
     from edgeclip.device.pictures import read
     from edgeclip.device.preprocess import normalise, open_picture, to_pixels
     from edgeclip.export import graph
-    from edgeclip.fold import fold
+    from edgeclip.host.towers.fold import fold
 
     order = np.random.default_rng(0).permutation(len(pictures))[: 3 * count]
     x = normalise(np.stack([to_pixels(open_picture(read(pictures[i])), source.preprocess) for i in order]), source.preprocess)

@@ -36,8 +36,8 @@ from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.data import Dataset
+from edgeclip.host.towers.prompt_tokens import PromptedText, PromptedTower
 from edgeclip.progress import say, track
-from edgeclip.prompts import PromptedText, PromptedTower
 from edgeclip.teachers import Teacher, TextTower
 from edgeclip.teachers.open_clip import ImageTower, encoder
 

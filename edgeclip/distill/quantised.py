@@ -34,9 +34,9 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph, policy
 from edgeclip.export.onnxruntime import Calibrated, calibrate, rounded_outputs
 from edgeclip.export.policy import Form, Quantisation
-from edgeclip.fold import fold
 from edgeclip.host import distributed as ranks
 from edgeclip.host import recipe as R
+from edgeclip.host.towers.fold import fold
 
 SMALLEST = 1e-6
 

@@ -19,7 +19,7 @@ import msgspec
 import torch
 from torch import nn
 
-from edgeclip import __version__, cache, disk, teachers, weights
+from edgeclip import __version__, cache, disk, teachers
 from edgeclip.device import target
 from edgeclip.device.zero_shot import prompts
 from edgeclip.distill import board, losses, promptsrc, quantised
@@ -36,6 +36,7 @@ from edgeclip.host import distributed as ranks
 from edgeclip.host import student as students
 from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
 from edgeclip.host.recipe import Recipe
+from edgeclip.host.towers import weights
 from edgeclip.progress import Clock, first, say
 from edgeclip.teachers import Teacher
 

@@ -25,7 +25,7 @@ from edgeclip.export import calibration, graph, tensorrt
 from edgeclip.export.search import search
 from edgeclip.export.source import Source
 from edgeclip.export.vocabulary import prune
-from edgeclip.fold import fold
+from edgeclip.host.towers.fold import fold
 from edgeclip.progress import say
 
 EXPORTERS = {"onnxruntime": "edgeclip.export.onnxruntime", "openvino": "edgeclip.export.openvino", "tensorrt": "edgeclip.export.tensorrt"}

@@ -35,9 +35,9 @@ from edgeclip.host import recipe
 from edgeclip.host import student as students
 from edgeclip.host.recipe import OpenClip, Timm
 from edgeclip.host.student import Student, StudentText
+from edgeclip.host.towers.weights import open_clip_config
 from edgeclip.teachers import TextTower
 from edgeclip.teachers.open_clip import ImageTower, TextModule
-from edgeclip.weights import open_clip_config
 
 STEEP = 2.0**16
 """GELU(STEEP x) / STEEP differs from ReLU(x) by at most 0.17 / STEEP"""

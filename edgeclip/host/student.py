@@ -22,16 +22,17 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip import disk, weights
+from edgeclip import disk
 from edgeclip.device import tokenizer
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
-from edgeclip.inherit import inherit_from
-from edgeclip.prompts import PromptedTower
-from edgeclip.share import SharedBlocks, share
-from edgeclip.stem import put_stem
+from edgeclip.host.towers import weights
+from edgeclip.host.towers.inherit import inherit_from
+from edgeclip.host.towers.prompt_tokens import PromptedTower
+from edgeclip.host.towers.share import SharedBlocks, share
+from edgeclip.host.towers.stem import put_stem
 from edgeclip.teachers import TextTower
 from edgeclip.teachers.open_clip import ImageTower, clip_tokenizer_json
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from edgeclip.device import tokenizer
 from edgeclip.device.preprocess import Preprocess
-from edgeclip.fold import fold
 from edgeclip.host import recipe as R
+from edgeclip.host.towers.fold import fold
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip import weights
 from edgeclip.device import tokenizer
 from edgeclip.device.zero_shot import prompts
 from edgeclip.host.recipe import Conse, Timm
+from edgeclip.host.towers import weights
 from edgeclip.teachers import Teacher, TextTower, sentence
 
 ANCHORS = "all synonyms, centred"

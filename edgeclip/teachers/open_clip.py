@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip import weights
 from edgeclip.device import tokenizer
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.recipe import OpenClip
+from edgeclip.host.towers import weights
 from edgeclip.teachers import Teacher, TextTower
 
 

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from edgeclip import weights
 from edgeclip.cache import embeddings, reinforced
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.towers import weights
 from edgeclip.teachers import Teacher, TextTower, open_clip
 
 

@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 
-from edgeclip import weights
 from edgeclip.device import tokenizer
 from edgeclip.errors import EdgeclipError
+from edgeclip.host.towers import weights
 from edgeclip.teachers.open_clip import clip_tokenizer_json
 
 FIXED = """a photo of a cat.

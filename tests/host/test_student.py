@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip import weights
 from edgeclip.config import convert
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
+from edgeclip.host.towers import weights
 from edgeclip.teachers.open_clip import ImageTower
 from tests.support.optional import require
 

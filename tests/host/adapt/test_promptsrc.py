@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from edgeclip import disk, weights
+from edgeclip import disk
 from edgeclip.cache import class_features
 from edgeclip.device import tokenizer
 from edgeclip.device.pictures import Picture
@@ -22,6 +22,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
 from edgeclip.host import recipe as R
 from edgeclip.host.data import Dataset, shapes
+from edgeclip.host.towers import weights
 from edgeclip.teachers import open_clip as teachers
 from tests.support.command import mistake, run
 from tests.support.files import write

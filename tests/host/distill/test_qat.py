@@ -15,7 +15,7 @@ from edgeclip.distill.step import Step
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph, policy
 from edgeclip.export.onnxruntime import quantise
-from edgeclip.fold import fold
+from edgeclip.host.towers.fold import fold
 from tests.support.command import mistake
 from tests.support.command import run as cli
 from tests.support.files import write

@@ -247,9 +247,9 @@ def test_a_precision_is_given_as_asked_or_refused_never_another(source, tmp_path
 
 
 def test_a_timm_classifier_ranks_by_cosine_as_by_logit(photos, tmp_path):
-    from edgeclip import weights
     from edgeclip.export.source import from_model
     from edgeclip.host.recipe import Timm
+    from edgeclip.host.towers import weights
 
     labels = [f"class {i}" for i in range(1000)]
     found = from_model("mobilenetv4_conv_small_035", "random", labels, photos)

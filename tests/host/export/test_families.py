@@ -19,7 +19,7 @@ from edgeclip.export import graph
 from edgeclip.export.half import to_fp16
 from edgeclip.export.lint import lint
 from edgeclip.export.onnxruntime import calibrate, quantise
-from edgeclip.fold import fold
+from edgeclip.host.towers.fold import fold
 from tests.support.families import IMAGE, SIZE, TEXT, TEXTS, image_tower, text_tower
 from tests.support.optional import require
 

@@ -178,11 +178,11 @@ def made(folder, source, tower, hidden, own_text=True, **recipe):
 def test_open_clip_loads_the_student_itself(name, source, tmp_path):
     import open_clip as library
 
-    from edgeclip import weights
     from edgeclip.device.preprocess import normalise, to_pixels
     from edgeclip.export import open_clip
     from edgeclip.host import recipe as R
     from edgeclip.host.student import token_ids
+    from edgeclip.host.towers import weights
 
     own, text = made(tmp_path / "run", source, *STUDENTS[name])
     folder = open_clip.write(tmp_path / "run", own, tmp_path / "out" / "small-student")

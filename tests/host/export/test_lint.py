@@ -17,7 +17,7 @@ from edgeclip.export import graph
 from edgeclip.export.half import to_fp16
 from edgeclip.export.lint import lint, rules
 from edgeclip.export.onnxruntime import calibrate, quantise
-from edgeclip.fold import fold
+from edgeclip.host.towers.fold import fold
 from tests.support.command import mistake
 from tests.support.command import run as cli
 from tests.support.optional import require

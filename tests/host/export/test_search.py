@@ -21,7 +21,7 @@ from edgeclip.export.calibration import Pictures
 from edgeclip.export.onnxruntime import calibrate, quantise
 from edgeclip.export.search import measured_here, search
 from edgeclip.export.smooth import smooth
-from edgeclip.fold import fold
+from edgeclip.host.towers.fold import fold
 from tests.support.command import run as cli
 from tests.support.images import picture
 from tests.support.toy_bundle import toy_input

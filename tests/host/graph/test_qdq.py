@@ -17,7 +17,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph, policy, tensorrt
 from edgeclip.export.half import to_fp16
 from edgeclip.export.onnxruntime import calibrate, quantise, rounded_outputs
-from edgeclip.fold import fold
+from edgeclip.host.towers.fold import fold
 from tests.support.optional import require
 from tests.support.toy_bundle import toy_input
 

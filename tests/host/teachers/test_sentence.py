@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from edgeclip import weights
 from edgeclip.device import tokenizer
+from edgeclip.host.towers import weights
 from edgeclip.teachers import sentence
 from tests.support.optional import require
 

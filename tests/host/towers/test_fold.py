@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgeclip.fold import fold
+from edgeclip.host.towers.fold import fold
 
 
 def randomise(module, seed=0):

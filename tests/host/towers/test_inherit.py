@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
-from edgeclip.inherit import inherit, inherit_from, resample
+from edgeclip.host.towers.inherit import inherit, inherit_from, resample
 from tests.support.command import mistake
 from tests.support.files import snapshot, write
 from tests.support.tiny_recipe import RECIPE

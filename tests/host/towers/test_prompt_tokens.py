@@ -10,16 +10,16 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from edgeclip import weights
 from edgeclip.cache import TeacherCache
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
-from edgeclip.fold import fold
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.host.data import Dataset, shapes
-from edgeclip.prompts import PromptedText, PromptedTower
+from edgeclip.host.towers import weights
+from edgeclip.host.towers.fold import fold
+from edgeclip.host.towers.prompt_tokens import PromptedText, PromptedTower
 from edgeclip.teachers import open_clip as teachers
 from tests.support.prompted import PIXELS, TEACHER, TEXT, TINY, VISION, onnx_run, pictures_of
 from tests.support.toy_bundle import SIZE

@@ -6,16 +6,16 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from edgeclip import weights
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.pictures import read
 from edgeclip.device.preprocess import normalise
 from edgeclip.errors import EdgeclipError
 from edgeclip.export import export, graph
-from edgeclip.fold import fold
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
-from edgeclip.share import swapped
+from edgeclip.host.towers import weights
+from edgeclip.host.towers.fold import fold
+from edgeclip.host.towers.share import swapped
 from tests.support.toy_bundle import WIDTH, toy_target
 
 OPEN_CLIP = R.OpenClip(

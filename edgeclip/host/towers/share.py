@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
-from edgeclip.inherit import vision_transformer
+from edgeclip.host.towers.inherit import vision_transformer
 
 
 class SharedBlocks(nn.Module):

@@ -13,10 +13,10 @@ from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from edgeclip import weights
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.towers import weights
 
 
 def put_stem(tower: nn.Module, spec: R.Stem, preprocess: Preprocess) -> Preprocess:
