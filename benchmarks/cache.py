@@ -49,8 +49,8 @@ def write_pictures(folder: Path) -> None:
 
 
 def load_teacher(model: str) -> Any:
-    from edgeclip import teachers
     from edgeclip.host import recipe as R
+    from edgeclip.host import teachers
 
     return teachers.load(R.OpenClip(model=model, weights="random"))
 
@@ -59,8 +59,9 @@ def build(folder: Path) -> Any:
     """The cache of (b), by ViT-B/32; a row's width is all that another teacher would change."""
     import torch
 
-    from edgeclip import cache, teachers
+    from edgeclip import cache
     from edgeclip.device.pictures import index_folder
+    from edgeclip.host import teachers
     from edgeclip.host.data import Dataset
     from edgeclip.host.recipe import Views
 
@@ -80,12 +81,12 @@ def worker(way: str, model: str, folder: Path) -> None:
     import torch
     from torch.nn import functional as F
 
-    from edgeclip import teachers
     from edgeclip.cache import open_folder, see
     from edgeclip.device.pictures import index_folder, read, stream
     from edgeclip.device.preprocess import normalise
     from edgeclip.host import recipe as R
     from edgeclip.host import student as students
+    from edgeclip.host import teachers
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

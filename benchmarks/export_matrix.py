@@ -64,8 +64,8 @@ def towers(model: Any) -> tuple[Any, Any, int, int]:
 
     from edgeclip.export.source import from_model
     from edgeclip.host.recipe import OpenClip
+    from edgeclip.host.teachers.open_clip import TextModule
     from edgeclip.host.towers import weights
-    from edgeclip.teachers.open_clip import TextModule
 
     if isinstance(model, str) and model not in open_clip.list_models():
         found = from_model(model, "random", [], None)

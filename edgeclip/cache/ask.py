@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from edgeclip import disk, teachers
+from edgeclip import disk
 from edgeclip.cache.building import build
 from edgeclip.cache.embeddings import open_embeddings
 from edgeclip.cache.shards import KIND, Embeddings, Joined, Shards, TeacherCache, open_folder
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import distributed as ranks
-from edgeclip.host import recipe
+from edgeclip.host import recipe, teachers
 
 SAMPLE = 4096
 """rows that `inspect` looks at"""

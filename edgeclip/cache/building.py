@@ -33,8 +33,8 @@ from edgeclip.host import recipe as R
 from edgeclip.host.data import Dataset
 from edgeclip.host.data.index import Pictures
 from edgeclip.host.recipe import Views
+from edgeclip.host.teachers import Teacher
 from edgeclip.progress import say, track
-from edgeclip.teachers import Teacher
 
 SHARD_BYTES = 2**28
 """of one shard's rows, which are held in memory while it is made"""

@@ -25,8 +25,8 @@ from edgeclip.cache import TeacherCache
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.data import Dataset
+from edgeclip.host.teachers import Teacher
 from edgeclip.progress import track
-from edgeclip.teachers import Teacher
 
 
 class ResidualHead(nn.Module):

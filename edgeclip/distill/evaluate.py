@@ -31,8 +31,8 @@ from edgeclip.device.zero_shot import EduAttention, class_scores
 from edgeclip.host import recipe as R
 from edgeclip.host.data import Dataset, EvaluationSet
 from edgeclip.host.student import EduAttentionHead, Student
+from edgeclip.host.teachers import Teacher
 from edgeclip.progress import say, track
-from edgeclip.teachers import Teacher
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip import disk, teachers
+from edgeclip import disk
 from edgeclip.cache import class_features, draw_views, replay
 from edgeclip.device import tokenizer
 from edgeclip.device.pictures import Picture, read, refuse_unreadable, stream
@@ -35,11 +35,12 @@ from edgeclip.device.preprocess import normalise, open_picture
 from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host import teachers
 from edgeclip.host.data import Dataset
+from edgeclip.host.teachers import Teacher, TextTower
+from edgeclip.host.teachers.open_clip import ImageTower, encoder
 from edgeclip.host.towers.prompt_tokens import PromptedText, PromptedTower
 from edgeclip.progress import say, track
-from edgeclip.teachers import Teacher, TextTower
-from edgeclip.teachers.open_clip import ImageTower, encoder
 
 TEMPLATES = ("{c}.",)
 """what a prompted teacher reads: the learnt context stands before it"""

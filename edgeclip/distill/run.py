@@ -19,7 +19,7 @@ import msgspec
 import torch
 from torch import nn
 
-from edgeclip import __version__, cache, disk, teachers
+from edgeclip import __version__, cache, disk
 from edgeclip.device import target
 from edgeclip.device.zero_shot import prompts
 from edgeclip.distill import board, losses, promptsrc, quantised
@@ -31,14 +31,14 @@ from edgeclip.distill.targets import TeacherRows, labels
 from edgeclip.distill.text import texts
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import data, recipe
+from edgeclip.host import data, recipe, teachers
 from edgeclip.host import distributed as ranks
 from edgeclip.host import student as students
 from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
 from edgeclip.host.recipe import Recipe
+from edgeclip.host.teachers import Teacher
 from edgeclip.host.towers import weights
 from edgeclip.progress import Clock, first, say
-from edgeclip.teachers import Teacher
 
 CACHE = Path("cache")
 

@@ -16,7 +16,7 @@ from edgeclip.cache import TeacherCache
 from edgeclip.distill.losses import OtherTeacher
 from edgeclip.host.data import Dataset
 from edgeclip.host.recipe import Losses
-from edgeclip.teachers import Teacher
+from edgeclip.host.teachers import Teacher
 
 
 class Targets:

@@ -16,7 +16,7 @@ from edgeclip.cache.shards import name
 from edgeclip.device.zero_shot import prompts
 from edgeclip.distill.losses import Batch
 from edgeclip.host import student as students
-from edgeclip.teachers import Teacher, TextTower
+from edgeclip.host.teachers import Teacher, TextTower
 
 
 class Texts(NamedTuple):

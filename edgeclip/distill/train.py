@@ -40,8 +40,8 @@ from edgeclip.host.data import Dataset
 from edgeclip.host.data.order import Shuffled
 from edgeclip.host.recipe import First, Recipe, Weighted
 from edgeclip.host.student import EduAttentionHead, Student, checkpoint_gradients
+from edgeclip.host.teachers import Teacher
 from edgeclip.progress import Clock, say, track
-from edgeclip.teachers import Teacher
 
 
 class Phase(NamedTuple):

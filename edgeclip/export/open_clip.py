@@ -28,16 +28,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_linear_bn_weights
 
-from edgeclip import disk, teachers
+from edgeclip import disk
 from edgeclip.errors import EdgeclipError
 from edgeclip.export.source import Source
-from edgeclip.host import recipe
+from edgeclip.host import recipe, teachers
 from edgeclip.host import student as students
 from edgeclip.host.recipe import OpenClip, Timm
 from edgeclip.host.student import Student, StudentText
+from edgeclip.host.teachers import TextTower
+from edgeclip.host.teachers.open_clip import ImageTower, TextModule
 from edgeclip.host.towers.weights import open_clip_config
-from edgeclip.teachers import TextTower
-from edgeclip.teachers.open_clip import ImageTower, TextModule
 
 STEEP = 2.0**16
 """GELU(STEEP x) / STEEP differs from ReLU(x) by at most 0.17 / STEEP"""

@@ -19,7 +19,7 @@ from torch import nn
 
 from edgeclip.device import tokenizer
 from edgeclip.errors import EdgeclipError
-from edgeclip.teachers import TextTower
+from edgeclip.host.teachers import TextTower
 
 
 class Pruned(NamedTuple):

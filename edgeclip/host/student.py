@@ -28,13 +28,13 @@ from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.teachers import TextTower
+from edgeclip.host.teachers.open_clip import ImageTower, clip_tokenizer_json
 from edgeclip.host.towers import weights
 from edgeclip.host.towers.inherit import inherit_from
 from edgeclip.host.towers.prompt_tokens import PromptedTower
 from edgeclip.host.towers.share import SharedBlocks, share
 from edgeclip.host.towers.stem import put_stem
-from edgeclip.teachers import TextTower
-from edgeclip.teachers.open_clip import ImageTower, clip_tokenizer_json
 
 
 class Student(nn.Module):

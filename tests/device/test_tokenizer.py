@@ -8,8 +8,8 @@ import pytest
 
 from edgeclip.device import tokenizer
 from edgeclip.errors import EdgeclipError
+from edgeclip.host.teachers.open_clip import clip_tokenizer_json
 from edgeclip.host.towers import weights
-from edgeclip.teachers.open_clip import clip_tokenizer_json
 
 FIXED = """a photo of a cat.
 A PHOTO OF A CAT

@@ -10,8 +10,8 @@ from edgeclip.config import convert
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
+from edgeclip.host.teachers.open_clip import ImageTower
 from edgeclip.host.towers import weights
-from edgeclip.teachers.open_clip import ImageTower
 from tests.support.optional import require
 
 SPEC = R.Student(tower=R.Timm(model="mobilenetv4_conv_small", weights="random", image_size=64), projector_hidden=20)

@@ -41,7 +41,7 @@ def toy_text():
     from torch import nn
     from torch.nn import functional as F
 
-    from edgeclip.teachers import TextTower
+    from edgeclip.host.teachers import TextTower
 
     words = sorted({w.lower() for t in ["a photo of red umbrella the letter two people shaking hands", *LABELS, "pear", "plum"] for w in t.split()})
     tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, **{w: i + 2 for i, w in enumerate(words)}}, unk_token="[UNK]"))

@@ -9,7 +9,7 @@ from edgeclip.device.pictures import index_folder
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.host.data import Dataset
 from edgeclip.host.recipe import Views
-from edgeclip.teachers import Teacher
+from edgeclip.host.teachers import Teacher
 
 SPEC = Preprocess(size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
 D = 4

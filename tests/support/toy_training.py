@@ -19,7 +19,7 @@ from edgeclip.host import distributed as ranks
 from edgeclip.host import recipe as R
 from edgeclip.host.data import Dataset
 from edgeclip.host.student import EduAttentionHead, Student, StudentText
-from edgeclip.teachers import Teacher
+from edgeclip.host.teachers import Teacher
 from tests.support.images import picture
 
 PICTURES, VIEWS, SIDE, D, N, WIDTH = 40, 2, 8, 8, 6, 16

@@ -22,8 +22,8 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.export import graph
 from edgeclip.host import recipe as R
 from edgeclip.host.data import Dataset, shapes
+from edgeclip.host.teachers import open_clip as teachers
 from edgeclip.host.towers import weights
-from edgeclip.teachers import open_clip as teachers
 from tests.support.command import mistake, run
 from tests.support.files import write
 from tests.support.prompted import PIXELS, TEACHER, TEXT, VISION, onnx_run, pictures_of

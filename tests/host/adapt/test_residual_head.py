@@ -13,7 +13,7 @@ from edgeclip.distill.adapt import ResidualHead, adapt, balanced
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.data import Dataset
-from edgeclip.teachers import Teacher
+from edgeclip.host.teachers import Teacher
 
 WIDTH, DIM, CLASSES = 16, 8, 4
 SPEC = R.ResidualHead(hidden=32, dropout=0.0, steps=80, batch_size=32, lr=1e-2, weight_decay=0.0, toward_unadapted=0.1)

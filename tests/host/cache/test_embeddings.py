@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from edgeclip import cache, disk, teachers
+from edgeclip import cache, disk
 from edgeclip.cache.ask import inspect
 from edgeclip.device.metrics import hits, l2_normalise
 from edgeclip.device.pictures import index_folder
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host import teachers
 from edgeclip.host.data import Dataset
 from tests.support import toy_cache
 from tests.support.command import mistake, run

@@ -13,16 +13,17 @@ from torchvision.transforms import InterpolationMode, RandAugment
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
-from edgeclip import cache, teachers
+from edgeclip import cache
 from edgeclip.cache.views import OPERATIONS
 from edgeclip.device.pictures import index_tar
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill.text import texts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host import teachers
 from edgeclip.host.data import Dataset
 from edgeclip.host.student import token_ids
-from edgeclip.teachers.open_clip import clip_tokenizer_json
+from edgeclip.host.teachers.open_clip import clip_tokenizer_json
 from tests.support.command import mistake, run
 from tests.support.files import write
 from tests.support.images import add_member, encoded, picture

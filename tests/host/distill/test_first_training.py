@@ -18,7 +18,7 @@ from edgeclip.distill.train import _first, train
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.data import shapes
-from edgeclip.teachers.open_clip import TextModule
+from edgeclip.host.teachers.open_clip import TextModule
 from tests.support.files import REPO
 
 

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from edgeclip import teachers
 from edgeclip.cache import TeacherCache
 from edgeclip.cli import main
 from edgeclip.device.metrics import hits
@@ -24,8 +23,9 @@ from edgeclip.distill.targets import Targets, TeacherRows, labels
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host import teachers
 from edgeclip.host.data import Dataset, load, shapes
-from edgeclip.teachers import Teacher
+from edgeclip.host.teachers import Teacher
 from tests.support.files import REPO
 
 N, EACH, VIEWS = 4, 24, 2

@@ -22,7 +22,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.data import Dataset
 from edgeclip.host.student import EduAttentionHead, Student
-from edgeclip.teachers import Teacher
+from edgeclip.host.teachers import Teacher
 from tests.support import toy_training as toys
 from tests.support.files import REPO
 

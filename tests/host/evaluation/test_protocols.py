@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeclip import cli, config, disk, teachers
+from edgeclip import cli, config, disk
 from edgeclip.cli import tables
 from edgeclip.device.metrics import harmonic_mean, hits, l2_normalise
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, class_scores
 from edgeclip.distill import protocols
 from edgeclip.distill.evaluate import Answers, score
-from edgeclip.host import recipe
+from edgeclip.host import recipe, teachers
 from edgeclip.host import student as students
 from edgeclip.host.data import EvaluationSet
 from tests.support.command import mistake, run

@@ -13,8 +13,8 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.export import GOLDEN_TEXTS, export, optimum
 from edgeclip.export.source import with_vocabulary
 from edgeclip.export.vocabulary import prune
-from edgeclip.teachers import TextTower
-from edgeclip.teachers.open_clip import TextModule, clip_tokenizer_json
+from edgeclip.host.teachers import TextTower
+from edgeclip.host.teachers.open_clip import TextModule, clip_tokenizer_json
 from tests.support.command import mistake, run
 from tests.support.toy_bundle import LABELS, toy_target
 

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from edgeclip.device import tokenizer
+from edgeclip.host.teachers import sentence
 from edgeclip.host.towers import weights
-from edgeclip.teachers import sentence
 from tests.support.optional import require
 
 TEXTS = ["a cat", "A photo of two people shaking hands, in the rain.", "x", "the quick brown fox jumps over the lazy dog 42 times"]

@@ -17,10 +17,10 @@ from edgeclip.export import graph
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.host.data import Dataset, shapes
+from edgeclip.host.teachers import open_clip as teachers
 from edgeclip.host.towers import weights
 from edgeclip.host.towers.fold import fold
 from edgeclip.host.towers.prompt_tokens import PromptedText, PromptedTower
-from edgeclip.teachers import open_clip as teachers
 from tests.support.prompted import PIXELS, TEACHER, TEXT, TINY, VISION, onnx_run, pictures_of
 from tests.support.toy_bundle import SIZE
 

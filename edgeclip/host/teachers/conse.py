@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from edgeclip.device import tokenizer
 from edgeclip.device.zero_shot import prompts
 from edgeclip.host.recipe import Conse, Timm
+from edgeclip.host.teachers import Teacher, TextTower, sentence
 from edgeclip.host.towers import weights
-from edgeclip.teachers import Teacher, TextTower, sentence
 
 ANCHORS = "all synonyms, centred"
 """Part of the teacher's identity: change it with the anchors, or an old cache is taken for a new one."""

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from edgeclip.device import tokenizer
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.recipe import OpenClip
+from edgeclip.host.teachers import Teacher, TextTower
 from edgeclip.host.towers import weights
-from edgeclip.teachers import Teacher, TextTower
 
 
 class ImageTower(nn.Module):

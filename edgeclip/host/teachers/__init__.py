@@ -57,10 +57,10 @@ class Teacher:
 
 
 TEACHERS = {
-    R.Conse: "edgeclip.teachers.conse",
-    R.OpenClip: "edgeclip.teachers.open_clip",
-    R.Embeddings: "edgeclip.teachers.precomputed",
-    R.Reinforced: "edgeclip.teachers.precomputed",
+    R.Conse: "edgeclip.host.teachers.conse",
+    R.OpenClip: "edgeclip.host.teachers.open_clip",
+    R.Embeddings: "edgeclip.host.cache.precomputed",
+    R.Reinforced: "edgeclip.host.cache.precomputed",
 }
 
 

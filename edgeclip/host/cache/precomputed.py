@@ -14,8 +14,8 @@ from edgeclip.cache import embeddings, reinforced
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.teachers import Teacher, TextTower, open_clip
 from edgeclip.host.towers import weights
-from edgeclip.teachers import Teacher, TextTower, open_clip
 
 
 def load(spec: R.Embeddings | R.Reinforced) -> Teacher:
