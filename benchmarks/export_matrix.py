@@ -106,10 +106,10 @@ def measure(name: str) -> dict[str, Any]:
 
     from edgeclip.device import target
     from edgeclip.device.metrics import cosine
-    from edgeclip.export import graph
-    from edgeclip.export.half import to_fp16
     from edgeclip.export.lint import lint
     from edgeclip.export.onnxruntime import calibrate, quantise, write_text
+    from edgeclip.host.graph import trace as graph
+    from edgeclip.host.graph.float16 import to_fp16
     from edgeclip.host.towers.fold import fold
 
     image, text, size, context = towers(FAMILIES[name])

@@ -47,7 +47,7 @@ def prepare(source: Any, pictures: list[Any], count: int, folder: Path) -> dict[
 
     from edgeclip.device.pictures import read
     from edgeclip.device.preprocess import normalise, open_picture, to_pixels
-    from edgeclip.export import graph
+    from edgeclip.host.graph import trace as graph
     from edgeclip.host.towers.fold import fold
 
     order = np.random.default_rng(0).permutation(len(pictures))[: 3 * count]

@@ -31,11 +31,12 @@ from edgeclip.device import target as T
 from edgeclip.device.pictures import read
 from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_pixels
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph, policy
 from edgeclip.export.onnxruntime import Calibrated, calibrate, rounded_outputs
-from edgeclip.export.policy import Form, Quantisation
 from edgeclip.host import distributed as ranks
 from edgeclip.host import recipe as R
+from edgeclip.host.graph import policy
+from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.policy import Form, Quantisation
 from edgeclip.host.towers.fold import fold
 
 SMALLEST = 1e-6

@@ -21,10 +21,11 @@ from edgeclip.device.pictures import read
 from edgeclip.device.preprocess import normalise, open_picture, to_pixels
 from edgeclip.device.target import Target
 from edgeclip.device.zero_shot import class_scores, prompts
-from edgeclip.export import calibration, graph, tensorrt
+from edgeclip.export import calibration, tensorrt
 from edgeclip.export.search import search
 from edgeclip.export.source import Source
 from edgeclip.export.vocabulary import prune
+from edgeclip.host.graph import trace as graph
 from edgeclip.host.towers.fold import fold
 from edgeclip.progress import say
 

@@ -15,7 +15,7 @@ import onnx
 from edgeclip.device.runtime import tensorrt_build
 from edgeclip.device.target import Target
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph
+from edgeclip.host.graph import trace as graph
 
 OPSETS = (17, 20)
 INTEGER = ("MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv", "DynamicQuantizeLinear")

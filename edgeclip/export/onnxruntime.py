@@ -19,12 +19,12 @@ import numpy as np
 import onnx
 
 from edgeclip.device.target import Target
-from edgeclip.export import graph
-from edgeclip.export.half import to_fp16
+from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.float16 import to_fp16
 from edgeclip.progress import track
 
 if TYPE_CHECKING:
-    from edgeclip.export.policy import Quantisation
+    from edgeclip.host.graph.policy import Quantisation
 
 CALIBRATION_BATCH = 16
 

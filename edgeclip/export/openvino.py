@@ -10,8 +10,8 @@ import onnx
 
 from edgeclip.device.target import Target
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph
-from edgeclip.export.policy import Quantisation
+from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.policy import Quantisation
 
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 

@@ -31,7 +31,7 @@ from edgeclip.device import tokenizer
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.zero_shot import EduAttention
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph
+from edgeclip.host.graph import trace as graph
 
 
 def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:

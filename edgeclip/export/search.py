@@ -28,9 +28,9 @@ from edgeclip.device.runtime import open_session
 from edgeclip.device.target import Calibration, Target
 from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
-from edgeclip.export import policy
 from edgeclip.export.calibration import Pictures
-from edgeclip.export.policy import Form, Quantisation
+from edgeclip.host.graph import policy
+from edgeclip.host.graph.policy import Form, Quantisation
 from edgeclip.progress import say
 
 ROUNDS, QUERIES = 15, 4

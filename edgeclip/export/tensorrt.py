@@ -16,11 +16,11 @@ from onnx import numpy_helper
 from edgeclip.device.runtime import tensorrt_build
 from edgeclip.device.target import Target
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph
-from edgeclip.export.half import to_fp16
 from edgeclip.export.lint import lint
 from edgeclip.export.onnxruntime import quantise
-from edgeclip.export.policy import Quantisation
+from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.float16 import to_fp16
+from edgeclip.host.graph.policy import Quantisation
 
 E4M3_MAX = 448.0
 """the largest finite float8 E4M3"""

@@ -13,7 +13,7 @@ from onnx import helper
 
 from edgeclip.device.runtime import INSTALL, RUNTIMES, Session, open_session
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph
+from edgeclip.host.graph import trace as graph
 from tests.support.optional import require
 
 

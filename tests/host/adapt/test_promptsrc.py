@@ -19,9 +19,9 @@ from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess, normalise
 from edgeclip.distill import promptsrc
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph
 from edgeclip.host import recipe as R
 from edgeclip.host.data import Dataset, shapes
+from edgeclip.host.graph import trace as graph
 from edgeclip.host.teachers import open_clip as teachers
 from edgeclip.host.towers import weights
 from tests.support.command import mistake, run

@@ -13,8 +13,9 @@ from edgeclip.device.metrics import cosine
 from edgeclip.distill import quantised
 from edgeclip.distill.step import Step
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph, policy
 from edgeclip.export.onnxruntime import quantise
+from edgeclip.host.graph import policy
+from edgeclip.host.graph import trace as graph
 from edgeclip.host.towers.fold import fold
 from tests.support.command import mistake
 from tests.support.command import run as cli

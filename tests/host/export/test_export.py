@@ -15,7 +15,8 @@ from edgeclip.device.bundle import Bundle, bake_labels
 from edgeclip.device.metrics import cosine
 from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import export, graph
+from edgeclip.export import export
+from edgeclip.host.graph import trace as graph
 from tests.support.files import snapshot
 from tests.support.images import encoded, picture, truncated_jpeg
 from tests.support.optional import require

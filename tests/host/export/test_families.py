@@ -15,10 +15,10 @@ from onnx import TensorProto
 from edgeclip.device import target
 from edgeclip.device.metrics import cosine
 from edgeclip.device.runtime.onnxruntime import UNSAFE_IN_HALF
-from edgeclip.export import graph
-from edgeclip.export.half import to_fp16
 from edgeclip.export.lint import lint
 from edgeclip.export.onnxruntime import calibrate, quantise
+from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.float16 import to_fp16
 from edgeclip.host.towers.fold import fold
 from tests.support.families import IMAGE, SIZE, TEXT, TEXTS, image_tower, text_tower
 from tests.support.optional import require

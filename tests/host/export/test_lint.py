@@ -13,10 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeclip.device import target
 from edgeclip.device.runtime import tensorrt_build
 from edgeclip.device.runtime.tensorrt_build import BuildError, read_layers
-from edgeclip.export import graph
-from edgeclip.export.half import to_fp16
 from edgeclip.export.lint import lint, rules
 from edgeclip.export.onnxruntime import calibrate, quantise
+from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.float16 import to_fp16
 from edgeclip.host.towers.fold import fold
 from tests.support.command import mistake
 from tests.support.command import run as cli

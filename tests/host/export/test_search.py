@@ -16,11 +16,13 @@ from edgeclip.device.pictures import Picture
 from edgeclip.device.target import Calibration, Tolerance
 from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
-from edgeclip.export import EXPORTERS, graph, policy
+from edgeclip.export import EXPORTERS
 from edgeclip.export.calibration import Pictures
 from edgeclip.export.onnxruntime import calibrate, quantise
 from edgeclip.export.search import measured_here, search
-from edgeclip.export.smooth import smooth
+from edgeclip.host.graph import policy
+from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.smooth import smooth
 from edgeclip.host.towers.fold import fold
 from tests.support.command import run as cli
 from tests.support.images import picture

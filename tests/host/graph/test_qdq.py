@@ -14,9 +14,11 @@ from edgeclip.device import machine, target
 from edgeclip.device.metrics import cosine
 from edgeclip.device.target import Calibration
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph, policy, tensorrt
-from edgeclip.export.half import to_fp16
+from edgeclip.export import tensorrt
 from edgeclip.export.onnxruntime import calibrate, quantise, rounded_outputs
+from edgeclip.host.graph import policy
+from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.float16 import to_fp16
 from edgeclip.host.towers.fold import fold
 from tests.support.optional import require
 from tests.support.toy_bundle import toy_input

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.nn import functional as F
 
-from edgeclip.export import graph
+from edgeclip.host.graph import trace as graph
 
 
 def weight(name, *shape, seed=0):

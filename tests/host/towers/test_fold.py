@@ -100,7 +100,7 @@ def test_a_fold_that_would_change_the_output_is_refused():
 def test_padding_that_depends_on_the_size_is_a_constant_of_the_graph(size):
     import timm
 
-    from edgeclip.export import graph
+    from edgeclip.host.graph import trace as graph
 
     torch.manual_seed(0)
     tower = timm.create_model("tf_efficientnet_lite0", num_classes=0)

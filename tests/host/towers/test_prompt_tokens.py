@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from edgeclip.cache import TeacherCache
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.host.data import Dataset, shapes
+from edgeclip.host.graph import trace as graph
 from edgeclip.host.teachers import open_clip as teachers
 from edgeclip.host.towers import weights
 from edgeclip.host.towers.fold import fold

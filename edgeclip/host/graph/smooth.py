@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeclip.export import graph
+from edgeclip.host.graph import trace as graph
 
 BATCH = 16
 

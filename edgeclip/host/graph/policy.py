@@ -22,9 +22,9 @@ from edgeclip.device import machine
 from edgeclip.device.metrics import l2_normalise
 from edgeclip.device.target import Calibration, Target
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph
 from edgeclip.export.onnxruntime import Calibrated, calibrate, quantise
-from edgeclip.export.smooth import smooth
+from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.smooth import smooth
 from edgeclip.progress import track
 
 PROBES = 32

@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import graph
+from edgeclip.host.graph import trace as graph
 
 LARGEST, SMALLEST, MASK = 65504.0, 2.0**-24, -1e4
 STAYS_FLOAT = {"Resize": (1, 2), "Upsample": (1,)}
