@@ -59,9 +59,8 @@ def build(folder: Path) -> Any:
     """The cache of (b), by ViT-B/32; a row's width is all that another teacher would change."""
     import torch
 
-    from edgeclip import cache
     from edgeclip.device.pictures import index_folder
-    from edgeclip.host import teachers
+    from edgeclip.host import cache, teachers
     from edgeclip.host.data import Dataset
     from edgeclip.host.recipe import Views
 
@@ -81,12 +80,12 @@ def worker(way: str, model: str, folder: Path) -> None:
     import torch
     from torch.nn import functional as F
 
-    from edgeclip.cache import open_folder, see
     from edgeclip.device.pictures import index_folder, read, stream
     from edgeclip.device.preprocess import normalise
     from edgeclip.host import recipe as R
     from edgeclip.host import student as students
     from edgeclip.host import teachers
+    from edgeclip.host.cache import open_folder, see
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -39,7 +39,7 @@ def sparse(folder: Path, n: int, views: int = VIEWS) -> None:
     import numpy as np
 
     from edgeclip import disk
-    from edgeclip.cache.shards import FORMAT, KIND, name, record
+    from edgeclip.host.cache.arrays import FORMAT, KIND, name, record
 
     counts = [min(SHARD, n - at) for at in range(0, n, SHARD)]
     shards = []
@@ -72,7 +72,7 @@ def anonymous_mib() -> float:
 def one_size(folder: Path, n: int) -> dict[str, object]:
     import numpy as np
 
-    from edgeclip.cache import open_folder
+    from edgeclip.host.cache import open_folder
     from edgeclip.host.data.order import Shuffled
 
     base = anonymous_mib()
@@ -104,8 +104,8 @@ def warm_rows(folder: Path, n: int) -> list[float]:
     """Time of numpy's take over that of the cache, pair by pair."""
     import numpy as np
 
-    from edgeclip.cache import open_folder
     from edgeclip.host.allocator import keep_freed_memory
+    from edgeclip.host.cache import open_folder
 
     keep_freed_memory()  # as `distill` does: the pages of a batch are the next batch's
     sparse(folder, n, views=1)

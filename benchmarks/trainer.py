@@ -103,12 +103,11 @@ def with_open_clip(model: str, folder: Path) -> dict[str, Any]:
 def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[str, Any]:
     import torch
 
-    from edgeclip import cache
     from edgeclip.config import convert
     from edgeclip.distill.step import Step
     from edgeclip.distill.text import texts
     from edgeclip.distill.train import train
-    from edgeclip.host import data, teachers
+    from edgeclip.host import cache, data, teachers
     from edgeclip.host import recipe as R
     from edgeclip.host import student as students
     from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory

@@ -27,7 +27,7 @@ def build(recipe: Path, roots: tuple[str, ...], out: Path | None, as_json: bool)
         edgeclip cache build recipes/quickstart.yaml
         torchrun --nproc-per-node 8 -m edgeclip cache build recipes/mobile.yaml
     """
-    from edgeclip.cache.ask import build_for
+    from edgeclip.host.cache.inspect import build_for
 
     found = build_for(recipe, roots, out)
     if as_json:
@@ -47,7 +47,7 @@ def inspect(folder: Path, verify: bool, as_json: bool) -> None:
     Example:
         edgeclip cache inspect cache/0123456789abcdef
     """
-    from edgeclip.cache.ask import inspect as examine
+    from edgeclip.host.cache.inspect import inspect as examine
 
     found = examine(folder, verify)
     if as_json:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk
-from edgeclip.cache import TeacherCache
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
 from edgeclip.host.teachers import Teacher
 from edgeclip.progress import track

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgeclip.cache import TeacherCache, see
 from edgeclip.device.pictures import read, stream
 from edgeclip.device.preprocess import Preprocess, UnreadablePicture
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import distributed as ranks
+from edgeclip.host.cache import TeacherCache, see
 from edgeclip.host.recipe import Recipe
 from edgeclip.host.student import Student
 from edgeclip.progress import track

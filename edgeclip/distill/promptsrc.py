@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk
-from edgeclip.cache import class_features, draw_views, replay
 from edgeclip.device import tokenizer
 from edgeclip.device.pictures import Picture, read, refuse_unreadable, stream
 from edgeclip.device.preprocess import normalise, open_picture
@@ -36,6 +35,7 @@ from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import teachers
+from edgeclip.host.cache import class_features, draw_views, replay
 from edgeclip.host.data import Dataset
 from edgeclip.host.teachers import Teacher, TextTower
 from edgeclip.host.teachers.open_clip import ImageTower, encoder

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeclip import cache, config, disk
+from edgeclip import config, disk
 from edgeclip.device import metrics
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess
@@ -34,7 +34,7 @@ from edgeclip.distill.adapt import adapted
 from edgeclip.distill.evaluate import Answers, image_features, mean_over, note, score, teacher_features
 from edgeclip.distill.run import CACHE, pick_device
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import data, recipe, teachers
+from edgeclip.host import cache, data, recipe, teachers
 from edgeclip.host import student as students
 from edgeclip.host.data import Dataset
 from edgeclip.host.recipe import Data, Recipe

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from edgeclip import disk
-from edgeclip.cache import TeacherCache
 from edgeclip.device import target as T
 from edgeclip.device.pictures import read
 from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_pixels
@@ -34,6 +33,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.export.onnxruntime import Calibrated, calibrate, rounded_outputs
 from edgeclip.host import distributed as ranks
 from edgeclip.host import recipe as R
+from edgeclip.host.cache import TeacherCache
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.policy import Form, Quantisation

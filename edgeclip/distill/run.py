@@ -19,7 +19,7 @@ import msgspec
 import torch
 from torch import nn
 
-from edgeclip import __version__, cache, disk
+from edgeclip import __version__, disk
 from edgeclip.device import target
 from edgeclip.device.zero_shot import prompts
 from edgeclip.distill import board, losses, promptsrc, quantised
@@ -31,7 +31,7 @@ from edgeclip.distill.targets import TeacherRows, labels
 from edgeclip.distill.text import texts
 from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import data, recipe, teachers
+from edgeclip.host import cache, data, recipe, teachers
 from edgeclip.host import distributed as ranks
 from edgeclip.host import student as students
 from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory

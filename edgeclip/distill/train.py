@@ -25,7 +25,6 @@ from timm.layers import HybridEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip.cache import TeacherCache
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill import losses as L
 from edgeclip.distill.board import Board
@@ -36,6 +35,7 @@ from edgeclip.distill.targets import Targets
 from edgeclip.distill.text import Texts, text_feature
 from edgeclip.errors import EdgeclipError, Interrupted
 from edgeclip.host import distributed as ranks
+from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
 from edgeclip.host.data.order import Shuffled
 from edgeclip.host.recipe import First, Recipe, Weighted

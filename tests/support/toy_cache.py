@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgeclip import cache
 from edgeclip.device.pictures import index_folder
 from edgeclip.device.preprocess import Preprocess
+from edgeclip.host import cache
 from edgeclip.host.data import Dataset
 from edgeclip.host.recipe import Views
 from edgeclip.host.teachers import Teacher

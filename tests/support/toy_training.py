@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeclip.cache import TeacherCache
 from edgeclip.config import convert
 from edgeclip.device.pictures import index_folder
 from edgeclip.device.preprocess import Preprocess
@@ -17,6 +16,7 @@ from edgeclip.distill.step import Step
 from edgeclip.distill.text import Texts
 from edgeclip.host import distributed as ranks
 from edgeclip.host import recipe as R
+from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
 from edgeclip.host.student import EduAttentionHead, Student, StudentText
 from edgeclip.host.teachers import Teacher

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from edgeclip.cache import embeddings, reinforced
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.cache import embeddings, reinforced
 from edgeclip.host.teachers import Teacher, TextTower, open_clip
 from edgeclip.host.towers import weights
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from edgeclip.cache import TeacherCache
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.disk import MANIFEST
 from edgeclip.distill.adapt import ResidualHead, adapt, balanced
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
 from edgeclip.host.teachers import Teacher
 

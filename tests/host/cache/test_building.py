@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip import cache, disk
-from edgeclip.cache import assemble, building
+from edgeclip import disk
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import cache
+from edgeclip.host.cache import assemble, building
 from edgeclip.host.recipe import Views
 from tests.support.files import snapshot
 from tests.support.images import encoded, picture
@@ -261,7 +262,7 @@ def test_stored_views_that_no_longer_give_their_rows_are_refused(tmp_path, folde
 
 
 def test_inspect_says_what_is_inside(tmp_path, folder):
-    from edgeclip.cache.ask import inspect
+    from edgeclip.host.cache.inspect import inspect
 
     made = build(tmp_path, dataset(folder), captions=True)
     found = inspect(made.folder, verify=True)

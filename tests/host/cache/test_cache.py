@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeclip import cache
 from edgeclip.device.preprocess import normalise
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import cache
 from edgeclip.host.recipe import Views
 from tests.support.files import snapshot
 from tests.support.images import picture, truncated_jpeg

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from edgeclip import cache, disk
-from edgeclip.cache.ask import inspect
+from edgeclip import disk
 from edgeclip.device.metrics import hits, l2_normalise
 from edgeclip.device.pictures import index_folder
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import cache, teachers
 from edgeclip.host import recipe as R
-from edgeclip.host import teachers
+from edgeclip.host.cache.inspect import inspect
 from edgeclip.host.data import Dataset
 from tests.support import toy_cache
 from tests.support.command import mistake, run
@@ -272,7 +272,7 @@ def test_what_clip_retrievals_own_writer_wrote_is_a_teacher(theirs, tmp_path, ph
 
 @pytest.mark.slow
 def test_embedding_reader_reads_ours(theirs, tmp_path, folder, monkeypatch):
-    from edgeclip.cache import building
+    from edgeclip.host.cache import building
 
     monkeypatch.setattr(building, "SHARD_PICTURES", (1, 1))  # twelve shards: their names must sort
     made = toy_cache.build(tmp_path, toy_cache.dataset(folder))

@@ -13,14 +13,13 @@ from torchvision.transforms import InterpolationMode, RandAugment
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
-from edgeclip import cache
-from edgeclip.cache.views import OPERATIONS
 from edgeclip.device.pictures import index_tar
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill.text import texts
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import cache, teachers
 from edgeclip.host import recipe as R
-from edgeclip.host import teachers
+from edgeclip.host.cache.views import OPERATIONS
 from edgeclip.host.data import Dataset
 from edgeclip.host.student import token_ids
 from edgeclip.host.teachers.open_clip import clip_tokenizer_json
@@ -122,7 +121,7 @@ def test_the_shards_may_lie_apart_from_the_pictures_and_in_another_order(tmp_pat
 
 def test_a_view_is_replayed_as_torchvision_made_it():
     """Crop, resize and RandAugment's operations by their numbers, at the teacher's size; TranslateX in pixels of it."""
-    from edgeclip.cache.reinforced import parameters
+    from edgeclip.host.cache.reinforced import parameters
 
     assert list(OPERATIONS) == list(RandAugment()._augmentation_space(31, (224, 224)))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeclip import cache
 from edgeclip.device.pictures import Picture, index_tar, read
 from edgeclip.device.preprocess import Preprocess, UnreadablePicture, normalise
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import data
+from edgeclip.host import cache, data
 from edgeclip.host import recipe as R
 from edgeclip.host.data.index import index
 from edgeclip.host.data.shards import expand, find

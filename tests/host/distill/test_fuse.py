@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from edgeclip.cache import TeacherCache
 from edgeclip.cli import main
 from edgeclip.device.metrics import hits
 from edgeclip.device.pictures import Picture
@@ -24,6 +23,7 @@ from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import teachers
+from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset, load, shapes
 from edgeclip.host.teachers import Teacher
 from tests.support.files import REPO

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip.cache import TeacherCache
 from edgeclip.config import convert
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess
@@ -20,6 +19,7 @@ from edgeclip.distill.step import Step
 from edgeclip.distill.targets import Targets
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.host.teachers import Teacher

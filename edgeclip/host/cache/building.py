@@ -20,16 +20,16 @@ import torch
 from torch import nn
 
 from edgeclip import disk
-from edgeclip.cache import embeddings, reinforced
-from edgeclip.cache.assemble import as_json, assemble, discard, finished, write_shard
-from edgeclip.cache.shards import FORMAT, Embeddings, TeacherCache, name, open_folder, record
-from edgeclip.cache.views import draw_views, replay
 from edgeclip.device import tokenizer
 from edgeclip.device.pictures import MAX_UNREADABLE, Picture, read, refuse_unreadable, stream
 from edgeclip.device.preprocess import normalise, open_picture
 from edgeclip.device.zero_shot import ensemble, prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.cache import embeddings, reinforced
+from edgeclip.host.cache.arrays import FORMAT, Embeddings, TeacherCache, name, open_folder, record
+from edgeclip.host.cache.assemble import as_json, assemble, discard, finished, write_shard
+from edgeclip.host.cache.views import draw_views, replay
 from edgeclip.host.data import Dataset
 from edgeclip.host.data.index import Pictures
 from edgeclip.host.recipe import Views

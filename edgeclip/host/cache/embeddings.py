@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from edgeclip import disk
-from edgeclip.cache.shards import Shards
 from edgeclip.device.pictures import Picture
 from edgeclip.errors import EdgeclipError, did_you_mean
+from edgeclip.host.cache.arrays import Shards
 from edgeclip.host.recipe import Embeddings
 from edgeclip.progress import track
 

@@ -29,12 +29,12 @@ import numpy as np
 import torch
 
 from edgeclip import disk
-from edgeclip.cache.assemble import write_shard
-from edgeclip.cache.embeddings import JOINS
-from edgeclip.cache.shards import record
-from edgeclip.cache.views import OPERATIONS
 from edgeclip.device.pictures import MAX_UNREADABLE, Picture, refuse_cut
 from edgeclip.errors import EdgeclipError
+from edgeclip.host.cache.arrays import record
+from edgeclip.host.cache.assemble import write_shard
+from edgeclip.host.cache.embeddings import JOINS
+from edgeclip.host.cache.views import OPERATIONS
 from edgeclip.host.data.shards import matching
 from edgeclip.host.recipe import Reinforced
 from edgeclip.progress import track

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from edgeclip import disk
-from edgeclip.cache.shards import FORMAT, KIND, name
 from edgeclip.errors import EdgeclipError
+from edgeclip.host.cache.arrays import FORMAT, KIND, name
 from edgeclip.progress import say
 
 

@@ -20,8 +20,8 @@ The fingerprint is that of the description: teacher, preprocess, views, texts, d
 size, not by its bytes: who repaints a file at equal size deletes the cache.
 """
 
-from edgeclip.cache.building import build, class_features, lacking
-from edgeclip.cache.shards import Rows, Shards, TeacherCache, open_folder, refuse_other_views
-from edgeclip.cache.views import draw_views, replay, see
+from edgeclip.host.cache.arrays import Rows, Shards, TeacherCache, open_folder, refuse_other_views
+from edgeclip.host.cache.building import build, class_features, lacking
+from edgeclip.host.cache.views import draw_views, replay, see
 
 __all__ = ["Rows", "Shards", "TeacherCache", "build", "class_features", "draw_views", "lacking", "open_folder", "refuse_other_views", "replay", "see"]

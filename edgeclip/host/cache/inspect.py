@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from edgeclip import disk
-from edgeclip.cache.building import build
-from edgeclip.cache.embeddings import open_embeddings
-from edgeclip.cache.shards import KIND, Embeddings, Joined, Shards, TeacherCache, open_folder
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import distributed as ranks
 from edgeclip.host import recipe, teachers
+from edgeclip.host.cache.arrays import KIND, Embeddings, Joined, Shards, TeacherCache, open_folder
+from edgeclip.host.cache.building import build
+from edgeclip.host.cache.embeddings import open_embeddings
 
 SAMPLE = 4096
 """rows that `inspect` looks at"""
