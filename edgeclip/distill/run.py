@@ -22,8 +22,7 @@ from torch import nn
 from edgeclip import __version__, disk
 from edgeclip.device import target
 from edgeclip.device.zero_shot import prompts
-from edgeclip.distill import board, losses, promptsrc, quantised
-from edgeclip.distill.adapt import adapt
+from edgeclip.distill import board, losses, quantised
 from edgeclip.distill.evaluate import evaluate, note, teacher_features
 from edgeclip.distill.folder import check_claim, claim, mark_latest, move_data, place
 from edgeclip.distill.fuse import Fusion, fuse
@@ -34,6 +33,8 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache, data, recipe, teachers
 from edgeclip.host import distributed as ranks
 from edgeclip.host import student as students
+from edgeclip.host.adapt import promptsrc
+from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
 from edgeclip.host.recipe import Recipe
 from edgeclip.host.teachers import Teacher

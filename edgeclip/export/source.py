@@ -15,10 +15,10 @@ from edgeclip import disk
 from edgeclip.device.pictures import Picture, digest, index_folder, index_tar
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
-from edgeclip.distill import promptsrc
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import data, recipe, teachers
 from edgeclip.host import student as students
+from edgeclip.host.adapt import promptsrc
 from edgeclip.host.recipe import OpenClip, Timm
 from edgeclip.host.teachers import TextTower
 from edgeclip.host.teachers import open_clip as open_clip_teacher

@@ -16,9 +16,9 @@ from edgeclip import disk
 from edgeclip.device import tokenizer
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess, normalise
-from edgeclip.distill import promptsrc
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.adapt import promptsrc
 from edgeclip.host.cache import class_features
 from edgeclip.host.data import Dataset, shapes
 from edgeclip.host.graph import trace as graph

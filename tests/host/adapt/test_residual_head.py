@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.disk import MANIFEST
-from edgeclip.distill.adapt import ResidualHead, adapt, balanced
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.adapt.residual_head import ResidualHead, adapt, balanced
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
 from edgeclip.host.teachers import Teacher
