@@ -199,7 +199,7 @@ def evaluate(run: Path | None, protocol: str, given: tuple[str, ...], as_json: b
     Example:
         edgeclip evaluate runs/clothing --protocol base_to_novel --data clothing=path/to/clothing
     """
-    from edgeclip.distill.protocols import evaluate as score
+    from edgeclip.host.evaluation.protocols import evaluate as score
 
     record = score(latest(run), protocol, given)
     if as_json:

@@ -23,7 +23,6 @@ from edgeclip import __version__, disk
 from edgeclip.device import target
 from edgeclip.device.zero_shot import prompts
 from edgeclip.distill import board, losses, quantised
-from edgeclip.distill.evaluate import evaluate, note, teacher_features
 from edgeclip.distill.folder import check_claim, claim, mark_latest, move_data, place
 from edgeclip.distill.fuse import Fusion, fuse
 from edgeclip.distill.targets import TeacherRows, labels
@@ -36,6 +35,7 @@ from edgeclip.host import student as students
 from edgeclip.host.adapt import promptsrc
 from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
+from edgeclip.host.evaluation.scores import evaluate, note, teacher_features
 from edgeclip.host.recipe import Recipe
 from edgeclip.host.teachers import Teacher
 from edgeclip.host.towers import weights

@@ -16,7 +16,6 @@ from edgeclip.device.metrics import hits
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.distill import run
-from edgeclip.distill.evaluate import image_features
 from edgeclip.distill.fuse import Fusion, fuse
 from edgeclip.distill.targets import Targets, TeacherRows, labels
 from edgeclip.distill.train import train
@@ -25,6 +24,7 @@ from edgeclip.host import recipe as R
 from edgeclip.host import teachers
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset, load, shapes
+from edgeclip.host.evaluation.scores import image_features
 from edgeclip.host.teachers import Teacher
 from tests.support.files import REPO
 

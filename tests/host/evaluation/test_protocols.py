@@ -14,11 +14,11 @@ from edgeclip.cli import tables
 from edgeclip.device.metrics import harmonic_mean, hits, l2_normalise
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, class_scores
-from edgeclip.distill import protocols
-from edgeclip.distill.evaluate import Answers, score
 from edgeclip.host import recipe, teachers
 from edgeclip.host import student as students
 from edgeclip.host.data import EvaluationSet
+from edgeclip.host.evaluation import protocols
+from edgeclip.host.evaluation.scores import Answers, score
 from tests.support.command import mistake, run
 from tests.support.files import snapshot
 from tests.support.images import add_member, encoded

@@ -1,9 +1,9 @@
 """What `distill` and `evaluate` say of a set: is it transductive, and whose labels did stage 1 see?"""
 
 from edgeclip import config
-from edgeclip.distill.evaluate import note
 from edgeclip.host import recipe
 from edgeclip.host.data import EvaluationSet
+from edgeclip.host.evaluation.scores import note
 
 STUDENT = {"tower": {"kind": "timm", "model": "x", "weights": "random", "image_size": 32}}
 

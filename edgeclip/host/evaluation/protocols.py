@@ -29,7 +29,6 @@ from edgeclip.device import metrics
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import ensemble, prompts
-from edgeclip.distill.evaluate import Answers, image_features, mean_over, note, score, teacher_features
 from edgeclip.distill.run import CACHE, pick_device
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache, data, recipe, teachers
@@ -37,6 +36,7 @@ from edgeclip.host import student as students
 from edgeclip.host.adapt import promptsrc
 from edgeclip.host.adapt.residual_head import adapted
 from edgeclip.host.data import Dataset
+from edgeclip.host.evaluation.scores import Answers, image_features, mean_over, note, score, teacher_features
 from edgeclip.host.recipe import Data, Recipe
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.host.teachers import Teacher, TextTower
