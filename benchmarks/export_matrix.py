@@ -62,7 +62,7 @@ def towers(model: Any) -> tuple[Any, Any, int, int]:
     """(image module, text module or None, image size, context length)"""
     import open_clip
 
-    from edgeclip.export.source import from_model
+    from edgeclip.host.export.source import from_model
     from edgeclip.host.recipe import OpenClip
     from edgeclip.host.teachers.open_clip import TextModule
     from edgeclip.host.towers import weights
@@ -106,8 +106,8 @@ def measure(name: str) -> dict[str, Any]:
 
     from edgeclip.device import target
     from edgeclip.device.metrics import cosine
-    from edgeclip.export.lint import lint
-    from edgeclip.export.onnxruntime import calibrate, quantise, write_text
+    from edgeclip.host.export.lint import lint
+    from edgeclip.host.export.onnxruntime import calibrate, quantise, write_text
     from edgeclip.host.graph import trace as graph
     from edgeclip.host.graph.float16 import to_fp16
     from edgeclip.host.towers.fold import fold

@@ -117,9 +117,9 @@ def ours(folder: Path, inputs: dict[str, np.ndarray], answers: Any, trained: boo
 
     from edgeclip.device import target as T
     from edgeclip.errors import Refused
-    from edgeclip.export import EXPORTERS
-    from edgeclip.export.calibration import Pictures
-    from edgeclip.export.search import search
+    from edgeclip.host.export import EXPORTERS
+    from edgeclip.host.export.calibration import Pictures
+    from edgeclip.host.export.search import search
 
     found = {}
     for name, target_name in EDGECLIP.items():
@@ -175,7 +175,7 @@ def work(path: Path, threads: int, inputs: Path) -> None:
 
 
 def student(name: str) -> Any:
-    from edgeclip.export.source import from_model, from_run
+    from edgeclip.host.export.source import from_model, from_run
 
     return from_run(Path(name)) if Path(name).is_dir() else from_model(name, "random", [], None, text=False)
 

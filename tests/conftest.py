@@ -55,7 +55,7 @@ def source(student, preprocess, photos):
     from edgeclip.device import tokenizer
     from edgeclip.device.pictures import index_folder
     from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
-    from edgeclip.export.source import Source
+    from edgeclip.host.export.source import Source
 
     text, templates = toy_text(), ["a photo of a {c}", "a {c}"]
     ids = tokenizer.encode(tokenizer.load(text.tokenizer, text.context_length), prompts(LABELS, templates), text.context_length)
@@ -84,7 +84,7 @@ def source(student, preprocess, photos):
 @pytest.fixture(scope="session")
 def shipped_bundle(source, tmp_path_factory) -> Callable[[str], Path]:
     """The toy's bundle for a target, exported once; read only."""
-    from edgeclip.export import export
+    from edgeclip.host.export import export
 
     made: dict[str, Path] = {}
 

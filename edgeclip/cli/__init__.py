@@ -152,9 +152,9 @@ def export(
     from edgeclip.device import target as T
 
     loaded = [T.load(t) for t in targets]
-    from edgeclip.export import export as write
-    from edgeclip.export import open_clip, optimum
-    from edgeclip.export.source import from_model, from_run, with_vocabulary
+    from edgeclip.host.export import export as write
+    from edgeclip.host.export import open_clip, optimum
+    from edgeclip.host.export.source import from_model, from_run, with_vocabulary
 
     if model and weights:
         source = from_model(model, weights, label_file(labels) if labels else [], images, text=not image_only)
@@ -257,7 +257,7 @@ def lint(file: Path, target_name: str, as_json: bool) -> None:
     from edgeclip.device import target as T
 
     _, target = T.load(target_name)
-    from edgeclip.export.lint import lint as check
+    from edgeclip.host.export.lint import lint as check
 
     verdict = check(file, target)
     checked = verdict["checked_by"] or "the rules alone; for TensorRT's own parser and builder: pip install 'edgeclip[lint]'"

@@ -30,10 +30,10 @@ from edgeclip.device import target as T
 from edgeclip.device.pictures import read
 from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_pixels
 from edgeclip.errors import EdgeclipError
-from edgeclip.export.onnxruntime import Calibrated, calibrate, rounded_outputs
 from edgeclip.host import distributed as ranks
 from edgeclip.host import recipe as R
 from edgeclip.host.cache import TeacherCache
+from edgeclip.host.export.onnxruntime import Calibrated, calibrate, rounded_outputs
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.policy import Form, Quantisation

@@ -40,7 +40,7 @@ def vit_source(source):
 @pytest.fixture(scope="module")
 def bundles(source, shipped_bundle, tmp_path_factory, tools):
     """(bundles, evaluation folder) of a convolutional and a ViT student, in float and in S8S8."""
-    from edgeclip.export import export
+    from edgeclip.host.export import export
     from tests.support.toy_bundle import toy_target
 
     folder = tmp_path_factory.mktemp("emulated")

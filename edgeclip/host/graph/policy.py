@@ -22,7 +22,7 @@ from edgeclip.device import machine
 from edgeclip.device.metrics import l2_normalise
 from edgeclip.device.target import Calibration, Target
 from edgeclip.errors import EdgeclipError
-from edgeclip.export.onnxruntime import Calibrated, calibrate, quantise
+from edgeclip.host.export.onnxruntime import Calibrated, calibrate, quantise
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.smooth import smooth
 from edgeclip.progress import track

@@ -13,7 +13,7 @@ from edgeclip.device.metrics import cosine
 from edgeclip.distill import quantised
 from edgeclip.distill.step import Step
 from edgeclip.errors import EdgeclipError
-from edgeclip.export.onnxruntime import quantise
+from edgeclip.host.export.onnxruntime import quantise
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.towers.fold import fold

@@ -9,8 +9,8 @@ import pytest
 
 from edgeclip import disk
 from edgeclip.device.pictures import digest
-from edgeclip.export.source import from_run
 from edgeclip.host import data, recipe
+from edgeclip.host.export.source import from_run
 from tests.support.command import mistake, run
 from tests.support.files import write
 from tests.support.images import picture

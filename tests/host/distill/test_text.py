@@ -13,11 +13,11 @@ from edgeclip.device.bundle import Bundle
 from edgeclip.device.target import load as load_target
 from edgeclip.distill.run import distill
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import export
-from edgeclip.export.source import from_run
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.host.data import shapes
+from edgeclip.host.export import export
+from edgeclip.host.export.source import from_run
 from tests.support.command import mistake
 from tests.support.files import REPO
 

@@ -15,7 +15,7 @@ from edgeclip.device.bundle import Bundle, bake_labels
 from edgeclip.device.metrics import cosine
 from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import export
+from edgeclip.host.export import export
 from edgeclip.host.graph import trace as graph
 from tests.support.files import snapshot
 from tests.support.images import encoded, picture, truncated_jpeg
@@ -248,7 +248,7 @@ def test_a_precision_is_given_as_asked_or_refused_never_another(source, tmp_path
 
 
 def test_a_timm_classifier_ranks_by_cosine_as_by_logit(photos, tmp_path):
-    from edgeclip.export.source import from_model
+    from edgeclip.host.export.source import from_model
     from edgeclip.host.recipe import Timm
     from edgeclip.host.towers import weights
 
@@ -266,7 +266,7 @@ def test_a_timm_classifier_ranks_by_cosine_as_by_logit(photos, tmp_path):
 
 
 def test_a_bundle_of_a_rewritten_file_is_stale(photos, tmp_path):
-    from edgeclip.export.source import from_model
+    from edgeclip.host.export.source import from_model
 
     shutil.copytree(photos, tmp_path / "photos")
     config = {"embed_dim": 8, "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16}}

@@ -15,8 +15,8 @@ from onnx import TensorProto
 from edgeclip.device import target
 from edgeclip.device.metrics import cosine
 from edgeclip.device.runtime.onnxruntime import UNSAFE_IN_HALF
-from edgeclip.export.lint import lint
-from edgeclip.export.onnxruntime import calibrate, quantise
+from edgeclip.host.export.lint import lint
+from edgeclip.host.export.onnxruntime import calibrate, quantise
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.float16 import to_fp16
 from edgeclip.host.towers.fold import fold

@@ -16,7 +16,7 @@ from edgeclip import disk
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import optimum
+from edgeclip.host.export import optimum
 from tests.support.images import picture
 
 TEXTS = ["a photo of a cat", "a car", "red umbrella"]
@@ -179,8 +179,8 @@ def test_open_clip_loads_the_student_itself(name, source, tmp_path):
     import open_clip as library
 
     from edgeclip.device.preprocess import normalise, to_pixels
-    from edgeclip.export import open_clip
     from edgeclip.host import recipe as R
+    from edgeclip.host.export import open_clip
     from edgeclip.host.student import token_ids
     from edgeclip.host.towers import weights
 
@@ -210,7 +210,7 @@ def test_open_clip_loads_the_student_itself(name, source, tmp_path):
 
 
 def test_open_clip_takes_the_teachers_text_tower_where_the_student_has_none(source, tmp_path):
-    from edgeclip.export import open_clip
+    from edgeclip.host.export import open_clip
 
     own, _ = made(tmp_path / "run", source, *STUDENTS["timm, MLP"], own_text=False)
     manifest = disk.read_manifest(open_clip.write(tmp_path / "run", own, tmp_path / "named"), "open_clip")
@@ -229,7 +229,7 @@ def test_open_clip_takes_the_teachers_text_tower_where_the_student_has_none(sour
     ],
 )
 def test_what_open_clip_cannot_say_is_refused(source, tmp_path, tower, hidden, recipe, says):
-    from edgeclip.export import open_clip
+    from edgeclip.host.export import open_clip
 
     own, _ = made(tmp_path / "run", source, tower, hidden, own_text=not recipe, **recipe)
     with pytest.raises(EdgeclipError, match=says):

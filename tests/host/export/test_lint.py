@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeclip.device import target
 from edgeclip.device.runtime import tensorrt_build
 from edgeclip.device.runtime.tensorrt_build import BuildError, read_layers
-from edgeclip.export.lint import lint, rules
-from edgeclip.export.onnxruntime import calibrate, quantise
+from edgeclip.host.export.lint import lint, rules
+from edgeclip.host.export.onnxruntime import calibrate, quantise
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.float16 import to_fp16
 from edgeclip.host.towers.fold import fold

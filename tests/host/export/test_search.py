@@ -16,10 +16,10 @@ from edgeclip.device.pictures import Picture
 from edgeclip.device.target import Calibration, Tolerance
 from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
-from edgeclip.export import EXPORTERS
-from edgeclip.export.calibration import Pictures
-from edgeclip.export.onnxruntime import calibrate, quantise
-from edgeclip.export.search import measured_here, search
+from edgeclip.host.export import EXPORTERS
+from edgeclip.host.export.calibration import Pictures
+from edgeclip.host.export.onnxruntime import calibrate, quantise
+from edgeclip.host.export.search import measured_here, search
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.smooth import smooth
@@ -256,7 +256,7 @@ def test_speed_is_measured_only_where_the_machine_is_of_the_targets_kind(monkeyp
 
 
 def drawn(source, pool, held_out=(), **fields):
-    from edgeclip.export.calibration import draw
+    from edgeclip.host.export.calibration import draw
 
     return draw(source._replace(calibration=lambda: pool, evaluation_hashes=lambda: set(held_out)), Calibration(**fields))
 
@@ -287,7 +287,7 @@ def test_pictures_that_are_all_alike_are_refused(source, tmp_path):
 
 
 def test_a_refusal_writes_nothing_and_exits_3(source, tmp_path, monkeypatch):
-    from edgeclip.export import source as S
+    from edgeclip.host.export import source as S
 
     monkeypatch.setattr(S, "from_run", lambda folder: source)
     limits = "tolerance: {centred_cosine_p1: 1.0, top1_agreement: 0.9, accuracy_drop_pp: 1}"

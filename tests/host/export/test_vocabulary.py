@@ -10,9 +10,9 @@ from edgeclip import disk
 from edgeclip.device import tokenizer
 from edgeclip.device.bundle import Bundle
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import GOLDEN_TEXTS, export, optimum
-from edgeclip.export.source import with_vocabulary
-from edgeclip.export.vocabulary import prune
+from edgeclip.host.export import GOLDEN_TEXTS, export, optimum
+from edgeclip.host.export.source import with_vocabulary
+from edgeclip.host.export.vocabulary import prune
 from edgeclip.host.teachers import TextTower
 from edgeclip.host.teachers.open_clip import TextModule, clip_tokenizer_json
 from tests.support.command import mistake, run

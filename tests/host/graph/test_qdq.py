@@ -14,8 +14,8 @@ from edgeclip.device import machine, target
 from edgeclip.device.metrics import cosine
 from edgeclip.device.target import Calibration
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import tensorrt
-from edgeclip.export.onnxruntime import calibrate, quantise, rounded_outputs
+from edgeclip.host.export import tensorrt
+from edgeclip.host.export.onnxruntime import calibrate, quantise, rounded_outputs
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.float16 import to_fp16
@@ -251,7 +251,7 @@ def test_openvino_rounds_a_residual_additions_operands_only_where_the_form_says_
     require("nncf", "pip install 'edgeclip[openvino]'")
     import openvino as ov
 
-    from edgeclip.export import openvino
+    from edgeclip.host.export import openvino
 
     torch.manual_seed(0)
     asked = target.load("openvino-int8")[1]

@@ -10,9 +10,9 @@ from edgeclip.device.bundle import Bundle
 from edgeclip.device.pictures import read
 from edgeclip.device.preprocess import normalise
 from edgeclip.errors import EdgeclipError
-from edgeclip.export import export
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
+from edgeclip.host.export import export
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.towers import weights
 from edgeclip.host.towers.fold import fold

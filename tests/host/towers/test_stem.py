@@ -10,9 +10,9 @@ from edgeclip.config import convert
 from edgeclip.device.metrics import cosine
 from edgeclip.distill import quantised
 from edgeclip.errors import EdgeclipError
-from edgeclip.export.onnxruntime import calibrate, quantise
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
+from edgeclip.host.export.onnxruntime import calibrate, quantise
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.towers import weights
 from edgeclip.host.towers.fold import fold

@@ -28,7 +28,7 @@ from edgeclip.device.runtime import open_session
 from edgeclip.device.target import Calibration, Target
 from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
-from edgeclip.export.calibration import Pictures
+from edgeclip.host.export.calibration import Pictures
 from edgeclip.host.graph import policy
 from edgeclip.host.graph.policy import Form, Quantisation
 from edgeclip.progress import say

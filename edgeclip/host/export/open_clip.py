@@ -30,9 +30,9 @@ from torch.nn.utils.fusion import fuse_linear_bn_weights
 
 from edgeclip import disk
 from edgeclip.errors import EdgeclipError
-from edgeclip.export.source import Source
 from edgeclip.host import recipe, teachers
 from edgeclip.host import student as students
+from edgeclip.host.export.source import Source
 from edgeclip.host.recipe import OpenClip, Timm
 from edgeclip.host.student import Student, StudentText
 from edgeclip.host.teachers import TextTower

@@ -16,8 +16,8 @@ from onnx import numpy_helper
 from edgeclip.device.runtime import tensorrt_build
 from edgeclip.device.target import Target
 from edgeclip.errors import EdgeclipError
-from edgeclip.export.lint import lint
-from edgeclip.export.onnxruntime import quantise
+from edgeclip.host.export.lint import lint
+from edgeclip.host.export.onnxruntime import quantise
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.float16 import to_fp16
 from edgeclip.host.graph.policy import Quantisation

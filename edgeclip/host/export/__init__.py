@@ -21,15 +21,15 @@ from edgeclip.device.pictures import read
 from edgeclip.device.preprocess import normalise, open_picture, to_pixels
 from edgeclip.device.target import Target
 from edgeclip.device.zero_shot import class_scores, prompts
-from edgeclip.export import calibration, tensorrt
-from edgeclip.export.search import search
-from edgeclip.export.source import Source
-from edgeclip.export.vocabulary import prune
+from edgeclip.host.export import calibration, tensorrt
+from edgeclip.host.export.search import search
+from edgeclip.host.export.source import Source
+from edgeclip.host.export.vocabulary import prune
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.towers.fold import fold
 from edgeclip.progress import say
 
-EXPORTERS = {"onnxruntime": "edgeclip.export.onnxruntime", "openvino": "edgeclip.export.openvino", "tensorrt": "edgeclip.export.tensorrt"}
+EXPORTERS = {"onnxruntime": "edgeclip.host.export.onnxruntime", "openvino": "edgeclip.host.export.openvino", "tensorrt": "edgeclip.host.export.tensorrt"}
 GOLDEN_TEXTS = ["a photo of a cat", "a red umbrella", "the letter A", "two people shaking hands"]
 MAX_EXPORT_ERROR = 1e-5
 

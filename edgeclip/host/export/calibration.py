@@ -13,7 +13,7 @@ from edgeclip.device.pictures import Picture, digest, read, stream
 from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_pixels
 from edgeclip.device.target import Calibration
 from edgeclip.errors import EdgeclipError
-from edgeclip.export.source import Source
+from edgeclip.host.export.source import Source
 
 ALIKE = 0.02
 """mean over pixels of the standard deviation across pictures, in normalised units; real photos have about 1"""
