@@ -84,8 +84,8 @@ def worker(peer: str, folder: Path) -> None:
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     if peer.startswith("edgeclip"):
         from edgeclip.device.preprocess import Preprocess
-        from edgeclip.distill.pixels import to_input
         from edgeclip.host.cache import draw_views, see
+        from edgeclip.host.distill.pixels import to_input
         from edgeclip.host.recipe import Views
 
         spec, rng = Preprocess(size=224, mean=mean, std=std, interpolation="bilinear" if "bilinear" in peer else "bicubic"), random.Random(0)
@@ -141,8 +141,8 @@ def threads(name: str, files: list[bytes], count: int, n: int) -> dict[str, floa
 
     from edgeclip.device.pictures import stream
     from edgeclip.device.preprocess import Preprocess
-    from edgeclip.distill.pixels import to_input
     from edgeclip.host.cache import draw_views, see
+    from edgeclip.host.distill.pixels import to_input
     from edgeclip.host.recipe import Views
 
     spec = Preprocess(size=224, mean=(0.5,) * 3, std=(0.2,) * 3)

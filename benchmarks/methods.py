@@ -47,13 +47,13 @@ from torch.nn import functional as F
 from edgeclip import config, disk
 from edgeclip.device.metrics import harmonic_mean, hits
 from edgeclip.device.zero_shot import class_scores
-from edgeclip.distill.pixels import frozen_features
-from edgeclip.distill.train import train
 from edgeclip.host import cache, data, recipe, teachers
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.allocator import keep_freed_memory
+from edgeclip.host.distill.pixels import frozen_features
+from edgeclip.host.distill.train import train
 from edgeclip.host.evaluation.scores import image_features
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -1,6 +1,6 @@
 """The quickstart's accuracy over seeds: is the student's held-out accuracy the teacher's, or the seed's luck?
 
-For each seed a copy of recipes/quickstart.yaml that differs in `seed` alone is run by `edgeclip.distill.run.distill` in
+For each seed a copy of recipes/quickstart.yaml that differs in `seed` alone is run by `edgeclip.host.distill.run.distill` in
 a process of its own, into runs/quickstart-seed-N. The seed moves the views, the adapted head and the student; the split
 of the concepts (`split_seed`) stays, so every seed is asked the same held-out words. About four minutes a seed on two
 cores; the runs are started afresh unless --reuse is given, which resumes or takes what lies there.
@@ -35,7 +35,7 @@ RUNS = Path("runs")
 SEEDS = (0, 1, 2)
 HELD_OUT = "held-out concepts"
 SETS = (HELD_OUT, "unlabelled concepts", "line drawings")
-CHILD = "import sys; from pathlib import Path; from edgeclip.distill.run import distill; distill(Path(sys.argv[1]), out=Path(sys.argv[2]), fresh=sys.argv[3] == 'fresh')"
+CHILD = "import sys; from pathlib import Path; from edgeclip.host.distill.run import distill; distill(Path(sys.argv[1]), out=Path(sys.argv[2]), fresh=sys.argv[3] == 'fresh')"
 
 
 def folder(seed: int) -> Path:

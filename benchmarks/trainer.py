@@ -1,7 +1,7 @@
 """edgeclip's training against open_clip's own trainer with --distill-model: same student, teacher, shards, batch and loss.
 
 Each trains one epoch in a process of its own, in turn: open_clip_train.main unchanged, which runs the teacher beside the
-student, and `edgeclip.distill.train`, which reads the teacher's cache. Student: an open_clip model, image and text tower.
+student, and `edgeclip.host.distill.train`, which reads the teacher's cache. Student: an open_clip model, image and text tower.
 Loss: InfoNCE plus cross-entropy to the teacher's image-text similarities. Weights are random, which does for timing.
 
     pictures/s     from the end of step 3 to the end of the last, so that neither start-up nor first-step set-up counts
@@ -104,13 +104,13 @@ def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[st
     import torch
 
     from edgeclip.config import convert
-    from edgeclip.distill.step import Step
-    from edgeclip.distill.text import texts
-    from edgeclip.distill.train import train
     from edgeclip.host import cache, data, teachers
     from edgeclip.host import recipe as R
     from edgeclip.host import student as students
     from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
+    from edgeclip.host.distill.step import Step
+    from edgeclip.host.distill.text import texts
+    from edgeclip.host.distill.train import train
 
     keep_freed_memory()
     tower = {"kind": "open_clip", "model": STUDENT, "weights": "random"}

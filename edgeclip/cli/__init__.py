@@ -81,7 +81,7 @@ def distill(recipe: Path, roots: tuple[str, ...], out: Path | None, fresh: bool,
         edgeclip distill recipes/quickstart.yaml
         torchrun --nproc-per-node 8 -m edgeclip distill recipes/mobile.yaml
     """
-    from edgeclip.distill import run as host
+    from edgeclip.host.distill import run as host
 
     results = host.distill(recipe, roots, out, fresh)
     if not results:  # one of several processes, and not the one that reports

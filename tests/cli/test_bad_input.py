@@ -234,8 +234,8 @@ def test_a_data_set_of_hardly_any_training_pictures(here, left):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_and_the_last_good_epoch_is_kept(here, monkeypatch, value):
-    from edgeclip.distill import losses
     from edgeclip.host import student as students
+    from edgeclip.host.distill import losses
 
     photos(here / "photos")
     write(here, RECIPE.replace("ROOT", "photos").replace("epochs: 1", "epochs: 3"))
@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_good_epoch_is_kept(here, m
 
 
 def test_a_finite_loss_whose_gradient_is_not_is_never_kept(here, monkeypatch):
-    from edgeclip.distill import losses
+    from edgeclip.host.distill import losses
 
     photos(here / "photos")
     write(here, RECIPE.replace("ROOT", "photos"))

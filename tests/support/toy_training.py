@@ -11,13 +11,13 @@ from torch import nn
 from edgeclip.config import convert
 from edgeclip.device.pictures import index_folder
 from edgeclip.device.preprocess import Preprocess
-from edgeclip.distill import train as T
-from edgeclip.distill.step import Step
-from edgeclip.distill.text import Texts
 from edgeclip.host import distributed as ranks
 from edgeclip.host import recipe as R
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
+from edgeclip.host.distill import train as T
+from edgeclip.host.distill.step import Step
+from edgeclip.host.distill.text import Texts
 from edgeclip.host.student import EduAttentionHead, Student, StudentText
 from edgeclip.host.teachers import Teacher
 from tests.support.images import picture

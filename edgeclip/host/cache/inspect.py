@@ -23,7 +23,7 @@ def build_for(path: Path, roots: tuple[str, ...] = (), out: Path | None = None) 
     out: folder of the only teacher's cache, instead of cache/<fingerprint>.
     Raises `EdgeclipError` where the rows depend on a stage 1 that has not run.
     """
-    from edgeclip.distill import run
+    from edgeclip.host.distill import run
 
     asked = recipe.load(path, roots)
     if isinstance(asked.adapt, recipe.Prompts):

@@ -29,13 +29,13 @@ from edgeclip.device import metrics
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import ensemble, prompts
-from edgeclip.distill.run import CACHE, pick_device
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache, data, recipe, teachers
 from edgeclip.host import student as students
 from edgeclip.host.adapt import promptsrc
 from edgeclip.host.adapt.residual_head import adapted
 from edgeclip.host.data import Dataset
+from edgeclip.host.distill.run import CACHE, pick_device
 from edgeclip.host.evaluation.scores import Answers, image_features, mean_over, note, score, teacher_features
 from edgeclip.host.recipe import Data, Recipe
 from edgeclip.host.student import EduAttentionHead, Student

@@ -66,7 +66,7 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
         say(f"search for the form of {name}: ranges of {len(pictures.ranges)} training pictures, judged on {len(pictures.judged)}")
         learnt = None
         if source.quantised:
-            from edgeclip.distill import quantised  # it imports this package
+            from edgeclip.host.distill import qat as quantised  # it imports this package
 
             learnt = quantised.load(source.quantised, source.image_encoder, target, pictures.ranges)
         quantisation, record = search(model, pictures, target, exporter, _answers(source), learnt)

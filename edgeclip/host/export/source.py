@@ -60,7 +60,7 @@ def from_run(run: Path) -> Source:
 
     def training_pictures() -> list[Picture]:
         # As the cache was asked to have them: nothing held out, and no label that stage 1 had not.
-        from edgeclip.distill.run import CACHE  # it imports this package
+        from edgeclip.host.distill.run import CACHE  # it imports this package
 
         spec = asked.data
         if not isinstance(spec, recipe.OpenMoji) and not Path(spec.root).is_dir():

@@ -15,12 +15,12 @@ from torchvision.transforms.autoaugment import _apply_op
 
 from edgeclip.device.pictures import index_tar
 from edgeclip.device.preprocess import Preprocess
-from edgeclip.distill.text import texts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache, teachers
 from edgeclip.host import recipe as R
 from edgeclip.host.cache.views import OPERATIONS
 from edgeclip.host.data import Dataset
+from edgeclip.host.distill.text import texts
 from edgeclip.host.student import token_ids
 from edgeclip.host.teachers.open_clip import clip_tokenizer_json
 from tests.support.command import mistake, run

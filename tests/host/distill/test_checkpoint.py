@@ -13,10 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from edgeclip import disk
-from edgeclip.distill import checkpoint
-from edgeclip.distill.step import Step
 from edgeclip.errors import Interrupted
 from edgeclip.host.data import shapes
+from edgeclip.host.distill import checkpoint
+from edgeclip.host.distill.step import Step
 from tests.support.files import REPO
 from tests.support.toy_training import run
 

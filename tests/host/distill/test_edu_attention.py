@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from edgeclip.device.zero_shot import class_scores
-from edgeclip.distill import losses as L
 from edgeclip.host import recipe as R
+from edgeclip.host.distill import losses as L
 from edgeclip.host.student import EduAttentionHead
 
 D = 8

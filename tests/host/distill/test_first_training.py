@@ -10,13 +10,13 @@ import yaml
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from edgeclip.distill import run
-from edgeclip.distill.losses import Batch
-from edgeclip.distill.run import distill
-from edgeclip.distill.train import _first, train
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.data import shapes
+from edgeclip.host.distill import run
+from edgeclip.host.distill.losses import Batch
+from edgeclip.host.distill.run import distill
+from edgeclip.host.distill.train import _first, train
 from edgeclip.host.evaluation.protocols import evaluate
 from edgeclip.host.teachers.open_clip import TextModule
 from tests.support.files import REPO

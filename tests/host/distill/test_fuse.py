@@ -15,15 +15,15 @@ from edgeclip.cli import main
 from edgeclip.device.metrics import hits
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess
-from edgeclip.distill import run
-from edgeclip.distill.fuse import Fusion, fuse
-from edgeclip.distill.targets import Targets, TeacherRows, labels
-from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import teachers
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset, load, shapes
+from edgeclip.host.distill import run
+from edgeclip.host.distill.fuse import Fusion, fuse
+from edgeclip.host.distill.targets import Targets, TeacherRows, labels
+from edgeclip.host.distill.train import train
 from edgeclip.host.evaluation.scores import image_features
 from edgeclip.host.teachers import Teacher
 from tests.support.files import REPO

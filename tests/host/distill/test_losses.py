@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from edgeclip.device.metrics import l2_normalise
-from edgeclip.distill import losses as L
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.distill import losses as L
 from edgeclip.host.student import EduAttentionHead
 
 B, D, N, SCALE = 6, 8, 5, 7.0

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from edgeclip.distill import masking
+from edgeclip.host.distill import masking
 from edgeclip.host.recipe import MaskedFeature
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from edgeclip.distill import losses as L
 from edgeclip.host.data import shapes
+from edgeclip.host.distill import losses as L
 from tests.support import toy_training as toys
 from tests.support.files import REPO
 from tests.support.torchrun import torchrun

@@ -10,9 +10,9 @@ from torch import nn
 
 from edgeclip import disk
 from edgeclip.device.metrics import cosine
-from edgeclip.distill import quantised
-from edgeclip.distill.step import Step
 from edgeclip.errors import EdgeclipError
+from edgeclip.host.distill import qat as quantised
+from edgeclip.host.distill.step import Step
 from edgeclip.host.export.onnxruntime import quantise
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph

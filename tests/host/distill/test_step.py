@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from edgeclip.device.preprocess import Preprocess, normalise
-from edgeclip.distill import losses as L
-from edgeclip.distill import train as T
-from edgeclip.distill.checkpoint import optimizer_tensors, restore_optimizer
-from edgeclip.distill.pixels import to_input
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.distill import losses as L
+from edgeclip.host.distill import train as T
+from edgeclip.host.distill.checkpoint import optimizer_tensors, restore_optimizer
+from edgeclip.host.distill.pixels import to_input
 from edgeclip.host.student import EduAttentionHead, Student, build, checkpoint_gradients
 from tests.support.toy_training import run
 

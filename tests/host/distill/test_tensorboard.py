@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from edgeclip.distill import board
-from edgeclip.distill.step import Step
 from edgeclip.errors import EdgeclipError, Interrupted
+from edgeclip.host.distill import tensorboard as board
+from edgeclip.host.distill.step import Step
 from edgeclip.progress import Clock
 from tests.support.optional import require
 from tests.support.toy_training import run

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.target import load as load_target
-from edgeclip.distill.run import distill
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.host.data import shapes
+from edgeclip.host.distill.run import distill
 from edgeclip.host.export import export
 from edgeclip.host.export.source import from_run
 from tests.support.command import mistake

@@ -13,14 +13,14 @@ import torch
 from edgeclip.config import convert
 from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess
-from edgeclip.distill import losses as L
-from edgeclip.distill import train as T
-from edgeclip.distill.step import Step
-from edgeclip.distill.targets import Targets
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
+from edgeclip.host.distill import losses as L
+from edgeclip.host.distill import train as T
+from edgeclip.host.distill.step import Step
+from edgeclip.host.distill.targets import Targets
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.host.teachers import Teacher
 from tests.support import toy_training as toys

@@ -10,12 +10,12 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset, shapes
+from edgeclip.host.distill.train import train
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.teachers import open_clip as teachers
 from edgeclip.host.towers import weights

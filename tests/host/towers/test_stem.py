@@ -8,10 +8,10 @@ import torch
 
 from edgeclip.config import convert
 from edgeclip.device.metrics import cosine
-from edgeclip.distill import quantised
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
+from edgeclip.host.distill import qat as quantised
 from edgeclip.host.export.onnxruntime import calibrate, quantise
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.towers import weights
@@ -111,7 +111,7 @@ def test_folded_and_in_int8_its_attention_stays_float(student):
 
 
 def test_the_stem_learns_at_a_rate_of_its_own(student):
-    from edgeclip.distill.train import Phase, _optimizer
+    from edgeclip.host.distill.train import Phase, _optimizer
 
     asked = R.Recipe(data=R.OpenMoji(), teacher=R.Conse(), losses=convert({"feature": {}}, R.Losses, "l"), student=spec(lr_ratio=0.25))
     asked = msgspec.structs.replace(asked, train=R.Train(lr=1e-2, tower_lr_ratio=0.5))

@@ -22,12 +22,6 @@ from torch import nn
 from edgeclip import __version__, disk
 from edgeclip.device import target
 from edgeclip.device.zero_shot import prompts
-from edgeclip.distill import board, losses, quantised
-from edgeclip.distill.folder import check_claim, claim, mark_latest, move_data, place
-from edgeclip.distill.fuse import Fusion, fuse
-from edgeclip.distill.targets import TeacherRows, labels
-from edgeclip.distill.text import texts
-from edgeclip.distill.train import train
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache, data, recipe, teachers
 from edgeclip.host import distributed as ranks
@@ -35,6 +29,14 @@ from edgeclip.host import student as students
 from edgeclip.host.adapt import promptsrc
 from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
+from edgeclip.host.distill import losses
+from edgeclip.host.distill import qat as quantised
+from edgeclip.host.distill import tensorboard as board
+from edgeclip.host.distill.fuse import Fusion, fuse
+from edgeclip.host.distill.run_folder import check_claim, claim, mark_latest, move_data, place
+from edgeclip.host.distill.targets import TeacherRows, labels
+from edgeclip.host.distill.text import texts
+from edgeclip.host.distill.train import train
 from edgeclip.host.evaluation.scores import evaluate, note, teacher_features
 from edgeclip.host.recipe import Recipe
 from edgeclip.host.teachers import Teacher

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from edgeclip.distill import losses as L
-from edgeclip.distill import masking
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import distributed as ranks
+from edgeclip.host.distill import losses as L
+from edgeclip.host.distill import masking
 from edgeclip.host.recipe import MaskedFeature, Train
 from edgeclip.host.student import EduAttentionHead
 from edgeclip.progress import Clock

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk
-from edgeclip.distill.losses import log_average
-from edgeclip.distill.targets import TeacherRows
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
+from edgeclip.host.distill.losses import log_average
+from edgeclip.host.distill.targets import TeacherRows
 from edgeclip.progress import track
 
 

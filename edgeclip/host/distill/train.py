@@ -26,18 +26,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip.device.preprocess import Preprocess
-from edgeclip.distill import losses as L
-from edgeclip.distill.board import Board
-from edgeclip.distill.checkpoint import Checkpoint, Position, load, optimizer_tensors, restore_optimizer, save, signals
-from edgeclip.distill.pixels import frozen_features, pixels_of, to_input
-from edgeclip.distill.step import ADVICE, NewLayers, Objective, Part, Step, Towers
-from edgeclip.distill.targets import Targets
-from edgeclip.distill.text import Texts, text_feature
 from edgeclip.errors import EdgeclipError, Interrupted
 from edgeclip.host import distributed as ranks
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
 from edgeclip.host.data.order import Shuffled
+from edgeclip.host.distill import losses as L
+from edgeclip.host.distill.checkpoint import Checkpoint, Position, load, optimizer_tensors, restore_optimizer, save, signals
+from edgeclip.host.distill.pixels import frozen_features, pixels_of, to_input
+from edgeclip.host.distill.step import ADVICE, NewLayers, Objective, Part, Step, Towers
+from edgeclip.host.distill.targets import Targets
+from edgeclip.host.distill.tensorboard import Board
+from edgeclip.host.distill.text import Texts, text_feature
 from edgeclip.host.recipe import First, Recipe, Weighted
 from edgeclip.host.student import EduAttentionHead, Student, checkpoint_gradients
 from edgeclip.host.teachers import Teacher

@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, cat, nn
 
 from edgeclip.device.zero_shot import prompts
-from edgeclip.distill.losses import Batch
 from edgeclip.host import student as students
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.cache.arrays import name
+from edgeclip.host.distill.losses import Batch
 from edgeclip.host.teachers import Teacher, TextTower
 
 

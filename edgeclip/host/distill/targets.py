@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeclip.distill.losses import OtherTeacher
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
+from edgeclip.host.distill.losses import OtherTeacher
 from edgeclip.host.recipe import Losses
 from edgeclip.host.teachers import Teacher
 
