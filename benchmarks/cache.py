@@ -67,7 +67,17 @@ def build(folder: Path) -> Any:
     teacher = load_teacher("ViT-B-32")
     data = Dataset("made", "", [], (), [], index_folder(folder / "pictures"), [], [])
     views = Views(count=VIEWS)
-    return cache.build(folder / "cache", teacher, teachers.folded(teacher), data, views, 0, captions=False, device=torch.device("cpu"), threads=2)
+    return cache.build(
+        folder / "cache",
+        teacher,
+        teachers.folded(teacher),
+        data,
+        views,
+        0,
+        captions=False,
+        device=torch.device("cpu"),
+        threads=2,
+    )
 
 
 def anonymous_mib() -> float:
@@ -90,14 +100,19 @@ def worker(way: str, model: str, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     pictures = index_folder(folder / "pictures")
-    cached = open_folder(next(p for p in (folder / "cache").iterdir() if len(p.name) == 16), pictures)
+    cached = open_folder(
+        next(p for p in (folder / "cache").iterdir() if len(p.name) == 16), pictures
+    )
     tower = None
     width = cached.rows.shape[2]
     if way == "live":
         teacher = load_teacher(model)
         width, tower = teacher.embed_dim, teachers.folded(teacher).eval()
         del teacher
-    student, preprocess = students.build(R.Student(tower=R.Timm(model="vit_tiny_patch16_224", weights="random", image_size=224)), width)
+    student, preprocess = students.build(
+        R.Student(tower=R.Timm(model="vit_tiny_patch16_224", weights="random", image_size=224)),
+        width,
+    )
     student.train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     order = np.random.default_rng(0)
@@ -109,7 +124,10 @@ def worker(way: str, model: str, folder: Path) -> None:
             for _ in range(steps):
                 yield preloaded
             return
-        index, view = order.integers(len(pictures), size=steps * BATCH), order.integers(VIEWS, size=steps * BATCH)
+        index, view = (
+            order.integers(len(pictures), size=steps * BATCH),
+            order.integers(VIEWS, size=steps * BATCH),
+        )
 
         def make(at: int) -> Any:
             i = int(index[at])
@@ -148,14 +166,25 @@ def worker(way: str, model: str, folder: Path) -> None:
         wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         per_thousand = 1000 / (steps * BATCH)
-        return {"wall": wall * per_thousand, "cpu": cpu * per_thousand, "teacher": spent["teacher"] * per_thousand, "memory": highest[0]}
+        return {
+            "wall": wall * per_thousand,
+            "cpu": cpu * per_thousand,
+            "teacher": spent["teacher"] * per_thousand,
+            "memory": highest[0],
+        }
 
     compare.serve(answer)
 
 
 def main() -> None:
     parser = compare.arguments(__doc__)
-    parser.add_argument("--teacher", action="append", default=[], choices=TEACHERS, help="only this one; may be repeated  [default: all three]")
+    parser.add_argument(
+        "--teacher",
+        action="append",
+        default=[],
+        choices=TEACHERS,
+        help="only this one; may be repeated  [default: all three]",
+    )
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -169,41 +198,91 @@ def main() -> None:
         (folder / "pictures").mkdir()
         write_pictures(folder / "pictures")
         build(folder)
-        commands = {f"live {m}": ["live", m] for m in models} | {"cache": ["cache", "-"], "none": ["none", "-"]}
-        with compare.workers({n: [sys.executable, __file__, "--worker", *c, name] for n, c in commands.items()}) as ask:
+        commands = {f"live {m}": ["live", m] for m in models} | {
+            "cache": ["cache", "-"],
+            "none": ["none", "-"],
+        }
+        with compare.workers(
+            {n: [sys.executable, __file__, "--worker", *c, name] for n, c in commands.items()}
+        ) as ask:
             for n, c in commands.items():
                 ask[n](steps=STEPS[c[0]])  # warm
-            rounds = compare.interleave({n: lambda n=n, c=c: ask[n](steps=STEPS[c[0]]) for n, c in commands.items()}, ROUNDS)
+            rounds = compare.interleave(
+                {n: lambda n=n, c=c: ask[n](steps=STEPS[c[0]]) for n, c in commands.items()}, ROUNDS
+            )
     report(rounds, models, here, options)
 
 
-def report(rounds: list[dict[str, Any]], models: tuple[str, ...], here: dict[str, Any], options: argparse.Namespace) -> None:
+def report(
+    rounds: list[dict[str, Any]],
+    models: tuple[str, ...],
+    here: dict[str, Any],
+    options: argparse.Namespace,
+) -> None:
     memory = {n: rounds[-1][n]["memory"] for n in rounds[0]}
     rows, figures = [], {}
     for n in rounds[0]:
         wall, cpu = (compare.interval(compare.column(rounds, n, f)) for f in ("wall", "cpu"))
         beyond = memory[n] - memory["none"]
-        row = {"wall_s": wall._asdict(), "cpu_s": cpu._asdict(), "memory_mib": memory[n], "beyond_none_mib": beyond}
+        row = {
+            "wall_s": wall._asdict(),
+            "cpu_s": cpu._asdict(),
+            "memory_mib": memory[n],
+            "beyond_none_mib": beyond,
+        }
         shown = [n, str(wall), str(cpu), f"{memory[n]:.0f}", f"{beyond:.0f}", "", "", ""]
         if n.startswith("live"):
-            cost = compare.interval([VIEWS * t for t in compare.column(rounds, n, "teacher")]).median
-            even = cost / (wall.median - compare.interval(compare.column(rounds, "cache", "wall")).median)
+            cost = compare.interval(
+                [VIEWS * t for t in compare.column(rounds, n, "teacher")]
+            ).median
+            even = cost / (
+                wall.median - compare.interval(compare.column(rounds, "cache", "wall")).median
+            )
             ratio = compare.interval(compare.ratios(rounds, n, "cache", "wall"))
             row |= {"cache_s": cost, "break_even_epochs": even, "over_cache": ratio._asdict()}
             shown[5:] = [str(ratio), f"{cost:.0f}", f"{even:.1f}"]
         rows.append(shown)
         figures[n] = row
-    compare.table(rows, ["way", "s/1000", "CPU s/1000", "memory MiB", "beyond (c)", "/ (b), wall", "cache, s/1000", "break-even"])
+    compare.table(
+        rows,
+        [
+            "way",
+            "s/1000",
+            "CPU s/1000",
+            "memory MiB",
+            "beyond (c)",
+            "/ (b), wall",
+            "cache, s/1000",
+            "break-even",
+        ],
+    )
     over = compare.interval(compare.ratios(rounds, "cache", "none", "wall"))
     print(f"(b)/(c) in wall time: {over}")
-    required = [compare.judge("(b)/(c), CPU seconds", compare.ratios(rounds, "cache", "none", "cpu"), at_most=1.08)]
+    required = [
+        compare.judge(
+            "(b)/(c), CPU seconds", compare.ratios(rounds, "cache", "none", "cpu"), at_most=1.08
+        )
+    ]
     if (large := f"live {LARGEST}") in memory:
         b = max(memory["cache"] - memory["none"], 1.0)
         required += [
-            compare.judge(f"(a)/(b), wall time, {LARGEST}", compare.ratios(rounds, large, "cache", "wall"), at_least=8),
-            compare.exact(f"memory beyond (c), (a)/(b), {LARGEST}", (memory[large] - memory["none"]) / b, at_least=9),
+            compare.judge(
+                f"(a)/(b), wall time, {LARGEST}",
+                compare.ratios(rounds, large, "cache", "wall"),
+                at_least=8,
+            ),
+            compare.exact(
+                f"memory beyond (c), (a)/(b), {LARGEST}",
+                (memory[large] - memory["none"]) / b,
+                at_least=9,
+            ),
         ]
-    compare.finish({"benchmark": "cache", "ways": figures, "cache_over_none_wall": over._asdict()}, required, here, options)
+    compare.finish(
+        {"benchmark": "cache", "ways": figures, "cache_over_none_wall": over._asdict()},
+        required,
+        here,
+        options,
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,18 @@ from typing import Any
 import compare
 
 MODEL = "MobileCLIP2-S0"
-LABELS = ("a cat", "a dog", "a car", "a tree", "a house", "a boat", "a bird", "a cup", "a shoe", "a clock")
+LABELS = (
+    "a cat",
+    "a dog",
+    "a car",
+    "a tree",
+    "a house",
+    "a boat",
+    "a bird",
+    "a cup",
+    "a shoe",
+    "a clock",
+)
 PICTURES = 40
 ROUNDS = 30
 PEERS = Path(__file__).parent / "cold_start_peers"
@@ -49,12 +60,16 @@ def prepare(work: Path) -> None:
     rng = np.random.default_rng(0)
     (work / "pictures").mkdir(parents=True, exist_ok=True)
     for i in range(PICTURES):  # smooth blobs with a little grain, of a phone picture's proportions
-        blobs = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+        blobs = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize(
+            (640, 480), Image.Resampling.BICUBIC
+        )
         grain = np.clip(np.asarray(blobs, np.int16) + rng.integers(-12, 13, (480, 640, 3)), 0, 255)
         Image.fromarray(grain.astype(np.uint8)).save(work / "pictures" / f"{i:02d}.jpg", quality=90)
     (work / "labels.txt").write_text("\n".join(LABELS) + "\n", encoding="utf-8")
     torch.manual_seed(0)
-    save_file(open_clip.create_model(MODEL, pretrained=None).state_dict(), work / "model.safetensors")
+    save_file(
+        open_clip.create_model(MODEL, pretrained=None).state_dict(), work / "model.safetensors"
+    )
 
 
 def bundle(work: Path) -> Path:
@@ -63,8 +78,21 @@ def bundle(work: Path) -> Path:
     if not (folder / "manifest.json").exists():
         print(f"making a {MODEL} checkpoint and its int8 bundle in {work}", file=sys.stderr)
         subprocess.run([sys.executable, __file__, "--prepare", str(work)], check=True)
-        source = ["--model", MODEL, "--weights", str(work / "model.safetensors"), "--labels", str(work / "labels.txt"), "--images", str(work / "pictures")]
-        subprocess.run([EDGECLIP, "export", *source, "--target", "onnx-int8", "--out", str(work / "bundles")], check=True, stdout=sys.stderr)
+        source = [
+            "--model",
+            MODEL,
+            "--weights",
+            str(work / "model.safetensors"),
+            "--labels",
+            str(work / "labels.txt"),
+            "--images",
+            str(work / "pictures"),
+        ]
+        subprocess.run(
+            [EDGECLIP, "export", *source, "--target", "onnx-int8", "--out", str(work / "bundles")],
+            check=True,
+            stdout=sys.stderr,
+        )
     return folder
 
 
@@ -83,8 +111,15 @@ def run(command: list[str]) -> dict[str, Any]:
         process.stdout.close()
         if process.returncode != 0:
             errors.seek(0)
-            sys.exit(f"{' '.join(command)} ended with code {process.returncode}:\n{errors.read().decode()[-2000:]}")
-    return {"seconds": printed, "seconds_to_exit": ended, "memory_mib": usage.ru_maxrss / 1024, "answer": answer.decode()}
+            sys.exit(
+                f"{' '.join(command)} ended with code {process.returncode}:\n{errors.read().decode()[-2000:]}"
+            )
+    return {
+        "seconds": printed,
+        "seconds_to_exit": ended,
+        "memory_mib": usage.ru_maxrss / 1024,
+        "answer": answer.decode(),
+    }
 
 
 def ranking(answer: str) -> list[str]:
@@ -98,8 +133,19 @@ def commands(work: Path) -> dict[str, list[str]]:
     baked = [str(folder / "class_features.npy"), str(folder / "labels.json"), picture]
     return {
         "edgeclip classify": [EDGECLIP, "classify", picture, "--bundle", str(folder)],
-        "bare onnxruntime": [sys.executable, str(PEERS / "bare_onnxruntime.py"), str(folder / "image_encoder.onnx"), *baked],
-        "open_clip": [sys.executable, str(PEERS / "open_clip_torch.py"), MODEL, str(work / "model.safetensors"), *baked],
+        "bare onnxruntime": [
+            sys.executable,
+            str(PEERS / "bare_onnxruntime.py"),
+            str(folder / "image_encoder.onnx"),
+            *baked,
+        ],
+        "open_clip": [
+            sys.executable,
+            str(PEERS / "open_clip_torch.py"),
+            MODEL,
+            str(work / "model.safetensors"),
+            *baked,
+        ],
     }
 
 
@@ -109,35 +155,88 @@ def measure(work: Path, options: Any) -> None:
     first = {name: run(command) for name, command in sides.items()}
     ranked = {name: ranking(result["answer"]) for name, result in first.items()}
     ours, bare, torch_ = sides
-    assert len(ranked[ours]) == 5 and ranked[ours] == ranked[bare], f"edgeclip and the bare script disagree: {ranked}"
+    assert len(ranked[ours]) == 5 and ranked[ours] == ranked[bare], (
+        f"edgeclip and the bare script disagree: {ranked}"
+    )
 
     def cold(name: str) -> Callable[[], dict[str, Any]]:
         return lambda: {k: v for k, v in run(sides[name]).items() if k != "answer"}
 
-    rounds = compare.interleave({name: cold(name) for name in sides}, ROUNDS, every={torch_: 10} if options.quick else None)
+    rounds = compare.interleave(
+        {name: cold(name) for name in sides}, ROUNDS, every={torch_: 10} if options.quick else None
+    )
     rows, figures = [], {}
     for name in sides:
-        figures[name] = {f: compare.interval(compare.column(rounds, name, f))._asdict() for f in ("seconds", "seconds_to_exit", "memory_mib")}
-        seconds, ended, memory = (compare.interval(compare.column(rounds, name, f)) for f in ("seconds", "seconds_to_exit", "memory_mib"))
-        rows.append([name, str(seconds), f"{ended.median:.3g}", f"{memory.median:.0f}", seconds.n, ", ".join(ranked[name][:2])])
-    compare.table(rows, ["cold start", "s to the answer (95 %)", "s to exit", "peak MiB", "runs", "first answers"])
+        figures[name] = {
+            f: compare.interval(compare.column(rounds, name, f))._asdict()
+            for f in ("seconds", "seconds_to_exit", "memory_mib")
+        }
+        seconds, ended, memory = (
+            compare.interval(compare.column(rounds, name, f))
+            for f in ("seconds", "seconds_to_exit", "memory_mib")
+        )
+        rows.append(
+            [
+                name,
+                str(seconds),
+                f"{ended.median:.3g}",
+                f"{memory.median:.0f}",
+                seconds.n,
+                ", ".join(ranked[name][:2]),
+            ]
+        )
+    compare.table(
+        rows,
+        ["cold start", "s to the answer (95 %)", "s to exit", "peak MiB", "runs", "first answers"],
+    )
     small = compare.this_process_mib()
-    assert all(figures[name]["memory_mib"]["median"] > small for name in sides), f"this process ({small:.0f} MiB) hides its children's memory"
+    assert all(figures[name]["memory_mib"]["median"] > small for name in sides), (
+        f"this process ({small:.0f} MiB) hides its children's memory"
+    )
     required = [
-        compare.judge("times as fast as open_clip", compare.ratios(rounds, torch_, ours, "seconds"), at_least=12),
-        compare.judge("of open_clip's memory", compare.ratios(rounds, ours, torch_, "memory_mib"), at_most=0.12),
-        compare.judge("of the bare script's time", compare.ratios(rounds, ours, bare, "seconds"), at_most=1.4),
-        compare.judge("of the bare script's memory", compare.ratios(rounds, ours, bare, "memory_mib"), at_most=1.4),
+        compare.judge(
+            "times as fast as open_clip",
+            compare.ratios(rounds, torch_, ours, "seconds"),
+            at_least=12,
+        ),
+        compare.judge(
+            "of open_clip's memory",
+            compare.ratios(rounds, ours, torch_, "memory_mib"),
+            at_most=0.12,
+        ),
+        compare.judge(
+            "of the bare script's time", compare.ratios(rounds, ours, bare, "seconds"), at_most=1.4
+        ),
+        compare.judge(
+            "of the bare script's memory",
+            compare.ratios(rounds, ours, bare, "memory_mib"),
+            at_most=1.4,
+        ),
     ]
     compare.finish(
-        {"benchmark": "cold_start", "cold_start": figures, "same_first_answer_as_open_clip": ranked[ours][0] == ranked[torch_][0]}, required, here, options
+        {
+            "benchmark": "cold_start",
+            "cold_start": figures,
+            "same_first_answer_as_open_clip": ranked[ours][0] == ranked[torch_][0],
+        },
+        required,
+        here,
+        options,
     )
 
 
 def main() -> None:
     parser = compare.arguments(__doc__)
-    parser.add_argument("--work", type=Path, help="folder that keeps checkpoint and bundle  [default: a temporary one]")
-    parser.add_argument("--prepare", type=Path, help="internal: only make pictures, labels and checkpoint in this folder")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="folder that keeps checkpoint and bundle  [default: a temporary one]",
+    )
+    parser.add_argument(
+        "--prepare",
+        type=Path,
+        help="internal: only make pictures, labels and checkpoint in this folder",
+    )
     options = parser.parse_args()
     if options.prepare:
         prepare(options.prepare)

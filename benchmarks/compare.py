@@ -34,9 +34,13 @@ EXIT_MISSED = 3
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a short form of the same work")
-    parser.add_argument("--check", action="store_true", help="exit 3 when a required figure is missed")
+    parser.add_argument(
+        "--check", action="store_true", help="exit 3 when a required figure is missed"
+    )
     return parser
 
 
@@ -64,7 +68,9 @@ def workers(commands: dict[str, list[str]]) -> Iterator[dict[str, Callable[..., 
             process.stdin.flush()
             line = process.stdout.readline()
             if not line:
-                sys.exit(f"{name}: its process ended with code {process.wait()}; its message is above")
+                sys.exit(
+                    f"{name}: its process ended with code {process.wait()}; its message is above"
+                )
             answer: dict[str, Any] = json.loads(line)
             return answer
 
@@ -72,7 +78,9 @@ def workers(commands: dict[str, list[str]]) -> Iterator[dict[str, Callable[..., 
 
     try:
         for name, command in commands.items():
-            running[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            running[name] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
         yield {name: asker(name) for name in commands}
     finally:
         for process in running.values():
@@ -82,7 +90,9 @@ def workers(commands: dict[str, list[str]]) -> Iterator[dict[str, Callable[..., 
             process.wait()
 
 
-def interleave(measures: dict[str, Callable[[], Any]], rounds: int, every: dict[str, int] | None = None) -> list[dict[str, Any]]:
+def interleave(
+    measures: dict[str, Callable[[], Any]], rounds: int, every: dict[str, int] | None = None
+) -> list[dict[str, Any]]:
     """One dict of results a round. The order rotates and turns round, so that no peer always follows the same one.
 
     every: a slow peer's name to n: it takes part in every n-th round only.
@@ -93,12 +103,21 @@ def interleave(measures: dict[str, Callable[[], Any]], rounds: int, every: dict[
     for r in range(rounds):
         k = (r // 2) % len(names)
         order = (names[k:] + names[:k])[:: -1 if r % 2 else 1]
-        results.append({name: measures[name]() for name in order if r % (every or {}).get(name, 1) == 0})
+        results.append(
+            {name: measures[name]() for name in order if r % (every or {}).get(name, 1) == 0}
+        )
         elapsed = time.perf_counter() - start
         if sys.stderr.isatty():
-            print(f"\rround {r + 1} of {rounds}, {elapsed:.0f} s, about {elapsed / (r + 1) * (rounds - r - 1):.0f} s left ", end="", file=sys.stderr)
+            print(
+                f"\rround {r + 1} of {rounds}, {elapsed:.0f} s, about {elapsed / (r + 1) * (rounds - r - 1):.0f} s left ",
+                end="",
+                file=sys.stderr,
+            )
     clear = "\r" if sys.stderr.isatty() else ""
-    print(f"{clear}{rounds} interleaved rounds in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    print(
+        f"{clear}{rounds} interleaved rounds in {time.perf_counter() - start:.0f} s",
+        file=sys.stderr,
+    )
     return results
 
 
@@ -107,10 +126,17 @@ def column(rounds: list[dict[str, Any]], name: str, field: str | None = None) ->
     return [r[name] if field is None else r[name][field] for r in rounds if name in r]
 
 
-def ratios(rounds: list[dict[str, Any]], numerator: str, denominator: str, field: str | None = None) -> list[float]:
+def ratios(
+    rounds: list[dict[str, Any]], numerator: str, denominator: str, field: str | None = None
+) -> list[float]:
     """numerator / denominator within each round that has both."""
     both = [r for r in rounds if numerator in r and denominator in r]
-    return [a / b for a, b in zip(column(both, numerator, field), column(both, denominator, field), strict=True)]
+    return [
+        a / b
+        for a, b in zip(
+            column(both, numerator, field), column(both, denominator, field), strict=True
+        )
+    ]
 
 
 # --- figures
@@ -124,7 +150,11 @@ class Interval(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        return f"{self.median:.3g}" if self.low is None else f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+        return (
+            f"{self.median:.3g}"
+            if self.low is None
+            else f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+        )
 
 
 def interval(values: list[float]) -> Interval:
@@ -139,12 +169,16 @@ def interval(values: list[float]) -> Interval:
     return Interval(statistics.median(x), low, high, n)
 
 
-def judge(what: str, values: list[float], *, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
+def judge(
+    what: str, values: list[float], *, at_least: float | None = None, at_most: float | None = None
+) -> dict[str, Any]:
     """A required figure, from repeated or paired measurements."""
     found = interval(values)
     verdict = "not resolved"
     if found.n >= MIN_PAIRS and found.low is not None and found.high is not None:
-        right, wrong = (found.low, found.high) if at_least is not None else (-found.high, -found.low)
+        right, wrong = (
+            (found.low, found.high) if at_least is not None else (-found.high, -found.low)
+        )
         limit = at_least if at_least is not None else -(at_most or 0.0)
         verdict = "met" if right >= limit else "missed" if wrong < limit else "not resolved"
     return {
@@ -159,24 +193,49 @@ def judge(what: str, values: list[float], *, at_least: float | None = None, at_m
     }
 
 
-def exact(what: str, value: float, *, n: int = 1, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
+def exact(
+    what: str,
+    value: float,
+    *,
+    n: int = 1,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> dict[str, Any]:
     """A required figure that is counted, or averaged over n runs as the requirement says: it has no interval."""
     met = value >= at_least if at_least is not None else value <= (at_most or 0.0)
     verdict = "met" if met else "missed"
-    return {"what": what, "found": value, "low": None, "high": None, "n": n, "at_least": at_least, "at_most": at_most, "verdict": verdict}
+    return {
+        "what": what,
+        "found": value,
+        "low": None,
+        "high": None,
+        "n": n,
+        "at_least": at_least,
+        "at_most": at_most,
+        "verdict": verdict,
+    }
 
 
 # --- output
 
 
 def table(rows: list[list[Any]], headers: list[str]) -> None:
-    print(tabulate([["not measured" if c is None else c for c in row] for row in rows], headers, disable_numparse=True), end="\n\n")
+    print(
+        tabulate(
+            [["not measured" if c is None else c for c in row] for row in rows],
+            headers,
+            disable_numparse=True,
+        ),
+        end="\n\n",
+    )
 
 
 def this_machine() -> dict[str, Any]:
     """Stated with every figure; the load is that before the work began, other people's jobs included."""
     here = machine.facts()
-    return {k: here[k] for k in ("cpu", "cores", "isa", "os", "python")} | {"load_average": round(os.getloadavg()[0], 2)}
+    return {k: here[k] for k in ("cpu", "cores", "isa", "os", "python")} | {
+        "load_average": round(os.getloadavg()[0], 2)
+    }
 
 
 def this_process_mib() -> float:
@@ -184,16 +243,37 @@ def this_process_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def finish(figures: dict[str, Any], required: list[dict[str, Any]], here: dict[str, Any], options: argparse.Namespace) -> None:
+def finish(
+    figures: dict[str, Any],
+    required: list[dict[str, Any]],
+    here: dict[str, Any],
+    options: argparse.Namespace,
+) -> None:
     """Prints the required figures and, as the last line, everything as JSON; exits 3 where --check asks for it."""
     rows = []
     for r in required:
-        limit = f"at least {r['at_least']:.3g}" if r["at_least"] is not None else f"at most {r['at_most']:.3g}"
-        rows.append([r["what"], str(Interval(r["found"], r["low"], r["high"], r["n"])), r["n"], limit, r["verdict"]])
+        limit = (
+            f"at least {r['at_least']:.3g}"
+            if r["at_least"] is not None
+            else f"at most {r['at_most']:.3g}"
+        )
+        rows.append(
+            [
+                r["what"],
+                str(Interval(r["found"], r["low"], r["high"], r["n"])),
+                r["n"],
+                limit,
+                r["verdict"],
+            ]
+        )
     table(rows, ["required", "found (95 % interval)", "n", "limit", "verdict"])
-    print(f"{here['cpu']}, {here['cores']} cores, ISA {', '.join(here['isa'] or ['unknown'])}; load average before {here['load_average']}")
+    print(
+        f"{here['cpu']}, {here['cores']} cores, ISA {', '.join(here['isa'] or ['unknown'])}; load average before {here['load_average']}"
+    )
     if here["load_average"] > 0.5:
-        print("other work was running on this machine: absolute times are too long, ratios are what counts")
+        print(
+            "other work was running on this machine: absolute times are too long, ratios are what counts"
+        )
     if options.quick:
         print("short form (--quick)")
     print(json.dumps({**figures, "required": required, "machine": here, "quick": options.quick}))

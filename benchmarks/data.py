@@ -88,11 +88,27 @@ def worker(peer: str, folder: Path) -> None:
         from edgeclip.host.distill.pixels import to_input
         from edgeclip.host.recipe import Views
 
-        spec, rng = Preprocess(size=224, mean=mean, std=std, interpolation="bilinear" if "bilinear" in peer else "bicubic"), random.Random(0)
-        views = {n: [draw_views(*size, Views(count=2, scale=SCALE, ratio=(0.75, 4 / 3)), rng)[1] for _ in range(64)] for n, size in SIZES.items()}
+        spec, rng = (
+            Preprocess(
+                size=224,
+                mean=mean,
+                std=std,
+                interpolation="bilinear" if "bilinear" in peer else "bicubic",
+            ),
+            random.Random(0),
+        )
+        views = {
+            n: [
+                draw_views(*size, Views(count=2, scale=SCALE, ratio=(0.75, 4 / 3)), rng)[1]
+                for _ in range(64)
+            ]
+            for n, size in SIZES.items()
+        }
 
         def one(name: str, content: bytes, i: int) -> Any:
-            return to_input(np.stack([see(content, views[name][i % 64], spec, i)]), spec, torch.device("cpu"))
+            return to_input(
+                np.stack([see(content, views[name][i % 64], spec, i)]), spec, torch.device("cpu")
+            )
 
     elif peer == FLOOR:
 
@@ -114,13 +130,27 @@ def worker(peer: str, folder: Path) -> None:
         from torchvision.io import ImageReadMode, decode_jpeg
         from torchvision.transforms import v2
 
-        crop = v2.RandomResizedCrop(224, scale=SCALE, interpolation=v2.InterpolationMode(peer.rpartition(", ")[2] if "tensors" in peer else "bilinear"))
-        transform = v2.Compose([crop, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+        crop = v2.RandomResizedCrop(
+            224,
+            scale=SCALE,
+            interpolation=v2.InterpolationMode(
+                peer.rpartition(", ")[2] if "tensors" in peer else "bilinear"
+            ),
+        )
+        transform = v2.Compose(
+            [crop, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+        )
 
         def one(name: str, content: bytes, i: int) -> Any:
             if "tensors" in peer:
-                return transform(decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB))
-            with Image.open(io.BytesIO(content)) as image:  # torchvision.datasets.folder.default_loader
+                return transform(
+                    decode_jpeg(
+                        torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB
+                    )
+                )
+            with Image.open(
+                io.BytesIO(content)
+            ) as image:  # torchvision.datasets.folder.default_loader
                 return transform(image.convert("RGB"))
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +178,9 @@ def threads(name: str, files: list[bytes], count: int, n: int) -> dict[str, floa
     spec = Preprocess(size=224, mean=(0.5,) * 3, std=(0.2,) * 3)
     view = draw_views(*SIZES[name], Views(count=2, scale=SCALE), random.Random(0))[1]
     start, cpu = time.perf_counter(), time.process_time()
-    for _, pixels in stream(range(count), lambda i: see(files[i % PICTURES], view, spec, i), 32, [], n):
+    for _, pixels in stream(
+        range(count), lambda i: see(files[i % PICTURES], view, spec, i), 32, [], n
+    ):
         to_input(pixels, spec, torch.device("cpu"))
     wall = time.perf_counter() - start
     return {"per_second": count / wall, "cores": (time.process_time() - cpu) / wall}
@@ -173,32 +205,81 @@ def main() -> None:
 def measure(folder: Path, here: dict[str, Any], options: argparse.Namespace) -> None:
     rounds_of: dict[str, list[dict[str, Any]]] = {}
     counts = {"224 px": 60 if options.quick else 200, "12 megapixels": 4}
-    with compare.workers({p: [sys.executable, __file__, "--peer", p, str(folder)] for p in PEERS}) as ask:
+    with compare.workers(
+        {p: [sys.executable, __file__, "--peer", p, str(folder)] for p in PEERS}
+    ) as ask:
         for size, count in counts.items():
             for p in PEERS:
                 assert ask[p](size=size, count=2)["shape"][-3:] == [3, 224, 224]  # warm
-            rounds_of[size] = compare.interleave({p: lambda p=p: ask[p](size=size, count=count) for p in PEERS}, ROUNDS)  # noqa: B023  (called in this turn)
+            rounds_of[size] = compare.interleave(
+                {p: lambda p=p: ask[p](size=size, count=count) for p in PEERS}, ROUNDS
+            )  # noqa: B023  (called in this turn)
     rows, figures, required = [], {}, []
     for size, rounds in rounds_of.items():
         for p in PEERS:
             found = compare.interval(compare.column(rounds, p, "per_second"))
-            own = "edgeclip, bilinear" if p == TENSORS[0] else "edgeclip"  # at the same interpolation
-            ours, most = (compare.interval(compare.ratios(rounds, q, p, "per_second")) for q in (own, FLOOR))
-            rows.append([size, p, str(found), *(["", ""] if p == FLOOR else ["" if p.startswith("edgeclip") else str(ours), str(most)])])
+            own = (
+                "edgeclip, bilinear" if p == TENSORS[0] else "edgeclip"
+            )  # at the same interpolation
+            ours, most = (
+                compare.interval(compare.ratios(rounds, q, p, "per_second")) for q in (own, FLOOR)
+            )
+            rows.append(
+                [
+                    size,
+                    p,
+                    str(found),
+                    *(
+                        ["", ""]
+                        if p == FLOOR
+                        else ["" if p.startswith("edgeclip") else str(ours), str(most)]
+                    ),
+                ]
+            )
             figures[f"{size}, {p}"] = found._asdict()
         least = 4.0 if size == "12 megapixels" else 1.0
         for p in DEFAULTS:
-            required.append(compare.judge(f"{size}: edgeclip / {p}", compare.ratios(rounds, "edgeclip", p, "per_second"), at_least=least))
-    compare.table(rows, ["JPEG", "pipeline", "images a second and core (95 %)", "edgeclip / this (95 %)", "most: an eighth / this (95 %)"])
-    files = load(folder)
-    bits = {size: 8 * sum(map(len, files[size])) / (len(files[size]) * SIZES[size][0] * SIZES[size][1]) for size in SIZES}
-    print("bits a pixel:", ", ".join(f"{size} {b:.2f}" for size, b in bits.items()), end="\n\n")
-    both = {size: {n: threads(size, files[size], 20 * counts[size], n) for n in (1, 2)} for size in SIZES}
+            required.append(
+                compare.judge(
+                    f"{size}: edgeclip / {p}",
+                    compare.ratios(rounds, "edgeclip", p, "per_second"),
+                    at_least=least,
+                )
+            )
     compare.table(
-        [[size, n, f"{found['per_second']:.4g}", f"{found['cores']:.2f}"] for size, of in both.items() for n, found in of.items()],
+        rows,
+        [
+            "JPEG",
+            "pipeline",
+            "images a second and core (95 %)",
+            "edgeclip / this (95 %)",
+            "most: an eighth / this (95 %)",
+        ],
+    )
+    files = load(folder)
+    bits = {
+        size: 8 * sum(map(len, files[size])) / (len(files[size]) * SIZES[size][0] * SIZES[size][1])
+        for size in SIZES
+    }
+    print("bits a pixel:", ", ".join(f"{size} {b:.2f}" for size, b in bits.items()), end="\n\n")
+    both = {
+        size: {n: threads(size, files[size], 20 * counts[size], n) for n in (1, 2)}
+        for size in SIZES
+    }
+    compare.table(
+        [
+            [size, n, f"{found['per_second']:.4g}", f"{found['cores']:.2f}"]
+            for size, of in both.items()
+            for n, found in of.items()
+        ],
         ["JPEG, through training's stream", "threads", "images a second, wall time", "cores busy"],
     )
-    compare.finish({"benchmark": "data", "bits_per_pixel": bits, **figures, "threads": both}, required, here, options)
+    compare.finish(
+        {"benchmark": "data", "bits_per_pixel": bits, **figures, "threads": both},
+        required,
+        here,
+        options,
+    )
 
 
 if __name__ == "__main__":

@@ -34,9 +34,13 @@ MARGIN = 1e-3
 TARGETS = ("onnx-fp32", "onnx-int8-arm")
 
 
-def observed(name: str, cpu: str | None, bundles: list[Bundle], evaluation: Evaluation | None) -> tuple[list[Observed], dict[str, Any]]:
+def observed(
+    name: str, cpu: str | None, bundles: list[Bundle], evaluation: Evaluation | None
+) -> tuple[list[Observed], dict[str, Any]]:
     _, device = D.load(name)
-    device = msgspec.structs.replace(device, packages=(VERSION,), reach=msgspec.structs.replace(device.reach, emulate=cpu))
+    device = msgspec.structs.replace(
+        device, packages=(VERSION,), reach=msgspec.structs.replace(device.reach, emulate=cpu)
+    )
     with Board(name, device) as board:
         if not bundles:
             return [], board.facts
@@ -55,8 +59,15 @@ def measure(run: Path, options: Any) -> None:
     for bundle, a, b in zip(bundles, x86, arm, strict=True):
         name, n = bundle.folder.name, len(evaluation.chosen)
         fa, fb = a.arrays["features_all"], b.arrays["features_all"]
-        assert fa.shape == fb.shape == (n, bundle.manifest["embed_dim"]) and a.facts["ran"]["version"] == b.facts["ran"]["version"] == VERSION.split("==")[1]
-        cosine = (fa.astype(np.float64) * fb).sum(axis=1) / np.linalg.norm(fa.astype(np.float64), axis=1) / np.linalg.norm(fb.astype(np.float64), axis=1)
+        assert (
+            fa.shape == fb.shape == (n, bundle.manifest["embed_dim"])
+            and a.facts["ran"]["version"] == b.facts["ran"]["version"] == VERSION.split("==")[1]
+        )
+        cosine = (
+            (fa.astype(np.float64) * fb).sum(axis=1)
+            / np.linalg.norm(fa.astype(np.float64), axis=1)
+            / np.linalg.norm(fb.astype(np.float64), axis=1)
+        )
         margin = np.concatenate([m for _, _, m in decide(bundle, evaluation, fa)])
         unlike = a.arrays["answers"] != b.arrays["answers"]
         figures[name] = {
@@ -78,16 +89,40 @@ def measure(run: Path, options: Any) -> None:
         ],
     )
     required = [
-        compare.exact("onnx-fp32: cosine min", figures["onnx-fp32"]["cosine_min"], at_least=0.99999),
-        compare.exact("onnx-int8-arm: other answers by 1e-3 or more", figures["onnx-int8-arm"]["other_answer_by_margin"], at_most=0),
-        compare.exact("dot-product seen on cortex-a76, not on cortex-a72", float("asimddp" in facts["isa"] and "asimddp" not in without["isa"]), at_least=1),
+        compare.exact(
+            "onnx-fp32: cosine min", figures["onnx-fp32"]["cosine_min"], at_least=0.99999
+        ),
+        compare.exact(
+            "onnx-int8-arm: other answers by 1e-3 or more",
+            figures["onnx-int8-arm"]["other_answer_by_margin"],
+            at_most=0,
+        ),
+        compare.exact(
+            "dot-product seen on cortex-a76, not on cortex-a72",
+            float("asimddp" in facts["isa"] and "asimddp" not in without["isa"]),
+            at_least=1,
+        ),
     ]
-    compare.finish({"benchmark": "emulated", "bundles": figures, "isa": {"cortex-a76": facts["isa"], "cortex-a72": without["isa"]}}, required, here, options)
+    compare.finish(
+        {
+            "benchmark": "emulated",
+            "bundles": figures,
+            "isa": {"cortex-a76": facts["isa"], "cortex-a72": without["isa"]},
+        },
+        required,
+        here,
+        options,
+    )
 
 
 def main() -> None:
     parser = compare.arguments(__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/latest"), help="a finished run with its bundles  [default: runs/latest]")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=Path("runs/latest"),
+        help="a finished run with its bundles  [default: runs/latest]",
+    )
     options = parser.parse_args()
     try:
         measure(options.run, options)

@@ -45,8 +45,12 @@ FAMILIES: dict[str, Any] = {
     "ViT-B-32": "ViT-B-32",
     "ViT-B-16": "ViT-B-16",
     "ViT-S-32-alt": "ViT-S-32-alt",
-    "TinyCLIP 8M/3M": tiny({"layers": 10, "width": 256, "patch_size": 16}, {"width": 256, "heads": 4, "layers": 3}),
-    "TinyCLIP 39M/19M": tiny({"layers": 12, "width": 512, "patch_size": 16}, {"width": 512, "heads": 8, "layers": 6}),
+    "TinyCLIP 8M/3M": tiny(
+        {"layers": 10, "width": 256, "patch_size": 16}, {"width": 256, "heads": 4, "layers": 3}
+    ),
+    "TinyCLIP 39M/19M": tiny(
+        {"layers": 12, "width": 512, "patch_size": 16}, {"width": 512, "heads": 8, "layers": 6}
+    ),
     "RN50": "RN50",
     "ViTamin-S": "ViTamin-S",
     "PE-Core-T-16": "PE-Core-T-16-384",
@@ -70,7 +74,11 @@ def towers(model: Any) -> tuple[Any, Any, int, int]:
     if isinstance(model, str) and model not in open_clip.list_models():
         found = from_model(model, "random", [], None)
         return found.image_encoder, None, found.preprocess.size, 0
-    spec = OpenClip(model="own" if isinstance(model, dict) else model, weights="random", config=model if isinstance(model, dict) else None)
+    spec = OpenClip(
+        model="own" if isinstance(model, dict) else model,
+        weights="random",
+        config=model if isinstance(model, dict) else None,
+    )
     clip, preprocess = weights.open_clip_model(spec)
     from torch import nn
     from torch.nn import functional as F
@@ -122,7 +130,10 @@ def measure(name: str) -> dict[str, Any]:
     tensorrt = target.load("tensorrt-int8")[1]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        paths = {n: folder / f"{n}.onnx" for n in ("float", "onnx-int8", "tensorrt-int8", "text", "text-tensorrt")}
+        paths = {
+            n: folder / f"{n}.onnx"
+            for n in ("float", "onnx-int8", "tensorrt-int8", "text", "text-tensorrt")
+        }
         graph.save(model, paths["float"])
         from edgeclip.device.runtime import open_session
 
@@ -131,10 +142,19 @@ def measure(name: str) -> dict[str, Any]:
         calibrated = calibrate(model, x, "minmax")
         products = graph.matrix_products(calibrated.model)
         graph.save(quantise(calibrated, products, activations="uint8"), paths["onnx-int8"])
-        graph.save(to_fp16(quantise(calibrated, products, activations="int8", for_tensorrt=True)), paths["tensorrt-int8"])
+        graph.save(
+            to_fp16(quantise(calibrated, products, activations="int8", for_tensorrt=True)),
+            paths["tensorrt-int8"],
+        )
         row["int8_layers"] = len(products)
-        row["int8_cosine"] = cosine(open_session("onnxruntime", paths["onnx-int8"], 1).run(x[:3]), expected)["raw_min"]
-        for n, ms in zip(("float", "onnx-int8"), latencies_ms([paths["float"], paths["onnx-int8"]], x[:1]), strict=True):
+        row["int8_cosine"] = cosine(
+            open_session("onnxruntime", paths["onnx-int8"], 1).run(x[:3]), expected
+        )["raw_min"]
+        for n, ms in zip(
+            ("float", "onnx-int8"),
+            latencies_ms([paths["float"], paths["onnx-int8"]], x[:1]),
+            strict=True,
+        ):
             row[f"{n}_ms"], row[f"{n}_mib"] = ms, round(paths[n].stat().st_size / 2**20, 1)
         before = time.perf_counter()
         verdict = lint(paths["tensorrt-int8"], tensorrt)
@@ -172,15 +192,23 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--write", action="store_true", help="put the table into docs/targets.md")
     options = parser.parse_args()
     if options.write:
         page = PAGE.read_text()
-        PAGE.write_text(page[: page.index(START) + len(START)] + "\n" + table() + "\n" + page[page.index(END) :])
+        PAGE.write_text(
+            page[: page.index(START) + len(START)] + "\n" + table() + "\n" + page[page.index(END) :]
+        )
         return
-    done = {json.loads(line)["family"] for line in LOG.read_text().splitlines()} if LOG.exists() else set()
+    done = (
+        {json.loads(line)["family"] for line in LOG.read_text().splitlines()}
+        if LOG.exists()
+        else set()
+    )
     for name in (f for f in options.families if f not in done):
         row = measure(name)
         with open(LOG, "a") as f:

@@ -43,7 +43,11 @@ def measure(run: Path, options: Any) -> None:
     for name, facts in PLATFORMS.items():
         wheels = runner.wheels(name, facts, ("onnxruntime",))
         unpacked = sum(i.file_size for w in wheels for i in zipfile.ZipFile(w).infolist())
-        figures[name] = {"wheels": [w.name for w in wheels], "mib": sum(w.stat().st_size for w in wheels) / 2**20, "unpacked_mib": unpacked / 2**20}
+        figures[name] = {
+            "wheels": [w.name for w in wheels],
+            "mib": sum(w.stat().st_size for w in wheels) / 2**20,
+            "unpacked_mib": unpacked / 2**20,
+        }
         rows.append(
             [
                 name,
@@ -56,7 +60,11 @@ def measure(run: Path, options: Any) -> None:
     compare.table(rows, ["platform", "wheels", "MiB", "unpacked MiB", ""])
     own = runner.device_layer()
     print(f"the device layer itself: {len(own) / 1024:.0f} KiB\n")
-    folder = next(p for n in ("onnx-int8", "onnx-int8-arm", "onnx-fp32") if (p := run / "bundles" / n).is_dir())
+    folder = next(
+        p
+        for n in ("onnx-int8", "onnx-int8-arm", "onnx-fp32")
+        if (p := run / "bundles" / n).is_dir()
+    )
     name, device = D.load("loopback")
     with Board(name, device) as board:
         board.prepare([Bundle.load(folder)], None)
@@ -68,19 +76,41 @@ def measure(run: Path, options: Any) -> None:
             before = time.perf_counter()
             command = ["python3", "-c", code + PEAK, str(folder.resolve())]
             done = subprocess.run(
-                command, env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin:/usr/local/bin", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
+                command,
+                env={
+                    "PYTHONPATH": path,
+                    "PATH": "/usr/bin:/bin:/usr/local/bin",
+                    "OMP_NUM_THREADS": "1",
+                },
+                capture_output=True,
+                text=True,
+                check=True,
             )
             laps.append(time.perf_counter() - before)
             peaks.append(int(done.stdout) / 1024)
-        figures[what] = {"seconds": compare.interval(laps)._asdict(), "peak_mib": compare.interval(peaks)._asdict()}
+        figures[what] = {
+            "seconds": compare.interval(laps)._asdict(),
+            "peak_mib": compare.interval(peaks)._asdict(),
+        }
         rows.append([what, str(compare.interval(laps)), f"{compare.interval(peaks).median:.0f}"])
-    compare.table(rows, [f"fresh process, {folder.name}", f"s, median of {RUNS} (95 %)", "peak MiB"])
-    print(json.dumps({"benchmark": "footprint", **figures, "device_layer_bytes": len(own), "machine": here}))
+    compare.table(
+        rows, [f"fresh process, {folder.name}", f"s, median of {RUNS} (95 %)", "peak MiB"]
+    )
+    print(
+        json.dumps(
+            {"benchmark": "footprint", **figures, "device_layer_bytes": len(own), "machine": here}
+        )
+    )
 
 
 def main() -> None:
     parser = compare.arguments(__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/latest"), help="a finished run with its bundles  [default: runs/latest]")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=Path("runs/latest"),
+        help="a finished run with its bundles  [default: runs/latest]",
+    )
     options = parser.parse_args()
     measure(options.run, options)
 

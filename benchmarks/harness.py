@@ -67,10 +67,15 @@ def harness_alone(options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         seen.append(1e6 * float(np.median(latencies)))
     figures = {"query_us": compare.interval(all_in), "latency_us": compare.interval(seen)}
     compare.table(
-        [["a query, all in", str(figures["query_us"])], ["seen as latency", str(figures["latency_us"])]],
+        [
+            ["a query, all in", str(figures["query_us"])],
+            ["seen as latency", str(figures["latency_us"])],
+        ],
         ["harness", f"microseconds, median of {RUNS} runs of {queries:,} queries (95 %)"],
     )
-    return {k: v._asdict() for k, v in figures.items()}, [compare.judge("microseconds a query", all_in, at_most=50)]
+    return {k: v._asdict() for k, v in figures.items()}, [
+        compare.judge("microseconds a query", all_in, at_most=50)
+    ]
 
 
 def golden_input(bundle: Bundle) -> np.ndarray:
@@ -81,18 +86,50 @@ def worker(folder: Path) -> None:
     """A process of bench's own path: `{"queries": n}` is answered with the p50 of n queries in milliseconds."""
     bundle = Bundle.load(folder, threads=1)
     x, session = golden_input(bundle), bundle.image_encoder
-    compare.serve(lambda request: {"ms": 1e3 * float(np.median(run_scenario(session.run, [x], 0.0, request["queries"])))})
+    compare.serve(
+        lambda request: {
+            "ms": 1e3 * float(np.median(run_scenario(session.run, [x], 0.0, request["queries"])))
+        }
+    )
 
 
 def benchmark_app(bundle: Bundle, queries: int) -> float:
     """p50 in milliseconds of OpenVINO's own tool."""
     size = bundle.preprocess.size
-    tool = [str(Path(sys.executable).with_name("benchmark_app")), "-m", str((bundle.folder / bundle.manifest["image_encoder"]).resolve()), "-d", "CPU"]
-    how = ["-hint", "latency", "-api", "sync", "-nireq", "1", "-infer_precision", "f32", "-niter", str(queries), "-load_config", "threads.json"]
+    tool = [
+        str(Path(sys.executable).with_name("benchmark_app")),
+        "-m",
+        str((bundle.folder / bundle.manifest["image_encoder"]).resolve()),
+        "-d",
+        "CPU",
+    ]
+    how = [
+        "-hint",
+        "latency",
+        "-api",
+        "sync",
+        "-nireq",
+        "1",
+        "-infer_precision",
+        "f32",
+        "-niter",
+        str(queries),
+        "-load_config",
+        "threads.json",
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "threads.json").write_text('{"CPU": {"INFERENCE_NUM_THREADS": 1}}')  # its -nthreads excludes -hint
-        done = subprocess.run([*tool, *how, "-data_shape", f"[1,3,{size},{size}]"], capture_output=True, text=True, cwd=folder)
-    found = re.search(r"Median:\s+([\d.]+) (ms|us)", done.stdout)  # microseconds for a model under one millisecond
+        (Path(folder) / "threads.json").write_text(
+            '{"CPU": {"INFERENCE_NUM_THREADS": 1}}'
+        )  # its -nthreads excludes -hint
+        done = subprocess.run(
+            [*tool, *how, "-data_shape", f"[1,3,{size},{size}]"],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+        )
+    found = re.search(
+        r"Median:\s+([\d.]+) (ms|us)", done.stdout
+    )  # microseconds for a model under one millisecond
     if found is None:
         sys.exit(f"benchmark_app gave no median:\n{(done.stdout + done.stderr)[-1000:]}")
     return float(found[1]) / (1 if found[2] == "ms" else 1000)
@@ -100,7 +137,19 @@ def benchmark_app(bundle: Bundle, queries: int) -> float:
 
 def cli_bench(bundle: Bundle, device: Path) -> float:
     """p50 in milliseconds of a fresh `edgeclip bench`."""
-    command = [sys.executable, "-m", "edgeclip", "bench", "--bundle", str(bundle.folder), "--device", str(device), "--scenario", "single_stream", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "edgeclip",
+        "bench",
+        "--bundle",
+        str(bundle.folder),
+        "--device",
+        str(device),
+        "--scenario",
+        "single_stream",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-1000:])
@@ -108,14 +157,20 @@ def cli_bench(bundle: Bundle, device: Path) -> float:
 
 
 def within(what: str, ratios: list[float], share: float) -> list[dict[str, Any]]:
-    return [compare.judge(f"{what}, at most", ratios, at_most=1 + share), compare.judge(f"{what}, at least", ratios, at_least=1 - share)]
+    return [
+        compare.judge(f"{what}, at most", ratios, at_most=1 + share),
+        compare.judge(f"{what}, at least", ratios, at_least=1 - share),
+    ]
 
 
 def measure(run: Path, options: Any) -> None:
     here = compare.this_machine()
     figures, required = harness_alone(options)
     queries = QUICK if options.quick else QUERIES
-    names = ["onnx-fp32", next(n for n in ("openvino-fp16", "openvino-int8") if (run / "bundles" / n).is_dir())]
+    names = [
+        "onnx-fp32",
+        next(n for n in ("openvino-fp16", "openvino-int8") if (run / "bundles" / n).is_dir()),
+    ]
     ort, vino = (Bundle.load(run / "bundles" / n, threads=1, check=True) for n in names)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -125,13 +180,22 @@ def measure(run: Path, options: Any) -> None:
         for b in (ort, vino):
             subprocess.run(["cp", "-r", str(b.folder), str(folder)], check=True)
         ort, vino = (Bundle.load(folder / n, threads=1) for n in names)
-        minimum = f"bench: {{min_duration_s: 0.0, min_query_count: {queries}}}\nruntimes: [onnxruntime]\n"
+        minimum = (
+            f"bench: {{min_duration_s: 0.0, min_query_count: {queries}}}\nruntimes: [onnxruntime]\n"
+        )
         (folder / "near.yaml").write_text(minimum)
         import onnxruntime
 
-        (folder / "far.yaml").write_text(f"{minimum}reach: {{sshd: true}}\npackages: [onnxruntime=={onnxruntime.__version__}]\n")
+        (folder / "far.yaml").write_text(
+            f"{minimum}reach: {{sshd: true}}\npackages: [onnxruntime=={onnxruntime.__version__}]\n"
+        )
         commands = {n: [sys.executable, __file__, "--worker", str(folder / n)] for n in names}
-        bare = [sys.executable, str(folder / "bare.py"), str(ort.folder / ort.manifest["image_encoder"]), str(folder / "x.npy")]
+        bare = [
+            sys.executable,
+            str(folder / "bare.py"),
+            str(ort.folder / ort.manifest["image_encoder"]),
+            str(folder / "x.npy"),
+        ]
         with compare.workers({**commands, "bare loop": bare}) as ask:
             sides = {
                 "bench, onnxruntime": lambda: float(ask["onnx-fp32"](queries=queries)["ms"]),
@@ -148,7 +212,10 @@ def measure(run: Path, options: Any) -> None:
                 ("edgeclip bench, loopback", "edgeclip bench, host-cpu", 0.05, 2),
             )
             # Pair by pair, so that the two of a round are neighbours in time; the quick ones more often.
-            measured = [compare.interleave({a: sides[a], b: sides[b]}, times * compare.MIN_PAIRS) for a, b, _, times in pairs]
+            measured = [
+                compare.interleave({a: sides[a], b: sides[b]}, times * compare.MIN_PAIRS)
+                for a, b, _, times in pairs
+            ]
     rows = []
     for (ours, theirs, share, _), rounds in zip(pairs, measured, strict=True):
         ratios = compare.ratios(rounds, ours, theirs)
@@ -156,14 +223,24 @@ def measure(run: Path, options: Any) -> None:
         rows.append([ours, theirs, str(ms[0]), str(ms[1]), str(compare.interval(ratios))])
         figures[f"{ours} / {theirs}"] = compare.interval(ratios)._asdict()
         required += within(f"{ours} / {theirs}", ratios, share)
-    compare.table(rows, ["bench", "beside", "p50 ms (95 %)", "its p50 ms (95 %)", "ratio within a round (95 %)"])
+    compare.table(
+        rows,
+        ["bench", "beside", "p50 ms (95 %)", "its p50 ms (95 %)", "ratio within a round (95 %)"],
+    )
     compare.finish({"benchmark": "harness", "queries": queries, **figures}, required, here, options)
 
 
 def main() -> None:
     parser = compare.arguments(__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/latest"), help="a finished run with its bundles  [default: runs/latest]")
-    parser.add_argument("--worker", type=Path, metavar="BUNDLE", help="internal: be the process of one bundle")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=Path("runs/latest"),
+        help="a finished run with its bundles  [default: runs/latest]",
+    )
+    parser.add_argument(
+        "--worker", type=Path, metavar="BUNDLE", help="internal: be the process of one bundle"
+    )
     options = parser.parse_args()
     if options.worker:
         worker(options.worker)

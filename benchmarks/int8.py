@@ -36,7 +36,10 @@ import compare
 import numpy as np
 
 EDGECLIP = {"edgeclip onnx-int8": "onnx-int8", "edgeclip openvino-int8": "openvino-int8"}
-RIVALS = {"edgeclip onnx-int8": ("ORT dynamic", "ORT static", "ModelOpt"), "edgeclip openvino-int8": ("NNCF", "NNCF as optimum-intel")}
+RIVALS = {
+    "edgeclip onnx-int8": ("ORT dynamic", "ORT static", "ModelOpt"),
+    "edgeclip openvino-int8": ("NNCF", "NNCF as optimum-intel"),
+}
 WARM_UP, QUERIES = 10, 5
 SAME, SCORED = 0.005, 400
 
@@ -51,9 +54,15 @@ def prepare(source: Any, pictures: list[Any], count: int, folder: Path) -> dict[
     from edgeclip.host.towers.fold import fold
 
     order = np.random.default_rng(0).permutation(len(pictures))[: 3 * count]
-    x = normalise(np.stack([to_pixels(open_picture(read(pictures[i])), source.preprocess) for i in order]), source.preprocess)
+    x = normalise(
+        np.stack([to_pixels(open_picture(read(pictures[i])), source.preprocess) for i in order]),
+        source.preprocess,
+    )
     example = torch.from_numpy(x[:1])
-    graph.save(graph.to_onnx(fold(source.image_encoder, example), example, "pixels", "image_features", 18), folder / "float.onnx")
+    graph.save(
+        graph.to_onnx(fold(source.image_encoder, example), example, "pixels", "image_features", 18),
+        folder / "float.onnx",
+    )
     np.save(folder / "ranges.npy", x[:count])
     return {"ranges": x[:count], "judged": x[count : 2 * count], "fresh": x[2 * count :]}
 
@@ -79,24 +88,44 @@ def rivals(folder: Path, ranges: np.ndarray, modelopt: str | None) -> dict[str, 
 
     def by_nncf(out: Path, **options: Any) -> None:
         model = ov.convert_model(folder / "float.onnx")
-        ov.save_model(nncf.quantize(model, nncf.Dataset([r[None] for r in ranges]), **options), out, compress_to_fp16=False)
+        ov.save_model(
+            nncf.quantize(model, nncf.Dataset([r[None] for r in ranges]), **options),
+            out,
+            compress_to_fp16=False,
+        )
 
     def by_modelopt(out: Path) -> None:
         code = (
             "import sys, numpy as np\nfrom modelopt.onnx.quantization import quantize\n"
             "quantize(sys.argv[1], quantize_mode='int8', calibration_data={'pixels': np.load(sys.argv[2])}, calibration_eps=['cpu'], output_path=sys.argv[3])"
         )
-        subprocess.run([str(modelopt), "-c", code, str(folder / "float.onnx"), str(folder / "ranges.npy"), str(out)], check=True, capture_output=True)
+        subprocess.run(
+            [
+                str(modelopt),
+                "-c",
+                code,
+                str(folder / "float.onnx"),
+                str(folder / "ranges.npy"),
+                str(out),
+            ],
+            check=True,
+            capture_output=True,
+        )
 
     makers = {
         "ORT dynamic": ("dynamic.onnx", lambda out: quantize_dynamic(folder / "float.onnx", out)),
         "ORT static": ("static.onnx", static),
         "NNCF": ("nncf.xml", by_nncf),
-        "NNCF as optimum-intel": ("optimum.xml", lambda out: by_nncf(out, model_type=nncf.ModelType.TRANSFORMER)),
+        "NNCF as optimum-intel": (
+            "optimum.xml",
+            lambda out: by_nncf(out, model_type=nncf.ModelType.TRANSFORMER),
+        ),
         **({"ModelOpt": ("modelopt.onnx", by_modelopt)} if modelopt else {}),
     }
     found = {"ORT fp32": folder / "float.onnx"}
-    ov.save_model(ov.convert_model(folder / "float.onnx"), folder / "float.xml", compress_to_fp16=False)
+    ov.save_model(
+        ov.convert_model(folder / "float.onnx"), folder / "float.xml", compress_to_fp16=False
+    )
     found["OpenVINO fp32"] = folder / "float.xml"
     for name, (file, make) in makers.items():
         before = time.perf_counter()
@@ -105,12 +134,18 @@ def rivals(folder: Path, ranges: np.ndarray, modelopt: str | None) -> dict[str, 
             found[name] = folder / file
             print(f"{name}: made in {time.perf_counter() - before:.0f} s", file=sys.stderr)
         except Exception as e:
-            said = e.stderr.decode().strip() if isinstance(e, subprocess.CalledProcessError) else str(e)
+            said = (
+                e.stderr.decode().strip()
+                if isinstance(e, subprocess.CalledProcessError)
+                else str(e)
+            )
             print(f"{name}: failed ({type(e).__name__}: {said[-300:]})", file=sys.stderr)
     return found
 
 
-def ours(folder: Path, inputs: dict[str, np.ndarray], answers: Any, trained: bool) -> dict[str, Path]:
+def ours(
+    folder: Path, inputs: dict[str, np.ndarray], answers: Any, trained: bool
+) -> dict[str, Path]:
     """What export's search chooses. trained: False asks no closeness of it, because random weights answer every picture almost alike."""
     import msgspec
     import onnx
@@ -125,19 +160,36 @@ def ours(folder: Path, inputs: dict[str, np.ndarray], answers: Any, trained: boo
     for name, target_name in EDGECLIP.items():
         target = T.load(target_name)[1]
         assert target.calibration is not None
-        target = msgspec.structs.replace(target, calibration=msgspec.structs.replace(target.calibration, probe_layers=6))
+        target = msgspec.structs.replace(
+            target, calibration=msgspec.structs.replace(target.calibration, probe_layers=6)
+        )
         if not trained:
-            target = msgspec.structs.replace(target, tolerance=msgspec.structs.replace(target.tolerance, centred_cosine_p1=-1.0))
+            target = msgspec.structs.replace(
+                target, tolerance=msgspec.structs.replace(target.tolerance, centred_cosine_p1=-1.0)
+            )
         exporter = importlib.import_module(EXPORTERS[target.runtime])
         model, before = onnx.load(folder / "float.onnx"), time.perf_counter()
         try:
-            chosen, record = search(model, Pictures(inputs["ranges"], inputs["judged"], [], np.full(len(inputs["judged"]), -1)), target, exporter, answers)
+            chosen, record = search(
+                model,
+                Pictures(
+                    inputs["ranges"], inputs["judged"], [], np.full(len(inputs["judged"]), -1)
+                ),
+                target,
+                exporter,
+                answers,
+            )
         except Refused as e:
             print(f"{name}: refused ({e})", file=sys.stderr)
             continue
         (folder / target_name).mkdir()
-        found[name] = folder / target_name / exporter.write(model, target, chosen, folder / target_name)
-        print(f"{name}: {chosen.form}, int8 share {record['int8_share_of_macs']}, in {time.perf_counter() - before:.0f} s", file=sys.stderr)
+        found[name] = (
+            folder / target_name / exporter.write(model, target, chosen, folder / target_name)
+        )
+        print(
+            f"{name}: {chosen.form}, int8 share {record['int8_share_of_macs']}, in {time.perf_counter() - before:.0f} s",
+            file=sys.stderr,
+        )
     return found
 
 
@@ -156,13 +208,20 @@ def work(path: Path, threads: int, inputs: Path) -> None:
     else:
         from edgeclip.device.runtime import open_session
 
-        run = open_session("openvino" if path.suffix == ".xml" else "onnxruntime", path, threads).run
+        run = open_session(
+            "openvino" if path.suffix == ".xml" else "onnxruntime", path, threads
+        ).run
     for _ in range(WARM_UP):
         run(x[:1])
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         if "features" in request:
-            return {"features": [run(row[None])[0].tolist() for row in np.load(inputs / f"{request['features']}.npy", mmap_mode="r")]}
+            return {
+                "features": [
+                    run(row[None])[0].tolist()
+                    for row in np.load(inputs / f"{request['features']}.npy", mmap_mode="r")
+                ]
+            }
         run(x[:1])
         laps = []
         for _ in range(request["queries"]):
@@ -177,10 +236,16 @@ def work(path: Path, threads: int, inputs: Path) -> None:
 def student(name: str) -> Any:
     from edgeclip.host.export.source import from_model, from_run
 
-    return from_run(Path(name)) if Path(name).is_dir() else from_model(name, "random", [], None, text=False)
+    return (
+        from_run(Path(name))
+        if Path(name).is_dir()
+        else from_model(name, "random", [], None, text=False)
+    )
 
 
-def measure(name: str, photos: list[Any], options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(
+    name: str, photos: list[Any], options: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from edgeclip.device.metrics import cosine
     from edgeclip.device.pictures import index_tar, read
     from edgeclip.device.preprocess import normalise, open_picture, to_pixels
@@ -199,10 +264,17 @@ def measure(name: str, photos: list[Any], options: Any) -> tuple[dict[str, Any],
             return class_scores(features, source.class_features, source.head).argmax(axis=1)
 
         labelled = answers if len(source.class_features) else None
-        evaluation = load_evaluation(Path(name) / "evaluation", SCORED) if Path(name).is_dir() else None
+        evaluation = (
+            load_evaluation(Path(name) / "evaluation", SCORED) if Path(name).is_dir() else None
+        )
         if evaluation:
             every = index_tar(evaluation.folder / "pictures.tar")
-            pixels = np.stack([to_pixels(open_picture(read(every[i])), source.preprocess) for i in evaluation.chosen])
+            pixels = np.stack(
+                [
+                    to_pixels(open_picture(read(every[i])), source.preprocess)
+                    for i in evaluation.chosen
+                ]
+            )
             np.save(folder / "scored.npy", normalise(pixels, source.preprocess))
 
         def of(engine: Any, which: str) -> np.ndarray:
@@ -216,42 +288,103 @@ def measure(name: str, photos: list[Any], options: Any) -> tuple[dict[str, Any],
         figures: dict[str, Any] = {}
         required: list[dict[str, Any]] = []
         for threads in options.threads:
-            commands = {e: [sys.executable, __file__, "--worker", str(f), str(threads), str(folder)] for e, f in files.items()}
+            commands = {
+                e: [sys.executable, __file__, "--worker", str(f), str(threads), str(folder)]
+                for e, f in files.items()
+            }
             with compare.workers(commands) as ask:
                 if not figures:
                     reference = of(ask["torch fp32"], "fresh")
                     for e, f in files.items():
                         features = of(ask[e], "fresh")
-                        size = f.stat().st_size + (f.with_suffix(".bin").stat().st_size if f.suffix == ".xml" else 0)
-                        same = float((answers(features) == answers(reference)).mean()) if labelled else None
-                        right = np.concatenate([hit for _, hit, _ in decide(source, evaluation, of(ask[e], "scored"))]).mean() if evaluation else None
-                        figures[e] = {"bytes": size, "centred_cosine_p1": cosine(features, reference)["centred_p1"], "top1_agreement": same}
+                        size = f.stat().st_size + (
+                            f.with_suffix(".bin").stat().st_size if f.suffix == ".xml" else 0
+                        )
+                        same = (
+                            float((answers(features) == answers(reference)).mean())
+                            if labelled
+                            else None
+                        )
+                        right = (
+                            np.concatenate(
+                                [
+                                    hit
+                                    for _, hit, _ in decide(
+                                        source, evaluation, of(ask[e], "scored")
+                                    )
+                                ]
+                            ).mean()
+                            if evaluation
+                            else None
+                        )
+                        figures[e] = {
+                            "bytes": size,
+                            "centred_cosine_p1": cosine(features, reference)["centred_p1"],
+                            "top1_agreement": same,
+                        }
                         figures[e]["accuracy"] = None if right is None else float(right)
                 laps = compare.interleave(
-                    {e: (lambda e=e: float(ask[e](queries=QUERIES)["ms"])) for e in files}, compare.MIN_PAIRS * (1 if options.quick else 2)
+                    {e: (lambda e=e: float(ask[e](queries=QUERIES)["ms"])) for e in files},
+                    compare.MIN_PAIRS * (1 if options.quick else 2),
                 )
             for e in files:
-                figures[e][f"latency_ms_{threads}"] = compare.interval(compare.column(laps, e))._asdict()
-                figures[e][f"times_torch_{threads}"] = compare.interval(compare.ratios(laps, "torch fp32", e))._asdict()
+                figures[e][f"latency_ms_{threads}"] = compare.interval(
+                    compare.column(laps, e)
+                )._asdict()
+                figures[e][f"times_torch_{threads}"] = compare.interval(
+                    compare.ratios(laps, "torch fp32", e)
+                )._asdict()
             for own, others in RIVALS.items():
                 for rival in (r for r in others if r in files and own in files):
                     if figures[rival]["centred_cosine_p1"] > figures[own]["centred_cosine_p1"]:
                         required.append(
-                            compare.judge(f"{label}, {threads} thread(s): {own} over {rival} (more exact)", compare.ratios(laps, rival, own), at_least=1.0)
+                            compare.judge(
+                                f"{label}, {threads} thread(s): {own} over {rival} (more exact)",
+                                compare.ratios(laps, rival, own),
+                                at_least=1.0,
+                            )
                         )
             there = [e for e in EDGECLIP if e in files]
             if there:
                 best = min(there, key=lambda e: figures[e][f"latency_ms_{threads}"]["median"])
-                for rival in (e for e in files if e not in EDGECLIP and figures[e]["centred_cosine_p1"] >= figures[best]["centred_cosine_p1"] - SAME):
-                    required.append(compare.judge(f"{label}, {threads} thread(s): {best} over {rival}", compare.ratios(laps, rival, best), at_least=1.0))
+                for rival in (
+                    e
+                    for e in files
+                    if e not in EDGECLIP
+                    and figures[e]["centred_cosine_p1"] >= figures[best]["centred_cosine_p1"] - SAME
+                ):
+                    required.append(
+                        compare.judge(
+                            f"{label}, {threads} thread(s): {best} over {rival}",
+                            compare.ratios(laps, rival, best),
+                            at_least=1.0,
+                        )
+                    )
         rows = []
         for e, f in figures.items():
-            times = [str(compare.Interval(**f[f"{what}_{t}"])) for t in options.threads for what in ("latency_ms", "times_torch")]
-            same, right = (None if f[k] is None else f"{f[k]:.3f}" for k in ("top1_agreement", "accuracy"))
-            rows.append([e, *times, f"{f['bytes'] / 2**20:.1f}", f"{f['centred_cosine_p1']:.4f}", same, right])
+            times = [
+                str(compare.Interval(**f[f"{what}_{t}"]))
+                for t in options.threads
+                for what in ("latency_ms", "times_torch")
+            ]
+            same, right = (
+                None if f[k] is None else f"{f[k]:.3f}" for k in ("top1_agreement", "accuracy")
+            )
+            rows.append(
+                [
+                    e,
+                    *times,
+                    f"{f['bytes'] / 2**20:.1f}",
+                    f"{f['centred_cosine_p1']:.4f}",
+                    same,
+                    right,
+                ]
+            )
         heads = [h for t in options.threads for h in (f"ms, {t} thread(s)", "times torch")]
         print(f"{label}, batch 1")
-        compare.table(rows, ["engine", *heads, "MiB", "centred cosine p1", "top-1 agreement", "R@1"])
+        compare.table(
+            rows, ["engine", *heads, "MiB", "centred cosine p1", "top-1 agreement", "R@1"]
+        )
     return figures, required
 
 
@@ -260,17 +393,35 @@ def main() -> None:
         work(Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
         return
     parser = compare.arguments(__doc__)
-    parser.add_argument("--pictures", type=Path, required=True, help="a folder of photos, or a WebDataset shard, for calibration and closeness")
-    parser.add_argument("--model", action="append", default=[], help="an open_clip model with random weights; may be repeated")
-    parser.add_argument("--run", action="append", default=[], type=Path, help="a finished run; may be repeated")
-    parser.add_argument("--threads", action="append", type=int, help="may be repeated  [default: 1]")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        required=True,
+        help="a folder of photos, or a WebDataset shard, for calibration and closeness",
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help="an open_clip model with random weights; may be repeated",
+    )
+    parser.add_argument(
+        "--run", action="append", default=[], type=Path, help="a finished run; may be repeated"
+    )
+    parser.add_argument(
+        "--threads", action="append", type=int, help="may be repeated  [default: 1]"
+    )
     parser.add_argument("--modelopt", help="the Python of an environment that has nvidia-modelopt")
     options: argparse.Namespace = parser.parse_args()
     options.threads = options.threads or [1]
     from edgeclip.device.pictures import index_folder, index_tar
 
     here = compare.this_machine()
-    photos = index_tar(options.pictures) if options.pictures.suffix == ".tar" else index_folder(options.pictures)
+    photos = (
+        index_tar(options.pictures)
+        if options.pictures.suffix == ".tar"
+        else index_folder(options.pictures)
+    )
     figures, required = {}, []
     for name in [*options.model, *map(str, options.run)]:
         figures[Path(name).name], more = measure(name, photos, options)

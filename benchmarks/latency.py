@@ -47,7 +47,10 @@ def torch_student(run: Path, channels_last: bool) -> tuple[Callable[[], Any], st
     student, _, preprocess, _ = students.load(run / "student")
     x = torch.from_numpy(normalise(picture(run), preprocess))
     if channels_last:
-        student, x = student.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        student, x = (
+            student.to(memory_format=torch.channels_last),
+            x.contiguous(memory_format=torch.channels_last),
+        )
 
     def query() -> Any:
         with torch.inference_mode():
@@ -74,7 +77,11 @@ def picture(run: Path) -> Any:
 
 def work(engine: str, run: Path) -> None:
     """A worker process: `{"queries": n}` is answered with the median of n queries in milliseconds."""
-    query, version = torch_student(run, engine == CHANNELS_LAST) if engine.startswith("torch") else bundled(run, engine)
+    query, version = (
+        torch_student(run, engine == CHANNELS_LAST)
+        if engine.startswith("torch")
+        else bundled(run, engine)
+    )
     for _ in range(WARM_UP):
         query()
 
@@ -102,7 +109,9 @@ def encoder_bytes(run: Path) -> dict[str, int]:
     for name in BUNDLES:
         manifest = disk.read_manifest(run / "bundles" / name, "bundle")
         if manifest["parents"].get("student") != student:
-            sys.exit(f"{run / 'bundles' / name}: is not of this run's student; edgeclip export --run {run} --target {name}")
+            sys.exit(
+                f"{run / 'bundles' / name}: is not of this run's student; edgeclip export --run {run} --target {name}"
+            )
         found[name] = manifest["image_encoder_bytes"]
     return found
 
@@ -112,7 +121,9 @@ def measure(run: Path, options: Any) -> None:
     sizes = encoder_bytes(run)
     rounds, queries = (compare.MIN_PAIRS, 5) if options.quick else (2 * compare.MIN_PAIRS, 20)
     engines = (TORCH, CHANNELS_LAST, *BUNDLES)
-    with compare.workers({e: [sys.executable, __file__, "--worker", e, "--run", str(run)] for e in engines}) as ask:
+    with compare.workers(
+        {e: [sys.executable, __file__, "--worker", e, "--run", str(run)] for e in engines}
+    ) as ask:
         facts = {e: ask[e]() for e in engines}
 
         def median_ms(engine: str) -> Callable[[], float]:
@@ -121,9 +132,14 @@ def measure(run: Path, options: Any) -> None:
         results = compare.interleave({e: median_ms(e) for e in engines}, rounds)
     rows, figures = [], {}
     for e in engines:
-        ms, faster = (compare.interval(compare.column(results, e)), compare.interval(compare.ratios(results, TORCH, e)))
+        ms, faster = (
+            compare.interval(compare.column(results, e)),
+            compare.interval(compare.ratios(results, TORCH, e)),
+        )
         # Unit rows: their product is the cosine.
-        cosine = sum(a * b for a, b in zip(facts[e]["features"], facts[TORCH]["features"], strict=True))
+        cosine = sum(
+            a * b for a, b in zip(facts[e]["features"], facts[TORCH]["features"], strict=True)
+        )
         size = sizes.get(e)
         figures[e] = {
             "latency_ms": ms._asdict(), "times_as_fast_as_torch": faster._asdict(), "cosine": cosine, "image_encoder_bytes": size,
@@ -140,16 +156,49 @@ def measure(run: Path, options: Any) -> None:
                 None if size is None else f"{size / sizes['onnx-fp32']:.3f}",
             ]
         )
-    compare.table(rows, ["engine", "version", "ms (95 %)", "times as fast as torch", "cosine", "encoder bytes", "of onnx-fp32's"])
-    print(f"batch 1, one thread, {rounds} rounds of {queries} queries an engine after {WARM_UP} for warm-up; run {run.resolve()}\n")
-    required = [compare.judge(f"{e}: times as fast as {TORCH}", compare.ratios(results, TORCH, e), at_least=1.3) for e in INT8]
-    required += [compare.exact(f"{e}: of onnx-fp32's image encoder bytes", sizes[e] / sizes["onnx-fp32"], at_most=0.3) for e in INT8]
-    compare.finish({"benchmark": "latency", "run": str(run.resolve()), "engines": figures}, required, here, options)
+    compare.table(
+        rows,
+        [
+            "engine",
+            "version",
+            "ms (95 %)",
+            "times as fast as torch",
+            "cosine",
+            "encoder bytes",
+            "of onnx-fp32's",
+        ],
+    )
+    print(
+        f"batch 1, one thread, {rounds} rounds of {queries} queries an engine after {WARM_UP} for warm-up; run {run.resolve()}\n"
+    )
+    required = [
+        compare.judge(
+            f"{e}: times as fast as {TORCH}", compare.ratios(results, TORCH, e), at_least=1.3
+        )
+        for e in INT8
+    ]
+    required += [
+        compare.exact(
+            f"{e}: of onnx-fp32's image encoder bytes", sizes[e] / sizes["onnx-fp32"], at_most=0.3
+        )
+        for e in INT8
+    ]
+    compare.finish(
+        {"benchmark": "latency", "run": str(run.resolve()), "engines": figures},
+        required,
+        here,
+        options,
+    )
 
 
 def main() -> None:
     parser = compare.arguments(__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/latest"), help="a finished run with its bundles  [default: runs/latest]")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=Path("runs/latest"),
+        help="a finished run with its bundles  [default: runs/latest]",
+    )
     parser.add_argument("--worker", metavar="ENGINE", help="internal: be one engine's process")
     options = parser.parse_args()
     if options.worker:

@@ -63,7 +63,13 @@ SEEDS = range(5)
 EPOCHS = {"full": 3, "small": 3, "vit": 5, "frozen": 0}
 """after the projector's steps, which a ViT from random blocks does without"""
 
-CLIP_KD = {"contrastive": {}, "affinity": {"form": "kl"}, "feature": {"weight": 7.8}, "interactive": {}, "captions": "classes"}
+CLIP_KD = {
+    "contrastive": {},
+    "affinity": {"form": "kl"},
+    "feature": {"weight": 7.8},
+    "interactive": {},
+    "captions": "classes",
+}
 COMKD = {"kl": {}, "if_align": {"weight": 100}, "edu_attention": {"temperature": 0.1}}
 METHODS: dict[str, dict[str, Any]] = {
     "student alone": {"cross_entropy": {}},
@@ -77,7 +83,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "ComKD": COMKD,
     "ComKD without IFAlign": {k: v for k, v in COMKD.items() if k != "if_align"},
     "ComKD without EduAttention": {k: v for k, v in COMKD.items() if k != "edu_attention"},
-    "ComKD without both": {"kl": {}, "if_align": {"weight": 0}, "edu_attention": {"temperature": 0.1, "learn_alpha": False}},
+    "ComKD without both": {
+        "kl": {},
+        "if_align": {"weight": 0},
+        "edu_attention": {"temperature": 0.1, "learn_alpha": False},
+    },
 }
 
 
@@ -115,34 +125,63 @@ def prepare(name: str, regime: str, roots: tuple[str, ...], folder: Path) -> Ben
     asked = recipe.load(recipe_of(name, regime), roots)
     if regime == "small":
         assert isinstance(asked.student.tower, R.Timm)
-        asked = replace(asked, student=replace(asked.student, tower=replace(asked.student.tower, image_size=80)))
+        asked = replace(
+            asked, student=replace(asked.student, tower=replace(asked.student.tower, image_size=80))
+        )
     dataset = data.load(asked.data, folder)
     if isinstance(asked.data, R.WebDataset):
-        sets = {"val": data.load(replace(asked.data, test="val/*.tar"), folder).evaluation, "test": dataset.evaluation}
+        sets = {
+            "val": data.load(replace(asked.data, test="val/*.tar"), folder).evaluation,
+            "test": dataset.evaluation,
+        }
     else:
         of = {s.name: s for s in dataset.evaluation}
         sets = {"val": [of["unlabelled concepts"]], "test": [of["held-out concepts"]]}
     cpu = torch.device("cpu")
     teacher = teachers.load(asked.teacher)
     tower = teachers.folded(teacher)
-    cached = cache.build(folder, teacher, tower, dataset, asked.views, 0, captions=False, device=cpu, threads=asked.train.threads)
+    cached = cache.build(
+        folder,
+        teacher,
+        tower,
+        dataset,
+        asked.views,
+        0,
+        captions=False,
+        device=cpu,
+        threads=asked.train.threads,
+    )
     student, preprocess = students.build(asked.student, teacher.embed_dim)
     student.to(memory_format=torch.channels_last)
-    features = frozen_features(student, cached, preprocess, asked, cpu) if asked.train.warmup_steps else None
+    features = (
+        frozen_features(student, cached, preprocess, asked, cpu)
+        if asked.train.warmup_steps
+        else None
+    )
     parts: dict[str, list[Part]] = {}
     for which, evaluation in sets.items():
         parts[which] = []
         for s in evaluation:
-            _, of_teacher = image_features(tower, s.pictures, teacher.preprocess, f"teacher: {which} {s.name}", cpu, 8)
-            kept, of_student = image_features(student.tower, s.pictures, preprocess, f"student: {which} {s.name}", cpu)
+            _, of_teacher = image_features(
+                tower, s.pictures, teacher.preprocess, f"teacher: {which} {s.name}", cpu, 8
+            )
+            kept, of_student = image_features(
+                student.tower, s.pictures, preprocess, f"student: {which} {s.name}", cpu
+            )
             labels = np.array([s.classes.index(s.pictures[i].label) for i in kept])
-            parts[which].append(Part(s.name, s.classes, labels, [s.pictures[i] for i in kept], of_teacher, of_student))
+            parts[which].append(
+                Part(
+                    s.name, s.classes, labels, [s.pictures[i] for i in kept], of_teacher, of_student
+                )
+            )
     return Bench(asked, dataset, teacher, cached, features, parts)
 
 
 def described(bench: Bench, losses: dict[str, Any], regime: str, seed: int) -> R.Recipe:
     schedule = replace(bench.recipe.train, epochs=EPOCHS[regime])
-    asked = replace(bench.recipe, losses=config.convert(losses, R.Losses, "losses"), train=schedule, seed=seed)
+    asked = replace(
+        bench.recipe, losses=config.convert(losses, R.Losses, "losses"), train=schedule, seed=seed
+    )
     recipe.check(asked, "benchmarks/methods.py")
     return asked
 
@@ -154,47 +193,99 @@ def fingerprints(bench: Bench, name: str, method: str, regime: str) -> dict[str,
     code computes takes the lines out of the log.
     """
     written = yaml.safe_load(recipe_of(name, regime).read_text(encoding="utf-8"))
-    pictures = {which: [[p.name, [x.key for x in p.pictures]] for p in parts] for which, parts in bench.parts.items()}
+    pictures = {
+        which: [[p.name, [x.key for x in p.pictures]] for p in parts]
+        for which, parts in bench.parts.items()
+    }
     shared = {f: written[f] for f in ("teacher", "adapt", "views")} | {"pictures": pictures}
     schedule = {}
     if method in METHODS:
         resolved = described(bench, METHODS[method], regime, 0).train
-        schedule = {"student": written["student"], "train": written["train"], "epochs": resolved.epochs, "warmup_steps": resolved.warmup_steps}
+        schedule = {
+            "student": written["student"],
+            "train": written["train"],
+            "epochs": resolved.epochs,
+            "warmup_steps": resolved.warmup_steps,
+        }
         schedule |= {"regime": regime} if regime in ("small", "vit") else {}
-    whole = {"shared": shared, "schedule": schedule, "fingerprint": shared | schedule | {"losses": METHODS.get(method)}}
+    whole = {
+        "shared": shared,
+        "schedule": schedule,
+        "fingerprint": shared | schedule | {"losses": METHODS.get(method)},
+    }
     return {name: disk.fingerprint(what)[:16] for name, what in whole.items()}
 
 
 def adapted(bench: Bench, seed: int) -> teachers.Teacher:
     assert isinstance(bench.recipe.adapt, R.ResidualHead)
-    key = disk.fingerprint({"cache": bench.cached.folder.name, "adapt": msgspec.to_builtins(bench.recipe.adapt), "seed": seed})[:16]
-    return adapt(bench.teacher, bench.cached, bench.dataset, bench.recipe.adapt, seed, Path("runs/methods") / key)
+    key = disk.fingerprint(
+        {
+            "cache": bench.cached.folder.name,
+            "adapt": msgspec.to_builtins(bench.recipe.adapt),
+            "seed": seed,
+        }
+    )[:16]
+    return adapt(
+        bench.teacher,
+        bench.cached,
+        bench.dataset,
+        bench.recipe.adapt,
+        seed,
+        Path("runs/methods") / key,
+    )
 
 
-def run(bench: Bench, losses: dict[str, Any], regime: str, seed: int, teacher: teachers.Teacher) -> dict[str, Any]:
+def run(
+    bench: Bench, losses: dict[str, Any], regime: str, seed: int, teacher: teachers.Teacher
+) -> dict[str, Any]:
     """Trains and scores one student; returns its scores on validation and test parts, hits and all."""
     start = time.perf_counter()
     asked = described(bench, losses, regime, seed)
     torch.manual_seed(seed)
     student, preprocess = students.build(asked.student, teacher.embed_dim)
     edu = asked.losses.edu_attention
-    head = students.EduAttentionHead(teacher.embed_dim, edu, torch.Generator().manual_seed(seed)) if edu else None
+    head = (
+        students.EduAttentionHead(teacher.embed_dim, edu, torch.Generator().manual_seed(seed))
+        if edu
+        else None
+    )
     cpu = torch.device("cpu")
-    with torch.no_grad():  # the adapted head's answers once, not in every step: no method changes them
+    with (
+        torch.no_grad()
+    ):  # the adapted head's answers once, not in every step: no method changes them
         rows = torch.from_numpy(bench.cached.rows[:])
         known = teacher.features(rows.flatten(0, 1)).unflatten(0, rows.shape[:2]).numpy()
-    teacher, cached = dataclasses.replace(teacher, features=lambda answers: answers), bench.cached._replace(rows=known)
-    log = train(student, head, teacher, cached, preprocess, bench.dataset, asked, cpu, tower_features=bench.tower_features)
+    teacher, cached = (
+        dataclasses.replace(teacher, features=lambda answers: answers),
+        bench.cached._replace(rows=known),
+    )
+    log = train(
+        student,
+        head,
+        teacher,
+        cached,
+        preprocess,
+        bench.dataset,
+        asked,
+        cpu,
+        tower_features=bench.tower_features,
+    )
     seconds = time.perf_counter() - start
 
     def features(part: Part) -> np.ndarray:
         if regime != "frozen":
             return image_features(student, part.pictures, preprocess, part.name, cpu)[1]
         with torch.inference_mode():
-            return F.normalize(student.projector(torch.from_numpy(part.tower_features)), dim=-1).numpy()
+            return F.normalize(
+                student.projector(torch.from_numpy(part.tower_features)), dim=-1
+            ).numpy()
 
     result = scored(bench, features, head.numpy() if head and head.spec.keep else None)
-    return result | {"alpha": head.alpha.item() if head else None, "loss": log[-1]["loss"], "seconds": round(seconds, 1)}
+    return result | {
+        "alpha": head.alpha.item() if head else None,
+        "loss": log[-1]["loss"],
+        "seconds": round(seconds, 1),
+    }
 
 
 def scored(bench: Bench, features: Any, head: Any) -> dict[str, Any]:
@@ -207,25 +298,42 @@ def scored(bench: Bench, features: Any, head: Any) -> dict[str, Any]:
             for name, own in (("", head), *([("without_edu_attention_", None)] if head else [])):
                 answers = class_scores(u, w, own)
                 top = hits(answers, part.labels, 1)
-                scores |= {f"{name}{part.name}": float(top.mean()), f"{name}{part.name} R@5": float(hits(answers, part.labels, 5).mean())}
+                scores |= {
+                    f"{name}{part.name}": float(top.mean()),
+                    f"{name}{part.name} R@5": float(hits(answers, part.labels, 5).mean()),
+                }
                 if not name and which == "test":
-                    out.setdefault("hits", {})[part.name] = np.packbits(top.astype(bool)).tobytes().hex()
+                    out.setdefault("hits", {})[part.name] = (
+                        np.packbits(top.astype(bool)).tobytes().hex()
+                    )
         for name in ("", "without_edu_attention_"):
             if {f"{name}base", f"{name}novel"} <= scores.keys():
-                scores[f"{name}harmonic mean"] = harmonic_mean(scores[f"{name}base"], scores[f"{name}novel"])
+                scores[f"{name}harmonic mean"] = harmonic_mean(
+                    scores[f"{name}base"], scores[f"{name}novel"]
+                )
         out[which] = {k: round(v, 5) for k, v in scores.items()}
     return out
 
 
 def append(record: dict[str, Any], log: Path) -> None:
-    torn = log.exists() and log.read_bytes()[-1:] not in (b"", b"\n")  # by a run that was killed while it wrote
+    torn = log.exists() and log.read_bytes()[-1:] not in (
+        b"",
+        b"\n",
+    )  # by a run that was killed while it wrote
     with log.open("a", encoding="utf-8") as f:
         f.write("\n" * torn + json.dumps(record) + "\n")
         f.flush()
         os.fsync(f.fileno())
 
 
-def trial(regime: str, names: list[str], methods: list[str], seeds: list[int], roots: tuple[str, ...], folder: Path) -> None:
+def trial(
+    regime: str,
+    names: list[str],
+    methods: list[str],
+    seeds: list[int],
+    roots: tuple[str, ...],
+    folder: Path,
+) -> None:
     """Every run that the log does not hold yet, seed by seed, so that whatever is there is paired."""
     for name in names:
         if not recipe_of(name, regime).exists():
@@ -237,26 +345,41 @@ def trial(regime: str, names: list[str], methods: list[str], seeds: list[int], r
         for seed in seeds:
             teacher = adapted(bench, seed)
             for method in ["teacher", *methods]:
-                key = {"regime": "teacher" if method == "teacher" else regime, "set": name, "method": method, "seed": seed}
+                key = {
+                    "regime": "teacher" if method == "teacher" else regime,
+                    "set": name,
+                    "method": method,
+                    "seed": seed,
+                }
                 key |= fingerprints(bench, name, method, regime)
-                if any(all(line.get(k) == v for k, v in key.items()) for line in methods_table.read(LOG)):
+                if any(
+                    all(line.get(k) == v for k, v in key.items())
+                    for line in methods_table.read(LOG)
+                ):
                     continue
                 if method == "teacher":
 
                     def features(part: Part, teacher: teachers.Teacher = teacher) -> np.ndarray:
                         with torch.inference_mode():
-                            return F.normalize(teacher.features(torch.from_numpy(part.teacher_rows)), dim=-1).numpy()
+                            return F.normalize(
+                                teacher.features(torch.from_numpy(part.teacher_rows)), dim=-1
+                            ).numpy()
 
                     result = scored(bench, features, None)
                 else:
                     result = run(bench, METHODS[method], regime, seed, teacher)
                 append(key | {"pictures": counts, "threads": torch.get_num_threads()} | result, LOG)
-                print(f"{name} {method} seed {seed}: {result['test']} ({result.get('seconds', 0)} s)", flush=True)
+                print(
+                    f"{name} {method} seed {seed}: {result['test']} ({result.get('seconds', 0)} s)",
+                    flush=True,
+                )
 
 
 def quick(roots: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:
     """Identities and signs on clothing, frozen features, two seeds; nothing goes to the log."""
-    bench = prepare("clothing", "frozen", tuple(r for r in roots if r.startswith("clothing=")), folder)
+    bench = prepare(
+        "clothing", "frozen", tuple(r for r in roots if r.startswith("clothing=")), folder
+    )
     required = []
     means: dict[str, list[float]] = {}
     for seed in (0, 1):
@@ -265,11 +388,20 @@ def quick(roots: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:
             result = run(bench, METHODS[method], "frozen", seed, teacher)
             means.setdefault(method, []).append(result["test"]["harmonic mean"])
             means.setdefault(f"{method}: loss", []).append(result["loss"])
-    same = float(means["PromptKD: loss"] == means["ComKD without both: loss"] and means["PromptKD"] == means["ComKD without both"])
-    required.append(compare.exact("ComKD without both is PromptKD, loss and answers", same, n=2, at_least=1))
+    same = float(
+        means["PromptKD: loss"] == means["ComKD without both: loss"]
+        and means["PromptKD"] == means["ComKD without both"]
+    )
+    required.append(
+        compare.exact("ComKD without both is PromptKD, loss and answers", same, n=2, at_least=1)
+    )
     gain = float(np.mean(means["ComKD"]) - np.mean(means["student alone"]))
-    required.append(compare.exact("ComKD above the student alone, harmonic mean", gain, n=2, at_least=0))
-    required.append(compare.exact("ComKD's harmonic mean", float(np.mean(means["ComKD"])), n=2, at_least=0.8))
+    required.append(
+        compare.exact("ComKD above the student alone, harmonic mean", gain, n=2, at_least=0)
+    )
+    required.append(
+        compare.exact("ComKD's harmonic mean", float(np.mean(means["ComKD"])), n=2, at_least=0.8)
+    )
     return required
 
 
@@ -284,7 +416,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--data", action="append", default=[], help="NAME=DIR")
     parser.add_argument("--cache", type=Path, default=Path("cache"))
-    parser.add_argument("--write", action="store_true", help="put the log's tables into docs/results.md")
+    parser.add_argument(
+        "--write", action="store_true", help="put the log's tables into docs/results.md"
+    )
     options = parser.parse_args()
     here = compare.this_machine()
     roots = tuple(options.data)

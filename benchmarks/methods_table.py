@@ -55,7 +55,11 @@ def newest(log: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[int, di
 def figure(run: dict[str, Any], prefix: str = "") -> float:
     """The one figure that a set is judged by."""
     test = run["test"]
-    return float(test[f"{prefix}harmonic mean"] if f"{prefix}harmonic mean" in test else test[f"{prefix}held-out concepts"])
+    return float(
+        test[f"{prefix}harmonic mean"]
+        if f"{prefix}harmonic mean" in test
+        else test[f"{prefix}held-out concepts"]
+    )
 
 
 def _mean(of: dict[int, dict[str, Any]], prefix: str = "") -> float:
@@ -64,18 +68,29 @@ def _mean(of: dict[int, dict[str, Any]], prefix: str = "") -> float:
 
 def difference(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
     """a minus b over the seeds that both have, with the two 95 % intervals; None for fewer than two seeds."""
-    seeds = sorted(s for s in a.keys() & b.keys() if all(a[s].get(f) == b[s].get(f) for f in ("shared", "schedule")))
+    seeds = sorted(
+        s
+        for s in a.keys() & b.keys()
+        if all(a[s].get(f) == b[s].get(f) for f in ("shared", "schedule"))
+    )
     if len(seeds) < 2:
         return None
     d = np.array([figure(a[s]) - figure(b[s]) for s in seeds])
     half = float(stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d)))
     low, high = bootstrap([a[s] for s in seeds], [b[s] for s in seeds])
-    return {"mean": float(d.mean()), "t": (float(d.mean()) - half, float(d.mean()) + half), "bootstrap": (low, high), "n": len(d)}
+    return {
+        "mean": float(d.mean()),
+        "t": (float(d.mean()) - half, float(d.mean()) + half),
+        "bootstrap": (low, high),
+        "n": len(d),
+    }
 
 
 def bootstrap(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, float]:
     """95 % percentile interval of mean figure(a) - mean figure(b); both are drawn with the same seeds and the same photos."""
-    seeds, counts = _draws(len(a), tuple(a[0]["pictures"][name] for name in a[0]["hits"]), BOOTSTRAPS)
+    seeds, counts = _draws(
+        len(a), tuple(a[0]["pictures"][name] for name in a[0]["hits"]), BOOTSTRAPS
+    )
     parts = []
     for name, drawn in zip(a[0]["hits"], counts, strict=True):
         rows = np.stack([_hits(run, name) for run in (*a, *b)]).astype(np.float32)
@@ -90,7 +105,10 @@ def bootstrap(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, 
 def _draws(seeds: int, photos: tuple[int, ...], times: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """[times, seeds]: the seeds drawn again; and of each part, [times, photos]: how often each photo was drawn."""
     rng = np.random.default_rng(0)
-    picked, counts = np.empty((times, seeds), np.int64), [np.empty((times, n), np.uint16) for n in photos]
+    picked, counts = (
+        np.empty((times, seeds), np.int64),
+        [np.empty((times, n), np.uint16) for n in photos],
+    )
     for i in range(times):
         picked[i] = rng.integers(seeds, size=seeds)
         for drawn, n in zip(counts, photos, strict=True):
@@ -99,12 +117,18 @@ def _draws(seeds: int, photos: tuple[int, ...], times: int) -> tuple[np.ndarray,
 
 
 def _hits(run: dict[str, Any], name: str) -> np.ndarray:
-    return np.unpackbits(np.frombuffer(bytes.fromhex(run["hits"][name]), np.uint8))[: run["pictures"][name]]
+    return np.unpackbits(np.frombuffer(bytes.fromhex(run["hits"][name]), np.uint8))[
+        : run["pictures"][name]
+    ]
 
 
 def _combine(parts: list[np.ndarray]) -> np.ndarray:
     """Harmonic mean of base and novel, or the one part there is."""
-    return parts[0] if len(parts) == 1 else 2 * parts[0] * parts[1] / np.maximum(parts[0] + parts[1], 1e-9)
+    return (
+        parts[0]
+        if len(parts) == 1
+        else 2 * parts[0] * parts[1] / np.maximum(parts[0] + parts[1], 1e-9)
+    )
 
 
 def _spread(runs: dict[int, dict[str, Any]], key: str) -> str:
@@ -115,7 +139,10 @@ def _spread(runs: dict[int, dict[str, Any]], key: str) -> str:
 def _interval(d: dict[str, Any] | None) -> list[str]:
     if d is None:
         return ["not measured", "not measured"]
-    return [f"{100 * d['mean']:+.1f} ({100 * d['t'][0]:+.1f} to {100 * d['t'][1]:+.1f})", f"{100 * d['bootstrap'][0]:+.1f} to {100 * d['bootstrap'][1]:+.1f}"]
+    return [
+        f"{100 * d['mean']:+.1f} ({100 * d['t'][0]:+.1f} to {100 * d['t'][1]:+.1f})",
+        f"{100 * d['bootstrap'][0]:+.1f} to {100 * d['bootstrap'][1]:+.1f}",
+    ]
 
 
 def tables(log: list[dict[str, Any]]) -> str:
@@ -127,24 +154,63 @@ def tables(log: list[dict[str, Any]]) -> str:
             own = {"teacher, adapted": runs.get(("teacher", name, "teacher"), {})}
             of_regime = {m: runs[regime, s, m] for r, s, m in runs if r == regime and s == name}
             own |= dict(sorted(of_regime.items(), key=lambda x: -_mean(x[1])))
-            first = next(iter(next(r for m, r in own.items() if r and m != "teacher, adapted").values()))
-            keys = ["base", "novel", "harmonic mean"] if "harmonic mean" in first["test"] else list(first["pictures"]) + [f"{k} R@5" for k in first["pictures"]]
+            first = next(
+                iter(next(r for m, r in own.items() if r and m != "teacher, adapted").values())
+            )
+            keys = (
+                ["base", "novel", "harmonic mean"]
+                if "harmonic mean" in first["test"]
+                else list(first["pictures"]) + [f"{k} R@5" for k in first["pictures"]]
+            )
             reference = own.get("PromptKD", {})
             rows = []
             for method, of in own.items():
                 if not of:
                     continue
-                without = _mean(of, "without_edu_attention_") if next(iter(of.values())).get("alpha") is not None else None
+                without = (
+                    _mean(of, "without_edu_attention_")
+                    if next(iter(of.values())).get("alpha") is not None
+                    else None
+                )
                 alpha = [f"{r['alpha']:+.2f}" for r in of.values() if r.get("alpha") is not None]
-                paired = None if method in ("PromptKD", "teacher, adapted") else difference(of, reference)
+                paired = (
+                    None
+                    if method in ("PromptKD", "teacher, adapted")
+                    else difference(of, reference)
+                )
                 rows.append(
-                    [method, len(of), *(_spread(of, k) for k in keys), "" if without is None else f"{without:.3f}", ", ".join(alpha)]
-                    + ([""] * 2 if method in ("PromptKD", "teacher, adapted") else _interval(paired))
+                    [
+                        method,
+                        len(of),
+                        *(_spread(of, k) for k in keys),
+                        "" if without is None else f"{without:.3f}",
+                        ", ".join(alpha),
+                    ]
+                    + (
+                        [""] * 2
+                        if method in ("PromptKD", "teacher, adapted")
+                        else _interval(paired)
+                    )
                 )
             pictures = ", ".join(f"{n} {k}" for k, n in first["pictures"].items())
-            seconds = [r["seconds"] for m, of in own.items() if m != "teacher, adapted" for r in of.values()]
-            out.append(f"### {name}: {title}\n\nTest pictures: {pictures}. {len(seconds)} runs, median {np.median(seconds):.0f} s each.\n")
-            headers = ["method", "seeds", *keys, "without EduAttention", "alpha by seed", "minus PromptKD, pp (95 % t)", "crossed bootstrap 95 %"]
+            seconds = [
+                r["seconds"]
+                for m, of in own.items()
+                if m != "teacher, adapted"
+                for r in of.values()
+            ]
+            out.append(
+                f"### {name}: {title}\n\nTest pictures: {pictures}. {len(seconds)} runs, median {np.median(seconds):.0f} s each.\n"
+            )
+            headers = [
+                "method",
+                "seeds",
+                *keys,
+                "without EduAttention",
+                "alpha by seed",
+                "minus PromptKD, pp (95 % t)",
+                "crossed bootstrap 95 %",
+            ]
             out.append(tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n")
     return "\n".join(out)
 
@@ -154,35 +220,70 @@ def judged(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     runs = newest(log)
     required = []
     for name in ("clothing", "grocery", "openmoji"):
-        teacher, comkd = runs.get(("teacher", name, "teacher"), {}), runs.get(("full", name, "ComKD"), {})
+        teacher, comkd = (
+            runs.get(("teacher", name, "teacher"), {}),
+            runs.get(("full", name, "ComKD"), {}),
+        )
         if teacher:
             goal = {"clothing": 0.89, "grocery": 0.34, "openmoji": 0.24}[name]
-            required.append(compare.exact(f"(a) {name}: adapted teacher", _mean(teacher), n=len(teacher), at_least=goal))
+            required.append(
+                compare.exact(
+                    f"(a) {name}: adapted teacher", _mean(teacher), n=len(teacher), at_least=goal
+                )
+            )
         for regime, at_least in (("full", 1.0), ("small", 0.93)):
             if teacher and (student := runs.get((regime, name, "ComKD"), {})):
                 share = _mean(student) / _mean(teacher)
-                required.append(compare.exact(f"(b) {name}, {regime}: ComKD's student over its teacher", share, n=len(student), at_least=at_least))
-        for letter, other, where in (("c", "PromptKD", ("clothing", "grocery")), ("e", "student alone", ("clothing", "grocery", "openmoji"))):
+                required.append(
+                    compare.exact(
+                        f"(b) {name}, {regime}: ComKD's student over its teacher",
+                        share,
+                        n=len(student),
+                        at_least=at_least,
+                    )
+                )
+        for letter, other, where in (
+            ("c", "PromptKD", ("clothing", "grocery")),
+            ("e", "student alone", ("clothing", "grocery", "openmoji")),
+        ):
             d = difference(comkd, runs.get(("full", name, other), {}))
             if d and name in where:
                 required.append(_above(f"({letter}) {name}: ComKD minus {other}", d))
         for regime in REGIMES:
-            with_both, without = (runs.get((regime, name, m), {}) for m in ("ComKD", "ComKD without EduAttention"))
+            with_both, without = (
+                runs.get((regime, name, m), {}) for m in ("ComKD", "ComKD without EduAttention")
+            )
             if d := difference(with_both, without):
-                required.append(_above(f"(d) {name}, {regime}: ComKD minus ComKD without EduAttention", d))
+                required.append(
+                    _above(f"(d) {name}, {regime}: ComKD minus ComKD without EduAttention", d)
+                )
     return required
 
 
 def _above(what: str, d: dict[str, Any]) -> dict[str, Any]:
     """A difference that is to be above 0, judged by its interval over the seeds."""
     verdict = "met" if d["t"][0] > 0 else "missed" if d["t"][1] < 0 else "not resolved"
-    return {"what": what, "found": d["mean"], "low": d["t"][0], "high": d["t"][1], "n": d["n"], "at_least": 0.0, "at_most": None, "verdict": verdict}
+    return {
+        "what": what,
+        "found": d["mean"],
+        "low": d["t"][0],
+        "high": d["t"][1],
+        "n": d["n"],
+        "at_least": 0.0,
+        "at_most": None,
+        "verdict": verdict,
+    }
 
 
 def put(text: str, page: Path) -> None:
     """Replaces what lies between the two marks of `page`."""
     whole = page.read_text(encoding="utf-8")
-    new, count = re.subn(f"{MARKS[0]}.*{MARKS[1]}", lambda _: f"{MARKS[0]}\n\n{text}\n{MARKS[1]}", whole, flags=re.DOTALL)
+    new, count = re.subn(
+        f"{MARKS[0]}.*{MARKS[1]}",
+        lambda _: f"{MARKS[0]}\n\n{text}\n{MARKS[1]}",
+        whole,
+        flags=re.DOTALL,
+    )
     if count != 1:
         raise SystemExit(f"{page}: has no '{MARKS[0]}' and '{MARKS[1]}' to write between")
     disk.write_text(page, new)

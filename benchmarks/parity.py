@@ -24,12 +24,26 @@ def counted(name: str, target: str, reports: list[dict[str, Any]]) -> dict[str, 
     n, lost, won = (int(sum(s[k] for s in sets)) for k in ("pictures", "lost", "won"))
     right = round(sum(s["reference_r1"] * s["pictures"] for s in sets))
     drop = paired_drop(lost, won, n)
-    return {"runs": name, "target": target, "pictures": n, "float32_r1": right / n, "target_r1": (right - lost + won) / n, **drop, "kept": 1 - lost / right}
+    return {
+        "runs": name,
+        "target": target,
+        "pictures": n,
+        "float32_r1": right / n,
+        "target_r1": (right - lost + won) / n,
+        **drop,
+        "kept": 1 - lost / right,
+    }
 
 
 def main() -> None:
     parser = compare.arguments(__doc__)
-    parser.add_argument("--run", action="append", type=Path, required=True, help="a run that was exported and validated; several are pooled")
+    parser.add_argument(
+        "--run",
+        action="append",
+        type=Path,
+        required=True,
+        help="a run that was exported and validated; several are pooled",
+    )
     parser.add_argument("--device", default="host-cpu")
     options = parser.parse_args()
     here = compare.this_machine()
@@ -44,15 +58,57 @@ def main() -> None:
         rows += [counted(name, target, [report]) for name, report in reports.items()]
         if len(reports) == len(options.run) > 1:
             rows.append(counted("pooled", target, list(reports.values())))
-    shown = {"target": "", "runs": "", "pictures": "", "float32_r1": ".4f", "target_r1": ".4f", "drop_pp": ".2f", "upper_pp": ".2f", "kept": ".4f"}
+    shown = {
+        "target": "",
+        "runs": "",
+        "pictures": "",
+        "float32_r1": ".4f",
+        "target_r1": ".4f",
+        "drop_pp": ".2f",
+        "upper_pp": ".2f",
+        "kept": ".4f",
+    }
     cells = [[format(row[c], form) for c, form in shown.items()] for row in rows]
-    compare.table(cells, ["target", "run", "pictures", "R@1 float32", "R@1 target", "drop, pp", "95 % limit, pp", "same answer where float32 is right"])
+    compare.table(
+        cells,
+        [
+            "target",
+            "run",
+            "pictures",
+            "R@1 float32",
+            "R@1 target",
+            "drop, pp",
+            "95 % limit, pp",
+            "same answer where float32 is right",
+        ],
+    )
     required = []
     for row in rows:
         if row["runs"] == "pooled" or len(options.run) == 1:
-            required.append(compare.exact(f"{row['target']}, {row['runs']}: drop, pp", row["drop_pp"], n=row["pictures"], at_most=0.5))
-            required.append(compare.exact(f"{row['target']}, {row['runs']}: its 95 % limit, pp", row["upper_pp"], n=row["pictures"], at_most=1.0))
-            required.append(compare.exact(f"{row['target']}, {row['runs']}: kept where float32 is right", row["kept"], n=row["pictures"], at_least=0.98))
+            required.append(
+                compare.exact(
+                    f"{row['target']}, {row['runs']}: drop, pp",
+                    row["drop_pp"],
+                    n=row["pictures"],
+                    at_most=0.5,
+                )
+            )
+            required.append(
+                compare.exact(
+                    f"{row['target']}, {row['runs']}: its 95 % limit, pp",
+                    row["upper_pp"],
+                    n=row["pictures"],
+                    at_most=1.0,
+                )
+            )
+            required.append(
+                compare.exact(
+                    f"{row['target']}, {row['runs']}: kept where float32 is right",
+                    row["kept"],
+                    n=row["pictures"],
+                    at_least=0.98,
+                )
+            )
     compare.finish({"rows": rows}, required, here, options)
 
 

@@ -71,7 +71,11 @@ def distilled(seed: int, fresh: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         recipe = Path(temporary) / "quickstart.yaml"
         recipe.write_text(with_seed(RECIPE.read_text(encoding="utf-8"), seed), encoding="utf-8")
-        subprocess.run([sys.executable, "-c", CHILD, str(recipe), str(out), "fresh" if fresh else "reuse"], check=True, stdout=sys.stderr)
+        subprocess.run(
+            [sys.executable, "-c", CHILD, str(recipe), str(out), "fresh" if fresh else "reuse"],
+            check=True,
+            stdout=sys.stderr,
+        )
     results: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
     return results
 
@@ -82,7 +86,9 @@ def score(results: dict[str, Any], name: str, model: str, k: str) -> float:
 
 def main() -> None:
     parser = compare.arguments(__doc__)
-    parser.add_argument("--reuse", action="store_true", help="take or resume the runs that lie there")
+    parser.add_argument(
+        "--reuse", action="store_true", help="take or resume the runs that lie there"
+    )
     options = parser.parse_args()
     here = compare.this_machine()
     seeds = SEEDS[:1] if options.quick else SEEDS
@@ -93,17 +99,42 @@ def main() -> None:
         for model in ("teacher", "student"):
             scores = {k: [score(r, name, model, k) for r in runs.values()] for k in ("r1", "r5")}
             means[f"{name}, {model}"] = {k: statistics.mean(v) for k, v in scores.items()}
-            rows.append([name, model, *(f"{v:.3f}" for v in scores["r1"]), *(f"{statistics.mean(scores[k]):.3f}" for k in ("r1", "r5"))])
+            rows.append(
+                [
+                    name,
+                    model,
+                    *(f"{v:.3f}" for v in scores["r1"]),
+                    *(f"{statistics.mean(scores[k]):.3f}" for k in ("r1", "r5")),
+                ]
+            )
     compare.table(rows, ["set", "model", *(f"R@1 seed {s}" for s in seeds), "mean R@1", "mean R@5"])
-    each = {seed: score(r, HELD_OUT, "student", "r1") / score(r, HELD_OUT, "teacher", "r1") for seed, r in runs.items()}
+    each = {
+        seed: score(r, HELD_OUT, "student", "r1") / score(r, HELD_OUT, "teacher", "r1")
+        for seed, r in runs.items()
+    }
     ratio = means[f"{HELD_OUT}, student"]["r1"] / means[f"{HELD_OUT}, teacher"]["r1"]
-    macs = max(r["models"]["student"]["macs"] / r["models"]["teacher"]["macs"] for r in runs.values())
-    print(f"student / teacher, held-out R@1: {', '.join(f'{v:.3f} (seed {s})' for s, v in each.items())}; ratio of means {ratio:.3f}")
-    print("this teacher is not CLIP: an ImageNet classifier and a sentence encoder, joined and adapted\n")
-    required = [compare.exact("student's held-out R@1 of the teacher's, means over seeds", ratio, n=len(seeds), at_least=0.95)]
+    macs = max(
+        r["models"]["student"]["macs"] / r["models"]["teacher"]["macs"] for r in runs.values()
+    )
+    print(
+        f"student / teacher, held-out R@1: {', '.join(f'{v:.3f} (seed {s})' for s, v in each.items())}; ratio of means {ratio:.3f}"
+    )
+    print(
+        "this teacher is not CLIP: an ImageNet classifier and a sentence encoder, joined and adapted\n"
+    )
+    required = [
+        compare.exact(
+            "student's held-out R@1 of the teacher's, means over seeds",
+            ratio,
+            n=len(seeds),
+            at_least=0.95,
+        )
+    ]
     if len(seeds) < len(SEEDS):
         required[0]["verdict"] = "not resolved"
-    required.append(compare.exact("student's MACs of the teacher's", macs, n=len(seeds), at_most=1 / 6))
+    required.append(
+        compare.exact("student's MACs of the teacher's", macs, n=len(seeds), at_most=1 / 6)
+    )
     seconds = {seed: sum(r["seconds"].values()) for seed, r in runs.items()}
     compare.finish(
         {

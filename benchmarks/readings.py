@@ -29,7 +29,11 @@ CHOOSE, CHECK = ("clothing", "grocery"), "openmoji"
 SEEDS = range(3)
 
 
-def reading(if_align: dict[str, Any] | None = None, edu_attention: dict[str, Any] | None = None, kl: dict[str, Any] | None = None) -> dict[str, Any]:
+def reading(
+    if_align: dict[str, Any] | None = None,
+    edu_attention: dict[str, Any] | None = None,
+    kl: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     losses = methods.COMKD
     return {
         "kl": losses["kl"] | (kl or {}),
@@ -57,7 +61,9 @@ READINGS: dict[str, dict[str, Any]] = {
     "A6 C .02": reading(edu_attention={"temperature": 0.02}),
     "A6 C 1": reading(edu_attention={"temperature": 1.0}),
     "A6 C learnt": reading(edu_attention={"learn_temperature": True}),
-    "A6 raw query, C sqrt(D)": reading(edu_attention={"query": "raw", "temperature": 19.6, "keep": False}),
+    "A6 raw query, C sqrt(D)": reading(
+        edu_attention={"query": "raw", "temperature": 19.6, "keep": False}
+    ),
     "A7 axis: batch": reading(edu_attention={"axis": "batch", "keep": False}),
     "A8 adds to the teacher's": reading(edu_attention={"residual": "teacher"}),
     "A10 f_e not normalised": reading(edu_attention={"normalise": False}),
@@ -73,26 +79,50 @@ def runs(name: str, readings: list[str], roots: tuple[str, ...], folder: Path) -
     missing = [(r, s) for s in SEEDS for r in readings if (name, r, s) not in known]
     if not missing:
         return
-    bench = methods.prepare(name, "frozen", tuple(r for r in roots if r.partition("=")[0] == name), folder)
+    bench = methods.prepare(
+        name, "frozen", tuple(r for r in roots if r.partition("=")[0] == name), folder
+    )
     for r, seed in missing:
         result = methods.run(bench, READINGS[r], "frozen", seed, methods.adapted(bench, seed))
         # A head that needs more than one picture's unit feature does not ship (keep: false): its student is scored without it.
         part = result["test" if name == CHECK else "val"]
         score = part.get("harmonic mean", part.get("held-out concepts"))
-        line = {"set": name, "reading": r, "seed": seed, "part": "test" if name == CHECK else "val", "score": score, "alpha": result["alpha"]}
+        line = {
+            "set": name,
+            "reading": r,
+            "seed": seed,
+            "part": "test" if name == CHECK else "val",
+            "score": score,
+            "alpha": result["alpha"],
+        }
         methods.append(line, LOG)
         print(json.dumps(line), flush=True)
 
 
 def gains(name: str, r: str) -> np.ndarray:
-    log = {(line["set"], line["reading"], line["seed"]): line["score"] for line in methods_table.read(LOG)}
-    return np.array([log[name, r, s] - log[name, DEFAULT, s] for s in SEEDS if (name, r, s) in log and (name, DEFAULT, s) in log])
+    log = {
+        (line["set"], line["reading"], line["seed"]): line["score"]
+        for line in methods_table.read(LOG)
+    }
+    return np.array(
+        [
+            log[name, r, s] - log[name, DEFAULT, s]
+            for s in SEEDS
+            if (name, r, s) in log and (name, DEFAULT, s) in log
+        ]
+    )
 
 
 def main() -> None:
     parser = compare.arguments(__doc__)
     parser.add_argument("--data", action="append", default=[], help="NAME=DIR")
-    parser.add_argument("--sets", nargs="+", choices=CHOOSE, default=list(CHOOSE), help="one of them: its runs alone, without the choice")
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        choices=CHOOSE,
+        default=list(CHOOSE),
+        help="one of them: its runs alone, without the choice",
+    )
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     options = parser.parse_args()
     here = compare.this_machine()
@@ -110,9 +140,19 @@ def main() -> None:
         for name in CHOOSE:
             g = 100 * gains(name, r)
             half = stats.t.ppf(0.975, len(g) - 1) * g.std(ddof=1) / np.sqrt(len(g))
-            row.append("" if r == DEFAULT else f"{g.mean():+.1f} ({g.mean() - half:+.1f} to {g.mean() + half:+.1f})")
+            row.append(
+                ""
+                if r == DEFAULT
+                else f"{g.mean():+.1f} ({g.mean() - half:+.1f} to {g.mean() + half:+.1f})"
+            )
         rows.append(row)
-    compare.table(rows, ["reading", *(f"{name}, validation: gain over the default, pp (95 % t)" for name in CHOOSE)])
+    compare.table(
+        rows,
+        [
+            "reading",
+            *(f"{name}, validation: gain over the default, pp (95 % t)" for name in CHOOSE),
+        ],
+    )
     check = 100 * gains(CHECK, best)
     print(
         f"best on the two: {best}; on {CHECK}'s held-out concepts it gains {check.mean():+.1f} pp R@1 over the default ({', '.join(f'{g:+.1f}' for g in check)})"

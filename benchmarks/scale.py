@@ -53,14 +53,28 @@ def sparse(folder: Path, n: int, views: int = VIEWS) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             dtype = np.dtype(dtype)
             with open(path, "wb") as f:
-                np.lib.format.write_array_header_1_0(f, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+                np.lib.format.write_array_header_1_0(
+                    f,
+                    {
+                        "descr": np.lib.format.dtype_to_descr(dtype),
+                        "fortran_order": False,
+                        "shape": shape,
+                    },
+                )
                 f.truncate(f.tell() + int(np.prod(shape)) * dtype.itemsize)
             files[name(what, i, len(counts))] = path.stat().st_size
         shards.append({"rows": rows, "bytes": files})
     disk.write_array(folder / "class_features.npy", np.zeros((0, WIDTH), np.float32))
     disk.write_json(
         folder / disk.MANIFEST,
-        {"kind": KIND, "format": FORMAT, "views": views, "captions": 0, "shards": shards, "files": {f: "0" * 64 for s in shards for f in s["bytes"]}},
+        {
+            "kind": KIND,
+            "format": FORMAT,
+            "views": views,
+            "captions": 0,
+            "shards": shards,
+            "files": {f: "0" * 64 for s in shards for f in s["bytes"]},
+        },
     )
 
 
@@ -85,7 +99,9 @@ def one_size(folder: Path, n: int) -> dict[str, object]:
     for b in range(50):
         index = order[np.arange(b * BATCH, (b + 1) * BATCH) % n]
         view = rng.integers(VIEWS, size=BATCH)
-        assert cache.rows[index, view].shape == (BATCH, WIDTH) and cache.views[index, view].shape == (BATCH, 5)
+        assert cache.rows[index, view].shape == (BATCH, WIDTH) and cache.views[
+            index, view
+        ].shape == (BATCH, 5)
         highest = max(highest, anonymous_mib())
     shuffled = (time.perf_counter() - start) / 50
     start, seen = time.perf_counter(), 0
@@ -97,7 +113,14 @@ def one_size(folder: Path, n: int) -> dict[str, object]:
     epoch = time.perf_counter() - start
     assert seen == n
     files = sum(len(s["bytes"]) for s in cache.manifest["shards"])
-    return {"pictures": n, "files": files, "open_s": opened, "batch_ms": 1e3 * shuffled, "epoch_s": epoch, "anonymous_mib": max(0.0, highest - base)}
+    return {
+        "pictures": n,
+        "files": files,
+        "open_s": opened,
+        "batch_ms": 1e3 * shuffled,
+        "epoch_s": epoch,
+        "anonymous_mib": max(0.0, highest - base),
+    }
 
 
 def warm_rows(folder: Path, n: int) -> list[float]:
@@ -136,15 +159,31 @@ def warm_rows(folder: Path, n: int) -> list[float]:
 
     for _ in range(150):  # every page of both has been used
         timed(take), timed(mapped)
-    rounds = compare.interleave({"take": lambda: timed(take), "cache": lambda: timed(mapped)}, ROUNDS)
-    print("take", compare.interval([1e3 * t / BATCHES for t in compare.column(rounds, "take")]), "ms a batch; cache", file=sys.stderr, end=" ")
-    print(compare.interval([1e3 * t / BATCHES for t in compare.column(rounds, "cache")]), "ms", file=sys.stderr)
+    rounds = compare.interleave(
+        {"take": lambda: timed(take), "cache": lambda: timed(mapped)}, ROUNDS
+    )
+    print(
+        "take",
+        compare.interval([1e3 * t / BATCHES for t in compare.column(rounds, "take")]),
+        "ms a batch; cache",
+        file=sys.stderr,
+        end=" ",
+    )
+    print(
+        compare.interval([1e3 * t / BATCHES for t in compare.column(rounds, "cache")]),
+        "ms",
+        file=sys.stderr,
+    )
     return compare.ratios(rounds, "take", "cache")
 
 
 def main() -> None:
     parser = compare.arguments(__doc__)
-    parser.add_argument("--folder", type=Path, help="where the files go, and are deleted  [default: a temporary folder]")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the files go, and are deleted  [default: a temporary folder]",
+    )
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.size:
@@ -152,25 +191,66 @@ def main() -> None:
         return
     here = compare.this_machine()
     folder = Path(tempfile.mkdtemp(dir=options.folder))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))  # the usual one
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    )  # the usual one
     try:
         found = []
         for n in SIZES:
             sparse(folder / str(n), n)
             command = [sys.executable, __file__, "--size", str(n), "--folder", str(folder / str(n))]
 
-            found.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]))
+            found.append(
+                json.loads(
+                    subprocess.run(
+                        command, check=True, stdout=subprocess.PIPE, text=True
+                    ).stdout.splitlines()[-1]
+                )
+            )
             shutil.rmtree(folder / str(n))
         n_warm = 10**5 if options.quick else 10**6
         ratios = warm_rows(folder / "warm", n_warm)
     finally:
         shutil.rmtree(folder)
-    rows = [[f"{f['pictures']:,}", f["files"], *(f"{f[k]:.3g}" for k in ("open_s", "batch_ms", "epoch_s", "anonymous_mib"))] for f in found]
-    compare.table(rows, ["pictures x 2 views", "files", "open, s", f"shuffled batch of {BATCH:,}, ms", "epoch's order, s", "anonymous memory, MiB"])
-    required = [compare.exact(f"seconds to open {f['pictures']:,}", f["open_s"], at_most=1.0) for f in found]
-    required += [compare.exact(f"MiB above imports at {f['pictures']:,}", f["anonymous_mib"], at_most=200.0) for f in found]
-    required.append(compare.judge(f"numpy take / cache, time, {n_warm:,} warm rows", ratios, at_least=0.5))
-    compare.finish({"benchmark": "scale", "sizes": found, "take_over_cache": compare.interval(ratios)._asdict()}, required, here, options)
+    rows = [
+        [
+            f"{f['pictures']:,}",
+            f["files"],
+            *(f"{f[k]:.3g}" for k in ("open_s", "batch_ms", "epoch_s", "anonymous_mib")),
+        ]
+        for f in found
+    ]
+    compare.table(
+        rows,
+        [
+            "pictures x 2 views",
+            "files",
+            "open, s",
+            f"shuffled batch of {BATCH:,}, ms",
+            "epoch's order, s",
+            "anonymous memory, MiB",
+        ],
+    )
+    required = [
+        compare.exact(f"seconds to open {f['pictures']:,}", f["open_s"], at_most=1.0) for f in found
+    ]
+    required += [
+        compare.exact(f"MiB above imports at {f['pictures']:,}", f["anonymous_mib"], at_most=200.0)
+        for f in found
+    ]
+    required.append(
+        compare.judge(f"numpy take / cache, time, {n_warm:,} warm rows", ratios, at_least=0.5)
+    )
+    compare.finish(
+        {
+            "benchmark": "scale",
+            "sizes": found,
+            "take_over_cache": compare.interval(ratios)._asdict(),
+        },
+        required,
+        here,
+        options,
+    )
 
 
 if __name__ == "__main__":

@@ -51,10 +51,18 @@ def write_shards(folder: Path) -> None:
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for i in range(BATCH * STEPS // SHARDS):
-                pixels = sum(np.kron(rng.normal(0, 3 * s, (SIDE // s, SIDE // s, 3)), np.ones((s, s, 1))) for s in (1, 4, 16))
+                pixels = sum(
+                    np.kron(rng.normal(0, 3 * s, (SIDE // s, SIDE // s, 3)), np.ones((s, s, 1)))
+                    for s in (1, 4, 16)
+                )
                 buffer = io.BytesIO()
-                Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
-                for suffix, content in ((".jpg", buffer.getvalue()), (".txt", f"a photo of thing number {shard} {i}".encode())):
+                Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8)).save(
+                    buffer, "JPEG", quality=90
+                )
+                for suffix, content in (
+                    (".jpg", buffer.getvalue()),
+                    (".txt", f"a photo of thing number {shard} {i}".encode()),
+                ):
                     member = tarfile.TarInfo(f"{shard}-{i:04d}{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -125,8 +133,17 @@ def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[st
                 "classes": None,
                 "licence": "none",
             },
-            "teacher": {"kind": "open_clip", "model": model, "weights": str(folder / "teacher.safetensors")},
-            "student": {"tower": tower, "text": tower, "text_weight": 0.0, "projector_hidden": None},
+            "teacher": {
+                "kind": "open_clip",
+                "model": model,
+                "weights": str(folder / "teacher.safetensors"),
+            },
+            "student": {
+                "tower": tower,
+                "text": tower,
+                "text_weight": 0.0,
+                "projector_hidden": None,
+            },
             "losses": {"contrastive": {}, "affinity": {}},
             "views": {"count": 1},
             "train": {"epochs": 1, "batch_size": BATCH, "device": "cpu", "threads": 2},
@@ -138,7 +155,17 @@ def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[st
     dataset = data.load(asked.data, folder)
     teacher = teachers.load(asked.teacher)
     start = time.perf_counter()
-    cached = cache.build(folder / "cache", teacher, teachers.folded(teacher), dataset, asked.views, 0, captions=True, device=cpu, threads=2)
+    cached = cache.build(
+        folder / "cache",
+        teacher,
+        teachers.folded(teacher),
+        dataset,
+        asked.views,
+        0,
+        captions=True,
+        device=cpu,
+        threads=2,
+    )
     building = time.perf_counter() - start
     if only_cache:
         return {"seconds": building}
@@ -168,10 +195,16 @@ def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[st
 def tree_mib(process: int) -> float:
     """Proportional set size of a process and its descendants."""
     total = 0.0
-    for pid in [process, *(p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if _descends(p, process))]:
+    for pid in [
+        process,
+        *(p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if _descends(p, process)),
+    ]:
         with contextlib.suppress(OSError):
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")) / 1024
+            total += (
+                next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+                / 1024
+            )
     return total
 
 
@@ -188,7 +221,11 @@ def _descends(pid: int, ancestor: int) -> bool:
 
 def measured(who: str, model: str, folder: Path, python: str = sys.executable) -> dict[str, Any]:
     """One run of a trainer: its answer, pictures a second, peak MiB."""
-    process = subprocess.Popen([python, __file__, "--worker", who, "--teacher", model, "--folder", str(folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [python, __file__, "--worker", who, "--teacher", model, "--folder", str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     seen: list[tuple[float, float]] = []
 
     def watch() -> None:
@@ -208,17 +245,31 @@ def measured(who: str, model: str, folder: Path, python: str = sys.executable) -
         ends = answer.pop("ends")
         # One clock for all processes (Linux's monotonic one), so the samples can be laid beside the steps.
         during = max(mib for when, mib in seen if ends[0] <= when <= ends[-1])
-        answer |= {"pictures_per_second": BATCH * (len(ends) - SKIP) / (ends[-1] - ends[SKIP - 1]), "steps": len(ends), "steps_mib": during}
+        answer |= {
+            "pictures_per_second": BATCH * (len(ends) - SKIP) / (ends[-1] - ends[SKIP - 1]),
+            "steps": len(ends),
+            "steps_mib": during,
+        }
     return answer | {"peak_mib": max(mib for _, mib in seen)}
 
 
-WORKERS = {"open_clip": with_open_clip, "edgeclip": with_edgeclip, "cache": lambda model, folder: with_edgeclip(model, folder, only_cache=True)}
+WORKERS = {
+    "open_clip": with_open_clip,
+    "edgeclip": with_edgeclip,
+    "cache": lambda model, folder: with_edgeclip(model, folder, only_cache=True),
+}
 
 
 def main() -> None:
     parser = compare.arguments(__doc__)
-    parser.add_argument("--teacher", help="an open_clip model  [default: ViT-L-14; ViT-B-32 with --quick]")
-    parser.add_argument("--open-clip-python", default=sys.executable, help="the interpreter of an environment that open_clip_train runs in")
+    parser.add_argument(
+        "--teacher", help="an open_clip model  [default: ViT-L-14; ViT-B-32 with --quick]"
+    )
+    parser.add_argument(
+        "--open-clip-python",
+        default=sys.executable,
+        help="the interpreter of an environment that open_clip_train runs in",
+    )
     parser.add_argument("--worker", choices=list(WORKERS))
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
@@ -242,18 +293,43 @@ def main() -> None:
         )
         built = measured("cache", model, folder)
         pythons = {"open_clip": options.open_clip_python, "edgeclip": sys.executable}
-        peers = {who: partial(measured, who, model, folder, python) for who, python in pythons.items()}
+        peers = {
+            who: partial(measured, who, model, folder, python) for who, python in pythons.items()
+        }
         rounds = compare.interleave(peers, 1 if options.quick else ROUNDS)
-    figures: dict[str, Any] = {"benchmark": "trainer", "student": STUDENT, "teacher": model, "batch": BATCH, "pictures": BATCH * STEPS, "cache": built}
+    figures: dict[str, Any] = {
+        "benchmark": "trainer",
+        "student": STUDENT,
+        "teacher": model,
+        "batch": BATCH,
+        "pictures": BATCH * STEPS,
+        "cache": built,
+    }
     rows = []
     for who in ("open_clip", "edgeclip"):
-        found = {f: compare.interval(compare.column(rounds, who, f)) for f in ("pictures_per_second", "steps_mib", "peak_mib")}
+        found = {
+            f: compare.interval(compare.column(rounds, who, f))
+            for f in ("pictures_per_second", "steps_mib", "peak_mib")
+        }
         figures[who] = {f: value._asdict() for f, value in found.items()}
-        rows.append([who, f"{found['pictures_per_second'].median:.2f}", *(f"{found[f].median:.0f}" for f in ("steps_mib", "peak_mib"))])
-    compare.table(rows, [f"{model} to {STUDENT}", "pictures/s", "MiB in its steps", "MiB at its peak"])
-    faster = compare.interval(compare.ratios(rounds, "edgeclip", "open_clip", "pictures_per_second")).median
+        rows.append(
+            [
+                who,
+                f"{found['pictures_per_second'].median:.2f}",
+                *(f"{found[f].median:.0f}" for f in ("steps_mib", "peak_mib")),
+            ]
+        )
+    compare.table(
+        rows, [f"{model} to {STUDENT}", "pictures/s", "MiB in its steps", "MiB at its peak"]
+    )
+    faster = compare.interval(
+        compare.ratios(rounds, "edgeclip", "open_clip", "pictures_per_second")
+    ).median
     smaller = compare.interval(compare.ratios(rounds, "open_clip", "edgeclip", "steps_mib")).median
-    slow, fast = (BATCH * STEPS / figures[who]["pictures_per_second"]["median"] for who in ("open_clip", "edgeclip"))
+    slow, fast = (
+        BATCH * STEPS / figures[who]["pictures_per_second"]["median"]
+        for who in ("open_clip", "edgeclip")
+    )
     even = built["seconds"] / (slow - fast) if slow > fast else None
     figures |= {"times_as_fast": faster, "times_less_memory": smaller, "break_even_epochs": even}
     print(

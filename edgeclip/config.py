@@ -27,11 +27,17 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(k, deep=deep) for k, _ in node.value]
         if twice := [k for i, k in enumerate(keys) if k in keys[:i]]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice[0]}' occurs twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key '{twice[0]}' occurs twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
 
 
 def load(path: Path, type_: type[T]) -> T:
@@ -41,30 +47,42 @@ def load(path: Path, type_: type[T]) -> T:
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise EdgeclipError(path, f"not valid YAML ({' '.join(str(e).split())})", "correct it") from None
+        raise EdgeclipError(
+            path, f"not valid YAML ({' '.join(str(e).split())})", "correct it"
+        ) from None
     return convert(value, type_, path)
 
 
 def convert(value: Any, type_: type[T], where: object) -> T:
     if not isinstance(value, dict):
-        raise EdgeclipError(where, "is not a mapping of fields", "see the files that `edgeclip list` names")
+        raise EdgeclipError(
+            where, "is not a mapping of fields", "see the files that `edgeclip list` names"
+        )
     _refuse_unknown(value, msgspec.inspect.type_info(type_), where, "")
     try:
         return msgspec.convert(value, type_)
     except msgspec.ValidationError as e:
         what, _, at = str(e).partition(" - at ")
         field = at.strip("`").removeprefix("$.") or "the file"
-        raise EdgeclipError(f"{where}: {field}", what[0].lower() + what[1:], "correct the field") from None
+        raise EdgeclipError(
+            f"{where}: {field}", what[0].lower() + what[1:], "correct the field"
+        ) from None
 
 
 def _refuse_unknown(value: Any, info: Any, where: object, at: str) -> None:
     if isinstance(info, msgspec.inspect.UnionType):
         structs = [t for t in info.types if isinstance(t, msgspec.inspect.StructType)]
-        if isinstance(value, dict) and len(structs) > 1:  # tagged by `kind`: judge by the one that is meant
+        if (
+            isinstance(value, dict) and len(structs) > 1
+        ):  # tagged by `kind`: judge by the one that is meant
             kinds = {t.tag: t for t in structs}
             if value.get("kind") not in kinds:
                 word = str(value.get("kind"))
-                raise EdgeclipError(f"{where}: {at}kind", f"unknown kind '{word}'", did_you_mean(word, map(str, kinds)))
+                raise EdgeclipError(
+                    f"{where}: {at}kind",
+                    f"unknown kind '{word}'",
+                    did_you_mean(word, map(str, kinds)),
+                )
             structs = [kinds[value["kind"]]]
         for t in structs:
             _refuse_unknown(value, t, where, at)
@@ -74,8 +92,12 @@ def _refuse_unknown(value: Any, info: Any, where: object, at: str) -> None:
             if key in fields:
                 _refuse_unknown(item, fields[key], where, f"{at}{key}.")
             elif key != info.tag_field:
-                raise EdgeclipError(f"{where}: {at}{key}", "unknown field", did_you_mean(str(key), fields))
-    elif isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType) and isinstance(value, list):
+                raise EdgeclipError(
+                    f"{where}: {at}{key}", "unknown field", did_you_mean(str(key), fields)
+                )
+    elif isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType) and isinstance(
+        value, list
+    ):
         for i, item in enumerate(value):
             _refuse_unknown(item, info.item_type, where, f"{at}{i}.")
 
@@ -87,7 +109,11 @@ def shipped(kind: str) -> dict[str, Path]:
     """
     package = Path(__file__).parent
     found: dict[str, Path] = {}
-    for folder in (package / "yaml" / FOLDERS[kind], package.parent / FOLDERS[kind], Path(FOLDERS[kind])):
+    for folder in (
+        package / "yaml" / FOLDERS[kind],
+        package.parent / FOLDERS[kind],
+        Path(FOLDERS[kind]),
+    ):
         found.update({p.stem: p for p in sorted(folder.glob("*.yaml"))})
     return found
 

@@ -48,7 +48,11 @@ def fingerprint(value: Any) -> str:
 def differences(a: Any, b: Any, at: str = "") -> list[str]:
     """What sets description `b` apart from `a`, a line a field: "views.count was 2, now 3"."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [d for k in sorted(a.keys() | b.keys()) for d in differences(a.get(k), b.get(k), f"{at}.{k}".lstrip("."))]
+        return [
+            d
+            for k in sorted(a.keys() | b.keys())
+            for d in differences(a.get(k), b.get(k), f"{at}.{k}".lstrip("."))
+        ]
     return [] if a == b else [f"{at} was {a}, now {b}"]
 
 
@@ -87,7 +91,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise EdgeclipError(path, f"not valid JSON ({e})", "make it anew with the command that wrote it") from None
+        raise EdgeclipError(
+            path, f"not valid JSON ({e})", "make it anew with the command that wrote it"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -122,8 +128,14 @@ def refuse_foreign(path: Path, kind: str | None) -> None:
         return
     found = _kind(path)
     if found is None or kind not in (None, found):
-        what = "something else lies there already" if found is None else f"a {found} lies there already"
-        raise EdgeclipError(path, f"{what}, and is not replaced", "choose another path, or remove it yourself")
+        what = (
+            "something else lies there already"
+            if found is None
+            else f"a {found} lies there already"
+        )
+        raise EdgeclipError(
+            path, f"{what}, and is not replaced", "choose another path, or remove it yourself"
+        )
 
 
 def _kind(folder: Path) -> str | None:
@@ -134,7 +146,11 @@ def _kind(folder: Path) -> str | None:
 
 def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> None:
     """Last step of a folder: `content` plus the kind and the sha256 of every file that lies in it."""
-    files = {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file() and f.name != MANIFEST}
+    files = {
+        str(f.relative_to(folder)): sha256(f)
+        for f in sorted(folder.rglob("*"))
+        if f.is_file() and f.name != MANIFEST
+    }
     write_json(folder / MANIFEST, {"kind": kind, **content, "files": files})
 
 
@@ -142,7 +158,11 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise EdgeclipError(folder, "there is no such folder", "check the path")
     if not (folder / MANIFEST).exists():
-        raise EdgeclipError(folder, f"has no {MANIFEST}, so it is no finished {kind}", f"check the path, or make the {kind} anew")
+        raise EdgeclipError(
+            folder,
+            f"has no {MANIFEST}, so it is no finished {kind}",
+            f"check the path, or make the {kind} anew",
+        )
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         raise EdgeclipError(folder, f"is not a {kind}", "check the path")
@@ -156,13 +176,17 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
     for name, digest in manifest["files"].items():
         file = (root / name).resolve()
         if not file.is_relative_to(root):
-            raise EdgeclipError(folder, f"its manifest names a file outside it ({name})", "do not use this folder")
+            raise EdgeclipError(
+                folder, f"its manifest names a file outside it ({name})", "do not use this folder"
+            )
         if not file.exists():
             wrong.append(f"{name} is missing")
         elif sha256(file) != digest:
             wrong.append(f"{name} was changed")
     if wrong:
-        raise EdgeclipError(folder, ", ".join(wrong), f"make the {manifest['kind']} anew or copy it again")
+        raise EdgeclipError(
+            folder, ", ".join(wrong), f"make the {manifest['kind']} anew or copy it again"
+        )
 
 
 def _sync(path: Path) -> None:

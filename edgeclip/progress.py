@@ -12,14 +12,28 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], what: str, total: int, note: Callable[[], str] | None = None) -> Iterator[T]:
+def track(
+    items: Iterable[T], what: str, total: int, note: Callable[[], str] | None = None
+) -> Iterator[T]:
     """Passes `items` on while it draws; without a terminal it writes one line at the end. note: what else to show."""
     start = time.perf_counter()
     if sys.stderr.isatty() and first():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (TextColumn(f"{what:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn(f"{what:<28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task(what, total=total, note="")
             for item in items:
@@ -27,7 +41,9 @@ def track(items: Iterable[T], what: str, total: int, note: Callable[[], str] | N
                 progress.update(bar, advance=1, note=note() if note else "")
     else:
         yield from items
-    say(f"{what:<28} {total} in {time.perf_counter() - start:.1f} s{f', {said}' if note and (said := note()) else ''}")
+    say(
+        f"{what:<28} {total} in {time.perf_counter() - start:.1f} s{f', {said}' if note and (said := note()) else ''}"
+    )
 
 
 def say(line: str) -> None:

@@ -10,7 +10,15 @@ import pytest
 
 from tests.support.images import encoded, picture
 from tests.support.optional import require
-from tests.support.toy_bundle import LABELS, SIZE, WIDTH, torch_student, toy_target, toy_text, write_evaluation
+from tests.support.toy_bundle import (
+    LABELS,
+    SIZE,
+    WIDTH,
+    torch_student,
+    toy_target,
+    toy_text,
+    write_evaluation,
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a hub
 
@@ -19,7 +27,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 def pytest_runtest_makereport(item, call):
     outcome = yield
     report = outcome.get_result()
-    if os.environ.get("EDGECLIP_REQUIRE") == "all" and report.skipped and not hasattr(report, "wasxfail"):
+    if (
+        os.environ.get("EDGECLIP_REQUIRE") == "all"
+        and report.skipped
+        and not hasattr(report, "wasxfail")
+    ):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         if not reason.removeprefix("Skipped: ").startswith("data:"):
             report.outcome = "failed"
@@ -58,7 +70,11 @@ def source(student, preprocess, photos):
     from edgeclip.host.export.source import Source
 
     text, templates = toy_text(), ["a photo of a {c}", "a {c}"]
-    ids = tokenizer.encode(tokenizer.load(text.tokenizer, text.context_length), prompts(LABELS, templates), text.context_length)
+    ids = tokenizer.encode(
+        tokenizer.load(text.tokenizer, text.context_length),
+        prompts(LABELS, templates),
+        text.context_length,
+    )
     with torch.inference_mode():
         features = text.module(torch.from_numpy(ids)).numpy()
     rng = np.random.default_rng(0)
@@ -70,7 +86,12 @@ def source(student, preprocess, photos):
         labels=LABELS,
         templates=templates,
         class_features=ensemble(features.reshape(len(LABELS), len(templates), -1)),
-        head=EduAttention((rng.normal(size=(WIDTH, WIDTH)) / 4).astype(np.float32), np.zeros(WIDTH, np.float32), 0.1, 0.1),
+        head=EduAttention(
+            (rng.normal(size=(WIDTH, WIDTH)) / 4).astype(np.float32),
+            np.zeros(WIDTH, np.float32),
+            0.1,
+            0.1,
+        ),
         logit_scale=20.0,
         calibration=lambda: pictures[8:],
         evaluation_hashes=set,
@@ -92,7 +113,9 @@ def shipped_bundle(source, tmp_path_factory) -> Callable[[str], Path]:
         if "openvino" in name:
             require("nncf", "pip install 'edgeclip[openvino]'")
         if name not in made:
-            made[name] = export(source, name, toy_target(name), tmp_path_factory.mktemp("bundles") / name)
+            made[name] = export(
+                source, name, toy_target(name), tmp_path_factory.mktemp("bundles") / name
+            )
         return made[name]
 
     return get

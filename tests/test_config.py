@@ -30,28 +30,46 @@ def test_a_shipped_device_loads(path):
 
 def test_the_shipped_folders_are_not_empty():
     assert {"quickstart", "mobile", "smoke", "grocery", "clothing"} <= set(config.shipped("recipe"))
-    of = {"onnx": ("fp32", "fp16", "int8", "int8-arm"), "openvino": ("fp16", "int8"), "tensorrt": ("fp16", "int8", "fp8")}
-    assert {f"{runtime}-{form}" for runtime, forms in of.items() for form in forms} <= set(config.shipped("target"))
+    of = {
+        "onnx": ("fp32", "fp16", "int8", "int8-arm"),
+        "openvino": ("fp16", "int8"),
+        "tensorrt": ("fp16", "int8", "fp8"),
+    }
+    assert {f"{runtime}-{form}" for runtime, forms in of.items() for form in forms} <= set(
+        config.shipped("target")
+    )
     assert {"host-cpu", "jetson-orin-nano"} <= set(config.shipped("device"))
 
 
 def test_an_unknown_key_at_the_top_is_named_with_its_neighbour(tmp_path):
-    assert "losess: unknown field; did you mean 'losses'?" in error(tmp_path, RECIPE.replace("losses", "losess"))
+    assert "losess: unknown field; did you mean 'losses'?" in error(
+        tmp_path, RECIPE.replace("losses", "losess")
+    )
 
 
 def test_an_unknown_key_inside_a_struct_is_named_with_its_path(tmp_path):
-    assert "losses.kl.wieght: unknown field; did you mean 'weight'?" in error(tmp_path, RECIPE.replace("{weight", "{wieght"))
+    assert "losses.kl.wieght: unknown field; did you mean 'weight'?" in error(
+        tmp_path, RECIPE.replace("{weight", "{wieght")
+    )
 
 
 def test_an_unknown_key_inside_a_tagged_union_is_judged_by_its_kind(tmp_path):
-    assert "data.rot: unknown field; did you mean 'root'?" in error(tmp_path, RECIPE.replace("root: /a", "rot: /a"))
-    assert "student.tower.imagesize: unknown field; did you mean 'image_size'?" in error(tmp_path, RECIPE.replace("image_size", "imagesize"))
+    assert "data.rot: unknown field; did you mean 'root'?" in error(
+        tmp_path, RECIPE.replace("root: /a", "rot: /a")
+    )
+    assert "student.tower.imagesize: unknown field; did you mean 'image_size'?" in error(
+        tmp_path, RECIPE.replace("image_size", "imagesize")
+    )
     # a field of another kind is unknown to this one
-    assert "data.train: unknown field" in error(tmp_path, RECIPE.replace("root: /a", "root: /a, train: x"))
+    assert "data.train: unknown field" in error(
+        tmp_path, RECIPE.replace("root: /a", "root: /a, train: x")
+    )
 
 
 def test_an_unknown_kind_is_named_with_its_neighbour(tmp_path):
-    assert "data.kind: unknown kind 'folder'; did you mean 'folders'?" in error(tmp_path, RECIPE.replace("kind: folders", "kind: folder"))
+    assert "data.kind: unknown kind 'folder'; did you mean 'folders'?" in error(
+        tmp_path, RECIPE.replace("kind: folders", "kind: folder")
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,13 +85,18 @@ def test_a_wrong_type_or_range_is_named_with_its_field(tmp_path, old, new, field
     assert field in error(tmp_path, RECIPE.replace(old, new))
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1E3", 1e3), ("-2.5e+1", -25.0), (".5e1", 5.0), ("0.001", 1e-3), ("3", 3.0)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("1E3", 1e3), ("-2.5e+1", -25.0), (".5e1", 5.0), ("0.001", 1e-3), ("3", 3.0)],
+)
 def test_a_number_in_any_notation_is_a_float(tmp_path, text, value):
     loaded = recipe.load(write(tmp_path, RECIPE + f"seed: 0\ntrain: {{lr: {text.lstrip('-')}}}\n"))
     assert loaded.train.lr == abs(value)
 
 
-@pytest.mark.parametrize("text", ["", "- a\n", "just words\n", "a: [\n", "!!python/object:os.system {}\n"])
+@pytest.mark.parametrize(
+    "text", ["", "- a\n", "just words\n", "a: [\n", "!!python/object:os.system {}\n"]
+)
 def test_what_is_no_mapping_is_a_users_error(tmp_path, text):
     with pytest.raises(EdgeclipError):
         recipe.load(write(tmp_path, text))
@@ -107,9 +130,16 @@ def test_a_working_folder_may_bring_its_own(tmp_path, monkeypatch):
 
 def test_a_device_that_is_not_this_machine_is_refused():
     here = device.require_here("any", device.Device(runtimes=["onnxruntime"]))
-    assert device.require_here("own", device.Device(runtimes=[], recognise=device.Recognise(arch=here["arch"]))) is not None
+    assert (
+        device.require_here(
+            "own", device.Device(runtimes=[], recognise=device.Recognise(arch=here["arch"]))
+        )
+        is not None
+    )
     with pytest.raises(EdgeclipError, match=r"other: .*not that device"):
-        device.require_here("other", device.Device(runtimes=[], recognise=device.Recognise(arch="vax")))
+        device.require_here(
+            "other", device.Device(runtimes=[], recognise=device.Recognise(arch="vax"))
+        )
 
 
 def test_structs_are_frozen(tmp_path):
@@ -122,18 +152,40 @@ def test_calibration_belongs_to_int8_only(tmp_path):
     limits = "tolerance: {centred_cosine_p1: 0.9, top1_agreement: 0.9, accuracy_drop_pp: 1}"
     for text in ("precision: int8", "precision: fp32\ncalibration: {}"):
         with pytest.raises(EdgeclipError, match="calibration"):
-            target.load(str(write(tmp_path, f"runtime: onnxruntime\nactivations: uint8\n{text}\n{limits}\n")))
+            target.load(
+                str(
+                    write(tmp_path, f"runtime: onnxruntime\nactivations: uint8\n{text}\n{limits}\n")
+                )
+            )
 
 
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ("runtime: onnxruntime\nprecision: int8\nactivations: uint8\ncalibration: {}", "reduce_range: belongs to activations: uint8"),
-        ("runtime: onnxruntime\nprecision: int8\nactivations: int8\nreduce_range: always\ncalibration: {}", "reduce_range: belongs to activations: uint8"),
-        ("runtime: tensorrt\nprecision: fp8\ntext: fp16\ncalibration: {}", "opset 18 has neither fp8 nor"),
-        ("runtime: openvino\nprecision: fp8\nopset: 19\ncalibration: {}", "openvino bundles have no precision fp8"),
-        ("runtime: onnxruntime\nprecision: int8\nactivations: int8\ncalibration: {layers: [all, residual]}", "layers: residual belongs to openvino"),
-        ("runtime: openvino\nprecision: fp16\ntext: fp16", "optimisation_agreement: belongs to onnxruntime"),
+        (
+            "runtime: onnxruntime\nprecision: int8\nactivations: uint8\ncalibration: {}",
+            "reduce_range: belongs to activations: uint8",
+        ),
+        (
+            "runtime: onnxruntime\nprecision: int8\nactivations: int8\nreduce_range: always\ncalibration: {}",
+            "reduce_range: belongs to activations: uint8",
+        ),
+        (
+            "runtime: tensorrt\nprecision: fp8\ntext: fp16\ncalibration: {}",
+            "opset 18 has neither fp8 nor",
+        ),
+        (
+            "runtime: openvino\nprecision: fp8\nopset: 19\ncalibration: {}",
+            "openvino bundles have no precision fp8",
+        ),
+        (
+            "runtime: onnxruntime\nprecision: int8\nactivations: int8\ncalibration: {layers: [all, residual]}",
+            "layers: residual belongs to openvino",
+        ),
+        (
+            "runtime: openvino\nprecision: fp16\ntext: fp16",
+            "optimisation_agreement: belongs to onnxruntime",
+        ),
     ],
 )
 def test_fields_of_a_target_that_do_not_go_together_are_refused(tmp_path, fields, what):

@@ -13,12 +13,18 @@ from tests.support.files import snapshot
 
 def test_sha256_is_the_standards_of_abc(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
-    assert disk.sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        disk.sha256(tmp_path / "f")
+        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
 
 
 def test_equal_descriptions_share_a_fingerprint_and_others_do_not():
     assert disk.fingerprint({"a": 1, "b": [2, None]}) == disk.fingerprint({"b": [2, None], "a": 1})
-    assert len({disk.fingerprint(v) for v in ({"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, {"a": [1]})}) == 5
+    assert (
+        len({disk.fingerprint(v) for v in ({"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, {"a": [1]})})
+        == 5
+    )
 
 
 def test_json_and_arrays_come_back(tmp_path):
@@ -66,7 +72,10 @@ def test_what_is_not_of_the_same_kind_is_not_replaced(tmp_path, there):
     if there == "a letter":
         disk.write_manifest(tmp_path / "box", "letter", {})
     before = snapshot(tmp_path)
-    with pytest.raises(EdgeclipError, match="lies there already, and is not replaced"), disk.new_folder(tmp_path / "box") as folder:
+    with (
+        pytest.raises(EdgeclipError, match="lies there already, and is not replaced"),
+        disk.new_folder(tmp_path / "box") as folder,
+    ):
         disk.write_manifest(folder, "parcel", {})
     assert snapshot(tmp_path) == before
 

@@ -9,9 +9,35 @@ import pytest
 import edgeclip
 
 PACKAGE = Path(edgeclip.__file__).parent
-HOST = ("cache", "ranks", "students", "prompts", "inherit", "share", "stem", "fold", "weights", "teachers", "data", "distill", "export")
-HEAVY = ("torch", "torchvision", "onnx", "open_clip", "timm", "matplotlib", "transformers", "jaxtyping")
-MODULES = sorted(".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__") for p in PACKAGE.rglob("*.py"))
+HOST = (
+    "cache",
+    "ranks",
+    "students",
+    "prompts",
+    "inherit",
+    "share",
+    "stem",
+    "fold",
+    "weights",
+    "teachers",
+    "data",
+    "distill",
+    "export",
+)
+HEAVY = (
+    "torch",
+    "torchvision",
+    "onnx",
+    "open_clip",
+    "timm",
+    "matplotlib",
+    "transformers",
+    "jaxtyping",
+)
+MODULES = sorted(
+    ".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for p in PACKAGE.rglob("*.py")
+)
 DEVICE = [m for m in MODULES if not (m + ".").startswith(tuple(f"edgeclip.{h}." for h in HOST))]
 
 
@@ -43,12 +69,21 @@ def test_no_module_of_the_device_layer_imports_a_host_package():
     assert lines == ""
 
 
-@pytest.mark.parametrize("module", ["edgeclip.device.bundle", "edgeclip.device.validate", "edgeclip.device.bench"])
+@pytest.mark.parametrize(
+    "module", ["edgeclip.device.bundle", "edgeclip.device.validate", "edgeclip.device.bench"]
+)
 def test_a_device_module_alone_imports_no_runtime(module):
-    assert fresh(f"import sys, {module}; print([m for m in ('onnxruntime', 'openvino', *{HEAVY!r}) if m in sys.modules])") == "[]"
+    assert (
+        fresh(
+            f"import sys, {module}; print([m for m in ('onnxruntime', 'openvino', *{HEAVY!r}) if m in sys.modules])"
+        )
+        == "[]"
+    )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["distill", "--help"], ["export", "--help"], ["validate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["distill", "--help"], ["export", "--help"], ["validate", "--help"]]
+)
 def test_help_imports_neither_torch_nor_a_runtime_nor_numpy(arguments):
     heavy = (*HEAVY, "onnxruntime", "openvino", "numpy", "PIL")
     code = (
@@ -61,11 +96,17 @@ def test_help_imports_neither_torch_nor_a_runtime_nor_numpy(arguments):
     assert fresh(code).splitlines()[-1] == "loaded: []"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_a_module_has_at_most_470_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 470
 
 
 def test_a_test_file_has_at_most_400_lines():
-    long = {p.name: n for p in Path(__file__).parent.rglob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400}
+    long = {
+        p.name: n
+        for p in Path(__file__).parent.rglob("*.py")
+        if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400
+    }
     assert not long

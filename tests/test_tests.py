@@ -29,7 +29,11 @@ def is_test(module):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(TESTS)))
 def test_no_file_imports_a_test_file_or_a_conftest(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert [m for m in imported(tree) if m.startswith(("test_", "tests.", ".", "conftest")) and is_test(m)] == []
+    assert [
+        m
+        for m in imported(tree)
+        if m.startswith(("test_", "tests.", ".", "conftest")) and is_test(m)
+    ] == []
 
 
 def test_every_folder_is_one_of_the_package():
@@ -43,4 +47,6 @@ def test_a_conftest_holds_fixtures_and_hooks_only():
     for path in TESTS.rglob("conftest.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("pytest_"):
-                assert any("fixture" in ast.unparse(d) for d in node.decorator_list), f"{path}: {node.name}"
+                assert any("fixture" in ast.unparse(d) for d in node.decorator_list), (
+                    f"{path}: {node.name}"
+                )

@@ -13,42 +13,71 @@ import pytest
 from tests.support.files import REPO
 from tests.support.images import encoded, picture
 
-PYTHON_310 = shutil.which("python3.10") or next(iter(sorted(glob.glob(str(Path.home() / ".pyenv/versions/3.10*/bin/python")))), None)
+PYTHON_310 = shutil.which("python3.10") or next(
+    iter(sorted(glob.glob(str(Path.home() / ".pyenv/versions/3.10*/bin/python")))), None
+)
 
 
 def works(python):
-    return python is not None and subprocess.run([python, "-c", "import venv"], capture_output=True).returncode == 0
+    return (
+        python is not None
+        and subprocess.run([python, "-c", "import venv"], capture_output=True).returncode == 0
+    )
 
 
-if not works(PYTHON_310):  # pyenv's shim is there for every version, and fails for one that is not chosen
-    PYTHON_310 = next((p for p in sorted(glob.glob(str(Path.home() / ".pyenv/versions/3.10*/bin/python"))) if works(p)), None)
+if not works(
+    PYTHON_310
+):  # pyenv's shim is there for every version, and fails for one that is not chosen
+    PYTHON_310 = next(
+        (
+            p
+            for p in sorted(glob.glob(str(Path.home() / ".pyenv/versions/3.10*/bin/python")))
+            if works(p)
+        ),
+        None,
+    )
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(folder), str(REPO)], check=True, cwd=folder)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(folder), str(REPO)],
+        check=True,
+        cwd=folder,
+    )
     (found,) = folder.glob("edgeclip-*.whl")
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", [pytest.param(sys.executable, id="this python"), pytest.param(PYTHON_310, id="python 3.10")])
+@pytest.mark.parametrize(
+    "base",
+    [pytest.param(sys.executable, id="this python"), pytest.param(PYTHON_310, id="python 3.10")],
+)
 def test_a_device_needs_the_wheel_and_one_runtime_only(wheel, shipped_bundle, tmp_path, base):
     if base is None:
         pytest.skip("no Python 3.10 with venv: install one (pyenv install 3.10)")
     here = tmp_path / "board"
     (here / "devices").mkdir(parents=True)
-    (here / "devices" / "board.yaml").write_text("runtimes: [onnxruntime]\nbench: {min_duration_s: 0.1, min_query_count: 20}\n")
+    (here / "devices" / "board.yaml").write_text(
+        "runtimes: [onnxruntime]\nbench: {min_duration_s: 0.1, min_query_count: 20}\n"
+    )
     (here / "cat.png").write_bytes(encoded(picture(1)))
     (here / "words.txt").write_text("pear\nplum\n")
     shutil.copytree(shipped_bundle("onnx-int8"), here / "bundle")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "PYENV_VERSION", "EDGECLIP"))}
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("PYTHON", "VIRTUAL_ENV", "PYENV_VERSION", "EDGECLIP"))
+    }
     subprocess.run([base, "-m", "venv", str(tmp_path / "venv")], check=True, env=environment)
     python = tmp_path / "venv" / "bin" / "python"
 
     def call(*arguments, code=0):
-        done = subprocess.run([str(a) for a in arguments], cwd=here, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [str(a) for a in arguments], cwd=here, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
@@ -56,13 +85,24 @@ def test_a_device_needs_the_wheel_and_one_runtime_only(wheel, shipped_bundle, tm
         return call(python.parent / "edgeclip", *arguments)
 
     call(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", wheel, "onnxruntime")
-    absent = call(python, "-c", "import importlib.util as u; print([m for m in ('torch', 'onnx', 'open_clip', 'timm', 'matplotlib') if u.find_spec(m)])")
+    absent = call(
+        python,
+        "-c",
+        "import importlib.util as u; print([m for m in ('torch', 'onnx', 'open_clip', 'timm', 'matplotlib') if u.find_spec(m)])",
+    )
     assert absent.strip() == "[]"
     assert str(tmp_path / "venv") in call(python, "-c", "import edgeclip; print(edgeclip.__file__)")
 
     names = {(r["kind"], r["name"]) for r in json.loads(edgeclip("list", "--json"))}
-    assert names >= {("recipe", "quickstart"), ("target", "onnx-int8"), ("device", "host-cpu"), ("device", "board")}
-    (parity,) = json.loads(edgeclip("validate", "--bundle", "bundle", "--device", "board", "--json"))
+    assert names >= {
+        ("recipe", "quickstart"),
+        ("target", "onnx-int8"),
+        ("device", "host-cpu"),
+        ("device", "board"),
+    }
+    (parity,) = json.loads(
+        edgeclip("validate", "--bundle", "bundle", "--device", "board", "--json")
+    )
     assert parity["verdict"] == "golden pictures only"
     assert parity["failures"] == []
     assert parity["golden"]["largest_pixel_difference"] == 0
@@ -70,13 +110,22 @@ def test_a_device_needs_the_wheel_and_one_runtime_only(wheel, shipped_bundle, tm
     assert bench["single_stream"]["queries"] >= 20
     assert bench["offline"]["pictures_per_second"] > 0
     assert bench["cold_start"]["process_ms"] > 0
-    assert len(json.loads(edgeclip("classify", "cat.png", "--bundle", "bundle", "--json"))["cat.png"]) == 5
+    assert (
+        len(json.loads(edgeclip("classify", "cat.png", "--bundle", "bundle", "--json"))["cat.png"])
+        == 5
+    )
     edgeclip("labels", "bundle", "words.txt", "--out", "fruit")
     rows = json.loads(edgeclip("classify", "cat.png", "--bundle", "fruit", "--json"))["cat.png"]
     assert {r["label"] for r in rows} == {"pear", "plum"}
     edgeclip("embed", "cat.png", "--bundle", "bundle", "--out", "f.npy")
     assert call(python, "-c", "import numpy as np; print(np.load('f.npy').shape[0])").strip() == "1"
-    done = subprocess.run([str(python.parent / "edgeclip"), "distill", "quickstart.yaml"], cwd=here, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(python.parent / "edgeclip"), "distill", "quickstart.yaml"],
+        cwd=here,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert "pip install 'edgeclip[train]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -25,10 +25,18 @@ w, h = (SIZE, int(SIZE * h / w)) if w <= h else (int(SIZE * w / h), SIZE)
 left, top = round((w - SIZE) / 2), round((h - SIZE) / 2)
 image = image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + SIZE, top + SIZE))
 x = (np.asarray(image, np.float32) / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
-(features,) = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(x.transpose(2, 0, 1)[None])})
+(features,) = session.run(
+    None, {session.get_inputs()[0].name: np.ascontiguousarray(x.transpose(2, 0, 1)[None])}
+)
 scores = (features @ np.load(class_features).T)[0]
 probability = np.exp(SCALE * (scores - scores.max()))
 probability /= probability.sum()
 with open(labels, encoding="utf-8") as f:
     words = json.load(f)
-print("\n".join(f"{words[i]}\t{probability[i]:.3f}\t{scores[i]:.3f}" for i in np.argsort(-scores, kind="stable")[:5]), flush=True)
+print(
+    "\n".join(
+        f"{words[i]}\t{probability[i]:.3f}\t{scores[i]:.3f}"
+        for i in np.argsort(-scores, kind="stable")[:5]
+    ),
+    flush=True,
+)

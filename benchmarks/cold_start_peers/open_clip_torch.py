@@ -18,7 +18,9 @@ with open(labels, encoding="utf-8") as f:
     words = json.load(f)
 text_features = torch.from_numpy(np.load(class_features))
 with torch.inference_mode():
-    image_features = model.encode_image(preprocess(Image.open(picture).convert("RGB"))[None], normalize=True)
+    image_features = model.encode_image(
+        preprocess(Image.open(picture).convert("RGB"))[None], normalize=True
+    )
     scores = (image_features @ text_features.T)[0]
     probability = (model.logit_scale.exp() * scores).softmax(dim=-1)
 best = scores.argsort(descending=True)[:5].tolist()

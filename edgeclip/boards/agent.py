@@ -26,7 +26,9 @@ import zipfile
 from typing import Any, Dict  # noqa: UP035  (as below)
 
 MARK = b"edgeclip-reply "  # what a login shell prints before it is not the answer
-OURS = ".edgeclip-board"  # only in a folder with this file in it is anything ever written or removed
+OURS = (
+    ".edgeclip-board"  # only in a folder with this file in it is anything ever written or removed
+)
 LEFT = ("store", "trees", "runner", "engines", ".copy", ".run", OURS)
 BLOCK = 1 << 18
 Request = Dict[str, Any]  # noqa: UP006  (an old Python evaluates it)
@@ -35,7 +37,9 @@ STDIN: Any = sys.stdin.buffer
 
 def reply(answer: dict[str, Any], payload: bytes = b"") -> None:
     """One line that is found among whatever else is printed, a banner without an end of line too, then the payload."""
-    sys.stdout.buffer.write(b"\n" + MARK + json.dumps(dict(answer, bytes=len(payload))).encode() + b"\n" + payload)
+    sys.stdout.buffer.write(
+        b"\n" + MARK + json.dumps(dict(answer, bytes=len(payload))).encode() + b"\n" + payload
+    )
     sys.stdout.buffer.flush()
 
 
@@ -44,7 +48,10 @@ def home(request: Request) -> str:
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
     os.makedirs(folder, exist_ok=True)
     if os.listdir(folder) and not os.path.exists(os.path.join(folder, OURS)):
-        raise ValueError(folder + " holds files that are not edgeclip's; name an empty or a new folder in the profile's reach.folder")
+        raise ValueError(
+            folder
+            + " holds files that are not edgeclip's; name an empty or a new folder in the profile's reach.folder"
+        )
     open(os.path.join(folder, OURS), "a").close()
     os.makedirs(os.path.join(folder, "store"), exist_ok=True)
     return folder
@@ -71,10 +78,17 @@ def inside(folder: str, name: str) -> str:
 def look(request: Request) -> dict[str, Any]:
     """Runs the host's machine.py in the Python that the runner will have: its `facts` and `state`."""
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
-    source = request["source"] + "\nimport json, sys\nprint(json.dumps([facts(), state(sys.argv[1])]))\n"
-    done = subprocess.run([*request["python"], "-", folder], input=source.encode(), capture_output=True)
+    source = (
+        request["source"] + "\nimport json, sys\nprint(json.dumps([facts(), state(sys.argv[1])]))\n"
+    )
+    done = subprocess.run(
+        [*request["python"], "-", folder], input=source.encode(), capture_output=True
+    )
     if done.returncode:
-        raise ValueError("its Python cannot say what it is: " + " ".join(done.stderr.decode(errors="replace").split())[-300:])
+        raise ValueError(
+            "its Python cannot say what it is: "
+            + " ".join(done.stderr.decode(errors="replace").split())[-300:]
+        )
     facts, state = json.loads(done.stdout.splitlines()[-1])
     return {"folder": folder, "facts": facts, "state": state}
 
@@ -90,7 +104,9 @@ def missing(request: Request) -> dict[str, Any]:
     for digest, size in request["files"].items():
         path = inside(folder, "store/" + digest)
         if not os.path.exists(path):
-            have[digest] = min(os.path.getsize(path + ".part"), size) if os.path.exists(path + ".part") else 0
+            have[digest] = (
+                min(os.path.getsize(path + ".part"), size) if os.path.exists(path + ".part") else 0
+            )
     disk = os.statvfs(folder)
     return {"have": have, "free_bytes": disk.f_bavail * disk.f_frsize}
 
@@ -171,10 +187,17 @@ def run(request: Request) -> None:
     """Starts the runner with the rest of the request on its standard input; the runner itself answers."""
     folder = home(request)
     held = lock(folder, ".run", False)
-    environment = dict(os.environ, PYTHONPATH=inside(folder, request["runner"]), PYTHONDONTWRITEBYTECODE="1", EDGECLIP_ENGINES=inside(folder, "engines"))
+    environment = dict(
+        os.environ,
+        PYTHONPATH=inside(folder, request["runner"]),
+        PYTHONDONTWRITEBYTECODE="1",
+        EDGECLIP_ENGINES=inside(folder, "engines"),
+    )
     work = dict(request["work"], folder=folder, python=request["python"])
     command = [*request["python"], "-m", "edgeclip.device.__main__"]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, cwd=folder, start_new_session=True)
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, env=environment, cwd=folder, start_new_session=True
+    )
     assert child.stdin
     child.stdin.write(json.dumps(work).encode())
     child.stdin.close()
@@ -188,7 +211,9 @@ def run(request: Request) -> None:
     code = child.wait()
     held.close()
     if code:
-        reply({"error": f"the runner on the board ended with code {code}; its own messages are above"})
+        reply(
+            {"error": f"the runner on the board ended with code {code}; its own messages are above"}
+        )
     sys.stdout.flush()
     os._exit(0)  # the watcher is still reading
 
@@ -198,7 +223,10 @@ def clean(request: Request) -> dict[str, Any]:
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
     if not os.path.exists(os.path.join(folder, OURS)):
         return {"removed": False}
-    held = [lock(folder, ".run", False), lock(folder, ".copy", True)]  # not from under somebody's measurement
+    held = [
+        lock(folder, ".run", False),
+        lock(folder, ".copy", True),
+    ]  # not from under somebody's measurement
     for path in (os.path.join(folder, name) for name in LEFT):
         if os.path.isdir(path):
             shutil.rmtree(path)
@@ -216,7 +244,11 @@ def main() -> None:
     try:
         if request["op"] == "run":
             run(request)
-        reply({op.__name__: op for op in (look, clock, missing, put, build, exists, clean)}[request["op"]](request))
+        reply(
+            {op.__name__: op for op in (look, clock, missing, put, build, exists, clean)}[
+                request["op"]
+            ](request)
+        )
     except EOFError:
         sys.exit(1)
     except (OSError, ValueError, zipfile.BadZipFile) as e:

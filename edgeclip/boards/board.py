@@ -46,7 +46,13 @@ TRIPS = 5
 class Board:
     """An open link to one device. Not safe to share between threads."""
 
-    def __init__(self, name: str, device: Device, cache: Path | None = None, options: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        name: str,
+        device: Device,
+        cache: Path | None = None,
+        options: dict[str, Any] | None = None,
+    ):
         """cache: where wheels and the emulated root are kept. options: asyncssh's, instead of the user's ssh setup."""
         self.name, self.device, self.cache, self.options = name, device, cache, options
         self.folder, self.python = device.reach.folder, device.reach.python
@@ -61,7 +67,12 @@ class Board:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         left = asyncio.all_tasks(self.loop)  # of a request that was interrupted
         for task in left:
             task.cancel()
@@ -78,10 +89,16 @@ class Board:
         if reach.sshd:
             if reach.emulate:
                 self.python = own_sshd.emulated_python(self.name, reach, self.cache)
-            if self.folder == Reach().folder:  # the user's own machine: two such devices must not share one
+            if (
+                self.folder == Reach().folder
+            ):  # the user's own machine: two such devices must not share one
                 self.folder = str((self.cache or runner.cache_folder()) / self.name)
-            self.options = self.options or await self.exits.enter_async_context(own_sshd.sshd(self.name))
-        self.link: Link = await self.exits.enter_async_context(connect(self.name, reach, self.options))
+            self.options = self.options or await self.exits.enter_async_context(
+                own_sshd.sshd(self.name)
+            )
+        self.link: Link = await self.exits.enter_async_context(
+            connect(self.name, reach, self.options)
+        )
         await self._look()
 
     def ask(self, op: str, **request: Any) -> dict[str, Any]:
@@ -90,7 +107,9 @@ class Board:
     async def _look(self) -> None:
         """What the machine is, by the Python that the runner will have."""
         source = MACHINE.read_text(encoding="utf-8")
-        answer, _ = await self.link.ask("look", folder=self.folder, source=source, python=list(self.python))
+        answer, _ = await self.link.ask(
+            "look", folder=self.folder, source=source, python=list(self.python)
+        )
         self.folder, self.facts, self.state = answer["folder"], answer["facts"], answer["state"]
         self.host_time = time.time()
 
@@ -104,7 +123,9 @@ class Board:
         need = ROOM * sum(f.stat().st_size for f in files) / 2**20
         names = engine.names(b.manifest for b in bundles)
         builds = not all(self.ask("exists", name=f"engines/{n}")["exists"] for n in names)
-        return P.preflight(self.device, self.facts, self.state, need, bool(names), builds, self.host_time)
+        return P.preflight(
+            self.device, self.facts, self.state, need, bool(names), builds, self.host_time
+        )
 
     def prepare(self, bundles: list[Bundle], evaluation: Evaluation | None) -> list[P.Row]:
         """Preflight, then everything that is missing there. Raises `EdgeclipError` for what failed."""
@@ -125,7 +146,9 @@ class Board:
         files = self._files(folder, manifest)
         hashes = {n: disk.sha256(f) for n, f in files.items()}
         self.send({hashes[n]: f for n, f in files.items()}, folder.name)
-        return str(self.ask("build", name=f"trees/{hashes[disk.MANIFEST][:16]}", files=hashes)["path"])
+        return str(
+            self.ask("build", name=f"trees/{hashes[disk.MANIFEST][:16]}", files=hashes)["path"]
+        )
 
     def _install(self) -> str:
         wheels = runner.wheels(self.name, self.facts, self.device.packages, self.cache)
@@ -146,10 +169,19 @@ class Board:
         size = sum(total - have for _, _, total, have in todo)
         if (need := ROOM * (size + unpacked)) > found["free_bytes"]:
             what = f"{what} needs {need / 2**20:.1f} MiB there, and {found['free_bytes'] / 2**20:.1f} MiB are free"
-            raise EdgeclipError(self.name, what, "make room, or remove what edgeclip left with --clean")
+            raise EdgeclipError(
+                self.name, what, "make room, or remove what edgeclip left with --clean"
+            )
         if todo:
             say(f"{self.name}: sending {what}, {size / 2**20:.1f} MiB")
-            self._wait(self.link.ask("put", _blocks(todo), folder=self.folder, files=[[d, total, have] for d, _, total, have in todo]))
+            self._wait(
+                self.link.ask(
+                    "put",
+                    _blocks(todo),
+                    folder=self.folder,
+                    files=[[d, total, have] for d, _, total, have in todo],
+                )
+            )
         return size
 
     # --- the verbs
@@ -159,14 +191,28 @@ class Board:
 
     def observe(self, bundle: Bundle, evaluation: Evaluation | None) -> Observed:
         """What the board says of the bundle; the host may judge it, or compare it with another board's."""
-        facts, payload = self._run("validate", bundle, pictures=len(evaluation.chosen) if evaluation else None)
+        facts, payload = self._run(
+            "validate", bundle, pictures=len(evaluation.chosen) if evaluation else None
+        )
         with np.load(io.BytesIO(payload), allow_pickle=False) as z:
             return Observed(facts, {k: z[k] for k in z.files})
 
-    def bench(self, bundle: Bundle, minimum: Minimum, scenarios: tuple[str, ...], minutes: float = 0.0, meter_csv: Path | None = None) -> dict[str, Any]:
+    def bench(
+        self,
+        bundle: Bundle,
+        minimum: Minimum,
+        scenarios: tuple[str, ...],
+        minutes: float = 0.0,
+        meter_csv: Path | None = None,
+    ) -> dict[str, Any]:
         """meter_csv: of a power meter that the host reads, on the host's clock."""
         before = self.clock() if meter_csv else None
-        asked = {"minimum": msgspec.to_builtins(minimum), "scenarios": scenarios, "minutes": minutes, "metered": meter_csv is not None}
+        asked = {
+            "minimum": msgspec.to_builtins(minimum),
+            "scenarios": scenarios,
+            "minutes": minutes,
+            "metered": meter_csv is not None,
+        }
         report = self._run("bench", bundle, **asked)[0]
         if meter_csv and before and report["energy"]:
             marks, unread = report.pop("energy"), []
@@ -197,8 +243,18 @@ class Board:
 
     def _run(self, verb: str, bundle: Bundle, **more: Any) -> tuple[dict[str, Any], bytes]:
         self._same_boot(verb)
-        work = {"verb": verb, "bundle": self.places[bundle.folder], "evaluation": self.evaluation, "device": msgspec.to_builtins(self.device), **more}
-        return self._wait(self.link.ask("run", folder=self.folder, runner=self.runner, python=list(self.python), work=work))
+        work = {
+            "verb": verb,
+            "bundle": self.places[bundle.folder],
+            "evaluation": self.evaluation,
+            "device": msgspec.to_builtins(self.device),
+            **more,
+        }
+        return self._wait(
+            self.link.ask(
+                "run", folder=self.folder, runner=self.runner, python=list(self.python), work=work
+            )
+        )
 
     def _same_boot(self, verb: str) -> None:
         before = self.state["boot_id"]

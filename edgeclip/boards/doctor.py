@@ -16,7 +16,11 @@ from edgeclip.device.profile import Device
 NEEDS = {
     "runtime onnxruntime": ("onnxruntime", "onnxruntime", "pip install 'edgeclip[onnxruntime]'"),
     "runtime openvino": ("openvino", "openvino", "pip install 'edgeclip[openvino]'"),
-    "runtime tensorrt": ("tensorrt", "tensorrt", "comes with JetPack; on a GPU host: pip install tensorrt"),
+    "runtime tensorrt": (
+        "tensorrt",
+        "tensorrt",
+        "comes with JetPack; on a GPU host: pip install tensorrt",
+    ),
     "distill and export": ("torch", "torch", "pip install 'edgeclip[train]'"),
     "open_clip models": ("open_clip", "open_clip_torch", "pip install 'edgeclip[train]'"),
     "openvino int8 (nncf)": ("nncf", "nncf", "pip install 'edgeclip[openvino]'"),
@@ -44,13 +48,17 @@ def doctor() -> dict[str, Any]:
     }
 
 
-def preflight_here(device: Device, manifests: Iterable[dict[str, Any]] = ()) -> tuple[dict[str, Any], list[Row]]:
+def preflight_here(
+    device: Device, manifests: Iterable[dict[str, Any]] = ()
+) -> tuple[dict[str, Any], list[Row]]:
     """(this machine's facts, what a benchmark of bundles with these manifests on it as `device` would meet)"""
     from edgeclip.device.runtime import engine  # brings numpy, which `list` need not wait for
 
     facts, names = machine.facts(), engine.names(manifests)
     builds = not all((engine.folder() / n).exists() for n in names)
-    return facts, preflight(device, facts, machine.state(os.getcwd()), 0.0, bool(names), builds, time.time())
+    return facts, preflight(
+        device, facts, machine.state(os.getcwd()), 0.0, bool(names), builds, time.time()
+    )
 
 
 def purpose(kind: str) -> list[tuple[str, str, str]]:

@@ -36,7 +36,9 @@ class Link(NamedTuple):
     broken: tuple[type[BaseException], ...] = (OSError, EOFError)
     """what a broken link raises"""
 
-    async def ask(self, op: str, payload: Iterable[bytes] = (), **request: Any) -> tuple[dict[str, Any], bytes]:
+    async def ask(
+        self, op: str, payload: Iterable[bytes] = (), **request: Any
+    ) -> tuple[dict[str, Any], bytes]:
         """The board's answer and the bytes behind it. What it prints on stderr is passed on as it comes.
 
         Raises `LinkLost` when the link breaks, `EdgeclipError` with the board's own reason when it cannot do it.
@@ -45,8 +47,15 @@ class Link(NamedTuple):
         try:
             process = await self.start()
             talk = asyncio.ensure_future(self._pass_on(process.stderr))
-            with contextlib.suppress(*self.broken):  # the board may answer before it has heard everything: its disk is full
-                process.stdin.write(b"%d\n" % len(AGENT) + AGENT + json.dumps({"op": op, **request}).encode() + b"\n")
+            with contextlib.suppress(
+                *self.broken
+            ):  # the board may answer before it has heard everything: its disk is full
+                process.stdin.write(
+                    b"%d\n" % len(AGENT)
+                    + AGENT
+                    + json.dumps({"op": op, **request}).encode()
+                    + b"\n"
+                )
                 for block in payload:
                     process.stdin.write(block)
                     await process.stdin.drain()
@@ -58,20 +67,30 @@ class Link(NamedTuple):
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(process.wait(), 5)
                 if process.returncode == NO_COMMAND:
-                    raise EdgeclipError(self.name, "has no python3 on the PATH that ssh gives it", "install Python 3.10 or newer there")
+                    raise EdgeclipError(
+                        self.name,
+                        "has no python3 on the PATH that ssh gives it",
+                        "install Python 3.10 or newer there",
+                    )
                 raise EOFError("no answer came")
             answer = json.loads(line[len(MARK) :])
             rest = await process.stdout.readexactly(answer.pop("bytes"))
             await asyncio.wait([talk], timeout=2)
         except self.broken as e:
-            raise LinkLost(self.name, f"the link broke off during '{op}' ({_reason(e)})", AGAIN) from None
+            raise LinkLost(
+                self.name, f"the link broke off during '{op}' ({_reason(e)})", AGAIN
+            ) from None
         finally:
             if process is not None:
                 with contextlib.suppress(Exception):
                     process.stdin.close()
                     await asyncio.wait_for(process.wait(), 5)
         if "error" in answer:
-            raise EdgeclipError(self.name, answer["error"], f"see docs/devices.md, or look at it with: edgeclip doctor --device {self.name}")
+            raise EdgeclipError(
+                self.name,
+                answer["error"],
+                f"see docs/devices.md, or look at it with: edgeclip doctor --device {self.name}",
+            )
         return answer, rest
 
     async def _pass_on(self, stderr: Any) -> None:
@@ -81,39 +100,62 @@ class Link(NamedTuple):
 
 
 def _reason(e: BaseException) -> str:
-    return "connection refused" if isinstance(e, ConnectionRefusedError) else " ".join(str(e).split()) or type(e).__name__
+    return (
+        "connection refused"
+        if isinstance(e, ConnectionRefusedError)
+        else " ".join(str(e).split()) or type(e).__name__
+    )
 
 
 @contextlib.asynccontextmanager
-async def connect(name: str, reach: Reach, options: dict[str, Any] | None = None) -> AsyncIterator[Link]:
+async def connect(
+    name: str, reach: Reach, options: dict[str, Any] | None = None
+) -> AsyncIterator[Link]:
     """A link to the board. options: asyncssh's, instead of the user's ssh setup (own_sshd)."""
     if reach.command:
 
         async def spawn() -> Any:
             pipe = asyncio.subprocess.PIPE
             command = [*reach.command, "sh", "-c", COMMAND]
-            return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe, limit=LINE)
+            return await asyncio.create_subprocess_exec(
+                *command, stdin=pipe, stdout=pipe, stderr=pipe, limit=LINE
+            )
 
         yield Link(name, spawn)
         return
     try:
         import asyncssh
     except ImportError as e:
-        raise EdgeclipError(name, f"is reached over ssh, and {e.name} is not installed", "pip install 'edgeclip[ssh]'") from None
+        raise EdgeclipError(
+            name,
+            f"is reached over ssh, and {e.name} is not installed",
+            "pip install 'edgeclip[ssh]'",
+        ) from None
     host = (options or {}).get("host") or reach.ssh
-    ways: dict[str, Any] = {"preferred_auth": "publickey", "connect_timeout": CONNECT_S, "login_timeout": CONNECT_S, "keepalive_interval": 10}
+    ways: dict[str, Any] = {
+        "preferred_auth": "publickey",
+        "connect_timeout": CONNECT_S,
+        "login_timeout": CONNECT_S,
+        "keepalive_interval": 10,
+    }
     try:
         # ProxyCommand and jump hosts come before asyncssh's own timeouts begin.
-        connection = await asyncio.wait_for(asyncssh.connect(**{"host": host, **ways, **(options or {})}), 2 * CONNECT_S)
+        connection = await asyncio.wait_for(
+            asyncssh.connect(**{"host": host, **ways, **(options or {})}), 2 * CONNECT_S
+        )
     except asyncssh.HostKeyNotVerifiable as e:
         do = f"compare its fingerprint and log in once with: ssh {host}"
-        raise EdgeclipError(name, f"its host key is not the known one, so it was not trusted ({_reason(e)})", do) from None
+        raise EdgeclipError(
+            name, f"its host key is not the known one, so it was not trusted ({_reason(e)})", do
+        ) from None
     except asyncssh.PermissionDenied as e:
         do = f"let your key in with: ssh-copy-id {host} (a password is never asked for; a key with a passphrase must be in the ssh agent)"
         raise EdgeclipError(name, f"no key of yours was accepted ({_reason(e)})", do) from None
     except (asyncssh.Error, OSError, ValueError, asyncio.TimeoutError) as e:
         do = f"is it on, and does this work: ssh -o BatchMode=yes {host} true"
-        raise EdgeclipError(name, f"cannot be reached over ssh as '{host}' ({_reason(e)})", do) from None
+        raise EdgeclipError(
+            name, f"cannot be reached over ssh as '{host}' ({_reason(e)})", do
+        ) from None
 
     async def start() -> Any:
         return await connection.create_process(COMMAND, encoding=None)

@@ -20,7 +20,22 @@ from edgeclip.errors import EdgeclipError
 PACKAGE = Path(__file__).parent.parent
 NEEDS = ("msgspec", "numpy", "pillow", "pyyaml", "tokenizers")
 """what validate and bench import; their own requirements are for parts that are not used"""
-HOST = ("cache", "ranks", "stem", "students", "prompts", "inherit", "share", "fold", "weights", "teachers", "data", "distill", "export", "remote")
+HOST = (
+    "cache",
+    "ranks",
+    "stem",
+    "students",
+    "prompts",
+    "inherit",
+    "share",
+    "fold",
+    "weights",
+    "teachers",
+    "data",
+    "distill",
+    "export",
+    "remote",
+)
 """modules and folders that stay on the host"""
 OLDEST = (3, 10)
 
@@ -29,28 +44,67 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "edgeclip"
 
 
-def wheels(name: str, facts: dict[str, Any], packages: tuple[str, ...], cache: Path | None = None) -> list[Path]:
+def wheels(
+    name: str, facts: dict[str, Any], packages: tuple[str, ...], cache: Path | None = None
+) -> list[Path]:
     """The wheels for a machine with these facts, fetched once. Raises `EdgeclipError` when there are none for it."""
     version = tuple(int(x) for x in facts["python"].split(".")[:2])
     if version < OLDEST:
-        raise EdgeclipError(name, f"its python3 is {facts['python']}, and 3.10 is the oldest that will do", "name a newer one in the profile's reach.python")
+        raise EdgeclipError(
+            name,
+            f"its python3 is {facts['python']}, and 3.10 is the oldest that will do",
+            "name a newer one in the profile's reach.python",
+        )
     if not facts["glibc"]:
-        raise EdgeclipError(name, "its C library is not glibc, and there are no wheels for it", "use a system with glibc (Debian, Ubuntu, JetPack)")
+        raise EdgeclipError(
+            name,
+            "its C library is not glibc, and there are no wheels for it",
+            "use a system with glibc (Debian, Ubuntu, JetPack)",
+        )
     minor = int(facts["glibc"].split(".")[1])
-    platforms = [f"manylinux_2_{m}_{facts['arch']}" for m in range(minor, 16, -1)] + [f"manylinux2014_{facts['arch']}"]
+    platforms = [f"manylinux_2_{m}_{facts['arch']}" for m in range(minor, 16, -1)] + [
+        f"manylinux2014_{facts['arch']}"
+    ]
     names = sorted({*NEEDS, *packages})
     asked = {"packages": names, "python": version, "platforms": platforms}
     folder = (cache or cache_folder()) / "wheels" / disk.fingerprint(asked)[:16]
     if not (folder / disk.MANIFEST).exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+        ]
         command += [x for p in platforms for x in ("--platform", p)]
-        command += ["--implementation", "cp", "--python-version", ".".join(map(str, version)), "--abi", f"cp{version[0]}{version[1]}", "--abi", "abi3"]
+        command += [
+            "--implementation",
+            "cp",
+            "--python-version",
+            ".".join(map(str, version)),
+            "--abi",
+            f"cp{version[0]}{version[1]}",
+            "--abi",
+            "abi3",
+        ]
         with disk.new_folder(folder) as temporary:
-            done = subprocess.run([*command, "--abi", "none", "--dest", str(temporary), *names], capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, "--abi", "none", "--dest", str(temporary), *names],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
-                reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr[-200:])
+                reason = next(
+                    (line for line in done.stderr.splitlines() if line.startswith("ERROR")),
+                    done.stderr[-200:],
+                )
                 what = f"no wheels for {facts['arch']}, Python {facts['python']}, glibc {facts['glibc']} ({' '.join(reason.split())})"
-                raise EdgeclipError(name, what, "look at the profile's packages, and at pip's index")
+                raise EdgeclipError(
+                    name, what, "look at the profile's packages, and at pip's index"
+                )
             disk.write_manifest(temporary, "wheels", asked)
     else:
         disk.verify(folder, disk.read_manifest(folder, "wheels"))
@@ -64,7 +118,11 @@ def device_layer() -> bytes:
         for path in sorted(PACKAGE.rglob("*.py")):
             name = path.relative_to(PACKAGE)
             if name.parts[0].removesuffix(".py") not in HOST:
-                z.writestr(zipfile.ZipInfo(f"edgeclip/{name.as_posix()}"), path.read_bytes(), zipfile.ZIP_DEFLATED)
+                z.writestr(
+                    zipfile.ZipInfo(f"edgeclip/{name.as_posix()}"),
+                    path.read_bytes(),
+                    zipfile.ZIP_DEFLATED,
+                )
     return buffer.getvalue()
 
 

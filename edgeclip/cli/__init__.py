@@ -48,11 +48,26 @@ class _Group(click.Group):
             extra = HOST_PACKAGES.get((e.name or "").split(".")[0])
             if extra is None:
                 raise
-            raise click.ClickException(f"{ctx.invoked_subcommand}: {e.name} is not installed; pip install 'edgeclip[{extra}]'") from None
+            raise click.ClickException(
+                f"{ctx.invoked_subcommand}: {e.name} is not installed; pip install 'edgeclip[{extra}]'"
+            ) from None
 
 
 HOST_PACKAGES = {
-    p: "train" for p in ("torch", "torchvision", "open_clip", "timm", "onnx", "onnxruntime", "jaxtyping", "safetensors", "jinja2", "matplotlib", "pyarrow")
+    p: "train"
+    for p in (
+        "torch",
+        "torchvision",
+        "open_clip",
+        "timm",
+        "onnx",
+        "onnxruntime",
+        "jaxtyping",
+        "safetensors",
+        "jinja2",
+        "matplotlib",
+        "pyarrow",
+    )
 }
 
 
@@ -61,7 +76,9 @@ def _terminated(*_: object) -> NoReturn:
     sys.exit(143)
 
 
-@click.group(cls=_Group, context_settings={"max_content_width": 120, "help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group, context_settings={"max_content_width": 120, "help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="edgeclip")
 def main() -> None:
     """Take a large CLIP to a small board, and prove that it arrived."""
@@ -69,11 +86,21 @@ def main() -> None:
 
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--data", "roots", multiple=True, metavar="[NAME=]DIR", help="Where the data lies on this machine; may be repeated.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/<recipe name>]")
+@click.option(
+    "--data",
+    "roots",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="Where the data lies on this machine; may be repeated.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/<recipe name>]"
+)
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming.")
 @json_option
-def distill(recipe: Path, roots: tuple[str, ...], out: Path | None, fresh: bool, as_json: bool) -> None:
+def distill(
+    recipe: Path, roots: tuple[str, ...], out: Path | None, fresh: bool, as_json: bool
+) -> None:
     """Distil a teacher into a student, as RECIPE says. The same line again resumes.
 
     \b
@@ -96,18 +123,48 @@ LAYOUTS = ("bundle", "optimum", "open_clip")
 
 
 @main.command()
-@click.option("--target", "targets", multiple=True, help="A name from `edgeclip list targets`, or a YAML file; may be repeated.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="A name from `edgeclip list targets`, or a YAML file; may be repeated.",
+)
 @click.option("--run", type=click.Path(path_type=Path), help="Run folder.  [default: runs/latest]")
-@click.option("--vocabulary", type=click.Path(path_type=Path), help="Keep only the text tokens of labels, templates and the texts in this file, one a line.")
-@click.option("--layout", type=click.Choice(LAYOUTS), default="bundle", show_default=True, help="optimum, open_clip: folders that those libraries load.")
-@click.option("--no-head", is_flag=True, help="Of --layout optimum: leave EduAttention out, class scores are plain cosines.")
-@click.option("--model", help="Instead of a run: any open_clip model (a name, or a JSON file of its configuration) or timm classifier.")
+@click.option(
+    "--vocabulary",
+    type=click.Path(path_type=Path),
+    help="Keep only the text tokens of labels, templates and the texts in this file, one a line.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="bundle",
+    show_default=True,
+    help="optimum, open_clip: folders that those libraries load.",
+)
+@click.option(
+    "--no-head",
+    is_flag=True,
+    help="Of --layout optimum: leave EduAttention out, class scores are plain cosines.",
+)
+@click.option(
+    "--model",
+    help="Instead of a run: any open_clip model (a name, or a JSON file of its configuration) or timm classifier.",
+)
 @click.option("--weights", help="Of --model: a file, random, pip:PACKAGE or hub:TAG.")
-@click.option("--labels", type=click.Path(path_type=Path), help="Of --model: a file, one label a line.")
-@click.option("--images", type=click.Path(path_type=Path), help="Of --model: a folder of pictures for calibration and golden answers.")
+@click.option(
+    "--labels", type=click.Path(path_type=Path), help="Of --model: a file, one label a line."
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Of --model: a folder of pictures for calibration and golden answers.",
+)
 @click.option("--image-only", is_flag=True, help="Of --model: leave the text encoder out.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of what is written.  [default: <run>/bundles, or bundles/<model>; of another layout <run>/<layout>]"
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of what is written.  [default: <run>/bundles, or bundles/<model>; of another layout <run>/<layout>]",
 )
 @json_option
 def export(
@@ -141,7 +198,11 @@ def export(
         if given and not model:
             raise click.UsageError(f"{option} belongs to --model")
     if bool(targets) == (layout == "open_clip"):
-        raise click.UsageError("--layout open_clip is the float student, without --target" if targets else "Missing option '--target'.")
+        raise click.UsageError(
+            "--layout open_clip is the float student, without --target"
+            if targets
+            else "Missing option '--target'."
+        )
     if layout == "open_clip" and model:
         raise click.UsageError("--layout open_clip is for a run's student")
     if no_head and layout != "optimum":
@@ -157,27 +218,50 @@ def export(
     from edgeclip.host.export.source import from_model, from_run, with_vocabulary
 
     if model and weights:
-        source = from_model(model, weights, label_file(labels) if labels else [], images, text=not image_only)
-        home = {kind: Path(kind) / model.removesuffix(".json").replace("/", "_") for kind in ("bundles", "optimum")}
+        source = from_model(
+            model, weights, label_file(labels) if labels else [], images, text=not image_only
+        )
+        home = {
+            kind: Path(kind) / model.removesuffix(".json").replace("/", "_")
+            for kind in ("bundles", "optimum")
+        }
     else:
         run = latest(run)
-        source, home = from_run(run), {kind: run / kind for kind in ("bundles", "optimum", "open_clip")}
+        source, home = (
+            from_run(run),
+            {kind: run / kind for kind in ("bundles", "optimum", "open_clip")},
+        )
         if layout == "open_clip":
             path = open_clip.write(run, source, (out or home[layout]) / run.name)
-            say(as_json, {"open_clip": str(path)}, f'open_clip.create_model_and_transforms("local-dir:{path}")')
+            say(
+                as_json,
+                {"open_clip": str(path)},
+                f'open_clip.create_model_and_transforms("local-dir:{path}")',
+            )
             return
     if vocabulary:
         source = with_vocabulary(source, label_file(vocabulary))
     if layout == "optimum":
         for name, target in loaded:
-            optimum.check(target.runtime, source.load_text is not None, None if no_head else source.head, name)
+            optimum.check(
+                target.runtime, source.load_text is not None, None if no_head else source.head, name
+            )
     rows = []
     for name, target in loaded:
-        path = write(source, name, target, (out if out and layout == "bundle" else home["bundles"]) / name)
+        path = write(
+            source, name, target, (out if out and layout == "bundle" else home["bundles"]) / name
+        )
         manifest = disk.read_manifest(path, "bundle")
         if layout == "optimum":
             path = optimum.write(path, (out or home[layout]) / name, head=not no_head)
-        rows.append({"target": name, "image_encoder_mib": manifest["image_encoder_bytes"] / 2**20, layout: str(path), "lint": manifest["lint"]})
+        rows.append(
+            {
+                "target": name,
+                "image_encoder_mib": manifest["image_encoder_bytes"] / 2**20,
+                layout: str(path),
+                "lint": manifest["lint"],
+            }
+        )
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
@@ -190,7 +274,13 @@ PROTOCOLS = ("zero_shot", "base_to_novel", "cross_dataset", "domain_generalisati
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @click.option("--protocol", type=click.Choice(PROTOCOLS), required=True, help="How to score it.")
-@click.option("--data", "given", multiple=True, metavar="SET", help="NAME=DIR, a folder in CLIP_benchmark's layout, or a YAML file; may be repeated.")
+@click.option(
+    "--data",
+    "given",
+    multiple=True,
+    metavar="SET",
+    help="NAME=DIR, a folder in CLIP_benchmark's layout, or a YAML file; may be repeated.",
+)
 @json_option
 def evaluate(run: Path | None, protocol: str, given: tuple[str, ...], as_json: bool) -> None:
     """Score RUN's student, and its teacher beside it, on the run's own test pictures or on other sets.
@@ -227,7 +317,11 @@ def report(run: Path | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="The recipe's path.  [default: <folder name>.yaml]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The recipe's path.  [default: <folder name>.yaml]",
+)
 @json_option
 def init(folder: Path, out: Path | None, as_json: bool) -> None:
     """Write a complete recipe for FOLDER, which has photos in one sub-folder a class.
@@ -239,12 +333,21 @@ def init(folder: Path, out: Path | None, as_json: bool) -> None:
     from edgeclip.host.recipe.starter import write_recipe
 
     path, classes = write_recipe(folder, out)
-    say(as_json, {"recipe": str(path), "classes": classes}, f"{path}: {classes} classes; next: edgeclip distill {path}")
+    say(
+        as_json,
+        {"recipe": str(path), "classes": classes},
+        f"{path}: {classes} classes; next: edgeclip distill {path}",
+    )
 
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--target", "target_name", required=True, help="A TensorRT target: a name from `edgeclip list targets`, or a YAML file.")
+@click.option(
+    "--target",
+    "target_name",
+    required=True,
+    help="A TensorRT target: a name from `edgeclip list targets`, or a YAML file.",
+)
 @json_option
 def lint(file: Path, target_name: str, as_json: bool) -> None:
     """Would TensorRT take this ONNX file? Names the node and the cure for each refusal; needs no GPU.
@@ -260,9 +363,16 @@ def lint(file: Path, target_name: str, as_json: bool) -> None:
     from edgeclip.host.export.lint import lint as check
 
     verdict = check(file, target)
-    checked = verdict["checked_by"] or "the rules alone; for TensorRT's own parser and builder: pip install 'edgeclip[lint]'"
+    checked = (
+        verdict["checked_by"]
+        or "the rules alone; for TensorRT's own parser and builder: pip install 'edgeclip[lint]'"
+    )
     legal = "legal; what it computes and how fast, `validate` and `bench` on the board say"
-    say(as_json, verdict, "\n".join([*(verdict["errors"] or [f"{file}: {legal}"]), f"checked by {checked}"]))
+    say(
+        as_json,
+        verdict,
+        "\n".join([*(verdict["errors"] or [f"{file}: {legal}"]), f"checked by {checked}"]),
+    )
     sys.exit(GATE_FAILED if verdict["errors"] else 0)
 
 
@@ -278,9 +388,17 @@ def list_(kind: str | None, as_json: bool) -> None:
     """
     from edgeclip.boards.doctor import purpose
 
-    rows = [(k.rstrip("s"), *row) for k in ([kind] if kind else ["recipes", "targets", "devices"]) for row in purpose(k.rstrip("s"))]
+    rows = [
+        (k.rstrip("s"), *row)
+        for k in ([kind] if kind else ["recipes", "targets", "devices"])
+        for row in purpose(k.rstrip("s"))
+    ]
     if as_json:
-        click.echo(json.dumps([{"kind": k, "name": n, "purpose": p, "path": f} for k, n, p, f in rows], indent=1))
+        click.echo(
+            json.dumps(
+                [{"kind": k, "name": n, "purpose": p, "path": f} for k, n, p, f in rows], indent=1
+            )
+        )
         return
     tables.table([[k, n, p] for k, n, p, _ in rows], ["kind", "name", "purpose"])
 

@@ -12,11 +12,19 @@ from edgeclip.errors import EdgeclipError
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle folder.  [default: one of runs/latest]")
-@click.option("--labels", help='Comma-separated, for example "a cat, a dog".  [default: the baked labels]')
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="Bundle folder.  [default: one of runs/latest]",
+)
+@click.option(
+    "--labels", help='Comma-separated, for example "a cat, a dog".  [default: the baked labels]'
+)
 @click.option("--top", default=5, show_default=True, help="How many labels to print.")
 @json_option
-def classify(images: tuple[Path, ...], bundle: Path | None, labels: str | None, top: int, as_json: bool) -> None:
+def classify(
+    images: tuple[Path, ...], bundle: Path | None, labels: str | None, top: int, as_json: bool
+) -> None:
     """Rank labels for each of IMAGES.
 
     \b
@@ -37,7 +45,11 @@ def classify(images: tuple[Path, ...], bundle: Path | None, labels: str | None, 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the new bundle.  [default: in place of BUNDLE]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the new bundle.  [default: in place of BUNDLE]",
+)
 @json_option
 def labels(bundle: Path, file: Path, out: Path | None, as_json: bool) -> None:
     """Bake the labels in FILE (one a line) into BUNDLE, without retraining.
@@ -55,8 +67,17 @@ def labels(bundle: Path, file: Path, out: Path | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A .npy file: float32 [n, D], unit rows in the order given.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle folder.  [default: one of runs/latest]")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A .npy file: float32 [n, D], unit rows in the order given.",
+)
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="Bundle folder.  [default: one of runs/latest]",
+)
 @json_option
 def embed(images: tuple[Path, ...], out: Path, bundle: Path | None, as_json: bool) -> None:
     """Write the image features of IMAGES, for an index.
@@ -72,4 +93,8 @@ def embed(images: tuple[Path, ...], out: Path, bundle: Path | None, as_json: boo
 
     features = Bundle.load(one_bundle(bundle)).encode_image(list(images))
     disk.write_array(out, features)
-    say(as_json, {"out": str(out), "shape": list(features.shape)}, f"{out}: {features.shape[0]} x {features.shape[1]}")
+    say(
+        as_json,
+        {"out": str(out), "shape": list(features.shape)},
+        f"{out}: {features.shape[0]} x {features.shape[1]}",
+    )

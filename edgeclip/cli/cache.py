@@ -16,8 +16,18 @@ def cache() -> None:
 
 @cache.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--data", "roots", multiple=True, metavar="[NAME=]DIR", help="Where the data lies on this machine; may be repeated.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the cache.  [default: cache/<fingerprint>, where distill finds it]")
+@click.option(
+    "--data",
+    "roots",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="Where the data lies on this machine; may be repeated.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the cache.  [default: cache/<fingerprint>, where distill finds it]",
+)
 @json_option
 def build(recipe: Path, roots: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Build the teacher caches that RECIPE needs. The same line again resumes; so do other processes, which share the work.

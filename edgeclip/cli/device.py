@@ -18,9 +18,17 @@ GATE_FAILED, TOO_FEW = 3, 4
 
 
 def _options(f: Callable[..., Any]) -> Callable[..., Any]:
-    @click.option("--run", type=click.Path(path_type=Path), help="Every bundle of this run.  [default: runs/latest]")
+    @click.option(
+        "--run",
+        type=click.Path(path_type=Path),
+        help="Every bundle of this run.  [default: runs/latest]",
+    )
     @click.option("--bundle", type=click.Path(path_type=Path), help="One bundle folder.")
-    @click.option("--clean", is_flag=True, help="Afterwards remove everything that edgeclip left on the board.")
+    @click.option(
+        "--clean",
+        is_flag=True,
+        help="Afterwards remove everything that edgeclip left on the board.",
+    )
     @functools.wraps(f)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if kwargs["run"] and kwargs["bundle"]:
@@ -30,7 +38,9 @@ def _options(f: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _bundles(run: Path | None, bundle: Path | None, name: str, device: Any) -> tuple[list[Any], Path | None]:
+def _bundles(
+    run: Path | None, bundle: Path | None, name: str, device: Any
+) -> tuple[list[Any], Path | None]:
     """(bundles that the device can run, the run's folder or None); those that it cannot run are named."""
     from edgeclip import disk
     from edgeclip.device.bundle import Bundle
@@ -39,19 +49,30 @@ def _bundles(run: Path | None, bundle: Path | None, name: str, device: Any) -> t
         run = latest(run)
         folders = sorted(p for p in (run / "bundles").glob("*") if (p / disk.MANIFEST).exists())
         if not folders:
-            raise EdgeclipError(run, "has no bundle", "make one with: edgeclip export --target onnx-int8")
+            raise EdgeclipError(
+                run, "has no bundle", "make one with: edgeclip export --target onnx-int8"
+            )
     else:
         folders = [bundle]
-        run = next((p for p in bundle.resolve().parents if (p / "evaluation" / disk.MANIFEST).exists()), None)
+        run = next(
+            (p for p in bundle.resolve().parents if (p / "evaluation" / disk.MANIFEST).exists()),
+            None,
+        )
     bundles = []
     for folder in folders:
         loaded = Bundle.load(folder, threads=device.threads, check=True, providers=device.providers)
         if loaded.manifest["runtime"] in device.runtimes:
             bundles.append(loaded)
         else:
-            click.echo(f"{folder.name}: not run, {name} has no {loaded.manifest['runtime']}", err=True)
+            click.echo(
+                f"{folder.name}: not run, {name} has no {loaded.manifest['runtime']}", err=True
+            )
     if not bundles:
-        raise EdgeclipError(name, f"can run none of these bundles (it has {', '.join(device.runtimes)})", "choose another --device or --bundle")
+        raise EdgeclipError(
+            name,
+            f"can run none of these bundles (it has {', '.join(device.runtimes)})",
+            "choose another --device or --bundle",
+        )
     return bundles, run
 
 
@@ -71,7 +92,9 @@ def _board(name: str, device: Any, clean: bool) -> Iterator[Any]:
             yield board
         except Exception:
             if clean:
-                with contextlib.suppress(EdgeclipError):  # what went wrong first is what the user sees
+                with contextlib.suppress(
+                    EdgeclipError
+                ):  # what went wrong first is what the user sees
                     board.clean()
             raise
         if clean:
@@ -83,7 +106,9 @@ def _path(run: Path, bundle: Any, device: str, what: str) -> Path:
     return run / "reports" / f"{bundle.folder.resolve().name}.{device}.{what}.json"
 
 
-def _write_parity(report: dict[str, Any], device: str, run: Path | None, bundle: Any) -> dict[str, Any]:
+def _write_parity(
+    report: dict[str, Any], device: str, run: Path | None, bundle: Any
+) -> dict[str, Any]:
     """The report, and what it says of an engine in the engines' history."""
     import datetime
 
@@ -96,7 +121,9 @@ def _write_parity(report: dict[str, Any], device: str, run: Path | None, bundle:
     return _write_report(report, device, run, bundle)
 
 
-def _write_report(report: dict[str, Any], device: str, run: Path | None, bundle: Any) -> dict[str, Any]:
+def _write_report(
+    report: dict[str, Any], device: str, run: Path | None, bundle: Any
+) -> dict[str, Any]:
     from edgeclip import disk
 
     report = {"device": device, **report}
@@ -111,15 +138,34 @@ def _earlier(run: Path | None, bundle: Any, device: str, kind: str) -> dict[str,
 
     path = _path(run, bundle, device, kind) if run else None
     found: dict[str, Any] | None = disk.read_json(path) if path and path.exists() else None
-    return found if found and found["bundle"] == disk.sha256(bundle.folder / disk.MANIFEST) else None
+    return (
+        found if found and found["bundle"] == disk.sha256(bundle.folder / disk.MANIFEST) else None
+    )
 
 
 @click.command()
 @_options
-@click.option("--device", "device_name", default="host-cpu", show_default=True, help="A name from `edgeclip list devices`, or a YAML file.")
-@click.option("--pictures", type=click.IntRange(min=1), help="So many evaluation pictures, always the same ones, where a device is slow.  [default: all]")
+@click.option(
+    "--device",
+    "device_name",
+    default="host-cpu",
+    show_default=True,
+    help="A name from `edgeclip list devices`, or a YAML file.",
+)
+@click.option(
+    "--pictures",
+    type=click.IntRange(min=1),
+    help="So many evaluation pictures, always the same ones, where a device is slow.  [default: all]",
+)
 @json_option
-def validate(run: Path | None, bundle: Path | None, clean: bool, device_name: str, pictures: int | None, as_json: bool) -> None:
+def validate(
+    run: Path | None,
+    bundle: Path | None,
+    clean: bool,
+    device_name: str,
+    pictures: int | None,
+    as_json: bool,
+) -> None:
     """Compare bundles with the fp32 student on a device: values, decisions, accuracy.
 
     \b
@@ -146,20 +192,46 @@ def validate(run: Path | None, bundle: Path | None, clean: bool, device_name: st
         click.echo(json.dumps(reports, indent=1))
     else:
         tables.parity(reports)
-    sys.exit(max(GATE_FAILED if r["verdict"] == "fail" else 0 for r in reports) or max(TOO_FEW if r["verdict"] == "too few pictures" else 0 for r in reports))
+    sys.exit(
+        max(GATE_FAILED if r["verdict"] == "fail" else 0 for r in reports)
+        or max(TOO_FEW if r["verdict"] == "too few pictures" else 0 for r in reports)
+    )
 
 
 @click.command()
 @_options
-@click.option("--device", "devices", multiple=True, help="A name from `edgeclip list devices`, or a YAML file; several are compared.  [default: host-cpu]")
-@click.option("--scenario", type=click.Choice(["single_stream", "multi_stream", "offline"]), help="MLPerf's; all three when omitted.")
-@click.option("--minutes", default=0.0, help="So many minutes of sustained load besides: temperature, throttling, drift of p90.")
 @click.option(
-    "--meter", "meter_csv", type=click.Path(path_type=Path), help="A CSV (timestamp, watts) that a power meter of the one --device is writing here meanwhile."
+    "--device",
+    "devices",
+    multiple=True,
+    help="A name from `edgeclip list devices`, or a YAML file; several are compared.  [default: host-cpu]",
+)
+@click.option(
+    "--scenario",
+    type=click.Choice(["single_stream", "multi_stream", "offline"]),
+    help="MLPerf's; all three when omitted.",
+)
+@click.option(
+    "--minutes",
+    default=0.0,
+    help="So many minutes of sustained load besides: temperature, throttling, drift of p90.",
+)
+@click.option(
+    "--meter",
+    "meter_csv",
+    type=click.Path(path_type=Path),
+    help="A CSV (timestamp, watts) that a power meter of the one --device is writing here meanwhile.",
 )
 @json_option
 def bench(
-    run: Path | None, bundle: Path | None, clean: bool, devices: tuple[str, ...], scenario: str | None, minutes: float, meter_csv: Path | None, as_json: bool
+    run: Path | None,
+    bundle: Path | None,
+    clean: bool,
+    devices: tuple[str, ...],
+    scenario: str | None,
+    minutes: float,
+    meter_csv: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure latency, throughput, stages, cold start, memory and energy on one device or several.
 
@@ -188,14 +260,27 @@ def bench(
             tables.bench(new)
     rows, lines = comparison.rows(reports, parities), comparison.int8_gain(reports)
     if as_json:
-        click.echo(json.dumps(reports if len(devices) < 2 else {"reports": reports, "comparison": rows, "int8": lines}, indent=1))
+        click.echo(
+            json.dumps(
+                reports
+                if len(devices) < 2
+                else {"reports": reports, "comparison": rows, "int8": lines},
+                indent=1,
+            )
+        )
     elif len(reports) > 1:
         tables.comparison(rows, lines)
     sys.exit(GATE_FAILED if any(r["failures"] for r in reports) else 0)
 
 
 def _bench_one(
-    device_name: str, run: Path | None, bundle: Path | None, clean: bool, scenarios: tuple[str, ...], minutes: float, meter_csv: Path | None
+    device_name: str,
+    run: Path | None,
+    bundle: Path | None,
+    clean: bool,
+    scenarios: tuple[str, ...],
+    minutes: float,
+    meter_csv: Path | None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any] | None]]:
     """(the bench reports of one device, the parity report of each where there is one)"""
     from edgeclip import disk
@@ -211,7 +296,11 @@ def _bench_one(
 
     name, device = D.load(device_name)
     bundles, run = _bundles(run, bundle, name, device)
-    short = disk.read_json(run / "recipe.json").get("bench") if run and (run / "recipe.json").exists() else None
+    short = (
+        disk.read_json(run / "recipe.json").get("bench")
+        if run and (run / "recipe.json").exists()
+        else None
+    )
     minimum = D.Minimum(**short) if short else device.bench
     evaluation = load_evaluation(run / "evaluation") if run else None
     reports, parities = [], []
@@ -226,17 +315,39 @@ def _bench_one(
             earlier = _earlier(run, b, name, "bench")
             try:
                 if board is None:
-                    report = measure(b, device, here, evaluation.folder if evaluation else None, minimum, scenarios, minutes, meter_csv)
+                    report = measure(
+                        b,
+                        device,
+                        here,
+                        evaluation.folder if evaluation else None,
+                        minimum,
+                        scenarios,
+                        minutes,
+                        meter_csv,
+                    )
                 else:
                     report = board.bench(b, minimum, scenarios, minutes, meter_csv)
             except LinkLost as e:
-                if earlier is None or "incomplete" in earlier:  # a whole report of this bundle stays
+                if (
+                    earlier is None or "incomplete" in earlier
+                ):  # a whole report of this bundle stays
                     _write_report(incomplete(b, board.facts, minimum, str(e)), name, run, b)
                 raise
-            report = (joined(report, earlier, device) if earlier else report) | {"preflight": [r._asdict() for r in rows]}
+            report = (joined(report, earlier, device) if earlier else report) | {
+                "preflight": [r._asdict() for r in rows]
+            }
             parity = _earlier(run, b, name, "parity")
-            if "engine" in report["ran"] and not validated(parity, report):  # a benchmark of an engine counts once it is known to answer right
-                parity = _write_parity(compare(b, evaluation, here) if board is None else board.validate(b, evaluation), name, run, b)
+            if "engine" in report["ran"] and not validated(
+                parity, report
+            ):  # a benchmark of an engine counts once it is known to answer right
+                parity = _write_parity(
+                    compare(b, evaluation, here)
+                    if board is None
+                    else board.validate(b, evaluation),
+                    name,
+                    run,
+                    b,
+                )
             if "engine" in report["ran"] and parity is not None and parity["verdict"] == "fail":
                 report["failures"] += [f"parity of this engine: {f}" for f in parity["failures"]]
             reports.append(_write_report(report, name, run, b))
@@ -246,10 +357,22 @@ def _bench_one(
 
 @click.command()
 @_options
-@click.option("--device", "device_name", required=True, help="A name from `edgeclip list devices`, or a YAML file.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path(), help="Folder of the reports.  [default: the working folder]")
+@click.option(
+    "--device",
+    "device_name",
+    required=True,
+    help="A name from `edgeclip list devices`, or a YAML file.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="Folder of the reports.  [default: the working folder]",
+)
 @json_option
-def selftest(run: Path | None, bundle: Path | None, clean: bool, device_name: str, out: Path, as_json: bool) -> None:
+def selftest(
+    run: Path | None, bundle: Path | None, clean: bool, device_name: str, out: Path, as_json: bool
+) -> None:
     """Try on a device what could not be tried without one; writes a report to attach to an issue.
 
     \b
@@ -276,7 +399,11 @@ def selftest(run: Path | None, bundle: Path | None, clean: bool, device_name: st
 
 
 @click.command()
-@click.option("--device", "device_name", help="Look at that device instead: is it reached, is it what the profile says, is it fit to be measured?")
+@click.option(
+    "--device",
+    "device_name",
+    help="Look at that device instead: is it reached, is it what the profile says, is it fit to be measured?",
+)
 @click.option("--clean", is_flag=True, help="Remove everything that edgeclip left on the board.")
 @json_option
 def doctor(device_name: str | None, clean: bool, as_json: bool) -> None:
@@ -297,7 +424,13 @@ def doctor(device_name: str | None, clean: bool, as_json: bool) -> None:
         return
     name, device = D.load(device_name)
     with _board(name, device, clean) as board:
-        facts, rows = preflight_here(device) if board is None else (board.facts, board.preflight([], None))
-    found = {**({"machine": facts} if D.is_remote(device) else examine()), "device": name, "preflight": [r._asdict() for r in rows]}
+        facts, rows = (
+            preflight_here(device) if board is None else (board.facts, board.preflight([], None))
+        )
+    found = {
+        **({"machine": facts} if D.is_remote(device) else examine()),
+        "device": name,
+        "preflight": [r._asdict() for r in rows],
+    }
     click.echo(json.dumps(found, indent=1)) if as_json else tables.preflight(found)
     sys.exit(GATE_FAILED if any(r.status == "fail" for r in rows) else 0)

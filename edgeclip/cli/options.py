@@ -24,7 +24,11 @@ def say(as_json: bool, value: Any, text: str) -> None:
 def latest(run: Path | None) -> Path:
     run = run or DEFAULT_RUN
     if not run.exists():
-        raise EdgeclipError(run, "there is no such run", "name one with --run, or make one with: edgeclip distill RECIPE")
+        raise EdgeclipError(
+            run,
+            "there is no such run",
+            "name one with --run, or make one with: edgeclip distill RECIPE",
+        )
     if run.is_symlink():
         click.echo(f"run: {run.resolve()}", err=True)
     return run.resolve()
@@ -35,22 +39,38 @@ def one_bundle(bundle: Path | None) -> Path:
     if bundle is not None:
         return bundle
     run = latest(None)
-    for name in ("onnx-int8-arm" if platform.machine() == "aarch64" else "onnx-int8", "onnx-fp32", "openvino-int8"):
+    for name in (
+        "onnx-int8-arm" if platform.machine() == "aarch64" else "onnx-int8",
+        "onnx-fp32",
+        "openvino-int8",
+    ):
         if (run / "bundles" / name).is_dir():
             click.echo(f"bundle: {run / 'bundles' / name}", err=True)
             return run / "bundles" / name
-    raise EdgeclipError(run, "has no bundle that classifies on this machine", "name one with --bundle, or make one with: edgeclip export --target onnx-int8")
+    raise EdgeclipError(
+        run,
+        "has no bundle that classifies on this machine",
+        "name one with --bundle, or make one with: edgeclip export --target onnx-int8",
+    )
 
 
 def label_file(path: Path) -> list[str]:
     try:
-        labels = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        labels = [
+            line.strip()
+            for line in path.read_text(encoding="utf-8-sig").splitlines()
+            if line.strip()
+        ]
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
     except OSError as e:
-        raise EdgeclipError(path, f"cannot be read ({e.strerror})", "give a text file, one label a line") from None
+        raise EdgeclipError(
+            path, f"cannot be read ({e.strerror})", "give a text file, one label a line"
+        ) from None
     except UnicodeDecodeError:
-        raise EdgeclipError(path, "is not UTF-8", "save it as UTF-8 (iconv -f cp1252 -t utf-8)") from None
+        raise EdgeclipError(
+            path, "is not UTF-8", "save it as UTF-8 (iconv -f cp1252 -t utf-8)"
+        ) from None
     if not labels:
         raise EdgeclipError(path, "empty class list", "write one label a line")
     return labels

@@ -13,7 +13,13 @@ INERT = 0.01
 def table(rows: Sequence[Sequence[Any]], headers: list[str]) -> None:
     from tabulate import tabulate
 
-    click.echo(tabulate([[NOT_MEASURED if c is None else c for c in row] for row in rows], headers, disable_numparse=True))
+    click.echo(
+        tabulate(
+            [[NOT_MEASURED if c is None else c for c in row] for row in rows],
+            headers,
+            disable_numparse=True,
+        )
+    )
 
 
 MODELS = {
@@ -32,12 +38,32 @@ def _sets(results: dict[str, Any]) -> None:
     rows = []
     for s in results["sets"]:
         always = ("student", "student_teacher_text", "student_own_text")
-        shown = ["teacher", *(m for m in MODELS if s.get(m) and m != "teacher" and (m in always or results["edu_attention"]))]
+        shown = [
+            "teacher",
+            *(
+                m
+                for m in MODELS
+                if s.get(m) and m != "teacher" and (m in always or results["edu_attention"])
+            ),
+        ]
         for model in shown:
             r1, r5 = (f"{s[model][k]:.3f}" for k in ("r1", "r5")) if s[model] else (None, None)
-            rows.append([s["name"], MODELS[model], r1, r5, f"{s['chance_r1']:.4f}", s["pictures"], s["classes"]])
+            rows.append(
+                [
+                    s["name"],
+                    MODELS[model],
+                    r1,
+                    r5,
+                    f"{s['chance_r1']:.4f}",
+                    s["pictures"],
+                    s["classes"],
+                ]
+            )
     table(rows, ["set", "model", "R@1", "R@5", "chance", "pictures", "classes"])
-    for field, what in (("harmonic_mean", "harmonic mean of base and novel"), ("average", "average R@1")):
+    for field, what in (
+        ("harmonic_mean", "harmonic mean of base and novel"),
+        ("average", "average R@1"),
+    ):
         for model, value in results.get(field, {}).items():
             if model in ("teacher", "student") or results["edu_attention"]:
                 click.echo(f"{what}, {MODELS[model]}: {value:.3f}")
@@ -45,11 +71,21 @@ def _sets(results: dict[str, Any]) -> None:
         alpha = results["edu_attention"]["alpha"]
         gains = []
         for s in results["sets"]:
-            with_it = s["student"] if results["edu_attention"]["kept"] else s.get("student_with_edu_attention")
-            gain = f"{100 * (with_it['r1'] - s['student_without_edu_attention']['r1']):+.1f} pp" if with_it else NOT_MEASURED
+            with_it = (
+                s["student"]
+                if results["edu_attention"]["kept"]
+                else s.get("student_with_edu_attention")
+            )
+            gain = (
+                f"{100 * (with_it['r1'] - s['student_without_edu_attention']['r1']):+.1f} pp"
+                if with_it
+                else NOT_MEASURED
+            )
             gains.append(f"{gain} on {s['name']}")
         inert = "; it stayed inert" if abs(alpha) < INERT else ""
-        click.echo(f"edu attention: alpha {alpha:+.3f} at the end{inert}; R@1 with it minus without: {', '.join(gains)}")
+        click.echo(
+            f"edu attention: alpha {alpha:+.3f} at the end{inert}; R@1 with it minus without: {', '.join(gains)}"
+        )
     for s in results["sets"]:
         click.echo(f"{s['name']}: {s['note']}")
 
@@ -61,9 +97,21 @@ def protocol(results: dict[str, Any]) -> None:
             for model in ("teacher", "student"):
                 for way in ("image_to_text", "text_to_image"):
                     value = s[model][way] if s[model] else {}
-                    chance = "/".join(f"{s['student'][way][f'chance_r{k}']:.3f}" for k in (1, 5, 10))
+                    chance = "/".join(
+                        f"{s['student'][way][f'chance_r{k}']:.3f}" for k in (1, 5, 10)
+                    )
                     of_model = [f"{value[f'r{k}']:.3f}" if value else None for k in (1, 5, 10)]
-                    rows.append([s["name"], MODELS[model], way.replace("_", " "), *of_model, chance, s["pictures"], s["texts"]])
+                    rows.append(
+                        [
+                            s["name"],
+                            MODELS[model],
+                            way.replace("_", " "),
+                            *of_model,
+                            chance,
+                            s["pictures"],
+                            s["texts"],
+                        ]
+                    )
         table(rows, ["set", "model", "way", "R@1", "R@5", "R@10", "chance", "pictures", "texts"])
         for s in results["sets"]:
             click.echo(f"{s['name']}: {s['note']}")
@@ -90,14 +138,21 @@ def accuracy(results: dict[str, Any]) -> None:
         click.echo(f"skipped: {line}")
     whole = sum(results["seconds"].values())
     table(
-        [[name, f"{seconds:.1f}", f"{seconds / max(whole, 1e-9):.0%}"] for name, seconds in results["seconds"].items()], ["where the time went", "s", "share"]
+        [
+            [name, f"{seconds:.1f}", f"{seconds / max(whole, 1e-9):.0%}"]
+            for name, seconds in results["seconds"].items()
+        ],
+        ["where the time went", "s", "share"],
     )
     click.echo(f"time: {whole:.0f} s; peak memory {results['peak_memory_mib']} MiB")
     click.echo(f"run: {results['run']}")
 
 
 def bundles(rows: list[dict[str, Any]], layout: str = "bundle") -> None:
-    table([[r["target"], f"{r['image_encoder_mib']:.1f}", r[layout]] for r in rows], ["target", "image encoder MiB", layout])
+    table(
+        [[r["target"], f"{r['image_encoder_mib']:.1f}", r[layout]] for r in rows],
+        ["target", "image encoder MiB", layout],
+    )
     for r in rows:
         if lint := r["lint"]:
             click.echo(
@@ -111,59 +166,150 @@ def parity(reports: list[dict[str, Any]]) -> None:
         numbers: list[str | None] = [None] * 8
         if r["accuracy"]:
             a, c = r["accuracy"], r["cosine"]
-            values = (c["centred_p1"], c["raw_p1"], r["top1_agreement"], r["agreement_where_right"], a["reference_r1"], a["bundle_r1"])
-            numbers = [*(None if v is None else f"{v:.4f}" for v in values), f"{a['drop_pp']:.2f}", f"{a['upper_pp']:.2f}"]
+            values = (
+                c["centred_p1"],
+                c["raw_p1"],
+                r["top1_agreement"],
+                r["agreement_where_right"],
+                a["reference_r1"],
+                a["bundle_r1"],
+            )
+            numbers = [
+                *(None if v is None else f"{v:.4f}" for v in values),
+                f"{a['drop_pp']:.2f}",
+                f"{a['upper_pp']:.2f}",
+            ]
         rows.append([r["target"], r["pictures"], *numbers, r["verdict"]])
     table(
         rows,
-        ["target", "pictures", "cosine p1 centred", "raw", "top-1 agreement", "where fp32 is right", "R@1 fp32", "R@1", "drop pp", "at most pp", "verdict"],
+        [
+            "target",
+            "pictures",
+            "cosine p1 centred",
+            "raw",
+            "top-1 agreement",
+            "where fp32 is right",
+            "R@1 fp32",
+            "R@1",
+            "drop pp",
+            "at most pp",
+            "verdict",
+        ],
     )
     for r in reports:
         for failure in r["failures"]:
             click.echo(f"{r['target']}: {failure}")
         if r["verdict"] == "golden pictures only":
-            click.echo(f"{r['target']}: {r['not_compared']}: only its golden pictures were compared (cosine {r['golden']['cosine_min']:.4f})")
+            click.echo(
+                f"{r['target']}: {r['not_compared']}: only its golden pictures were compared (cosine {r['golden']['cosine_min']:.4f})"
+            )
         if r["verdict"] == "too few pictures":
-            click.echo(f"{r['target']}: {r['pictures']} pictures cannot exclude a drop of {r['accuracy']['upper_pp']:.2f} pp")
+            click.echo(
+                f"{r['target']}: {r['pictures']} pictures cannot exclude a drop of {r['accuracy']['upper_pp']:.2f} pp"
+            )
 
 
 def processor(machine: dict[str, Any]) -> str:
     """ARM's kernel names no model: then it is the board."""
-    name: str = machine["cpu"] or machine.get("device_tree_model") or f"unnamed {machine.get('arch', 'processor')}"
+    name: str = (
+        machine["cpu"]
+        or machine.get("device_tree_model")
+        or f"unnamed {machine.get('arch', 'processor')}"
+    )
     return name
 
 
 def bench(reports: list[dict[str, Any]]) -> None:
     rows = []
     for r in reports:
-        s, m, o, stages, cold = (r[k] or {} for k in ("single_stream", "multi_stream", "offline", "stages", "cold_start"))
+        s, m, o, stages, cold = (
+            r[k] or {} for k in ("single_stream", "multi_stream", "offline", "stages", "cold_start")
+        )
         of_stages = [stages.get(f"{k}_ms") for k in ("decode", "preprocess", "model", "head")]
         numbers = [s.get(f"latency_ms_{k}") for k in ("p50", "p90", "p99")]
-        numbers += [m.get("latency_ms_p99"), o.get("pictures_per_second"), *of_stages, cold.get("process_ms"), r["energy_mj_per_image"]]
-        rows.append([r["target"], *(None if v is None else f"{v:.2f}" for v in numbers), r["peak_memory_mib"], f"{r['image_encoder_bytes'] / 2**20:.1f}"])
+        numbers += [
+            m.get("latency_ms_p99"),
+            o.get("pictures_per_second"),
+            *of_stages,
+            cold.get("process_ms"),
+            r["energy_mj_per_image"],
+        ]
+        rows.append(
+            [
+                r["target"],
+                *(None if v is None else f"{v:.2f}" for v in numbers),
+                r["peak_memory_mib"],
+                f"{r['image_encoder_bytes'] / 2**20:.1f}",
+            ]
+        )
     latency = ["target", "p50 ms", "p90 ms", "p99 ms", "multi p99 ms", "offline /s"]
-    table(rows, [*latency, "decode ms", "preprocess ms", "model ms", "head ms", "cold start ms", "mJ", "peak MiB", "encoder MiB"])
+    table(
+        rows,
+        [
+            *latency,
+            "decode ms",
+            "preprocess ms",
+            "model ms",
+            "head ms",
+            "cold start ms",
+            "mJ",
+            "peak MiB",
+            "encoder MiB",
+        ],
+    )
     r = reports[0]
-    isa = "unknown" if r["machine"]["isa"] is None else ", ".join(r["machine"]["isa"]) or "none that matters here"
-    click.echo(f"{r['device']}: {processor(r['machine'])}, ISA {isa}, {r['ran']['threads']} thread(s), warm-up {r['warm_up']} queries")
+    isa = (
+        "unknown"
+        if r["machine"]["isa"] is None
+        else ", ".join(r["machine"]["isa"]) or "none that matters here"
+    )
+    click.echo(
+        f"{r['device']}: {processor(r['machine'])}, ISA {isa}, {r['ran']['threads']} thread(s), warm-up {r['warm_up']} queries"
+    )
     if any(x["short_run"] for x in reports):
-        click.echo(f"short run: at least {r['min_duration_s']:g} s and {r['min_query_count']} queries, where MLPerf asks for 60 s and 1,024")
+        click.echo(
+            f"short run: at least {r['min_duration_s']:g} s and {r['min_query_count']} queries, where MLPerf asks for 60 s and 1,024"
+        )
     for x in reports:
         if "stored" in x["ran"]["precision"]:
             click.echo(f"{x['target']}: {x['ran']['precision']}")
         if e := x["energy"]:
-            rate = "too few samples" if e["rate_hz"] is None else f"{e['rate_hz']:.1f} Hz, idle {e['idle_w']:.2f} W, load {e['load_w']:.2f} W"
-            half = "" if e["mj_per_image"] is None else f", {e['mj_per_image']:.2f} +- {e['mj_per_image_half_width']:.2f} mJ (scatter only)"
-            steady = {True: "steady", False: "still warming up", None: "temperature unknown"}[e["steady"]]
+            rate = (
+                "too few samples"
+                if e["rate_hz"] is None
+                else f"{e['rate_hz']:.1f} Hz, idle {e['idle_w']:.2f} W, load {e['load_w']:.2f} W"
+            )
+            half = (
+                ""
+                if e["mj_per_image"] is None
+                else f", {e['mj_per_image']:.2f} +- {e['mj_per_image_half_width']:.2f} mJ (scatter only)"
+            )
+            steady = {True: "steady", False: "still warming up", None: "temperature unknown"}[
+                e["steady"]
+            ]
             click.echo(f"{x['target']}: energy by {e['source']}: {rate}{half}, {steady}")
         if t := x["sustained"]:
-            slowed = "unknown whether throttled" if t["throttled"] is None else f"throttled: {', '.join(t['throttled']) or 'no'}"
-            slowed += " (and since the board was started already)" if t.get("throttled_before") else ""
+            slowed = (
+                "unknown whether throttled"
+                if t["throttled"] is None
+                else f"throttled: {', '.join(t['throttled']) or 'no'}"
+            )
+            slowed += (
+                " (and since the board was started already)" if t.get("throttled_before") else ""
+            )
             first, last = (t["windows"][i]["temperature_c"] for i in (0, -1))
-            hot = f"temperature {NOT_MEASURED}" if first is None or last is None else f"{first:.0f} to {last:.0f} degrees C"
-            click.echo(f"{x['target']}: {t['minutes']:g} minutes: p90 of the last tenth {t['p90_drift']:.2f} times the first's; {hot}; {slowed}")
+            hot = (
+                f"temperature {NOT_MEASURED}"
+                if first is None or last is None
+                else f"{first:.0f} to {last:.0f} degrees C"
+            )
+            click.echo(
+                f"{x['target']}: {t['minutes']:g} minutes: p90 of the last tenth {t['p90_drift']:.2f} times the first's; {hot}; {slowed}"
+            )
         if x["kept"]:
-            click.echo(f"{x['target']}: not measured anew, kept from the report before: {', '.join(x['kept'])}")
+            click.echo(
+                f"{x['target']}: not measured anew, kept from the report before: {', '.join(x['kept'])}"
+            )
         for failure in x["failures"]:
             click.echo(f"{x['target']}: {'over budget: ' if 'budget' in failure else ''}{failure}")
     for x in reports:
@@ -177,15 +323,24 @@ def caches(found: list[dict[str, Any]]) -> None:
             ["folder", c["folder"]],
             ["teacher", c["teacher"]],
             ["data", c["data"]],
-            ["pictures x views", f"{c['pictures']:,} x {c['views']} ({len(c['skipped'])} pictures skipped)"],
+            [
+                "pictures x views",
+                f"{c['pictures']:,} x {c['views']} ({len(c['skipped'])} pictures skipped)",
+            ],
             [
                 "row",
-                f"{c['width']} wide, unit within {c['unit_error']:.1g}, " + (f"norm {norm['min']:.3g} to {norm['max']:.3g}" if norm else "norms not known"),
+                f"{c['width']} wide, unit within {c['unit_error']:.1g}, "
+                + (f"norm {norm['min']:.3g} to {norm['max']:.3g}" if norm else "norms not known"),
             ],
             ["captions a picture", c["captions"]],
             ["classes", c["classes"]],
             ["shards", f"{c['shards']:,}, {c['bytes'] / 2**20:,.1f} MiB"],
-            ["replayed", f"{c['replay']['views']} views, cosine {c['replay']['cosine_min']:.4f} or more" if c["replay"] else None],
+            [
+                "replayed",
+                f"{c['replay']['views']} views, cosine {c['replay']['cosine_min']:.4f} or more"
+                if c["replay"]
+                else None,
+            ],
         ]
         table(rows, ["teacher cache", ""])
 
@@ -203,7 +358,9 @@ def comparison(rows: list[dict[str, Any]], lines: list[str]) -> None:
         ["device", "target", "R@1", "p90 ms", "offline /s", "mJ", "mJ a right answer", "encoder MiB", "front"],
     )  # fmt: skip
     if rows:
-        click.echo(f"*: not beaten on {', '.join(rows[0]['axes']) or 'anything, since nothing was measured'}")
+        click.echo(
+            f"*: not beaten on {', '.join(rows[0]['axes']) or 'anything, since nothing was measured'}"
+        )
         for axis, why in rows[0]["left_out"].items():
             click.echo(f"{axis} takes no part: {why}")
     for line in lines:
@@ -212,7 +369,15 @@ def comparison(rows: list[dict[str, Any]], lines: list[str]) -> None:
 
 def selftest(reports: list[dict[str, Any]], paths: list[str]) -> None:
     for r, path in zip(reports, paths, strict=True):
-        rows = [[s["step"], s["status"], f"{s['seconds']:.1f}", " ".join(str(s["detail"] or "").split())[:100]] for s in r["steps"]]
+        rows = [
+            [
+                s["step"],
+                s["status"],
+                f"{s['seconds']:.1f}",
+                " ".join(str(s["detail"] or "").split())[:100],
+            ]
+            for s in r["steps"]
+        ]
         table(rows, [r["target"]["name"], "", "s", ""])
         click.echo(f"report, to attach to an issue: {path}")
 
@@ -226,13 +391,25 @@ def ranking(results: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def doctor(found: dict[str, Any]) -> None:
-    table([[k, ", ".join(v) if isinstance(v, list) else "unknown" if v is None else v] for k, v in found["machine"].items()], ["machine", ""])
+    table(
+        [
+            [k, ", ".join(v) if isinstance(v, list) else "unknown" if v is None else v]
+            for k, v in found["machine"].items()
+        ],
+        ["machine", ""],
+    )
     click.echo()
-    table([[p["part"], p["version"] or "missing", p["install"] or ""] for p in found["parts"]], ["part", "version", "install with"])
+    table(
+        [[p["part"], p["version"] or "missing", p["install"] or ""] for p in found["parts"]],
+        ["part", "version", "install with"],
+    )
     click.echo()
     for kind in ("targets", "devices", "recipes"):
         click.echo(f"{kind}: {', '.join(found[kind])}")
 
 
 def preflight(record: dict[str, Any]) -> None:
-    table([[r["check"], r["status"], r["found"], r["need"]] for r in record["preflight"]], [record["device"], "", "found", "should be"])
+    table(
+        [[r["check"], r["status"], r["found"], r["need"]] for r in record["preflight"]],
+        [record["device"], "", "found", "should be"],
+    )

@@ -25,7 +25,9 @@ MARK = b"edgeclip-reply "
 def validate(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     from edgeclip.device.validate import load_evaluation, observe
 
-    evaluation = load_evaluation(Path(work["evaluation"]), work["pictures"]) if work["evaluation"] else None
+    evaluation = (
+        load_evaluation(Path(work["evaluation"]), work["pictures"]) if work["evaluation"] else None
+    )
     facts, arrays = observe(_bundle(work, device), evaluation)
     return facts, arrays
 
@@ -34,8 +36,20 @@ def bench(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[st
     from edgeclip.device.bench import bench as measure
 
     evaluation = Path(work["evaluation"]) if work["evaluation"] else None
-    how = {"scenarios": tuple(work["scenarios"]), "minutes": work["minutes"], "python": tuple(work["python"]), "metered": work.get("metered", False)}
-    return measure(_bundle(work, device), device, machine.facts(), evaluation, Minimum(**work["minimum"]), **how), {}
+    how = {
+        "scenarios": tuple(work["scenarios"]),
+        "minutes": work["minutes"],
+        "python": tuple(work["python"]),
+        "metered": work.get("metered", False),
+    }
+    return measure(
+        _bundle(work, device),
+        device,
+        machine.facts(),
+        evaluation,
+        Minimum(**work["minimum"]),
+        **how,
+    ), {}
 
 
 def selftest(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -48,7 +62,9 @@ VERBS = {"validate": validate, "bench": bench, "selftest": selftest}
 
 
 def _bundle(work: dict[str, Any], device: Device) -> Bundle:
-    return Bundle.load(Path(work["bundle"]), threads=device.threads, check=True, providers=device.providers)
+    return Bundle.load(
+        Path(work["bundle"]), threads=device.threads, check=True, providers=device.providers
+    )
 
 
 def main() -> None:
@@ -64,7 +80,13 @@ def main() -> None:
         np.savez(payload, allow_pickle=False, **arrays)
     except EdgeclipError as e:
         answer = {"error": str(e)}
-    out.write(b"\n" + MARK + json.dumps({**answer, "bytes": len(payload.getvalue())}).encode() + b"\n" + payload.getvalue())
+    out.write(
+        b"\n"
+        + MARK
+        + json.dumps({**answer, "bytes": len(payload.getvalue())}).encode()
+        + b"\n"
+        + payload.getvalue()
+    )
     out.flush()
 
 

@@ -46,7 +46,9 @@ STREAMS = 8
 WINDOWS = 10
 
 
-def run_scenario(query: Callable[[Any], Any], samples: list[Any], min_duration_s: float, min_query_count: int) -> list[float]:
+def run_scenario(
+    query: Callable[[Any], Any], samples: list[Any], min_duration_s: float, min_query_count: int
+) -> list[float]:
     """Latencies in seconds of one query after another, cycling through `samples`, after WARM_UP untimed ones."""
     for i in range(WARM_UP):
         query(samples[i % len(samples)])
@@ -99,17 +101,37 @@ def bench(
     session = bundle.image_encoder
     report = _blank(bundle, here, {**session.facts, "precision": bundle.precision}, minimum)
     if here["emulated"] or device.reach.emulate:
-        report["failures"] = ["timings refused: the processor is emulated, and an emulator's times say nothing about a board"]
+        report["failures"] = [
+            "timings refused: the processor is emulated, and an emulator's times say nothing about a board"
+        ]
         return report
     sources = _pictures(bundle, evaluation)
     inputs = [normalise(bundle.pixels(open_picture(s))[None], bundle.preprocess) for s in sources]
-    for scenario, batch in (("single_stream", 1), ("multi_stream", STREAMS), ("offline", device.offline_batch)):
+    for scenario, batch in (
+        ("single_stream", 1),
+        ("multi_stream", STREAMS),
+        ("offline", device.offline_batch),
+    ):
         if scenario in scenarios:
-            batches = inputs if batch == 1 else [np.concatenate([inputs[i % len(inputs)] for i in range(batch)])]
-            count = minimum.min_query_count if scenario == "multi_stream" else -(-minimum.min_query_count // batch)  # a p99 needs its queries
-            say(f"bench {name}: {scenario}, at least {minimum.min_duration_s:g} s and {count} queries of {batch}")
+            batches = (
+                inputs
+                if batch == 1
+                else [np.concatenate([inputs[i % len(inputs)] for i in range(batch)])]
+            )
+            count = (
+                minimum.min_query_count
+                if scenario == "multi_stream"
+                else -(-minimum.min_query_count // batch)
+            )  # a p99 needs its queries
+            say(
+                f"bench {name}: {scenario}, at least {minimum.min_duration_s:g} s and {count} queries of {batch}"
+            )
             result = summary(run_scenario(session.run, batches, minimum.min_duration_s, count))
-            report[scenario] = {**result, "batch": batch, "pictures_per_second": 1e3 * batch / float(result["latency_ms_mean"] or 1)}
+            report[scenario] = {
+                **result,
+                "batch": batch,
+                "pictures_per_second": 1e3 * batch / float(result["latency_ms_mean"] or 1),
+            }
     report["stages"] = _stages(bundle, sources)
     report["cold_start"] = cold_start(bundle, python)
     report["peak_memory_mib"] = report["cold_start"]["peak_memory_mib"]
@@ -119,9 +141,13 @@ def bench(
     unread: list[str] = []
     source = None if meter_csv or metered else energy.find(device.rails)
     if "single_stream" in scenarios and (source or meter_csv or metered):
-        say(f"bench {name}: energy, {energy.idle_s(minimum.min_duration_s):g} s idle and {minimum.min_duration_s:g} s under load")
+        say(
+            f"bench {name}: energy, {energy.idle_s(minimum.min_duration_s):g} s idle and {minimum.min_duration_s:g} s under load"
+        )
         try:
-            report["energy"] = energy.measure(session.run, inputs, minimum.min_duration_s, source, meter_csv, metered)
+            report["energy"] = energy.measure(
+                session.run, inputs, minimum.min_duration_s, source, meter_csv, metered
+            )
         except EdgeclipError as e:  # the meter's file: hours of timings do not go with it
             unread = [f"energy not measured: {e}"]
         report["energy_mj_per_image"] = (report["energy"] or {}).get("mj_per_image")
@@ -141,19 +167,28 @@ def sustained(query: Callable[[Any], Any], samples: list[Any], seconds: float) -
         s = summary(run_scenario(query, samples, seconds / WINDOWS, 1))
         readings.append(machine.throttled())
         rows.append({k: s[k] for k in ("queries", "latency_ms_p50", "latency_ms_p90")})
-        rows[-1] |= {"temperature_c": machine.temperature_c(), "throttled": machine.slowed(*readings[-2:])}
+        rows[-1] |= {
+            "temperature_c": machine.temperature_c(),
+            "throttled": machine.slowed(*readings[-2:]),
+        }
     return {
         "minutes": seconds / 60,
         "windows": rows,
         "p90_drift": float(rows[-1]["latency_ms_p90"] or 0) / float(rows[0]["latency_ms_p90"] or 1),
-        "throttled": None if None in readings else sorted({name for r in rows for name in r["throttled"]}),
+        "throttled": None
+        if None in readings
+        else sorted({name for r in rows for name in r["throttled"]}),
         "throttled_before": (readings[0] or {}).get("get_throttled", 0) > 0xFFFF,
     }
 
 
 def check_with(bundle: Bundle, minimum: Minimum) -> str:
     """The command line of the runtime's own tool by which a sceptic can check single_stream, where the bundle lies."""
-    model, size, threads = bundle.folder / bundle.manifest["image_encoder"], bundle.preprocess.size, bundle.threads
+    model, size, threads = (
+        bundle.folder / bundle.manifest["image_encoder"],
+        bundle.preprocess.size,
+        bundle.threads,
+    )
     shape, count = f"1x3x{size}x{size}", minimum.min_query_count
     if bundle.manifest["runtime"] == "openvino":  # its -nthreads excludes -hint
         limit = f"""echo '{{"CPU": {{"INFERENCE_NUM_THREADS": {threads}}}}}' > threads.json"""
@@ -161,14 +196,30 @@ def check_with(bundle: Bundle, minimum: Minimum) -> str:
         return f"{limit}; benchmark_app -m {model} -d CPU {how}"
     if bundle.manifest["runtime"] == "tensorrt":
         return f"trtexec --onnx={model} --stronglyTyped --shapes=pixels:{shape} --iterations={count} --percentile=90"
-    providers = "".join({"CUDAExecutionProvider": " -e cuda", "TensorrtExecutionProvider": " -e tensorrt"}.get(p, "") for p in (bundle.providers or ())[:1])
+    providers = "".join(
+        {"CUDAExecutionProvider": " -e cuda", "TensorrtExecutionProvider": " -e tensorrt"}.get(
+            p, ""
+        )
+        for p in (bundle.providers or ())[:1]
+    )
     return f"onnxruntime_perf_test -I -f batch:1 -m times -r {count} -x {threads} -y 1 -C 'session.qdqisint8allowed|1'{providers or ' -e cpu'} {model}"
 
 
-def incomplete(bundle: Bundle, here: dict[str, Any], minimum: Minimum, reason: str) -> dict[str, Any]:
+def incomplete(
+    bundle: Bundle, here: dict[str, Any], minimum: Minimum, reason: str
+) -> dict[str, Any]:
     """The report of a benchmark that broke off: no figure of it counts."""
-    ran = {"runtime": bundle.manifest["runtime"], "version": None, "threads": bundle.threads, "precision": bundle.manifest["target"]["precision"]}
-    return {**_blank(bundle, here, ran, minimum), "incomplete": reason, "failures": [f"incomplete: {reason}"]}
+    ran = {
+        "runtime": bundle.manifest["runtime"],
+        "version": None,
+        "threads": bundle.threads,
+        "precision": bundle.manifest["target"]["precision"],
+    }
+    return {
+        **_blank(bundle, here, ran, minimum),
+        "incomplete": reason,
+        "failures": [f"incomplete: {reason}"],
+    }
 
 
 def joined(report: dict[str, Any], earlier: dict[str, Any], device: Device) -> dict[str, Any]:
@@ -180,14 +231,20 @@ def joined(report: dict[str, Any], earlier: dict[str, Any], device: Device) -> d
 
     if conditions(report) != conditions(earlier):
         return report
-    kept = [k for k in (*SCENARIOS, "sustained", "energy") if report[k] is None and earlier.get(k) is not None]
+    kept = [
+        k
+        for k in (*SCENARIOS, "sustained", "energy")
+        if report[k] is None and earlier.get(k) is not None
+    ]
     whole = {**report, **{k: earlier[k] for k in kept}, "kept": kept}
     whole["energy_mj_per_image"] = (whole["energy"] or {}).get("mj_per_image")
     others = [f for f in report["failures"] if f not in over_budget(report, device)]
     return {**whole, "failures": others + over_budget(whole, device)}
 
 
-def _blank(bundle: Bundle, here: dict[str, Any], ran: dict[str, Any], minimum: Minimum) -> dict[str, Any]:
+def _blank(
+    bundle: Bundle, here: dict[str, Any], ran: dict[str, Any], minimum: Minimum
+) -> dict[str, Any]:
     """A report with nothing measured."""
     return {
         "kind": "bench",
@@ -198,8 +255,19 @@ def _blank(bundle: Bundle, here: dict[str, Any], ran: dict[str, Any], minimum: M
         "warm_up": WARM_UP,
         "min_duration_s": minimum.min_duration_s,
         "min_query_count": minimum.min_query_count,
-        "short_run": minimum.min_duration_s < Minimum().min_duration_s or minimum.min_query_count < Minimum().min_query_count,
-        **dict.fromkeys((*SCENARIOS, "sustained", "energy", "stages", "cold_start", "peak_memory_mib", "temperature_end_c")),
+        "short_run": minimum.min_duration_s < Minimum().min_duration_s
+        or minimum.min_query_count < Minimum().min_query_count,
+        **dict.fromkeys(
+            (
+                *SCENARIOS,
+                "sustained",
+                "energy",
+                "stages",
+                "cold_start",
+                "peak_memory_mib",
+                "temperature_end_c",
+            )
+        ),
         "image_encoder_bytes": bundle.manifest["image_encoder_bytes"],
         "energy_mj_per_image": None,
         "kept": [],
@@ -212,7 +280,9 @@ def _pictures(bundle: Bundle, evaluation: Path | None) -> list[bytes]:
         return [read(p) for p in index_tar(evaluation / "pictures.tar")[:SAMPLES]]
     found = [(bundle.folder / p).read_bytes() for p in bundle.manifest["golden"]["pictures"]]
     if not found:
-        raise EdgeclipError(bundle.folder, "has no golden pictures to measure with", "export it with --images DIR")
+        raise EdgeclipError(
+            bundle.folder, "has no golden pictures to measure with", "export it with --images DIR"
+        )
     return found
 
 
@@ -232,10 +302,15 @@ def _stages(bundle: Bundle, sources: list[bytes]) -> dict[str, float | None]:
         times.append(time.perf_counter())
         for stage, a, b in zip(laps, times, times[1:], strict=False):
             laps[stage].append(1e3 * (b - a))
-    return {f"{stage}_ms": float(np.median(values)) if stage != "head" or bundle.labels else None for stage, values in laps.items()}
+    return {
+        f"{stage}_ms": float(np.median(values)) if stage != "head" or bundle.labels else None
+        for stage, values in laps.items()
+    }
 
 
-def cold_start(bundle: Bundle, python: tuple[str, ...] = (sys.executable,), runs: int = 3) -> dict[str, float | int]:
+def cold_start(
+    bundle: Bundle, python: tuple[str, ...] = (sys.executable,), runs: int = 3
+) -> dict[str, float | int]:
     """Of fresh processes with the bundle's threads and providers: start to first answer, opening it, first inference (medians), peak
     resident memory. Raises `EdgeclipError` with the last line of a process that fails.
     """
@@ -254,13 +329,25 @@ def cold_start(bundle: Bundle, python: tuple[str, ...] = (sys.executable,), runs
     for _ in range(runs):
         before = time.perf_counter()
         how = json.dumps([bundle.threads, bundle.providers])
-        done = subprocess.run([*python, "-c", code, str(bundle.folder.resolve()), how], capture_output=True, text=True)
+        done = subprocess.run(
+            [*python, "-c", code, str(bundle.folder.resolve()), how], capture_output=True, text=True
+        )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
-            raise EdgeclipError(bundle.folder, f"a fresh process cannot answer with it ({reason})", "see what it needs with: edgeclip doctor")
+            raise EdgeclipError(
+                bundle.folder,
+                f"a fresh process cannot answer with it ({reason})",
+                "see what it needs with: edgeclip doctor",
+            )
         rows.append([time.perf_counter() - before, *json.loads(done.stdout)])
     wall, load, first, memory = (float(v) for v in np.median(rows, axis=0))
-    return {"runs": runs, "process_ms": 1e3 * wall, "load_ms": 1e3 * load, "first_inference_ms": 1e3 * first, "peak_memory_mib": round(memory)}
+    return {
+        "runs": runs,
+        "process_ms": 1e3 * wall,
+        "load_ms": 1e3 * load,
+        "first_inference_ms": 1e3 * first,
+        "peak_memory_mib": round(memory),
+    }
 
 
 def over_budget(report: dict[str, Any], device: Device) -> list[str]:
@@ -271,4 +358,8 @@ def over_budget(report: dict[str, Any], device: Device) -> list[str]:
         "energy_mj_per_image": report["energy_mj_per_image"],
     }
     limits = {k: getattr(device.budget, k) for k in found if getattr(device.budget, k) is not None}
-    return [f"{k} {'not measured' if found[k] is None else f'{found[k]:.2f}'}, budget {v}" for k, v in limits.items() if found[k] is None or found[k] > v]
+    return [
+        f"{k} {'not measured' if found[k] is None else f'{found[k]:.2f}'}, budget {v}"
+        for k, v in limits.items()
+        if found[k] is None or found[k] > v
+    ]

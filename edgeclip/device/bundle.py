@@ -39,20 +39,41 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises `EdgeclipError` for an unfinished bundle, and for one of another format."""
     manifest = disk.read_manifest(folder, "bundle")
     if manifest.get("format") != FORMAT:
-        raise EdgeclipError(folder, f"is of format {manifest.get('format')}, and this edgeclip reads {FORMAT}", "export it anew")
+        raise EdgeclipError(
+            folder,
+            f"is of format {manifest.get('format')}, and this edgeclip reads {FORMAT}",
+            "export it anew",
+        )
     return manifest
 
 
 class Bundle:
     """Opens what it needs when it is needed. Not safe to share between threads."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int, providers: tuple[str, ...] | None = None):
-        self.folder, self.manifest, self.threads, self.providers = folder, manifest, threads, providers
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        threads: int,
+        providers: tuple[str, ...] | None = None,
+    ):
+        self.folder, self.manifest, self.threads, self.providers = (
+            folder,
+            manifest,
+            threads,
+            providers,
+        )
         self.preprocess = msgspec.convert(manifest["preprocess"], Preprocess)
         self.logit_scale: float = manifest["logit_scale"]
 
     @classmethod
-    def load(cls, folder: str | Path, threads: int = 1, check: bool = False, providers: tuple[str, ...] | None = None) -> "Bundle":
+    def load(
+        cls,
+        folder: str | Path,
+        threads: int = 1,
+        check: bool = False,
+        providers: tuple[str, ...] | None = None,
+    ) -> "Bundle":
         """Raises `EdgeclipError` for an unfinished bundle. providers: ONNX Runtime's, all of which must take part; None: its CPU.
 
         Every file is compared with the manifest's sha256 when it is opened; check: compare all of them now.
@@ -65,12 +86,23 @@ class Bundle:
 
     def file(self, name: str) -> Path:
         """A file of the bundle that is what the manifest says. OpenVINO's .bin goes with its .xml."""
-        names = [n for n in (name, str(Path(name).with_suffix(".bin"))) if n in self.manifest["files"]]
-        disk.verify(self.folder, {**self.manifest, "files": {n: self.manifest["files"][n] for n in names or [name]}})
+        names = [
+            n for n in (name, str(Path(name).with_suffix(".bin"))) if n in self.manifest["files"]
+        ]
+        disk.verify(
+            self.folder,
+            {**self.manifest, "files": {n: self.manifest["files"][n] for n in names or [name]}},
+        )
         return self.folder / name
 
     def open_image_encoder(self, threads: int | None = None, optimisation: str = "all") -> Session:
-        return open_session(self.manifest["runtime"], self.file(self.manifest["image_encoder"]), threads or self.threads, optimisation, self.providers)
+        return open_session(
+            self.manifest["runtime"],
+            self.file(self.manifest["image_encoder"]),
+            threads or self.threads,
+            optimisation,
+            self.providers,
+        )
 
     @cached_property
     def image_encoder(self) -> Session:
@@ -90,9 +122,17 @@ class Bundle:
     def text_encoder(self) -> Session:
         if not self.manifest["text"]:
             raise EdgeclipError(
-                self.folder, "this bundle has no text encoder, so it knows its baked labels only", "export it with one (recipe: text_encoder: true)"
+                self.folder,
+                "this bundle has no text encoder, so it knows its baked labels only",
+                "export it with one (recipe: text_encoder: true)",
             )
-        return open_session(self.manifest["runtime"], self.file(self.manifest["text"]["encoder"]), self.threads, "all", self.providers)
+        return open_session(
+            self.manifest["runtime"],
+            self.file(self.manifest["text"]["encoder"]),
+            self.threads,
+            "all",
+            self.providers,
+        )
 
     @cached_property
     def labels(self) -> list[str]:
@@ -111,7 +151,14 @@ class Bundle:
         with np.load(self.file("head.npz"), allow_pickle=False) as z:
             if "fc" not in z:
                 raise EdgeclipError(self.folder, OLD, "export it anew")
-            return EduAttention(z["weight"], z["bias"], float(z["alpha"]), float(z["temperature"]), str(z["fc"]), bool(z["normalise"]))
+            return EduAttention(
+                z["weight"],
+                z["bias"],
+                float(z["alpha"]),
+                float(z["temperature"]),
+                str(z["fc"]),
+                bool(z["normalise"]),
+            )
 
     def pixels(self, image: str | Path | bytes | Image.Image) -> np.ndarray:
         """uint8 [H, W, 3]. Raises `EdgeclipError` for a picture that cannot be read."""
@@ -136,23 +183,33 @@ class Bundle:
 
         text = self.manifest["text"]
         encoder = self.text_encoder
-        words = tokenizer.load(self.file("tokenizer.json").read_text(encoding="utf-8"), text["context_length"])
+        words = tokenizer.load(
+            self.file("tokenizer.json").read_text(encoding="utf-8"), text["context_length"]
+        )
         ids = tokenizer.encode(words, texts, text["context_length"])
         if text.get("vocabulary"):
             ids = tokenizer.renumber(words, ids, np.load(self.file("vocabulary.npy")), texts)
         ids = ids.astype(encoder.input.dtype)
-        return np.concatenate([encoder.run(ids[i : i + TEXT_BATCH]) for i in range(0, len(ids), TEXT_BATCH)])
+        return np.concatenate(
+            [encoder.run(ids[i : i + TEXT_BATCH]) for i in range(0, len(ids), TEXT_BATCH)]
+        )
 
     def bake(self, labels: list[str]) -> np.ndarray:
         """[N, D] class features of any labels, through the bundle's own prompt templates."""
         if not labels:
             raise EdgeclipError("labels", "the list is empty", "give at least one")
         if repeated := sorted({x for x in labels if labels.count(x) > 1}):
-            raise EdgeclipError("labels", f"'{repeated[0]}' occurs more than once", "give each label once")
+            raise EdgeclipError(
+                "labels", f"'{repeated[0]}' occurs more than once", "give each label once"
+            )
         templates = self.manifest["templates"] or ["{c}"]
-        return ensemble(self.encode_text(prompts(labels, templates)).reshape(len(labels), len(templates), -1))
+        return ensemble(
+            self.encode_text(prompts(labels, templates)).reshape(len(labels), len(templates), -1)
+        )
 
-    def classify(self, image: str | Path | bytes | Image.Image, labels: list[str] | None = None, top: int = 5) -> list[dict[str, Any]]:
+    def classify(
+        self, image: str | Path | bytes | Image.Image, labels: list[str] | None = None, top: int = 5
+    ) -> list[dict[str, Any]]:
         """The `top` best labels, best first: label, cosine score, and probability among the active labels."""
         if labels is None:
             labels, active = self.labels, self.class_features
@@ -161,12 +218,19 @@ class Bundle:
         else:
             known = {label: i for i, label in enumerate(self.labels)}
             baked = all(label in known for label in labels) and labels
-            active = self.class_features[[known[label] for label in labels]] if baked else self.bake(labels)
+            active = (
+                self.class_features[[known[label] for label in labels]]
+                if baked
+                else self.bake(labels)
+            )
         scores = class_scores(self.encode_pixels(self.pixels(image)[None]), active, self.head)[0]
         logits = self.logit_scale * (scores - scores.max())
         probability = np.exp(logits) / np.exp(logits).sum()
         best = np.argsort(-scores, kind="stable")[:top]
-        return [{"label": labels[i], "score": float(scores[i]), "probability": float(probability[i])} for i in best]
+        return [
+            {"label": labels[i], "score": float(scores[i]), "probability": float(probability[i])}
+            for i in best
+        ]
 
 
 def bake_labels(bundle_folder: Path, labels: list[str], out: Path) -> Path:
@@ -182,6 +246,9 @@ def bake_labels(bundle_folder: Path, labels: list[str], out: Path) -> Path:
         disk.write_json(folder / "labels.json", labels)
         disk.write_array(folder / "class_features.npy", features)
         content = {k: v for k, v in bundle.manifest.items() if k not in ("kind", "files")}
-        content["parents"] = {**content["parents"], "bundle": disk.sha256(bundle_folder / disk.MANIFEST)}
+        content["parents"] = {
+            **content["parents"],
+            "bundle": disk.sha256(bundle_folder / disk.MANIFEST),
+        }
         disk.write_manifest(folder, "bundle", content)
     return out

@@ -105,9 +105,15 @@ def hwmon(rails: tuple[str, ...], root: Path) -> Source | None:
 def rapl(rails: tuple[str, ...], root: Path) -> Source | None:
     zones: list[tuple[Path, float]] = []
     for rail in rails:
-        found = [p.parent for p in sorted(root.glob("sys/class/powercap/intel-rapl:*/name")) if re.fullmatch(rf"{rail}(-\d+)?", _text(p) or "")]
+        found = [
+            p.parent
+            for p in sorted(root.glob("sys/class/powercap/intel-rapl:*/name"))
+            if re.fullmatch(rf"{rail}(-\d+)?", _text(p) or "")
+        ]
         ranges = [_number(p / "max_energy_range_uj") for p in found]
-        if not found or any(_number(p / "energy_uj") is None for p in found) or None in ranges:  # readable by root only
+        if (
+            not found or any(_number(p / "energy_uj") is None for p in found) or None in ranges
+        ):  # readable by root only
             return None
         zones += [(p, float(r or 0)) for p, r in zip(found, ranges, strict=True)]
     before: dict[Path, tuple[float, float]] = {}
@@ -162,10 +168,18 @@ def meter(path: Path) -> list[Sample]:
         whole = path.read_bytes().rpartition(b"\n")[0].decode()
         for i, row in enumerate(csv.DictReader(whole.splitlines()), 2):
             stamp = row["timestamp"].strip()
-            t = float(stamp) if re.fullmatch(r"[\d.]+", stamp) else datetime.datetime.fromisoformat(stamp.replace("Z", "+00:00"))
+            t = (
+                float(stamp)
+                if re.fullmatch(r"[\d.]+", stamp)
+                else datetime.datetime.fromisoformat(stamp.replace("Z", "+00:00"))
+            )
             if isinstance(t, datetime.datetime):
                 if t.tzinfo is None:
-                    raise EdgeclipError(f"{path}:{i}", "this time has no zone", "write it with one, or as seconds since 1970")
+                    raise EdgeclipError(
+                        f"{path}:{i}",
+                        "this time has no zone",
+                        "write it with one, or as seconds since 1970",
+                    )
                 t = t.timestamp()
             if math.isfinite(watts := float(row["watts"])):  # nan: the meter had no reading
                 rows.append(Sample(t, watts, None))
@@ -173,7 +187,9 @@ def meter(path: Path) -> list[Sample]:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
     except (KeyError, ValueError, TypeError, AttributeError) as e:
         raise EdgeclipError(
-            path, f"is no CSV with the columns timestamp and watts ({type(e).__name__}: {e})", "let the meter's program write these two"
+            path,
+            f"is no CSV with the columns timestamp and watts ({type(e).__name__}: {e})",
+            "let the meter's program write these two",
         ) from None
     return sorted(rows)
 
@@ -222,7 +238,12 @@ def idle_s(seconds: float) -> float:
 
 
 def measure(
-    query: Callable[[Any], Any], inputs: list[Any], seconds: float, source: Source | None, meter_csv: Path | None = None, metered: bool = False
+    query: Callable[[Any], Any],
+    inputs: list[Any],
+    seconds: float,
+    source: Source | None,
+    meter_csv: Path | None = None,
+    metered: bool = False,
 ) -> dict[str, Any] | None:
     """Idle, then load for so long; None where there is nothing to read. The CSV is read after the load is over.
 
@@ -245,10 +266,18 @@ def measure(
         return {"times": times, "done": done, "temperatures": sampler.samples}
     samples = meter(meter_csv) if meter_csv else sampler.samples
     temperatures = sampler.samples if meter_csv else samples
-    return per_image(samples, temperatures, times, done, f"meter: {meter_csv}" if meter_csv else source.name if source else "")
+    return per_image(
+        samples,
+        temperatures,
+        times,
+        done,
+        f"meter: {meter_csv}" if meter_csv else source.name if source else "",
+    )
 
 
-def by_the_hosts_meter(path: Path, marks: dict[str, Any], before: tuple[float, float], after: tuple[float, float]) -> dict[str, Any]:
+def by_the_hosts_meter(
+    path: Path, marks: dict[str, Any], before: tuple[float, float], after: tuple[float, float]
+) -> dict[str, Any]:
     """marks: `measure`'s, by the board's clock. before, after: (the board's clock less the host's, half-width) in seconds.
 
     The offset is the mean of both, its half-width holds both with theirs.
@@ -259,10 +288,20 @@ def by_the_hosts_meter(path: Path, marks: dict[str, Any], before: tuple[float, f
     kept = [s for s in meter(path) if all(abs(s.time - edge) >= half for edge in (idle, load, end))]
     temperatures = [Sample(t - offset, w, c) for t, w, c in marks["temperatures"]]
     done = [(t - offset, n) for t, n in marks["done"]]
-    return {**per_image(kept, temperatures, [idle, load, end], done, f"meter: {path}"), "clock_offset_s": offset, "clock_half_width_s": half}
+    return {
+        **per_image(kept, temperatures, [idle, load, end], done, f"meter: {path}"),
+        "clock_offset_s": offset,
+        "clock_half_width_s": half,
+    }
 
 
-def per_image(samples: list[Sample], temperatures: list[Sample], times: list[float], done: list[tuple[float, int]], name: str) -> dict[str, Any]:
+def per_image(
+    samples: list[Sample],
+    temperatures: list[Sample],
+    times: list[float],
+    done: list[tuple[float, int]],
+    name: str,
+) -> dict[str, Any]:
     """times: idle from, load from, load to. done: (time, pictures until then) over the load."""
     steady = steady_from([s for s in temperatures if times[1] <= s.time <= times[2]])
     start = times[1] if steady is None or math.isinf(steady) else steady
@@ -286,12 +325,20 @@ def per_image(samples: list[Sample], temperatures: list[Sample], times: list[flo
 
 def half_width(a: list[float], b: list[float]) -> float:
     """95 %, of the difference of the means: Welch's t of the means of BLOCKS blocks each."""
-    va, vb = (float(np.var([np.mean(block) for block in np.array_split(x, BLOCKS)], ddof=1)) / BLOCKS for x in (a, b))
+    va, vb = (
+        float(np.var([np.mean(block) for block in np.array_split(x, BLOCKS)], ddof=1)) / BLOCKS
+        for x in (a, b)
+    )
     if va + vb == 0:
         return 0.0
     v, z = (BLOCKS - 1) * (va + vb) ** 2 / (va**2 + vb**2), 1.959964
     # Student's quantile by its expansion in 1/v (Abramowitz and Stegun 26.7.5): from v = 4 on within 0.3 %
-    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2) + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    t = (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    )
     return t * math.sqrt(va + vb)
 
 
@@ -304,7 +351,10 @@ def steady_from(samples: list[Sample]) -> float | None:
         return None
     t, c = np.array(known).T
     for i in range(0, 2 * len(t) // 3, max(1, len(t) // 30)):
-        slopes = [np.polyfit((t[part] - t[i]) / 60, c[part], 1)[0] for part in (slice(i, i + len(t) // 5), slice(i, None))]
+        slopes = [
+            np.polyfit((t[part] - t[i]) / 60, c[part], 1)[0]
+            for part in (slice(i, i + len(t) // 5), slice(i, None))
+        ]
         if max(map(abs, slopes)) < SLOPE:
             return float(t[i])
     return math.inf

@@ -7,7 +7,9 @@ driver-api/thermal/sysfs-api, arch/arm64/elf_hwcaps); /etc/nv_tegra_release, /va
 of Jetson Linux; get_throttled of the Raspberry Pi firmware.
 """
 
-from __future__ import annotations  # an old board's Python must get as far as being told that it is too old
+from __future__ import (
+    annotations,
+)  # an old board's Python must get as far as being told that it is too old
 
 import os
 import platform
@@ -32,21 +34,31 @@ def facts(root: Path = ROOT) -> dict[str, Any]:
     fields = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
     fields = {k.strip(): v.strip() for k, v in fields.items()}
     memory = _meminfo(root)
-    release = dict(line.split("=", 1) for line in (_read(root / "etc/os-release") or "").splitlines() if "=" in line)
+    release = dict(
+        line.split("=", 1)
+        for line in (_read(root / "etc/os-release") or "").splitlines()
+        if "=" in line
+    )
     arch = platform.machine()
     return {
         "cpu": fields.get("model name") or platform.processor() or None,
         "arch": arch,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "isa": _isa(root, arch, fields),
         "memory_mib": memory.get("MemTotal"),
         "device_tree_model": _read(root / "proc/device-tree/model"),
-        "device_tree_compatible": (_read(root / "proc/device-tree/compatible") or "").replace("\0", " ") or None,
+        "device_tree_compatible": (_read(root / "proc/device-tree/compatible") or "").replace(
+            "\0", " "
+        )
+        or None,
         "gpu": _gpu(root),
         "os": release.get("PRETTY_NAME", "").strip('"') or platform.platform(),
         "python": platform.python_version(),
         "glibc": platform.libc_ver(sys.executable)[1] or None,
-        "emulated": arch == "aarch64" and "vendor_id" in fields,  # x86's field: another machine's kernel answers
+        "emulated": arch == "aarch64"
+        and "vendor_id" in fields,  # x86's field: another machine's kernel answers
         "temperature_c": temperature_c(root),
     }
 
@@ -67,7 +79,8 @@ def state(folder: str, root: Path = ROOT) -> dict[str, Any]:
         "temperature_c": temperature_c(root),
         "critical_c": _critical_c(root),
         "throttled": throttled(root),
-        "governors": sorted({g for p in _cpufreq(root) if (g := _read(p / "scaling_governor"))}) or None,
+        "governors": sorted({g for p in _cpufreq(root) if (g := _read(p / "scaling_governor"))})
+        or None,
         "clocks_locked": clocks_locked(root),
         **power_mode(root),
         **_installed(root),
@@ -75,12 +88,18 @@ def state(folder: str, root: Path = ROOT) -> dict[str, Any]:
 
 
 def _isa(root: Path, arch: str, cpuinfo: dict[str, str]) -> list[str] | None:
-    if arch == "aarch64":  # what the kernel, or the emulator, tells this very process: cpuinfo may be another machine's
+    if (
+        arch == "aarch64"
+    ):  # what the kernel, or the emulator, tells this very process: cpuinfo may be another machine's
         try:
             auxv = dict(struct.iter_unpack("QQ", (root / "proc/self/auxv").read_bytes()))
         except (OSError, struct.error):
             return None
-        return [name for name, word, bit in (("asimddp", HWCAP, 20), ("i8mm", HWCAP2, 13)) if auxv.get(word, 0) >> bit & 1]
+        return [
+            name
+            for name, word, bit in (("asimddp", HWCAP, 20), ("i8mm", HWCAP2, 13))
+            if auxv.get(word, 0) >> bit & 1
+        ]
     flags = set(cpuinfo.get("flags", "").split())
     return [f for f in ISA if f in flags] if flags else None
 
@@ -139,13 +158,17 @@ def throttled(root: Path = ROOT) -> dict[str, int] | None:
         for p in root.glob(pattern):
             value = _read(p)
             if value:
-                name = p.parent.parent.name + "/" + p.name if "thermal_throttle" in pattern else p.name
+                name = (
+                    p.parent.parent.name + "/" + p.name if "thermal_throttle" in pattern else p.name
+                )
                 found[name] = int(value, 16) if "get_throttled" in name else int(value)
     for p in root.glob("sys/class/thermal/cooling_device*/cur_state"):
         kind, value = _read(p.with_name("type")) or "", _read(p)
         if value and value.isdigit() and "fan" not in kind.lower():
             found[f"{p.parent.name} {kind}"] = int(value)
-    if "get_throttled" not in found and "Raspberry Pi" in (_read(root / "proc/device-tree/model") or ""):
+    if "get_throttled" not in found and "Raspberry Pi" in (
+        _read(root / "proc/device-tree/model") or ""
+    ):
         return None
     return found or None
 
@@ -170,8 +193,12 @@ def _cpufreq(root: Path) -> list[Path]:
 
 def clocks_locked(root: Path = ROOT) -> bool | None:
     """Do all cores (and a Jetson's GPU) run between equal limits, as jetson_clocks leaves them? None: some cannot be read."""
-    limits = [(_read(p / "scaling_min_freq"), _read(p / "scaling_max_freq")) for p in _cpufreq(root)]
-    limits += [(_read(p / "min_freq"), _read(p / "max_freq")) for p in root.glob("sys/class/devfreq/*gpu*")]
+    limits = [
+        (_read(p / "scaling_min_freq"), _read(p / "scaling_max_freq")) for p in _cpufreq(root)
+    ]
+    limits += [
+        (_read(p / "min_freq"), _read(p / "max_freq")) for p in root.glob("sys/class/devfreq/*gpu*")
+    ]
     known = [low is not None and high is not None for low, high in limits]
     return all(low == high for low, high in limits) if limits and all(known) else None
 
@@ -181,24 +208,35 @@ def power_mode(root: Path = ROOT) -> dict[str, Any]:
     number = re.search(r"pmode:(\d+)", _read(root / "var/lib/nvpmodel/status") or "")
     if number is None:
         return {"power_mode": None}
-    name = re.search(rf"POWER_MODEL\s+ID={int(number[1])}\s+NAME=(\S+)", _read(root / "etc/nvpmodel.conf") or "")
+    name = re.search(
+        rf"POWER_MODEL\s+ID={int(number[1])}\s+NAME=(\S+)", _read(root / "etc/nvpmodel.conf") or ""
+    )
     return {"power_mode": name[1] if name else f"mode {int(number[1])}"}
 
 
 def _installed(root: Path) -> dict[str, str | None]:
     """Versions of what JetPack brings, by Debian's own records: {"l4t", "jetpack", "tensorrt", "cuda"}."""
-    l4t = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", _read(root / "etc/nv_tegra_release") or "")
+    l4t = re.search(
+        r"R(\d+) \(release\), REVISION: ([\d.]+)", _read(root / "etc/nv_tegra_release") or ""
+    )
     status = _read(root / "var/lib/dpkg/status") or ""
     found: dict[str, str | None] = {"l4t": f"{l4t[1]}.{l4t[2]}" if l4t else None}
     for name, package in DPKG.items():
-        block = re.search(rf"^Package: {package}\nStatus: install ok installed\n(?:.+\n)*?Version: (\S+)", status, re.M)
+        block = re.search(
+            rf"^Package: {package}\nStatus: install ok installed\n(?:.+\n)*?Version: (\S+)",
+            status,
+            re.M,
+        )
         found[name] = block[1] if block else None
     return found
 
 
 def _meminfo(root: Path) -> dict[str, int]:
     """MiB"""
-    return {m[1]: int(m[2]) // 1024 for m in re.finditer(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo") or "", re.M)}
+    return {
+        m[1]: int(m[2]) // 1024
+        for m in re.finditer(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo") or "", re.M)
+    }
 
 
 def _read(path: Path) -> str | None:

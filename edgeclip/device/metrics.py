@@ -18,7 +18,9 @@ def hits(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
     return (scores >= own).sum(axis=1) <= k
 
 
-def agreement(answers: np.ndarray, reference: np.ndarray, where: np.ndarray | None = None) -> float | None:
+def agreement(
+    answers: np.ndarray, reference: np.ndarray, where: np.ndarray | None = None
+) -> float | None:
     """Share of equal answers [B], over the pictures `where` [B] is true; None where there is none of them."""
     same = (answers == reference)[slice(None) if where is None else where]
     return float(same.mean()) if len(same) else None
@@ -29,7 +31,11 @@ def harmonic_mean(a: float, b: float) -> float:
 
 
 def recall_both_ways(
-    image_features: np.ndarray, text_features: np.ndarray, image_groups: np.ndarray, text_groups: np.ndarray, ks: Sequence[int] = (1, 5, 10)
+    image_features: np.ndarray,
+    text_features: np.ndarray,
+    image_groups: np.ndarray,
+    text_groups: np.ndarray,
+    ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, dict[str, float]]:
     """Retrieval between unit rows image_features [B, D] and text_features [T, D]: {image_to_text, text_to_image}: {r1, r5, r10, chance_r1, ...}.
 
@@ -52,7 +58,9 @@ def recall_both_ways(
             positives.append(own.sum(axis=1))
         rank, positive = np.concatenate(ranks), np.concatenate(positives)
         out[name] = {f"r{k}": float((rank < k).mean()) for k in ks}
-        out[name] |= {f"chance_r{k}": float(chance_recall(positive, len(candidates), k).mean()) for k in ks}
+        out[name] |= {
+            f"chance_r{k}": float(chance_recall(positive, len(candidates), k).mean()) for k in ks
+        }
     return out
 
 
@@ -75,13 +83,19 @@ def cosine(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     out: dict[str, float] = {}
     for name, x, y in (("raw", a, b), ("centred", a - mean, b - mean)):
         c = (l2_normalise(x) * l2_normalise(y)).sum(axis=1)
-        out |= {f"{name}_p1": np.percentile(c, 1), f"{name}_p5": np.percentile(c, 5), f"{name}_min": c.min()}
+        out |= {
+            f"{name}_p1": np.percentile(c, 1),
+            f"{name}_p5": np.percentile(c, 5),
+            f"{name}_min": c.min(),
+        }
     return {k: float(v) for k, v in out.items()}
 
 
 def accuracy_drop(reference: np.ndarray, candidate: np.ndarray) -> dict[str, float]:
     """Paired comparison of two bool [B] hit vectors over the same pictures, in percentage points: `paired_drop`."""
-    return paired_drop(int((reference & ~candidate).sum()), int((~reference & candidate).sum()), len(reference))
+    return paired_drop(
+        int((reference & ~candidate).sum()), int((~reference & candidate).sum()), len(reference)
+    )
 
 
 def paired_drop(lost: int, won: int, n: int) -> dict[str, float]:
@@ -94,4 +108,10 @@ def paired_drop(lost: int, won: int, n: int) -> dict[str, float]:
     b, c, m = lost + 0.5, won + 0.5, n + 2
     se = math.sqrt(b + c - (b - c) ** 2 / m) / m
     drop = 100 * (lost - won) / n
-    return {"drop_pp": drop, "upper_pp": 100 * ((b - c) / m + 1.645 * se), "lost": lost, "won": won, "pictures": n}
+    return {
+        "drop_pp": drop,
+        "upper_pp": 100 * ((b - c) / m + 1.645 * se),
+        "lost": lost,
+        "won": won,
+        "pictures": n,
+    }

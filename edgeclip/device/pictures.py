@@ -59,11 +59,21 @@ def read(picture: Picture) -> bytes:
             f.seek(picture.offset)
             content = f.read(picture.size)
     except FileNotFoundError:
-        raise UnreadablePicture(f"{picture.path} ({picture.key})", "there is no such file", "restore it") from None
+        raise UnreadablePicture(
+            f"{picture.path} ({picture.key})", "there is no such file", "restore it"
+        ) from None
     except OSError as e:
-        raise UnreadablePicture(f"{picture.path} ({picture.key})", f"cannot be read ({e.strerror})", "check its rights and its disk") from None
+        raise UnreadablePicture(
+            f"{picture.path} ({picture.key})",
+            f"cannot be read ({e.strerror})",
+            "check its rights and its disk",
+        ) from None
     if len(content) < picture.size:
-        raise UnreadablePicture(f"{picture.path} ({picture.key})", "the shard is shorter than its index says", "restore it")
+        raise UnreadablePicture(
+            f"{picture.path} ({picture.key})",
+            "the shard is shorter than its index says",
+            "restore it",
+        )
     return content
 
 
@@ -79,7 +89,9 @@ def index_tar(path: Path) -> list[Picture]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 folder, slash, name = member.name.removeprefix("./").rpartition("/")
-                stem, dot, suffix = name.partition(".")  # WebDataset's rule: a folder may have dots, and a hidden file is none of a sample
+                stem, dot, suffix = name.partition(
+                    "."
+                )  # WebDataset's rule: a folder may have dots, and a hidden file is none of a sample
                 key = folder + slash + stem
                 if member.isfile() and stem and dot:
                     if "." + suffix.lower() in found[key]:
@@ -91,14 +103,29 @@ def index_tar(path: Path) -> list[Picture]:
                 image = next((m for s, m in members.items() if s in SUFFIXES), None)
                 if image is None:
                     continue
-                text = {s: tar.extractfile(members[s]).read().decode().strip() for s in (".cls", ".txt") if s in members}  # type: ignore[union-attr]  # files, asked above
+                text = {
+                    s: tar.extractfile(members[s]).read().decode().strip()
+                    for s in (".cls", ".txt")
+                    if s in members
+                }  # type: ignore[union-attr]  # files, asked above
                 label = int(text.get(".cls", -1))
-                pictures.append(Picture(f"{path.stem}/{key}", str(path), image.offset_data, image.size, label, text.get(".txt", "")))
+                pictures.append(
+                    Picture(
+                        f"{path.stem}/{key}",
+                        str(path),
+                        image.offset_data,
+                        image.size,
+                        label,
+                        text.get(".txt", ""),
+                    )
+                )
             return pictures
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
     except (tarfile.TarError, ValueError, OSError) as e:
-        raise EdgeclipError(path, f"not a readable WebDataset shard ({e})", "replace or remove it") from None
+        raise EdgeclipError(
+            path, f"not a readable WebDataset shard ({e})", "replace or remove it"
+        ) from None
 
 
 def refuse_cut(tar: tarfile.TarFile) -> None:
@@ -117,14 +144,20 @@ def index_folder(folder: Path) -> list[Picture]:
 
 
 def stream(
-    order: Iterable[Index], make: Callable[[Index], np.ndarray], batch_size: int, skipped: list[str], threads: int = 2
+    order: Iterable[Index],
+    make: Callable[[Index], np.ndarray],
+    batch_size: int,
+    skipped: list[str],
+    threads: int = 2,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (indices [B], stacked make(index) [B, ...]) in `order`, the last batch short.
 
     What `make` raises as `UnreadablePicture` is left out and its message put into `skipped`; `refuse_unreadable`
     judges the count.
     """
-    pending: collections.deque[tuple[Index, concurrent.futures.Future[np.ndarray]]] = collections.deque()
+    pending: collections.deque[tuple[Index, concurrent.futures.Future[np.ndarray]]] = (
+        collections.deque()
+    )
     todo = iter(order)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         try:

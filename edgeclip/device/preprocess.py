@@ -43,10 +43,14 @@ def open_picture(source: Path | bytes, name: object = None) -> Image.Image:
     except FileNotFoundError:
         raise EdgeclipError(where, "there is no such file", "check the path") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UnreadablePicture(where, f"unreadable picture ({e})", "replace or remove it") from None
+        raise UnreadablePicture(
+            where, f"unreadable picture ({e})", "replace or remove it"
+        ) from None
 
 
-def open_scaled(content: bytes, name: object, least: Callable[[tuple[int, int]], tuple[int, int]]) -> tuple[Image.Image, tuple[int, int]]:
+def open_scaled(
+    content: bytes, name: object, least: Callable[[tuple[int, int]], tuple[int, int]]
+) -> tuple[Image.Image, tuple[int, int]]:
     """(RGB picture, its full size): a JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller than `least` of its full size.
 
     libjpeg-turbo then computes only the low frequencies of each block. Never for evaluation: `open_picture` is exact.
@@ -56,7 +60,9 @@ def open_scaled(content: bytes, name: object, least: Callable[[tuple[int, int]],
             full = image.size
             image.draft("RGB", least(full))
             image.load()
-            return image if image.mode == "RGB" else image.convert("RGB"), full  # convert copies what is RGB already
+            return image if image.mode == "RGB" else image.convert(
+                "RGB"
+            ), full  # convert copies what is RGB already
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UnreadablePicture(name, f"unreadable picture ({e})", "replace or remove it") from None
 
@@ -78,6 +84,8 @@ def normalise(pixels: np.ndarray, spec: Preprocess) -> np.ndarray:
     values = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
     table = (values - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
     x = np.empty((len(pixels), 3, *pixels.shape[1:3]), np.float32)
-    for c in range(3):  # a pixel has 256 values: looking them up is the same arithmetic, in a tenth of the time
+    for c in range(
+        3
+    ):  # a pixel has 256 values: looking them up is the same arithmetic, in a tenth of the time
         np.take(table[:, c], pixels[..., c], out=x[:, c], mode="clip")
     return x

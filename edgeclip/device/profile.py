@@ -91,13 +91,22 @@ def load(name: str) -> tuple[str, Device]:
     device = config.load(path, Device)
     reach = device.reach
     if sum((reach.ssh is not None, bool(reach.command), reach.sshd)) > 1:
-        raise EdgeclipError(f"{path}: reach", "ssh, command and sshd exclude each other", "keep one")
+        raise EdgeclipError(
+            f"{path}: reach", "ssh, command and sshd exclude each other", "keep one"
+        )
     if reach.emulate and not reach.sshd:
-        raise EdgeclipError(f"{path}: reach.emulate", "goes with sshd: true only", "add it, or remove emulate")
-    for field, given, known in (("runtimes", device.runtimes, INSTALL), ("providers", device.providers, PROVIDERS)):
+        raise EdgeclipError(
+            f"{path}: reach.emulate", "goes with sshd: true only", "add it, or remove emulate"
+        )
+    for field, given, known in (
+        ("runtimes", device.runtimes, INSTALL),
+        ("providers", device.providers, PROVIDERS),
+    ):
         for word in given:
             if word not in known:
-                raise EdgeclipError(f"{path}: {field}", f"unknown '{word}'", did_you_mean(word, known))
+                raise EdgeclipError(
+                    f"{path}: {field}", f"unknown '{word}'", did_you_mean(word, known)
+                )
     return path.stem, device
 
 
@@ -133,7 +142,11 @@ def pinned(device: Device) -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, device.cpus)
         if os.sched_getaffinity(0) != set(device.cpus):
-            raise EdgeclipError("cpus", f"this process may run on {sorted(before)}, not on all of {list(device.cpus)}", "correct the device's profile")
+            raise EdgeclipError(
+                "cpus",
+                f"this process may run on {sorted(before)}, not on all of {list(device.cpus)}",
+                "correct the device's profile",
+            )
         yield
     finally:
         os.sched_setaffinity(0, before)
@@ -144,7 +157,15 @@ def require_here(name: str, device: Device) -> dict[str, Any]:
     here = machine.facts()
     if len(device.reach.python) > 1 and not is_remote(device):
         way = " ".join(device.reach.python)
-        raise EdgeclipError(f"{name}: reach.python", f"'{way}' takes no part on the board itself", "name processors in cpus, and run the rest by hand")
+        raise EdgeclipError(
+            f"{name}: reach.python",
+            f"'{way}' takes no part on the board itself",
+            "name processors in cpus, and run the rest by hand",
+        )
     if wrong := differences(device, here):
-        raise EdgeclipError(name, f"this machine is not that device ({'; '.join(wrong)})", "run the command on the device, or use --device host-cpu")
+        raise EdgeclipError(
+            name,
+            f"this machine is not that device ({'; '.join(wrong)})",
+            "run the command on the device, or use --device host-cpu",
+        )
     return here

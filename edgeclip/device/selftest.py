@@ -38,30 +38,59 @@ def selftest(bundle: Bundle, device: Device) -> dict[str, Any]:
         except (EdgeclipError, AssertionError) as e:
             detail, status = str(e), "fail"
         except Exception as e:  # a defect of ours is what this is meant to find
-            detail, status = "".join(traceback.format_exception_only(e)).strip() + traceback.format_exc()[-800:], "fail"
+            detail, status = (
+                "".join(traceback.format_exception_only(e)).strip() + traceback.format_exc()[-800:],
+                "fail",
+            )
         if status == "fail":
             detail = without_paths(str(detail), bundle.folder)
-        steps.append({"step": name, "status": status if detail is not None else "not possible here", "detail": detail, "seconds": time.perf_counter() - start})
+        steps.append(
+            {
+                "step": name,
+                "status": status if detail is not None else "not possible here",
+                "detail": detail,
+                "seconds": time.perf_counter() - start,
+            }
+        )
         return detail
 
     facts = machine.facts()
     step("this is the device", lambda: _is(device, facts))
-    opened = step("open the image encoder (TensorRT: build the engine)", lambda: bundle.image_encoder.facts)
+    opened = step(
+        "open the image encoder (TensorRT: build the engine)", lambda: bundle.image_encoder.facts
+    )
     if steps[-1]["status"] == "pass":
         step("open it again (TensorRT: take the kept engine)", lambda: _again(bundle, opened))
         step("golden pictures and texts", lambda: _golden(bundle, facts))
         step("one picture in batches of 1, 3, 8 and 11", lambda: _batches(bundle))
-        step(f"{QUERIES} queries", lambda: summary(run_scenario(bundle.image_encoder.run, [_golden_input(bundle)[:1]], 0.0, QUERIES)))
+        step(
+            f"{QUERIES} queries",
+            lambda: summary(
+                run_scenario(bundle.image_encoder.run, [_golden_input(bundle)[:1]], 0.0, QUERIES)
+            ),
+        )
     step("power rails", lambda: _power(device))
     step("temperature", machine.temperature_c)
     step("throttling counters", machine.throttled)
-    manifest = {"target": bundle.manifest["target"], "bundle": disk.sha256(bundle.folder / disk.MANIFEST)}
-    return {"kind": "selftest", "edgeclip": __version__, "machine": facts, "state": machine.state(str(bundle.folder)), **manifest, "steps": steps}
+    manifest = {
+        "target": bundle.manifest["target"],
+        "bundle": disk.sha256(bundle.folder / disk.MANIFEST),
+    }
+    return {
+        "kind": "selftest",
+        "edgeclip": __version__,
+        "machine": facts,
+        "state": machine.state(str(bundle.folder)),
+        **manifest,
+        "steps": steps,
+    }
 
 
 def without_paths(text: str, bundle: Path) -> str:
     """The names of files stay, the folders that they lie in go."""
-    for folder in sorted({str(bundle), str(bundle.resolve()), str(Path.home())}, key=len, reverse=True):
+    for folder in sorted(
+        {str(bundle), str(bundle.resolve()), str(Path.home())}, key=len, reverse=True
+    ):
         text = text.replace(folder, "~" if folder == str(Path.home()) else bundle.name)
     return re.sub(r"(?<![\w.:/])[~/](?:[^\s/'\",;()]*/)+", "", text)
 
@@ -93,7 +122,9 @@ def _batches(bundle: Bundle) -> dict[str, float]:
     found = {}
     for size in (1, 3, 8, 11):
         index = np.arange(size) % len(x)
-        found[str(size)] = float((bundle.image_encoder.run(x[index]) * alone[index]).sum(axis=1).min())
+        found[str(size)] = float(
+            (bundle.image_encoder.run(x[index]) * alone[index]).sum(axis=1).min()
+        )
     assert min(found.values()) > ALIKE, str(found)
     return found
 

@@ -11,8 +11,16 @@ from edgeclip.errors import EdgeclipError
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
-PRECISIONS = {"onnxruntime": ("fp32", "fp16", "int8"), "openvino": ("fp32", "fp16", "int8"), "tensorrt": ("fp16", "int8", "fp8")}
-TEXT_PRECISIONS = {"onnxruntime": ("fp32", "fp16", "int8"), "openvino": ("fp32", "fp16", "int8"), "tensorrt": ("fp16",)}
+PRECISIONS = {
+    "onnxruntime": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "fp16", "int8"),
+    "tensorrt": ("fp16", "int8", "fp8"),
+}
+TEXT_PRECISIONS = {
+    "onnxruntime": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "fp16", "int8"),
+    "tensorrt": ("fp16",),
+}
 
 
 class Calibration(Config):
@@ -82,28 +90,63 @@ def load(name: str) -> tuple[str, Target]:
     path = config.find("target", name)
     target = config.load(path, Target)
     if (target.precision in ("int8", "fp8")) != (target.calibration is not None):
-        raise EdgeclipError(f"{path}: calibration", "belongs to precision int8 and fp8, and only to them", "add or remove it")
-    if target.runtime == "onnxruntime" and target.precision == "int8" and target.activations is None:
+        raise EdgeclipError(
+            f"{path}: calibration",
+            "belongs to precision int8 and fp8, and only to them",
+            "add or remove it",
+        )
+    if (
+        target.runtime == "onnxruntime"
+        and target.precision == "int8"
+        and target.activations is None
+    ):
         raise EdgeclipError(f"{path}: activations", "is missing", "say uint8 (x86) or int8 (ARM)")
     if target.calibration is not None:
         if field := next(
-            (f for f in ("methods", "smoothing", "layers", "model_types") if not (v := getattr(target.calibration, f)) or len(set(v)) < len(v)), None
+            (
+                f
+                for f in ("methods", "smoothing", "layers", "model_types")
+                if not (v := getattr(target.calibration, f)) or len(set(v)) < len(v)
+            ),
+            None,
         ):
-            raise EdgeclipError(f"{path}: calibration.{field}", "is empty or names something twice", "give each candidate once")
+            raise EdgeclipError(
+                f"{path}: calibration.{field}",
+                "is empty or names something twice",
+                "give each candidate once",
+            )
         if target.runtime != "openvino" and target.calibration.model_types != (None,):
-            raise EdgeclipError(f"{path}: calibration.model_types", "belongs to openvino", "remove it")
+            raise EdgeclipError(
+                f"{path}: calibration.model_types", "belongs to openvino", "remove it"
+            )
         if target.runtime != "openvino" and "residual" in target.calibration.layers:
-            raise EdgeclipError(f"{path}: calibration.layers", "residual belongs to openvino", "remove it")
+            raise EdgeclipError(
+                f"{path}: calibration.layers", "residual belongs to openvino", "remove it"
+            )
     if (target.activations == "uint8") != (target.reduce_range is not None):
-        raise EdgeclipError(f"{path}: reduce_range", "belongs to activations: uint8, and only to it", "say never, always or as_host, or remove it")
+        raise EdgeclipError(
+            f"{path}: reduce_range",
+            "belongs to activations: uint8, and only to it",
+            "say never, always or as_host, or remove it",
+        )
     if target.tolerance.optimisation_agreement is not None and target.runtime != "onnxruntime":
-        raise EdgeclipError(f"{path}: tolerance.optimisation_agreement", "belongs to onnxruntime: elsewhere there is no BASIC and ALL", "remove it")
+        raise EdgeclipError(
+            f"{path}: tolerance.optimisation_agreement",
+            "belongs to onnxruntime: elsewhere there is no BASIC and ALL",
+            "remove it",
+        )
     if target.runtime == "tensorrt" and target.calibration and target.opset < 19:
-        raise EdgeclipError(f"{path}: opset", f"opset {target.opset} has neither fp8 nor Q/DQ with float16 scales", "use opset 19 or 20")
+        raise EdgeclipError(
+            f"{path}: opset",
+            f"opset {target.opset} has neither fp8 nor Q/DQ with float16 scales",
+            "use opset 19 or 20",
+        )
     for field, allowed in (("precision", PRECISIONS), ("text", TEXT_PRECISIONS)):
         asked = getattr(target, field)
         if asked not in allowed[target.runtime]:
             raise EdgeclipError(
-                f"{path}: {field}", f"{target.runtime} bundles have no {field} {asked} here", f"use one of: {', '.join(allowed[target.runtime])}"
+                f"{path}: {field}",
+                f"{target.runtime} bundles have no {field} {asked} here",
+                f"use one of: {', '.join(allowed[target.runtime])}",
             )
     return path.stem, target

@@ -53,13 +53,19 @@ def load_evaluation(folder: Path, pictures: int | None = None) -> Evaluation:
     """pictures: so many of them, always the same ones, for a board that is slow. None: all."""
     disk.verify(folder, disk.read_manifest(folder, "evaluation"))
     description = disk.read_json(folder / "evaluation.json")
-    features, labels, sets = np.load(folder / "image_features.npy"), np.array(description["labels"]), description["sets"]
+    features, labels, sets = (
+        np.load(folder / "image_features.npy"),
+        np.array(description["labels"]),
+        description["sets"],
+    )
     chosen = list(range(len(labels)))
     if pictures is not None and pictures < len(chosen):
         chosen = sorted(random.Random(0).sample(chosen, pictures))
         place = {row: i for i, row in enumerate(chosen)}
         sets = [{**s, "rows": [place[r] for r in s["rows"] if r in place]} for s in sets]
-    return Evaluation(folder, features[chosen], labels[chosen], sets, chosen, description.get("class_names"))
+    return Evaluation(
+        folder, features[chosen], labels[chosen], sets, chosen, description.get("class_names")
+    )
 
 
 def not_compared(bundle: Bundle, evaluation: Evaluation | None) -> str | None:
@@ -67,7 +73,9 @@ def not_compared(bundle: Bundle, evaluation: Evaluation | None) -> str | None:
     if evaluation is None:
         return "no run beside this bundle"
     names = evaluation.class_names
-    other = "bundle" in bundle.manifest["parents"] if names is None else names != bundle.labels  # parents: `edgeclip labels` was here
+    other = (
+        "bundle" in bundle.manifest["parents"] if names is None else names != bundle.labels
+    )  # parents: `edgeclip labels` was here
     return "its labels are not the run's classes" if other else None
 
 
@@ -81,7 +89,9 @@ class Observed(NamedTuple):
     features_all, features_basic [n, D] and answers [n], the device's own first answers"""
 
 
-def validate(bundle: Bundle, evaluation: Evaluation | None, machine: dict[str, Any]) -> dict[str, Any]:
+def validate(
+    bundle: Bundle, evaluation: Evaluation | None, machine: dict[str, Any]
+) -> dict[str, Any]:
     """The parity report, JSON-able. Without an evaluation folder of the bundle's own labels only the golden pictures are compared."""
     return judge(bundle, evaluation, observe(bundle, evaluation), machine)
 
@@ -89,23 +99,38 @@ def validate(bundle: Bundle, evaluation: Evaluation | None, machine: dict[str, A
 def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
     """Runs the bundle: on the device."""
     encoder = bundle.image_encoder
-    arrays = {"golden_features": bundle.encode_pixels(np.load(bundle.folder / "golden" / "pixels.npy"))}
-    facts: dict[str, Any] = {"ran": {**encoder.facts, "precision": bundle.precision}, "ports": [encoder.input, encoder.output]}
+    arrays = {
+        "golden_features": bundle.encode_pixels(np.load(bundle.folder / "golden" / "pixels.npy"))
+    }
+    facts: dict[str, Any] = {
+        "ran": {**encoder.facts, "precision": bundle.precision},
+        "ports": [encoder.input, encoder.output],
+    }
     if pictures := bundle.manifest["golden"]["pictures"]:
         arrays["golden_pixels"] = np.stack([bundle.pixels(bundle.folder / p) for p in pictures])
     if bundle.manifest["text"]:
-        arrays["text_features"] = bundle.encode_text(disk.read_json(bundle.folder / "golden" / "texts.json"))
-    if evaluation is not None and not not_compared(bundle, evaluation) and not _interface(bundle, facts["ports"]):
+        arrays["text_features"] = bundle.encode_text(
+            disk.read_json(bundle.folder / "golden" / "texts.json")
+        )
+    if (
+        evaluation is not None
+        and not not_compared(bundle, evaluation)
+        and not _interface(bundle, facts["ports"])
+    ):
         sessions = {"features_all": encoder}
         if Tolerance(**bundle.manifest["target"]["tolerance"]).optimisation_agreement is not None:
             sessions["features_basic"] = bundle.open_image_encoder(optimisation="basic")
         arrays |= _features(bundle, evaluation, sessions)
         if np.isfinite(arrays["features_all"]).all():
-            arrays["answers"] = np.concatenate([a for a, _, _ in decide(bundle, evaluation, arrays["features_all"])])
+            arrays["answers"] = np.concatenate(
+                [a for a, _, _ in decide(bundle, evaluation, arrays["features_all"])]
+            )
     return Observed(facts, arrays)
 
 
-def judge(bundle: Bundle, evaluation: Evaluation | None, observed: Observed, machine: dict[str, Any]) -> dict[str, Any]:
+def judge(
+    bundle: Bundle, evaluation: Evaluation | None, observed: Observed, machine: dict[str, Any]
+) -> dict[str, Any]:
     """The parity report of what a device observed: on the host. Opens no session."""
     tolerance = Tolerance(**bundle.manifest["target"]["tolerance"])
     failures = _interface(bundle, observed.facts["ports"])
@@ -132,7 +157,9 @@ def judge(bundle: Bundle, evaluation: Evaluation | None, observed: Observed, mac
         verdict = _compare(bundle, evaluation, observed.arrays, tolerance, report, failures)
     precision, layers = bundle.manifest["target"]["precision"], observed.facts["ran"].get("layers")
     if layers is not None and not layers.get(precision):
-        failures.append(f"engine: no layer takes {precision} (found {layers}): it is not what it is called")
+        failures.append(
+            f"engine: no layer takes {precision} (found {layers}): it is not what it is called"
+        )
     report["failures"] = failures
     report["verdict"] = "fail" if failures else verdict
     return report
@@ -141,24 +168,48 @@ def judge(bundle: Bundle, evaluation: Evaluation | None, observed: Observed, mac
 def _interface(bundle: Bundle, ports: list[Any]) -> list[str]:
     """Names, shapes and dtypes of the image encoder's ports against the manifest."""
     size, width = bundle.preprocess.size, bundle.manifest["embed_dim"]
-    wanted = [("pixels", [None, 3, size, size], "float32"), ("image_features", [None, width], "float32")]
+    wanted = [
+        ("pixels", [None, 3, size, size], "float32"),
+        ("image_features", [None, width], "float32"),
+    ]
     # A runtime may know the last axis of the output only after a run.
     same = [
-        (name, [w if s is None else s for s, w in zip(found, shape, strict=True)] if len(found) == len(shape) else found, dtype)
+        (
+            name,
+            [w if s is None else s for s, w in zip(found, shape, strict=True)]
+            if len(found) == len(shape)
+            else found,
+            dtype,
+        )
         for (name, found, dtype), (_, shape, _) in zip(ports, wanted, strict=True)
     ]
-    return [f"interface: {got} instead of {want}" for got, want in zip(same, wanted, strict=True) if list(got) != list(want)]
+    return [
+        f"interface: {got} instead of {want}"
+        for got, want in zip(same, wanted, strict=True)
+        if list(got) != list(want)
+    ]
 
 
 def _golden(bundle: Bundle, found: dict[str, np.ndarray], failures: list[str]) -> dict[str, Any]:
     folder = bundle.folder / "golden"
-    expected_pixels, expected = np.load(folder / "pixels.npy"), np.load(folder / "image_features.npy")
-    result: dict[str, Any] = {"pictures": len(expected), "largest_pixel_difference": None, "text_cosine_min": None}
+    expected_pixels, expected = (
+        np.load(folder / "pixels.npy"),
+        np.load(folder / "image_features.npy"),
+    )
+    result: dict[str, Any] = {
+        "pictures": len(expected),
+        "largest_pixel_difference": None,
+        "text_cosine_min": None,
+    }
     if "golden_pixels" in found:
-        difference = int(np.abs(found["golden_pixels"].astype(int) - expected_pixels.astype(int)).max())
+        difference = int(
+            np.abs(found["golden_pixels"].astype(int) - expected_pixels.astype(int)).max()
+        )
         result["largest_pixel_difference"] = difference
         if difference:
-            failures.append(f"preprocess: golden pictures differ by up to {difference} of 255 from the host's")
+            failures.append(
+                f"preprocess: golden pictures differ by up to {difference} of 255 from the host's"
+            )
     if not np.isfinite(found["golden_features"]).all():
         failures.append("values: not finite on the golden pictures")
     similarity = float((found["golden_features"] * expected).sum(axis=1).min())
@@ -166,21 +217,32 @@ def _golden(bundle: Bundle, found: dict[str, np.ndarray], failures: list[str]) -
     if not similarity >= GOLDEN_COSINE:
         failures.append(f"golden pictures: cosine {similarity:.3f}, below {GOLDEN_COSINE}")
     if "text_features" in found:
-        similarity = float((found["text_features"] * np.load(folder / "text_features.npy")).sum(axis=1).min())
+        similarity = float(
+            (found["text_features"] * np.load(folder / "text_features.npy")).sum(axis=1).min()
+        )
         result["text_cosine_min"] = similarity
         if not similarity >= GOLDEN_COSINE:
             failures.append(f"golden texts: cosine {similarity:.3f}, below {GOLDEN_COSINE}")
     return result
 
 
-def _features(bundle: Bundle, evaluation: Evaluation, sessions: dict[str, Any]) -> dict[str, np.ndarray]:
+def _features(
+    bundle: Bundle, evaluation: Evaluation, sessions: dict[str, Any]
+) -> dict[str, np.ndarray]:
     """[n, D] of every evaluation picture from each session; every picture is decoded once."""
     every = index_tar(evaluation.folder / "pictures.tar")
     pictures = [every[i] for i in evaluation.chosen]
     skipped: list[str] = []
     out: dict[str, list[np.ndarray]] = {name: [] for name in sessions}
-    batches = stream(range(len(pictures)), lambda i: bundle.pixels(open_picture(read(pictures[i]), pictures[i].key)), BATCH, skipped)
-    for _, pixels in track(batches, f"validate {bundle.manifest['target']['name']}", math.ceil(len(pictures) / BATCH)):
+    batches = stream(
+        range(len(pictures)),
+        lambda i: bundle.pixels(open_picture(read(pictures[i]), pictures[i].key)),
+        BATCH,
+        skipped,
+    )
+    for _, pixels in track(
+        batches, f"validate {bundle.manifest['target']['name']}", math.ceil(len(pictures) / BATCH)
+    ):
         x = normalise(pixels, bundle.preprocess)
         for name, session in sessions.items():
             out[name].append(session.run(x))
@@ -190,57 +252,98 @@ def _features(bundle: Bundle, evaluation: Evaluation, sessions: dict[str, Any]) 
     return {name: np.concatenate(rows) for name, rows in out.items()}
 
 
-def _compare(bundle: Bundle, evaluation: Evaluation, found: dict[str, np.ndarray], tolerance: Tolerance, report: dict[str, Any], failures: list[str]) -> str:
+def _compare(
+    bundle: Bundle,
+    evaluation: Evaluation,
+    found: dict[str, np.ndarray],
+    tolerance: Tolerance,
+    report: dict[str, Any],
+    failures: list[str],
+) -> str:
     reference, features = evaluation.reference, found["features_all"]
     if not np.isfinite(features).all():
         failures.append("values: not finite on the evaluation pictures")
         return "fail"
-    every = {"reference": reference, "all": features, **({"basic": found["features_basic"]} if "features_basic" in found else {})}
+    every = {
+        "reference": reference,
+        "all": features,
+        **({"basic": found["features_basic"]} if "features_basic" in found else {}),
+    }
     decisions = {name: decide(bundle, evaluation, f) for name, f in every.items()}
     answers = {name: np.concatenate([a for a, _, _ in d]) for name, d in decisions.items()}
     right = {name: np.concatenate([h for _, h, _ in d]) for name, d in decisions.items()}
     margin = np.concatenate([m for _, _, m in decisions["all"]])
     if unlike := int(((answers["all"] != found["answers"]) & (margin > TIE)).sum()):
-        failures.append(f"head: the device's own answers are not those of its features on {unlike} pictures")
+        failures.append(
+            f"head: the device's own answers are not those of its features on {unlike} pictures"
+        )
 
     report["pictures"] = len(features)
     report["cosine"] = cosine(features, reference)
     report["top1_agreement"] = agreement(answers["all"], answers["reference"])
-    report["agreement_where_right"] = agreement(answers["all"], answers["reference"], right["reference"])
+    report["agreement_where_right"] = agreement(
+        answers["all"], answers["reference"], right["reference"]
+    )
     report["accuracy"] = {
         "reference_r1": float(right["reference"].mean()),
         "bundle_r1": float(right["all"].mean()),
         **accuracy_drop(right["reference"], right["all"]),
     }
-    for s, (_, before, _), (_, after, _) in zip(evaluation.sets, decisions["reference"], decisions["all"], strict=True):
+    for s, (_, before, _), (_, after, _) in zip(
+        evaluation.sets, decisions["reference"], decisions["all"], strict=True
+    ):
         if len(before):
-            row = {"name": s["name"], "note": s["note"], "classes": len(s["classes"]), "reference_r1": float(before.mean()), "bundle_r1": float(after.mean())}
+            row = {
+                "name": s["name"],
+                "note": s["note"],
+                "classes": len(s["classes"]),
+                "reference_r1": float(before.mean()),
+                "bundle_r1": float(after.mean()),
+            }
             report["sets"].append(row | accuracy_drop(before, after))
     if "basic" in every:
         same = agreement(answers["all"], answers["basic"])
         report["optimisation"] = {"top1_agreement": same, **cosine(features, every["basic"])}
         if same is not None and same < (tolerance.optimisation_agreement or 0):
-            failures.append(f"graph optimisations BASIC and ALL agree on {same:.4f} of the answers, below {tolerance.optimisation_agreement}")
+            failures.append(
+                f"graph optimisations BASIC and ALL agree on {same:.4f} of the answers, below {tolerance.optimisation_agreement}"
+            )
 
     p1, accuracy = report["cosine"]["centred_p1"], report["accuracy"]
     if p1 < tolerance.centred_cosine_p1:
         failures.append(f"centred cosine p1 {p1:.4f}, below {tolerance.centred_cosine_p1}")
-    failures += short_of_agreement(tolerance, report["top1_agreement"], report["agreement_where_right"])
+    failures += short_of_agreement(
+        tolerance, report["top1_agreement"], report["agreement_where_right"]
+    )
     if accuracy["drop_pp"] > tolerance.accuracy_drop_pp:
-        failures.append(f"accuracy drop {accuracy['drop_pp']:.2f} pp, above {tolerance.accuracy_drop_pp}")
+        failures.append(
+            f"accuracy drop {accuracy['drop_pp']:.2f} pp, above {tolerance.accuracy_drop_pp}"
+        )
     return "pass" if accuracy["upper_pp"] <= tolerance.accuracy_drop_pp else "too few pictures"
 
 
-def short_of_agreement(tolerance: Tolerance, same: float | None, where_right: float | None) -> list[str]:
+def short_of_agreement(
+    tolerance: Tolerance, same: float | None, where_right: float | None
+) -> list[str]:
     """The agreements below their limits, a line each; None: there is nothing to judge."""
     measured = (
         ("top-1 agreement", same, tolerance.top1_agreement),
-        ("top-1 agreement where the student is right", where_right, tolerance.agreement_where_right),
+        (
+            "top-1 agreement where the student is right",
+            where_right,
+            tolerance.agreement_where_right,
+        ),
     )
-    return [f"{what} {value:.4f}, below {limit}" for what, value, limit in measured if value is not None and limit is not None and value < limit]
+    return [
+        f"{what} {value:.4f}, below {limit}"
+        for what, value, limit in measured
+        if value is not None and limit is not None and value < limit
+    ]
 
 
-def decide(bundle: Bundle, evaluation: Evaluation, features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def decide(
+    bundle: Bundle, evaluation: Evaluation, features: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Per evaluation set, each over the set's own class list: answers as class indices [n], right or wrong [n], and by
     how much the best score leads [n]."""
     out = []

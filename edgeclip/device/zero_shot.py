@@ -29,7 +29,12 @@ class EduAttention(NamedTuple):
     """A10: unit rows before the class scores"""
 
 
-def class_scores(image_features: np.ndarray, class_features: np.ndarray, head: EduAttention | None = None, attended: np.ndarray | None = None) -> np.ndarray:
+def class_scores(
+    image_features: np.ndarray,
+    class_features: np.ndarray,
+    head: EduAttention | None = None,
+    attended: np.ndarray | None = None,
+) -> np.ndarray:
     """Cosine scores [B, N] of unit rows image_features [B, D] and class_features [N, D].
 
     The head attends over `class_features`, the active list, or over `attended` [M, D], say all classes of training (A11).

@@ -24,5 +24,7 @@ def keep_freed_memory() -> None:
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
     libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never; the largest int would be 2 GiB, which a step of 128 pictures exceeds
+    libc.mallopt(
+        M_TRIM_THRESHOLD, -1
+    )  # never; the largest int would be 2 GiB, which a step of 128 pictures exceeds
     libc.mallopt(M_TOP_PAD, 64 << 20)

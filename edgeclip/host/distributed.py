@@ -21,7 +21,11 @@ PATIENCE = datetime.timedelta(days=7)
 
 def own(device: torch.device) -> torch.device:
     """The device that is this process's own, where torchrun started several on one machine."""
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" and "LOCAL_RANK" in os.environ else device
+    return (
+        torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ
+        else device
+    )
 
 
 def start(device: torch.device) -> torch.device:

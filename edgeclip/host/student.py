@@ -46,7 +46,12 @@ class Student(nn.Module):
         if hidden is None:
             self.projector: nn.Module = nn.Linear(width, embed_dim)
         else:
-            self.projector = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, embed_dim))
+            self.projector = nn.Sequential(
+                nn.Linear(width, hidden, bias=False),
+                nn.BatchNorm1d(hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, embed_dim),
+            )
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         return F.normalize(self.projector(self.tower(pixels)), dim=-1)
@@ -59,12 +64,16 @@ class EduAttentionHead(nn.Module):
     has moved.
     """
 
-    def __init__(self, embed_dim: int, spec: R.EduAttention, generator: torch.Generator | None = None):
+    def __init__(
+        self, embed_dim: int, spec: R.EduAttention, generator: torch.Generator | None = None
+    ):
         super().__init__()
         self.spec = spec
         self.fc = nn.Linear(embed_dim, embed_dim)
         self.alpha = nn.Parameter(torch.zeros(()), requires_grad=spec.learn_alpha)
-        self.log_temperature = nn.Parameter(torch.tensor(spec.temperature).log(), requires_grad=spec.learn_temperature)
+        self.log_temperature = nn.Parameter(
+            torch.tensor(spec.temperature).log(), requires_grad=spec.learn_temperature
+        )
         # A generator of its own: with alpha frozen at 0 the rest of the run is bit for bit PromptKD's.
         bound = embed_dim**-0.5
         for p in self.fc.parameters():
@@ -83,14 +92,23 @@ class EduAttentionHead(nn.Module):
             query = self.fc(query)
         if spec.fc == "key_value":
             key = self.fc(key)
-        attention = F.softmax(query @ key.T / self.log_temperature.exp(), dim=0 if spec.axis == "batch" else 1) @ key
+        attention = (
+            F.softmax(
+                query @ key.T / self.log_temperature.exp(), dim=0 if spec.axis == "batch" else 1
+            )
+            @ key
+        )
         if spec.fc == "output":
             attention = self.fc(attention)
         u, added = image_features if residual is None else residual, self.alpha * attention
         if not spec.normalise:
             return u + added
         # u has norm 1, so the sum's norm is known without it: at alpha = 0 this is u bit for bit, which is PromptKD
-        square = 1.0 + 2.0 * (u * added).sum(dim=-1, keepdim=True) + (added * added).sum(dim=-1, keepdim=True)
+        square = (
+            1.0
+            + 2.0 * (u * added).sum(dim=-1, keepdim=True)
+            + (added * added).sum(dim=-1, keepdim=True)
+        )
         return (u + added) * square.clamp(min=1e-12).rsqrt()
 
     def numpy(self) -> EduAttention | None:
@@ -98,7 +116,14 @@ class EduAttentionHead(nn.Module):
         if self.spec.query == "raw" or self.spec.axis == "batch":
             return None
         weight, bias = (p.detach().float().cpu().numpy() for p in (self.fc.weight, self.fc.bias))
-        return EduAttention(weight, bias, self.alpha.item(), self.log_temperature.exp().item(), self.spec.fc, self.spec.normalise)
+        return EduAttention(
+            weight,
+            bias,
+            self.alpha.item(),
+            self.log_temperature.exp().item(),
+            self.spec.fc,
+            self.spec.normalise,
+        )
 
 
 class StudentText(nn.Module):
@@ -126,14 +151,20 @@ def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
     if spec.share:
         share(tower, spec.share)
     if visual := spec.visual_prompts:
-        tower = PromptedTower(tower.visual if isinstance(tower, ImageTower) else tower, visual.length, visual.depth)
+        tower = PromptedTower(
+            tower.visual if isinstance(tower, ImageTower) else tower, visual.length, visual.depth
+        )
         tower.vit.requires_grad_(not visual.freeze_tower)
     try:
         with torch.inference_mode():
             width = tower.eval()(torch.zeros(1, 3, preprocess.size, preprocess.size)).shape[1]
     except (AssertionError, RuntimeError) as e:  # windows or positions of another size
         what = f"does not take pictures of {preprocess.size} px ({str(e).splitlines()[0]})"
-        raise EdgeclipError(f"student.tower: {spec.tower.model}", what, "give the image_size that its name says, or choose another model") from None
+        raise EdgeclipError(
+            f"student.tower: {spec.tower.model}",
+            what,
+            "give the image_size that its name says, or choose another model",
+        ) from None
     return Student(tower, width, embed_dim, spec.projector_hidden).eval(), preprocess
 
 
@@ -152,7 +183,11 @@ def checkpoint_gradients(tower: nn.Module) -> None:
     """Makes the tower keep its blocks' inputs only. Raises `EdgeclipError` where its code has no such thing."""
     blocks = [m for m in tower.modules() if hasattr(m, "grad_checkpointing")]
     if not blocks or any(isinstance(m, PromptedTower | SharedBlocks) for m in tower.modules()):
-        raise EdgeclipError("train.gradient_checkpointing", "this student's tower cannot do it", "set it to false; accumulate saves memory too")
+        raise EdgeclipError(
+            "train.gradient_checkpointing",
+            "this student's tower cannot do it",
+            "set it to false; accumulate saves memory too",
+        )
     for module in blocks:
         module.grad_checkpointing = True
 
@@ -165,15 +200,27 @@ def build_text(spec: R.OpenClip, embed_dim: int) -> TextTower:
     known = next(m for m in model.modules() if isinstance(m, nn.Embedding)).num_embeddings
     needed = Tokenizer.from_str(words).get_vocab_size()
     if known < needed:
-        raise EdgeclipError(f"student.text: {spec.model}", f"has a vocabulary of {known}, CLIP's tokenizer has {needed}", f"give vocab_size: {needed}")
+        raise EdgeclipError(
+            f"student.text: {spec.model}",
+            f"has a vocabulary of {known}, CLIP's tokenizer has {needed}",
+            f"give vocab_size: {needed}",
+        )
     with torch.inference_mode():
         width = model.encode_text(torch.zeros(1, model.context_length, dtype=torch.long)).shape[1]
-    return TextTower(module=StudentText(model, width, embed_dim).eval(), tokenizer=words, context_length=int(model.context_length))
+    return TextTower(
+        module=StudentText(model, width, embed_dim).eval(),
+        tokenizer=words,
+        context_length=int(model.context_length),
+    )
 
 
 def token_ids(text: TextTower, texts: list[str], cut: bool = False) -> Int[Tensor, "N L"]:
     """Raises `EdgeclipError` for a text that is longer than the context; cut: it loses its end, as captions do."""
-    return torch.from_numpy(tokenizer.encode(tokenizer.load(text.tokenizer, text.context_length), texts, text.context_length, cut))
+    return torch.from_numpy(
+        tokenizer.encode(
+            tokenizer.load(text.tokenizer, text.context_length), texts, text.context_length, cut
+        )
+    )
 
 
 @torch.inference_mode()
@@ -219,14 +266,22 @@ def load(folder: Path) -> tuple[Student, EduAttentionHead | None, Preprocess, di
     spec = msgspec.convert(description["architecture"], R.Student)
     # The weights come from this folder: those that the recipe started from need not be at hand any more.
     stem = msgspec.structs.replace(spec.stem, weights="random") if spec.stem else None
-    spec = msgspec.structs.replace(spec, tower=msgspec.structs.replace(spec.tower, weights="random"), inherit=None, stem=stem)
+    spec = msgspec.structs.replace(
+        spec, tower=msgspec.structs.replace(spec.tower, weights="random"), inherit=None, stem=stem
+    )
     student, _ = build(spec, description["embed_dim"])
     state = load_file(folder / "student.safetensors")
-    student.load_state_dict({k: v for k, v in state.items() if not k.startswith(("head.", "text."))})
+    student.load_state_dict(
+        {k: v for k, v in state.items() if not k.startswith(("head.", "text."))}
+    )
     head = None
     if description["edu_attention"] is not None:
-        head = EduAttentionHead(description["embed_dim"], msgspec.convert(description["edu_attention"], R.EduAttention))
-        head.load_state_dict({k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")})
+        head = EduAttentionHead(
+            description["embed_dim"], msgspec.convert(description["edu_attention"], R.EduAttention)
+        )
+        head.load_state_dict(
+            {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
+        )
     return student.eval(), head, msgspec.convert(description["preprocess"], Preprocess), description
 
 
@@ -237,7 +292,13 @@ def load_text(folder: Path) -> TextTower | None:
     spec = msgspec.convert(description["architecture"], R.Student)
     if spec.text is None:
         return None
-    text = build_text(msgspec.structs.replace(spec.text, weights="random"), description["embed_dim"])
+    text = build_text(
+        msgspec.structs.replace(spec.text, weights="random"), description["embed_dim"]
+    )
     state = load_file(folder / "student.safetensors")
-    text.module.load_state_dict({k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")})
-    return dataclasses.replace(text, tokenizer=(folder / "tokenizer.json").read_text(encoding="utf-8"))
+    text.module.load_state_dict(
+        {k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")}
+    )
+    return dataclasses.replace(
+        text, tokenizer=(folder / "tokenizer.json").read_text(encoding="utf-8")
+    )

@@ -14,12 +14,17 @@ TERMS = {"accuracy": "pictures", "energy_mj_per_image": "energy_scope"}
 DOT_PRODUCT = {"aarch64": ("asimddp",), "x86_64": ("avx512_vnni", "avx_vnni", "amx_int8")}
 
 
-def rows(benches: list[dict[str, Any]], parities: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+def rows(
+    benches: list[dict[str, Any]], parities: list[dict[str, Any] | None]
+) -> list[dict[str, Any]]:
     """One a bench report; a parity report counts when it is of the same bundle and device."""
     out = []
     for b, p in zip(benches, parities, strict=True):
         counts = p is not None and p["bundle"] == b["bundle"] and p["accuracy"] is not None
-        energy, r1 = b["energy_mj_per_image"], p["accuracy"]["bundle_r1"] if p is not None and counts else None
+        energy, r1 = (
+            b["energy_mj_per_image"],
+            p["accuracy"]["bundle_r1"] if p is not None and counts else None,
+        )
         out.append(
             {
                 "device": b["device"],
@@ -40,7 +45,9 @@ def rows(benches: list[dict[str, Any]], parities: list[dict[str, Any] | None]) -
 
 def scope(source: str) -> str:
     """What a power reading of `energy.find` or of a meter covers."""
-    return {"RAPL": "the chip by RAPL", "meter": "all that the meter sees"}.get(source.partition(":")[0], f"the rails {source.partition(': ')[2]}")
+    return {"RAPL": "the chip by RAPL", "meter": "all that the meter sees"}.get(
+        source.partition(":")[0], f"the rails {source.partition(': ')[2]}"
+    )
 
 
 def pareto(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -59,7 +66,15 @@ def pareto(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
         differences = [AXES[x] * (a[x] - b[x]) for x in axes]
         return all(d >= 0 for d in differences) and any(d > 0 for d in differences)
 
-    return [{**r, "axes": axes, "left_out": left_out, "on_front": not any(beats(o, r) for o in timed) if r in timed else None} for r in table]
+    return [
+        {
+            **r,
+            "axes": axes,
+            "left_out": left_out,
+            "on_front": not any(beats(o, r) for o in timed) if r in timed else None,
+        }
+        for r in table
+    ]
 
 
 def int8_gain(benches: list[dict[str, Any]]) -> list[str]:
@@ -67,13 +82,32 @@ def int8_gain(benches: list[dict[str, Any]]) -> list[str]:
     lines = []
     timed = [b for b in benches if b["single_stream"] and b["ran"]["runtime"] == "onnxruntime"]
     for b in timed:
-        base = next((f for f in timed if f["device"] == b["device"] and f["ran"].get("precision") == "fp32"), None)
+        base = next(
+            (
+                f
+                for f in timed
+                if f["device"] == b["device"] and f["ran"].get("precision") == "fp32"
+            ),
+            None,
+        )
         if base is None or b["ran"].get("precision") != "int8":
             continue
         times = base["single_stream"]["latency_ms_p50"] / b["single_stream"]["latency_ms_p50"]
         known = DOT_PRODUCT.get(b["machine"]["arch"])
-        there = None if known is None or b["machine"]["isa"] is None else bool(set(known) & set(b["machine"]["isa"]))
-        dot = "unknown whether this core has dot-product" if there is None else f"this core has {'' if there else 'no '}dot-product"
-        faster = f"{times:.2f} times as fast as" if times >= 1 else f"slower than ({times:.2f} times as fast as)"
+        there = (
+            None
+            if known is None or b["machine"]["isa"] is None
+            else bool(set(known) & set(b["machine"]["isa"]))
+        )
+        dot = (
+            "unknown whether this core has dot-product"
+            if there is None
+            else f"this core has {'' if there else 'no '}dot-product"
+        )
+        faster = (
+            f"{times:.2f} times as fast as"
+            if times >= 1
+            else f"slower than ({times:.2f} times as fast as)"
+        )
         lines.append(f"{b['device']}: {b['target']} is {faster} {base['target']}; {dot}")
     return lines

@@ -24,11 +24,16 @@ def report(run: Path) -> tuple[Path, dict[str, str]]:
     manifest = disk.read_manifest(run, "run")
     results = disk.read_json(run / "results.json")
     targets = collect(run)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["number"] = _number
     environment.filters["form"] = form
     environment.filters["processor"] = processor
-    environment.filters["millions"] = lambda value, digits: _number(None if value is None else value / 1e6, digits) + (" M" if value is not None else "")
+    environment.filters["millions"] = lambda value, digits: (
+        _number(None if value is None else value / 1e6, digits)
+        + (" M" if value is not None else "")
+    )
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=run.name,
         version=__version__,
@@ -111,7 +116,10 @@ def waterfall(results: dict[str, Any], targets: list[dict[str, Any]]) -> dict[st
     A bundle is compared on a part of the pictures, so what it lost stands in its parity report, not between two rows of this.
     """
     names = [s["name"] for s in results["sets"]]
-    steps = [(model, [((s[model] or {}).get("r1"), s["pictures"]) for s in results["sets"]]) for model in ("teacher", "student")]
+    steps = [
+        (model, [((s[model] or {}).get("r1"), s["pictures"]) for s in results["sets"]])
+        for model in ("teacher", "student")
+    ]
     for t in targets:
         if t["parity"] and t["parity"]["sets"]:
             of = {s["name"]: (s["bundle_r1"], s["pictures"]) for s in t["parity"]["sets"]}
@@ -135,7 +143,14 @@ def _plots(results: dict[str, Any], targets: list[dict[str, Any]]) -> list[tuple
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "edgeclip", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    matplotlib.rcParams.update(
+        {
+            "svg.hashsalt": "edgeclip",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
     from matplotlib import pyplot as plt
 
     plots = []
@@ -143,24 +158,38 @@ def _plots(results: dict[str, Any], targets: list[dict[str, Any]]) -> list[tuple
     figure, axes = plt.subplots(figsize=(7, 3))
     width = 0.8 / len(steps["steps"])
     for i, (name, values) in enumerate(steps["steps"]):
-        axes.bar([x + i * width for x in range(len(values))], [math.nan if v is None else v for v, _ in values], width, label=name)
+        axes.bar(
+            [x + i * width for x in range(len(values))],
+            [math.nan if v is None else v for v, _ in values],
+            width,
+            label=name,
+        )
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(steps["sets"]))], steps["sets"])
     axes.set_ylabel("R@1")
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     plots.append(("Accuracy of each step; a bundle's on a part of the pictures", _svg(figure)))
 
-    measured = [t for t in targets if t["bench"] and t["bench"]["single_stream"] and t["parity"] and t["parity"]["accuracy"]]
+    measured = [
+        t
+        for t in targets
+        if t["bench"] and t["bench"]["single_stream"] and t["parity"] and t["parity"]["accuracy"]
+    ]
     if measured:
         figure, axes = plt.subplots(figsize=(7, 3))
         for t in measured:
-            x, y = t["bench"]["single_stream"]["latency_ms_p90"], t["parity"]["accuracy"]["bundle_r1"]
+            x, y = (
+                t["bench"]["single_stream"]["latency_ms_p90"],
+                t["parity"]["accuracy"]["bundle_r1"],
+            )
             axes.scatter(x, y, clip_on=False, s=t["bytes"] / 2**20 * 12 + 20)
             axes.annotate(t["row"], (x, y), textcoords="offset points", xytext=(8, 4), fontsize=8)
         axes.margins(x=0.3, y=0.3)
         axes.set_xlim(left=0)
         axes.set_xlabel("p90 latency, ms (batch 1)")
         axes.set_ylabel("R@1 over all parity pictures")
-        plots.append(("Accuracy against latency; the area grows with the encoder's bytes", _svg(figure)))
+        plots.append(
+            ("Accuracy against latency; the area grows with the encoder's bytes", _svg(figure))
+        )
 
     for t in targets:
         frontier = (t["quantisation"] or {}).get("frontier", [])
@@ -170,14 +199,33 @@ def _plots(results: dict[str, Any], targets: list[dict[str, Any]]) -> list[tuple
         figure, axes = plt.subplots(figsize=(7, 2.6))
         for c in timed:
             chosen = c["verdict"] == "chosen"
-            axes.scatter(c["latency_ms"], c["centred_cosine_p1"], marker="*" if chosen else "o", s=110 if chosen else 30, color="C1" if chosen else "C0")
-            axes.annotate(form(c), (c["latency_ms"], c["centred_cosine_p1"]), textcoords="offset points", xytext=(7, 3), fontsize=7)
-        axes.axvline(t["quantisation"]["latency_ms_float"], color="0.6", linestyle=":", label="float32")
+            axes.scatter(
+                c["latency_ms"],
+                c["centred_cosine_p1"],
+                marker="*" if chosen else "o",
+                s=110 if chosen else 30,
+                color="C1" if chosen else "C0",
+            )
+            axes.annotate(
+                form(c),
+                (c["latency_ms"], c["centred_cosine_p1"]),
+                textcoords="offset points",
+                xytext=(7, 3),
+                fontsize=7,
+            )
+        axes.axvline(
+            t["quantisation"]["latency_ms_float"], color="0.6", linestyle=":", label="float32"
+        )
         axes.margins(x=0.3, y=0.3)
         axes.set_xlabel("latency on the machine that exported, ms (batch 1, one thread)")
         axes.set_ylabel("centred cosine p1")
         axes.legend(fontsize=7, frameon=False)
-        plots.append((f"{t['row']}: the int8 forms that held the tolerance in the search; the star was chosen", _svg(figure)))
+        plots.append(
+            (
+                f"{t['row']}: the int8 forms that held the tolerance in the search; the star was chosen",
+                _svg(figure),
+            )
+        )
 
     log = results["log"]
     if len(log) > 1:

@@ -41,12 +41,16 @@ def test_the_t_interval_is_scipys():
 
     a, b = runs(0, 0.8), runs(1, 0.7)
     d = [M.figure(a[s]) - M.figure(b[s]) for s in range(5)]
-    assert M.difference(a, b)["t"] == pytest.approx(stats.ttest_1samp(d, 0).confidence_interval(0.95))
+    assert M.difference(a, b)["t"] == pytest.approx(
+        stats.ttest_1samp(d, 0).confidence_interval(0.95)
+    )
 
 
 def test_the_bootstrap_holds_the_true_difference_and_photos_widen_it(monkeypatch):
     monkeypatch.setattr(M, "BOOTSTRAPS", 2000)
-    few, many = (M.difference(runs(2, 0.8, n=n), runs(3, 0.7, n=n))["bootstrap"] for n in (50, 2000))
+    few, many = (
+        M.difference(runs(2, 0.8, n=n), runs(3, 0.7, n=n))["bootstrap"] for n in (50, 2000)
+    )
     assert few[0] < 0.1 < few[1] and many[0] < 0.1 < many[1]
     assert many[1] - many[0] < 0.5 * (few[1] - few[0])
 
@@ -60,7 +64,9 @@ def test_only_runs_of_the_same_teacher_data_and_schedule_are_paired():
 
 def test_a_torn_line_of_the_log_is_no_run(tmp_path):
     log = tmp_path / "l.jsonl"
-    log.write_text(json.dumps({"set": "a"}) + "\n" + '{"set": "b", "me\n' + json.dumps({"set": "c"}) + "\n")
+    log.write_text(
+        json.dumps({"set": "a"}) + "\n" + '{"set": "b", "me\n' + json.dumps({"set": "c"}) + "\n"
+    )
     assert [line["set"] for line in M.read(log)] == ["a", "c"]
 
 

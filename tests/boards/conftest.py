@@ -47,7 +47,9 @@ def proxy():
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """Another home folder; what was fetched once is kept where it was."""
-    monkeypatch.setenv("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser()))
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    )
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     (tmp_path / "home").mkdir()

@@ -42,14 +42,33 @@ def test_validate_and_bench_through_the_users_own_ssh_setup(a_run, sshd, home, t
     assert far["verdict"] == "pass"
     assert far["pictures"] == 400
     assert far["golden"]["largest_pixel_difference"] == 0
-    assert far["cosine"]["centred_min"] == pytest.approx(near["cosine"]["centred_min"], abs=1e-5) and far["accuracy"] == near["accuracy"]
+    assert (
+        far["cosine"]["centred_min"] == pytest.approx(near["cosine"]["centred_min"], abs=1e-5)
+        and far["accuracy"] == near["accuracy"]
+    )
     assert disk.read_json(a_run / "reports" / "onnx-fp32.toy.parity.json") == far
 
-    disk.write_json(a_run / "recipe.json", {"bench": {"min_duration_s": 2.0, "min_query_count": 20}})
+    disk.write_json(
+        a_run / "recipe.json", {"bench": {"min_duration_s": 2.0, "min_query_count": 20}}
+    )
     start = time.time()
-    (tmp_path / "meter.csv").write_text("timestamp,watts\n" + "".join(f"{start + t / 500},3\n" for t in range(60_000)))
-    result = run("bench", "--run", a_run, "--device", toy, "--json", "--clean", "--meter", tmp_path / "meter.csv")
-    assert result.exit_code == 0 and "sending" not in result.stderr, result.output  # all of it was there already
+    (tmp_path / "meter.csv").write_text(
+        "timestamp,watts\n" + "".join(f"{start + t / 500},3\n" for t in range(60_000))
+    )
+    result = run(
+        "bench",
+        "--run",
+        a_run,
+        "--device",
+        toy,
+        "--json",
+        "--clean",
+        "--meter",
+        tmp_path / "meter.csv",
+    )
+    assert result.exit_code == 0 and "sending" not in result.stderr, (
+        result.output
+    )  # all of it was there already
     (report,) = json.loads(result.stdout)
     assert report["single_stream"]["queries"] >= 20
     assert report["cold_start"]["process_ms"] > 0
@@ -63,14 +82,23 @@ def test_validate_and_bench_through_the_users_own_ssh_setup(a_run, sshd, home, t
 
 def test_several_devices_stand_in_one_table(a_run, sshd, home, tmp_path):
     write_ssh_config(home, sshd())
-    disk.write_json(a_run / "recipe.json", {"bench": {"min_duration_s": 0.05, "min_query_count": 20}})
+    disk.write_json(
+        a_run / "recipe.json", {"bench": {"min_duration_s": 0.05, "min_query_count": 20}}
+    )
     both = ("--device", "host-cpu", "--device", profile(tmp_path))
     assert run("validate", "--run", a_run).exit_code == 0
     result = run("bench", "--run", a_run, *both, "--json")
     record = json.loads(result.stdout)
-    assert [r["device"] for r in record["comparison"]] == ["host-cpu", "toy"] and len(record["reports"]) == 2, result.output
-    assert record["comparison"][0]["accuracy"] == pytest.approx(0.8) and record["comparison"][1]["accuracy"] is None  # not validated there
-    assert "accuracy" not in record["comparison"][0]["axes"] and any(r["on_front"] for r in record["comparison"])
+    assert [r["device"] for r in record["comparison"]] == ["host-cpu", "toy"] and len(
+        record["reports"]
+    ) == 2, result.output
+    assert (
+        record["comparison"][0]["accuracy"] == pytest.approx(0.8)
+        and record["comparison"][1]["accuracy"] is None
+    )  # not validated there
+    assert "accuracy" not in record["comparison"][0]["axes"] and any(
+        r["on_front"] for r in record["comparison"]
+    )
     result = run("bench", "--run", a_run, *both, "--scenario", "single_stream")
     assert "front" in result.stdout, result.output
     assert "onnxruntime_perf_test" in result.stdout, result.output
@@ -101,12 +129,26 @@ def test_a_command_prefix_is_a_way_too(shipped_bundle, tmp_path):
     with Board(name, device) as board:
         board.prepare([bundle], None)
         assert board.validate(bundle, None)["failures"] == []
-    result = run("selftest", "--bundle", bundle.folder, "--device", tmp_path / "d.yaml", "--out", tmp_path, "--clean", "--json")
-    assert json.loads(result.stdout)[0]["machine"]["cores"] == 1 and not (tmp_path / "b").exists(), result.output
+    result = run(
+        "selftest",
+        "--bundle",
+        bundle.folder,
+        "--device",
+        tmp_path / "d.yaml",
+        "--out",
+        tmp_path,
+        "--clean",
+        "--json",
+    )
+    assert (
+        json.loads(result.stdout)[0]["machine"]["cores"] == 1 and not (tmp_path / "b").exists()
+    ), result.output
 
 
 def test_what_lies_on_the_board_travels_once(shipped_bundle, evaluation, tmp_path):
-    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n")
+    (tmp_path / "d.yaml").write_text(
+        f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n"
+    )
     files = {disk.sha256(p): p for p in shipped_bundle("onnx-fp32").rglob("*") if p.is_file()}
     with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
         assert board.send(files, "bundle") == sum(p.stat().st_size for p in files.values())
@@ -117,16 +159,27 @@ def test_what_lies_on_the_board_travels_once(shipped_bundle, evaluation, tmp_pat
 
 
 def test_an_engine_that_is_kept_needs_no_memory_for_its_build(shipped_bundle, tmp_path):
-    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [tensorrt]\n")
+    (tmp_path / "d.yaml").write_text(
+        f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [tensorrt]\n"
+    )
     bundle = Bundle.load(shipped_bundle("tensorrt-int8"))
     with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
         for need in ("3000 MiB", "300 MiB"):
-            assert next(r.need for r in board.preflight([bundle], None) if r.check == "memory").startswith(need)
-            (tmp_path / "b" / "engines" / disk.sha256(bundle.folder / bundle.manifest["image_encoder"])[:16]).mkdir(parents=True, exist_ok=True)
+            assert next(
+                r.need for r in board.preflight([bundle], None) if r.check == "memory"
+            ).startswith(need)
+            (
+                tmp_path
+                / "b"
+                / "engines"
+                / disk.sha256(bundle.folder / bundle.manifest["image_encoder"])[:16]
+            ).mkdir(parents=True, exist_ok=True)
 
 
 def test_a_changed_byte_on_the_way_is_refused(tmp_path):
-    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n")
+    (tmp_path / "d.yaml").write_text(
+        f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n"
+    )
     (tmp_path / "file").write_bytes(b"abc")
     with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
         with pytest.raises(EdgeclipError, match="not what was sent"):
@@ -141,9 +194,14 @@ def test_only_what_edgeclip_left_is_removed(tmp_path):
     mine = tmp_path / "precious" / "store" / "thesis.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("ten years")
-    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/precious}}\nruntimes: [onnxruntime]\n")
+    (tmp_path / "d.yaml").write_text(
+        f"reach: {{command: [env], folder: {tmp_path}/precious}}\nruntimes: [onnxruntime]\n"
+    )
     with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
-        with pytest.raises(EdgeclipError, match=r"holds files that are not edgeclip's; name an empty or a new folder"):
+        with pytest.raises(
+            EdgeclipError,
+            match=r"holds files that are not edgeclip's; name an empty or a new folder",
+        ):
             board.send({disk.sha256(mine): mine}, "file")
         assert not board.clean()
         assert mine.read_text() == "ten years"
@@ -153,7 +211,9 @@ def test_only_what_edgeclip_left_is_removed(tmp_path):
 def test_what_somebody_put_beside_it_later_stays(tmp_path):
     (tmp_path / "b").mkdir()  # an empty folder will do
     (tmp_path / "file").write_bytes(b"abc")
-    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n")
+    (tmp_path / "d.yaml").write_text(
+        f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n"
+    )
     with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
         board.send({disk.sha256(tmp_path / "file"): tmp_path / "file"}, "file")
         (tmp_path / "b" / "notes.txt").write_text("mine")
@@ -162,23 +222,32 @@ def test_what_somebody_put_beside_it_later_stays(tmp_path):
 
 @pytest.mark.parametrize("linked", [True, False])
 def test_it_is_cleaned_when_something_went_wrong_too(tmp_path, linked):
-    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n")
+    (tmp_path / "d.yaml").write_text(
+        f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n"
+    )
     (tmp_path / "file").write_bytes(b"abc")
 
     async def broken():
         raise ConnectionResetError
 
-    with pytest.raises(EdgeclipError, match="no: good"), cli_device._board(*load_device(str(tmp_path / "d.yaml")), True) as board:
+    with (
+        pytest.raises(EdgeclipError, match="no: good"),
+        cli_device._board(*load_device(str(tmp_path / "d.yaml")), True) as board,
+    ):
         board.send({disk.sha256(tmp_path / "file"): tmp_path / "file"}, "file")
         board.link = board.link if linked else board.link._replace(start=broken)
-        raise EdgeclipError("no", "good", "at all")  # is what the user sees, whether the board is still there or not
+        raise EdgeclipError(
+            "no", "good", "at all"
+        )  # is what the user sees, whether the board is still there or not
     assert (tmp_path / "b").exists() == (not linked)
 
 
 def test_two_at_once_would_measure_each_other(shipped_bundle, tmp_path):
     import fcntl
 
-    (tmp_path / "d.yaml").write_text(f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\npackages: [onnxruntime]\n")
+    (tmp_path / "d.yaml").write_text(
+        f"reach: {{command: [env], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\npackages: [onnxruntime]\n"
+    )
     bundle = Bundle.load(shipped_bundle("onnx-fp32"))
     with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
         board.prepare([bundle], None)
@@ -196,7 +265,9 @@ def test_words_of_a_login_shell_are_not_taken_for_the_answer(tmp_path):
     shell = tmp_path / "chatty"
     shell.write_text('#!/bin/sh\necho "Welcome to the board"; printf "$ "; exec "$@"\n')
     shell.chmod(0o755)
-    (tmp_path / "d.yaml").write_text(f"reach: {{command: [{shell}], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n")
+    (tmp_path / "d.yaml").write_text(
+        f"reach: {{command: [{shell}], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n"
+    )
     with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
         assert board.facts["python"]
 
@@ -210,20 +281,36 @@ def test_the_runner_is_the_device_layer_and_nothing_of_the_host(tmp_path):
     assert content == runner.device_layer()
     assert "edgeclip/device/__main__.py" in names
     assert "edgeclip/device/runtime/onnxruntime.py" in names
-    assert {n.split("/")[1].removesuffix(".py") for n in names}.isdisjoint(runner.HOST) and {"cache", "distill", "remote"} <= set(runner.HOST)
+    assert {n.split("/")[1].removesuffix(".py") for n in names}.isdisjoint(runner.HOST) and {
+        "cache",
+        "distill",
+        "remote",
+    } <= set(runner.HOST)
     (tmp_path / "own.zip").write_bytes(content)
-    assert len(content) < 0.5 * runner.unpacked({"own": tmp_path / "own.zip"}) == 0.5 * sum((REPO / n).stat().st_size for n in names)
+    assert (
+        len(content)
+        < 0.5 * runner.unpacked({"own": tmp_path / "own.zip"})
+        == 0.5 * sum((REPO / n).stat().st_size for n in names)
+    )
 
 
 def test_the_remote_command_is_one_constant_string():
     from edgeclip.boards import link
 
-    assert link.COMMAND == 'exec python3 -u -c \'import sys; b = sys.stdin.buffer; exec(compile(b.read(int(b.readline())), "agent.py", "exec"))\''
+    assert (
+        link.COMMAND
+        == 'exec python3 -u -c \'import sys; b = sys.stdin.buffer; exec(compile(b.read(int(b.readline())), "agent.py", "exec"))\''
+    )
     source = (REPO / "edgeclip" / "remote" / "link.py").read_text()
-    assert source.count("COMMAND]") == 1 and source.count("create_process(COMMAND,") == 1  # either way as it is
+    assert (
+        source.count("COMMAND]") == 1 and source.count("create_process(COMMAND,") == 1
+    )  # either way as it is
 
 
-@pytest.mark.parametrize(("python", "glibc", "says"), [("3.8.10", "2.31", "3.10 is the oldest"), ("3.11.2", None, "not glibc")])
+@pytest.mark.parametrize(
+    ("python", "glibc", "says"),
+    [("3.8.10", "2.31", "3.10 is the oldest"), ("3.11.2", None, "not glibc")],
+)
 def test_a_board_that_cannot_run_it_is_told_so(python, glibc, says):
     with pytest.raises(EdgeclipError, match=says):
         runner.wheels("old", {"python": python, "glibc": glibc, "arch": "aarch64"}, ())
@@ -232,7 +319,14 @@ def test_a_board_that_cannot_run_it_is_told_so(python, glibc, says):
 def test_the_agent_uses_the_standard_library_only_and_an_old_grammar():
     import ast
 
-    tree = ast.parse((REPO / "edgeclip" / "remote" / "agent.py").read_text(), feature_version=(3, 8))
-    imported = {n.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
+    tree = ast.parse(
+        (REPO / "edgeclip" / "remote" / "agent.py").read_text(), feature_version=(3, 8)
+    )
+    imported = {
+        n.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for n in node.names
+    }
     assert imported <= set(sys.stdlib_module_names)
     ast.parse((REPO / "edgeclip" / "machine.py").read_text(), feature_version=(3, 8))

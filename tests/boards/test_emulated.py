@@ -19,7 +19,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def tools():
-    for tool, package in (("sshd", "openssh-server"), ("qemu-aarch64-static", "qemu-user-static"), ("debootstrap", "debootstrap")):
+    for tool, package in (
+        ("sshd", "openssh-server"),
+        ("qemu-aarch64-static", "qemu-user-static"),
+        ("debootstrap", "debootstrap"),
+    ):
         if shutil.which(tool, path="/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin") is None:
             pytest.skip(f"{tool} is not installed: apt install {package}")
 
@@ -32,7 +36,9 @@ def vit_source(source):
     from edgeclip.host.student import Student
 
     torch.manual_seed(4)
-    tower = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=0)
+    tower = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=0
+    )
     student = Student(tower, tower.num_features, 16, 24).eval()
     return source._replace(image_encoder=student, head=None)
 
@@ -47,7 +53,10 @@ def bundles(source, shipped_bundle, tmp_path_factory, tools):
     found = {}
     for kind, of in (("cnn", source), ("vit", vit_source(source))):
         evaluation = write_evaluation(folder / kind / "evaluation", of, 60)
-        paths = [export(of, t, toy_target(t), folder / kind / "bundles" / t) for t in ("onnx-fp32", "onnx-int8-arm")]
+        paths = [
+            export(of, t, toy_target(t), folder / kind / "bundles" / t)
+            for t in ("onnx-fp32", "onnx-int8-arm")
+        ]
         found[kind] = ([Bundle.load(p) for p in paths], evaluation)
     return found
 
@@ -64,14 +73,28 @@ def observed(name, kind, bundles):
 
 @pytest.mark.parametrize("kind", ["cnn", "vit"])
 def test_fp32_and_s8s8_answer_as_on_x86_with_the_same_onnxruntime(bundles, kind):
-    for bundle, arm, x86 in zip(bundles[kind][0], observed("arm64-emulated", kind, bundles), observed("loopback", kind, bundles), strict=True):
+    for bundle, arm, x86 in zip(
+        bundles[kind][0],
+        observed("arm64-emulated", kind, bundles),
+        observed("loopback", kind, bundles),
+        strict=True,
+    ):
         assert arm.facts["ran"]["version"] == x86.facts["ran"]["version"] == "1.26.0"
-        assert (arm.arrays["golden_pixels"] == x86.arrays["golden_pixels"]).all()  # PIL's resize is the same on both
+        assert (
+            arm.arrays["golden_pixels"] == x86.arrays["golden_pixels"]
+        ).all()  # PIL's resize is the same on both
         a, b = arm.arrays["features_all"].astype(np.float64), x86.arrays["features_all"]
         assert (a * b).sum(axis=1).min() > (0.99999 if "fp32" in bundle.folder.name else 0.99)
         from edgeclip.device.validate import decide
 
-        margin = np.concatenate([m for _, _, m in decide(bundle, load_evaluation(bundles[kind][1]), x86.arrays["features_all"])])
+        margin = np.concatenate(
+            [
+                m
+                for _, _, m in decide(
+                    bundle, load_evaluation(bundles[kind][1]), x86.arrays["features_all"]
+                )
+            ]
+        )
         unlike = arm.arrays["answers"] != x86.arrays["answers"]
         assert not (unlike & (margin >= 1e-3)).any()
         assert len(unlike) == 60
@@ -82,7 +105,9 @@ def test_the_verbs_go_there_and_timings_are_refused(bundles, tmp_path):
     run_folder = tmp_path / "run"
     shutil.copytree(bundles["cnn"][1], run_folder / "evaluation")
     shutil.copytree(bundles["cnn"][0][0].folder, run_folder / "bundles" / "onnx-fp32")
-    result = run("validate", "--run", run_folder, "--device", "arm64-emulated", "--pictures", 20, "--json")
+    result = run(
+        "validate", "--run", run_folder, "--device", "arm64-emulated", "--pictures", 20, "--json"
+    )
     (report,) = json.loads(result.stdout)
     assert result.exit_code == 4
     assert report["failures"] == []
@@ -91,7 +116,9 @@ def test_the_verbs_go_there_and_timings_are_refused(bundles, tmp_path):
     assert report["machine"]["emulated"] and report["golden"]["largest_pixel_difference"] == 0
     result = run("bench", "--run", run_folder, "--device", "arm64-emulated", "--json")
     (report,) = json.loads(result.stdout)
-    assert result.exit_code == 3 and report["failures"][0].startswith("timings refused: the processor is emulated")
+    assert result.exit_code == 3 and report["failures"][0].startswith(
+        "timings refused: the processor is emulated"
+    )
     assert report["single_stream"] is None
     assert report["offline"] is None
     assert report["cold_start"] is None
@@ -100,7 +127,9 @@ def test_the_verbs_go_there_and_timings_are_refused(bundles, tmp_path):
 @pytest.mark.parametrize(("cpu", "dot_product"), [("cortex-a72", False), ("cortex-a76", True)])
 def test_cores_with_and_without_dot_product_are_told_apart(tools, cpu, dot_product):
     name, device = load_device("arm64-emulated")
-    device = msgspec.structs.replace(device, reach=msgspec.structs.replace(device.reach, emulate=cpu))
+    device = msgspec.structs.replace(
+        device, reach=msgspec.structs.replace(device.reach, emulate=cpu)
+    )
     with Board(name, device) as board:
         assert ("asimddp" in board.facts["isa"]) == dot_product and board.facts["emulated"]
         assert "processor" in {r.check for r in board.preflight([], None) if r.status == "warn"}

@@ -35,19 +35,28 @@ def test_a_refused_connection(sshd, home, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         write_ssh_config(home, sshd(), port=s.getsockname()[1])
-    error = mistake("doctor", "--device", profile(tmp_path), says="cannot be reached over ssh as 'board'")
+    error = mistake(
+        "doctor", "--device", profile(tmp_path), says="cannot be reached over ssh as 'board'"
+    )
     assert "refused" in error and "ssh -o BatchMode=yes board true" in error
 
 
 def test_a_host_that_nobody_knows(home, tmp_path):
-    mistake("doctor", "--device", profile(tmp_path, "no-such-board.invalid"), says="cannot be reached over ssh")
+    mistake(
+        "doctor",
+        "--device",
+        profile(tmp_path, "no-such-board.invalid"),
+        says="cannot be reached over ssh",
+    )
 
 
 def test_a_wrong_host_key_is_not_trusted(sshd, home, tmp_path):
     options = sshd()
     other = Path(sshd()["known_hosts"]).read_text().split(" ", 1)[1]
     write_ssh_config(home, options, host_key=other)
-    error = mistake("doctor", "--device", profile(tmp_path), says="its host key is not the known one")
+    error = mistake(
+        "doctor", "--device", profile(tmp_path), says="its host key is not the known one"
+    )
     assert "ssh board" in error and not (tmp_path / "on-board").exists()
 
 
@@ -67,7 +76,9 @@ def test_a_password_prompt_does_not_hang(sshd, home, tmp_path):
 
 def test_a_key_with_a_passphrase_does_not_ask_for_it(sshd, home, tmp_path):
     write_ssh_config(home, sshd())
-    subprocess.run(["ssh-keygen", "-q", "-p", "-f", str(home / ".ssh" / "key"), "-N", "secret"], check=True)
+    subprocess.run(
+        ["ssh-keygen", "-q", "-p", "-f", str(home / ".ssh" / "key"), "-N", "secret"], check=True
+    )
     mistake("doctor", "--device", profile(tmp_path), says="key")
 
 
@@ -81,20 +92,26 @@ def test_a_copy_that_breaks_off_goes_on_where_it_was(sshd, proxy, home, tmp_path
 
     def through(p):
         known = tmp_path / f"known-{p.port}"
-        known.write_text(f"[127.0.0.1]:{p.port} " + Path(options["known_hosts"]).read_text().split(" ", 1)[1])
+        known.write_text(
+            f"[127.0.0.1]:{p.port} " + Path(options["known_hosts"]).read_text().split(" ", 1)[1]
+        )
         return Board(name, device, options={**options, "port": p.port, "known_hosts": str(known)})
 
     with through(cut) as board, pytest.raises(LinkLost, match="broke off during 'put'"):
         board.send(files, "big")
     with through(whole) as board:
         rest = board.send(files, "big")
-        assert 5_000_000 < rest < 12_000_000 and whole.passed < rest + 500_000  # what had arrived did not travel again
+        assert (
+            5_000_000 < rest < 12_000_000 and whole.passed < rest + 500_000
+        )  # what had arrived did not travel again
         assert board.send(files, "big") == 0
     (stored,) = (tmp_path / "on-board" / "store").iterdir()
     assert stored.read_bytes() == (tmp_path / "big").read_bytes()
 
 
-def test_a_benchmark_whose_link_breaks_is_marked_incomplete_and_ends_there(a_run, sshd, proxy, home, tmp_path):
+def test_a_benchmark_whose_link_breaks_is_marked_incomplete_and_ends_there(
+    a_run, sshd, proxy, home, tmp_path
+):
     options = sshd()
     between = proxy(options["port"])
     write_ssh_config(home, options, port=between.port)
@@ -110,7 +127,15 @@ def test_a_benchmark_whose_link_breaks_is_marked_incomplete_and_ends_there(a_run
             time.sleep(0.1)
 
     threading.Thread(target=cut, daemon=True).start()
-    mistake("bench", "--run", a_run, "--device", toy, says="the link broke off during 'run'", only_line=False)
+    mistake(
+        "bench",
+        "--run",
+        a_run,
+        "--device",
+        toy,
+        says="the link broke off during 'run'",
+        only_line=False,
+    )
     report = disk.read_json(a_run / "reports" / "onnx-fp32.toy.bench.json")
     assert "broke off" in report["incomplete"]
     assert report["single_stream"] is None
@@ -128,9 +153,20 @@ def test_a_benchmark_whose_link_breaks_is_marked_incomplete_and_ends_there(a_run
 def test_a_meters_file_that_is_gone_after_the_load_costs_the_energy_alone(shipped_bundle, tmp_path):
     board = Board(*load_device("loopback"))
     marks = {"times": [0.0, 1.0, 2.0], "count": 9, "temperatures": []}
-    measured = {"single_stream": {"latency_ms_p90": 1.0}, "peak_memory_mib": 9, "energy": marks, "energy_mj_per_image": None, "failures": []}
+    measured = {
+        "single_stream": {"latency_ms_p90": 1.0},
+        "peak_memory_mib": 9,
+        "energy": marks,
+        "energy_mj_per_image": None,
+        "failures": [],
+    }
     board.clock, board._run = lambda: (0.0, 0.1), lambda *_, **__: (dict(measured), b"")
-    report = board.bench(Bundle.load(shipped_bundle("onnx-fp32")), board.device.bench, ("single_stream",), meter_csv=tmp_path / "gone.csv")
+    report = board.bench(
+        Bundle.load(shipped_bundle("onnx-fp32")),
+        board.device.bench,
+        ("single_stream",),
+        meter_csv=tmp_path / "gone.csv",
+    )
     assert report["single_stream"] == measured["single_stream"] and report["energy"] is None
     assert [f.split(":")[0] for f in report["failures"]] == ["energy not measured"]
     board.loop.close()
@@ -148,7 +184,11 @@ def test_a_board_without_room_is_told_before_anything_travels(sshd, home, tmp_pa
             # and a disk that fills up on the way: the half file is taken away again
             with pytest.raises(EdgeclipError, match="No space left"):
                 blocks = [b"x" * 1_000_000] * 8
-                board._wait(board.link.ask("put", blocks, folder=board.folder, files=[["f" * 64, 8_000_000, 0]]))
+                board._wait(
+                    board.link.ask(
+                        "put", blocks, folder=board.folder, files=[["f" * 64, 8_000_000, 0]]
+                    )
+                )
             assert list((tmp_path / "on-board" / "store").iterdir()) == []
             # 8 MB of which 8 KB travel: what is unpacked counts, and what cannot be unpacked is taken away again
             with zipfile.ZipFile(tmp_path / "wheel", "w", zipfile.ZIP_DEFLATED) as z:
@@ -159,7 +199,10 @@ def test_a_board_without_room_is_told_before_anything_travels(sshd, home, tmp_pa
             board.send(wheel, "runner")
             with pytest.raises(EdgeclipError, match="No space left"):
                 board.ask("build", name="runner/r", unpack=list(wheel))
-            assert list((tmp_path / "on-board" / "runner").iterdir()) == [] and board.send(wheel, "runner") == 0  # it need not travel again
+            assert (
+                list((tmp_path / "on-board" / "runner").iterdir()) == []
+                and board.send(wheel, "runner") == 0
+            )  # it need not travel again
     finally:
         subprocess.run(["umount", str(tmp_path / "on-board")], check=True)
 
@@ -172,7 +215,15 @@ def lie(tmp_path, code):
 
 
 def test_a_wrong_clock_is_a_warning_and_reports_carry_the_hosts_time(sshd, home, tmp_path):
-    write_ssh_config(home, sshd(lie(tmp_path, "import time\nreal = time.time\ntime.time = lambda: real() - 86400 * 365\n")))
+    write_ssh_config(
+        home,
+        sshd(
+            lie(
+                tmp_path,
+                "import time\nreal = time.time\ntime.time = lambda: real() - 86400 * 365\n",
+            )
+        ),
+    )
     result = run("doctor", "--device", profile(tmp_path), "--json")
     row = next(r for r in json.loads(result.stdout)["preflight"] if r["check"] == "clock")
     assert row["status"] == "warn"
@@ -202,7 +253,9 @@ def test_a_board_that_rebooted_between_the_build_and_the_run(shipped_bundle, ssh
 def test_a_board_that_is_another_one_is_not_measured(a_run, sshd, home, tmp_path):
     write_ssh_config(home, sshd())
     toy = profile(tmp_path, more="recognise: {device_tree_model: Raspberry Pi 5}\n")
-    error = mistake("bench", "--run", a_run, "--device", toy, says="not 'Raspberry Pi 5'", only_line=False)
+    error = mistake(
+        "bench", "--run", a_run, "--device", toy, says="not 'Raspberry Pi 5'", only_line=False
+    )
     assert "not fit for it" in error and not (tmp_path / "on-board" / "runner").exists()
     assert run("doctor", "--device", toy).exit_code == 3
 

@@ -13,11 +13,19 @@ from tests.support.machine_files import FACTS, JETSON, fake
 WELL = {"free_disk_mib": 9000, "available_mib": 5000, "swap_mib": 4000, "load_average": 0.1, "time": 1000.0, "temperature_c": 45.0, "critical_c": 105.0,
         "throttled": {"cooling_device1 cpufreq-cpu0": 0, "cpu0/core_throttle_count": 7, "oc1_event_cnt": 3}, "governors": ["performance"], "clocks_locked": True,
         "power_mode": "MAXN_SUPER", "l4t": "36.4.3", "jetpack": "6.2+b77", "tensorrt": "10.3.0", "cuda": "12.6.68"}  # fmt: skip
-NANO = FACTS | {"device_tree_model": "NVIDIA Jetson Orin Nano", "python": "3.10.12", "emulated": False, "glibc": "2.35"}
+NANO = FACTS | {
+    "device_tree_model": "NVIDIA Jetson Orin Nano",
+    "python": "3.10.12",
+    "emulated": False,
+    "glibc": "2.35",
+}
 
 
 def status(state, facts=NANO, need=100.0, engines=True, builds=True, name="jetson-orin-nano"):
-    return {r.check: r.status for r in preflight(device.load(name)[1], facts, state, need, engines, builds, 1000.0)}
+    return {
+        r.check: r.status
+        for r in preflight(device.load(name)[1], facts, state, need, engines, builds, 1000.0)
+    }
 
 
 def test_a_board_that_is_well_passes_throughout():
@@ -66,7 +74,9 @@ def test_an_emulated_processor_is_named():
 
 def test_a_jetson_without_tensorrt_may_still_run_cpu_bundles():
     assert status(WELL | {"tensorrt": None}, engines=False, builds=False)["tensorrt"] == "warn"
-    assert status(WELL | {"tensorrt": None}, builds=False)["tensorrt"] == "fail"  # a kept engine needs it too
+    assert (
+        status(WELL | {"tensorrt": None}, builds=False)["tensorrt"] == "fail"
+    )  # a kept engine needs it too
 
 
 def test_the_rows_come_from_the_machines_own_files(tmp_path):
@@ -79,10 +89,25 @@ def test_the_rows_come_from_the_machines_own_files(tmp_path):
 
 
 def test_a_benchmark_on_the_board_itself_keeps_its_state_too(shipped_bundle, tmp_path, monkeypatch):
-    state = machine.state(str(tmp_path)) | {"power_mode": "MAXN_SUPER", "clocks_locked": False, "load_average": 9.5}
+    state = machine.state(str(tmp_path)) | {
+        "power_mode": "MAXN_SUPER",
+        "clocks_locked": False,
+        "load_average": 9.5,
+    }
     monkeypatch.setattr(machine, "state", lambda *_: state)
-    (tmp_path / "d.yaml").write_text("runtimes: [onnxruntime, tensorrt]\nbench: {min_duration_s: 0.01, min_query_count: 5}\n")
-    ask = ("bench", "--bundle", shipped_bundle("onnx-fp32"), "--device", tmp_path / "d.yaml", "--scenario", "offline", "--json")
+    (tmp_path / "d.yaml").write_text(
+        "runtimes: [onnxruntime, tensorrt]\nbench: {min_duration_s: 0.01, min_query_count: 5}\n"
+    )
+    ask = (
+        "bench",
+        "--bundle",
+        shipped_bundle("onnx-fp32"),
+        "--device",
+        tmp_path / "d.yaml",
+        "--scenario",
+        "offline",
+        "--json",
+    )
     result = run(*ask)
     found = {r["check"]: r["found"] for r in json.loads(result.stdout)[0]["preflight"]}
     assert found["power mode"] == "MAXN_SUPER"
@@ -90,4 +115,8 @@ def test_a_benchmark_on_the_board_itself_keeps_its_state_too(shipped_bundle, tmp
     assert {"jetpack", "throttling"} <= set(found)
     assert "d: warning: other load: 9.5, should be at most 0.5" in result.stderr
     state |= {"available_mib": 10, "swap_mib": 0}
-    mistake(*ask, says="d: not fit for it (memory: 10 MiB free, 0 MiB swap, needs 300 MiB", only_line=False)
+    mistake(
+        *ask,
+        says="d: not fit for it (memory: 10 MiB free, 0 MiB swap, needs 300 MiB",
+        only_line=False,
+    )

@@ -43,9 +43,25 @@ def test_an_unknown_yaml_key(here, old, new, says):
 def test_an_unknown_key_in_a_target_and_a_device(here, shipped_bundle):
     write(here, "runtime: onnxruntime\nprecison: fp32\n", "t.yaml")
     write(here, "runtimes: [onnxruntime]\nthread: 1\n", "d.yaml")
-    mistake("export", "--target", "t.yaml", "--model", "mobileone_s0", "--weights", "random", says="did you mean 'precision'")
+    mistake(
+        "export",
+        "--target",
+        "t.yaml",
+        "--model",
+        "mobileone_s0",
+        "--weights",
+        "random",
+        says="did you mean 'precision'",
+    )
     for command in ("validate", "bench"):
-        mistake(command, "--bundle", shipped_bundle("onnx-fp32"), "--device", "d.yaml", says="did you mean 'threads'")
+        mistake(
+            command,
+            "--bundle",
+            shipped_bundle("onnx-fp32"),
+            "--device",
+            "d.yaml",
+            says="did you mean 'threads'",
+        )
     assert snapshot(here).keys() == {"t.yaml", "d.yaml"}
 
 
@@ -67,17 +83,32 @@ def test_a_wrong_type(here, old, new, field):
 def test_a_missing_file(here, cat, shipped_bundle):
     bundle, before = shipped_bundle("onnx-fp32"), snapshot(here)
     mistake("distill", "nothing.yaml", says="nothing.yaml: there is no such file")
-    mistake("classify", "nothing.jpg", "--bundle", bundle, says="nothing.jpg: there is no such file")
+    mistake(
+        "classify", "nothing.jpg", "--bundle", bundle, says="nothing.jpg: there is no such file"
+    )
     mistake("embed", cat, "nothing.jpg", "--out", "f.npy", "--bundle", bundle, says="nothing.jpg")
     for command in ("validate", "bench"):
         mistake(command, "--bundle", "nothing", says="nothing: there is no such folder")
         mistake(command, "--run", "nothing", says="nothing: there is no such run")
     mistake("classify", cat, says="runs/latest")
     mistake("report", "nothing", says="nothing")
-    mistake("labels", bundle, "nothing.txt", "--out", "b", says="nothing.txt: there is no such file")
+    mistake(
+        "labels", bundle, "nothing.txt", "--out", "b", says="nothing.txt: there is no such file"
+    )
     mistake("init", "nothing", says="nothing: there is no such folder")
-    mistake("export", "--target", "onnx-fp32", "--run", "nothing", says="nothing: there is no such run")
-    mistake("export", "--target", "onnx-fp32", "--model", "mobileone_s0", "--weights", "nothing.pt", says="nothing.pt: there is no such weights file")
+    mistake(
+        "export", "--target", "onnx-fp32", "--run", "nothing", says="nothing: there is no such run"
+    )
+    mistake(
+        "export",
+        "--target",
+        "onnx-fp32",
+        "--model",
+        "mobileone_s0",
+        "--weights",
+        "nothing.pt",
+        says="nothing.pt: there is no such weights file",
+    )
     same(here, before)
 
 
@@ -92,7 +123,15 @@ def test_a_truncated_picture(here, shipped_bundle):
     truncated_jpeg(here / "half.jpg")
     bundle, before = shipped_bundle("onnx-fp32"), snapshot(here)
     mistake("classify", "half.jpg", "--bundle", bundle, says="half.jpg: unreadable picture")
-    mistake("embed", "half.jpg", "--out", "f.npy", "--bundle", bundle, says="half.jpg: unreadable picture")
+    mistake(
+        "embed",
+        "half.jpg",
+        "--out",
+        "f.npy",
+        "--bundle",
+        bundle,
+        says="half.jpg: unreadable picture",
+    )
     same(here, before)
 
 
@@ -101,8 +140,12 @@ def test_a_truncated_picture_in_twenty_fails_the_run(here):
     write(here, RECIPE.replace("ROOT", "photos"))
     before = snapshot(here)
     mistake("distill", "r.yaml", says="half.jpg", only_line=False)
-    left = {k for k in snapshot(here).keys() - before.keys() if k.split("/")[0] not in ("runs", "cache")}
-    assert not left and not [k for k in snapshot(here) if k.startswith("cache/") or ".tmp" in k or "/student" in k]
+    left = {
+        k for k in snapshot(here).keys() - before.keys() if k.split("/")[0] not in ("runs", "cache")
+    }
+    assert not left and not [
+        k for k in snapshot(here) if k.startswith("cache/") or ".tmp" in k or "/student" in k
+    ]
 
 
 def test_an_empty_class_list(here, own_bundle):
@@ -112,7 +155,18 @@ def test_an_empty_class_list(here, own_bundle):
     write(here, RECIPE.replace("ROOT", "photos"))
     before, bundle_before = snapshot(here), snapshot(bundle)
     mistake("labels", bundle, "words.txt", says="empty class list")
-    mistake("export", "--target", "onnx-fp32", "--model", "mobileone_s0", "--weights", "random", "--labels", "words.txt", says="empty class list")
+    mistake(
+        "export",
+        "--target",
+        "onnx-fp32",
+        "--model",
+        "mobileone_s0",
+        "--weights",
+        "random",
+        "--labels",
+        "words.txt",
+        says="empty class list",
+    )
     mistake("init", "photos", says="empty class list")
     mistake("distill", "r.yaml", says="empty class list", only_line=False)
     same(here, before)
@@ -125,7 +179,10 @@ def test_a_file_of_labels_that_is_no_text(here, own_bundle):
     mistake("labels", bundle, "words.txt", says="words.txt: is not UTF-8")
     mistake("labels", bundle, ".", says=".: cannot be read (Is a directory)")
     (here / "words.txt").write_bytes("\ufeffpear\nplum\n".encode())
-    assert run("labels", bundle, "words.txt").exit_code == 0 and Bundle.load(bundle).labels == ["pear", "plum"]
+    assert run("labels", bundle, "words.txt").exit_code == 0 and Bundle.load(bundle).labels == [
+        "pear",
+        "plum",
+    ]
 
 
 def test_labels_are_not_baked_over_somebodys_folder(here, shipped_bundle):
@@ -133,7 +190,9 @@ def test_labels_are_not_baked_over_somebodys_folder(here, shipped_bundle):
     write(here / "keep", "precious", "thesis.txt")
     write(here, "pear\n", "words.txt")
     before = snapshot(here)
-    mistake("labels", shipped_bundle("onnx-fp32"), "words.txt", "--out", "keep", says="is not replaced")
+    mistake(
+        "labels", shipped_bundle("onnx-fp32"), "words.txt", "--out", "keep", says="is not replaced"
+    )
     same(here, before)
 
 
@@ -141,20 +200,46 @@ def test_a_bundle_of_another_format(cat, own_bundle):
     bundle = own_bundle("onnx-fp32")
     manifest = disk.read_json(bundle / "manifest.json")
     disk.write_json(bundle / "manifest.json", manifest | {"format": 99})
-    mistake("classify", cat, "--bundle", bundle, says="is of format 99, and this edgeclip reads 1; export it anew")
+    mistake(
+        "classify",
+        cat,
+        "--bundle",
+        bundle,
+        says="is of format 99, and this edgeclip reads 1; export it anew",
+    )
     with np.load(bundle / "head.npz") as z:
         np.savez(bundle / "head.npz", **{k: z[k] for k in z.files if k != "fc"})
-    disk.write_json(bundle / "manifest.json", manifest | {"files": manifest["files"] | {"head.npz": disk.sha256(bundle / "head.npz")}})
-    mistake("classify", cat, "--bundle", bundle, says="was written by an older edgeclip; export it anew")
+    disk.write_json(
+        bundle / "manifest.json",
+        manifest | {"files": manifest["files"] | {"head.npz": disk.sha256(bundle / "head.npz")}},
+    )
+    mistake(
+        "classify", cat, "--bundle", bundle, says="was written by an older edgeclip; export it anew"
+    )
 
 
 def test_a_meters_file_that_is_missing_is_told_before_the_clock_starts(here, shipped_bundle):
-    mistake("bench", "--bundle", shipped_bundle("onnx-fp32"), "--meter", "m.csv", says="m.csv: there is no such file")
+    mistake(
+        "bench",
+        "--bundle",
+        shipped_bundle("onnx-fp32"),
+        "--meter",
+        "m.csv",
+        says="m.csv: there is no such file",
+    )
 
 
 def test_an_empty_list_of_words(cat, shipped_bundle):
     for words in ("", " , "):
-        mistake("classify", cat, "--bundle", shipped_bundle("onnx-fp32"), "--labels", words, says="the list is empty")
+        mistake(
+            "classify",
+            cat,
+            "--bundle",
+            shipped_bundle("onnx-fp32"),
+            "--labels",
+            words,
+            says="the list is empty",
+        )
 
 
 @pytest.mark.parametrize("name", ["image_encoder.onnx", "class_features.npy", "labels.json"])
@@ -164,7 +249,14 @@ def test_a_changed_bundle(cat, own_bundle, name):
     before = snapshot(cat.parent)
     mistake("classify", cat, "--bundle", bundle, says=f"{name} was changed")
     mistake("validate", "--bundle", bundle, says=f"{name} was changed")
-    mistake("labels", bundle, write(cat.parent.parent, "pear\n", "w.txt"), "--out", "new", says=f"{name} was changed")
+    mistake(
+        "labels",
+        bundle,
+        write(cat.parent.parent, "pear\n", "w.txt"),
+        "--out",
+        "new",
+        says=f"{name} was changed",
+    )
     if name == "image_encoder.onnx":
         mistake("bench", "--bundle", bundle, says="was changed")
         mistake("embed", cat, "--out", "f.npy", "--bundle", bundle, says="was changed")
@@ -184,23 +276,55 @@ def test_a_bundle_without_a_manifest(cat, own_bundle):
 
 
 def test_a_device_profile_that_is_not_this_machine(here, shipped_bundle):
-    board = (REPO / "devices" / "jetson-orin-nano.yaml").read_text().replace("reach: {ssh: jetson-orin-nano}", "reach: {}")
+    board = (
+        (REPO / "devices" / "jetson-orin-nano.yaml")
+        .read_text()
+        .replace("reach: {ssh: jetson-orin-nano}", "reach: {}")
+    )
     (here / "devices").mkdir()
     (here / "devices" / "board.yaml").write_text(board)
     before = snapshot(here)
     for verb in ("validate", "bench"):
-        mistake(verb, "--bundle", shipped_bundle("onnx-fp32"), "--device", "board", says="this machine is not that device")
-        mistake(verb, "--bundle", shipped_bundle("onnx-fp32"), "--device", "jetson-orin-nano", says="cannot be reached over ssh")
-    mistake("doctor", "--device", "jetson-orin-nano", says="cannot be reached over ssh")  # it is not in this user's ssh setup
+        mistake(
+            verb,
+            "--bundle",
+            shipped_bundle("onnx-fp32"),
+            "--device",
+            "board",
+            says="this machine is not that device",
+        )
+        mistake(
+            verb,
+            "--bundle",
+            shipped_bundle("onnx-fp32"),
+            "--device",
+            "jetson-orin-nano",
+            says="cannot be reached over ssh",
+        )
+    mistake(
+        "doctor", "--device", "jetson-orin-nano", says="cannot be reached over ssh"
+    )  # it is not in this user's ssh setup
     assert run("doctor", "--device", "board").exit_code == 3  # its table says what is wrong
     assert snapshot(here) == before
 
 
 def test_a_bundle_that_the_device_cannot_run(here, shipped_bundle):
-    mistake("validate", "--bundle", shipped_bundle("tensorrt-int8"), says="can run none of these bundles", only_line=False)
+    mistake(
+        "validate",
+        "--bundle",
+        shipped_bundle("tensorrt-int8"),
+        says="can run none of these bundles",
+        only_line=False,
+    )
 
 
-@pytest.mark.parametrize(("old", "new", "says"), [("dog", "Cat ", "classes 'Cat ' and 'cat'"), ("dog", "dog " + 9 * "very ", "class 'dog very very")])
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("dog", "Cat ", "classes 'Cat ' and 'cat'"),
+        ("dog", "dog " + 9 * "very ", "class 'dog very very"),
+    ],
+)
 def test_class_names_that_the_text_tower_cannot_tell_apart_or_take(here, old, new, says):
     (photos(here / "photos") / old).rename(here / "photos" / new)
     write(here, RECIPE.replace("ROOT", "photos"))
@@ -215,7 +339,12 @@ def test_a_split_with_an_empty_half(here, half):
         p.unlink()
     write(here, RECIPE.replace("ROOT", "photos, protocol: base_to_novel"))
     before = snapshot(here)
-    mistake("distill", "r.yaml", says=f"its {half} half (1 of 2 classes are base) has no training pictures", only_line=False)
+    mistake(
+        "distill",
+        "r.yaml",
+        says=f"its {half} half (1 of 2 classes are base) has no training pictures",
+        only_line=False,
+    )
     same(here, before)
 
 
@@ -225,8 +354,17 @@ def test_a_data_set_of_hardly_any_training_pictures(here, left):
 
     from edgeclip.device.pictures import index_folder
 
-    drawn = sorted(int(sha256(f"{f.name}/{p.key}".encode()).hexdigest()[:8], 16) / 2**32 for f in photos(here / "photos").iterdir() for p in index_folder(f))
-    write(here, RECIPE.replace("ROOT", f"photos, test_fraction: {drawn[-left] if left else (1 + drawn[-1]) / 2}"))
+    drawn = sorted(
+        int(sha256(f"{f.name}/{p.key}".encode()).hexdigest()[:8], 16) / 2**32
+        for f in photos(here / "photos").iterdir()
+        for p in index_folder(f)
+    )
+    write(
+        here,
+        RECIPE.replace(
+            "ROOT", f"photos, test_fraction: {drawn[-left] if left else (1 + drawn[-1]) / 2}"
+        ),
+    )
     before = snapshot(here)
     mistake("distill", "r.yaml", says=f"the data has {left} training pictures", only_line=False)
     same(here, before)
@@ -241,10 +379,14 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_good_epoch_is_kept(here, m
     write(here, RECIPE.replace("ROOT", "photos").replace("epochs: 1", "epochs: 3"))
     kl, calls = losses.LOSSES["kl"], itertools.count()
     with monkeypatch.context() as patch:
-        patch.setitem(losses.LOSSES, "kl", lambda *a: kl(*a) * (value if next(calls) == 4 else 1.0))  # 3 steps an epoch
+        patch.setitem(
+            losses.LOSSES, "kl", lambda *a: kl(*a) * (value if next(calls) == 4 else 1.0)
+        )  # 3 steps an epoch
         mistake("distill", "r.yaml", says=f"step 4: loss 'kl' is {value}", only_line=False)
     *_, description = students.load(here / "runs/r/student.partial")
-    assert [row["epoch"] for row in description["log"]] == [1] and not (here / "runs/r/student").exists()
+    assert [row["epoch"] for row in description["log"]] == [1] and not (
+        here / "runs/r/student"
+    ).exists()
     assert run("distill", "r.yaml").exit_code == 0
     assert (here / "runs/r/student").exists() and not (here / "runs/r/student.partial").exists()
 
@@ -267,11 +409,43 @@ def test_a_finite_loss_whose_gradient_is_not_is_never_kept(here, monkeypatch):
 
 
 def test_an_unknown_target_or_device_name(here, shipped_bundle):
-    mistake("export", "--target", "onnx-int9", "--model", "mobileone_s0", "--weights", "random", says="did you mean 'onnx-int8'")
-    mistake("validate", "--device", "host-cpuu", "--bundle", shipped_bundle("onnx-fp32"), says="did you mean 'host-cpu'")
-    mistake("bench", "--device", "host-cpuu", "--bundle", shipped_bundle("onnx-fp32"), says="did you mean 'host-cpu'")
+    mistake(
+        "export",
+        "--target",
+        "onnx-int9",
+        "--model",
+        "mobileone_s0",
+        "--weights",
+        "random",
+        says="did you mean 'onnx-int8'",
+    )
+    mistake(
+        "validate",
+        "--device",
+        "host-cpuu",
+        "--bundle",
+        shipped_bundle("onnx-fp32"),
+        says="did you mean 'host-cpu'",
+    )
+    mistake(
+        "bench",
+        "--device",
+        "host-cpuu",
+        "--bundle",
+        shipped_bundle("onnx-fp32"),
+        says="did you mean 'host-cpu'",
+    )
     mistake("doctor", "--device", "pocket-calculator", says="known: ")
-    mistake("export", "--target", "onnx-fp32", "--model", "no-such-net", "--weights", "random", says="neither an open_clip nor a timm model")
+    mistake(
+        "export",
+        "--target",
+        "onnx-fp32",
+        "--model",
+        "no-such-net",
+        "--weights",
+        "random",
+        says="neither an open_clip nor a timm model",
+    )
     assert snapshot(here) == {}
 
 

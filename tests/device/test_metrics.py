@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from edgeclip.device.metrics import accuracy_drop, chance_recall, cosine, harmonic_mean, hits, l2_normalise, paired_drop, recall_both_ways
+from edgeclip.device.metrics import (
+    accuracy_drop,
+    chance_recall,
+    cosine,
+    harmonic_mean,
+    hits,
+    l2_normalise,
+    paired_drop,
+    recall_both_ways,
+)
 
 
 def test_normalised_rows_have_length_one_and_zero_stays_zero():
@@ -31,7 +40,9 @@ def test_hits_equal_a_sort_where_no_tie_is():
     scores, labels = rng.normal(size=(200, 11)), rng.integers(0, 11, 200)
     order = np.argsort(-scores, axis=1)
     for k in (1, 5):
-        assert hits(scores, labels, k).tolist() == [label in row for label, row in zip(labels, order[:, :k], strict=True)]
+        assert hits(scores, labels, k).tolist() == [
+            label in row for label, row in zip(labels, order[:, :k], strict=True)
+        ]
 
 
 def test_the_harmonic_mean():
@@ -54,16 +65,25 @@ def test_recall_by_hand_with_texts_of_several_pictures():
     # pictures 0 and 1 share text 0; scores [3 pictures, 2 texts]
     images, texts = np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]), np.eye(2)
     recall = recall_both_ways(images, texts, np.array([0, 0, 1]), np.array([0, 1]), ks=(1, 2))
-    assert recall["image_to_text"] == pytest.approx({"r1": 2 / 3, "r2": 1.0, "chance_r1": 1 / 2, "chance_r2": 1.0})
+    assert recall["image_to_text"] == pytest.approx(
+        {"r1": 2 / 3, "r2": 1.0, "chance_r1": 1 / 2, "chance_r2": 1.0}
+    )
     # text 0: its picture 0 is first; text 1: picture 2 (.7) comes after picture 1 (.8)
     # chance: 2 of 3 and 1 of 3 at k = 1; 1 and 2/3 at k = 2
-    assert recall["text_to_image"] == pytest.approx({"r1": 1 / 2, "r2": 1.0, "chance_r1": 1 / 2, "chance_r2": 5 / 6})
+    assert recall["text_to_image"] == pytest.approx(
+        {"r1": 1 / 2, "r2": 1.0, "chance_r1": 1 / 2, "chance_r2": 5 / 6}
+    )
 
 
 def test_ties_count_against_in_retrieval_but_not_among_ones_own():
-    recall = recall_both_ways(np.ones((4, 2)), np.ones((2, 2)), np.array([0, 0, 1, 1]), np.array([0, 1]), ks=(1, 2, 3))
+    recall = recall_both_ways(
+        np.ones((4, 2)), np.ones((2, 2)), np.array([0, 0, 1, 1]), np.array([0, 1]), ks=(1, 2, 3)
+    )
     assert (recall["image_to_text"]["r1"], recall["image_to_text"]["r2"]) == (0.0, 1.0)
-    assert (recall["text_to_image"]["r2"], recall["text_to_image"]["r3"]) == (0.0, 1.0)  # two strangers tie; its own two are one hit
+    assert (recall["text_to_image"]["r2"], recall["text_to_image"]["r3"]) == (
+        0.0,
+        1.0,
+    )  # two strangers tie; its own two are one hit
 
 
 def test_recall_equals_a_sort_where_no_tie_is():
@@ -73,15 +93,22 @@ def test_recall_equals_a_sort_where_no_tie_is():
     recall = recall_both_ways(images, texts, groups, np.arange(40))
     scores = images @ texts.T
     for k in (1, 5, 10):
-        assert recall["image_to_text"][f"r{k}"] == np.mean([g in row for g, row in zip(groups, np.argsort(-scores, axis=1)[:, :k], strict=True)])
-        assert recall["text_to_image"][f"r{k}"] == np.mean([g in groups[row] for g, row in enumerate(np.argsort(-scores.T, axis=1)[:, :k])])
+        assert recall["image_to_text"][f"r{k}"] == np.mean(
+            [g in row for g, row in zip(groups, np.argsort(-scores, axis=1)[:, :k], strict=True)]
+        )
+        assert recall["text_to_image"][f"r{k}"] == np.mean(
+            [g in groups[row] for g, row in enumerate(np.argsort(-scores.T, axis=1)[:, :k])]
+        )
 
 
 def test_chance_recall_is_what_random_orders_reach():
     rng = np.random.default_rng(0)
     found = np.mean([(rng.permutation(12)[:5] < 3).any() for _ in range(4000)])
     assert abs(chance_recall(np.array([3]), 12, 5)[0] - found) < 0.02
-    assert chance_recall(np.array([1, 12]), 12, 12).tolist() == [1.0, 1.0] and chance_recall(np.array([2]), 4, 10)[0] == 1.0
+    assert (
+        chance_recall(np.array([1, 12]), 12, 12).tolist() == [1.0, 1.0]
+        and chance_recall(np.array([2]), 4, 10)[0] == 1.0
+    )
 
 
 def test_cosine_of_equal_sets_is_one():
@@ -100,7 +127,9 @@ def test_a_large_shared_mean_flatters_the_raw_cosine_only():
 
 def test_cosine_by_hand():
     a, b = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[0.0, 1.0], [0.0, 1.0]])
-    assert math.isclose(cosine(a, b)["raw_min"], 0.0, abs_tol=1e-7) and math.isclose(cosine(a, b)["raw_p5"], 0.05, rel_tol=1e-5)
+    assert math.isclose(cosine(a, b)["raw_min"], 0.0, abs_tol=1e-7) and math.isclose(
+        cosine(a, b)["raw_p5"], 0.05, rel_tol=1e-5
+    )
     one = cosine(a[:1], b[:1])
     assert one["centred_min"] == one["raw_min"] == 0.0
 
@@ -125,7 +154,9 @@ def test_counts_of_several_sets_pool_to_the_drop_of_their_pictures_together():
     lost, won, n = (int(sum(d[k] for d in drops)) for k in ("lost", "won", "pictures"))
     together = accuracy_drop(*(np.concatenate(side) for side in zip(*sets, strict=True)))
     assert paired_drop(lost, won, n) == together
-    right = sum(int(a.sum()) for a, _ in sets)  # where the first is right, only a lost one is answered otherwise
+    right = sum(
+        int(a.sum()) for a, _ in sets
+    )  # where the first is right, only a lost one is answered otherwise
     assert 1 - lost / right == np.mean([y for a, b in sets for x, y in zip(a, b, strict=True) if x])
 
 
@@ -153,5 +184,10 @@ def test_the_upper_limit_covers_the_true_drop_in_about_95_of_100():
         u = rng.random(200)  # true: lost with .06, won with .03
         lost, won = u < 0.06, (u >= 0.06) & (u < 0.09)
         rest = rng.random(200) < 0.7
-        covered += accuracy_drop(np.where(won, False, lost | rest), np.where(lost, False, won | rest))["upper_pp"] >= 3.0
+        covered += (
+            accuracy_drop(np.where(won, False, lost | rest), np.where(lost, False, won | rest))[
+                "upper_pp"
+            ]
+            >= 3.0
+        )
     assert 0.93 <= covered / 2000 <= 0.98

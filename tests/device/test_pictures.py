@@ -7,7 +7,14 @@ import time
 import numpy as np
 import pytest
 
-from edgeclip.device.pictures import Picture, index_folder, index_tar, read, refuse_unreadable, stream
+from edgeclip.device.pictures import (
+    Picture,
+    index_folder,
+    index_tar,
+    read,
+    refuse_unreadable,
+    stream,
+)
 from edgeclip.device.preprocess import UnreadablePicture
 from edgeclip.errors import EdgeclipError
 from tests.support.images import add_member, encoded, picture
@@ -23,7 +30,9 @@ def test_a_tar_comes_back_with_bytes_labels_and_captions(tmp_path):
         add_member(tar, "0009.json", b"{}")
     pictures = index_tar(tmp_path / "3.tar")
     assert [read(p) for p in pictures] == images
-    assert [(p.key, p.label, p.caption) for p in pictures] == [(f"3/{i:04d}", 10 * i, f"caption {i}, ä") for i in range(5)]
+    assert [(p.key, p.label, p.caption) for p in pictures] == [
+        (f"3/{i:04d}", 10 * i, f"caption {i}, ä") for i in range(5)
+    ]
 
 
 def test_a_picture_without_label_and_caption_says_so(tmp_path):
@@ -35,10 +44,23 @@ def test_a_picture_without_label_and_caption_says_so(tmp_path):
 
 def test_a_folder_with_dots_is_no_end_of_a_key(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for name in ("./1.png", "v1.0/1.png", "v1.0/2.x.txt", "v1.0/2.png", "../plain/3.png", "v1.0/._2.png", ".png"):
+        for name in (
+            "./1.png",
+            "v1.0/1.png",
+            "v1.0/2.x.txt",
+            "v1.0/2.png",
+            "../plain/3.png",
+            "v1.0/._2.png",
+            ".png",
+        ):
             add_member(tar, name, name.encode())
     found = index_tar(tmp_path / "0.tar")
-    assert {p.key: read(p).decode() for p in found} == {"0/1": "./1.png", "0/v1.0/1": "v1.0/1.png", "0/v1.0/2": "v1.0/2.png", "0/../plain/3": "../plain/3.png"}
+    assert {p.key: read(p).decode() for p in found} == {
+        "0/1": "./1.png",
+        "0/v1.0/1": "v1.0/1.png",
+        "0/v1.0/2": "v1.0/2.png",
+        "0/../plain/3": "../plain/3.png",
+    }
 
 
 @pytest.mark.parametrize("content", [b"no tar at all" * 100, b""])
@@ -74,7 +96,9 @@ def test_a_folder_is_indexed_in_order_and_only_its_pictures(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     found = index_folder(tmp_path)
-    assert [p.key for p in found] == ["a/z.jpg", "b.PNG", "c.webp"] and [read(p) for p in found] == [b"a/z.jpg", b"b.PNG", b"c.webp"]
+    assert [p.key for p in found] == ["a/z.jpg", "b.PNG", "c.webp"] and [
+        read(p) for p in found
+    ] == [b"a/z.jpg", b"b.PNG", b"c.webp"]
 
 
 def test_a_folder_that_is_called_like_a_picture_is_none(tmp_path):
@@ -87,7 +111,10 @@ def test_a_folder_that_is_called_like_a_picture_is_none(tmp_path):
 
 def test_read_takes_its_part_of_a_file(tmp_path):
     (tmp_path / "f").write_bytes(b"0123456789")
-    assert read(Picture("k", str(tmp_path / "f"), 3, 4)) == b"3456" and read(Picture("k", str(tmp_path / "f"))) == b"0123456789"
+    assert (
+        read(Picture("k", str(tmp_path / "f"), 3, 4)) == b"3456"
+        and read(Picture("k", str(tmp_path / "f"))) == b"0123456789"
+    )
 
 
 def make(i):
@@ -132,5 +159,7 @@ def test_an_abandoned_stream_leaves_no_thread():
 def test_one_percent_unreadable_is_reported_and_more_is_refused():
     refuse_unreadable([], 0, "d")
     refuse_unreadable(["a"], 100, "d")
-    with pytest.raises(EdgeclipError, match=r"d: 2 of 100 pictures are unreadable.*first: a: is broken"):
+    with pytest.raises(
+        EdgeclipError, match=r"d: 2 of 100 pictures are unreadable.*first: a: is broken"
+    ):
         refuse_unreadable(["a: is broken", "b"], 100, "d")

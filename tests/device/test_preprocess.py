@@ -5,23 +5,43 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeclip.device.preprocess import Preprocess, UnreadablePicture, normalise, open_picture, to_pixels
+from edgeclip.device.preprocess import (
+    Preprocess,
+    UnreadablePicture,
+    normalise,
+    open_picture,
+    to_pixels,
+)
 from edgeclip.errors import EdgeclipError
 from tests.support.images import encoded, picture, truncated_jpeg
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SIZES = [(64, 64), (37, 91), (91, 37), (224, 225), (300, 199), (33, 32), (1, 50), (517, 333), (20, 20)]
+SIZES = [
+    (64, 64),
+    (37, 91),
+    (91, 37),
+    (224, 225),
+    (300, 199),
+    (33, 32),
+    (1, 50),
+    (517, 333),
+    (20, 20),
+]
 
 
 def noise(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def theirs(image, size, resize, interpolation):
     """uint8 [H, W, 3] of open_clip's evaluation transform, before it normalises."""
     from open_clip.transform import image_transform
 
-    steps = image_transform(size, is_train=False, mean=MEAN, std=STD, resize_mode=resize, interpolation=interpolation).transforms
+    steps = image_transform(
+        size, is_train=False, mean=MEAN, std=STD, resize_mode=resize, interpolation=interpolation
+    ).transforms
     x = image
     for step in steps[:-1]:
         x = step(x)
@@ -62,7 +82,11 @@ def test_normalising_is_torchvisions():
 def test_an_encoded_picture_comes_back_as_rgb(tmp_path):
     image = picture(0, 30, 20)
     image.save(tmp_path / "p.png")
-    assert open_picture(tmp_path / "p.png").tobytes() == open_picture(encoded(image)).tobytes() == image.tobytes()
+    assert (
+        open_picture(tmp_path / "p.png").tobytes()
+        == open_picture(encoded(image)).tobytes()
+        == image.tobytes()
+    )
     assert (
         open_picture(encoded(image.convert("L"))).mode
         == open_picture(encoded(image.convert("P"))).mode

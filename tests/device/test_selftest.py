@@ -29,11 +29,18 @@ def test_a_sound_bundle_passes_each_step_that_this_machine_has(shipped_bundle):
 
 
 def test_another_device_fails_that_step_only(shipped_bundle):
-    found = steps(selftest(Bundle.load(shipped_bundle("onnx-fp32")), Device(runtimes=["onnxruntime"], recognise=Recognise(device_tree_model="Orin"))))
+    found = steps(
+        selftest(
+            Bundle.load(shipped_bundle("onnx-fp32")),
+            Device(runtimes=["onnxruntime"], recognise=Recognise(device_tree_model="Orin")),
+        )
+    )
     assert [k for k, v in found.items() if v == "fail"] == ["this is the device"]
 
 
-def test_without_tensorrt_the_engine_step_fails_and_the_rest_is_still_told(shipped_bundle, tmp_path, monkeypatch):
+def test_without_tensorrt_the_engine_step_fails_and_the_rest_is_still_told(
+    shipped_bundle, tmp_path, monkeypatch
+):
     monkeypatch.setenv("EDGECLIP_ENGINES", str(tmp_path))
     report = selftest(Bundle.load(shipped_bundle("tensorrt-fp16")), Device(runtimes=["tensorrt"]))
     found = steps(report)
@@ -50,7 +57,10 @@ def test_a_failure_names_no_folder_outside_the_bundle(own_bundle):
     assert str(folder.parent) not in text
     assert str(Path.home()) not in text
     said = f'File "{Path.home()}/venv/lib/x.py", line 3; {folder}/a.onnx: bad; /data/anna/run/b.npy; 3 ms/picture; see https://a.b/c'
-    assert without_paths(said, folder) == 'File "x.py", line 3; bundle/a.onnx: bad; b.npy; 3 ms/picture; see https://a.b/c'
+    assert (
+        without_paths(said, folder)
+        == 'File "x.py", line 3; bundle/a.onnx: bad; b.npy; 3 ms/picture; see https://a.b/c'
+    )
 
 
 def test_the_command_writes_a_report_to_attach(shipped_bundle, here):

@@ -35,11 +35,18 @@ U.S.A. Mr. Smith's co-op's""".split("\n")
 
 def varied():
     rng = random.Random(0)
-    pieces = [w for line in FIXED for w in line.split()] + list("abcdefgXYZ0189.,;:!?'\"-_/()&%$ éß漢")
+    pieces = [w for line in FIXED for w in line.split()] + list(
+        "abcdefgXYZ0189.,;:!?'\"-_/()&%$ éß漢"
+    )
     return [
         "  both ends   ",
         *(line for line in FIXED),
-        *("".join(rng.choice(pieces) + rng.choice(["", " ", "  "]) for _ in range(rng.randint(1, 9))) for _ in range(190)),
+        *(
+            "".join(
+                rng.choice(pieces) + rng.choice(["", " ", "  "]) for _ in range(rng.randint(1, 9))
+            )
+            for _ in range(190)
+        ),
     ]
 
 
@@ -47,7 +54,10 @@ def test_ids_are_open_clips():
     import open_clip
 
     texts = varied()
-    ours, theirs = tokenizer.load(clip_tokenizer_json("ViT-B-32"), 77), open_clip.get_tokenizer("ViT-B-32")
+    ours, theirs = (
+        tokenizer.load(clip_tokenizer_json("ViT-B-32"), 77),
+        open_clip.get_tokenizer("ViT-B-32"),
+    )
     assert len(texts) > 200
     for text in texts:
         assert (tokenizer.encode(ours, [text], 77) == theirs([text]).numpy()).all(), repr(text)
@@ -101,5 +111,10 @@ def test_a_long_text_is_refused_or_loses_its_end_but_for_the_end_token():
     words = tokenizer.load(clip_tokenizer_json("ViT-B-32"), 6)
     with pytest.raises(EdgeclipError, match="has 7 tokens, the text encoder takes 6"):
         tokenizer.encode(words, ["one two three four five"], 6)
-    whole = tokenizer.encode(tokenizer.load(clip_tokenizer_json("ViT-B-32"), 7), ["one two three four five"], 7)[0].tolist()
-    assert tokenizer.encode(words, ["one two three four five", "one"], 6, cut=True)[0].tolist() == [*whole[:5], whole[-1]]
+    whole = tokenizer.encode(
+        tokenizer.load(clip_tokenizer_json("ViT-B-32"), 7), ["one two three four five"], 7
+    )[0].tolist()
+    assert tokenizer.encode(words, ["one two three four five", "one"], 6, cut=True)[0].tolist() == [
+        *whole[:5],
+        whole[-1],
+    ]

@@ -19,12 +19,16 @@ TOLERANCES = ("centred cosine p1", "top-1 agreement", "accuracy drop")
 
 
 def report(folder, evaluation):
-    return validate(Bundle.load(folder), load_evaluation(evaluation) if evaluation else None, {"cpu": "test"})
+    return validate(
+        Bundle.load(folder), load_evaluation(evaluation) if evaluation else None, {"cpu": "test"}
+    )
 
 
 def resign(folder, **changes):
     """The same bundle with another manifest, hashes made anew: what a wrong export would have written."""
-    content = {k: v for k, v in disk.read_manifest(folder, "bundle").items() if k not in ("kind", "files")}
+    content = {
+        k: v for k, v in disk.read_manifest(folder, "bundle").items() if k not in ("kind", "files")
+    }
     disk.write_manifest(folder, "bundle", content | changes)
 
 
@@ -36,7 +40,9 @@ def damage(folder, amount, seed=0):
         value = numpy_helper.to_array(initializer)
         if value.dtype == np.float32 and value.ndim > 1:
             noisy = value + amount * value.std() * rng.normal(size=value.shape).astype(np.float32)
-            initializer.CopyFrom(numpy_helper.from_array(noisy.astype(np.float32), initializer.name))
+            initializer.CopyFrom(
+                numpy_helper.from_array(noisy.astype(np.float32), initializer.name)
+            )
     onnx.save(model, folder / "image_encoder.onnx")
     resign(folder)
     return folder
@@ -60,18 +66,31 @@ def test_agreement_where_right_is_what_is_left_of_the_right_answers(own_bundle, 
     folder = own_bundle("onnx-fp32")
     r = report(damage(folder, 0.05), evaluation)
     a, right = r["accuracy"], 320  # of 400: every fifth label is wrong
-    assert r["agreement_where_right"] == pytest.approx(1 - a["lost"] / right) and 0.9 < r["agreement_where_right"] < 1
-    assert any(f.startswith("top-1 agreement where the student is right") for f in r["failures"]) == (r["agreement_where_right"] < 0.999)
-    without = {k: v for k, v in disk.read_manifest(folder, "bundle")["target"]["tolerance"].items() if k != "agreement_where_right"}
+    assert (
+        r["agreement_where_right"] == pytest.approx(1 - a["lost"] / right)
+        and 0.9 < r["agreement_where_right"] < 1
+    )
+    assert any(
+        f.startswith("top-1 agreement where the student is right") for f in r["failures"]
+    ) == (r["agreement_where_right"] < 0.999)
+    without = {
+        k: v
+        for k, v in disk.read_manifest(folder, "bundle")["target"]["tolerance"].items()
+        if k != "agreement_where_right"
+    }
     resign(folder, target={**disk.read_manifest(folder, "bundle")["target"], "tolerance": without})
-    assert not any("where the student is right" in f for f in report(folder, evaluation)["failures"])
+    assert not any(
+        "where the student is right" in f for f in report(folder, evaluation)["failures"]
+    )
 
 
 @pytest.mark.parametrize("name", ["onnx-int8", "openvino-int8"])
 def test_an_int8_bundle_is_measured_not_taken_for_the_student(shipped_bundle, evaluation, name):
     r = report(shipped_bundle(name), evaluation)
     assert r["failures"] == [] or all(f.startswith((*TOLERANCES, "graph")) for f in r["failures"])
-    assert (0.85 if name == "openvino-int8" else 0.95) < r["cosine"]["centred_p5"] < 0.99999 and r["cosine"]["raw_p1"] >= r["cosine"]["centred_p1"]
+    assert (0.85 if name == "openvino-int8" else 0.95) < r["cosine"]["centred_p5"] < 0.99999 and r[
+        "cosine"
+    ]["raw_p1"] >= r["cosine"]["centred_p1"]
     assert (r["optimisation"] is None) == (name == "openvino-int8")
 
 
@@ -80,27 +99,43 @@ def test_moderate_damage_lists_each_failed_tolerance(own_bundle, evaluation):
     resign(folder, target=disk.read_manifest(folder, "bundle")["target"])
     r = report(damage(folder, 0.12), evaluation)
     assert r["golden"]["cosine_min"] >= 0.9, "meant to be too little to see on the golden pictures"
-    assert r["verdict"] == "fail" and {t for t in TOLERANCES for f in r["failures"] if f.startswith(t)} == set(TOLERANCES)
+    assert r["verdict"] == "fail" and {
+        t for t in TOLERANCES for f in r["failures"] if f.startswith(t)
+    } == set(TOLERANCES)
 
 
 def test_shuffled_weights_list_each_failed_tolerance(own_bundle, evaluation):
     r = report(damage(own_bundle("onnx-fp32"), 5.0), evaluation)
-    assert r["verdict"] == "fail" and any(f.startswith("golden pictures: cosine") for f in r["failures"])
+    assert r["verdict"] == "fail" and any(
+        f.startswith("golden pictures: cosine") for f in r["failures"]
+    )
     assert {t for t in TOLERANCES for f in r["failures"] if f.startswith(t)} == set(TOLERANCES)
 
 
 def test_another_resize_is_seen_on_the_golden_pixels(own_bundle, evaluation):
     folder = own_bundle("onnx-fp32")
-    resign(folder, preprocess=disk.read_manifest(folder, "bundle")["preprocess"] | {"interpolation": "bilinear"})
+    resign(
+        folder,
+        preprocess=disk.read_manifest(folder, "bundle")["preprocess"]
+        | {"interpolation": "bilinear"},
+    )
     r = report(folder, evaluation)
-    assert r["verdict"] == "fail" and any(f.startswith("preprocess: golden pictures differ") for f in r["failures"])
+    assert r["verdict"] == "fail" and any(
+        f.startswith("preprocess: golden pictures differ") for f in r["failures"]
+    )
 
 
 def test_another_normalisation_fails(own_bundle, evaluation):
     folder = own_bundle("onnx-fp32")
-    resign(folder, preprocess=disk.read_manifest(folder, "bundle")["preprocess"] | {"mean": [0.1, 0.2, 0.9], "std": [1.0, 0.5, 0.1]})
+    resign(
+        folder,
+        preprocess=disk.read_manifest(folder, "bundle")["preprocess"]
+        | {"mean": [0.1, 0.2, 0.9], "std": [1.0, 0.5, 0.1]},
+    )
     r = report(folder, evaluation)
-    assert r["verdict"] == "fail" and {t for t in TOLERANCES for f in r["failures"] if f.startswith(t)} == set(TOLERANCES)
+    assert r["verdict"] == "fail" and {
+        t for t in TOLERANCES for f in r["failures"] if f.startswith(t)
+    } == set(TOLERANCES)
 
 
 def test_another_interface_is_named(own_bundle, evaluation):
@@ -111,13 +146,17 @@ def test_another_interface_is_named(own_bundle, evaluation):
     model.graph.output[0].name = "features"
     onnx.save(model, folder / "image_encoder.onnx")
     resign(folder)
-    assert any("interface" in f and "image_features" in f for f in report(folder, evaluation)["failures"])
+    assert any(
+        "interface" in f and "image_features" in f for f in report(folder, evaluation)["failures"]
+    )
 
 
 def test_too_few_pictures_is_the_verdict_where_they_cannot_tell(shipped_bundle, source, tmp_path):
     r = report(shipped_bundle("onnx-fp32"), write_evaluation(tmp_path / "evaluation", source, 20))
     assert r["failures"] == [] and r["verdict"] == "too few pictures"
-    assert r["accuracy"]["drop_pp"] <= r["tolerance"]["accuracy_drop_pp"] < r["accuracy"]["upper_pp"]
+    assert (
+        r["accuracy"]["drop_pp"] <= r["tolerance"]["accuracy_drop_pp"] < r["accuracy"]["upper_pp"]
+    )
 
 
 def test_without_an_evaluation_folder_only_the_golden_pictures_speak(shipped_bundle):
@@ -130,16 +169,30 @@ def test_without_an_evaluation_folder_only_the_golden_pictures_speak(shipped_bun
 
 @pytest.mark.parametrize("labels", [["apple", "cat"], LABELS[::-1]])
 @pytest.mark.parametrize("old", [False, True])
-def test_other_labels_are_not_judged_by_the_runs_numbers(own_bundle, evaluation, tmp_path, labels, old):
+def test_other_labels_are_not_judged_by_the_runs_numbers(
+    own_bundle, evaluation, tmp_path, labels, old
+):
     if old:  # a run from before class names were kept
         evaluation = shutil.copytree(evaluation, tmp_path / "evaluation")
-        disk.write_json(evaluation / "evaluation.json", {k: v for k, v in disk.read_json(evaluation / "evaluation.json").items() if k != "class_names"})
+        disk.write_json(
+            evaluation / "evaluation.json",
+            {
+                k: v
+                for k, v in disk.read_json(evaluation / "evaluation.json").items()
+                if k != "class_names"
+            },
+        )
         disk.write_manifest(evaluation, "evaluation", {"licence": "", "pictures": 400})
         assert report(own_bundle("onnx-fp32"), evaluation)["verdict"] == "pass"
         shutil.rmtree(tmp_path / "bundle")
     folder = own_bundle("onnx-fp32")
     r = report(bake_labels(folder, labels, folder), evaluation)
-    assert (r["verdict"], r["pictures"], r["accuracy"], r["failures"]) == ("golden pictures only", 0, None, [])
+    assert (r["verdict"], r["pictures"], r["accuracy"], r["failures"]) == (
+        "golden pictures only",
+        0,
+        None,
+        [],
+    )
     assert r["not_compared"] == "its labels are not the run's classes"
 
 
@@ -149,7 +202,10 @@ def test_a_set_is_scored_over_its_own_class_list(shipped_bundle, source, evaluat
     description = disk.read_json(folder / "evaluation.json")
     labels = description["labels"]
     parts = {"low": [0, 1, 2], "high": [3, 4, 5]}
-    description["sets"] = [{"name": n, "note": "", "classes": c, "rows": [i for i, y in enumerate(labels) if y in c]} for n, c in parts.items()]
+    description["sets"] = [
+        {"name": n, "note": "", "classes": c, "rows": [i for i, y in enumerate(labels) if y in c]}
+        for n, c in parts.items()
+    ]
     disk.write_json(folder / "evaluation.json", description)
     disk.write_manifest(folder, "evaluation", {"licence": "", "pictures": 400})
     r = report(shipped_bundle("onnx-fp32"), folder)
@@ -159,7 +215,10 @@ def test_a_set_is_scored_over_its_own_class_list(shipped_bundle, source, evaluat
 
     for row, (name, classes) in zip(r["sets"], parts.items(), strict=True):
         rows = [i for i, y in enumerate(labels) if y in classes]
-        expected = hits(class_scores(features[rows], source.class_features[classes], source.head), np.array([classes.index(labels[i]) for i in rows])).mean()
+        expected = hits(
+            class_scores(features[rows], source.class_features[classes], source.head),
+            np.array([classes.index(labels[i]) for i in rows]),
+        ).mean()
         assert row["name"] == name
         assert row["classes"] == 3
         assert row["reference_r1"] == pytest.approx(expected)
@@ -187,4 +246,7 @@ def test_one_unreadable_picture_of_the_runs_own_is_told_as_one(shipped_bundle, s
 
 
 def test_pixels_of_the_toy_are_read_as_they_were_made(shipped_bundle):
-    assert (Bundle.load(shipped_bundle("onnx-fp32")).pixels(picture(0, 32, 32)) == np.asarray(picture(0, 32, 32))).all()
+    assert (
+        Bundle.load(shipped_bundle("onnx-fp32")).pixels(picture(0, 32, 32))
+        == np.asarray(picture(0, 32, 32))
+    ).all()

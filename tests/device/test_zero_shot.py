@@ -29,7 +29,9 @@ def test_the_numpy_head_equals_the_torch_head_over_any_class_list(classes, alpha
 
 
 def test_alpha_zero_is_no_head_at_all():
-    head = EduAttention(np.full((D, D), np.nan, np.float32), np.full(D, np.nan, np.float32), 0.0, 0.1)
+    head = EduAttention(
+        np.full((D, D), np.nan, np.float32), np.full(D, np.nan, np.float32), 0.0, 0.1
+    )
     u, w = unit(1, 5, D), unit(2, 4, D)
     np.testing.assert_array_equal(class_scores(u, w, head), u @ w.T)
     np.testing.assert_array_equal(class_scores(u, w), u @ w.T)
@@ -42,7 +44,9 @@ def test_the_attention_is_equation_6_and_7():
     weight = np.exp([(head.weight @ u[0] + head.bias) @ c / 0.2 for c in w])
     attended = sum(p * c for p, c in zip(weight / weight.sum(), w, strict=True))
     mixed = u[0] + 0.5 * attended
-    np.testing.assert_allclose(class_scores(u, w, head)[0], w @ (mixed / np.linalg.norm(mixed)), atol=1e-6)
+    np.testing.assert_allclose(
+        class_scores(u, w, head)[0], w @ (mixed / np.linalg.norm(mixed)), atol=1e-6
+    )
 
 
 def test_large_logits_do_not_overflow():
@@ -51,7 +55,11 @@ def test_large_logits_do_not_overflow():
 
 
 def test_scores_lie_between_minus_one_and_one():
-    head = EduAttentionHead(D, R.EduAttention(), torch.Generator().manual_seed(0)).numpy()._replace(alpha=0.7)
+    head = (
+        EduAttentionHead(D, R.EduAttention(), torch.Generator().manual_seed(0))
+        .numpy()
+        ._replace(alpha=0.7)
+    )
     assert np.abs(class_scores(unit(1, 50, D), unit(2, 30, D), head)).max() <= 1 + 1e-5
 
 

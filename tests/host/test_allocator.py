@@ -20,5 +20,12 @@ step(); before = faults(); step(); print(faults() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_stays_with_the_process():
-    faults = {how: int(subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True).stdout) for how in ("keep", "give back")}
+    faults = {
+        how: int(
+            subprocess.run(
+                [sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for how in ("keep", "give back")
+    }
     assert faults["keep"] < 100 < faults["give back"], faults

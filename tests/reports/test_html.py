@@ -13,7 +13,15 @@ SCORES = {"r1": 0.5, "r5": 0.75}
 
 
 def parity(**changes):
-    accuracy = {"drop_pp": 0.25, "upper_pp": 0.75, "lost": 3, "won": 2, "pictures": 400, "reference_r1": 0.5, "bundle_r1": 0.4975}
+    accuracy = {
+        "drop_pp": 0.25,
+        "upper_pp": 0.75,
+        "lost": 3,
+        "won": 2,
+        "pictures": 400,
+        "reference_r1": 0.5,
+        "bundle_r1": 0.4975,
+    }
     fields = {
         "kind": "parity", "device": "host-cpu", "target": "t", "verdict": "pass", "failures": [], "pictures": 400, "accuracy": accuracy, "top1_agreement": 0.99,
         "cosine": {"centred_p1": 0.98, "raw_p1": 0.99}, "sets": [{"name": "novel", "bundle_r1": 0.4321, "pictures": 17}],
@@ -54,7 +62,16 @@ def make_run(folder, reports=True, sets=("base", "novel")):
     with disk.new_folder(folder / "bundles" / "t") as b:
         disk.write_text(b / "image_encoder.onnx", "x")
         disk.write_manifest(
-            b, "bundle", {"format": 1, "image_encoder_bytes": 3 << 20, "quantisation": None, "lint": None, "target": {"name": "t"}, "runtime": "onnxruntime"}
+            b,
+            "bundle",
+            {
+                "format": 1,
+                "image_encoder_bytes": 3 << 20,
+                "quantisation": None,
+                "lint": None,
+                "target": {"name": "t"},
+                "runtime": "onnxruntime",
+            },
         )
     digest = disk.sha256(folder / "bundles" / "t" / disk.MANIFEST)
     if reports:
@@ -80,10 +97,21 @@ def test_what_passed_and_was_measured_ships():
         (parity(), None, ["not benchmarked"]),
         (parity(), bench(single_stream=None), ["single_stream not measured"]),
         (None, bench(), ["not validated"]),
-        (parity(verdict="fail", failures=["top-1 agreement 0.5, below 0.9", "accuracy drop 9 pp, above 1"]), bench(), ["top-1 agreement", "accuracy drop"]),
+        (
+            parity(
+                verdict="fail",
+                failures=["top-1 agreement 0.5, below 0.9", "accuracy drop 9 pp, above 1"],
+            ),
+            bench(),
+            ["top-1 agreement", "accuracy drop"],
+        ),
         (parity(verdict="too few pictures"), bench(), ["too few pictures"]),
         (parity(verdict="golden pictures only", accuracy=None), bench(), ["golden pictures only"]),
-        (parity(), bench(failures=["latency_ms_p90 9.0, budget 5.0"]), ["over budget: latency_ms_p90"]),
+        (
+            parity(),
+            bench(failures=["latency_ms_p90 9.0, budget 5.0"]),
+            ["over budget: latency_ms_p90"],
+        ),
     ],
 )
 def test_every_reason_against_shipping_is_on_the_line(p, b, reasons):
@@ -98,7 +126,9 @@ def test_the_page_needs_no_network_and_runs_no_script(tmp_path):
     path, verdicts = report(make_run(tmp_path / "run"))
     page = path.read_text(encoding="utf-8")
     assert next(iter(verdicts.values())).startswith("ship: ")
-    without_names = re.sub(r"""\sxmlns(:\w+)?\s*=\s*("[^"]*"|'[^']*')|<!DOCTYPE[^>]*>|<!doctype[^>]*>""", "", page)
+    without_names = re.sub(
+        r"""\sxmlns(:\w+)?\s*=\s*("[^"]*"|'[^']*')|<!DOCTYPE[^>]*>|<!doctype[^>]*>""", "", page
+    )
     without_metadata = re.sub(r"<metadata>.*?</metadata>", "", without_names, flags=re.DOTALL)
     assert not re.findall(r"https?://", without_metadata)
     assert "<script" not in page
@@ -120,7 +150,10 @@ def test_every_reading_and_every_protocol_of_this_student_is_on_the_page(tmp_pat
     require("matplotlib", "pip install 'edgeclip[train]'")
     run = make_run(tmp_path / "run")
     results = disk.read_json(run / "results.json")
-    results["sets"][0] |= {"student_own_text": {"r1": 0.3125, "r5": 0.4}, "teacher": None}  # of a teacher without a tower at hand
+    results["sets"][0] |= {
+        "student_own_text": {"r1": 0.3125, "r5": 0.4},
+        "teacher": None,
+    }  # of a teacher without a tower at hand
     results["models"]["teacher"] |= {"parameters": None, "macs": None}
     disk.write_json(run / "results.json", results)
     row = {
@@ -133,9 +166,18 @@ def test_every_reading_and_every_protocol_of_this_student_is_on_the_page(tmp_pat
         "teacher": None,
         "student": {"r1": 0.8765, "r5": 1.0},
     }
-    record = {"protocol": "zero_shot", "student": "this student", "sets": [row], "text_side": "the teacher's", "average": {"student": 0.765}}
+    record = {
+        "protocol": "zero_shot",
+        "student": "this student",
+        "sets": [row],
+        "text_side": "the teacher's",
+        "average": {"student": 0.765},
+    }
     disk.write_json(run / "reports" / "evaluate-zero_shot-night.json", record)
-    disk.write_json(run / "reports" / "evaluate-zero_shot-old.json", record | {"student": "another", "sets": [row | {"name": "stale"}]})
+    disk.write_json(
+        run / "reports" / "evaluate-zero_shot-old.json",
+        record | {"student": "another", "sets": [row | {"name": "stale"}]},
+    )
     page = report(run)[0].read_text(encoding="utf-8")
     assert "student with its own text tower" in page and "<td>0.312</td>" in page
     assert "Protocol: zero shot" in page
@@ -148,7 +190,14 @@ def test_every_reading_and_every_protocol_of_this_student_is_on_the_page(tmp_pat
 def test_retrieval_is_on_the_page_both_ways(tmp_path):
     require("matplotlib", "pip install 'edgeclip[train]'")
     run = make_run(tmp_path / "run")
-    way = {"r1": 0.1875, "r5": 0.5, "r10": 0.75, "chance_r1": 0.02, "chance_r5": 0.1, "chance_r10": 0.2}
+    way = {
+        "r1": 0.1875,
+        "r5": 0.5,
+        "r10": 0.75,
+        "chance_r1": 0.02,
+        "chance_r5": 0.1,
+        "chance_r10": 0.2,
+    }
     row = {
         "name": "shop",
         "of": "shop",
@@ -158,7 +207,10 @@ def test_retrieval_is_on_the_page_both_ways(tmp_path):
         "teacher": None,
         "student": {"image_to_text": way, "text_to_image": way},
     }
-    disk.write_json(run / "reports" / "evaluate-retrieval-shop.json", {"protocol": "retrieval", "student": "this student", "sets": [row], "text_side": "own"})
+    disk.write_json(
+        run / "reports" / "evaluate-retrieval-shop.json",
+        {"protocol": "retrieval", "student": "this student", "sets": [row], "text_side": "own"},
+    )
     page = report(run)[0].read_text(encoding="utf-8")
     assert page.count("<td>0.188</td><td>0.500</td><td>0.750</td>") == 2 and "text to image" in page
 
@@ -188,7 +240,10 @@ def test_a_bundle_of_an_older_edgeclip_is_one_line(tmp_path):
     run = make_run(tmp_path / "run")
     path = run / "bundles" / "t" / disk.MANIFEST
     manifest = disk.read_json(path)
-    for change, says in (({"quantisation": {"frontier": []}}, "written by an older edgeclip; export it anew"), ({"format": 0}, "is of format 0")):
+    for change, says in (
+        ({"quantisation": {"frontier": []}}, "written by an older edgeclip; export it anew"),
+        ({"format": 0}, "is of format 0"),
+    ):
         disk.write_json(path, manifest | change)
         with pytest.raises(EdgeclipError, match=says):
             collect(run)
@@ -206,7 +261,11 @@ def test_the_waterfall_has_each_step_on_the_same_sets(tmp_path):
     run = make_run(tmp_path / "run")
     found = waterfall(disk.read_json(run / "results.json"), collect(run))
     assert found["sets"] == ["base", "novel"]
-    assert found["steps"] == [("teacher", [(0.5, 40)] * 2), ("student", [(0.5, 40)] * 2), ("t on host-cpu", [(None, 0), (0.4321, 17)])]
+    assert found["steps"] == [
+        ("teacher", [(0.5, 40)] * 2),
+        ("student", [(0.5, 40)] * 2),
+        ("t on host-cpu", [(None, 0), (0.4321, 17)]),
+    ]
     require("matplotlib", "pip install 'edgeclip[train]'")
     page = report(run)[0].read_text()
     assert "<td>0.500 (40)</td>" in page
@@ -234,7 +293,11 @@ def test_every_form_that_was_tried_is_listed_and_those_that_were_timed_are_drawn
         "method": "minmax", "smoothing": 0.5, "layers": "dense", "model_type": None, "float_layers": 3, "int8_share_of_macs": 0.9, "centred_cosine_p1": 0.99,
         "top1_agreement": None, "bytes": 1 << 20, "latency_ms": 2.0, "verdict": "chosen",
     }  # fmt: skip
-    rejected = row | {"smoothing": None, "latency_ms": None, "verdict": "centred cosine p1 0.5, below 0.9"}
+    rejected = row | {
+        "smoothing": None,
+        "latency_ms": None,
+        "verdict": "centred cosine p1 0.5, below 0.9",
+    }
     quantisation = {
         "int8_share_of_macs": 0.9,
         "float_layers": {},
@@ -247,5 +310,8 @@ def test_every_form_that_was_tried_is_listed_and_those_that_were_timed_are_drawn
     manifest = disk.read_json(folder / disk.MANIFEST)
     disk.write_json(folder / disk.MANIFEST, manifest | {"quantisation": quantisation})
     page = report(run)[0].read_text()
-    assert "minmax, dense layers, smoothing 0.5, 3 in float" in page and "centred cosine p1 0.5, below 0.9" in page
+    assert (
+        "minmax, dense layers, smoothing 0.5, 3 in float" in page
+        and "centred cosine p1 0.5, below 0.9" in page
+    )
     assert "the star was chosen" in page and page.count("not measured") >= 2

@@ -34,7 +34,9 @@ class TextTower(nn.Module):
 
 
 def clip(vision, **text):
-    return lambda: CLIP(embed_dim=WIDTH, vision_cfg={"image_size": SIZE, **vision}, text_cfg={**TEXT, **text})
+    return lambda: CLIP(
+        embed_dim=WIDTH, vision_cfg={"image_size": SIZE, **vision}, text_cfg={**TEXT, **text}
+    )
 
 
 def of_timm(name, **shrunk):
@@ -54,7 +56,9 @@ IMAGE = {
     "RN50": clip({"layers": [1, 1, 1, 1], "width": 16, "patch_size": None}),
     "ViTamin-S": of_timm("vitamin_small_224", img_size=SIZE, depth=2),
     "PE-Core-T-16": of_timm("vit_pe_core_tiny_patch16_384", img_size=SIZE, depth=2),
-    "SigLIP-B-16": of_timm("vit_base_patch16_siglip_224", img_size=SIZE, depth=2, embed_dim=96, num_heads=4),
+    "SigLIP-B-16": of_timm(
+        "vit_base_patch16_siglip_224", img_size=SIZE, depth=2, embed_dim=96, num_heads=4
+    ),
     "vit_tiny": of_timm("vit_tiny_patch16_224", img_size=SIZE, depth=2),
     "repvit": of_timm("repvit_m0_9", embed_dim=(16, 32, 48, 64), depth=(1, 1, 1, 1)),
     "mobilenetv4": of_timm("mobilenetv4_conv_small_035"),
@@ -62,17 +66,23 @@ IMAGE = {
     "ViT on a CNN's stages": lambda: hybrid(),
 }
 TEXTS = {
-    "causal (ViT-B-32, ViT-B-16, ViT-S-32-alt, TinyCLIP, RN50)": clip({"layers": 1, "width": 32, "head_width": 16, "patch_size": 32}),
+    "causal (ViT-B-32, ViT-B-16, ViT-S-32-alt, TinyCLIP, RN50)": clip(
+        {"layers": 1, "width": 32, "head_width": 16, "patch_size": 32}
+    ),
     "no mask (MobileCLIP)": lambda: custom(no_causal_mask=True),
     "causal, own class (ViTamin, PE-Core)": lambda: custom(),
-    "last token, no mask (SigLIP)": lambda: custom(no_causal_mask=True, proj_bias=True, pool_type="last"),
+    "last token, no mask (SigLIP)": lambda: custom(
+        no_causal_mask=True, proj_bias=True, pool_type="last"
+    ),
 }
 
 
 def hybrid():
     tower = R.Timm(model="vit_tiny_patch16_224", weights="random", image_size=SIZE, depth=2)
     stem = R.Stem(model="efficientnet_lite0", weights="random", stride=16)
-    return nn.Sequential(students.build(R.Student(tower=tower, stem=stem), WIDTH)[0].tower, nn.Linear(192, WIDTH))
+    return nn.Sequential(
+        students.build(R.Student(tower=tower, stem=stem), WIDTH)[0].tower, nn.Linear(192, WIDTH)
+    )
 
 
 def custom(**text):

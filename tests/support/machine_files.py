@@ -1,6 +1,13 @@
 """A machine as the kernel's files tell of it."""
 
-FACTS = {"device_tree_model": None, "device_tree_compatible": None, "cpu": None, "gpu": None, "arch": "aarch64", "memory_mib": 8000}
+FACTS = {
+    "device_tree_model": None,
+    "device_tree_compatible": None,
+    "cpu": None,
+    "gpu": None,
+    "arch": "aarch64",
+    "memory_mib": 8000,
+}
 
 
 def fake(root, files):

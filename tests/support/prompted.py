@@ -20,7 +20,12 @@ def pictures_of(folder, count, classes, draw, seed=0):
     """`count` labelled PNGs that `draw` makes of a class and a random generator, the classes in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    pictures = [Picture(key=f"{folder.name}/{i}", path=str(folder / f"{i}.png"), label=classes[i % len(classes)]) for i in range(count)]
+    pictures = [
+        Picture(
+            key=f"{folder.name}/{i}", path=str(folder / f"{i}.png"), label=classes[i % len(classes)]
+        )
+        for i in range(count)
+    ]
     for p in pictures:
         with open(p.path, "wb") as f:
             f.write(encoded(draw(p.label, rng)))

@@ -86,6 +86,8 @@ def working_below(folder):
 def mount_tmpfs(path, size):
     """A small disk of its own; needs root."""
     path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True
+    )
     if done.returncode:
         pytest.skip("a small disk cannot be mounted here: run as root")

@@ -21,7 +21,11 @@ def torch_student():
     torch.manual_seed(3)
     layers: list[nn.Module] = []
     for before, after in ((3, 16), (16, 32), (32, 32)):
-        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU6()]
+        layers += [
+            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU6(),
+        ]
     student = Student(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 32, WIDTH, 24)
     student.train()
     with torch.no_grad():
@@ -31,7 +35,9 @@ def torch_student():
 
 
 def toy_input(seed: int) -> np.ndarray:
-    return ((np.asarray(picture(seed, SIZE, SIZE), np.float32) / 255 - 0.5) / 0.25).transpose(2, 0, 1)
+    return ((np.asarray(picture(seed, SIZE, SIZE), np.float32) / 255 - 0.5) / 0.25).transpose(
+        2, 0, 1
+    )
 
 
 def toy_text():
@@ -43,8 +49,23 @@ def toy_text():
 
     from edgeclip.host.teachers import TextTower
 
-    words = sorted({w.lower() for t in ["a photo of red umbrella the letter two people shaking hands", *LABELS, "pear", "plum"] for w in t.split()})
-    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, **{w: i + 2 for i, w in enumerate(words)}}, unk_token="[UNK]"))
+    words = sorted(
+        {
+            w.lower()
+            for t in [
+                "a photo of red umbrella the letter two people shaking hands",
+                *LABELS,
+                "pear",
+                "plum",
+            ]
+            for w in t.split()
+        }
+    )
+    tokenizer = Tokenizer(
+        models.WordLevel(
+            {"[PAD]": 0, "[UNK]": 1, **{w: i + 2 for i, w in enumerate(words)}}, unk_token="[UNK]"
+        )
+    )
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
 
@@ -57,7 +78,9 @@ def toy_text():
 
         def forward(self, input_ids):
             mask = (input_ids != 0).float()[:, :, None]
-            return F.normalize(self.out((self.table(input_ids) * mask).sum(dim=1) / mask.sum(dim=1)), dim=-1)
+            return F.normalize(
+                self.out((self.table(input_ids) * mask).sum(dim=1) / mask.sum(dim=1)), dim=-1
+            )
 
     return TextTower(module=Mean().eval(), tokenizer=tokenizer.to_str(), context_length=12)
 
@@ -69,7 +92,14 @@ def toy_target(name: str):
     from edgeclip.device import target
 
     loaded = target.load(name)[1]
-    small = {"pictures": 32, "judged_on": 0, "probe_layers": 2, "layer_cosine": 0.9, "methods": ("minmax",), "smoothing": (None,)}
+    small = {
+        "pictures": 32,
+        "judged_on": 0,
+        "probe_layers": 2,
+        "layer_cosine": 0.9,
+        "methods": ("minmax",),
+        "smoothing": (None,),
+    }
     spec = target.Calibration(**small, min_int8_share=0, min_speedup=0)
     return msgspec.structs.replace(loaded, calibration=spec) if loaded.calibration else loaded
 
@@ -82,7 +112,9 @@ def write_evaluation(folder: Path, source, count: int) -> Path:
     from edgeclip.device.zero_shot import class_scores
 
     pictures = [picture(5000 + i, SIZE, SIZE) for i in range(count)]
-    x = np.stack([((np.asarray(p, np.float32) / 255 - 0.5) / 0.25).transpose(2, 0, 1) for p in pictures])
+    x = np.stack(
+        [((np.asarray(p, np.float32) / 255 - 0.5) / 0.25).transpose(2, 0, 1) for p in pictures]
+    )
     with torch.inference_mode():
         features = source.image_encoder(torch.from_numpy(x)).numpy()
     answers = class_scores(features, source.class_features, source.head).argmax(axis=1)
@@ -92,7 +124,16 @@ def write_evaluation(folder: Path, source, count: int) -> Path:
         for i, p in enumerate(pictures):
             add_member(tar, f"{i:06d}.png", encoded(p))
     np.save(folder / "image_features.npy", features)
-    sets = [{"name": "all", "note": "made up", "rows": list(range(count)), "classes": list(range(len(LABELS)))}]
-    disk.write_json(folder / "evaluation.json", {"labels": labels, "class_names": LABELS, "sets": sets})
+    sets = [
+        {
+            "name": "all",
+            "note": "made up",
+            "rows": list(range(count)),
+            "classes": list(range(len(LABELS))),
+        }
+    ]
+    disk.write_json(
+        folder / "evaluation.json", {"labels": labels, "class_names": LABELS, "sets": sets}
+    )
     disk.write_manifest(folder, "evaluation", {"licence": "made up", "pictures": count})
     return folder

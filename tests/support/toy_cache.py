@@ -26,7 +26,16 @@ def encode_text(texts):
 
 def teacher(**changes):
     fields = {"identity": {"is": "toy"}, "preprocess": SPEC} | changes
-    return Teacher(name="toy", licence="", logit_scale=10.0, embed_dim=D, tower=Tower(), features=lambda r: r, encode_text=encode_text, **fields)
+    return Teacher(
+        name="toy",
+        licence="",
+        logit_scale=10.0,
+        embed_dim=D,
+        tower=Tower(),
+        features=lambda r: r,
+        encode_text=encode_text,
+        **fields,
+    )
 
 
 def dataset(folder, classes=("cat", "a dog")):
@@ -36,4 +45,14 @@ def dataset(folder, classes=("cat", "a dog")):
 
 def build(tmp_path, data, t=None, views=Views(count=3), seed=0, captions=False):  # noqa: B008
     t = t or teacher()
-    return cache.build(tmp_path / "cache", t, t.tower, data, views, seed, captions=captions, device=torch.device("cpu"), threads=2)
+    return cache.build(
+        tmp_path / "cache",
+        t,
+        t.tower,
+        data,
+        views,
+        seed,
+        captions=captions,
+        device=torch.device("cpu"),
+        threads=2,
+    )

@@ -46,11 +46,25 @@ def tower(kind):
     if kind == "dropout":
         start.append(nn.Dropout(0.3))
     if kind == "batch norm":
-        start = [nn.Conv2d(3, 24, 3, stride=2, bias=False), nn.BatchNorm2d(24), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        start = [
+            nn.Conv2d(3, 24, 3, stride=2, bias=False),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ]
     if kind == "vit":
         import timm
 
-        return timm.create_model("vit_tiny_patch16_224", img_size=SIDE, patch_size=4, embed_dim=WIDTH, depth=2, num_heads=2, num_classes=0)
+        return timm.create_model(
+            "vit_tiny_patch16_224",
+            img_size=SIDE,
+            patch_size=4,
+            embed_dim=WIDTH,
+            depth=2,
+            num_heads=2,
+            num_classes=0,
+        )
     # No bias before the projector's batch norm: it would have no gradient but rounding, which AdamW makes steps of.
     return nn.Sequential(*start, nn.Linear(24, WIDTH, bias=False))
 
@@ -66,9 +80,22 @@ def run(folder, losses, kind="plain", text=False, student=None, **schedule):
     rng = np.random.default_rng(0)
     views = np.tile(np.float32([0, 0, SIDE, SIDE, 0]), (PICTURES, VIEWS, 1))
     views[:, 1, 4] = 1
-    rows, captions, classes = unit(rng, PICTURES, VIEWS, D).astype(np.float16), unit(rng, PICTURES, 1, D).astype(np.float16), unit(rng, N, D)
+    rows, captions, classes = (
+        unit(rng, PICTURES, VIEWS, D).astype(np.float16),
+        unit(rng, PICTURES, 1, D).astype(np.float16),
+        unit(rng, N, D),
+    )
     cache = TeacherCache(folder, {}, pictures, rows, views, classes, captions)
-    data = Dataset("toy", "none", list("abcdef"), ("{c}",), [p for p in pictures if p.label < 3], pictures, list(range(N)), [])
+    data = Dataset(
+        "toy",
+        "none",
+        list("abcdef"),
+        ("{c}",),
+        [p for p in pictures if p.label < 3],
+        pictures,
+        list(range(N)),
+        [],
+    )
     preprocess = Preprocess(size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     teacher = Teacher(
         name="toy",
@@ -81,10 +108,31 @@ def run(folder, losses, kind="plain", text=False, student=None, **schedule):
         features=lambda r: r,
         encode_text=lambda texts: torch.zeros(len(texts), D),
     )
-    options = {k: schedule.pop(k) for k in ("keep", "checkpoints", "board", "clock") if k in schedule}
-    train = convert({"warmup_steps": 4, "warmup_batch_size": 12, "epochs": 2, "batch_size": 16, "lr": 2e-3, **schedule}, R.Train, "train")
-    spec = R.Student(tower=R.Timm(model="none", weights="random", image_size=SIDE), **(student or {}))
-    asked = R.Recipe(data=R.OpenMoji(), teacher=R.Conse(), student=spec, losses=convert(losses, R.Losses, "losses"), train=train)
+    options = {
+        k: schedule.pop(k) for k in ("keep", "checkpoints", "board", "clock") if k in schedule
+    }
+    train = convert(
+        {
+            "warmup_steps": 4,
+            "warmup_batch_size": 12,
+            "epochs": 2,
+            "batch_size": 16,
+            "lr": 2e-3,
+            **schedule,
+        },
+        R.Train,
+        "train",
+    )
+    spec = R.Student(
+        tower=R.Timm(model="none", weights="random", image_size=SIDE), **(student or {})
+    )
+    asked = R.Recipe(
+        data=R.OpenMoji(),
+        teacher=R.Conse(),
+        student=spec,
+        losses=convert(losses, R.Losses, "losses"),
+        train=train,
+    )
     torch.manual_seed(0)
     trained = Student(tower(kind), WIDTH, D, 12)
     edu = asked.losses.edu_attention
@@ -92,7 +140,12 @@ def run(folder, losses, kind="plain", text=False, student=None, **schedule):
     texts = None
     if text:
         words = torch.from_numpy(rng.integers(20, size=(PICTURES + 9, 5)))
-        texts = Texts(StudentText(Words(), 12, D), words[:PICTURES, None], words[PICTURES:], torch.from_numpy(unit(rng, 9, D)))
+        texts = Texts(
+            StudentText(Words(), 12, D),
+            words[:PICTURES, None],
+            words[PICTURES:],
+            torch.from_numpy(unit(rng, 9, D)),
+        )
     steps, first = [], Step.__call__
 
     def recorded(self, *arguments):
@@ -102,11 +155,27 @@ def run(folder, losses, kind="plain", text=False, student=None, **schedule):
 
     Step.__call__ = recorded
     try:
-        log = T.train(trained, head, teacher, cache, preprocess, data, asked, torch.device("cpu"), texts=texts, **options)
+        log = T.train(
+            trained,
+            head,
+            teacher,
+            cache,
+            preprocess,
+            data,
+            asked,
+            torch.device("cpu"),
+            texts=texts,
+            **options,
+        )
     finally:
         Step.__call__ = first
     modules = {"student": trained, "head": head, "text": texts.tower if texts else None}
-    weights = {f"{n}.{k}": v.clone() for n, m in modules.items() if m is not None for k, v in m.state_dict().items()}
+    weights = {
+        f"{n}.{k}": v.clone()
+        for n, m in modules.items()
+        if m is not None
+        for k, v in m.state_dict().items()
+    }
     return steps, weights, log
 
 
@@ -117,7 +186,11 @@ def main():
     found = {}
     for name, case in cases.items():
         steps, weights, log = run(folder, **case)
-        found[name] = {"steps": steps, "log": log, "weights": {k: v.double().flatten().tolist() for k, v in weights.items()}}
+        found[name] = {
+            "steps": steps,
+            "log": log,
+            "weights": {k: v.double().flatten().tolist() for k, v in weights.items()},
+        }
     (folder / f"{ranks.rank()}.json").write_text(json.dumps(found))
     ranks.stop()
 

@@ -44,7 +44,13 @@ class Session(NamedTuple):
     """what really runs: runtime and version, providers or device, precision, threads"""
 
 
-def open_session(runtime: str, model: Path, threads: int, optimisation: str = "all", providers: tuple[str, ...] | None = None) -> Session:
+def open_session(
+    runtime: str,
+    model: Path,
+    threads: int,
+    optimisation: str = "all",
+    providers: tuple[str, ...] | None = None,
+) -> Session:
     """optimisation: 'all' or 'basic', where the runtime knows the difference. providers: ONNX Runtime's; None: its CPU.
 
     Raises `EdgeclipError` when the runtime is unknown or not installed, or does not do what was asked.

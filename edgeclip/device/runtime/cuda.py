@@ -18,7 +18,10 @@ class Cuda:
     """Raises `EdgeclipError` with CUDA's own reason for every call that fails."""
 
     def __init__(self) -> None:
-        places = [*sorted(Path("/usr/local/cuda/lib64").glob("libcudart.so.*")), ctypes.util.find_library("cudart")]
+        places = [
+            *sorted(Path("/usr/local/cuda/lib64").glob("libcudart.so.*")),
+            ctypes.util.find_library("cudart"),
+        ]
         for place in (p for p in places if p):
             try:
                 self.library = ctypes.CDLL(str(place))
@@ -27,13 +30,19 @@ class Cuda:
                 continue
         else:
             raise EdgeclipError(
-                "CUDA", "its runtime library (libcudart) is not on this machine", "it comes with JetPack; on a GPU host install the CUDA toolkit"
+                "CUDA",
+                "its runtime library (libcudart) is not on this machine",
+                "it comes with JetPack; on a GPU host install the CUDA toolkit",
             )
         self.library.cudaGetErrorString.restype = ctypes.c_char_p
 
     def _call(self, name: str, *arguments: object) -> None:
         if code := getattr(self.library, name)(*arguments):
-            raise EdgeclipError("CUDA", f"{name}: {self.library.cudaGetErrorString(code).decode()}", "see dmesg, and whether another process fills the memory")
+            raise EdgeclipError(
+                "CUDA",
+                f"{name}: {self.library.cudaGetErrorString(code).decode()}",
+                "see dmesg, and whether another process fills the memory",
+            )
 
     def compute_capability(self) -> str:
         """As "8.7"."""
@@ -56,7 +65,14 @@ class Cuda:
         self._call("cudaFree", ctypes.c_void_p(address))
 
     def copy(self, to: int, source: int, size: int, way: int, stream: int) -> None:
-        self._call("cudaMemcpyAsync", ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), way, ctypes.c_void_p(stream))
+        self._call(
+            "cudaMemcpyAsync",
+            ctypes.c_void_p(to),
+            ctypes.c_void_p(source),
+            ctypes.c_size_t(size),
+            way,
+            ctypes.c_void_p(stream),
+        )
 
     def wait(self, stream: int) -> None:
         self._call("cudaStreamSynchronize", ctypes.c_void_p(stream))

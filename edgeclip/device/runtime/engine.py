@@ -33,13 +33,23 @@ def names(manifests: Iterable[dict[str, Any]]) -> list[str]:
     return [m["files"][m["image_encoder"]][:16] for m in manifests if m["runtime"] == "tensorrt"]
 
 
-def conditions(model: Path, version: str, sm: str, options: dict[str, Any], root: Path = machine.ROOT) -> dict[str, Any]:
+def conditions(
+    model: Path, version: str, sm: str, options: dict[str, Any], root: Path = machine.ROOT
+) -> dict[str, Any]:
     """All that an engine depends on. sm: the GPU's compute capability."""
     state = machine.state(str(model.parent), root)
-    return {"onnx": disk.sha256(model), "tensorrt": version, "sm": sm, **{k: state[k] for k in ("jetpack", "l4t", "power_mode")}, "options": options}
+    return {
+        "onnx": disk.sha256(model),
+        "tensorrt": version,
+        "sm": sm,
+        **{k: state[k] for k in ("jetpack", "l4t", "power_mode")},
+        "options": options,
+    }
 
 
-def engine(conditions: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+def engine(
+    conditions: dict[str, Any], make: Callable[[Path], dict[str, Any]]
+) -> tuple[Path, dict[str, Any]]:
     """(the folder of the engine for these conditions, what its build said of it); `make` builds what is not there.
 
     make writes engine.plan into the folder that it is given, where a timing.cache may lie; nothing is left where it raises.
@@ -47,7 +57,11 @@ def engine(conditions: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -
     own = folder() / conditions["onnx"][:16]
     kept = own / disk.fingerprint(conditions)[:16]
     if not (kept / disk.MANIFEST).exists():
-        alike = [p for p in _newest(own) if all(_manifest(p)["conditions"][k] == conditions[k] for k in ("tensorrt", "sm"))]  # of one GPU and version
+        alike = [
+            p
+            for p in _newest(own)
+            if all(_manifest(p)["conditions"][k] == conditions[k] for k in ("tensorrt", "sm"))
+        ]  # of one GPU and version
         timings = next((p / "timing.cache" for p in alike if (p / "timing.cache").exists()), None)
         with disk.new_folder(kept) as temporary:
             if timings:
@@ -96,11 +110,23 @@ def remember(path: Path, parity: dict[str, Any], when: str) -> str | None:
     disk.write_json(path, [*history, entry])
     if last is None or last["engine"] == entry["engine"]:
         return None
-    changed = [f"{k} {last['conditions'].get(k)} -> {v}" for k, v in entry["conditions"].items() if last["conditions"].get(k) != v]
-    moved = "accuracy not measured" if r1 is None or last["r1"] is None else f"R@1 {last['r1']:.4f} -> {r1:.4f} ({100 * (r1 - last['r1']):+.2f} pp)"
+    changed = [
+        f"{k} {last['conditions'].get(k)} -> {v}"
+        for k, v in entry["conditions"].items()
+        if last["conditions"].get(k) != v
+    ]
+    moved = (
+        "accuracy not measured"
+        if r1 is None or last["r1"] is None
+        else f"R@1 {last['r1']:.4f} -> {r1:.4f} ({100 * (r1 - last['r1']):+.2f} pp)"
+    )
     return f"{parity['target']}: a new engine ({', '.join(changed)}): {moved}, {last['verdict']} -> {entry['verdict']}"
 
 
 def validated(parity: dict[str, Any] | None, bench: dict[str, Any]) -> bool:
     """Is the parity report of the very engine and bundle that the benchmark ran?"""
-    return parity is not None and parity["bundle"] == bench["bundle"] and parity["ran"].get("engine") == bench["ran"].get("engine")
+    return (
+        parity is not None
+        and parity["bundle"] == bench["bundle"]
+        and parity["ran"].get("engine") == bench["ran"].get("engine")
+    )

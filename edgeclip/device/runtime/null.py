@@ -10,5 +10,16 @@ from edgeclip.device.runtime import Port, Session
 
 def open_session(model: Path, threads: int, optimisation: str) -> Session:
     out = np.ones((1, 1), np.float32)
-    facts: dict[str, Any] = {"runtime": "null", "version": None, "providers": [], "threads": threads, "optimisation": None}
-    return Session(lambda x: out, Port("pixels", [None, 3, None, None], "float32"), Port("image_features", [None, 1], "float32"), facts)
+    facts: dict[str, Any] = {
+        "runtime": "null",
+        "version": None,
+        "providers": [],
+        "threads": threads,
+        "optimisation": None,
+    }
+    return Session(
+        lambda x: out,
+        Port("pixels", [None, 3, None, None], "float32"),
+        Port("image_features", [None, 1], "float32"),
+        facts,
+    )

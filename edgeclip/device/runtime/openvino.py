@@ -19,20 +19,35 @@ def _core() -> ov.Core:
 
 def open_session(model: Path, threads: int, optimisation: str) -> Session:
     core = _core()
-    asked = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    asked = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
     try:
         compiled = core.compile_model(core.read_model(model), "CPU", asked)
     except Exception as e:  # RuntimeError with a page of text
         raise EdgeclipError(
-            model, f"OpenVINO {ov.__version__} cannot load it ({' '.join(str(e).split())[:200]})", "export it anew for this runtime version"
+            model,
+            f"OpenVINO {ov.__version__} cannot load it ({' '.join(str(e).split())[:200]})",
+            "export it anew for this runtime version",
         ) from None
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     devices = compiled.get_property("EXECUTION_DEVICES")
     if devices != ["CPU"] or precision != "f32":
-        raise EdgeclipError(model, f"runs on {devices} in {precision}, not on CPU in f32", "use a runtime that does what is asked")
+        raise EdgeclipError(
+            model,
+            f"runs on {devices} in {precision}, not on CPU in f32",
+            "use a runtime that does what is asked",
+        )
     used = compiled.get_property("INFERENCE_NUM_THREADS")
     if used != threads:
-        raise EdgeclipError(model, f"runs on {used} thread(s), not on {threads}", "ask for no more than this process has cores")
+        raise EdgeclipError(
+            model,
+            f"runs on {used} thread(s), not on {threads}",
+            "ask for no more than this process has cores",
+        )
     request = compiled.create_infer_request()
     i, o = compiled.input(0), compiled.output(0)
 
@@ -40,13 +55,23 @@ def open_session(model: Path, threads: int, optimisation: str) -> Session:
 
     def run(x: np.ndarray) -> np.ndarray:
         # As infer({0: x})[o], without its dictionaries and its copies of both sides: a tenth of a millisecond.
-        pixels = np.require(x, dtype, ["C", "W"])  # held until the answer is there: the tensor does not keep a copy alive
+        pixels = np.require(
+            x, dtype, ["C", "W"]
+        )  # held until the answer is there: the tensor does not keep a copy alive
         request.set_input_tensor(ov.Tensor(pixels, shared_memory=True))
         request.infer(share_outputs=True)
-        out: np.ndarray = request.get_output_tensor().data.copy()  # the request's buffer is used again
+        out: np.ndarray = (
+            request.get_output_tensor().data.copy()
+        )  # the request's buffer is used again
         return out
 
-    facts = {"runtime": "openvino", "version": ov.__version__.split("-")[0], "providers": devices, "threads": used, "optimisation": None}
+    facts = {
+        "runtime": "openvino",
+        "version": ov.__version__.split("-")[0],
+        "providers": devices,
+        "threads": used,
+        "optimisation": None,
+    }
     return Session(run, _port(i), _port(o), facts)
 
 

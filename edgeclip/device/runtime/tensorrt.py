@@ -35,9 +35,19 @@ def open_session(model: Path, threads: int, optimisation: str) -> Session:
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     engine = runtime.deserialize_cuda_engine((kept / "engine.plan").read_bytes())
     if engine is None:
-        raise EdgeclipError(kept, "TensorRT cannot load the engine that it built", "remove the folder and run the command again")
+        raise EdgeclipError(
+            kept,
+            "TensorRT cannot load the engine that it built",
+            "remove the folder and run the command again",
+        )
     counts = tensorrt_build.counts(built["layers"] or [])
-    facts = {"version": trt.__version__, "threads": threads, "engine": kept.name, "conditions": conditions, "layers": counts}
+    facts = {
+        "version": trt.__version__,
+        "threads": threads,
+        "engine": kept.name,
+        "conditions": conditions,
+        "layers": counts,
+    }
     return session(trt, cuda, runtime, engine, facts)
 
 
@@ -45,7 +55,9 @@ def make(trt: Any, model: Path, folder: Path) -> dict[str, Any]:
     """Builds engine.plan in `folder`, with and into its timing.cache; returns what is known of it."""
     say(f"building the TensorRT {trt.__version__} engine of {model.name} (minutes)")
     try:
-        return tensorrt_build.build(model, folder / "engine.plan", BATCH, WORKSPACE_MIB, folder / "timing.cache", trt)
+        return tensorrt_build.build(
+            model, folder / "engine.plan", BATCH, WORKSPACE_MIB, folder / "timing.cache", trt
+        )
     except tensorrt_build.BuildError as e:
         where, _, what = str(e).partition(": ")
         raise EdgeclipError(where, *what.rsplit("; ", 1)) from None
@@ -55,12 +67,16 @@ def session(trt: Any, cuda: Any, runtime: Any, engine: Any, facts: dict[str, Any
     """One input, one output, on a stream of its own; answers are float32 on the host."""
     context, stream = engine.create_execution_context(), cuda.stream()
     if context is None:
-        raise EdgeclipError("TensorRT", "cannot make an execution context", "is the GPU's memory full?")
+        raise EdgeclipError(
+            "TensorRT", "cannot make an execution context", "is the GPU's memory full?"
+        )
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     ports = {}
     for name in names:
         shape = [None if d < 0 else int(d) for d in tuple(engine.get_tensor_shape(name))]
-        ports[engine.get_tensor_mode(name)] = Port(name, shape, np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name)
+        ports[engine.get_tensor_mode(name)] = Port(
+            name, shape, np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name
+        )
     i, o = ports[trt.TensorIOMode.INPUT], ports[trt.TensorIOMode.OUTPUT]
     buffers: dict[str, tuple[int, int]] = {}
 
@@ -74,10 +90,16 @@ def session(trt: Any, cuda: Any, runtime: Any, engine: Any, facts: dict[str, Any
 
     def run(x: np.ndarray) -> np.ndarray:
         if len(x) > BATCH[-1]:
-            return np.concatenate([run(x[at : at + BATCH[-1]]) for at in range(0, len(x), BATCH[-1])])
+            return np.concatenate(
+                [run(x[at : at + BATCH[-1]]) for at in range(0, len(x), BATCH[-1])]
+            )
         x = np.ascontiguousarray(x, i.dtype)
         if not context.set_input_shape(i.name, x.shape):
-            raise EdgeclipError("TensorRT", f"the engine takes no batch of {len(x)} (it was built for {BATCH[0]} to {BATCH[-1]})", "use smaller batches")
+            raise EdgeclipError(
+                "TensorRT",
+                f"the engine takes no batch of {len(x)} (it was built for {BATCH[0]} to {BATCH[-1]})",
+                "use smaller batches",
+            )
         out = np.empty(tuple(context.get_tensor_shape(o.name)), o.dtype)
         cuda.copy(place(i.name, x.nbytes), x.ctypes.data, x.nbytes, TO_DEVICE, stream)
         address = place(o.name, out.nbytes)
@@ -88,4 +110,15 @@ def session(trt: Any, cuda: Any, runtime: Any, engine: Any, facts: dict[str, Any
         return out
 
     run.__dict__["alive"] = (runtime, engine)  # an engine must not outlive its runtime
-    return Session(run, i, o, {"runtime": "tensorrt", "providers": ["TensorRT"], "optimisation": None, "largest_batch": BATCH[-1], **facts})
+    return Session(
+        run,
+        i,
+        o,
+        {
+            "runtime": "tensorrt",
+            "providers": ["TensorRT"],
+            "optimisation": None,
+            "largest_batch": BATCH[-1],
+            **facts,
+        },
+    )

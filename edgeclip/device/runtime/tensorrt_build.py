@@ -19,7 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-TYPES = {"int8": ("int8",), "fp8": ("fp8", "e4m3"), "fp16": ("fp16", "half"), "fp32": ("fp32", "float")}
+TYPES = {
+    "int8": ("int8",),
+    "fp8": ("fp8", "e4m3"),
+    "fp16": ("fp16", "half"),
+    "fp32": ("fp32", "float"),
+}
 PRODUCTS = ("conv", "gemm", "matmul", "matrix", "fully")
 
 
@@ -38,7 +43,9 @@ def module(names: tuple[str, ...] = ("tensorrt", "tensorrt_rtx")) -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise BuildError(f"{' / '.join(names)}: not installed; it comes with JetPack, on another machine: pip install 'edgeclip[lint]'")
+    raise BuildError(
+        f"{' / '.join(names)}: not installed; it comes with JetPack, on another machine: pip install 'edgeclip[lint]'"
+    )
 
 
 def parse(trt: Any, path: Path, logger: Any) -> tuple[Any, Any, list[dict[str, str]]]:
@@ -50,7 +57,13 @@ def parse(trt: Any, path: Path, logger: Any) -> tuple[Any, Any, list[dict[str, s
     errors = []
     for i in range(parser.num_errors):
         e = parser.get_error(i)
-        errors.append({"node": str(e.node_name() or ""), "operator": str(e.node_operator() or ""), "what": " ".join(str(e.desc()).split())[:300]})
+        errors.append(
+            {
+                "node": str(e.node_name() or ""),
+                "operator": str(e.node_operator() or ""),
+                "what": " ".join(str(e.desc()).split())[:300],
+            }
+        )
     return builder, network, errors
 
 
@@ -72,7 +85,9 @@ def build(
     builder, network, errors = parse(trt, path, logger)
     if errors:
         first = errors[0]
-        raise BuildError(f"{path.name}: node '{first['node']}' ({first['operator']}): {first['what']}; edgeclip lint names the cure")
+        raise BuildError(
+            f"{path.name}: node '{first['node']}' ({first['operator']}): {first['what']}; edgeclip lint names the cure"
+        )
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
@@ -85,7 +100,9 @@ def build(
     before = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise BuildError(f"{path.name}: {trt.__name__} {trt.__version__} parses it and does not build it; look at its log, or lower --batch or --workspace-mib")
+        raise BuildError(
+            f"{path.name}: {trt.__name__} {trt.__version__} parses it and does not build it; look at its log, or lower --batch or --workspace-mib"
+        )
     seconds = round(time.perf_counter() - before, 2)
     plan = bytes(plan)
     if timing_cache is not None and cached:
@@ -132,8 +149,16 @@ def read_layers(information: dict[str, Any]) -> list[dict[str, str]]:
             found.append({"name": layer, "kind": "unknown", "precision": "unknown"})
             continue
         text = " ".join(str(i.get("Format/Datatype", "")) for i in layer.get("Inputs", [])).lower()
-        precision = next((name for name, words in TYPES.items() if any(w in text for w in words)), "unknown")
-        found.append({"name": str(layer.get("Name", "")), "kind": str(layer.get("LayerType", "")), "precision": precision})
+        precision = next(
+            (name for name, words in TYPES.items() if any(w in text for w in words)), "unknown"
+        )
+        found.append(
+            {
+                "name": str(layer.get("Name", "")),
+                "kind": str(layer.get("LayerType", "")),
+                "precision": precision,
+            }
+        )
     return found
 
 
@@ -151,8 +176,13 @@ def require(precision: str, found: list[dict[str, str]]) -> dict[str, int]:
     count = counts(found)
     if not count.get(precision):
         products = [x for x in found if any(p in x["kind"].lower() for p in PRODUCTS)]
-        what = ", ".join(f"{x['name']} in {x['precision']}" for x in products[:3]) or "no product is visible"
-        raise BuildError(f"engine: no layer takes {precision} ({what}); do not call it {precision}: this GPU or TensorRT version may not have it")
+        what = (
+            ", ".join(f"{x['name']} in {x['precision']}" for x in products[:3])
+            or "no product is visible"
+        )
+        raise BuildError(
+            f"engine: no layer takes {precision} ({what}); do not call it {precision}: this GPU or TensorRT version may not have it"
+        )
     return count
 
 
@@ -166,28 +196,53 @@ def main() -> None:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description="Build this bundle's engines for this board.")
     parser.add_argument("--workspace-mib", type=int, default=1024)
-    parser.add_argument("--batch", type=int, nargs=3, default=(1, 4, 8), metavar=("MIN", "OPT", "MAX"))
-    parser.add_argument("--out", type=Path, default=here.parent / "engines", help="folder of the engines and the timing cache")
+    parser.add_argument(
+        "--batch", type=int, nargs=3, default=(1, 4, 8), metavar=("MIN", "OPT", "MAX")
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=here.parent / "engines",
+        help="folder of the engines and the timing cache",
+    )
     options = parser.parse_args()
     try:
         trt = module(("tensorrt",))
         manifest = json.loads((here / "manifest.json").read_text())
         options.out.mkdir(parents=True, exist_ok=True)
-        files = [manifest["image_encoder"], *([manifest["text"]["encoder"]] if manifest["text"] else [])]
+        files = [
+            manifest["image_encoder"],
+            *([manifest["text"]["encoder"]] if manifest["text"] else []),
+        ]
         for name in files:
             out = options.out / f"{Path(name).stem}.plan"
-            facts = build(here / name, out, tuple(options.batch), options.workspace_mib, options.out / "timing.cache", trt)
+            facts = build(
+                here / name,
+                out,
+                tuple(options.batch),
+                options.workspace_mib,
+                options.out / "timing.cache",
+                trt,
+            )
             if facts["layers"] is None:
-                raise BuildError(f"{out.name}: the engine was built and cannot be opened here; is there a GPU and its driver?")
+                raise BuildError(
+                    f"{out.name}: the engine was built and cannot be opened here; is there a GPU and its driver?"
+                )
             for layer in facts["layers"]:
                 print(f"{layer['precision']:<8} {layer['kind']:<24} {layer['name']}")
-            wanted = manifest["target"]["precision"] if name == manifest["image_encoder"] else manifest["target"]["text"]
+            wanted = (
+                manifest["target"]["precision"]
+                if name == manifest["image_encoder"]
+                else manifest["target"]["text"]
+            )
             try:
                 taken = require(wanted, facts["layers"])
             except BuildError:
                 out.unlink()
                 raise
-            print(f"{out}: {taken}, {facts['engine_bytes'] / 2**20:.1f} MiB in {facts['seconds']} s")
+            print(
+                f"{out}: {taken}, {facts['engine_bytes'] / 2**20:.1f} MiB in {facts['seconds']} s"
+            )
     except BuildError as e:
         sys.exit(f"Error: {e}")
 

@@ -46,7 +46,9 @@ TEMPLATES = ("{c}.",)
 """what a prompted teacher reads: the learnt context stands before it"""
 
 
-def with_prompts(teacher: Teacher, data: Dataset, classes: list[str], spec: R.Prompts, seed: int) -> Teacher:
+def with_prompts(
+    teacher: Teacher, data: Dataset, classes: list[str], spec: R.Prompts, seed: int
+) -> Teacher:
     """The teacher with prompts as they start, untrained. data: of stage 1; classes: what it will name afterwards.
 
     Raises `EdgeclipError` where its towers take none, nothing is labelled, or a class name is too long behind the context.
@@ -54,7 +56,11 @@ def with_prompts(teacher: Teacher, data: Dataset, classes: list[str], spec: R.Pr
     torch.manual_seed(seed)
     prompted = _prompted(teacher, spec)
     if not data.labelled:
-        raise EdgeclipError(data.name, "has no labelled pictures to adapt the teacher on", "set adapt to null, or label some")
+        raise EdgeclipError(
+            data.name,
+            "has no labelled pictures to adapt the teacher on",
+            "set adapt to null, or label some",
+        )
     assert prompted.text is not None
     _ids(prompted.text, [*data.classes, *classes])
     return prompted
@@ -65,22 +71,33 @@ def adapted(teacher: Teacher, spec: R.Prompts, folder: Path) -> Teacher:
     prompted = _prompted(teacher, spec)
     assert prompted.text is not None
     disk.verify(folder, disk.read_manifest(folder, "adapted teacher"))
-    _set({"image": prompted.tower.prompts, "text": prompted.text.module.prompts}, load_file(folder / "prompts.safetensors"))
+    _set(
+        {"image": prompted.tower.prompts, "text": prompted.text.module.prompts},
+        load_file(folder / "prompts.safetensors"),
+    )
     return prompted
 
 
 def _prompted(teacher: Teacher, spec: R.Prompts) -> Teacher:
-    assert isinstance(teacher.tower, ImageTower) and teacher.text is not None, "recipe.check lets open_clip teachers only come here"
+    assert isinstance(teacher.tower, ImageTower) and teacher.text is not None, (
+        "recipe.check lets open_clip teachers only come here"
+    )
     tower = PromptedTower(teacher.tower.visual, spec.length, spec.depth).eval()
     text = _text_with_prompts(teacher.text, spec)
-    return dataclasses.replace(teacher, name=f"{teacher.name}, prompted", tower=tower, text=text, encode_text=encoder(text))
+    return dataclasses.replace(
+        teacher, name=f"{teacher.name}, prompted", tower=tower, text=text, encode_text=encoder(text)
+    )
 
 
 def _text_with_prompts(text: TextTower, spec: R.Prompts) -> TextTower:
-    words = tokenizer.encode(tokenizer.load(text.tokenizer, text.context_length), [spec.text_init], text.context_length)[0]
+    words = tokenizer.encode(
+        tokenizer.load(text.tokenizer, text.context_length), [spec.text_init], text.context_length
+    )[0]
     init = torch.from_numpy(words[words != 0][1:-1])  # without start and end
     module = PromptedText(text.module.model, spec.length, spec.depth, init).eval()
-    return TextTower(module=module, tokenizer=text.tokenizer, context_length=text.context_length - spec.length)
+    return TextTower(
+        module=module, tokenizer=text.tokenizer, context_length=text.context_length - spec.length
+    )
 
 
 def _ids(text: TextTower, names: list[str]) -> Int[Tensor, "N L"]:
@@ -88,7 +105,14 @@ def _ids(text: TextTower, names: list[str]) -> Int[Tensor, "N L"]:
     return torch.from_numpy(tokenizer.encode(words, prompts(names, TEMPLATES), text.context_length))
 
 
-def adapt(teacher: Teacher, prompted: Teacher, data: Dataset, recipe: R.Recipe, folder: Path, device: torch.device) -> Teacher:
+def adapt(
+    teacher: Teacher,
+    prompted: Teacher,
+    data: Dataset,
+    recipe: R.Recipe,
+    folder: Path,
+    device: torch.device,
+) -> Teacher:
     """`prompted` with trained prompts; they are kept in `folder` and read from there next time.
 
     teacher: the same without prompts, which the training holds on to.
@@ -101,16 +125,28 @@ def adapt(teacher: Teacher, prompted: Teacher, data: Dataset, recipe: R.Recipe, 
         manifest = disk.read_manifest(folder, "adapted teacher")
         disk.verify(folder, manifest)
         if manifest["teacher"] != teacher.identity:
-            raise EdgeclipError(folder, "holds prompts of another teacher", "use --fresh to start over, or another --out")
+            raise EdgeclipError(
+                folder,
+                "holds prompts of another teacher",
+                "use --fresh to start over, or another --out",
+            )
         _set(learnt, load_file(folder / "prompts.safetensors"))
     else:
         log = _train(learnt, teacher, prompted, data, recipe, spec, device)
         with disk.new_folder(folder) as temporary:
-            save_file({k: p.detach().cpu().contiguous() for k, p in learnt.items()}, temporary / "prompts.safetensors")
-            disk.write_manifest(temporary, "adapted teacher", {"teacher": teacher.identity, "log": log})
+            save_file(
+                {k: p.detach().cpu().contiguous() for k, p in learnt.items()},
+                temporary / "prompts.safetensors",
+            )
+            disk.write_manifest(
+                temporary, "adapted teacher", {"teacher": teacher.identity, "log": log}
+            )
     for module in (prompted.tower, prompted.text.module):
         module.cpu().requires_grad_(False)
-    return dataclasses.replace(prompted, identity=teacher.identity | {"prompts": disk.sha256(folder / "prompts.safetensors")})
+    return dataclasses.replace(
+        prompted,
+        identity=teacher.identity | {"prompts": disk.sha256(folder / "prompts.safetensors")},
+    )
 
 
 def load_text(teacher: R.Teacher, spec: R.Prompts, folder: Path) -> TextTower:
@@ -131,20 +167,50 @@ def learning_rate(epoch: int, spec: R.Prompts) -> float:
     """Of an epoch, from 0: constant during the warm-up, then a half cosine."""
     if epoch < spec.warmup_epochs:
         return spec.warmup_lr
-    return spec.lr * 0.5 * (1 + math.cos(math.pi * (epoch - spec.warmup_epochs) / max(1, spec.epochs - spec.warmup_epochs)))
+    return (
+        spec.lr
+        * 0.5
+        * (
+            1
+            + math.cos(
+                math.pi * (epoch - spec.warmup_epochs) / max(1, spec.epochs - spec.warmup_epochs)
+            )
+        )
+    )
 
 
 def losses(
-    u: Float[Tensor, "B D"], u0: Float[Tensor, "B D"], w: Float[Tensor, "N D"], w0: Float[Tensor, "N D"], target: Tensor, logit_scale: float
+    u: Float[Tensor, "B D"],
+    u0: Float[Tensor, "B D"],
+    w: Float[Tensor, "N D"],
+    w0: Float[Tensor, "N D"],
+    target: Tensor,
+    logit_scale: float,
 ) -> dict[str, Float[Tensor, ""]]:
     """The four terms before their weights; target int64 [B]: indices into the N classes."""
     q, q0 = logit_scale * u @ w.T, logit_scale * u0 @ w0.T
-    kl = F.kl_div(F.log_softmax(q, dim=-1), F.log_softmax(q0, dim=-1), reduction="sum", log_target=True) / q.numel()
-    return {"cross_entropy": F.cross_entropy(q, target), "image": F.l1_loss(u, u0), "text": F.l1_loss(w, w0), "logit": kl}
+    kl = (
+        F.kl_div(
+            F.log_softmax(q, dim=-1), F.log_softmax(q0, dim=-1), reduction="sum", log_target=True
+        )
+        / q.numel()
+    )
+    return {
+        "cross_entropy": F.cross_entropy(q, target),
+        "image": F.l1_loss(u, u0),
+        "text": F.l1_loss(w, w0),
+        "logit": kl,
+    }
 
 
 def _train(
-    learnt: dict[str, nn.Parameter], teacher: Teacher, prompted: Teacher, data: Dataset, recipe: R.Recipe, spec: R.Prompts, device: torch.device
+    learnt: dict[str, nn.Parameter],
+    teacher: Teacher,
+    prompted: Teacher,
+    data: Dataset,
+    recipe: R.Recipe,
+    spec: R.Prompts,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """Trains the prompts in place; returns the log, a row an epoch."""
     assert prompted.text is not None
@@ -159,31 +225,63 @@ def _train(
         module.to(device).requires_grad_(False)
     for p in learnt.values():
         p.requires_grad_(True)
-    optimizer = torch.optim.SGD(learnt.values(), lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
-    weight = {"cross_entropy": 1.0, "image": spec.image_weight, "text": spec.text_weight, "logit": spec.logit_weight}
+    optimizer = torch.optim.SGD(
+        learnt.values(), lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
+    )
+    weight = {
+        "cross_entropy": 1.0,
+        "image": spec.image_weight,
+        "text": spec.text_weight,
+        "logit": spec.logit_weight,
+    }
     average = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in learnt.items()}
     log = []
     order = np.random.default_rng(recipe.seed)
-    for epoch, share in enumerate(epoch_weights(spec.epochs, spec.average_mean, spec.average_std).tolist()):
+    for epoch, share in enumerate(
+        epoch_weights(spec.epochs, spec.average_mean, spec.average_std).tolist()
+    ):
         optimizer.param_groups[0]["lr"] = learning_rate(epoch, spec)
         rows: list[dict[str, Tensor]] = []
-        batches = _batches(pictures, order.permutation(len(pictures)).tolist(), f"{recipe.seed} {epoch}", teacher, recipe, spec.batch_size)
-        for index, pixels in track(batches, f"stage 1: prompts, epoch {epoch + 1} of {spec.epochs}", math.ceil(len(pictures) / spec.batch_size)):
+        batches = _batches(
+            pictures,
+            order.permutation(len(pictures)).tolist(),
+            f"{recipe.seed} {epoch}",
+            teacher,
+            recipe,
+            spec.batch_size,
+        )
+        for index, pixels in track(
+            batches,
+            f"stage 1: prompts, epoch {epoch + 1} of {spec.epochs}",
+            math.ceil(len(pictures) / spec.batch_size),
+        ):
             x = torch.from_numpy(normalise(pixels, teacher.preprocess)).to(device)
             target = torch.tensor([classes.index(pictures[i].label) for i in index], device=device)
             with torch.no_grad():
                 u0 = F.normalize(teacher.tower(x), dim=-1)
-            parts = losses(F.normalize(prompted.tower(x), dim=-1), u0, text.module(ids), w0, target, teacher.logit_scale)
+            parts = losses(
+                F.normalize(prompted.tower(x), dim=-1),
+                u0,
+                text.module(ids),
+                w0,
+                target,
+                teacher.logit_scale,
+            )
             loss = torch.stack([weight[k] * v for k, v in parts.items()]).sum()
             if not torch.isfinite(loss):
-                raise EdgeclipError(f"stage 1, epoch {epoch + 1}", f"the loss is {loss.item()}", "lower adapt.lr")
+                raise EdgeclipError(
+                    f"stage 1, epoch {epoch + 1}", f"the loss is {loss.item()}", "lower adapt.lr"
+                )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             rows.append({"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}})
         for k, p in learnt.items():
             average[k] += share * p.detach().double()
-        log.append({"epoch": epoch + 1} | {k: float(torch.stack([r[k] for r in rows]).mean()) for k in rows[0]})
+        log.append(
+            {"epoch": epoch + 1}
+            | {k: float(torch.stack([r[k] for r in rows]).mean()) for k in rows[0]}
+        )
     _set(learnt, average)
     return log
 
@@ -201,16 +299,31 @@ def _shots(labelled: list[Picture], shots: int | None, seed: int) -> list[Pictur
     of_class: dict[int, list[Picture]] = {}
     for p in labelled:
         of_class.setdefault(p.label, []).append(p)
-    return [p for label, own in sorted(of_class.items()) for p in random.Random(f"{seed} {label}").sample(own, min(shots, len(own)))]
+    return [
+        p
+        for label, own in sorted(of_class.items())
+        for p in random.Random(f"{seed} {label}").sample(own, min(shots, len(own)))
+    ]
 
 
-def _batches(pictures: list[Picture], order: list[int], seed: str, teacher: Teacher, recipe: R.Recipe, batch_size: int) -> Any:
+def _batches(
+    pictures: list[Picture],
+    order: list[int],
+    seed: str,
+    teacher: Teacher,
+    recipe: R.Recipe,
+    batch_size: int,
+) -> Any:
     """(indices [B], uint8 pixels [B, H, W, 3]): a fresh random view of every picture, of the kind that the recipe's views are."""
     views = msgspec.structs.replace(recipe.views, count=2)
 
     def make(i: int) -> np.ndarray:
         image = open_picture(read(pictures[i]), f"{pictures[i].path} ({pictures[i].key})")
-        return replay(image, draw_views(*image.size, views, random.Random(f"{seed} {pictures[i].key}"))[1], teacher.preprocess)
+        return replay(
+            image,
+            draw_views(*image.size, views, random.Random(f"{seed} {pictures[i].key}"))[1],
+            teacher.preprocess,
+        )
 
     skipped: list[str] = []
     yield from stream(order, make, batch_size, skipped, recipe.train.threads)

@@ -49,10 +49,19 @@ class ResidualHead(nn.Module):
         nn.init.zeros_(self.mlp[-1].bias)
 
     def forward(self, rows: Float[Tensor, "B R"]) -> Float[Tensor, "B D"]:
-        return F.normalize(rows[:, -self.embed_dim :], dim=-1) + self.mlp(rows[:, : -self.embed_dim])
+        return F.normalize(rows[:, -self.embed_dim :], dim=-1) + self.mlp(
+            rows[:, : -self.embed_dim]
+        )
 
 
-def adapt(teacher: Teacher, cache: TeacherCache, data: Dataset, spec: R.ResidualHead, seed: int, folder: Path) -> Teacher:
+def adapt(
+    teacher: Teacher,
+    cache: TeacherCache,
+    data: Dataset,
+    spec: R.ResidualHead,
+    seed: int,
+    folder: Path,
+) -> Teacher:
     """The teacher with a trained residual head; the head is kept in `folder` and read from there next time."""
     if not (folder / disk.MANIFEST).exists():
         torch.manual_seed(seed)
@@ -60,10 +69,18 @@ def adapt(teacher: Teacher, cache: TeacherCache, data: Dataset, spec: R.Residual
         _train(head, teacher, cache, data, spec, seed)
         with disk.new_folder(folder) as temporary:
             save_file(head.state_dict(), temporary / "head.safetensors")
-            disk.write_manifest(temporary, "adapted teacher", {"teacher": teacher.identity, "cache": cache.folder.name})
+            disk.write_manifest(
+                temporary,
+                "adapted teacher",
+                {"teacher": teacher.identity, "cache": cache.folder.name},
+            )
     manifest = disk.read_manifest(folder, "adapted teacher")
     if (manifest["teacher"], manifest["cache"]) != (teacher.identity, cache.folder.name):
-        raise EdgeclipError(folder, "holds the head of another teacher, or of other data", "use --fresh to start over, or another --out")
+        raise EdgeclipError(
+            folder,
+            "holds the head of another teacher, or of other data",
+            "use --fresh to start over, or another --out",
+        )
     return adapted(teacher, spec, folder)
 
 
@@ -73,14 +90,27 @@ def adapted(teacher: Teacher, spec: R.ResidualHead, folder: Path) -> Teacher:
     state = load_file(folder / "head.safetensors")
     head = ResidualHead(len(state["mlp.0.weight"]), teacher.embed_dim, spec)
     head.load_state_dict(state)
-    return dataclasses.replace(teacher, name=f"{teacher.name}, adapted", features=head.eval().requires_grad_(False))
+    return dataclasses.replace(
+        teacher, name=f"{teacher.name}, adapted", features=head.eval().requires_grad_(False)
+    )
 
 
-def _train(head: ResidualHead, teacher: Teacher, cache: TeacherCache, data: Dataset, spec: R.ResidualHead, seed: int) -> None:
+def _train(
+    head: ResidualHead,
+    teacher: Teacher,
+    cache: TeacherCache,
+    data: Dataset,
+    spec: R.ResidualHead,
+    seed: int,
+) -> None:
     label_of = {p.key: p.label for p in data.labelled}
     positions = [i for i, p in enumerate(cache.pictures) if p.key in label_of]
     if not positions:
-        raise EdgeclipError(data.name, "has no labelled pictures to adapt the teacher on", "set adapt to null, or label some")
+        raise EdgeclipError(
+            data.name,
+            "has no labelled pictures to adapt the teacher on",
+            "set adapt to null, or label some",
+        )
     classes = sorted({label_of[cache.pictures[i].key] for i in positions})
     target = torch.tensor([classes.index(label_of[cache.pictures[i].key]) for i in positions])
     rows = torch.from_numpy(cache.rows[positions].astype("float32"))
@@ -89,14 +119,20 @@ def _train(head: ResidualHead, teacher: Teacher, cache: TeacherCache, data: Data
     own = spec.self_training
     unlabelled = [i for i, p in enumerate(cache.pictures) if p.key not in label_of] if own else []
     if own and not unlabelled:
-        raise EdgeclipError("adapt.self_training", f"every picture of {data.name} has a label", "set it to null")
+        raise EdgeclipError(
+            "adapt.self_training", f"every picture of {data.name} has a label", "set it to null"
+        )
     others = torch.from_numpy(cache.rows[unlabelled].astype("float32")) if own else rows[:0]
-    known = F.one_hot(torch.tensor(classes)[target], len(cache.class_features)).float()[:, data.train_classes]
+    known = F.one_hot(torch.tensor(classes)[target], len(cache.class_features)).float()[
+        :, data.train_classes
+    ]
     all_features = torch.from_numpy(cache.class_features[data.train_classes])
     pseudo = torch.empty(0)
 
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=spec.lr, weight_decay=spec.weight_decay, fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.lr, spec.steps)
     head.train()
     for step in track(range(spec.steps), "stage 1: adapt the teacher", spec.steps):
@@ -112,7 +148,9 @@ def _train(head: ResidualHead, teacher: Teacher, cache: TeacherCache, data: Data
                 pseudo = pseudo_labels(head, others, all_features, teacher.logit_scale, known)
             pick = torch.randint(len(others), (spec.batch_size,), generator=generator)
             view = torch.randint(others.shape[1], (spec.batch_size,), generator=generator)
-            answers = teacher.logit_scale * F.normalize(head(others[pick, view]), dim=-1) @ all_features.T
+            answers = (
+                teacher.logit_scale * F.normalize(head(others[pick, view]), dim=-1) @ all_features.T
+            )
             loss = loss + own.weight * F.cross_entropy(answers, pseudo[pick])
         optimizer.zero_grad()
         loss.backward()
@@ -122,13 +160,21 @@ def _train(head: ResidualHead, teacher: Teacher, cache: TeacherCache, data: Data
 
 @torch.no_grad()
 def pseudo_labels(
-    head: nn.Module, rows: Float[Tensor, "n K R"], class_features: Float[Tensor, "C D"], logit_scale: float, known: Float[Tensor, "m C"]
+    head: nn.Module,
+    rows: Float[Tensor, "n K R"],
+    class_features: Float[Tensor, "C D"],
+    logit_scale: float,
+    known: Float[Tensor, "m C"],
 ) -> Float[Tensor, "n C"]:
     """The head's answers on the mean of a picture's views, balanced with `known`, the labels of other pictures."""
     head.eval()
-    u = F.normalize(torch.stack([F.normalize(head(r), dim=-1) for r in rows.unbind(dim=1)]).mean(dim=0), dim=-1)
+    u = F.normalize(
+        torch.stack([F.normalize(head(r), dim=-1) for r in rows.unbind(dim=1)]).mean(dim=0), dim=-1
+    )
     head.train()
-    return balanced(torch.cat([known, (logit_scale * u @ class_features.T).softmax(dim=-1)]))[len(known) :]
+    return balanced(torch.cat([known, (logit_scale * u @ class_features.T).softmax(dim=-1)]))[
+        len(known) :
+    ]
 
 
 def balanced(probability: Float[Tensor, "n C"], rounds: int = 20) -> Float[Tensor, "n C"]:

@@ -24,4 +24,16 @@ from edgeclip.host.cache.arrays import Rows, Shards, TeacherCache, open_folder, 
 from edgeclip.host.cache.building import build, class_features, lacking
 from edgeclip.host.cache.views import draw_views, replay, see
 
-__all__ = ["Rows", "Shards", "TeacherCache", "build", "class_features", "draw_views", "lacking", "open_folder", "refuse_other_views", "replay", "see"]
+__all__ = [
+    "Rows",
+    "Shards",
+    "TeacherCache",
+    "build",
+    "class_features",
+    "draw_views",
+    "lacking",
+    "open_folder",
+    "refuse_other_views",
+    "replay",
+    "see",
+]

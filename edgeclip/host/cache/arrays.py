@@ -31,7 +31,9 @@ def name(what: str, shard: int, shards: int) -> str:
 
 
 def record(views: int, parameters: int) -> np.dtype:
-    return np.dtype([("picture", "<i8"), ("norm", "<f4", (views,)), ("view", "<f4", (views, parameters))])
+    return np.dtype(
+        [("picture", "<i8"), ("norm", "<f4", (views,)), ("view", "<f4", (views, parameters))]
+    )
 
 
 @functools.lru_cache(1)
@@ -50,7 +52,10 @@ class Shards:
         self.files, self.field = files, field
         self.ends = np.cumsum(counts)
         # Around a row that is not in memory the system reads 128 KiB: welcome where all rows will fit, a waste of 80 where not.
-        self.scattered = sum(f.stat().st_size for f in files) > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+        self.scattered = (
+            sum(f.stat().st_size for f in files)
+            > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+        )
         self._map = functools.lru_cache(_room())(self._open)
         first = self._map(0)
         self.dtype, self.shape = first.dtype, (int(self.ends[-1]), *first.shape[1:])
@@ -60,13 +65,21 @@ class Shards:
         try:
             mapped = np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as e:
-            raise EdgeclipError(file, f"cannot be read as a shard ({e})", "make the cache anew, or copy it again") from None
+            raise EdgeclipError(
+                file, f"cannot be read as a shard ({e})", "make the cache anew, or copy it again"
+            ) from None
         rows = int(self.ends[shard]) - self._start(shard)
         if len(mapped) != rows:
-            raise EdgeclipError(file, f"has {len(mapped)} rows, and its index says {rows}", "make the cache anew, or copy it again")
+            raise EdgeclipError(
+                file,
+                f"has {len(mapped)} rows, and its index says {rows}",
+                "make the cache anew, or copy it again",
+            )
         if self.scattered:
             mapped._mmap.madvise(mmap.MADV_RANDOM)
-        return np.asarray(mapped[self.field] if self.field else mapped)  # a memmap's own indexing costs twice as much
+        return np.asarray(
+            mapped[self.field] if self.field else mapped
+        )  # a memmap's own indexing costs twice as much
 
     def _start(self, shard: int) -> int:
         return int(self.ends[shard - 1]) if shard else 0
@@ -76,7 +89,9 @@ class Shards:
 
     def __getitem__(self, key: Any) -> np.ndarray:
         first, *more = key if isinstance(key, tuple) else (key,)
-        index: np.ndarray = np.arange(len(self))[first] if isinstance(first, slice) else np.asarray(first)
+        index: np.ndarray = (
+            np.arange(len(self))[first] if isinstance(first, slice) else np.asarray(first)
+        )
         if index.ndim == 0:
             shard = int(np.searchsorted(self.ends, index, side="right"))
             return np.asarray(self._map(shard)[(int(index) - self._start(shard), *more)])
@@ -90,18 +105,27 @@ class Shards:
         cuts = [0, *(np.flatnonzero(of[1:] != of[:-1]) + 1).tolist(), len(index)]
         found = np.empty((len(index), *self.shape[1 + len(more) :]), self.dtype)
         for a, b in itertools.pairwise(cuts):
-            _rows(self._map(int(of[a])), sorted_index[a:b], [m if np.ndim(m) == 0 else m[a:b] for m in sorted_more], found[a:b])
+            _rows(
+                self._map(int(of[a])),
+                sorted_index[a:b],
+                [m if np.ndim(m) == 0 else m[a:b] for m in sorted_more],
+                found[a:b],
+            )
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return found.take(back, 0)
 
 
-def _rows(array: np.ndarray, index: np.ndarray, more: list[Any], out: np.ndarray | None = None) -> np.ndarray:
+def _rows(
+    array: np.ndarray, index: np.ndarray, more: list[Any], out: np.ndarray | None = None
+) -> np.ndarray:
     """array[index, *more]; of whole rows by `take`, which is three times as fast as indexing. out: where to put them."""
     if array.flags.c_contiguous and len(more) <= 1:
         if more:
             index, array = index * array.shape[1] + more[0], array.reshape(-1, *array.shape[2:])
-        return array.take(index, 0, out, "raise" if out is None else "clip")  # clip: no copy on the way into out; all are inside
+        return array.take(
+            index, 0, out, "raise" if out is None else "clip"
+        )  # clip: no copy on the way into out; all are inside
     rows: np.ndarray = array[(index, *more)]
     if out is not None:
         out[:] = rows
@@ -143,12 +167,17 @@ class Rows:
             return self.more[index, which - 1]
         out = np.empty((len(index), self.shape[2]), self.first.dtype)
         first = which == 0
-        out[first], out[~first] = self.first[index[first]], self.more[index[~first], which[~first] - 1]
+        out[first], out[~first] = (
+            self.first[index[first]],
+            self.more[index[~first], which[~first] - 1],
+        )
         return out
 
     def __getitem__(self, key: Any) -> np.ndarray:
         first, *rest = key if isinstance(key, tuple) else (key,)
-        index: np.ndarray = np.arange(len(self))[first] if isinstance(first, slice) else np.asarray(first)
+        index: np.ndarray = (
+            np.arange(len(self))[first] if isinstance(first, slice) else np.asarray(first)
+        )
         if not rest:
             return np.stack([self[index, k] for k in range(self.shape[1])], axis=-2)
         which = np.broadcast_to(np.asarray(rest[0]), index.shape)
@@ -189,7 +218,11 @@ def refuse_other_views(first: TeacherCache, other: TeacherCache) -> None:
     """Raises `EdgeclipError` unless row i, view k is of the same picture and the same view in both: teachers are joined by them."""
 
     def refuse(what: str) -> None:
-        raise EdgeclipError(f"{other.folder} ({other.manifest['name']})", f"{what} than {first.folder} ({first.manifest['name']})", "leave that teacher out")
+        raise EdgeclipError(
+            f"{other.folder} ({other.manifest['name']})",
+            f"{what} than {first.folder} ({first.manifest['name']})",
+            "leave that teacher out",
+        )
 
     assert isinstance(first.pictures, Kept) and isinstance(other.pictures, Kept)
     if first.rows.shape[:2] != other.rows.shape[:2]:
@@ -199,7 +232,9 @@ def refuse_other_views(first: TeacherCache, other: TeacherCache) -> None:
         if (first.pictures.places[part] != other.pictures.places[part]).any():
             refuse("holds other pictures")
         a, b = first.views[part], other.views[part]
-        plain = (a[..., 2] == 0) | (b[..., 2] == 0)  # the centre crop has no numbers where nobody looked at the picture
+        plain = (a[..., 2] == 0) | (
+            b[..., 2] == 0
+        )  # the centre crop has no numbers where nobody looked at the picture
         if a.shape != b.shape or not (plain | (a == b).all(axis=-1)).all():
             refuse("holds other views")
 
@@ -211,7 +246,9 @@ class Embeddings(NamedTuple):
     texts: Shards | None
 
 
-def open_folder(folder: Path, pictures: Sequence[Picture], elsewhere: Embeddings | None = None) -> TeacherCache:
+def open_folder(
+    folder: Path, pictures: Sequence[Picture], elsewhere: Embeddings | None = None
+) -> TeacherCache:
     """The finished cache in `folder`, of a data set's `pictures`; no file but the manifest is read, each one's size is looked at.
 
     elsewhere: of a cache that only joins rows to pictures.
@@ -219,20 +256,30 @@ def open_folder(folder: Path, pictures: Sequence[Picture], elsewhere: Embeddings
     """
     manifest = disk.read_manifest(folder, KIND)
     if manifest.get("format") != FORMAT:
-        raise EdgeclipError(folder, "is a teacher cache of an older edgeclip", "delete it; it will be made anew")
+        raise EdgeclipError(
+            folder, "is a teacher cache of an older edgeclip", "delete it; it will be made anew"
+        )
     counts = [s["rows"] for s in manifest["shards"]]
 
     def shards(what: str, field: str | None = None) -> Shards:
-        return Shards([folder / name(what, i, len(counts)) for i in range(len(counts))], counts, field)
+        return Shards(
+            [folder / name(what, i, len(counts)) for i in range(len(counts))], counts, field
+        )
 
     for shard in manifest["shards"]:
         for file, size in shard["bytes"].items():
             try:
                 found = (folder / file).stat().st_size
             except FileNotFoundError:
-                raise EdgeclipError(folder, f"{file} is missing", "make the cache anew, or copy it again") from None
+                raise EdgeclipError(
+                    folder, f"{file} is missing", "make the cache anew, or copy it again"
+                ) from None
             if found != size:
-                raise EdgeclipError(folder, f"{file} has {found} bytes, and its index says {size}", "make the cache anew, or copy it again")
+                raise EdgeclipError(
+                    folder,
+                    f"{file} has {found} bytes, and its index says {size}",
+                    "make the cache anew, or copy it again",
+                )
     captions: Rows | None = None
     if elsewhere is not None:
         places = shards("rows")
@@ -240,8 +287,24 @@ def open_folder(folder: Path, pictures: Sequence[Picture], elsewhere: Embeddings
         if manifest["captions"] and elsewhere.texts is not None:
             captions = Rows(Joined(elsewhere.texts, places), None, None)
     else:
-        rows = Rows(shards("img_emb"), shards("more_views") if manifest["views"] > 1 else None, shards("records", "norm"))
+        rows = Rows(
+            shards("img_emb"),
+            shards("more_views") if manifest["views"] > 1 else None,
+            shards("records", "norm"),
+        )
         if manifest["captions"]:
-            captions = Rows(shards("text_emb"), shards("more_captions") if manifest["captions"] > 1 else None, None)
+            captions = Rows(
+                shards("text_emb"),
+                shards("more_captions") if manifest["captions"] > 1 else None,
+                None,
+            )
     class_features = np.load(folder / "class_features.npy")
-    return TeacherCache(folder, manifest, Kept(pictures, shards("records", "picture")), rows, shards("records", "view"), class_features, captions)
+    return TeacherCache(
+        folder,
+        manifest,
+        Kept(pictures, shards("records", "picture")),
+        rows,
+        shards("records", "view"),
+        class_features,
+        captions,
+    )

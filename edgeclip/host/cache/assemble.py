@@ -45,7 +45,9 @@ def assemble(
     if not (folder / disk.MANIFEST).exists():
         try:
             _assemble(folder, partial, description, facts, plan, make, finish)
-        except FileNotFoundError:  # another process finished meanwhile and moved the folder away under this one
+        except (
+            FileNotFoundError
+        ):  # another process finished meanwhile and moved the folder away under this one
             if not (folder / disk.MANIFEST).exists():
                 raise
     _refuse_other(folder, disk.read_manifest(folder, KIND).get("description"), description)
@@ -88,7 +90,14 @@ def _assemble(
             _finish(folder, partial, description, facts, n, finish)
 
 
-def _finish(folder: Path, partial: Path, description: dict[str, Any], facts: dict[str, Any], shards: int, finish: Callable[[Path], dict[str, Any]]) -> None:
+def _finish(
+    folder: Path,
+    partial: Path,
+    description: dict[str, Any],
+    facts: dict[str, Any],
+    shards: int,
+    finish: Callable[[Path], dict[str, Any]],
+) -> None:
     notes = finished(partial)
     parts = [notes[i] for i in range(shards)]
     files = {f: digest for p in parts for f, digest in p["files"].items()}
@@ -129,13 +138,24 @@ def as_json(value: Any) -> Any:
 def _refuse_other(folder: Path, found: Any, asked: dict[str, Any]) -> None:
     different = disk.differences(found, as_json(asked))
     if different:
-        raise EdgeclipError(folder, f"is another teacher cache ({'; '.join(different[:5])})", "delete it, or name another folder")
+        raise EdgeclipError(
+            folder,
+            f"is another teacher cache ({'; '.join(different[:5])})",
+            "delete it, or name another folder",
+        )
 
 
 # --- one shard
 
 
-def write_shard(folder: Path, shard: int, shards: int, arrays: dict[str, np.ndarray], metadata: dict[str, Any], skipped: list[str]) -> None:
+def write_shard(
+    folder: Path,
+    shard: int,
+    shards: int,
+    arrays: dict[str, np.ndarray],
+    metadata: dict[str, Any],
+    skipped: list[str],
+) -> None:
     """The files of one shard, and last what says that they are whole.
 
     Raises `EdgeclipError` when they cannot be written (a full disk): the shards before stay.
@@ -148,21 +168,33 @@ def write_shard(folder: Path, shard: int, shards: int, arrays: dict[str, np.ndar
         files[name("metadata", shard, shards)] = folder / name("metadata", shard, shards)
         with disk.new_file(folder / name("metadata", shard, shards)) as temporary:
             pq.write_table(pa.table(metadata), temporary)
-        content = {"rows": len(arrays["records"]), "bytes": {f: p.stat().st_size for f, p in files.items()}, "skipped": skipped}
-        disk.write_json(_note(folder, shard), content | {"files": {f: disk.sha256(p) for f, p in files.items()}})
+        content = {
+            "rows": len(arrays["records"]),
+            "bytes": {f: p.stat().st_size for f, p in files.items()},
+            "skipped": skipped,
+        }
+        disk.write_json(
+            _note(folder, shard), content | {"files": {f: disk.sha256(p) for f, p in files.items()}}
+        )
     except FileNotFoundError:
         raise
     except OSError as e:
         for file in files.values():
             file.unlink(missing_ok=True)
         raise EdgeclipError(
-            folder, f"shard {shard + 1} of {shards} could not be written ({e})", "free some disk and run the same command: it goes on here"
+            folder,
+            f"shard {shard + 1} of {shards} could not be written ({e})",
+            "free some disk and run the same command: it goes on here",
         ) from e
 
 
 def finished(partial: Path) -> dict[int, dict[str, Any]]:
     """What is noted of each shard that is there: rows, bytes, files, skipped."""
-    return {int(p.stem): disk.read_json(p) for p in (partial / "shards").glob("*.json") if p.stem.isdigit()}
+    return {
+        int(p.stem): disk.read_json(p)
+        for p in (partial / "shards").glob("*.json")
+        if p.stem.isdigit()
+    }
 
 
 def _note(folder: Path, shard: int) -> Path:
@@ -174,7 +206,9 @@ def _whole(partial: Path, shard: int, shards: int) -> bool:
     if not _note(partial, shard).exists():
         return False
     try:
-        disk.verify(partial, {"kind": "shard", "files": disk.read_json(_note(partial, shard))["files"]})
+        disk.verify(
+            partial, {"kind": "shard", "files": disk.read_json(_note(partial, shard))["files"]}
+        )
     except EdgeclipError as e:
         say(f"shard {shard + 1} of {shards} is made anew: {e}")
         _note(partial, shard).unlink()

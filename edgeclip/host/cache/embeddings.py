@@ -53,8 +53,16 @@ def open_embeddings(root: Path) -> Folder:
     counts = [f.num_rows for f in footers]
     images = _shards(root, "img_emb", counts, metadata)
     if images is None:
-        raise EdgeclipError(root, "has no img_emb/*.npy", "give the folder that clip-retrieval wrote")
-    return Folder(root, images, _shards(root, "text_emb", counts, metadata), metadata, footers[0].schema.names if footers else [])
+        raise EdgeclipError(
+            root, "has no img_emb/*.npy", "give the folder that clip-retrieval wrote"
+        )
+    return Folder(
+        root,
+        images,
+        _shards(root, "text_emb", counts, metadata),
+        metadata,
+        footers[0].schema.names if footers else [],
+    )
 
 
 def _footer(path: Path) -> Any:
@@ -69,11 +77,19 @@ def _shards(root: Path, what: str, counts: list[int], metadata: list[Path]) -> S
     if not files:
         return None
     if len(files) != len(counts):
-        raise EdgeclipError(root, f"has {len(files)} files in {what} and {len(counts)} in metadata", "copy what is missing")
+        raise EdgeclipError(
+            root,
+            f"has {len(files)} files in {what} and {len(counts)} in metadata",
+            "copy what is missing",
+        )
     for file, count, index in zip(files, counts, metadata, strict=True):
         rows, size = _npy_rows(file)
         if rows != count or file.stat().st_size < size:
-            has = f"has {rows} rows" if rows != count else f"has {file.stat().st_size} bytes of {size}"
+            has = (
+                f"has {rows} rows"
+                if rows != count
+                else f"has {file.stat().st_size} bytes of {size}"
+            )
             raise EdgeclipError(file, f"{has}, and {index.name} says {count} rows", "copy it again")
     return Shards(files, counts)
 
@@ -83,24 +99,43 @@ def _npy_rows(file: Path) -> tuple[int, int]:
     try:
         with open(file, "rb") as f:
             version = np.lib.format.read_magic(f)
-            shape, _, dtype = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version](f)
+            shape, _, dtype = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version](f)
             start = f.tell()
     except (OSError, ValueError, KeyError) as e:
         raise EdgeclipError(file, f"is no readable .npy file ({e})", "copy it again") from None
     if len(shape) != 2 or dtype.kind != "f":
-        raise EdgeclipError(file, f"holds {dtype} of shape {shape}, not float rows", "give the folder that clip-retrieval wrote")
+        raise EdgeclipError(
+            file,
+            f"holds {dtype} of shape {shape}, not float rows",
+            "give the folder that clip-retrieval wrote",
+        )
     return shape[0], start + math.prod(shape) * dtype.itemsize
 
 
 def identity(spec: Embeddings) -> dict[str, Any]:
     """What decides the rows: the files by name and size, the first of each kind by its edges too (two models' files are of equal
     names and sizes, and there may be thousands), and how they are joined."""
-    kinds = [sorted((Path(spec.root) / what).glob("*.*")) for what in ("img_emb", "text_emb", "metadata")]
-    files = [[[p.parent.name, p.name, p.stat().st_size] for kind in kinds for p in kind], [disk.edges(kind[0]) for kind in kinds if kind]]
-    return {"kind": "embeddings", "files": disk.fingerprint(files), "key": spec.key, "join": spec.join}
+    kinds = [
+        sorted((Path(spec.root) / what).glob("*.*")) for what in ("img_emb", "text_emb", "metadata")
+    ]
+    files = [
+        [[p.parent.name, p.name, p.stat().st_size] for kind in kinds for p in kind],
+        [disk.edges(kind[0]) for kind in kinds if kind],
+    ]
+    return {
+        "kind": "embeddings",
+        "files": disk.fingerprint(files),
+        "key": spec.key,
+        "join": spec.join,
+    }
 
 
-def join(folder: Folder, spec: Embeddings, pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def join(
+    folder: Folder, spec: Embeddings, pictures: Sequence[Picture]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """(places in `pictures` [m], their rows [m], keys of pictures without a row), in the pictures' order.
 
     Keys are compared by 64 bits of their hash; sixteen bytes of memory a row.
@@ -108,19 +143,27 @@ def join(folder: Folder, spec: Embeddings, pictures: Sequence[Picture]) -> tuple
     the recipe says `partial`.
     """
     if spec.key not in folder.columns:
-        raise EdgeclipError(f"{folder.root}: metadata", f"has no column '{spec.key}'", did_you_mean(spec.key, folder.columns))
+        raise EdgeclipError(
+            f"{folder.root}: metadata",
+            f"has no column '{spec.key}'",
+            did_you_mean(spec.key, folder.columns),
+        )
     of = JOINS[spec.join]
     parts = []
     for file in track(folder.metadata, "read the metadata's keys", len(folder.metadata)):
         keys = pq.read_table(file, columns=[spec.key]).column(0)
-        parts.append(np.fromiter((_hash(of(str(k))) for k in keys.to_pylist()), np.uint64, len(keys)))
+        parts.append(
+            np.fromiter((_hash(of(str(k))) for k in keys.to_pylist()), np.uint64, len(keys))
+        )
     hashes = np.concatenate(parts)
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
     if (twice := np.flatnonzero(hashes[1:] == hashes[:-1])).size:
         a, b = sorted(order[twice[0] : twice[0] + 2].tolist())
         raise EdgeclipError(
-            f"{folder.root}: metadata", f"rows {a} and {b} have the same {spec.key} '{_key(folder, spec, a)}' (join: {spec.join})", "use another key or join"
+            f"{folder.root}: metadata",
+            f"rows {a} and {b} have the same {spec.key} '{_key(folder, spec, a)}' (join: {spec.join})",
+            "use another key or join",
         )
     places, rows, missing = [], [], []
     for i, picture in enumerate(pictures):
@@ -133,7 +176,12 @@ def join(folder: Folder, spec: Embeddings, pictures: Sequence[Picture]) -> tuple
             missing.append(picture.key)
     if missing and (not places or not spec.partial):
         says = f"{len(missing)} of {len(pictures)} pictures have no row (first: '{missing[0]}'; a row's {spec.key} is '{_key(folder, spec, 0)}')"
-        raise EdgeclipError(folder.root, says, "set teacher.key and teacher.join" + ("" if not places else ", or partial: true to leave them out"))
+        raise EdgeclipError(
+            folder.root,
+            says,
+            "set teacher.key and teacher.join"
+            + ("" if not places else ", or partial: true to leave them out"),
+        )
     return np.array(places, np.int64), np.array(rows, np.int64), missing
 
 

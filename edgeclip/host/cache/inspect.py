@@ -17,7 +17,9 @@ SAMPLE = 4096
 """rows that `inspect` looks at"""
 
 
-def build_for(path: Path, roots: tuple[str, ...] = (), out: Path | None = None) -> list[dict[str, Any]]:
+def build_for(
+    path: Path, roots: tuple[str, ...] = (), out: Path | None = None
+) -> list[dict[str, Any]]:
     """Every cache that `distill` would make of the recipe at `path`, before it trains; what `inspect` says of each.
 
     out: folder of the only teacher's cache, instead of cache/<fingerprint>.
@@ -27,10 +29,18 @@ def build_for(path: Path, roots: tuple[str, ...] = (), out: Path | None = None) 
 
     asked = recipe.load(path, roots)
     if isinstance(asked.adapt, recipe.Prompts):
-        raise EdgeclipError(f"{path}: adapt", "prompts change the rows, and stage 1 makes them", f"use: edgeclip distill {path}")
+        raise EdgeclipError(
+            f"{path}: adapt",
+            "prompts change the rows, and stage 1 makes them",
+            f"use: edgeclip distill {path}",
+        )
     own_stage_1 = bool(asked.adapt_data and isinstance(asked.adapt, recipe.ResidualHead))
     if out and (asked.other_teachers or own_stage_1):
-        raise EdgeclipError(f"--out {out}", "is one folder, and the recipe needs several caches", "leave it out: they are found by their fingerprints")
+        raise EdgeclipError(
+            f"--out {out}",
+            "is one folder, and the recipe needs several caches",
+            "leave it out: they are found by their fingerprints",
+        )
     dataset, labelled, captions = run.load_data(asked, path)
     device = ranks.own(run.pick_device(asked.train.device))
     found = []
@@ -41,7 +51,18 @@ def build_for(path: Path, roots: tuple[str, ...] = (), out: Path | None = None) 
         if own_stage_1 and labelled and isinstance(spec, recipe.Conse):
             sets.append((labelled._replace(train=labelled.labelled), False))
         for data, with_captions in sets:
-            made = build(run.CACHE, teacher, tower, data, asked.views, asked.seed, captions=with_captions, device=device, threads=asked.train.threads, out=out)
+            made = build(
+                run.CACHE,
+                teacher,
+                tower,
+                data,
+                asked.views,
+                asked.seed,
+                captions=with_captions,
+                device=device,
+                threads=asked.train.threads,
+                out=out,
+            )
             found.append(inspect(made.folder))
     return found
 
@@ -112,7 +133,9 @@ def _of(cache: TeacherCache) -> dict[str, Any]:
         "shards": len(m["shards"]),
         "bytes": sum(size for s in m["shards"] for size in s["bytes"].values()),
         "skipped": m["skipped"],
-        "norm": None if norms is None else {"min": float(norms.min()), "mean": float(norms.mean()), "max": float(norms.max())},
+        "norm": None
+        if norms is None
+        else {"min": float(norms.min()), "mean": float(norms.mean()), "max": float(norms.max())},
         "unit_error": float(np.abs(lengths - 1).max()),
         "replay": m["replay"],
         "seed": m["description"]["seed"],

@@ -24,17 +24,27 @@ def load(spec: R.Embeddings | R.Reinforced) -> Teacher:
         folder = embeddings.open_embeddings(Path(spec.root))
         width, identity, size = int(folder.images.shape[1]), embeddings.identity(spec), 224
         if folder.texts is not None and folder.texts.shape[1] != width:
-            raise EdgeclipError(spec.root, f"its text_emb rows are {folder.texts.shape[1]} wide and its img_emb rows {width}", "give one model's embeddings")
+            raise EdgeclipError(
+                spec.root,
+                f"its text_emb rows are {folder.texts.shape[1]} wide and its img_emb rows {width}",
+                "give one model's embeddings",
+            )
     else:
         width, identity, size = reinforced.width(spec), reinforced.identity(spec), spec.image_size
     text = open_clip.load(spec.text) if spec.text else None
     if text is not None and text.embed_dim != width:
-        raise EdgeclipError("teacher.text", f"its features are {text.embed_dim} wide and the embeddings {width}", "name the text encoder of the same model")
+        raise EdgeclipError(
+            "teacher.text",
+            f"its features are {text.embed_dim} wide and the embeddings {width}",
+            "name the text encoder of the same model",
+        )
 
     class_features = _class_file(Path(spec.class_features), width) if spec.class_features else None
 
     def no_text(texts: list[str]) -> Float[Tensor, "N D"]:
-        raise EdgeclipError("teacher.text", f"is null, and a text encoder is needed for '{texts[0]}'", "name one")
+        raise EdgeclipError(
+            "teacher.text", f"is null, and a text encoder is needed for '{texts[0]}'", "name one"
+        )
 
     name = f"{Path(spec.root).name} (embeddings of others)"
     return Teacher(
@@ -60,16 +70,30 @@ def _class_file(path: Path, width: int) -> np.ndarray:
     try:
         features = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise EdgeclipError(path, "there is no such file", "check the recipe's teacher.class_features") from None
+        raise EdgeclipError(
+            path, "there is no such file", "check the recipe's teacher.class_features"
+        ) from None
     except (OSError, EOFError, ValueError) as e:
-        raise EdgeclipError(path, f"is no readable .npy file ({e})", "write [classes, width] float rows with numpy.save") from None
+        raise EdgeclipError(
+            path,
+            f"is no readable .npy file ({e})",
+            "write [classes, width] float rows with numpy.save",
+        ) from None
     if features.ndim != 2 or features.shape[1] != width or not np.isfinite(features).all():
-        raise EdgeclipError(path, f"holds {features.shape}, not finite rows of width {width}", "write a row a class, of the embeddings' model")
+        raise EdgeclipError(
+            path,
+            f"holds {features.shape}, not finite rows of width {width}",
+            "write a row a class, of the embeddings' model",
+        )
     unit: np.ndarray = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     return unit.astype(np.float32)
 
 
 def load_text(spec: R.Embeddings | R.Reinforced) -> TextTower:
     if spec.text is None:
-        raise EdgeclipError("teacher.text", "is null, so there is no text encoder to ship", "name one, or set text_encoder: false")
+        raise EdgeclipError(
+            "teacher.text",
+            "is null, so there is no text encoder to ship",
+            "name one, or set text_encoder: false",
+        )
     return open_clip.load_text(spec.text)

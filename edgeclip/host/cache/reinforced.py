@@ -57,16 +57,30 @@ def width(spec: Reinforced) -> int:
     for _, members in _samples(shard_files(spec)[0]):
         with contextlib.suppress(KeyError, ValueError):
             return _columns(_arrays(members)["image_emb"], spec).shape[1]
-    raise EdgeclipError(shard_files(spec)[0], "has no whole reinforced sample", "check the recipe's teacher.shards")
+    raise EdgeclipError(
+        shard_files(spec)[0], "has no whole reinforced sample", "check the recipe's teacher.shards"
+    )
 
 
-def make(spec: Reinforced, pictures: Sequence[Picture], place_of: dict[str, int], captions: bool, folder: Path, shard: int, shards: int) -> None:
+def make(
+    spec: Reinforced,
+    pictures: Sequence[Picture],
+    place_of: dict[str, int],
+    captions: bool,
+    folder: Path,
+    shard: int,
+    shards: int,
+) -> None:
     """One tar's samples that have a picture, as a shard of the cache. What is broken is left out and counted.
 
     Raises `EdgeclipError` for a corrupt tar, a sample that is there twice, and more than 1 % of broken samples.
     """
     tar = shard_files(spec)[shard]
-    rows, texts, records = list[np.ndarray](), list[np.ndarray](), list[tuple[int, np.ndarray, np.ndarray]]()
+    rows, texts, records = (
+        list[np.ndarray](),
+        list[np.ndarray](),
+        list[tuple[int, np.ndarray, np.ndarray]](),
+    )
     places, said, skipped = list[int](), list[list[str]](), list[str]()
     seen: set[str] = set()
     for uid, members in track(_samples(tar), f"reinforced shard {shard + 1} of {shards}", 0):
@@ -88,25 +102,45 @@ def make(spec: Reinforced, pictures: Sequence[Picture], place_of: dict[str, int]
                 raise ValueError(f"{len(text)} captions, and others have {len(texts[0])}")
             own, of_text = _columns(image, spec), None if text is None else _columns(text, spec)
             if rows and (own.shape != rows[0].shape or view.shape != records[0][2].shape):
-                raise ValueError(f"rows {own.shape} of views {view.shape}, and others have {rows[0].shape} of {records[0][2].shape}")
+                raise ValueError(
+                    f"rows {own.shape} of views {view.shape}, and others have {rows[0].shape} of {records[0][2].shape}"
+                )
             norm = np.linalg.norm(own, axis=1)
             records.append((place_of[key], norm, view))
             rows.append((own / np.maximum(norm, 1e-12)[:, None]).astype(np.float16))
             if of_text is not None:
-                texts.append((of_text / np.maximum(np.linalg.norm(of_text, axis=1, keepdims=True), 1e-12)).astype(np.float16))
+                texts.append(
+                    (
+                        of_text / np.maximum(np.linalg.norm(of_text, axis=1, keepdims=True), 1e-12)
+                    ).astype(np.float16)
+                )
             places.append(place_of[key])
             said.append(captioned)
         except (KeyError, ValueError, TypeError) as e:
             what = f"has no {e.args[0]}" if isinstance(e, KeyError) else str(e)
             skipped.append(f"{tar}: sample '{uid}' {what}")
     if len(skipped) > MAX_UNREADABLE * len(seen):
-        raise EdgeclipError(tar, f"{len(skipped)} of {len(seen)} samples are broken, more than {MAX_UNREADABLE:.0%} (first: {skipped[0]})", "repair the shard")
+        raise EdgeclipError(
+            tar,
+            f"{len(skipped)} of {len(seen)} samples are broken, more than {MAX_UNREADABLE:.0%} (first: {skipped[0]})",
+            "repair the shard",
+        )
     if not rows:
-        raise EdgeclipError(tar, "has no sample of any picture of the data", "check the recipe's teacher.join, or remove the shard")
+        raise EdgeclipError(
+            tar,
+            "has no sample of any picture of the data",
+            "check the recipe's teacher.join, or remove the shard",
+        )
     if captions and len(texts) != len(rows):
-        raise EdgeclipError(tar, "has no text_emb, and a loss or student.text needs the captions' features", "drop what needs them")
+        raise EdgeclipError(
+            tar,
+            "has no text_emb, and a loss or student.text needs the captions' features",
+            "drop what needs them",
+        )
     table = np.empty(len(rows), record(*records[0][2].shape))
-    table["picture"], table["norm"], table["view"] = (np.array([r[i] for r in records]) for i in range(3))
+    table["picture"], table["norm"], table["view"] = (
+        np.array([r[i] for r in records]) for i in range(3)
+    )
     unit = np.stack(rows)
     arrays = {"img_emb": unit[:, 0], "records": table}
     if unit.shape[1] > 1:
@@ -116,7 +150,12 @@ def make(spec: Reinforced, pictures: Sequence[Picture], place_of: dict[str, int]
         arrays["text_emb"] = of_captions[:, 0]
         if of_captions.shape[1] > 1:
             arrays["more_captions"] = of_captions[:, 1:]
-    metadata = {"image_path": [pictures[i].key for i in places], "caption": [c[0] for c in said], "picture": places, "more_captions": [c[1:] for c in said]}
+    metadata = {
+        "image_path": [pictures[i].key for i in places],
+        "caption": [c[0] for c in said],
+        "picture": places,
+        "more_captions": [c[1:] for c in said],
+    }
     write_shard(folder, shard, shards, arrays, metadata, skipped)
 
 
@@ -124,12 +163,17 @@ def parameters(paug: bytes, size: int) -> np.ndarray:
     """[K, 5 + 2 A] view parameters (`views`) of a sample's param_aug; A operations a view."""
     value = json.loads(paug)["param_aug"]
     views = []
-    for (top, left, height, width), operations in json.loads(value) if isinstance(value, str) else value:
+    for (top, left, height, width), operations in (
+        json.loads(value) if isinstance(value, str) else value
+    ):
         flat = [left, top, width, height, 0]
         for number, magnitude in operations:
             if number not in range(len(OPERATIONS)):
                 raise ValueError(f"has operation {number}, and RandAugment has {len(OPERATIONS)}")
-            flat += [number, magnitude / size if OPERATIONS[int(number)].startswith("Translate") else magnitude]
+            flat += [
+                number,
+                magnitude / size if OPERATIONS[int(number)].startswith("Translate") else magnitude,
+            ]
         views.append(flat)
     return np.array(views, np.float32)
 
@@ -137,7 +181,11 @@ def parameters(paug: bytes, size: int) -> np.ndarray:
 def _columns(rows: np.ndarray, spec: Reinforced) -> np.ndarray:
     first, end = spec.columns or (0, rows.shape[1])
     if not 0 <= first < end <= rows.shape[1]:
-        raise EdgeclipError("teacher.columns", f"[{first}, {end}] does not lie within the {rows.shape[1]} columns of a row", "correct it")
+        raise EdgeclipError(
+            "teacher.columns",
+            f"[{first}, {end}] does not lie within the {rows.shape[1]} columns of a row",
+            "correct it",
+        )
     return rows[:, first:end]
 
 
@@ -150,12 +198,16 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                 name, _, suffix = member.name.rpartition("/")[2].partition(".")
                 if not member.isfile() or suffix not in MEMBERS:
                     continue
-                if name != uid and members:  # WebDataset's rule: a sample's members follow one another
+                if (
+                    name != uid and members
+                ):  # WebDataset's rule: a sample's members follow one another
                     yield uid, members
                     members = {}
                 uid = name
                 if suffix in members:
-                    raise EdgeclipError(tar, f"has two members '{member.name}'", "repair or remove the shard")
+                    raise EdgeclipError(
+                        tar, f"has two members '{member.name}'", "repair or remove the shard"
+                    )
                 members[suffix] = opened.extractfile(member).read()  # type: ignore[union-attr]  # a file, asked above
                 if len(members[suffix]) != member.size:
                     raise tarfile.ReadError(f"'{member.name}' is cut off")
@@ -166,7 +218,9 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield uid, members
 
 
-def _captions(own: str, synthetic: dict[str, list[str]], arrays: dict[str, np.ndarray]) -> tuple[list[str], np.ndarray | None]:
+def _captions(
+    own: str, synthetic: dict[str, list[str]], arrays: dict[str, np.ndarray]
+) -> tuple[list[str], np.ndarray | None]:
     """(captions, their features [C, E]; None where there are none): the data's own first, then each captioner's by name."""
     lists = {k: v for k, v in sorted(synthetic.items()) if k.startswith("syn_text")}
     everything = [own, *(c for v in lists.values() for c in v)]
@@ -177,7 +231,9 @@ def _captions(own: str, synthetic: dict[str, list[str]], arrays: dict[str, np.nd
     for name, (said, rows) in parts.items():
         if len(said) != len(rows):
             raise ValueError(f"{len(said)} captions and {len(rows)} rows ({name})")
-    return [c for said, _ in parts.values() for c in said], np.concatenate([rows for _, rows in parts.values()])
+    return [c for said, _ in parts.values() for c in said], np.concatenate(
+        [rows for _, rows in parts.values()]
+    )
 
 
 def _arrays(members: dict[str, bytes]) -> dict[str, np.ndarray]:
@@ -194,10 +250,18 @@ def _arrays(members: dict[str, bytes]) -> dict[str, np.ndarray]:
                 found = {k: z[k] for k in z.files}
         else:
             loaded = torch.load(io.BytesIO(gzip.decompress(members[name])), weights_only=True)
-            found = {k: (v if isinstance(v, torch.Tensor) else torch.stack(list(v))).float().numpy() for k, v in loaded.items() if len(v)}
+            found = {
+                k: (v if isinstance(v, torch.Tensor) else torch.stack(list(v))).float().numpy()
+                for k, v in loaded.items()
+                if len(v)
+            }
     except Exception as e:  # for bytes that are not theirs zipfile, zlib, gzip, numpy and torch raise a dozen types
-        raise ValueError(f"has an unreadable {name} ({' '.join(str(e).split())[:120] or type(e).__name__})") from None
-    wanted = {"image_emb": found["image_emb"]} | {k: v for k, v in found.items() if k.endswith("text_emb") or k.startswith("syn_text")}
+        raise ValueError(
+            f"has an unreadable {name} ({' '.join(str(e).split())[:120] or type(e).__name__})"
+        ) from None
+    wanted = {"image_emb": found["image_emb"]} | {
+        k: v for k, v in found.items() if k.endswith("text_emb") or k.startswith("syn_text")
+    }
     arrays = {k: np.asarray(v, np.float32) for k, v in wanted.items()}
     if odd := next((k for k, v in arrays.items() if v.ndim != 2), None):
         raise ValueError(f"{odd} is {arrays[odd].shape}, not rows")

@@ -37,7 +37,9 @@ def draw_views(width: int, height: int, spec: Views, rng: random.Random) -> np.n
                 break
         else:
             w = h = side
-        views.append([rng.randint(0, width - w), rng.randint(0, height - h), w, h, rng.random() < spec.flip])
+        views.append(
+            [rng.randint(0, width - w), rng.randint(0, height - h), w, h, rng.random() < spec.flip]
+        )
     return np.array(views, np.float32)
 
 
@@ -79,8 +81,12 @@ def see(content: bytes, view: np.ndarray, spec: Preprocess, name: object) -> np.
     if len(view) > 5 or not view[2] or (view[:4] % 1).any():
         return replay(image, view, spec)
     left, top, width, height, flip = view.astype(int).tolist()
-    box = torch.from_numpy(np.array(image)[top : top + height, left : left + width]).permute(2, 0, 1)[None]
-    resized = F.interpolate(box, (spec.size, spec.size), mode=spec.interpolation, antialias=True)  # uint8: Pillow-SIMD's arithmetic
+    box = torch.from_numpy(np.array(image)[top : top + height, left : left + width]).permute(
+        2, 0, 1
+    )[None]
+    resized = F.interpolate(
+        box, (spec.size, spec.size), mode=spec.interpolation, antialias=True
+    )  # uint8: Pillow-SIMD's arithmetic
     return (resized.flip(3) if flip else resized)[0].permute(1, 2, 0).numpy()
 
 
@@ -89,5 +95,9 @@ def _operate(image: Image.Image, operation: str, magnitude: float) -> Image.Imag
     from torchvision.transforms.autoaugment import _apply_op
 
     if operation.startswith("Translate"):
-        magnitude = round(magnitude * image.width, 3)  # torchvision cuts it to whole pixels: 45 must not become 44.9999
-    return _apply_op(image, operation, magnitude, interpolation=InterpolationMode.NEAREST, fill=None)
+        magnitude = round(
+            magnitude * image.width, 3
+        )  # torchvision cuts it to whole pixels: 45 must not become 44.9999
+    return _apply_op(
+        image, operation, magnitude, interpolation=InterpolationMode.NEAREST, fill=None
+    )

@@ -52,11 +52,17 @@ def load(spec: R.Data, cache: Path) -> Dataset:
     data = DATASETS[type(spec)](spec, cache)
     nameless = next((t for t in data.templates or ("",) if "{c}" not in t), None)
     if data.classes and nameless is not None:  # such a prompt is the same for every class
-        raise EdgeclipError(f"templates of the data '{data.name}'", f"'{nameless}' has no {{c}}", "write {c} where the class's name goes: a photo of a {c}")
+        raise EdgeclipError(
+            f"templates of the data '{data.name}'",
+            f"'{nameless}' has no {{c}}",
+            "write {c} where the class's name goes: a photo of a {c}",
+        )
     for p in (p for part in (data.labelled, *(s.pictures for s in data.evaluation)) for p in part):
         if not 0 <= p.label < len(data.classes) and (data.classes or p.label >= 0):
             raise EdgeclipError(
-                p.path, f"picture '{p.key}' has class index {p.label}, and there are {len(data.classes)} classes", "correct the labels or the class list"
+                p.path,
+                f"picture '{p.key}' has class index {p.label}, and there are {len(data.classes)} classes",
+                "correct the labels or the class list",
             )
     return data
 
@@ -67,8 +73,12 @@ def _webdataset(spec: R.WebDataset, cache: Path) -> Dataset:
     if spec.classes:
         classes = _lines(root / spec.classes)
         templates = templates or tuple(_lines(root / "zeroshot_classification_templates.txt"))
-    train: Sequence[Picture] = index(find(root, spec.train, spec.pipe, cache), cache, index_tar) if spec.train else []
-    test = list(index(find(root, spec.test, spec.pipe, cache), cache, index_tar)) if spec.test else []
+    train: Sequence[Picture] = (
+        index(find(root, spec.train, spec.pipe, cache), cache, index_tar) if spec.train else []
+    )
+    test = (
+        list(index(find(root, spec.test, spec.pipe, cache), cache, index_tar)) if spec.test else []
+    )
     return _split(spec, classes, templates, train, test)
 
 
@@ -77,35 +87,65 @@ def _folders(spec: R.Folders, cache: Path) -> Dataset:
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     classes = [p.name.replace("_", " ") for p in folders]
     if not classes:
-        raise EdgeclipError(root, "empty class list: it has no sub-folder", "make one sub-folder a class")
+        raise EdgeclipError(
+            root, "empty class list: it has no sub-folder", "make one sub-folder a class"
+        )
     parts: dict[bool, list[Picture]] = {False: [], True: []}
     for label, folder in enumerate(folders):
         for p in index_folder(folder):
             p = p._replace(key=f"{folder.name}/{p.key}", label=label)
             # By a hash of the name, so that a photo keeps its part when others come or go.
-            parts[int(hashlib.sha256(p.key.encode()).hexdigest()[:8], 16) / 2**32 < spec.test_fraction].append(p)
+            parts[
+                int(hashlib.sha256(p.key.encode()).hexdigest()[:8], 16) / 2**32 < spec.test_fraction
+            ].append(p)
     return _split(spec, classes, spec.templates, parts[False], parts[True])
 
 
-def _split(spec: R.WebDataset | R.Folders, classes: list[str], templates: tuple[str, ...], train: Sequence[Picture], test: list[Picture]) -> Dataset:
+def _split(
+    spec: R.WebDataset | R.Folders,
+    classes: list[str],
+    templates: tuple[str, ...],
+    train: Sequence[Picture],
+    test: list[Picture],
+) -> Dataset:
     everything = list(range(len(classes)))
     if spec.protocol == "zero_shot":
         labelled = [p for p in train if p.label >= 0] if classes else []
-        sets = [EvaluationSet(f"{spec.name} test", test, everything, "test pictures, all classes")] if test else []
+        sets = (
+            [EvaluationSet(f"{spec.name} test", test, everything, "test pictures, all classes")]
+            if test
+            else []
+        )
     else:
         half = (len(classes) + 1) // 2
         if half == len(classes):
-            raise EdgeclipError(spec.root, "too few classes for base_to_novel", "give at least two, or use protocol: zero_shot")
+            raise EdgeclipError(
+                spec.root,
+                "too few classes for base_to_novel",
+                "give at least two, or use protocol: zero_shot",
+            )
         for part, pictures in (("training", train), ("test", test)):
-            for name, empty in (("base", all(p.label >= half for p in pictures)), ("novel", all(p.label < half for p in pictures))):
+            for name, empty in (
+                ("base", all(p.label >= half for p in pictures)),
+                ("novel", all(p.label < half for p in pictures)),
+            ):
                 if pictures and empty:
                     raise EdgeclipError(
-                        spec.root, f"its {name} half ({half} of {len(classes)} classes are base) has no {part} pictures", "add some, or use protocol: zero_shot"
+                        spec.root,
+                        f"its {name} half ({half} of {len(classes)} classes are base) has no {part} pictures",
+                        "add some, or use protocol: zero_shot",
                     )
         labelled = [p for p in train if p.label < half]
-        note = "test photos; transductive: the student saw this half's training photos without labels"
+        note = (
+            "test photos; transductive: the student saw this half's training photos without labels"
+        )
         sets = [
-            EvaluationSet("base", [p for p in test if p.label < half], everything[:half], "test photos of the classes whose labels the teacher saw"),
+            EvaluationSet(
+                "base",
+                [p for p in test if p.label < half],
+                everything[:half],
+                "test photos of the classes whose labels the teacher saw",
+            ),
             EvaluationSet("novel", [p for p in test if p.label >= half], everything[half:], note),
         ]
     return Dataset(spec.name, spec.licence, classes, templates, labelled, train, everything, sets)
@@ -117,9 +157,15 @@ def shift_sets(data: Dataset, other: Dataset) -> list[EvaluationSet]:
     Raises `EdgeclipError` for a class that `data` has not, and where there is nothing to evaluate on.
     """
     if not any(s.headline for s in other.evaluation):
-        raise EdgeclipError(f"shifts: {other.name}", "has no pictures to evaluate on", "give it a test part")
+        raise EdgeclipError(
+            f"shifts: {other.name}", "has no pictures to evaluate on", "give it a test part"
+        )
     if unknown := [c for c in other.classes if c not in data.classes]:
-        raise EdgeclipError(f"shifts: {other.name}", f"has a class '{unknown[0]}' that the other data has not", did_you_mean(unknown[0], data.classes))
+        raise EdgeclipError(
+            f"shifts: {other.name}",
+            f"has a class '{unknown[0]}' that the other data has not",
+            did_you_mean(unknown[0], data.classes),
+        )
     index = [data.classes.index(c) for c in other.classes]
     found = [s for s in other.evaluation if s.headline]
     return [
@@ -137,15 +183,23 @@ def shift_sets(data: Dataset, other: Dataset) -> list[EvaluationSet]:
 def _root(root: str, name: str) -> Path:
     path = Path(root)
     if not path.is_dir():
-        raise EdgeclipError(path, f"there is no such folder for the data '{name}'", f"say where it lies: --data {name}=DIR")
+        raise EdgeclipError(
+            path,
+            f"there is no such folder for the data '{name}'",
+            f"say where it lies: --data {name}=DIR",
+        )
     return path
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     except FileNotFoundError:
-        raise EdgeclipError(path, "there is no such file", "write one line a class (or template)") from None
+        raise EdgeclipError(
+            path, "there is no such file", "write one line a class (or template)"
+        ) from None
     if not lines:
         raise EdgeclipError(path, "is empty", "write one line a class (or template)")
     return lines
@@ -161,26 +215,48 @@ def _csv(spec: R.Csv, cache: Path) -> Dataset:
                 lines = csv.DictReader(f, delimiter=spec.separator)
                 for column in (spec.image, spec.caption):
                     if column not in (lines.fieldnames or []):
-                        raise EdgeclipError(path, f"has no column '{column}'", did_you_mean(column, lines.fieldnames or []))
+                        raise EdgeclipError(
+                            path,
+                            f"has no column '{column}'",
+                            did_you_mean(column, lines.fieldnames or []),
+                        )
                 found = []
                 for line in lines:
                     if not line[spec.image]:
-                        raise EdgeclipError(f"{path}: line {lines.line_num}", f"has nothing in column '{spec.image}'", "complete or remove it")
-                    found.append(Picture(line[spec.image], str(root / line[spec.image]), caption=(line[spec.caption] or "").strip()))
+                        raise EdgeclipError(
+                            f"{path}: line {lines.line_num}",
+                            f"has nothing in column '{spec.image}'",
+                            "complete or remove it",
+                        )
+                    found.append(
+                        Picture(
+                            line[spec.image],
+                            str(root / line[spec.image]),
+                            caption=(line[spec.caption] or "").strip(),
+                        )
+                    )
                 return found
         except FileNotFoundError:
             raise EdgeclipError(path, "there is no such file", "check the path") from None
         except (UnicodeDecodeError, csv.Error) as e:
-            raise EdgeclipError(path, f"is no readable CSV file ({e})", "write UTF-8 text") from None
+            raise EdgeclipError(
+                path, f"is no readable CSV file ({e})", "write UTF-8 text"
+            ) from None
 
     pictures = rows(root / spec.file)
     seen: set[str] = set()
     for p in pictures:
         if p.key in seen:
-            raise EdgeclipError(root / spec.file, f"names '{p.key}' twice", "keep one line a picture")
+            raise EdgeclipError(
+                root / spec.file, f"names '{p.key}' twice", "keep one line a picture"
+            )
         seen.add(p.key)
         if not Path(p.path).is_file():
-            raise EdgeclipError(root / spec.file, f"names '{p.key}', and there is no such file below {root}", "remove the line, or check data.root")
+            raise EdgeclipError(
+                root / spec.file,
+                f"names '{p.key}', and there is no such file below {root}",
+                "remove the line, or check data.root",
+            )
     return Dataset(spec.name, spec.licence, [], (), [], pictures, [], [])
 
 
@@ -190,4 +266,9 @@ def _openmoji(spec: R.OpenMoji, cache: Path) -> Dataset:
     return openmoji.load(spec, cache)
 
 
-DATASETS: dict[type, Callable[[Any, Path], Dataset]] = {R.OpenMoji: _openmoji, R.WebDataset: _webdataset, R.Folders: _folders, R.Csv: _csv}
+DATASETS: dict[type, Callable[[Any, Path], Dataset]] = {
+    R.OpenMoji: _openmoji,
+    R.WebDataset: _webdataset,
+    R.Folders: _folders,
+    R.Csv: _csv,
+}

@@ -26,7 +26,15 @@ BATCH = 4096
 FORMAT = 2
 """of an index; higher when `pictures.index_tar` finds what it did not find before, so that no older index is taken"""
 SCHEMA = pa.schema(
-    {"key": pa.string(), "shard": pa.int32(), "offset": pa.int64(), "size": pa.int64(), "label": pa.int32(), "caption": pa.string(), "hash": pa.uint64()}
+    {
+        "key": pa.string(),
+        "shard": pa.int32(),
+        "offset": pa.int64(),
+        "size": pa.int64(),
+        "label": pa.int32(),
+        "caption": pa.string(),
+        "hash": pa.uint64(),
+    }
 )
 
 
@@ -45,7 +53,9 @@ class Pictures(Lookup):
 
     def at(self, i: int) -> Picture:
         batch, row = divmod(i, BATCH)
-        key, shard, offset, size, label, caption = (self._batch(batch).column(c)[row].as_py() for c in range(6))
+        key, shard, offset, size, label, caption = (
+            self._batch(batch).column(c)[row].as_py() for c in range(6)
+        )
         return Picture(key, str(self.shards[shard]), offset, size, label, caption)
 
     def __iter__(self) -> Iterator[Picture]:
@@ -66,24 +76,60 @@ def index(shards: Sequence[Path], cache: Path, read: Callable[[Path], list[Pictu
         digests = [hashlib.sha256(), hashlib.sha256()]
         hashes: list[np.ndarray] = []
         count = 0
-        with disk.new_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        with (
+            disk.new_file(path) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, SCHEMA) as writer,
+        ):
             for rows in _batches(shards, read):
                 for p, _ in rows:
                     digests[0].update(f"{p.key} {p.size}".encode() + b"\0")
                     digests[1].update(p.caption.encode() + b"\0")
-                hashes.append(np.fromiter((int.from_bytes(hashlib.blake2b(p.key.encode(), digest_size=8).digest(), "little") for p, _ in rows), np.uint64))
-                columns = [[p.key for p, _ in rows], [s for _, s in rows], *([getattr(p, f) for p, _ in rows] for f in ("offset", "size", "label", "caption"))]
-                arrays = [pa.array(c, f.type) for c, f in zip([*columns, hashes[-1]], SCHEMA, strict=True)]
+                hashes.append(
+                    np.fromiter(
+                        (
+                            int.from_bytes(
+                                hashlib.blake2b(p.key.encode(), digest_size=8).digest(), "little"
+                            )
+                            for p, _ in rows
+                        ),
+                        np.uint64,
+                    )
+                )
+                columns = [
+                    [p.key for p, _ in rows],
+                    [s for _, s in rows],
+                    *(
+                        [getattr(p, f) for p, _ in rows]
+                        for f in ("offset", "size", "label", "caption")
+                    ),
+                ]
+                arrays = [
+                    pa.array(c, f.type) for c, f in zip([*columns, hashes[-1]], SCHEMA, strict=True)
+                ]
                 writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
                 count += len(rows)
             _refuse_twice(hashes, shards)
-        disk.write_json(path.with_suffix(".json"), {"pictures": count, "digests": [d.hexdigest() for d in digests], "shards": [p.name for p in shards]})
+        disk.write_json(
+            path.with_suffix(".json"),
+            {
+                "pictures": count,
+                "digests": [d.hexdigest() for d in digests],
+                "shards": [p.name for p in shards],
+            },
+        )
     return Pictures(path, shards)
 
 
-def _batches(shards: Sequence[Path], read: Callable[[Path], list[Picture]]) -> Iterator[list[tuple[Picture, int]]]:
+def _batches(
+    shards: Sequence[Path], read: Callable[[Path], list[Picture]]
+) -> Iterator[list[tuple[Picture, int]]]:
     rows: list[tuple[Picture, int]] = []
-    many: Iterable[tuple[int, Path]] = track(enumerate(shards), "index of shards", len(shards)) if len(shards) > 100 else enumerate(shards)
+    many: Iterable[tuple[int, Path]] = (
+        track(enumerate(shards), "index of shards", len(shards))
+        if len(shards) > 100
+        else enumerate(shards)
+    )
     for s, shard in many:
         for p in read(shard):
             rows.append((p, s))
@@ -101,5 +147,11 @@ def _refuse_twice(hashes: list[np.ndarray], shards: Sequence[Path]) -> None:
         stems = [p.stem for p in shards]
         same = next((s for s in stems if stems.count(s) > 1), None) if len(stems) < 10_000 else None
         what = f"two shards are called '{same}'" if same else "a key occurs twice in a shard"
-        where = Path(os.path.commonpath([str(p) for p in shards]))  # of relative ones perhaps nothing, which is the working folder
-        raise EdgeclipError(where, f"{twice} pictures have a key that another has ({what})", "rename the shards, or repair them")
+        where = Path(
+            os.path.commonpath([str(p) for p in shards])
+        )  # of relative ones perhaps nothing, which is the working folder
+        raise EdgeclipError(
+            where,
+            f"{twice} pictures have a key that another has ({what})",
+            "rename the shards, or repair them",
+        )

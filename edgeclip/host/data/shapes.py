@@ -41,12 +41,19 @@ def write(folder: Path, seed: int = 0) -> None:
     """CLIP_benchmark's layout below `folder`: train/0.tar, test/0.tar, classnames.txt, zeroshot_classification_templates.txt."""
     rng = random.Random(seed)
     for part, count in PARTS.items():
-        with disk.new_file(folder / part / "0.tar") as temporary, tarfile.open(temporary, "w") as tar:
+        with (
+            disk.new_file(folder / part / "0.tar") as temporary,
+            tarfile.open(temporary, "w") as tar,
+        ):
             for i in range(count):
                 label = i % len(CLASSES)
                 jpeg = io.BytesIO()
                 draw(label, rng).save(jpeg, "JPEG", quality=92)
-                for suffix, content in ((".jpg", jpeg.getvalue()), (".cls", str(label).encode()), (".txt", f"a {CLASSES[label]}".encode())):
+                for suffix, content in (
+                    (".jpg", jpeg.getvalue()),
+                    (".cls", str(label).encode()),
+                    (".txt", f"a {CLASSES[label]}".encode()),
+                ):
                     member = tarfile.TarInfo(f"{i:05d}{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))

@@ -30,7 +30,11 @@ def expand(pattern: str) -> list[str]:
         if match := RANGE.fullmatch(inside):
             first, last = match.groups()
             if int(first) > int(last):
-                raise EdgeclipError(pattern, f"the range {{{inside}}} runs backwards", "write the smaller number first")
+                raise EdgeclipError(
+                    pattern,
+                    f"the range {{{inside}}} runs backwards",
+                    "write the smaller number first",
+                )
             choices.append([f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)])
         else:
             choices.append(inside.split(","))
@@ -44,7 +48,11 @@ def find(root: Path, pattern: str, pipe: bool, cache: Path) -> list[Path]:
     """
     if pattern.startswith("pipe:"):
         if not pipe:
-            raise EdgeclipError(pattern, "is a command, and the recipe does not allow them", "set pipe: true in its data, if you trust it")
+            raise EdgeclipError(
+                pattern,
+                "is a command, and the recipe does not allow them",
+                "set pipe: true in its data, if you trust it",
+            )
         return [_piped(command, cache) for command in expand(pattern.removeprefix("pipe:"))]
     return [path for each in expand(pattern) for path in matching(root, each)]
 
@@ -53,8 +61,13 @@ def matching(root: Path, glob: str) -> list[Path]:
     """The shards below `root` that a glob finds, 2.tar before 10.tar. Raises `EdgeclipError` where it finds none, or is no glob."""
     try:
         found = sorted(root.glob(glob), key=lambda p: (len(p.name), p.name))
-    except (NotImplementedError, ValueError) as e:  # pathlib's, for an absolute pattern and for one such as **.tar
-        raise EdgeclipError(glob, f"is no glob below {root} ({e})", "write it relative to that folder") from None
+    except (
+        NotImplementedError,
+        ValueError,
+    ) as e:  # pathlib's, for an absolute pattern and for one such as **.tar
+        raise EdgeclipError(
+            glob, f"is no glob below {root} ({e})", "write it relative to that folder"
+        ) from None
     if not found:
         raise EdgeclipError(root / glob, "no shard matches", "check the glob and the folder")
     return found
@@ -68,5 +81,9 @@ def _piped(command: str, cache: Path) -> Path:
             assert done.stdout is not None
             shutil.copyfileobj(done.stdout, f, 1 << 20)
             if code := done.wait():
-                raise EdgeclipError(f"pipe:{command}", f"ended with code {code}", "run it by hand: its message is above")
+                raise EdgeclipError(
+                    f"pipe:{command}",
+                    f"ended with code {code}",
+                    "run it by hand: its message is above",
+                )
     return path

@@ -45,15 +45,25 @@ class Checkpoint(NamedTuple):
 
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors below `name`, without it."""
-        return {k.removeprefix(f"{name}."): v for k, v in self.tensors.items() if k.startswith(f"{name}.")}
+        return {
+            k.removeprefix(f"{name}."): v
+            for k, v in self.tensors.items()
+            if k.startswith(f"{name}.")
+        }
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     new = folder / f"{checkpoint.position.done:09d}"
     with disk.new_folder(new) as temporary:
         # A clone each: safetensors refuses tensors that share memory.
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in checkpoint.tensors.items()}, temporary / "state.safetensors")
-        disk.write_json(temporary / "state.json", {"position": checkpoint.position._asdict(), **checkpoint.state})
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in checkpoint.tensors.items()},
+            temporary / "state.safetensors",
+        )
+        disk.write_json(
+            temporary / "state.json",
+            {"position": checkpoint.position._asdict(), **checkpoint.state},
+        )
         disk.write_manifest(temporary, "checkpoint", {})
     for old in folder.iterdir():
         if old != new:
@@ -62,21 +72,32 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 def load(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint in `folder`; None where there is none."""
-    for path in sorted((p for p in folder.glob("[0-9]*") if p.is_dir()), reverse=True) if folder.is_dir() else []:
+    for path in (
+        sorted((p for p in folder.glob("[0-9]*") if p.is_dir()), reverse=True)
+        if folder.is_dir()
+        else []
+    ):
         try:
             disk.verify(path, disk.read_manifest(path, "checkpoint"))
         except EdgeclipError as e:
             say(f"passed over: {e}")
             continue
         state = disk.read_json(path / "state.json")
-        return Checkpoint(Position(**state.pop("position")), load_file(path / "state.safetensors"), state)
+        return Checkpoint(
+            Position(**state.pop("position")), load_file(path / "state.safetensors"), state
+        )
     return None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """ "<parameter's number>.<name>" to what the optimiser keeps of it; its settings follow from the recipe."""
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value for i, own in state.items() for name, value in own.items() if isinstance(value, Tensor)}
+    return {
+        f"{i}.{name}": value
+        for i, own in state.items()
+        for name, value in own.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -90,9 +111,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         number, _, name = key.partition(".")
         p = parameters[int(number)] if int(number) < len(parameters) else None
         if p is None or (name != "step" and value.shape != p.shape):
-            raise EdgeclipError("checkpoint", f"its optimiser state '{key}' is of another weight (an older edgeclip wrote it?)", "begin anew with --fresh")
-        state.setdefault(int(number), {})[name] = torch.empty_like(p, dtype=value.dtype).copy_(value) if value.shape == p.shape and p.ndim else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            raise EdgeclipError(
+                "checkpoint",
+                f"its optimiser state '{key}' is of another weight (an older edgeclip wrote it?)",
+                "begin anew with --fresh",
+            )
+        state.setdefault(int(number), {})[name] = (
+            torch.empty_like(p, dtype=value.dtype).copy_(value)
+            if value.shape == p.shape and p.ndim
+            else value
+        )
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 @contextlib.contextmanager

@@ -40,7 +40,9 @@ class Fusion(nn.Module):
         return self.linear(torch.cat(features, dim=-1))
 
 
-def fuse(teachers: list[TeacherRows], labels: np.ndarray, spec: R.Fuse, seed: int, folder: Path) -> Fusion:
+def fuse(
+    teachers: list[TeacherRows], labels: np.ndarray, spec: R.Fuse, seed: int, folder: Path
+) -> Fusion:
     """The map, learnt or read from `folder`. labels [n]: of each cached picture its place among the class features; -1 for none.
 
     Raises `EdgeclipError` when the folder holds the map of other teachers.
@@ -55,13 +57,19 @@ def fuse(teachers: list[TeacherRows], labels: np.ndarray, spec: R.Fuse, seed: in
             disk.write_manifest(temporary, "fusion", {"widths": widths, "caches": caches})
     manifest = disk.read_manifest(folder, "fusion")
     if manifest["caches"] != caches:
-        raise EdgeclipError(folder, "holds the fusion of other teachers, or of other data", "use --fresh to start over, or another --out")
+        raise EdgeclipError(
+            folder,
+            "holds the fusion of other teachers, or of other data",
+            "use --fresh to start over, or another --out",
+        )
     disk.verify(folder, manifest)
     fusion.load_state_dict(load_file(folder / "fusion.safetensors"))
     return fusion.cpu().eval().requires_grad_(False)
 
 
-def _train(fusion: Fusion, teachers: list[TeacherRows], labels: np.ndarray, spec: R.Fuse, seed: int) -> None:
+def _train(
+    fusion: Fusion, teachers: list[TeacherRows], labels: np.ndarray, spec: R.Fuse, seed: int
+) -> None:
     order = np.random.default_rng(seed)
     first = teachers[0]
     views = first.cache.rows.shape[1]
@@ -71,14 +79,22 @@ def _train(fusion: Fusion, teachers: list[TeacherRows], labels: np.ndarray, spec
     optimizer = torch.optim.AdamW(fusion.parameters(), lr=spec.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.lr, spec.steps)
     for _ in track(range(spec.steps), "fuse the teachers", spec.steps):
-        index, view = order.integers(len(labels), size=spec.batch_size), order.integers(views, size=spec.batch_size)
+        index, view = (
+            order.integers(len(labels), size=spec.batch_size),
+            order.integers(views, size=spec.batch_size),
+        )
         features = [F.normalize(t.features(index, view), dim=-1) for t in teachers]
-        target = log_average([(f, t.class_features, t.logit_scale) for f, t in zip(features, teachers, strict=True)], 1.0)
+        target = log_average(
+            [(f, t.class_features, t.logit_scale) for f, t in zip(features, teachers, strict=True)],
+            1.0,
+        )
         q = first.logit_scale * F.normalize(fusion(features), dim=-1) @ first.class_features.T
         loss = F.kl_div(F.log_softmax(q, dim=-1), target, reduction="batchmean", log_target=True)
         own = torch.from_numpy(labels[index]).to(first.device)
         if spec.labels and (own >= 0).any():
-            loss = loss + spec.labels * F.cross_entropy(q.masked_fill(~known, -torch.inf), own, ignore_index=-1)
+            loss = loss + spec.labels * F.cross_entropy(
+                q.masked_fill(~known, -torch.inf), own, ignore_index=-1
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

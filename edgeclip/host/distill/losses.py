@@ -70,7 +70,9 @@ def kl(batch: Batch, spec: R.KL) -> Float[Tensor, ""]:
     tau = spec.temperature
     q_s = batch.logit_scale * batch.head_features @ batch.class_features.T
     others = [(t.features, t.class_features, t.logit_scale) for t in batch.other_teachers]
-    p_t = log_average([(batch.teacher_features, batch.class_features, batch.logit_scale), *others], tau)
+    p_t = log_average(
+        [(batch.teacher_features, batch.class_features, batch.logit_scale), *others], tau
+    )
     loss = F.kl_div(F.log_softmax(q_s / tau, dim=-1), p_t, reduction="batchmean", log_target=True)
     return loss * tau**2 / (q_s.shape[1] if spec.reduction == "promptkd" else 1)
 
@@ -78,15 +80,24 @@ def kl(batch: Batch, spec: R.KL) -> Float[Tensor, ""]:
 def if_align(batch: Batch, spec: R.IFAlign) -> Float[Tensor, ""]:
     """Equations 3 to 5: L1 between the means, plus L1 between the biased variances."""
     if spec.normalise:
-        s, t = (batch.head_features if spec.features == "head" else batch.image_features), batch.teacher_features
+        s, t = (
+            (batch.head_features if spec.features == "head" else batch.image_features),
+            batch.teacher_features,
+        )
     else:
         s, t = _need(batch, "raw_features"), _need(batch, "raw_teacher_features")
     axis = {"batch": 0, "channels": 1}[spec.axis]
-    pairs = {"mean": (s.mean(dim=axis), t.mean(dim=axis)), "variance": (s.var(dim=axis, correction=0), t.var(dim=axis, correction=0))}
+    pairs = {
+        "mean": (s.mean(dim=axis), t.mean(dim=axis)),
+        "variance": (s.var(dim=axis, correction=0), t.var(dim=axis, correction=0)),
+    }
     losses = []
     for name, (of_s, of_t) in pairs.items():
         if spec.momentum:
-            of_s, of_t = _smoothed(batch, f"{name}_student", of_s, spec.momentum), _smoothed(batch, f"{name}_teacher", of_t, spec.momentum)
+            of_s, of_t = (
+                _smoothed(batch, f"{name}_student", of_s, spec.momentum),
+                _smoothed(batch, f"{name}_teacher", of_t, spec.momentum),
+            )
         losses.append(F.l1_loss(of_s, of_t, reduction=spec.reduction))
     return losses[0] + losses[1]
 
@@ -95,7 +106,12 @@ def cross_entropy(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
     """Hard labels over the labelled classes, of the pictures that have one; 0 for a batch without any."""
     labels, classes = _labelled(batch)
     q = batch.logit_scale * batch.head_features @ batch.class_features.T
-    return _mean_over_labelled(F.cross_entropy(q.masked_fill(~classes, -torch.inf), labels, ignore_index=-1, reduction="sum"), labels)
+    return _mean_over_labelled(
+        F.cross_entropy(
+            q.masked_fill(~classes, -torch.inf), labels, ignore_index=-1, reduction="sum"
+        ),
+        labels,
+    )
 
 
 # --- CLIP-Embed-KD
@@ -105,12 +121,19 @@ def prototype(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
     """CLIP-Embed-KD: cross-entropy against the teacher's class prototypes, of the pictures that have a label."""
     labels, classes = _labelled(batch)
     q = batch.logit_scale * batch.image_features @ _need(batch, "prototypes").T
-    return _mean_over_labelled(F.cross_entropy(q.masked_fill(~classes, -torch.inf), labels, ignore_index=-1, reduction="sum"), labels)
+    return _mean_over_labelled(
+        F.cross_entropy(
+            q.masked_fill(~classes, -torch.inf), labels, ignore_index=-1, reduction="sum"
+        ),
+        labels,
+    )
 
 
 def teacher_match(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
     """CLIP-Embed-KD's live-teacher counterpart: which of the batch's teacher features is this picture's? One direction."""
-    return _info_nce(batch.logit_scale * batch.image_features @ batch.teacher_features.T, batch.teacher_features)
+    return _info_nce(
+        batch.logit_scale * batch.image_features @ batch.teacher_features.T, batch.teacher_features
+    )
 
 
 # --- CLIP-KD, TinyCLIP, open_clip, MobileCLIP: pictures with captions
@@ -144,7 +167,9 @@ def distribution(batch: Batch, spec: R.Distribution) -> Float[Tensor, ""]:
 
 def feature(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
     """1 - cosine, of the texts too where the student has a text tower: CLIP-KD's FD is 2 / D of it (2000 at D = 512: 7.8 here)."""
-    return _distance(batch.image_features, batch.teacher_features) + (0.0 if batch.text_features is None else _distance(batch.text_features, _captions(batch)))
+    return _distance(batch.image_features, batch.teacher_features) + (
+        0.0 if batch.text_features is None else _distance(batch.text_features, _captions(batch))
+    )
 
 
 def masked_feature(batch: Batch, spec: R.MaskedFeature) -> Float[Tensor, ""]:
@@ -159,11 +184,20 @@ def gradient(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
     return torch.stack([F.mse_loss(s, t) for s, t in zip(student, teacher, strict=True)]).sum()
 
 
-def info_nce_gradients(image: Float[Tensor, "B D"], text: Float[Tensor, "B D"], scale: float) -> list[Float[Tensor, "B D"]]:
+def info_nce_gradients(
+    image: Float[Tensor, "B D"], text: Float[Tensor, "B D"], scale: float
+) -> list[Float[Tensor, "B D"]]:
     """Of the image-to-text loss by image and text, then of the text-to-image loss by text and image; each loss a mean over B."""
     gradients = []
     for anchor, other in ((image, text), (text, image)):
-        error = ((scale * anchor @ other.T).softmax(dim=-1) - torch.eye(len(anchor), dtype=anchor.dtype, device=anchor.device)) * scale / len(anchor)
+        error = (
+            (
+                (scale * anchor @ other.T).softmax(dim=-1)
+                - torch.eye(len(anchor), dtype=anchor.dtype, device=anchor.device)
+            )
+            * scale
+            / len(anchor)
+        )
         gradients += [error @ other, error.T @ anchor]
     return gradients
 
@@ -171,14 +205,23 @@ def info_nce_gradients(image: Float[Tensor, "B D"], text: Float[Tensor, "B D"], 
 def interactive(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
     """CLIP-KD's ICL: InfoNCE between student images and teacher texts, and between student texts and teacher images."""
     c, captions = _scale(batch, "interactive"), _captions(batch)
-    return 0.5 * (_info_nce(c * batch.image_features @ captions.T, captions) + _info_nce(c * _text(batch) @ batch.teacher_features.T, captions))
+    return 0.5 * (
+        _info_nce(c * batch.image_features @ captions.T, captions)
+        + _info_nce(c * _text(batch) @ batch.teacher_features.T, captions)
+    )
 
 
 def augmented_feature(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
     """CLIP-KD's AFD: InfoNCE on features fused of student's and teacher's by a learned map each."""
     learned = _need(batch, "learned")
-    v = F.normalize(torch.cat([batch.image_features, batch.teacher_features], dim=1) @ learned["augmented_image"].T, dim=-1)
-    s = F.normalize(torch.cat([_text(batch), _captions(batch)], dim=1) @ learned["augmented_text"].T, dim=-1)
+    v = F.normalize(
+        torch.cat([batch.image_features, batch.teacher_features], dim=1)
+        @ learned["augmented_image"].T,
+        dim=-1,
+    )
+    s = F.normalize(
+        torch.cat([_text(batch), _captions(batch)], dim=1) @ learned["augmented_text"].T, dim=-1
+    )
     q = batch.logit_scale * v @ s.T
     return 0.5 * (_info_nce(q, _captions(batch)) + _info_nce(q.T, _captions(batch)))
 
@@ -188,16 +231,29 @@ def augmented_feature(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
 
 def vrd(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
     """Teacher-student similarities within images take those within texts as their target, beside InfoNCE on each."""
-    v, s, big_v, big_t = batch.image_features, _text(batch), batch.teacher_features, _captions(batch)
+    v, s, big_v, big_t = (
+        batch.image_features,
+        _text(batch),
+        batch.teacher_features,
+        _captions(batch),
+    )
     image, text = _scale(batch, "vrd_image"), _scale(batch, "vrd_text")
-    images, texts = (image * big_v @ v.T, image * v @ big_v.T), (text * big_t @ s.T, text * s @ big_t.T)
+    images, texts = (
+        (image * big_v @ v.T, image * v @ big_v.T),
+        (text * big_t @ s.T, text * s @ big_t.T),
+    )
     relation = 0.5 * sum(_kl(t.detach(), i) for t, i in zip(texts, images, strict=True))
     return relation + 0.5 * sum(_info_nce(q, big_t) for q in (*images, *texts))
 
 
 def xrd(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
     """The two cross-modal teacher-student similarities agree, whichever of the two gives the images."""
-    v, s, big_v, big_t = batch.image_features, _text(batch), batch.teacher_features, _captions(batch)
+    v, s, big_v, big_t = (
+        batch.image_features,
+        _text(batch),
+        batch.teacher_features,
+        _captions(batch),
+    )
     c = _scale(batch, "xrd")
     pairs = ((c * big_v @ s.T, c * big_t @ v.T), (c * s @ big_v.T, c * v @ big_t.T))
     return 0.25 * sum(_kl(b.detach(), a) + _kl(a.detach(), b) for a, b in pairs)
@@ -220,7 +276,16 @@ LOSSES: dict[str, Callable[[Batch, Any], Float[Tensor, ""]]] = {
     "vrd": vrd,
     "xrd": xrd,
 }
-NEED_CAPTIONS = ("contrastive", "affinity", "distribution", "gradient", "interactive", "augmented_feature", "vrd", "xrd")
+NEED_CAPTIONS = (
+    "contrastive",
+    "affinity",
+    "distribution",
+    "gradient",
+    "interactive",
+    "augmented_feature",
+    "vrd",
+    "xrd",
+)
 NEED_LABELS = ("cross_entropy", "prototype")
 NEED_CLASSES = ("kl", *NEED_LABELS)
 
@@ -241,11 +306,18 @@ def learned_parameters(spec: R.Losses, embed_dim: int, seed: int) -> nn.Paramete
     """What the active losses learn or remember: log scales (from 1 / 0.07, as CLIP), AFD's maps, IFAlign's running statistics."""
     scales = {"interactive": ("interactive",), "vrd": ("vrd_image", "vrd_text"), "xrd": ("xrd",)}
     names = [s for loss, own in scales.items() if getattr(spec, loss) for s in own]
-    learned = nn.ParameterDict({f"{name}_log_scale": nn.Parameter(torch.tensor(math.log(1 / 0.07))) for name in names})
+    learned = nn.ParameterDict(
+        {f"{name}_log_scale": nn.Parameter(torch.tensor(math.log(1 / 0.07))) for name in names}
+    )
     if spec.augmented_feature:
-        generator = torch.Generator().manual_seed(seed)  # its own: the rest of the run does not depend on it
+        generator = torch.Generator().manual_seed(
+            seed
+        )  # its own: the rest of the run does not depend on it
         for name in ("augmented_image", "augmented_text"):
-            learned[name] = nn.Parameter(torch.empty(embed_dim, 2 * embed_dim).uniform_(-1, 1, generator=generator) * (2 * embed_dim) ** -0.5)
+            learned[name] = nn.Parameter(
+                torch.empty(embed_dim, 2 * embed_dim).uniform_(-1, 1, generator=generator)
+                * (2 * embed_dim) ** -0.5
+            )
     if spec.if_align and spec.if_align.momentum:
         for name in ("mean_student", "mean_teacher", "variance_student", "variance_teacher"):
             learned[name] = nn.Parameter(torch.full((embed_dim,), torch.nan), requires_grad=False)
@@ -262,23 +334,33 @@ def _info_nce(q: Float[Tensor, "B B"], captions: Float[Tensor, "B D"]) -> Float[
 
 
 def _kl(t: Float[Tensor, "B M"], s: Float[Tensor, "B M"]) -> Float[Tensor, ""]:
-    return F.kl_div(F.log_softmax(s, dim=-1), F.log_softmax(t, dim=-1), reduction="batchmean", log_target=True)
+    return F.kl_div(
+        F.log_softmax(s, dim=-1), F.log_softmax(t, dim=-1), reduction="batchmean", log_target=True
+    )
 
 
 def log_average(teachers: list[tuple[Tensor, Tensor, float]], tau: float) -> Float[Tensor, "B M"]:
     """Log of the mean of softmax(scale V T^T / tau) over the teachers."""
     logs = [F.log_softmax(scale * v @ t.T / tau, dim=-1) for v, t, scale in teachers]
-    return logs[0] if len(logs) == 1 else torch.logsumexp(torch.stack(logs), dim=0) - math.log(len(logs))
+    return (
+        logs[0]
+        if len(logs) == 1
+        else torch.logsumexp(torch.stack(logs), dim=0) - math.log(len(logs))
+    )
 
 
 def _distance(a: Float[Tensor, "B D"], b: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     return (1.0 - (a * b).sum(dim=-1)).mean()
 
 
-def _smoothed(batch: Batch, name: str, value: Float[Tensor, " D"], momentum: float) -> Float[Tensor, " D"]:
+def _smoothed(
+    batch: Batch, name: str, value: Float[Tensor, " D"], momentum: float
+) -> Float[Tensor, " D"]:
     """An exponential moving average that starts at the first batch; the gradient is the present batch's."""
     running = _need(batch, "learned")[name]
-    smooth = value if running.isnan().any() else momentum * running.detach() + (1 - momentum) * value
+    smooth = (
+        value if running.isnan().any() else momentum * running.detach() + (1 - momentum) * value
+    )
     running.data.copy_(smooth.detach())
     return smooth
 
@@ -310,5 +392,9 @@ def _scale(batch: Batch, name: str) -> Float[Tensor, ""]:
 def _need(batch: Batch | OtherTeacher, field: str) -> Any:
     value = getattr(batch, field)
     if value is None:
-        raise EdgeclipError("losses", f"need {field}, which this batch does not have", "build the cache with it, or drop the loss")
+        raise EdgeclipError(
+            "losses",
+            f"need {field}, which this batch does not have",
+            "build the cache with it, or drop the loss",
+        )
     return value

@@ -25,10 +25,14 @@ class _Drop(nn.Module):
         prefix, patches = tokens[:, : self.prefix], tokens[:, self.prefix :]
         count = max(1, round(patches.shape[1] * (1 - self.hidden)))
         keep = torch.rand(patches.shape[:2], device=tokens.device).argsort(dim=1)[:, :count]
-        return torch.cat([prefix, patches.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))], dim=1)
+        return torch.cat(
+            [prefix, patches.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))], dim=1
+        )
 
 
-def forward(tower: nn.Module, pixels: Float[Tensor, "B 3 H W"], spec: MaskedFeature) -> Float[Tensor, "B T"]:
+def forward(
+    tower: nn.Module, pixels: Float[Tensor, "B 3 H W"], spec: MaskedFeature
+) -> Float[Tensor, "B T"]:
     """The tower's features of pictures of which the share `spec.hidden` is not seen. Draws from torch's global generator."""
     for module in tower.modules():
         for name in DROPS:
@@ -42,10 +46,14 @@ def forward(tower: nn.Module, pixels: Float[Tensor, "B 3 H W"], spec: MaskedFeat
     return tower(hide_squares(pixels, spec.hidden, spec.patch))
 
 
-def hide_squares(pixels: Float[Tensor, "B 3 H W"], hidden: float, patch: int) -> Float[Tensor, "B 3 H W"]:
+def hide_squares(
+    pixels: Float[Tensor, "B 3 H W"], hidden: float, patch: int
+) -> Float[Tensor, "B 3 H W"]:
     """round(hidden * squares) squares of each picture become 0, the mean colour of normalised pixels."""
     rows, columns = -(-pixels.shape[2] // patch), -(-pixels.shape[3] // patch)
-    order = torch.rand(len(pixels), rows * columns, device=pixels.device).argsort(dim=1).argsort(dim=1)
+    order = (
+        torch.rand(len(pixels), rows * columns, device=pixels.device).argsort(dim=1).argsort(dim=1)
+    )
     seen = (order >= round(hidden * rows * columns)).reshape(-1, 1, rows, columns).to(pixels.dtype)
     seen = seen.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)
     return pixels * seen[:, :, : pixels.shape[2], : pixels.shape[3]]

@@ -18,7 +18,11 @@ from edgeclip.progress import track
 
 
 def pixels_of(
-    cache: TeacherCache, pairs: Iterable[tuple[int, int]], preprocess: Preprocess, batch_size: int, threads: int
+    cache: TeacherCache,
+    pairs: Iterable[tuple[int, int]],
+    preprocess: Preprocess,
+    batch_size: int,
+    threads: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """pairs: a picture and which of its views."""
 
@@ -27,7 +31,11 @@ def pixels_of(
         try:
             return see(read(picture), cache.views[pair], preprocess, picture.key)
         except UnreadablePicture as e:  # it was readable when the cache was built
-            raise EdgeclipError(cache.folder, f"a picture changed since the cache was built ({e})", "restore it, or delete this cache") from None
+            raise EdgeclipError(
+                cache.folder,
+                f"a picture changed since the cache was built ({e})",
+                "restore it, or delete this cache",
+            ) from None
 
     return stream(pairs, make, batch_size, [], threads)
 
@@ -35,20 +43,43 @@ def pixels_of(
 def to_input(pixels: np.ndarray, preprocess: Preprocess, device: torch.device) -> Tensor:
     """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in channels_last layout: `preprocess.normalise` bit for bit, without turning pixels twice."""
     b, h, w, c = pixels.shape
-    x = torch.from_numpy(pixels).to(device).reshape(b, h, w * c).float().div_(torch.tensor(255.0, device=device))
+    x = (
+        torch.from_numpy(pixels)
+        .to(device)
+        .reshape(b, h, w * c)
+        .float()
+        .div_(torch.tensor(255.0, device=device))
+    )
     # a whole line's means and deviations at once: over the last three numbers alone nothing is vectorised
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=device).repeat(w) for v in (preprocess.mean, preprocess.std))
+    mean, std = (
+        torch.tensor(v, dtype=torch.float32, device=device).repeat(w)
+        for v in (preprocess.mean, preprocess.std)
+    )
     return x.sub_(mean).div_(std).view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
-def frozen_features(student: Student, cache: TeacherCache, preprocess: Preprocess, recipe: Recipe, device: torch.device) -> Tensor:
+def frozen_features(
+    student: Student,
+    cache: TeacherCache,
+    preprocess: Preprocess,
+    recipe: Recipe,
+    device: torch.device,
+) -> Tensor:
     """[n, K, T]: the frozen student tower's features of every cached view; each process computes its share."""
     student.eval()
     n, k = cache.views.shape[:2]
-    own, size, threads = np.arange(n)[ranks.own_rows(n)], recipe.train.batch_size, recipe.train.threads
+    own, size, threads = (
+        np.arange(n)[ranks.own_rows(n)],
+        recipe.train.batch_size,
+        recipe.train.threads,
+    )
     out = []
-    parts = ((v, part) for v in range(k) for part in pixels_of(cache, ((int(i), v) for i in own), preprocess, size, threads))
+    parts = (
+        (v, part)
+        for v in range(k)
+        for part in pixels_of(cache, ((int(i), v) for i in own), preprocess, size, threads)
+    )
     for _, (_, x) in track(parts, "student features", k * math.ceil(len(own) / size)):
         out.append(student.tower(to_input(x, preprocess, device)))
     return ranks.gather(torch.cat(out).reshape(k, len(own), -1).transpose(0, 1), ranks.share(n))

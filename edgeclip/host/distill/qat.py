@@ -62,7 +62,11 @@ class Rounding(nn.Module):
     def range(self) -> list[float]:
         """What ONNX Runtime's quantiser makes the same scale and zero point of: it spreads a symmetric range over 254 steps."""
         scale = self.log_scale.exp().item()
-        return [-127 * scale, 127 * scale] if self.bottom else [-self.zero_point * scale, (255 - self.zero_point) * scale]
+        return (
+            [-127 * scale, 127 * scale]
+            if self.bottom
+            else [-self.zero_point * scale, (255 - self.zero_point) * scale]
+        )
 
 
 class RoundedWeight(nn.Module):
@@ -73,7 +77,11 @@ class RoundedWeight(nn.Module):
         self.top = top
 
     def forward(self, weight: Tensor) -> Tensor:
-        scale = (weight.detach().flatten(1).abs().amax(dim=1) / self.top).clamp(min=SMALLEST).view(-1, *[1] * (weight.ndim - 1))
+        scale = (
+            (weight.detach().flatten(1).abs().amax(dim=1) / self.top)
+            .clamp(min=SMALLEST)
+            .view(-1, *[1] * (weight.ndim - 1))
+        )
         q = weight / scale
         return (q + (q.round() - q).detach()) * scale
 
@@ -81,12 +89,19 @@ class RoundedWeight(nn.Module):
 def module_name(node: str) -> str:
     """The module that the exporter named a node after: '/tower/blocks/blocks.1/blocks.1.0/conv/Conv' to 'tower.blocks.1.0.conv'."""
     parts = node.strip("/").split("/")[:-1]
-    return ".".join(p for i, p in enumerate(parts) if i + 1 == len(parts) or not parts[i + 1].startswith(p + "."))
+    return ".".join(
+        p
+        for i, p in enumerate(parts)
+        if i + 1 == len(parts) or not parts[i + 1].startswith(p + ".")
+    )
 
 
 def traced_modules(folded: nn.Module) -> dict[str, nn.Module]:
     """Every module by the name that a tracer gives it; timm's FeatureGetterNet (a stem) runs its model's layers without calling the model."""
-    return {name.replace(".backbone.model.", ".backbone."): module for name, module in folded.named_modules()}
+    return {
+        name.replace(".backbone.model.", ".backbone."): module
+        for name, module in folded.named_modules()
+    }
 
 
 def attach(folded: nn.Module, quantisation: Quantisation, target: T.Target) -> dict[str, Rounding]:
@@ -104,14 +119,24 @@ def attach(folded: nn.Module, quantisation: Quantisation, target: T.Target) -> d
             found[tensor] = Rounding(np.asarray(low).item(), np.asarray(high).item(), symmetric)
         return found[tensor]
 
-    outputs = rounded_outputs(quantisation.calibrated.model, quantisation.nodes) if target.runtime == "onnxruntime" else set()
-    for node in (n for n in quantisation.calibrated.model.graph.node if n.name in set(quantisation.nodes)):
+    outputs = (
+        rounded_outputs(quantisation.calibrated.model, quantisation.nodes)
+        if target.runtime == "onnxruntime"
+        else set()
+    )
+    for node in (
+        n for n in quantisation.calibrated.model.graph.node if n.name in set(quantisation.nodes)
+    ):
         module = modules.get(module_name(node.name))
         if not isinstance(module, nn.Conv2d | nn.Linear):
             raise EdgeclipError(
-                f"distill.quantize: {node.name}", "is no Conv2d or Linear of the student's own", "use a tower of separate layers, or leave it out"
+                f"distill.quantize: {node.name}",
+                "is no Conv2d or Linear of the student's own",
+                "use a tower of separate layers, or leave it out",
             )
-        parametrize.register_parametrization(module, "weight", RoundedWeight(63 if quantisation.reduce_range else 127))
+        parametrize.register_parametrization(
+            module, "weight", RoundedWeight(63 if quantisation.reduce_range else 127)
+        )
         module.input_rounding = rounding(node.input[0])
         module.register_forward_pre_hook(lambda m, x: (m.input_rounding(x[0]), *x[1:]))
         if node.name in outputs:
@@ -121,7 +146,12 @@ def attach(folded: nn.Module, quantisation: Quantisation, target: T.Target) -> d
 
 
 def fine_tune(
-    student: nn.Module, pictures: np.ndarray, path: str, folder: Path, train: Callable[[nn.Module], list[dict[str, Any]]], parents: dict[str, Any]
+    student: nn.Module,
+    pictures: np.ndarray,
+    path: str,
+    folder: Path,
+    train: Callable[[nn.Module], list[dict[str, Any]]],
+    parents: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Fine-tunes a folded copy of `student` for the target at `path` and writes `folder`; returns the log.
 
@@ -132,7 +162,15 @@ def fine_tune(
     assert target.calibration is not None
     folded, model = _traced(student.cpu(), torch.from_numpy(pictures[:1]), target)
     form = Form(target.calibration.methods[0], None, "all", None)
-    chosen = policy.choose(model, pictures, form, None, target.calibration, policy.reduced_range(target), own_bias=False)
+    chosen = policy.choose(
+        model,
+        pictures,
+        form,
+        None,
+        target.calibration,
+        policy.reduced_range(target),
+        own_bias=False,
+    )
     assert chosen is not None
     roundings = attach(folded, chosen, target)
     log = train(folded)
@@ -143,12 +181,23 @@ def fine_tune(
     for module in modules.values():
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-    state = {k: v.detach().contiguous() for k, v in folded.state_dict().items() if "_rounding." not in k}
+    state = {
+        k: v.detach().contiguous() for k, v in folded.state_dict().items() if "_rounding." not in k
+    }
     with disk.new_folder(folder) as temporary:
         save_file(state, temporary / "quantised.safetensors")
         ranges = {tensor: r.range() for tensor, r in roundings.items()}
-        record = {"target": _what(target), "form": form._asdict(), "nodes": chosen.nodes, "float_layers": chosen.float_layers, "ranges": ranges, "log": log}
-        disk.write_json(temporary / "quantised.json", record | {"reduce_range": chosen.reduce_range})
+        record = {
+            "target": _what(target),
+            "form": form._asdict(),
+            "nodes": chosen.nodes,
+            "float_layers": chosen.float_layers,
+            "ranges": ranges,
+            "log": log,
+        }
+        disk.write_json(
+            temporary / "quantised.json", record | {"reduce_range": chosen.reduce_range}
+        )
         disk.write_manifest(temporary, "quantised student", {"parents": parents})
     return log
 
@@ -164,7 +213,13 @@ def check_student(student: nn.Module, size: int, path: str) -> None:
     target = T.load(path)[1]
     x = torch.zeros(1, 3, size, size)
     folded, model = _traced(student, x, target)
-    every_layer = policy.of_layers(Form("minmax", None, "all", None), x.numpy(), calibrate(model, x.numpy(), "minmax"), {}, policy.reduced_range(target))
+    every_layer = policy.of_layers(
+        Form("minmax", None, "all", None),
+        x.numpy(),
+        calibrate(model, x.numpy(), "minmax"),
+        {},
+        policy.reduced_range(target),
+    )
     attach(folded, every_layer, target)
 
 
@@ -182,30 +237,64 @@ def after_stage_2(
     assert asked.distill is not None
     target = T.load(asked.distill.quantize)[1]
     assert target.calibration is not None
-    order = np.random.default_rng(target.calibration.seed).permutation(len(cached.pictures))[: target.calibration.pictures]
+    order = np.random.default_rng(target.calibration.seed).permutation(len(cached.pictures))[
+        : target.calibration.pictures
+    ]
     chosen = [cached.pictures[i] for i in order.tolist()]  # of those that were readable
     pictures = [to_pixels(open_picture(read(p), p.key), preprocess) for p in chosen]
-    again = replace(asked.train, warmup_steps=0, first=None, epochs=asked.distill.epochs, lr=asked.distill.lr, tower_lr_ratio=1.0, freeze_batch_norm=False)
-    recipe = replace(asked, train=again, student=replace(asked.student, text=None, visual_prompts=None))
-    fine_tune(student, normalise(np.stack(pictures), preprocess), asked.distill.quantize, folder, lambda m: train(m, copy.deepcopy(head), recipe), parents)
+    again = replace(
+        asked.train,
+        warmup_steps=0,
+        first=None,
+        epochs=asked.distill.epochs,
+        lr=asked.distill.lr,
+        tower_lr_ratio=1.0,
+        freeze_batch_norm=False,
+    )
+    recipe = replace(
+        asked, train=again, student=replace(asked.student, text=None, visual_prompts=None)
+    )
+    fine_tune(
+        student,
+        normalise(np.stack(pictures), preprocess),
+        asked.distill.quantize,
+        folder,
+        lambda m: train(m, copy.deepcopy(head), recipe),
+        parents,
+    )
 
 
 def check(name: str, target: T.Target, pictures: int) -> None:
     """Raises where `target` takes no learnt scales, or asks for more training pictures than there are."""
     if target.precision != "int8" or target.runtime == "openvino":
-        raise EdgeclipError(f"distill.quantize: {name}", "takes no learnt scales", "name an int8 target of onnxruntime or tensorrt")
+        raise EdgeclipError(
+            f"distill.quantize: {name}",
+            "takes no learnt scales",
+            "name an int8 target of onnxruntime or tensorrt",
+        )
     assert target.calibration is not None
     if pictures < target.calibration.pictures:
         asks = f"asks for {target.calibration.pictures} training pictures, and there are {pictures}"
-        raise EdgeclipError(f"distill.quantize: {name}", asks, "give more, or lower calibration.pictures in a target of your own")
+        raise EdgeclipError(
+            f"distill.quantize: {name}",
+            asks,
+            "give more, or lower calibration.pictures in a target of your own",
+        )
 
 
 def _what(target: T.Target) -> dict[str, Any]:
     """What two targets must share for one's learnt scales to be the other's."""
-    return {"runtime": target.runtime, "activations": target.activations, "reduce_range": target.reduce_range, "opset": target.opset}
+    return {
+        "runtime": target.runtime,
+        "activations": target.activations,
+        "reduce_range": target.reduce_range,
+        "opset": target.opset,
+    }
 
 
-def load(folder: Path, student: nn.Module, target: T.Target, pictures: np.ndarray) -> Quantisation | None:
+def load(
+    folder: Path, student: nn.Module, target: T.Target, pictures: np.ndarray
+) -> Quantisation | None:
     """The map of a fine-tuned student for `target`; None where there is none, or it was fine-tuned for another."""
     if not (folder / disk.MANIFEST).exists():
         return None
@@ -216,14 +305,25 @@ def load(folder: Path, student: nn.Module, target: T.Target, pictures: np.ndarra
     x = torch.from_numpy(pictures[:1])
     folded = fold(student, x)
     folded.load_state_dict(load_file(folder / "quantised.safetensors"))
-    calibrated = calibrate(graph.to_onnx(folded, x, "pixels", "image_features", target.opset), pictures, record["form"]["method"])
+    calibrated = calibrate(
+        graph.to_onnx(folded, x, "pixels", "image_features", target.opset),
+        pictures,
+        record["form"]["method"],
+    )
     ready = Calibrated(calibrated.model, with_ranges(calibrated.ranges, record["ranges"]))
-    return policy.of_layers(Form(**record["form"]), pictures, ready, record["float_layers"], record["reduce_range"])
+    return policy.of_layers(
+        Form(**record["form"]), pictures, ready, record["float_layers"], record["reduce_range"]
+    )
 
 
 def with_ranges(ranges: Any, learnt: dict[str, list[float]]) -> Any:
     """ONNX Runtime's TensorsData with the learnt ranges in the place of the measured ones."""
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
 
-    values = {k: tuple(np.asarray(v, np.float32) for v in ranges[k].range_value) for k in ranges.keys()}  # noqa: SIM118  (it has no __iter__)
-    return TensorsData(CalibrationMethod.MinMax, values | {k: tuple(np.asarray(v, np.float32) for v in pair) for k, pair in learnt.items()})
+    values = {
+        k: tuple(np.asarray(v, np.float32) for v in ranges[k].range_value) for k in ranges.keys()
+    }  # noqa: SIM118  (it has no __iter__)
+    return TensorsData(
+        CalibrationMethod.MinMax,
+        values | {k: tuple(np.asarray(v, np.float32) for v in pair) for k, pair in learnt.items()},
+    )

@@ -46,7 +46,9 @@ from edgeclip.progress import Clock, first, say
 CACHE = Path("cache")
 
 
-def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fresh: bool = False) -> dict[str, Any]:
+def distill(
+    path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fresh: bool = False
+) -> dict[str, Any]:
     """Runs the recipe at `path`; returns (and writes) its results. Finished stages of an earlier call are reused.
 
     Of several processes (torchrun) all train, the first one does and writes the rest; the others return an empty dict.
@@ -75,13 +77,19 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     for d in (dataset, *([labelled] if labelled else [])):
         teachers.check_class_names(teacher, d.classes, d.templates)
     stage_1 = labelled or dataset
-    prompted = promptsrc.with_prompts(teacher, stage_1, dataset.classes, asked.adapt, asked.seed) if isinstance(asked.adapt, recipe.Prompts) else None
+    prompted = (
+        promptsrc.with_prompts(teacher, stage_1, dataset.classes, asked.adapt, asked.seed)
+        if isinstance(asked.adapt, recipe.Prompts)
+        else None
+    )
     if fresh or not (run / "student" / disk.MANIFEST).exists():
         _check_student(dataset, asked, teacher.embed_dim)
     ranks.wait()
     with ranks.first_alone():
         if not ranks.rank():
-            claim(run, path, asked, fresh)  # only now: a mistake in what was asked leaves no folder behind
+            claim(
+                run, path, asked, fresh
+            )  # only now: a mistake in what was asked leaves no folder behind
     unprompted = dataset
     if prompted:  # prompts change the tower whose rows the cache keeps, so they come first
         with ranks.first_alone():
@@ -90,16 +98,40 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         clock.lap("stage 1")
     tower = teachers.folded(teacher)
     with ranks.first_alone():
-        cached = cache.build(CACHE, teacher, tower, dataset, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
+        cached = cache.build(
+            CACHE,
+            teacher,
+            tower,
+            dataset,
+            asked.views,
+            asked.seed,
+            captions=captions,
+            device=device,
+            threads=asked.train.threads,
+        )
     clock.lap("teacher cache")
 
-    def stage_1_head(teacher: Teacher, tower: nn.Module | None, cached: cache.TeacherCache, folder: Path) -> Teacher:
+    def stage_1_head(
+        teacher: Teacher, tower: nn.Module | None, cached: cache.TeacherCache, folder: Path
+    ) -> Teacher:
         if not isinstance(asked.adapt, recipe.ResidualHead):
             return teacher
         if labelled is None:
             return adapt(teacher, cached, dataset, asked.adapt, asked.seed, folder)
-        only = labelled._replace(train=labelled.labelled)  # cross-dataset: stage 1 has pictures and classes of its own
-        rows = cache.build(CACHE, teacher, tower, only, asked.views, asked.seed, captions=False, device=device, threads=asked.train.threads)
+        only = labelled._replace(
+            train=labelled.labelled
+        )  # cross-dataset: stage 1 has pictures and classes of its own
+        rows = cache.build(
+            CACHE,
+            teacher,
+            tower,
+            only,
+            asked.views,
+            asked.seed,
+            captions=False,
+            device=device,
+            threads=asked.train.threads,
+        )
         return adapt(teacher, rows, only, asked.adapt, asked.seed, folder)
 
     if isinstance(asked.adapt, recipe.ResidualHead):
@@ -111,21 +143,49 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         other = teachers.load(spec)
         other_tower = teachers.folded(other)
         with ranks.first_alone():
-            rows = cache.build(CACHE, other, other_tower, unprompted, asked.views, asked.seed, captions=captions, device=device, threads=asked.train.threads)
+            rows = cache.build(
+                CACHE,
+                other,
+                other_tower,
+                unprompted,
+                asked.views,
+                asked.seed,
+                captions=captions,
+                device=device,
+                threads=asked.train.threads,
+            )
             if isinstance(spec, recipe.Conse):
                 other = stage_1_head(other, other_tower, rows, folder)
         cache.refuse_other_views(cached, rows)
         return teachers.without_towers(other), rows
 
-    others = [another(spec, run / f"teacher-{i}") for i, spec in enumerate(asked.other_teachers, start=2)]
-    if differ := next((str(c.folder) for _, c in others if asked.student.text and c.manifest["captions"] != cached.manifest["captions"]), None):
+    others = [
+        another(spec, run / f"teacher-{i}") for i, spec in enumerate(asked.other_teachers, start=2)
+    ]
+    if differ := next(
+        (
+            str(c.folder)
+            for _, c in others
+            if asked.student.text and c.manifest["captions"] != cached.manifest["captions"]
+        ),
+        None,
+    ):
         where = f"{path}: student.text"
-        raise EdgeclipError(where, f"reads the first teacher's captions, and {differ} has another number of them a picture", "leave that teacher out")
+        raise EdgeclipError(
+            where,
+            f"reads the first teacher's captions, and {differ} has another number of them a picture",
+            "leave that teacher out",
+        )
     fusion: Fusion | None = None
     if asked.fuse:
         with ranks.first_alone():
-            side_by_side = [TeacherRows(t, c, dataset.train_classes, device) for t, c in [(teacher, cached), *others]]
-            fusion = fuse(side_by_side, labels(cached, dataset), asked.fuse, asked.seed, run / "fusion")
+            side_by_side = [
+                TeacherRows(t, c, dataset.train_classes, device)
+                for t, c in [(teacher, cached), *others]
+            ]
+            fusion = fuse(
+                side_by_side, labels(cached, dataset), asked.fuse, asked.seed, run / "fusion"
+            )
     if others:
         clock.lap("other teachers")
 
@@ -133,9 +193,29 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         torch.manual_seed(asked.seed)
         student, preprocess = students.build(asked.student, teacher.embed_dim)
         edu = asked.losses.edu_attention
-        head = students.EduAttentionHead(teacher.embed_dim, edu, torch.Generator().manual_seed(asked.seed)) if edu else None
-        text = students.build_text(asked.student.text, teacher.embed_dim) if asked.student.text else None
-        learnt = texts(text, teacher, cached, [dataset.classes[i] for i in dataset.train_classes], dataset.templates) if text else None
+        head = (
+            students.EduAttentionHead(
+                teacher.embed_dim, edu, torch.Generator().manual_seed(asked.seed)
+            )
+            if edu
+            else None
+        )
+        text = (
+            students.build_text(asked.student.text, teacher.embed_dim)
+            if asked.student.text
+            else None
+        )
+        learnt = (
+            texts(
+                text,
+                teacher,
+                cached,
+                [dataset.classes[i] for i in dataset.train_classes],
+                dataset.templates,
+            )
+            if text
+            else None
+        )
         description = {
             "architecture": msgspec.to_builtins(asked.student),
             "embed_dim": teacher.embed_dim,
@@ -145,15 +225,26 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             "labels": dataset.classes,
             "templates": list(dataset.templates),
             "licences": _licences(asked, dataset, [teacher, *(t for t, _ in others)]),
-            "parents": {"recipe": disk.fingerprint(recipe.description(asked)), "teacher_cache": disk.sha256(cached.folder / disk.MANIFEST)},
+            "parents": {
+                "recipe": disk.fingerprint(recipe.description(asked)),
+                "teacher_cache": disk.sha256(cached.folder / disk.MANIFEST),
+            },
         }
 
         def save(folder: Path, log: list[dict[str, Any]]) -> None:
             own = text is not None and asked.student.class_features == "student"
-            baked = students.class_features(text, dataset.classes, dataset.templates) if text and own else cached.class_features
+            baked = (
+                students.class_features(text, dataset.classes, dataset.templates)
+                if text and own
+                else cached.class_features
+            )
             students.save(folder, student, head, description | {"log": log}, baked, text)
 
-        teacher, tower, prompted = teachers.without_towers(teacher), None, None  # from here on the memory is the student's
+        teacher, tower, prompted = (
+            teachers.without_towers(teacher),
+            None,
+            None,
+        )  # from here on the memory is the student's
         give_back_freed_memory()
         log = train(
             student,
@@ -174,10 +265,33 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
         )
         if asked.distill:
 
-            def again(copy: nn.Module, own_head: nn.Module | None, recipe: Recipe) -> list[dict[str, Any]]:
-                return train(copy, own_head, teacher, cached, preprocess, dataset, recipe, device, others=others, fusion=fusion, clock=clock)
+            def again(
+                copy: nn.Module, own_head: nn.Module | None, recipe: Recipe
+            ) -> list[dict[str, Any]]:
+                return train(
+                    copy,
+                    own_head,
+                    teacher,
+                    cached,
+                    preprocess,
+                    dataset,
+                    recipe,
+                    device,
+                    others=others,
+                    fusion=fusion,
+                    clock=clock,
+                )
 
-            quantised.after_stage_2(asked, cached, student, head, preprocess, run / "quantised", description["parents"], again)
+            quantised.after_stage_2(
+                asked,
+                cached,
+                student,
+                head,
+                preprocess,
+                run / "quantised",
+                description["parents"],
+                again,
+            )
         if not ranks.rank():
             save(run / "student", log)
             for temporary in ("student.partial", "checkpoint"):
@@ -194,13 +308,20 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     tower = tower or _tower(asked, run)
     scored = [(teacher, tower)]
     if fusion:
-        scored += [(t, teachers.folded(teachers.load(spec))) for (t, _), spec in zip(others, asked.other_teachers, strict=True)]
-    towers = [(t, own) for t, own in scored if own is not None]  # a teacher of ready embeddings has none to be scored with
+        scored += [
+            (t, teachers.folded(teachers.load(spec)))
+            for (t, _), spec in zip(others, asked.other_teachers, strict=True)
+        ]
+    towers = [
+        (t, own) for t, own in scored if own is not None
+    ]  # a teacher of ready embeddings has none to be scored with
     results = evaluate(
         student,
         head,
         preprocess,
-        partial(teacher_features, towers, fusion, device=device) if len(towers) == len(scored) else None,
+        partial(teacher_features, towers, fusion, device=device)
+        if len(towers) == len(scored)
+        else None,
         dataset,
         cached.class_features,
         asked.parity.max_pictures,
@@ -222,7 +343,8 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
                 "input": teacher.preprocess.size,
             },
             "student": {
-                "name": asked.student.tower.model + (f" behind {asked.student.stem.model}" if asked.student.stem else ""),
+                "name": asked.student.tower.model
+                + (f" behind {asked.student.stem.model}" if asked.student.stem else ""),
                 "parameters": weights.parameters(student),
                 "macs": weights.macs(student, preprocess.size),
                 "input": preprocess.size,
@@ -230,7 +352,9 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
             },
         },
         "log": description["log"],
-        "edu_attention": None if head is None else {"alpha": head.alpha.item(), "kept": head.spec.keep},
+        "edu_attention": None
+        if head is None
+        else {"alpha": head.alpha.item(), "kept": head.spec.keep},
         "skipped": cached.manifest["skipped"],
         "device": str(device),
         "processes": processes,
@@ -240,7 +364,12 @@ def distill(path: Path, roots: tuple[str, ...] = (), out: Path | None = None, fr
     disk.write_json(run / "results.json", results)
     disk.write_json(
         run / disk.MANIFEST,
-        {"kind": "run", "edgeclip": __version__, "student": disk.sha256(run / "student" / disk.MANIFEST), "recipe": description["parents"]["recipe"]},
+        {
+            "kind": "run",
+            "edgeclip": __version__,
+            "student": disk.sha256(run / "student" / disk.MANIFEST),
+            "recipe": description["parents"]["recipe"],
+        },
     )
     mark_latest(run)
     return results
@@ -252,9 +381,13 @@ def load_data(asked: Recipe, path: Path) -> tuple[data.Dataset, data.Dataset | N
     if asked.evaluation_data:
         dataset = _with_evaluation(dataset, data.load(asked.evaluation_data, CACHE))
     for spec in asked.shifts:
-        dataset = dataset._replace(evaluation=dataset.evaluation + data.shift_sets(dataset, data.load(spec, CACHE)))
+        dataset = dataset._replace(
+            evaluation=dataset.evaluation + data.shift_sets(dataset, data.load(spec, CACHE))
+        )
     scored = asked.evaluation_data or asked.data
-    dataset = dataset._replace(evaluation=[s._replace(note=note(asked, scored, s)[1]) for s in dataset.evaluation])
+    dataset = dataset._replace(
+        evaluation=[s._replace(note=note(asked, scored, s)[1]) for s in dataset.evaluation]
+    )
     labelled = data.load(asked.adapt_data, CACHE) if asked.adapt_data else None
     need = any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
     captions = asked.student.text is not None or (need and asked.losses.captions == "data")
@@ -274,15 +407,25 @@ def _tower(asked: Recipe, run: Path) -> nn.Module | None:
 
 def pick_device(asked: str) -> torch.device:
     if asked == "cuda" and not torch.cuda.is_available():
-        raise EdgeclipError("train.device: cuda", "this machine has no CUDA device that torch can use", "use device: cpu, or auto")
-    device = torch.device(asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        raise EdgeclipError(
+            "train.device: cuda",
+            "this machine has no CUDA device that torch can use",
+            "use device: cpu, or auto",
+        )
+    device = torch.device(
+        asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     say(f"device: {device}")
     return device
 
 
 def _with_evaluation(dataset: data.Dataset, other: data.Dataset) -> data.Dataset:
     if dataset.classes and dataset.classes != other.classes:
-        raise EdgeclipError("evaluation_data", "has another class list than data", "set data.classes to null, or use one class list")
+        raise EdgeclipError(
+            "evaluation_data",
+            "has another class list than data",
+            "set data.classes to null, or use one class list",
+        )
     everything = list(range(len(other.classes)))
     return dataset._replace(
         classes=other.classes,
@@ -295,29 +438,71 @@ def _with_evaluation(dataset: data.Dataset, other: data.Dataset) -> data.Dataset
 
 def _licences(asked: Recipe, dataset: data.Dataset, of: list[Teacher]) -> dict[str, str]:
     """Of everything that went into the student and its evaluation."""
-    towers = [t for t in (asked.student.tower, asked.student.inherit, asked.student.text) if isinstance(t, recipe.OpenClip)]
-    sets = [d.licence for d in (asked.adapt_data, *asked.shifts) if d and not isinstance(d, recipe.OpenMoji)]
-    found = {"teacher": [t.licence for t in of], "data": [dataset.licence, *sets], "student": [f"{t.model}: {t.licence}" for t in towers]}
-    return {what: "; ".join(dict.fromkeys(licences)) for what, licences in found.items() if licences}
+    towers = [
+        t
+        for t in (asked.student.tower, asked.student.inherit, asked.student.text)
+        if isinstance(t, recipe.OpenClip)
+    ]
+    sets = [
+        d.licence
+        for d in (asked.adapt_data, *asked.shifts)
+        if d and not isinstance(d, recipe.OpenMoji)
+    ]
+    found = {
+        "teacher": [t.licence for t in of],
+        "data": [dataset.licence, *sets],
+        "student": [f"{t.model}: {t.licence}" for t in towers],
+    }
+    return {
+        what: "; ".join(dict.fromkeys(licences)) for what, licences in found.items() if licences
+    }
 
 
 def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> None:
     for name in losses.active(asked.losses):
-        if not dataset.classes and (name in losses.NEED_CLASSES or (name in losses.NEED_CAPTIONS and not captions)):
-            raise EdgeclipError(f"{path}: losses.{name}", "needs a class list, and the data has none", "give data.classes or evaluation_data")
-        if lacks := cache.lacking(asked, name in losses.NEED_CLASSES, name in losses.NEED_CAPTIONS, bool(dataset.classes)):
+        if not dataset.classes and (
+            name in losses.NEED_CLASSES or (name in losses.NEED_CAPTIONS and not captions)
+        ):
+            raise EdgeclipError(
+                f"{path}: losses.{name}",
+                "needs a class list, and the data has none",
+                "give data.classes or evaluation_data",
+            )
+        if lacks := cache.lacking(
+            asked, name in losses.NEED_CLASSES, name in losses.NEED_CAPTIONS, bool(dataset.classes)
+        ):
             raise EdgeclipError(f"{path}: losses.{name}", *lacks)
         if name in losses.NEED_LABELS and not dataset.labelled:
-            raise EdgeclipError(f"{path}: losses.{name}", "needs labels, and the data has no labelled pictures", "drop the loss, or label some")
+            raise EdgeclipError(
+                f"{path}: losses.{name}",
+                "needs labels, and the data has no labelled pictures",
+                "drop the loss, or label some",
+            )
     if asked.fuse and not dataset.classes:
-        raise EdgeclipError(f"{path}: fuse", "needs a class list, and the data has none", "give data.classes or evaluation_data")
+        raise EdgeclipError(
+            f"{path}: fuse",
+            "needs a class list, and the data has none",
+            "give data.classes or evaluation_data",
+        )
     first = asked.train.first
     if first and first.labels == "predictions" and not dataset.classes:
-        raise EdgeclipError(f"{path}: train.first.labels", "predictions need a class list, and the data has none", "use labels: features")
+        raise EdgeclipError(
+            f"{path}: train.first.labels",
+            "predictions need a class list, and the data has none",
+            "use labels: features",
+        )
     if asked.student.class_features == "student" and not dataset.classes:
-        raise EdgeclipError(f"{path}: student.class_features", "needs a class list, and the data has none", "take the teacher's")
+        raise EdgeclipError(
+            f"{path}: student.class_features",
+            "needs a class list, and the data has none",
+            "take the teacher's",
+        )
     if dataset.evaluation and not dataset.classes:
-        raise EdgeclipError(f"{path}: data", "has pictures to evaluate on and no class list", "give data.classes or evaluation_data, or set data.test to null")
+        raise EdgeclipError(
+            f"{path}: data",
+            "has pictures to evaluate on and no class list",
+            "give data.classes or evaluation_data, or set data.test to null",
+        )
     if captions and any(not p.caption for p in dataset.train):
         missing = next(p for p in dataset.train if not p.caption)
         raise EdgeclipError(
@@ -327,9 +512,17 @@ def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> 
         )
     if not dataset.evaluation or not all(s.pictures for s in dataset.evaluation):
         empty = next((s.name for s in dataset.evaluation if not s.pictures), "")
-        raise EdgeclipError(f"{path}: data", f"has no pictures to evaluate on {empty}".rstrip(), "give a test part or evaluation_data")
+        raise EdgeclipError(
+            f"{path}: data",
+            f"has no pictures to evaluate on {empty}".rstrip(),
+            "give a test part or evaluation_data",
+        )
     if len(dataset.train) < 2:
-        raise EdgeclipError(path, f"the data has {len(dataset.train)} training pictures", "give two at least: losses and batch norm compare pictures")
+        raise EdgeclipError(
+            path,
+            f"the data has {len(dataset.train)} training pictures",
+            "give two at least: losses and batch norm compare pictures",
+        )
     share = min(asked.train.batch_size, len(dataset.train)) // ranks.size()
     if share < asked.train.accumulate:
         raise EdgeclipError(

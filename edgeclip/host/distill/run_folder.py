@@ -19,11 +19,21 @@ def place(out: Path) -> Path:
 def check_claim(run: Path, asked: Recipe, fresh: bool) -> None:
     """Raises when the run folder holds a run of another recipe, or something that is no run."""
     if fresh and Path.cwd().is_relative_to(run.resolve()):
-        raise EdgeclipError(run, "is where you are, and --fresh deletes it", "call it from another folder")
+        raise EdgeclipError(
+            run, "is where you are, and --fresh deletes it", "call it from another folder"
+        )
     if (run / "recipe.json").exists():
-        different = [] if fresh else disk.differences(recipe.description(recipe.of_run(run)), recipe.description(asked))
+        different = (
+            []
+            if fresh
+            else disk.differences(recipe.description(recipe.of_run(run)), recipe.description(asked))
+        )
         if different:
-            raise EdgeclipError(run, f"holds a run of another recipe ({'; '.join(different[:5])})", "use --fresh to start over, or another --out")
+            raise EdgeclipError(
+                run,
+                f"holds a run of another recipe ({'; '.join(different[:5])})",
+                "use --fresh to start over, or another --out",
+            )
     elif run.exists() and any(run.iterdir()):
         raise EdgeclipError(run, "is not empty and not a run", "choose another --out")
 
@@ -33,7 +43,9 @@ def claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
     written = path.read_text(encoding="utf-8")  # it may be the run's own copy
     if fresh and run.exists():
         shutil.rmtree(run)
-    disk.write_json(run / "roots.json", recipe.roots(asked))  # also when resuming: data may have moved
+    disk.write_json(
+        run / "roots.json", recipe.roots(asked)
+    )  # also when resuming: data may have moved
     if (run / "recipe.json").exists():
         say(f"{run}: resuming")
     else:
@@ -43,8 +55,12 @@ def claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
 
 def move_data(run: Path, asked: Recipe) -> None:
     """What `--data` says of a finished run. Raises `EdgeclipError` for a folder that is not there."""
-    if missing := next((root for root in recipe.roots(asked).values() if not Path(root).is_dir()), None):
-        raise EdgeclipError(missing, "there is no such folder", "say where the data lie: --data NAME=DIR for each")
+    if missing := next(
+        (root for root in recipe.roots(asked).values() if not Path(root).is_dir()), None
+    ):
+        raise EdgeclipError(
+            missing, "there is no such folder", "say where the data lie: --data NAME=DIR for each"
+        )
     disk.write_json(run / "roots.json", recipe.roots(asked))
 
 

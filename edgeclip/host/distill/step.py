@@ -72,19 +72,38 @@ class Towers(nn.Module):
 class NewLayers(nn.Module):
     """From the towers' features of a whole batch to its loss."""
 
-    def __init__(self, projector: nn.Module, head: EduAttentionHead | None, learned: nn.ParameterDict, masked: bool):
+    def __init__(
+        self,
+        projector: nn.Module,
+        head: EduAttentionHead | None,
+        learned: nn.ParameterDict,
+        masked: bool,
+    ):
         super().__init__()
         self.projector, self.head, self.learned, self.masked = projector, head, learned, masked
 
-    def forward(self, features: dict[str, Tensor], known: dict[str, Any], objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, features: dict[str, Tensor], known: dict[str, Any], objective: Objective
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         raw = self.projector(features["image"])
         v = F.normalize(raw, dim=-1)
         f_e, head = v, self.head
         if head is not None:
             query, residual = head.spec.query == "raw", head.spec.residual == "teacher"
-            f_e = head(v, known["class_features"], raw if query else None, known["teacher_features"] if residual else None)
+            f_e = head(
+                v,
+                known["class_features"],
+                raw if query else None,
+                known["teacher_features"] if residual else None,
+            )
         # In the projector's steps there are no pixels to hide, so MFD is FD.
-        hidden = None if not self.masked else F.normalize(self.projector(features["masked"]), dim=-1) if "masked" in features else v
+        hidden = (
+            None
+            if not self.masked
+            else F.normalize(self.projector(features["masked"]), dim=-1)
+            if "masked" in features
+            else v
+        )
         batch = L.Batch(
             image_features=v,
             head_features=f_e,
@@ -100,7 +119,9 @@ class NewLayers(nn.Module):
 class Step:
     """`towers` and `layers` are trained in place."""
 
-    def __init__(self, towers: Towers, layers: NewLayers, spec: Train, device: torch.device, clock: Clock):
+    def __init__(
+        self, towers: Towers, layers: NewLayers, spec: Train, device: torch.device, clock: Clock
+    ):
         self.towers, self.device, self.clock = towers, device, clock
         self.recomputes = spec.accumulate > 1 or spec.gradient_checkpointing
         self.dtype = PRECISIONS[spec.precision]
@@ -130,27 +151,51 @@ class Step:
             for part in parts:
                 random.append(self._random())
                 found.append(self._run(self.parallel_towers if once else self.towers, part))
-        buffers = {name: b.clone() for name, b in self.towers.named_buffers()} if self.recomputes else {}
+        buffers = (
+            {name: b.clone() for name, b in self.towers.named_buffers()} if self.recomputes else {}
+        )
         after = self._random()
-        own = {name: torch.cat([f[name] for f in found if name in f]) if len(found) > 1 else found[0][name] for name in (found[0] if found else {})}
-        leaves = {name: ranks.gather(f.detach(), counts[name]).requires_grad_() for name, f in own.items()}
+        own = {
+            name: torch.cat([f[name] for f in found if name in f])
+            if len(found) > 1
+            else found[0][name]
+            for name in (found[0] if found else {})
+        }
+        leaves = {
+            name: ranks.gather(f.detach(), counts[name]).requires_grad_() for name, f in own.items()
+        }
         loss, said = self.parallel_layers(features | leaves, known, objective)
         if not math.isfinite(loss.item()):
-            broken = next((f"loss '{name}' is {value.item()}" for name, value in said.items() if not torch.isfinite(value)), None)
-            raise EdgeclipError(where, broken or f"weighted sum of the losses is {loss.item()}", ADVICE)
+            broken = next(
+                (
+                    f"loss '{name}' is {value.item()}"
+                    for name, value in said.items()
+                    if not torch.isfinite(value)
+                ),
+                None,
+            )
+            raise EdgeclipError(
+                where, broken or f"weighted sum of the losses is {loss.item()}", ADVICE
+            )
         self._lap("forward")
 
         optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         # The mean over processes, which comes next, is of gradients that each have their own share alone: hence their number.
-        share = {name: self._own(leaf.grad, counts[name]) * ranks.size() for name, leaf in leaves.items() if leaf.grad is not None}
+        share = {
+            name: self._own(leaf.grad, counts[name]) * ranks.size()
+            for name, leaf in leaves.items()
+            if leaf.grad is not None
+        }
         if once:
             self._backward(own, share)
         else:
             self._second_pass(parts, found, random, share)
             self._set_random(after)
         for name, b in self.towers.named_buffers():
-            if name in buffers:  # the forward that was done twice must not count twice in a batch norm's statistics
+            if (
+                name in buffers
+            ):  # the forward that was done twice must not count twice in a batch norm's statistics
                 b.copy_(buffers[name])
         self._lap("backward")
 
@@ -166,16 +211,33 @@ class Step:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             return towers(part)
 
-    def _second_pass(self, parts: list[Part], found: list[dict[str, Tensor]], random: list[tuple[Tensor, ...]], share: dict[str, Tensor]) -> None:
+    def _second_pass(
+        self,
+        parts: list[Part],
+        found: list[dict[str, Tensor]],
+        random: list[tuple[Tensor, ...]],
+        share: dict[str, Tensor],
+    ) -> None:
         done = dict.fromkeys(share, 0)
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
-            wait = contextlib.nullcontext() if last or ranks.size() == 1 else self.parallel_towers.no_sync()
+            wait = (
+                contextlib.nullcontext()
+                if last or ranks.size() == 1
+                else self.parallel_towers.no_sync()
+            )
             self._set_random(random[i])
             with wait:
-                mine = {name: share[name][done[name] : done[name] + len(found[i][name])] for name in found[i] if name in share}
+                mine = {
+                    name: share[name][done[name] : done[name] + len(found[i][name])]
+                    for name in found[i]
+                    if name in share
+                }
                 self._backward(self._run(self.parallel_towers, part), mine)
-            done = {name: n + (len(found[i][name]) if name in found[i] else 0) for name, n in done.items()}
+            done = {
+                name: n + (len(found[i][name]) if name in found[i] else 0)
+                for name, n in done.items()
+            }
 
     def _backward(self, features: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
         names = [name for name in features if name in gradients and features[name].requires_grad]
@@ -189,7 +251,10 @@ class Step:
     def _random(self) -> tuple[Tensor, ...]:
         if not self.recomputes:
             return ()
-        return (torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []))
+        return (
+            torch.get_rng_state(),
+            *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []),
+        )
 
     def _set_random(self, state: tuple[Tensor, ...]) -> None:
         torch.set_rng_state(state[0])
@@ -203,4 +268,6 @@ class Step:
 
 
 def _parallel(module: nn.Module) -> nn.Module:
-    return DistributedDataParallel(module, find_unused_parameters=True) if ranks.size() > 1 else module
+    return (
+        DistributedDataParallel(module, find_unused_parameters=True) if ranks.size() > 1 else module
+    )

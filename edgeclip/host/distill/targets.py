@@ -32,8 +32,16 @@ class Targets:
         fusion: nn.Module | None = None,
     ):
         """adapted_here: stage 1 had this very set's labels, so that captions may use them. fusion: makes one teacher of all."""
-        self.spec, self.device, self.logit_scale, self.adapted_here = spec, device, teacher.logit_scale, adapted_here
-        self.teachers = [TeacherRows(t, c, data.train_classes, device) for t, c in [(teacher, cache), *(others or [])]]
+        self.spec, self.device, self.logit_scale, self.adapted_here = (
+            spec,
+            device,
+            teacher.logit_scale,
+            adapted_here,
+        )
+        self.teachers = [
+            TeacherRows(t, c, data.train_classes, device)
+            for t, c in [(teacher, cache), *(others or [])]
+        ]
         self.fusion = fusion.to(device) if fusion else None
         self.class_features = self.teachers[0].class_features
         self.labels = labels(cache, data)
@@ -46,9 +54,15 @@ class Targets:
         unit = F.normalize(raw, dim=-1)
         labels = torch.from_numpy(self.labels[index]).to(self.device)
         classes = None
-        if self.spec.captions == "classes":  # a picture's label where stage 1 had it, else the teacher's own first choice
+        if (
+            self.spec.captions == "classes"
+        ):  # a picture's label where stage 1 had it, else the teacher's own first choice
             first_choice = (unit @ self.class_features.T).argmax(dim=-1)
-            classes = torch.where(labels >= 0, labels, first_choice) if self.adapted_here else first_choice
+            classes = (
+                torch.where(labels >= 0, labels, first_choice)
+                if self.adapted_here
+                else first_choice
+            )
 
         def captions(rows: TeacherRows) -> Tensor | None:
             return rows.captions(index, view) if classes is None else rows.class_features[classes]
@@ -61,7 +75,15 @@ class Targets:
             "labels": labels,
             "prototypes": self.prototypes,
             "logit_scale": self.logit_scale,
-            "other_teachers": tuple(OtherTeacher(F.normalize(t.features(index, view), dim=-1), t.class_features, captions(t), t.logit_scale) for t in others),
+            "other_teachers": tuple(
+                OtherTeacher(
+                    F.normalize(t.features(index, view), dim=-1),
+                    t.class_features,
+                    captions(t),
+                    t.logit_scale,
+                )
+                for t in others
+            ),
         }
 
     @torch.no_grad()
@@ -74,7 +96,9 @@ class Targets:
     def _prototypes(self) -> Float[Tensor, "N D"]:
         """The unit mean of each class's unit features in the plain view; zero where nothing is labelled."""
         sums = torch.zeros_like(self.class_features)
-        for part in np.array_split(np.flatnonzero(self.labels >= 0), max(1, len(self.labels) // 4096)):
+        for part in np.array_split(
+            np.flatnonzero(self.labels >= 0), max(1, len(self.labels) // 4096)
+        ):
             features = F.normalize(self._features(part, np.zeros_like(part)), dim=-1)
             sums.index_add_(0, torch.from_numpy(self.labels[part]).to(self.device), features)
         return F.normalize(sums, dim=-1)
@@ -92,15 +116,23 @@ def labels(cache: TeacherCache, data: Dataset) -> np.ndarray:
 class TeacherRows:
     """One teacher's cache as features."""
 
-    def __init__(self, teacher: Teacher, cache: TeacherCache, classes: list[int], device: torch.device):
+    def __init__(
+        self, teacher: Teacher, cache: TeacherCache, classes: list[int], device: torch.device
+    ):
         self.cache, self.device, self.logit_scale = cache, device, teacher.logit_scale
-        self.head = teacher.features.to(device) if isinstance(teacher.features, nn.Module) else teacher.features
+        self.head = (
+            teacher.features.to(device)
+            if isinstance(teacher.features, nn.Module)
+            else teacher.features
+        )
         self.class_features = torch.from_numpy(cache.class_features[classes]).to(device)
 
     @torch.no_grad()
     def features(self, index: np.ndarray, view: np.ndarray) -> Float[Tensor, "B D"]:
         """Not normalised."""
-        return self.head(torch.from_numpy(self.cache.rows[index, view].astype(np.float32)).to(self.device))
+        return self.head(
+            torch.from_numpy(self.cache.rows[index, view].astype(np.float32)).to(self.device)
+        )
 
     def captions(self, index: np.ndarray, view: np.ndarray) -> Float[Tensor, "B D"] | None:
         """Of a picture with several captions, view v goes with caption v modulo their number."""
@@ -108,4 +140,6 @@ class TeacherRows:
         if captions is None:
             return None
         rows = captions[index, view % captions.shape[1]]
-        return F.normalize(torch.from_numpy(rows.astype(np.float32)), dim=-1).to(self.device)  # float16 on disk
+        return F.normalize(torch.from_numpy(rows.astype(np.float32)), dim=-1).to(
+            self.device
+        )  # float16 on disk

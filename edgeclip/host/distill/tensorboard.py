@@ -30,7 +30,11 @@ def check() -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401  (is it there?)
     except ImportError:
-        raise EdgeclipError("train.tensorboard", "tensorboard is not installed", "pip install 'edgeclip[tensorboard]', or leave the field out") from None
+        raise EdgeclipError(
+            "train.tensorboard",
+            "tensorboard is not installed",
+            "pip install 'edgeclip[tensorboard]', or leave the field out",
+        ) from None
 
 
 class Board:
@@ -47,11 +51,24 @@ class Board:
     def __enter__(self) -> "Board":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.writer is not None:
             self.writer.close()
 
-    def step(self, done: int, pictures: int, said: dict[str, Tensor], others: dict[str, float], clock: Clock, device: torch.device) -> None:
+    def step(
+        self,
+        done: int,
+        pictures: int,
+        said: dict[str, Tensor],
+        others: dict[str, float],
+        clock: Clock,
+        device: torch.device,
+    ) -> None:
         """After step number `done`. said: the losses; others: what else to draw under training/."""
         self.pictures += pictures
         if done % EVERY:
@@ -63,8 +80,14 @@ class Board:
         self.note = f"loss {said['loss'].item():.4g}, {speed:.0f} pictures/s, {waiting:.0%} waiting"
         if self.writer is None:
             return
-        peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        values = {f"loss/{k}": v.item() for k, v in said.items()} | {f"training/{k}": v for k, v in others.items()}
+        peak = (
+            torch.cuda.max_memory_allocated(device) / 2**20
+            if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        )
+        values = {f"loss/{k}": v.item() for k, v in said.items()} | {
+            f"training/{k}": v for k, v in others.items()
+        }
         values |= {"speed/pictures_per_second": speed, "speed/waiting": waiting, "memory/mib": peak}
         for name, value in values.items():
             self.writer.add_scalar(name, value, done)

@@ -30,13 +30,21 @@ class Texts(NamedTuple):
     """the teacher's, unit"""
 
 
-def texts(text: TextTower, teacher: Teacher, cache: TeacherCache, classes: list[str], templates: tuple[str, ...]) -> Texts:
+def texts(
+    text: TextTower,
+    teacher: Teacher,
+    cache: TeacherCache,
+    classes: list[str],
+    templates: tuple[str, ...],
+) -> Texts:
     """classes: those that training may name. Raises `EdgeclipError` for a text longer than the student's context."""
     named = prompts(classes, templates)
     said = _captions(cache)
     captions = students.token_ids(text, [c for of_picture in said for c in of_picture], cut=True)
     ids = students.token_ids(text, named) if named else captions[:0]
-    features = teacher.encode_text(named) if named else captions.new_zeros((0, teacher.embed_dim)).float()
+    features = (
+        teacher.encode_text(named) if named else captions.new_zeros((0, teacher.embed_dim)).float()
+    )
     return Texts(text.module, captions.reshape(len(said), -1, captions.shape[1]), ids, features)
 
 
@@ -44,11 +52,20 @@ def _captions(cache: TeacherCache) -> list[list[str]]:
     """Of every picture, the data's own first; a reinforced cache has all of them beside their features."""
     if cache.manifest["captions"] == 1:
         return [[p.caption] for p in cache.pictures]
-    tables = [pq.read_table(cache.folder / name("metadata", i, len(cache.manifest["shards"]))) for i in range(len(cache.manifest["shards"]))]
-    return [[own, *more] for t in tables for own, more in zip(t["caption"].to_pylist(), t["more_captions"].to_pylist(), strict=True)]
+    tables = [
+        pq.read_table(cache.folder / name("metadata", i, len(cache.manifest["shards"])))
+        for i in range(len(cache.manifest["shards"]))
+    ]
+    return [
+        [own, *more]
+        for t in tables
+        for own, more in zip(t["caption"].to_pylist(), t["more_captions"].to_pylist(), strict=True)
+    ]
 
 
-def text_feature(batch: Batch, prompts: Float[Tensor, "p D"] | None, prompt_targets: Float[Tensor, "p D"]) -> Float[Tensor, ""]:
+def text_feature(
+    batch: Batch, prompts: Float[Tensor, "p D"] | None, prompt_targets: Float[Tensor, "p D"]
+) -> Float[Tensor, ""]:
     """Mean of 1 - cosine over the batch's captions and the drawn prompts, a text each. prompts: the student's; None: none were drawn."""
     assert batch.text_features is not None and batch.caption_features is not None
     own, target = batch.text_features, batch.caption_features

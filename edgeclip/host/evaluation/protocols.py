@@ -36,7 +36,14 @@ from edgeclip.host.adapt import promptsrc
 from edgeclip.host.adapt.residual_head import adapted
 from edgeclip.host.data import Dataset
 from edgeclip.host.distill.run import CACHE, pick_device
-from edgeclip.host.evaluation.scores import Answers, image_features, mean_over, note, score, teacher_features
+from edgeclip.host.evaluation.scores import (
+    Answers,
+    image_features,
+    mean_over,
+    note,
+    score,
+    teacher_features,
+)
 from edgeclip.host.recipe import Data, Recipe
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.host.teachers import Teacher, TextTower
@@ -79,14 +86,29 @@ def evaluate(folder: Path, protocol: str, given: tuple[str, ...] = ()) -> dict[s
     loaded = [(spec, data.load(_for_protocol(spec, protocol), CACHE)) for spec in specs]
     if protocol == "domain_generalisation":
         loaded = [_with_shifts(asked, loaded)]
-    if isinstance(asked.adapt, recipe.Prompts):  # the learnt context takes the place of the set's templates
-        loaded = [(spec, dataset._replace(templates=promptsrc.TEMPLATES)) for spec, dataset in loaded]
+    if isinstance(
+        asked.adapt, recipe.Prompts
+    ):  # the learnt context takes the place of the set's templates
+        loaded = [
+            (spec, dataset._replace(templates=promptsrc.TEMPLATES)) for spec, dataset in loaded
+        ]
     for spec, dataset in loaded:
         _check(spec, dataset, protocol)
     run = _open(folder, asked)
-    record: dict[str, Any] = {"run": str(folder), "protocol": protocol, "student": disk.sha256(folder / "student" / disk.MANIFEST)}
-    record |= {"teacher": run.teacher.name if run.teacher else None, "teacher_missing": run.teacher_missing or None}
-    record |= {"edu_attention": None if run.head is None else {"alpha": run.head.alpha.item(), "kept": run.head.spec.keep}}
+    record: dict[str, Any] = {
+        "run": str(folder),
+        "protocol": protocol,
+        "student": disk.sha256(folder / "student" / disk.MANIFEST),
+    }
+    record |= {
+        "teacher": run.teacher.name if run.teacher else None,
+        "teacher_missing": run.teacher_missing or None,
+    }
+    record |= {
+        "edu_attention": None
+        if run.head is None
+        else {"alpha": run.head.alpha.item(), "kept": run.head.spec.keep}
+    }
     record |= PROTOCOLS[protocol](run, loaded)
     name = re.sub(r"[^\w+.-]", "_", "+".join(dict.fromkeys(s["of"] for s in record["sets"])))
     path = folder / "reports" / f"evaluate-{protocol}-{name}.json"
@@ -114,7 +136,11 @@ def choose_sets(asked: Recipe, protocol: str, given: tuple[str, ...]) -> list[Da
             name, root = Path(value).resolve().name, value
         spec = known.get(name)
         if isinstance(spec, recipe.OpenMoji):
-            raise EdgeclipError(f"--data {value}", "OpenMoji comes from pip and lies in no folder", "leave --data out, or give a YAML file")
+            raise EdgeclipError(
+                f"--data {value}",
+                "OpenMoji comes from pip and lies in no folder",
+                "leave --data out, or give a YAML file",
+            )
         if spec is None:
             classes = "classnames.txt" if (Path(root) / "classnames.txt").exists() else None
             spec = recipe.WebDataset(name=name, root=root, classes=classes)
@@ -125,22 +151,38 @@ def choose_sets(asked: Recipe, protocol: str, given: tuple[str, ...]) -> list[Da
 def _for_protocol(spec: Data, protocol: str) -> Data:
     if isinstance(spec, recipe.OpenMoji):
         if protocol == "base_to_novel":
-            raise EdgeclipError("openmoji", "has a split of its own (held-out, unlabelled and base concepts)", "use --protocol zero_shot")
+            raise EdgeclipError(
+                "openmoji",
+                "has a split of its own (held-out, unlabelled and base concepts)",
+                "use --protocol zero_shot",
+            )
         return spec
     if isinstance(spec, recipe.Csv):
-        raise EdgeclipError(f"--data {spec.name}", "is of kind csv, which nothing is evaluated on", "name a set with a test part")
-    spec = msgspec.structs.replace(spec, protocol="base_to_novel" if protocol == "base_to_novel" else "zero_shot")
-    return msgspec.structs.replace(spec, train=None) if isinstance(spec, recipe.WebDataset) else spec
+        raise EdgeclipError(
+            f"--data {spec.name}",
+            "is of kind csv, which nothing is evaluated on",
+            "name a set with a test part",
+        )
+    spec = msgspec.structs.replace(
+        spec, protocol="base_to_novel" if protocol == "base_to_novel" else "zero_shot"
+    )
+    return (
+        msgspec.structs.replace(spec, train=None) if isinstance(spec, recipe.WebDataset) else spec
+    )
 
 
 def _with_shifts(asked: Recipe, loaded: list[tuple[Data, Dataset]]) -> tuple[Data, Dataset]:
     """The run's own evaluation data, with the other sets beside it as its shifts."""
     spec = asked.evaluation_data or asked.data
-    dataset = next((found for d, found in loaded if d.name == spec.name), None) or data.load(_for_protocol(spec, "zero_shot"), CACHE)
+    dataset = next((found for d, found in loaded if d.name == spec.name), None) or data.load(
+        _for_protocol(spec, "zero_shot"), CACHE
+    )
     for other in (found for d, found in loaded if d.name != spec.name):
         dataset = dataset._replace(evaluation=dataset.evaluation + data.shift_sets(dataset, other))
     if not any(s.shift for s in dataset.evaluation):
-        raise EdgeclipError(dataset.name, "has no shift", "name one with --data, or in the recipe's shifts")
+        raise EdgeclipError(
+            dataset.name, "has no shift", "name one with --data, or in the recipe's shifts"
+        )
     return spec, dataset
 
 
@@ -151,10 +193,16 @@ def _check(spec: Data, dataset: Dataset, protocol: str) -> None:
     if protocol == "retrieval":
         if missing := [p for p in pictures if not p.caption]:
             raise EdgeclipError(
-                f"--data {spec.name}", f"retrieval needs captions, and picture '{missing[0].key}' of {missing[0].path} has none", "add .txt files"
+                f"--data {spec.name}",
+                f"retrieval needs captions, and picture '{missing[0].key}' of {missing[0].path} has none",
+                "add .txt files",
             )
     elif not dataset.classes:
-        raise EdgeclipError(f"--data {spec.name}", f"has no class list, which {protocol} needs", "add classnames.txt, or use --protocol retrieval")
+        raise EdgeclipError(
+            f"--data {spec.name}",
+            f"has no class list, which {protocol} needs",
+            "add classnames.txt, or use --protocol retrieval",
+        )
 
 
 # --- the run
@@ -166,7 +214,9 @@ def _open(folder: Path, asked: Recipe) -> Run:
     teacher, tower, missing = None, None, ""
     try:
         teacher = teachers.load(asked.teacher)
-    except EdgeclipError as e:  # its weights need not be at hand any more: its column is then not measured
+    except (
+        EdgeclipError
+    ) as e:  # its weights need not be at hand any more: its column is then not measured
         missing = str(e)
         say(f"teacher: {missing}")
     if teacher is not None:
@@ -176,41 +226,87 @@ def _open(folder: Path, asked: Recipe) -> Run:
             teacher = adapted(teacher, asked.adapt, folder / "teacher")
         tower = teachers.folded(teacher) if not asked.fuse else None
         missing = "several teachers are fused, and only distill scores them" if asked.fuse else ""
-    return Run(folder, asked, student, head, text, preprocess, description, teacher, tower, missing, pick_device(asked.train.device))
+    return Run(
+        folder,
+        asked,
+        student,
+        head,
+        text,
+        preprocess,
+        description,
+        teacher,
+        tower,
+        missing,
+        pick_device(asked.train.device),
+    )
 
 
 def text_side(run: Run) -> TextSide:
     """What encodes new words for the student, as in its bundle: its own text tower where it has one, else the teacher's."""
     if run.text is not None:
         text = run.text
-        return TextSide("the student's own text tower", lambda texts: students.text_features(text, texts).numpy())
+        return TextSide(
+            "the student's own text tower",
+            lambda texts: students.text_features(text, texts).numpy(),
+        )
     teacher = run.teacher
     if teacher is None:
-        raise EdgeclipError("evaluate", f"texts need the teacher's text encoder, and there is none ({run.teacher_missing})", "get the teacher's weights")
-    return TextSide(f"the text encoder of {teacher.name}", lambda texts: teacher.encode_text(texts).numpy())
+        raise EdgeclipError(
+            "evaluate",
+            f"texts need the teacher's text encoder, and there is none ({run.teacher_missing})",
+            "get the teacher's weights",
+        )
+    return TextSide(
+        f"the text encoder of {teacher.name}", lambda texts: teacher.encode_text(texts).numpy()
+    )
 
 
 def _class_features(run: Run, dataset: Dataset) -> tuple[str, np.ndarray, np.ndarray | None]:
     """(what they are, the student's class features [N, D], the teacher's or None)."""
-    if (run.description["labels"], run.description["templates"]) == (dataset.classes, list(dataset.templates)):
+    if (run.description["labels"], run.description["templates"]) == (
+        dataset.classes,
+        list(dataset.templates),
+    ):
         own = np.load(run.folder / "student" / "class_features.npy")
         if run.asked.student.class_features == "teacher":
-            return "the class features that the run keeps, its teacher's", own, own if run.teacher else None
-        theirs = cache.class_features(run.teacher, dataset.classes, dataset.templates) if run.teacher else None
+            return (
+                "the class features that the run keeps, its teacher's",
+                own,
+                own if run.teacher else None,
+            )
+        theirs = (
+            cache.class_features(run.teacher, dataset.classes, dataset.templates)
+            if run.teacher
+            else None
+        )
         return "the class features that the run keeps, its own text tower's", own, theirs
     text = text_side(run)
     if run.teacher:
         teachers.check_class_names(run.teacher, dataset.classes, dataset.templates)
-    features = text.encode(prompts(dataset.classes, dataset.templates)).reshape(len(dataset.classes), len(dataset.templates), -1)
-    return text.what, ensemble(features), cache.class_features(run.teacher, dataset.classes, dataset.templates) if run.teacher else None
+    features = text.encode(prompts(dataset.classes, dataset.templates)).reshape(
+        len(dataset.classes), len(dataset.templates), -1
+    )
+    return (
+        text.what,
+        ensemble(features),
+        cache.class_features(run.teacher, dataset.classes, dataset.templates)
+        if run.teacher
+        else None,
+    )
 
 
-def _images(run: Run, pictures: list[Picture], what: str) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray] | None]:
+def _images(
+    run: Run, pictures: list[Picture], what: str
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray] | None]:
     """(kept, features) of the student and of the teacher."""
-    of_student = image_features(run.student, pictures, run.preprocess, f"student: {what}", run.device)
+    of_student = image_features(
+        run.student, pictures, run.preprocess, f"student: {what}", run.device
+    )
     if run.teacher is None or run.teacher_tower is None:
         return of_student, None
-    return of_student, teacher_features([(run.teacher, run.teacher_tower)], None, pictures, what, run.device)
+    return of_student, teacher_features(
+        [(run.teacher, run.teacher_tower)], None, pictures, what, run.device
+    )
 
 
 # --- the protocols: sets to a record
@@ -224,18 +320,40 @@ def _zero_shot(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, Any]:
         texts.append(what)
         for s in (s for s in dataset.evaluation if s.headline):
             of_student, of_teacher = _images(run, s.pictures, s.name)
-            teacher = None if of_teacher is None or for_teacher is None else Answers(*of_teacher, for_teacher)
+            teacher = (
+                None
+                if of_teacher is None or for_teacher is None
+                else Answers(*of_teacher, for_teacher)
+            )
             transductive, said = note(run.asked, spec, s)
-            row = score(s._replace(note=said), Answers(*of_student, for_student), teacher, head, bool(run.head and run.head.spec.keep))
-            rows.append(row | {"of": s.name if s.shift else spec.name, "transductive": transductive, "shift": s.shift, "templates": len(dataset.templates)})
+            row = score(
+                s._replace(note=said),
+                Answers(*of_student, for_student),
+                teacher,
+                head,
+                bool(run.head and run.head.spec.keep),
+            )
+            rows.append(
+                row
+                | {
+                    "of": s.name if s.shift else spec.name,
+                    "transductive": transductive,
+                    "shift": s.shift,
+                    "templates": len(dataset.templates),
+                }
+            )
     return {"sets": rows, "text_side": "; ".join(dict.fromkeys(texts))}
 
 
 def _base_to_novel(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, Any]:
     if len(loaded) > 1:
-        raise EdgeclipError("base_to_novel", f"takes one set, not {len(loaded)}", "call it once for each")
+        raise EdgeclipError(
+            "base_to_novel", f"takes one set, not {len(loaded)}", "call it once for each"
+        )
     record = _zero_shot(run, loaded)
-    return record | {"harmonic_mean": mean_over(record["sets"], lambda r1: metrics.harmonic_mean(*r1))}
+    return record | {
+        "harmonic_mean": mean_over(record["sets"], lambda r1: metrics.harmonic_mean(*r1))
+    }
 
 
 def _cross_dataset(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, Any]:
@@ -245,7 +363,11 @@ def _cross_dataset(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, An
 
 def _domain_generalisation(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, Any]:
     record = _zero_shot(run, loaded)
-    return record | {"average": mean_over([s for s in record["sets"] if s["shift"]], lambda r1: float(np.mean(r1)))}
+    return record | {
+        "average": mean_over(
+            [s for s in record["sets"] if s["shift"]], lambda r1: float(np.mean(r1))
+        )
+    }
 
 
 def _retrieval(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, Any]:
@@ -257,10 +379,14 @@ def _retrieval(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, Any]:
         texts = list(position)
         of_student, of_teacher = _images(run, pictures, spec.name)
 
-        def recall(images: tuple[np.ndarray, np.ndarray], features: np.ndarray) -> dict[str, dict[str, float]]:
+        def recall(
+            images: tuple[np.ndarray, np.ndarray], features: np.ndarray
+        ) -> dict[str, dict[str, float]]:
             kept = [position[pictures[i].caption] for i in images[0]]  # noqa: B023  (called in this turn)
             present = sorted(set(kept))  # a text whose every picture is unreadable is no query
-            return metrics.recall_both_ways(images[1], features[present], np.array(kept), np.array(present))
+            return metrics.recall_both_ways(
+                images[1], features[present], np.array(kept), np.array(present)
+            )
 
         transductive, said = note(run.asked, spec, sets[0])
         rows.append(
@@ -272,7 +398,9 @@ def _retrieval(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, Any]:
                 "pictures": len(of_student[0]),
                 "texts": len(texts),
                 "student": recall(of_student, text.encode(texts)),
-                "teacher": recall(of_teacher, run.teacher.encode_text(texts).numpy()) if of_teacher and run.teacher else None,
+                "teacher": recall(of_teacher, run.teacher.encode_text(texts).numpy())
+                if of_teacher and run.teacher
+                else None,
             }
         )
     return {"sets": rows, "text_side": text.what}

@@ -37,19 +37,28 @@ from edgeclip.progress import say, track
 
 @torch.inference_mode()
 def image_features(
-    module: nn.Module, pictures: list[Picture], preprocess: Preprocess, what: str, device: torch.device, batch_size: int = 32
+    module: nn.Module,
+    pictures: list[Picture],
+    preprocess: Preprocess,
+    what: str,
+    device: torch.device,
+    batch_size: int = 32,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(indices of the readable pictures [n], module's float32 outputs [n, D]) through the one preprocess."""
     skipped: list[str] = []
 
     def make(i: int) -> np.ndarray:
-        return to_pixels(open_picture(read(pictures[i]), f"{pictures[i].path} ({pictures[i].key})"), preprocess)
+        return to_pixels(
+            open_picture(read(pictures[i]), f"{pictures[i].path} ({pictures[i].key})"), preprocess
+        )
 
     module.to(device)
     indices, out = [], []
     batches = stream(range(len(pictures)), make, batch_size, skipped)
     for index, pixels in track(batches, what, math.ceil(len(pictures) / batch_size)):
-        x = torch.from_numpy(normalise(pixels, preprocess)).to(device, memory_format=torch.channels_last)
+        x = torch.from_numpy(normalise(pixels, preprocess)).to(
+            device, memory_format=torch.channels_last
+        )
         out.append(module(x).float().cpu().numpy())
         indices.append(index)
     refuse_unreadable(skipped, len(pictures), what)
@@ -59,18 +68,31 @@ def image_features(
 
 
 def teacher_features(
-    teachers: list[tuple[Teacher, nn.Module]], fusion: nn.Module | None, pictures: list[Picture], what: str, device: torch.device
+    teachers: list[tuple[Teacher, nn.Module]],
+    fusion: nn.Module | None,
+    pictures: list[Picture],
+    what: str,
+    device: torch.device,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`image_features` of a teacher, adapted where it is, beside its own folded tower; or of several that `fusion` makes one."""
     kept, features = np.empty(0, int), list[np.ndarray]()
     for i, (teacher, tower) in enumerate(teachers, start=1):
         said = f"teacher{f' {i}' if fusion else ''}: {what}"
-        kept, own = image_features(nn.Sequential(tower, _Features(teacher)), pictures, teacher.preprocess, said, device, 8 if device.type == "cpu" else 64)
+        kept, own = image_features(
+            nn.Sequential(tower, _Features(teacher)),
+            pictures,
+            teacher.preprocess,
+            said,
+            device,
+            8 if device.type == "cpu" else 64,
+        )
         features.append(own)  # a picture that is readable is so for all of them
     if fusion is None:
         return kept, features[0]
     with torch.inference_mode():
-        return kept, F.normalize(fusion.cpu()([torch.from_numpy(f) for f in features]), dim=-1).numpy()
+        return kept, F.normalize(
+            fusion.cpu()([torch.from_numpy(f) for f in features]), dim=-1
+        ).numpy()
 
 
 def note(asked: R.Recipe, spec: R.Data, s: EvaluationSet) -> tuple[bool, str]:
@@ -78,15 +100,32 @@ def note(asked: R.Recipe, spec: R.Data, s: EvaluationSet) -> tuple[bool, str]:
     if isinstance(spec, R.OpenMoji) and isinstance(asked.data, R.OpenMoji):
         return s.note.startswith("transductive"), s.note
     stage_1 = (asked.adapt_data or asked.data) if asked.adapt else None
-    labelled = stage_1 is not None and stage_1.name == spec.name and not (s.name == "novel" and getattr(stage_1, "protocol", "") == "base_to_novel")
-    labels = "the teacher was adapted on labels of its training pictures" if labelled else "the teacher was adapted on no label of it"
-    if stage_1 is not None and stage_1.name == spec.name and getattr(asked.adapt, "self_training", None):
+    labelled = (
+        stage_1 is not None
+        and stage_1.name == spec.name
+        and not (s.name == "novel" and getattr(stage_1, "protocol", "") == "base_to_novel")
+    )
+    labels = (
+        "the teacher was adapted on labels of its training pictures"
+        if labelled
+        else "the teacher was adapted on no label of it"
+    )
+    if (
+        stage_1 is not None
+        and stage_1.name == spec.name
+        and getattr(asked.adapt, "self_training", None)
+    ):
         labels += ", and on its training pictures without labels"
     if s.shift:
         return False, "shift; not transductive"
     if spec.name == asked.data.name:
         as_captions = asked.losses.captions == "classes" and asked.adapt and not asked.adapt_data
-        labels_used = asked.losses.cross_entropy or asked.losses.prototype or as_captions or (asked.fuse and asked.fuse.labels)
+        labels_used = (
+            asked.losses.cross_entropy
+            or asked.losses.prototype
+            or as_captions
+            or (asked.fuse and asked.fuse.labels)
+        )
         own = "with the labels that there are" if labels_used else "without labels"
         return True, f"transductive: the student saw training pictures of this set {own}; {labels}"
     return False, f"not transductive: the student saw no picture of this set; {labels}"
@@ -103,13 +142,24 @@ class Answers(NamedTuple):
     """[N, D], unit, over all classes of the data set"""
 
 
-def score(s: EvaluationSet, student: Answers, teacher: Answers | None, head: EduAttention | None, keep_head: bool) -> dict[str, Any]:
+def score(
+    s: EvaluationSet,
+    student: Answers,
+    teacher: Answers | None,
+    head: EduAttention | None,
+    keep_head: bool,
+) -> dict[str, Any]:
     """One set of a table. `student` is what ships; a reading that would only repeat it is None (a teacher: not at hand)."""
 
-    def accuracy(answers: Answers, head: EduAttention | None, attended: np.ndarray | None = None) -> dict[str, float]:
+    def accuracy(
+        answers: Answers, head: EduAttention | None, attended: np.ndarray | None = None
+    ) -> dict[str, float]:
         labels = np.array([s.classes.index(s.pictures[i].label) for i in answers.kept])
         scores = class_scores(answers.features, answers.class_features[s.classes], head, attended)
-        return {"r1": float(hits(scores, labels, 1).mean()), "r5": float(hits(scores, labels, 5).mean())}
+        return {
+            "r1": float(hits(scores, labels, 1).mean()),
+            "r5": float(hits(scores, labels, 5).mean()),
+        }
 
     some = head is not None and len(s.classes) < len(student.class_features)
     return {
@@ -122,13 +172,17 @@ def score(s: EvaluationSet, student: Answers, teacher: Answers | None, head: Edu
         "student": accuracy(student, head if keep_head else None),
         "student_with_edu_attention": accuracy(student, head) if head and not keep_head else None,
         "student_without_edu_attention": accuracy(student, None),
-        "student_attending_all_classes": accuracy(student, head, student.class_features) if some else None,
+        "student_attending_all_classes": accuracy(student, head, student.class_features)
+        if some
+        else None,
     }
 
 
 def mean_over(sets: list[dict[str, Any]], mean: Callable[[list[float]], float]) -> dict[str, float]:
     """Of each model that all `sets` have: one number of its R@1."""
-    return {m: mean([s[m]["r1"] for s in sets]) for m in MODELS if sets and all(s.get(m) for s in sets)}
+    return {
+        m: mean([s[m]["r1"] for s in sets]) for m in MODELS if sets and all(s.get(m) for s in sets)
+    }
 
 
 def evaluate(
@@ -151,24 +205,35 @@ def evaluate(
     says which of them it ships with.
     """
     edu, keep_head = (head.numpy(), head.spec.keep) if head is not None else (None, False)
-    either = {} if own_class_features is None else {"student_teacher_text": class_features, "student_own_text": own_class_features}
+    either = (
+        {}
+        if own_class_features is None
+        else {"student_teacher_text": class_features, "student_own_text": own_class_features}
+    )
     shipped = either["student_own_text"] if baked == "student" else class_features
     sets: list[dict[str, Any]] = []
     parity: list[tuple[EvaluationSet, Picture, np.ndarray]] = []
     for s in data.evaluation:
-        kept, features = image_features(student, s.pictures, preprocess, f"student: {s.name}", device)
+        kept, features = image_features(
+            student, s.pictures, preprocess, f"student: {s.name}", device
+        )
         parity += [(s, s.pictures[i], f) for i, f in zip(kept, features, strict=True)]
         if not s.headline:
             continue
         theirs = Answers(*of_teacher(s.pictures, s.name), class_features) if of_teacher else None
         row = score(s, Answers(kept, features, shipped), theirs, edu, keep_head)
-        row |= {m: score(s, Answers(kept, features, w), None, edu, keep_head)["student"] for m, w in either.items()}
+        row |= {
+            m: score(s, Answers(kept, features, w), None, edu, keep_head)["student"]
+            for m, w in either.items()
+        }
         sets.append(row)
     _write(folder, parity, data, max_pictures)
     result: dict[str, Any] = {"sets": sets}
     scored = {s["name"]: s for s in sets}
     if {"base", "novel"} <= scored.keys():
-        result["harmonic_mean"] = mean_over([scored["base"], scored["novel"]], lambda r1: harmonic_mean(*r1))
+        result["harmonic_mean"] = mean_over(
+            [scored["base"], scored["novel"]], lambda r1: harmonic_mean(*r1)
+        )
     return result
 
 
@@ -181,7 +246,12 @@ class _Features(nn.Module):
         return F.normalize(self.features(rows), dim=-1)
 
 
-def _write(folder: Path, parity: list[tuple[EvaluationSet, Picture, np.ndarray]], data: Dataset, max_pictures: int) -> None:
+def _write(
+    folder: Path,
+    parity: list[tuple[EvaluationSet, Picture, np.ndarray]],
+    data: Dataset,
+    max_pictures: int,
+) -> None:
     held_out = sorted({digest(p) for s, p, _ in parity if not s.seen})
     if len(parity) > max_pictures:
         keep = sorted(random.Random(0).sample(range(len(parity)), max_pictures))
@@ -197,7 +267,16 @@ def _write(folder: Path, parity: list[tuple[EvaluationSet, Picture, np.ndarray]]
         sets = []
         for s in data.evaluation:
             rows = [i for i, (own, _, _) in enumerate(parity) if own is s]
-            sets.append({"name": s.name, "note": s.note, "rows": rows, "classes": s.classes, "seen": s.seen})
-        record = {"labels": [p.label for _, p, _ in parity], "class_names": data.classes, "sets": sets, "held_out": held_out}
+            sets.append(
+                {"name": s.name, "note": s.note, "rows": rows, "classes": s.classes, "seen": s.seen}
+            )
+        record = {
+            "labels": [p.label for _, p, _ in parity],
+            "class_names": data.classes,
+            "sets": sets,
+            "held_out": held_out,
+        }
         disk.write_json(temporary / "evaluation.json", record)
-        disk.write_manifest(temporary, "evaluation", {"licence": data.licence, "pictures": len(parity)})
+        disk.write_manifest(
+            temporary, "evaluation", {"licence": data.licence, "pictures": len(parity)}
+        )

@@ -29,7 +29,11 @@ from edgeclip.host.graph import trace as graph
 from edgeclip.host.towers.fold import fold
 from edgeclip.progress import say
 
-EXPORTERS = {"onnxruntime": "edgeclip.host.export.onnxruntime", "openvino": "edgeclip.host.export.openvino", "tensorrt": "edgeclip.host.export.tensorrt"}
+EXPORTERS = {
+    "onnxruntime": "edgeclip.host.export.onnxruntime",
+    "openvino": "edgeclip.host.export.openvino",
+    "tensorrt": "edgeclip.host.export.tensorrt",
+}
 GOLDEN_TEXTS = ["a photo of a cat", "a red umbrella", "the letter A", "two people shaking hands"]
 MAX_EXPORT_ERROR = 1e-5
 
@@ -56,21 +60,34 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
     model = graph.to_onnx(encoder, golden_input[:1], "pixels", "image_features", target.opset)
     for batch in (1, 3):
         x = golden_input[[i % len(golden_input) for i in range(batch)]].numpy()
-        error = np.abs(_run_float(model, x) - golden_features[[i % len(golden_features) for i in range(batch)]]).max()
-        assert error < MAX_EXPORT_ERROR, f"the exported graph differs from torch by {error:.1e} at batch {batch}"
+        error = np.abs(
+            _run_float(model, x) - golden_features[[i % len(golden_features) for i in range(batch)]]
+        ).max()
+        assert error < MAX_EXPORT_ERROR, (
+            f"the exported graph differs from torch by {error:.1e} at batch {batch}"
+        )
 
     quantisation, record, used = None, None, list[dict[str, str]]()
     if target.calibration:
         pictures = calibration.draw(source, target.calibration)
         used = pictures.used
-        say(f"search for the form of {name}: ranges of {len(pictures.ranges)} training pictures, judged on {len(pictures.judged)}")
+        say(
+            f"search for the form of {name}: ranges of {len(pictures.ranges)} training pictures, judged on {len(pictures.judged)}"
+        )
         learnt = None
         if source.quantised:
             from edgeclip.host.distill import qat as quantised  # it imports this package
 
             learnt = quantised.load(source.quantised, source.image_encoder, target, pictures.ranges)
         quantisation, record = search(model, pictures, target, exporter, _answers(source), learnt)
-    say(f"2/5 write the image encoder as {name}" + (f", {quantisation.int8_share:.1%} of the multiply-accumulates in int8" if quantisation else ""))
+    say(
+        f"2/5 write the image encoder as {name}"
+        + (
+            f", {quantisation.int8_share:.1%} of the multiply-accumulates in int8"
+            if quantisation
+            else ""
+        )
+    )
     with disk.new_folder(out) as folder:
         manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -105,10 +122,17 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
             }
             np.savez(folder / "head.npz", weight=h.weight, bias=h.bias, **scalars)
         for i, picture in enumerate(source.golden):
-            (folder / "golden" / f"{i}{Path(picture.key).suffix or '.png'}").write_bytes(read(picture))
+            (folder / "golden" / f"{i}{Path(picture.key).suffix or '.png'}").write_bytes(
+                read(picture)
+            )
         disk.write_array(folder / "golden" / "pixels.npy", pixels)
         disk.write_array(folder / "golden" / "image_features.npy", golden_features)
-        manifest["golden"] = {"pictures": [f"golden/{i}{Path(p.key).suffix or '.png'}" for i, p in enumerate(source.golden)], "licence": source.golden_licence}
+        manifest["golden"] = {
+            "pictures": [
+                f"golden/{i}{Path(p.key).suffix or '.png'}" for i, p in enumerate(source.golden)
+            ],
+            "licence": source.golden_licence,
+        }
         manifest["lint"] = None
         if target.runtime == "tensorrt":
             say("5/5 check with TensorRT-RTX's parser and builder")
@@ -118,7 +142,9 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
             if manifest["lint"]["checked_by"] is None:
                 say("checked by the rules alone, not by TensorRT-RTX: pip install 'edgeclip[lint]'")
             tensorrt.write_build_script(folder)
-        manifest["image_encoder_bytes"] = sum(f.stat().st_size for f in folder.glob("image_encoder.*"))
+        manifest["image_encoder_bytes"] = sum(
+            f.stat().st_size for f in folder.glob("image_encoder.*")
+        )
         disk.write_manifest(folder, "bundle", manifest)
     return out
 
@@ -128,8 +154,14 @@ def _up_to_date(out: Path, name: str, target: Target, source: Source) -> bool:
     if not (out / disk.MANIFEST).exists():
         return False
     manifest = disk.read_manifest(out, "bundle")
-    wanted = {"target": {"name": name, **msgspec.to_builtins(target)}, "parents": source.parents, "versions": _versions()}
-    if any(manifest.get(k) != v for k, v in wanted.items()) or bool(manifest["text"]) != bool(source.load_text):
+    wanted = {
+        "target": {"name": name, **msgspec.to_builtins(target)},
+        "parents": source.parents,
+        "versions": _versions(),
+    }
+    if any(manifest.get(k) != v for k, v in wanted.items()) or bool(manifest["text"]) != bool(
+        source.load_text
+    ):
         return False
     disk.verify(out, manifest)
     return True
@@ -138,7 +170,9 @@ def _up_to_date(out: Path, name: str, target: Target, source: Source) -> bool:
 def _golden_pixels(source: Source) -> np.ndarray:
     """uint8 [G, H, W, 3]: the golden pictures, or two synthetic ones where the source has none."""
     if source.golden:
-        return np.stack([to_pixels(open_picture(read(p), p.key), source.preprocess) for p in source.golden])
+        return np.stack(
+            [to_pixels(open_picture(read(p), p.key), source.preprocess) for p in source.golden]
+        )
     ramp = np.linspace(0, 255, source.preprocess.size).astype(np.uint8)
     picture = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], ramp[::-1, None]), axis=-1)
     return np.stack([picture, picture[::-1, ::-1]])
@@ -148,7 +182,9 @@ def _answers(source: Source) -> Callable[[np.ndarray], np.ndarray] | None:
     """Image features [n, D] to each picture's best class; None for a student without labels."""
     if not source.labels:
         return None
-    return lambda features: class_scores(features, source.class_features, source.head).argmax(axis=1)
+    return lambda features: class_scores(features, source.class_features, source.head).argmax(
+        axis=1
+    )
 
 
 def _write_text(source: Source, target: Target, exporter: Any, folder: Path) -> dict[str, Any]:
@@ -162,12 +198,23 @@ def _write_text(source: Source, target: Target, exporter: Any, folder: Path) -> 
     if source.vocabulary is not None:
         with torch.inference_mode():
             whole = text.module(ids)
-        text, own, kept = prune(text, [*GOLDEN_TEXTS, *prompts(source.labels, source.templates or ["{c}"]), *source.vocabulary])
+        text, own, kept = prune(
+            text,
+            [
+                *GOLDEN_TEXTS,
+                *prompts(source.labels, source.templates or ["{c}"]),
+                *source.vocabulary,
+            ],
+        )
         ids = torch.from_numpy(tokenizer.renumber(words, ids.numpy(), own, GOLDEN_TEXTS))
         with torch.inference_mode():
-            assert torch.equal(text.module(ids), whole), "pruning the vocabulary changed the features of kept texts"
+            assert torch.equal(text.module(ids), whole), (
+                "pruning the vocabulary changed the features of kept texts"
+            )
         disk.write_array(folder / "vocabulary.npy", own)
-        say(f"    {kept['kept']:,} tokens kept, {kept['lost']:,} lost: texts that have one of those are refused")
+        say(
+            f"    {kept['kept']:,} tokens kept, {kept['lost']:,} lost: texts that have one of those are refused"
+        )
     model = graph.to_onnx(text.module, ids[:2], "input_ids", "text_features", target.opset)
     with torch.inference_mode():
         features = text.module(ids).numpy()
@@ -176,7 +223,11 @@ def _write_text(source: Source, target: Target, exporter: Any, folder: Path) -> 
     disk.write_text(folder / "tokenizer.json", text.tokenizer)
     disk.write_array(folder / "golden" / "text_features.npy", l2_normalise(features))
     disk.write_text(folder / "golden" / "texts.json", json.dumps(GOLDEN_TEXTS))
-    return {"encoder": exporter.write_text(model, target, folder), "context_length": text.context_length, "vocabulary": kept}
+    return {
+        "encoder": exporter.write_text(model, target, folder),
+        "context_length": text.context_length,
+        "vocabulary": kept,
+    }
 
 
 def _run_float(model: Any, x: np.ndarray) -> np.ndarray:
@@ -191,7 +242,16 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"edgeclip": __version__}
-    for package in ("torch", "open_clip_torch", "timm", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt-rtx-cu13"):
+    for package in (
+        "torch",
+        "open_clip_torch",
+        "timm",
+        "onnx",
+        "onnxruntime",
+        "openvino",
+        "nncf",
+        "tensorrt-rtx-cu13",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -41,9 +41,16 @@ def draw(source: Source, spec: Calibration) -> Pictures:
             "give more with --images DIR, or lower both in a target of your own",
         )
     order = np.random.default_rng(spec.seed).permutation(len(pool))
-    parts = {"ranges": sorted(order[: spec.pictures]), "judged": sorted(order[spec.pictures : wanted])}
+    parts = {
+        "ranges": sorted(order[: spec.pictures]),
+        "judged": sorted(order[spec.pictures : wanted]),
+    }
     chosen = {name: [pool[i] for i in part] for name, part in parts.items()}
-    used = [{"key": p.key, "sha256": digest(p), "use": name} for name, part in chosen.items() for p in part]
+    used = [
+        {"key": p.key, "sha256": digest(p), "use": name}
+        for name, part in chosen.items()
+        for p in part
+    ]
     held_out = source.evaluation_hashes()
     if leaked := [u["key"] for u in used if u["sha256"] in held_out]:
         raise EdgeclipError(
@@ -54,18 +61,31 @@ def draw(source: Source, spec: Calibration) -> Pictures:
     ranges = _load(chosen["ranges"], source.preprocess)
     if ranges.std(axis=0).mean() < ALIKE:
         raise EdgeclipError(
-            "calibration", f"its {len(ranges)} pictures are all alike, so their ranges say nothing", "give pictures as different as the real ones"
+            "calibration",
+            f"its {len(ranges)} pictures are all alike, so their ranges say nothing",
+            "give pictures as different as the real ones",
         )
     judged = _load(chosen["judged"], source.preprocess) if chosen["judged"] else ranges
-    return Pictures(ranges, judged, used, np.array([p.label for p in chosen["judged"] or chosen["ranges"]]))
+    return Pictures(
+        ranges, judged, used, np.array([p.label for p in chosen["judged"] or chosen["ranges"]])
+    )
 
 
 def _load(pictures: list[Picture], preprocess: Preprocess) -> np.ndarray:
     skipped: list[str] = []
     rows = [
         normalise(pixels, preprocess)
-        for _, pixels in stream(range(len(pictures)), lambda i: to_pixels(open_picture(read(pictures[i]), pictures[i].key), preprocess), 32, skipped)
+        for _, pixels in stream(
+            range(len(pictures)),
+            lambda i: to_pixels(open_picture(read(pictures[i]), pictures[i].key), preprocess),
+            32,
+            skipped,
+        )
     ]
     if skipped:  # the bundle lists them, so each must be one
-        raise EdgeclipError("calibration", f"{len(skipped)} of {len(pictures)} pictures are unreadable (first: {skipped[0]})", "repair or remove them")
+        raise EdgeclipError(
+            "calibration",
+            f"{len(skipped)} of {len(pictures)} pictures are unreadable (first: {skipped[0]})",
+            "repair or remove them",
+        )
     return np.concatenate(rows)

@@ -29,11 +29,20 @@ if TYPE_CHECKING:
 CALIBRATION_BATCH = 16
 
 
-def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path) -> str:
+def write(
+    model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path
+) -> str:
     """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 targets."""
-    path = folder / ("image_encoder.fp16.onnx" if target.precision == "fp16" else "image_encoder.onnx")
+    path = folder / (
+        "image_encoder.fp16.onnx" if target.precision == "fp16" else "image_encoder.onnx"
+    )
     if quantisation is not None:
-        model = quantise(quantisation.calibrated, quantisation.nodes, activations=target.activations or "uint8", reduce_range=quantisation.reduce_range)
+        model = quantise(
+            quantisation.calibrated,
+            quantisation.nodes,
+            activations=target.activations or "uint8",
+            reduce_range=quantisation.reduce_range,
+        )
     graph.save(to_fp16(model) if target.precision == "fp16" else model, path)
     return path.name
 
@@ -47,7 +56,13 @@ def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:
             graph.save(graph.int8_embeddings(model), Path(temporary) / "float.onnx")
             logging.disable(logging.WARNING)  # it advises a preprocessing that folding has done
             try:
-                quantize_dynamic(Path(temporary) / "float.onnx", path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8)
+                quantize_dynamic(
+                    Path(temporary) / "float.onnx",
+                    path,
+                    op_types_to_quantize=["MatMul", "Gemm"],
+                    per_channel=True,
+                    weight_type=QuantType.QInt8,
+                )
             finally:
                 logging.disable(logging.NOTSET)
         graph.save(onnx.load(path), path)
@@ -72,7 +87,9 @@ def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> C
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            size = CALIBRATION_BATCH if method == "minmax" else 1  # the mean is over pictures; histograms refuse a last batch of another size
+            size = (
+                CALIBRATION_BATCH if method == "minmax" else 1
+            )  # the mean is over pictures; histograms refuse a last batch of another size
             batches = np.split(calibration, range(size, len(calibration), size))
             self.batches = iter(track(batches, "calibration", len(batches)))
             self.name = model.graph.input[0].name
@@ -88,7 +105,9 @@ def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> C
         "percentile": CalibrationMethod.Percentile,
     }
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(io.StringIO()):
-        plain, prepared, augmented = (Path(temporary) / name for name in ("float.onnx", "prepared.onnx", "augmented.onnx"))
+        plain, prepared, augmented = (
+            Path(temporary) / name for name in ("float.onnx", "prepared.onnx", "augmented.onnx")
+        )
         graph.save(model, plain)
         quant_pre_process(plain, prepared, skip_symbolic_shape=True)
         calibrator = create_calibrator(
@@ -102,7 +121,14 @@ def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> C
         return Calibrated(onnx.load(prepared), calibrator.compute_data())
 
 
-def quantise(calibrated: Calibrated, nodes: list[str], *, activations: str, for_tensorrt: bool = False, reduce_range: bool = False) -> onnx.ModelProto:
+def quantise(
+    calibrated: Calibrated,
+    nodes: list[str],
+    *,
+    activations: str,
+    for_tensorrt: bool = False,
+    reduce_range: bool = False,
+) -> onnx.ModelProto:
     """A static Q/DQ int8 copy in which `nodes` are quantised: weights per channel and symmetric, activations per tensor.
 
     activations: uint8 or int8, asymmetric. for_tensorrt: as it wants them, symmetric, with biases in float and outputs too.
@@ -129,7 +155,11 @@ def quantise(calibrated: Calibrated, nodes: list[str], *, activations: str, for_
     )  # fmt: skip
     quantizer.quantize_model()
     quantizer.model.topological_sort()
-    return _only_products_read_int8(quantizer.model.model, set() if for_tensorrt else rounded_outputs(calibrated.model, nodes), set(nodes))
+    return _only_products_read_int8(
+        quantizer.model.model,
+        set() if for_tensorrt else rounded_outputs(calibrated.model, nodes),
+        set(nodes),
+    )
 
 
 def rounded_outputs(model: onnx.ModelProto, nodes: list[str]) -> set[str]:
@@ -148,14 +178,22 @@ def rounded_outputs(model: onnx.ModelProto, nodes: list[str]) -> set[str]:
 
     def once(conv: onnx.NodeProto) -> bool:
         after = readers.get(conv.output[0], [])
-        if len(after) != 1 or after[0].op_type not in ("Relu", "Clip") or {conv.output[0], after[0].output[0]} & outputs:
+        if (
+            len(after) != 1
+            or after[0].op_type not in ("Relu", "Clip")
+            or {conv.output[0], after[0].output[0]} & outputs
+        ):
             return False
         return all(n.name in kept for n in readers.get(after[0].output[0], []))
 
-    return {n.name for n in model.graph.node if n.op_type == "Conv" and n.name in kept and not once(n)}
+    return {
+        n.name for n in model.graph.node if n.op_type == "Conv" and n.name in kept and not once(n)
+    }
 
 
-def _only_products_read_int8(model: onnx.ModelProto, rounded: set[str], nodes: set[str]) -> onnx.ModelProto:
+def _only_products_read_int8(
+    model: onnx.ModelProto, rounded: set[str], nodes: set[str]
+) -> onnx.ModelProto:
     """Gives every other reader of a quantised tensor, a residual addition above all, the float tensor back.
 
     ONNX Runtime's quantiser rewires all readers. rounded: the convolutions whose own output stays quantised for whoever reads it.
@@ -173,7 +211,9 @@ def _only_products_read_int8(model: onnx.ModelProto, rounded: set[str], nodes: s
             for i, name in enumerate(n.input):
                 n.input[i] = before.get(name, name)
     for op in ("DequantizeLinear", "QuantizeLinear"):  # pairs that nobody reads any more
-        read = {name for n in model.graph.node for name in n.input} | {o.name for o in model.graph.output}
+        read = {name for n in model.graph.node for name in n.input} | {
+            o.name for o in model.graph.output
+        }
         for n in [n for n in model.graph.node if n.op_type == op and n.output[0] not in read]:
             model.graph.node.remove(n)
     return model

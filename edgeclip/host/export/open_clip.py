@@ -57,34 +57,65 @@ def write(run: Path, source: Source, out: Path) -> Path:
     text = _text(run, asked)
     text_config, quick_gelu, text_state = _text_tower(text, _text_spec(asked))
     if "timm_model_name" not in config["vision_cfg"] and quick_gelu != config.pop("quick_gelu"):
-        raise _no("its two towers differ in quick_gelu, which is one setting there", "take towers of one kind")
+        raise _no(
+            "its two towers differ in quick_gelu, which is one setting there",
+            "take towers of one kind",
+        )
     config |= {"text_cfg": text_config, "quick_gelu": quick_gelu, "custom_text": True}
-    state = {f"visual.{k}": v for k, v in state.items()} | {f"text.{k}": v for k, v in text_state.items()}
+    state = {f"visual.{k}": v for k, v in state.items()} | {
+        f"text.{k}": v for k, v in text_state.items()
+    }
     state["logit_scale"] = torch.tensor(math.log(source.logit_scale))
-    state = {k: v.detach().float().contiguous().clone() if v.is_floating_point() else v.contiguous().clone() for k, v in state.items()}
+    state = {
+        k: v.detach().float().contiguous().clone()
+        if v.is_floating_point()
+        else v.contiguous().clone()
+        for k, v in state.items()
+    }
     p = source.preprocess
-    preprocess = {"size": p.size, "mean": p.mean, "std": p.std, "interpolation": p.interpolation, "resize_mode": p.resize}
+    preprocess = {
+        "size": p.size,
+        "mean": p.mean,
+        "std": p.std,
+        "interpolation": p.interpolation,
+        "resize_mode": p.resize,
+    }
     with disk.new_folder(out) as folder:
         save_file(state, folder / "open_clip_model.safetensors")
         disk.write_json(folder / f"{out.name}.json", config)
-        disk.write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
+        disk.write_json(
+            folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess}
+        )
         _compare(folder, spec, text, p.size)
-        disk.write_manifest(folder, "open_clip", {"name": out.name, "licences": source.licences, "parents": source.parents})
+        disk.write_manifest(
+            folder,
+            "open_clip",
+            {"name": out.name, "licences": source.licences, "parents": source.parents},
+        )
     return out
 
 
 def _no(what: str, do: str) -> EdgeclipError:
-    return EdgeclipError("--layout open_clip", f"this student cannot be said in open_clip's terms: {what}", do)
+    return EdgeclipError(
+        "--layout open_clip", f"this student cannot be said in open_clip's terms: {what}", do
+    )
 
 
 def _image(student: Student, spec: recipe.Student) -> tuple[dict[str, Any], State]:
     """(embed_dim and vision_cfg, state of `visual`): the image tower with the projector folded into its end."""
     if spec.visual_prompts or spec.share or spec.stem:
-        raise _no("it has visual prompts, shared blocks or a convolutional stem", "use a bundle, or --layout optimum")
+        raise _no(
+            "it has visual prompts, shared blocks or a convolutional stem",
+            "use a bundle, or --layout optimum",
+        )
     tower, (first, last) = student.tower, _projector(student.projector)
     embed_dim = last[0].shape[0]
     if isinstance(spec.tower, Timm):
-        config = {"timm_model_name": spec.tower.model, "timm_pool": "", "image_size": spec.tower.image_size}
+        config = {
+            "timm_model_name": spec.tower.model,
+            "timm_pool": "",
+            "image_size": spec.tower.image_size,
+        }
         return _timm(tower, config, first, last, embed_dim)
     model_config = open_clip_config(spec.tower)
     config = model_config["vision_cfg"]
@@ -93,24 +124,44 @@ def _image(student: Student, spec: recipe.Student) -> tuple[dict[str, Any], Stat
     if "timm_model_name" in config:
         end = visual.head.proj if hasattr(visual.head, "proj") else visual.trunk.get_classifier()
         if not isinstance(end, nn.Linear) or hasattr(visual.head, "pool"):
-            raise _no("its tower does not end in one linear layer", "use a bundle, or --layout optimum")
+            raise _no(
+                "its tower does not end in one linear layer", "use a bundle, or --layout optimum"
+            )
         weight, bias = (first or last)[0], (first or last)[1]
         joined = (weight @ end.weight, bias + (weight @ end.bias if end.bias is not None else 0))
-        return _timm(visual.trunk, config, joined if first else None, last if first else joined, embed_dim, end)
+        return _timm(
+            visual.trunk,
+            config,
+            joined if first else None,
+            last if first else joined,
+            embed_dim,
+            end,
+        )
     if first:
-        raise _no("open_clip's own towers end in one linear map, and this projector has a hidden layer", "distil with projector_hidden: null")
+        raise _no(
+            "open_clip's own towers end in one linear map, and this projector has a hidden layer",
+            "distil with projector_hidden: null",
+        )
     weight, bias = last
     if "attnpool.c_proj.weight" in state:
         state["attnpool.c_proj.bias"] = bias + weight @ state["attnpool.c_proj.bias"]
         state["attnpool.c_proj.weight"] = weight @ state["attnpool.c_proj.weight"]
     else:
         state["proj"] = (state["proj"] @ weight.T) if "proj" in state else weight.T
-        before = torch.linalg.lstsq(state["proj"].double().T, bias.double()[:, None], driver="gelsd").solution[:, 0]
-        if (before @ state["proj"].double() - bias).abs().max() > 1e-6 * max(1.0, bias.abs().max().item()) or config.get("attentional_pool"):
+        before = torch.linalg.lstsq(
+            state["proj"].double().T, bias.double()[:, None], driver="gelsd"
+        ).solution[:, 0]
+        if (before @ state["proj"].double() - bias).abs().max() > 1e-6 * max(
+            1.0, bias.abs().max().item()
+        ) or config.get("attentional_pool"):
             what = f"its projector's bias has no place: {embed_dim} dimensions behind a tower of {state['ln_post.bias'].shape[0]}"
             raise _no(what, "use a bundle, or --layout optimum")
         state["ln_post.bias"] = state["ln_post.bias"] + before.float()
-    return {"embed_dim": embed_dim, "vision_cfg": config, "quick_gelu": model_config.get("quick_gelu", False)}, state
+    return {
+        "embed_dim": embed_dim,
+        "vision_cfg": config,
+        "quick_gelu": model_config.get("quick_gelu", False),
+    }, state
 
 
 Affine = tuple[Tensor, Tensor]
@@ -122,29 +173,58 @@ def _projector(projector: nn.Module) -> tuple[Affine | None, Affine]:
     if isinstance(projector, nn.Linear):
         return None, (projector.weight.detach(), projector.bias.detach())
     first, norm, _, last = projector.children()
-    weight, bias = fuse_linear_bn_weights(first.weight, first.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    weight, bias = fuse_linear_bn_weights(
+        first.weight,
+        first.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
     return (weight.detach(), bias.detach()), (last.weight.detach(), last.bias.detach())
 
 
 def _timm(
-    trunk: nn.Module, config: dict[str, Any], first: Affine | None, last: Affine, width: int, end: nn.Module | None = None
+    trunk: nn.Module,
+    config: dict[str, Any],
+    first: Affine | None,
+    last: Affine,
+    width: int,
+    end: nn.Module | None = None,
 ) -> tuple[dict[str, Any], State]:
     """A timm trunk without its classifier `end`, and open_clip's head on it: Linear, or Linear, GELU, Linear of 2 * width."""
     dropped = {id(p) for p in end.parameters()} if end is not None else set()
     of_end = {k for k, p in trunk.named_parameters() if id(p) in dropped}
     state = {f"trunk.{k}": v for k, v in trunk.state_dict().items() if k not in of_end}
-    config = {**config, "timm_model_pretrained": False, "timm_proj": "mlp" if first else "linear", "timm_proj_bias": True}
+    config = {
+        **config,
+        "timm_model_pretrained": False,
+        "timm_proj": "mlp" if first else "linear",
+        "timm_proj_bias": True,
+    }
     if (first or last)[0].shape[1] != trunk.num_features:
-        raise _no(f"{config['timm_model_name']} has a layer behind its pooling, which has no place there", "use a bundle, or --layout optimum")
+        raise _no(
+            f"{config['timm_model_name']} has a layer behind its pooling, which has no place there",
+            "use a bundle, or --layout optimum",
+        )
     if first is None:
         state["head.proj.weight"], state["head.proj.bias"] = last
         return {"embed_dim": width, "vision_cfg": config}, state
     more = 2 * width - len(first[0])
     if more < 0:
-        raise _no(f"its projector has {len(first[0])} hidden units, open_clip's has 2 * {width}", f"distil with projector_hidden: {2 * width} or less")
-    state["head.mlp.fc1.weight"] = F.pad(STEEP * first[0], (0, 0, 0, more))  # units beyond the student's are zero
+        raise _no(
+            f"its projector has {len(first[0])} hidden units, open_clip's has 2 * {width}",
+            f"distil with projector_hidden: {2 * width} or less",
+        )
+    state["head.mlp.fc1.weight"] = F.pad(
+        STEEP * first[0], (0, 0, 0, more)
+    )  # units beyond the student's are zero
     state["head.mlp.fc1.bias"] = F.pad(STEEP * first[1], (0, more))
-    state["head.mlp.fc2.weight"], state["head.mlp.fc2.bias"] = F.pad(last[0] / STEEP, (0, more)), last[1]
+    state["head.mlp.fc2.weight"], state["head.mlp.fc2.bias"] = (
+        F.pad(last[0] / STEEP, (0, more)),
+        last[1],
+    )
     return {"embed_dim": width, "vision_cfg": config}, state
 
 
@@ -154,7 +234,9 @@ def _text_spec(asked: recipe.Recipe) -> OpenClip:
         return asked.student.text
     if not isinstance(asked.teacher, OpenClip) or isinstance(asked.adapt, recipe.Prompts):
         what = "its text side is a sentence encoder, learnt prompts or stored features, and no open_clip text tower"
-        raise _no(what, "use --layout optimum, or give the student a text tower of its own (student.text)")
+        raise _no(
+            what, "use --layout optimum, or give the student a text tower of its own (student.text)"
+        )
     return asked.teacher
 
 
@@ -174,7 +256,11 @@ def _text_tower(text: TextTower, spec: OpenClip) -> tuple[dict[str, Any], bool, 
         raise _no(f"{spec.model} has a Hugging Face text tower", "use --layout optimum")
     own = model.text if hasattr(model, "text") else model
     left_out = () if hasattr(model, "text") else ("visual.", "logit_scale", "logit_bias")
-    state = {k: v for k, v in own.state_dict().items() if not k.startswith((*left_out, "text_projection"))}
+    state = {
+        k: v
+        for k, v in own.state_dict().items()
+        if not k.startswith((*left_out, "text_projection"))
+    }
     end = own.text_projection
     if isinstance(module, TextModule):
         state |= {k: v for k, v in own.state_dict().items() if k.startswith("text_projection")}
@@ -186,7 +272,11 @@ def _text_tower(text: TextTower, spec: OpenClip) -> tuple[dict[str, Any], bool, 
     elif end is not None:
         weight = weight @ end.T
     state |= {"text_projection.weight": weight, "text_projection.bias": bias}
-    return {**config["text_cfg"], "proj_bias": True, "proj_type": "linear"}, config.get("quick_gelu", False), state
+    return (
+        {**config["text_cfg"], "proj_bias": True, "proj_type": "linear"},
+        config.get("quick_gelu", False),
+        state,
+    )
 
 
 @torch.inference_mode()
@@ -200,8 +290,16 @@ def _compare(folder: Path, student: Student, text: TextTower, size: int) -> None
         raise _no(" ".join(str(e).split())[:200], "use a bundle, or --layout optimum") from None
     generator = torch.Generator().manual_seed(0)
     pixels: Float[Tensor, "4 3 H W"] = torch.randn(4, 3, size, size, generator=generator)
-    ids: Int[Tensor, "4 L"] = students.token_ids(text, ["a photo of a cat", "a red umbrella", "the letter A", "shoes"])
-    pairs = ((model.encode_image(pixels, normalize=True), student(pixels)), (model.encode_text(ids, normalize=True), text.module(ids)))
+    ids: Int[Tensor, "4 L"] = students.token_ids(
+        text, ["a photo of a cat", "a red umbrella", "the letter A", "shoes"]
+    )
+    pairs = (
+        (model.encode_image(pixels, normalize=True), student(pixels)),
+        (model.encode_text(ids, normalize=True), text.module(ids)),
+    )
     for which, (found, wanted) in zip(("image", "text"), pairs, strict=True):
         if (error := (found - wanted).abs().max().item()) > MAX_ERROR:
-            raise _no(f"its {which} features differ by {error:.1e} there", "use a bundle, or --layout optimum; and report this")
+            raise _no(
+                f"its {which} features differ by {error:.1e} there",
+                "use a bundle, or --layout optimum; and report this",
+            )

@@ -16,7 +16,9 @@ from edgeclip.host.graph.policy import Quantisation
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 
 
-def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path) -> str:
+def write(
+    model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path
+) -> str:
     """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 targets."""
     ov_model = _convert(model if quantisation is None else quantisation.calibrated.model, folder)
     if target.precision == "int8":
@@ -37,10 +39,17 @@ def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | N
 
 
 def _ranges(method: str) -> Any:
-    from nncf.quantization.range_estimator import AggregatorType, RangeEstimatorParameters, StatisticsCollectorParameters, StatisticsType
+    from nncf.quantization.range_estimator import (
+        AggregatorType,
+        RangeEstimatorParameters,
+        StatisticsCollectorParameters,
+        StatisticsType,
+    )
 
     if method not in ("minmax", "mean"):
-        raise EdgeclipError(f"calibration.methods: {method}", "is no method for openvino", "use minmax or mean")
+        raise EdgeclipError(
+            f"calibration.methods: {method}", "is no method for openvino", "use minmax or mean"
+        )
     over = AggregatorType.MEAN if method == "mean" else None
     return RangeEstimatorParameters(
         min=StatisticsCollectorParameters(StatisticsType.MIN, over or AggregatorType.MIN),
@@ -51,7 +60,11 @@ def _ranges(method: str) -> Any:
 def _ignored(ov_model: Any, quantisation: Quantisation, nncf: Any) -> Any:
     """What stays in float: residual additions unless the form takes them, and the layers that the policy names, by OpenVINO's
     names, which end in the ONNX node's output name."""
-    outputs = {n.output[0]: n.name for n in quantisation.calibrated.model.graph.node if n.name in quantisation.float_layers}
+    outputs = {
+        n.output[0]: n.name
+        for n in quantisation.calibrated.model.graph.node
+        if n.name in quantisation.float_layers
+    }
     found: dict[str, str] = {}
     for op in ov_model.get_ordered_ops():
         for name in (n for o in op.outputs() for n in o.get_names()):
@@ -61,7 +74,11 @@ def _ignored(ov_model: Any, quantisation: Quantisation, nncf: Any) -> Any:
                     op = op.input_value(0).get_node()
                 found[outputs[name]] = op.get_friendly_name()
     if missing := quantisation.float_layers.keys() - found.keys():
-        raise EdgeclipError("openvino", f"layers to keep in float were not found after conversion ({', '.join(sorted(missing))})", "report this")
+        raise EdgeclipError(
+            "openvino",
+            f"layers to keep in float were not found after conversion ({', '.join(sorted(missing))})",
+            "report this",
+        )
     names = [*found.values(), *_after_last_product(ov_model)]
     # NNCF would put residual additions and pooling into int8 too. validate=False: a tower may have none.
     types = ["ReduceMean"] if quantisation.form.layers == "residual" else ["Add", "ReduceMean"]
@@ -73,7 +90,10 @@ def _after_last_product(ov_model: Any) -> list[str]:
     names, todo = [], [ov_model.get_results()[0].input_value(0).get_node()]
     while todo:
         op = todo.pop()
-        if op.get_type_name() not in (*PRODUCTS, "Constant", "Parameter") and op.get_friendly_name() not in names:
+        if (
+            op.get_type_name() not in (*PRODUCTS, "Constant", "Parameter")
+            and op.get_friendly_name() not in names
+        ):
             names.append(op.get_friendly_name())
             todo += [v.get_node() for v in op.input_values()]
     return names
@@ -91,7 +111,9 @@ def _convert(model: onnx.ModelProto, folder: Path) -> Any:
     try:
         import openvino as ov
     except ImportError:
-        raise EdgeclipError("openvino", "is not installed", "pip install 'edgeclip[openvino]'") from None
+        raise EdgeclipError(
+            "openvino", "is not installed", "pip install 'edgeclip[openvino]'"
+        ) from None
     path = folder / ".float.onnx"
     try:
         graph.save(model, path)
@@ -104,7 +126,9 @@ def _nncf() -> Any:
     try:
         import nncf
     except ImportError:
-        raise EdgeclipError("nncf", "is not installed", "pip install 'edgeclip[openvino]'") from None
+        raise EdgeclipError(
+            "nncf", "is not installed", "pip install 'edgeclip[openvino]'"
+        ) from None
     nncf.set_log_level(logging.ERROR)
     return nncf
 

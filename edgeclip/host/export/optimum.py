@@ -43,7 +43,11 @@ def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
     edu_attention = bundle.head if head else None
     check(bundle.manifest["runtime"], bool(bundle.manifest["text"]), edu_attention, bundle_folder)
     if bundle.manifest["text"].get("vocabulary"):
-        raise EdgeclipError("--layout optimum", "a tokenizer.json cannot refuse the tokens that --vocabulary leaves out", "leave --vocabulary out")
+        raise EdgeclipError(
+            "--layout optimum",
+            "a tokenizer.json cannot refuse the tokens that --vocabulary leaves out",
+            "leave --vocabulary out",
+        )
     with disk.new_folder(out) as folder:
         config = _config(bundle)
         if bundle.manifest["runtime"] == "openvino":
@@ -52,23 +56,43 @@ def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
         else:
             graph.save(_two_towers(bundle, edu_attention), folder / "model.onnx")
             disk.write_json(folder / "config.json", config)
-        words = tokenizer.load(bundle.file("tokenizer.json").read_text(encoding="utf-8"), bundle.manifest["text"]["context_length"])
+        words = tokenizer.load(
+            bundle.file("tokenizer.json").read_text(encoding="utf-8"),
+            bundle.manifest["text"]["context_length"],
+        )
         disk.write_text(folder / "tokenizer.json", words.to_str())
         same = ("target", "preprocess", "logit_scale", "licences", "versions")
-        parents = {**bundle.manifest["parents"], "bundle": disk.sha256(bundle_folder / disk.MANIFEST)}
-        disk.write_manifest(folder, "optimum", {k: bundle.manifest[k] for k in same} | {"parents": parents})
+        parents = {
+            **bundle.manifest["parents"],
+            "bundle": disk.sha256(bundle_folder / disk.MANIFEST),
+        }
+        disk.write_manifest(
+            folder, "optimum", {k: bundle.manifest[k] for k in same} | {"parents": parents}
+        )
     return out
 
 
 def check(runtime: str, text: bool, head: EduAttention | None, where: object) -> None:
     """Raises `EdgeclipError` where a student, or a target, cannot be said in this layout."""
     if runtime == "tensorrt":
-        raise EdgeclipError(f"{where}: --layout optimum", "optimum has no class for a TensorRT engine", "take an ONNX or OpenVINO target")
+        raise EdgeclipError(
+            f"{where}: --layout optimum",
+            "optimum has no class for a TensorRT engine",
+            "take an ONNX or OpenVINO target",
+        )
     if not text:
-        raise EdgeclipError(f"{where}: --layout optimum", "needs a text encoder, and this has none", "distil with text_encoder: true, or use the bundle itself")
+        raise EdgeclipError(
+            f"{where}: --layout optimum",
+            "needs a text encoder, and this has none",
+            "distil with text_encoder: true, or use the bundle itself",
+        )
     if runtime == "openvino" and head is not None and head.alpha:
         what = f"EduAttention (alpha {head.alpha:.3f}) changes the class scores, which OVModelOpenCLIPForZeroShotImageClassification computes itself"
-        raise EdgeclipError(f"{where}: --layout optimum", what, "take an ONNX target, or leave it out with --no-head")
+        raise EdgeclipError(
+            f"{where}: --layout optimum",
+            what,
+            "take an ONNX target, or leave it out with --no-head",
+        )
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:
@@ -78,22 +102,36 @@ def _config(bundle: Bundle) -> dict[str, Any]:
         "model_type": "clip",
         "projection_dim": bundle.manifest["embed_dim"],
         "logit_scale_init_value": math.log(bundle.logit_scale),
-        "model_cfg": {"vision_cfg": {"image_size": p.size}, "text_cfg": {"context_length": text["context_length"]}},
+        "model_cfg": {
+            "vision_cfg": {"image_size": p.size},
+            "text_cfg": {"context_length": text["context_length"]},
+        },
         "vision_config": {"image_size": p.size},
         "text_config": {"max_position_embeddings": text["context_length"]},
-        "preprocess_cfg": {"size": p.size, "mean": p.mean, "std": p.std, "interpolation": p.interpolation, "resize_mode": p.resize},
+        "preprocess_cfg": {
+            "size": p.size,
+            "mean": p.mean,
+            "std": p.std,
+            "interpolation": p.interpolation,
+            "resize_mode": p.resize,
+        },
     }
 
 
 def _write_openvino(bundle: Bundle, folder: Path) -> None:
     import openvino as ov
 
-    names = {"image_encoder": ("openvino_model_vision.xml", "x", "image_features"), "text_encoder": ("openvino_model_text.xml", "text", "text_features")}
+    names = {
+        "image_encoder": ("openvino_model_vision.xml", "x", "image_features"),
+        "text_encoder": ("openvino_model_text.xml", "text", "text_features"),
+    }
     for file, (name, read, made) in names.items():
         model = ov.Core().read_model(bundle.file(f"{file}.xml"))
         model.input(0).get_tensor().set_names({read})
         model.output(0).get_tensor().set_names({made})
-        ov.save_model(model, folder / name, compress_to_fp16=False)  # its weights keep the types that they have
+        ov.save_model(
+            model, folder / name, compress_to_fp16=False
+        )  # its weights keep the types that they have
 
 
 def _two_towers(bundle: Bundle, head: EduAttention | None) -> onnx.ModelProto:
@@ -108,36 +146,67 @@ def _two_towers(bundle: Bundle, head: EduAttention | None) -> onnx.ModelProto:
     scores = _scores(head, bundle.logit_scale, bundle.manifest["embed_dim"], opset)
     scores.ir_version = text.ir_version = image.ir_version
     towers = compose.merge_models(image, text, io_map=[])
-    whole = compose.merge_models(towers, scores, io_map=[("image_features", "u"), ("text/text_features", "w")])
+    whole = compose.merge_models(
+        towers, scores, io_map=[("image_features", "u"), ("text/text_features", "w")]
+    )
     _rename(whole, {"pixels": "pixel_values", "text/input_ids": "input_ids"})
     onnx.checker.check_model(whole)
     return whole
 
 
-def _scores(head: EduAttention | None, logit_scale: float, width: int, opset: int) -> onnx.ModelProto:
+def _scores(
+    head: EduAttention | None, logit_scale: float, width: int, opset: int
+) -> onnx.ModelProto:
     """`zero_shot.class_scores` as a graph: unit rows u [images, D] and w [texts, D] to scaled scores both ways."""
     constants: dict[str, Any] = {"scale": np.float32(logit_scale)}
     lines = ["image_embeds = Identity(u)", "text_embeds = Identity(w)"]
     if head is None or not head.alpha:
         lines.append("v = Identity(u)")
     else:
-        constants |= {"fc": head.weight.T, "fc_bias": head.bias, "alpha": np.float32(head.alpha), "temperature": np.float32(head.temperature)}
+        constants |= {
+            "fc": head.weight.T,
+            "fc_bias": head.bias,
+            "alpha": np.float32(head.alpha),
+            "temperature": np.float32(head.temperature),
+        }
         through = ["{0}_product = MatMul({1}, fc)", "{0} = Add({0}_product, fc_bias)"]
         for place, name, before in (("query", "query", "u"), ("key_value", "key", "w")):
-            lines += [line.format(name, before) for line in (through if head.fc == place else ["{0} = Identity({1})"])]
-        lines += ["key_t = Transpose<perm=[1, 0]>(key)", "raw = MatMul(query, key_t)", "logits = Div(raw, temperature)", "attention = Softmax<axis=1>(logits)"]
+            lines += [
+                line.format(name, before)
+                for line in (through if head.fc == place else ["{0} = Identity({1})"])
+            ]
+        lines += [
+            "key_t = Transpose<perm=[1, 0]>(key)",
+            "raw = MatMul(query, key_t)",
+            "logits = Div(raw, temperature)",
+            "attention = Softmax<axis=1>(logits)",
+        ]
         lines.append("attended = MatMul(attention, key)")
-        lines += [line.format("f_att", "attended") for line in (through if head.fc == "output" else ["{0} = Identity({1})"])]
-        lines += ["added = Mul(alpha, f_att)", "sum = Add(u, added)", "v = LpNormalization<axis=1, p=2>(sum)" if head.normalise else "v = Identity(sum)"]
-    lines += ["w_t = Transpose<perm=[1, 0]>(w)", "cosine = MatMul(v, w_t)", "logits_per_image = Mul(scale, cosine)"]
+        lines += [
+            line.format("f_att", "attended")
+            for line in (through if head.fc == "output" else ["{0} = Identity({1})"])
+        ]
+        lines += [
+            "added = Mul(alpha, f_att)",
+            "sum = Add(u, added)",
+            "v = LpNormalization<axis=1, p=2>(sum)" if head.normalise else "v = Identity(sum)",
+        ]
+    lines += [
+        "w_t = Transpose<perm=[1, 0]>(w)",
+        "cosine = MatMul(v, w_t)",
+        "logits_per_image = Mul(scale, cosine)",
+    ]
     lines.append("logits_per_text = Transpose<perm=[1, 0]>(logits_per_image)")
-    made = (
-        f"float[images, texts] logits_per_image, float[texts, images] logits_per_text, float[texts, {width}] text_embeds, float[images, {width}] image_embeds"
-    )
+    made = f"float[images, texts] logits_per_image, float[texts, images] logits_per_text, float[texts, {width}] text_embeds, float[images, {width}] image_embeds"
     header = f'<ir_version: {graph.IR_VERSION}, opset_import: ["" : {opset}]>'
     body = "\n".join(lines)
-    model = onnx.parser.parse_model(f"{header} scores (float[images, {width}] u, float[texts, {width}] w) => ({made}) {{ {body} }}")
-    model.graph.initializer.extend(numpy_helper.from_array(np.ascontiguousarray(v, np.float32), k) for k, v in constants.items())
+    model = onnx.parser.parse_model(
+        f"{header} scores (float[images, {width}] u, float[texts, {width}] w) => ({made}) {{ {body} }}"
+    )
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.ascontiguousarray(v, np.float32), k)
+        for k, v in constants.items()
+    )
     return model
 
 

@@ -76,16 +76,38 @@ def search(
     assert spec is not None
     reduce_range = policy.reduced_range(target)
     with tempfile.TemporaryDirectory() as temporary:
-        task = Task(model, pictures, target, exporter, answers, policy.features(model, pictures.judged), Path(temporary))
+        task = Task(
+            model,
+            pictures,
+            target,
+            exporter,
+            answers,
+            policy.features(model, pictures.judged),
+            Path(temporary),
+        )
         tried = [_try(task, learnt, 0)] if learnt else list[Candidate]()
         if learnt and tried[0].short:
             raise Refused(
-                "distill.quantize", f"the student that learnt with rounding does not hold: {'; '.join(tried[0].short)}", "train it longer (distill.epochs)"
+                "distill.quantize",
+                f"the student that learnt with rounding does not hold: {'; '.join(tried[0].short)}",
+                "train it longer (distill.epochs)",
             )
         outer: dict[str, float] | None = None
-        forms = [] if learnt else itertools.product(spec.methods, spec.smoothing, spec.layers, spec.model_types)
+        forms = (
+            []
+            if learnt
+            else itertools.product(spec.methods, spec.smoothing, spec.layers, spec.model_types)
+        )
         for form in (Form(*values) for values in forms):
-            found = policy.choose(model, pictures.ranges, form, outer, spec, reduce_range, own_bias=target.runtime != "openvino")
+            found = policy.choose(
+                model,
+                pictures.ranges,
+                form,
+                outer,
+                spec,
+                reduce_range,
+                own_bias=target.runtime != "openvino",
+            )
             if found is None:
                 continue
             if outer is None:
@@ -103,7 +125,12 @@ def search(
         float_ms = _time(task, holding)
         chosen = _pick(holding, measured=float_ms is not None)
     for c in tried:
-        c.row["verdict"] = "chosen" if c is chosen else "; ".join(c.short) or ("slower, or less exact at the same speed" if float_ms else "less exact")
+        c.row["verdict"] = (
+            "chosen"
+            if c is chosen
+            else "; ".join(c.short)
+            or ("slower, or less exact at the same speed" if float_ms else "less exact")
+        )
     _refuse(chosen, target, spec, float_ms)
     record = chosen.quantisation.record() | {
         "judged_on": len(pictures.judged),
@@ -119,13 +146,25 @@ def _try(task: Task, quantisation: Quantisation, number: int) -> Candidate:
     folder.mkdir()
     path = folder / task.exporter.write(task.model, task.target, quantisation, folder)
     run = _session(task.target, path)
-    found = np.concatenate([run(task.pictures.judged[i : i + BATCH]) for i in range(0, len(task.pictures.judged), BATCH)])
-    close, tolerance, spec = cosine(found, task.reference), task.target.tolerance, task.target.calibration
+    found = np.concatenate(
+        [
+            run(task.pictures.judged[i : i + BATCH])
+            for i in range(0, len(task.pictures.judged), BATCH)
+        ]
+    )
+    close, tolerance, spec = (
+        cosine(found, task.reference),
+        task.target.tolerance,
+        task.target.calibration,
+    )
     least = max(tolerance.centred_cosine_p1, spec.judged_cosine_p1 if spec else 0.0)
     same, where_right = None, None
     if task.answers is not None:
         answers, reference = task.answers(found), task.answers(task.reference)
-        same, where_right = agreement(answers, reference), agreement(answers, reference, reference == task.pictures.labels)
+        same, where_right = (
+            agreement(answers, reference),
+            agreement(answers, reference, reference == task.pictures.labels),
+        )
     row: dict[str, Any] = {
         **quantisation.form._asdict(),
         "float_layers": len(quantisation.float_layers),
@@ -144,7 +183,11 @@ def _try(task: Task, quantisation: Quantisation, number: int) -> Candidate:
     form = ", ".join(str(v) for v in quantisation.form if v is not None)
     say(
         f"{form}, {row['float_layers']} layers in float: int8 share {quantisation.int8_share:.3f}, centred cosine p1 {close['centred_p1']:.4f}"
-        + "".join(f", {what} {v:.4f}" for what, v in (("top-1 agreement", same), ("where right", where_right)) if v is not None)
+        + "".join(
+            f", {what} {v:.4f}"
+            for what, v in (("top-1 agreement", same), ("where right", where_right))
+            if v is not None
+        )
     )
     return Candidate(quantisation, run, row, short)
 
@@ -155,12 +198,20 @@ def _give_back(task: Task, best: Candidate, spec: Calibration, number: int) -> l
     The most that the int8 share allows is tried first: where even that fails, nothing between can hold.
     """
     q = best.quantisation
-    alone = policy.damage(q.calibrated, q.nodes, task.pictures.ranges[: policy.PROBES], "damage of each layer", q.reduce_range)
+    alone = policy.damage(
+        q.calibrated,
+        q.nodes,
+        task.pictures.ranges[: policy.PROBES],
+        "damage of each layer",
+        q.reduce_range,
+    )
     worst = sorted(q.nodes, key=alone.__getitem__)
 
     def given(count: int) -> Quantisation:
         back = {n: round(alone[n], 4) for n in worst[:count]}
-        return policy.of_layers(q.form, q.calibration, q.calibrated, {**q.float_layers, **back}, q.reduce_range)
+        return policy.of_layers(
+            q.form, q.calibration, q.calibrated, {**q.float_layers, **back}, q.reduce_range
+        )
 
     most = 0
     while most < len(worst) and given(most + 1).int8_share >= spec.min_int8_share:
@@ -192,7 +243,10 @@ def _time(task: Task, candidates: list[Candidate]) -> float | None:
     folder = task.folder / "float"
     folder.mkdir()
     plain = msgspec.structs.replace(task.target, precision="fp32", calibration=None)
-    runs = [_session(plain, folder / task.exporter.write(task.model, plain, None, folder)), *(c.run for c in candidates)]
+    runs = [
+        _session(plain, folder / task.exporter.write(task.model, plain, None, folder)),
+        *(c.run for c in candidates),
+    ]
     x = task.pictures.judged[:1]
     laps: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):
@@ -227,16 +281,26 @@ def _refuse(chosen: Candidate, target: Target, spec: Calibration, float_ms: floa
     share = chosen.quantisation.int8_share
     do = "take a float16 or float32 target, or lower the limit in a target of your own"
     if share < spec.min_int8_share:
-        raise Refused(target.runtime, f"only {share:.3f} of the multiply-accumulates stay in int8, below {spec.min_int8_share}", do)
+        raise Refused(
+            target.runtime,
+            f"only {share:.3f} of the multiply-accumulates stay in int8, below {spec.min_int8_share}",
+            do,
+        )
     if float_ms is not None and float_ms < spec.min_speedup * chosen.row["latency_ms"]:
         ms = chosen.row["latency_ms"]
         raise Refused(
-            target.runtime, f"int8 is {float_ms / ms:.2f} times as fast as float32 here ({ms:.2f} and {float_ms:.2f} ms), below {spec.min_speedup:g}", do
+            target.runtime,
+            f"int8 is {float_ms / ms:.2f} times as fast as float32 here ({ms:.2f} and {float_ms:.2f} ms), below {spec.min_speedup:g}",
+            do,
         )
 
 
 def _judged_in(target: Target) -> str:
-    return "onnxruntime on the CPU, a proxy of TensorRT's numerics" if target.runtime == "tensorrt" else target.runtime
+    return (
+        "onnxruntime on the CPU, a proxy of TensorRT's numerics"
+        if target.runtime == "tensorrt"
+        else target.runtime
+    )
 
 
 def _session(target: Target, path: Path) -> Callable[[np.ndarray], np.ndarray]:
@@ -251,6 +315,8 @@ def _session(target: Target, path: Path) -> Callable[[np.ndarray], np.ndarray]:
     options.intra_op_num_threads = 1
     if target.precision == "fp8":  # ONNX Runtime's rewriting of Q/DQ takes float8 for int8
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=UNSAFE_IN_HALF)
+    session = ort.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=UNSAFE_IN_HALF
+    )
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})[0]

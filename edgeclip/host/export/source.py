@@ -65,7 +65,9 @@ def from_run(run: Path) -> Source:
         spec = asked.data
         if not isinstance(spec, recipe.OpenMoji) and not Path(spec.root).is_dir():
             moved = f"say where it lies: edgeclip distill {run / 'recipe.yaml'} --out {run} --data {spec.name}=DIR"
-            raise EdgeclipError(spec.root, f"there is no such folder for the data '{spec.name}'", moved)
+            raise EdgeclipError(
+                spec.root, f"there is no such folder for the data '{spec.name}'", moved
+            )
         dataset = data.load(spec, CACHE)
         labelled = {p.key for p in dataset.labelled}
         return [p if p.key in labelled else p._replace(label=-1) for p in dataset.train]
@@ -73,7 +75,9 @@ def from_run(run: Path) -> Source:
     def load_text() -> TextTower:
         if own := students.load_text(run / "student"):
             return own
-        if isinstance(asked.adapt, recipe.Prompts):  # the features were made with its learnt context, so words must get it too
+        if isinstance(
+            asked.adapt, recipe.Prompts
+        ):  # the features were made with its learnt context, so words must get it too
             return promptsrc.load_text(asked.teacher, asked.adapt, run / "teacher")
         return teachers.load_text(asked.teacher)
 
@@ -103,7 +107,11 @@ def from_run(run: Path) -> Source:
         golden=index_tar(evaluation / "pictures.tar")[:8],
         golden_licence=manifest["licence"],
         licences=description["licences"],
-        parents={"student": disk.sha256(run / "student" / disk.MANIFEST), **description["parents"], **learnt},
+        parents={
+            "student": disk.sha256(run / "student" / disk.MANIFEST),
+            **description["parents"],
+            **learnt,
+        },
         quantised=run / "quantised" if learnt else None,
     )
 
@@ -117,7 +125,9 @@ class _Normalised(nn.Module):
         return F.normalize(self.tower(pixels), dim=-1)
 
 
-def from_model(name: str, weights_name: str, labels: list[str], images: Path | None, text: bool = True) -> Source:
+def from_model(
+    name: str, weights_name: str, labels: list[str], images: Path | None, text: bool = True
+) -> Source:
     """Any open_clip model (by name, or by a JSON file of its configuration), or any timm classifier. text: False leaves the text side out.
 
     A timm classifier has no text side, but it is a dual encoder all the same: its logits are the image feature and the
@@ -135,25 +145,48 @@ def from_model(name: str, weights_name: str, labels: list[str], images: Path | N
     spec: OpenClip | Timm
     if name in open_clip.list_models() or name.endswith(".json"):
         config = disk.read_json(Path(name)) if name.endswith(".json") else None
-        spec = OpenClip(model=Path(name).stem if config else name, weights=weights_name, config=config)
+        spec = OpenClip(
+            model=Path(name).stem if config else name, weights=weights_name, config=config
+        )
         if not text:
             return _image_side(spec, labels, pictures)
         teacher = open_clip_teacher.load(spec)
         templates = ["a photo of a {c}"]
-        features = teacher.encode_text(prompts(labels, templates)).numpy() if labels else np.zeros((0, teacher.embed_dim), np.float32)
+        features = (
+            teacher.encode_text(prompts(labels, templates)).numpy()
+            if labels
+            else np.zeros((0, teacher.embed_dim), np.float32)
+        )
         class_features = ensemble(features[:, None]) if labels else features
-        encoder, preprocess, load_text, scale = teacher.tower, teacher.preprocess, lambda: teachers.load_text(spec), teacher.logit_scale
+        encoder, preprocess, load_text, scale = (
+            teacher.tower,
+            teacher.preprocess,
+            lambda: teachers.load_text(spec),
+            teacher.logit_scale,
+        )
     else:
         if not timm.is_model(name):
-            raise EdgeclipError(name, "neither an open_clip nor a timm model", "see open_clip.list_models() and timm.list_models()")
+            raise EdgeclipError(
+                name,
+                "neither an open_clip nor a timm model",
+                "see open_clip.list_models() and timm.list_models()",
+            )
         spec = Timm(model=name, weights=weights_name, image_size=224)
         encoder, preprocess = weights.timm_model(spec, num_classes=None)
-        preprocess = msgspec.structs.replace(preprocess, size=encoder.pretrained_cfg["input_size"][-1])  # its own size
+        preprocess = msgspec.structs.replace(
+            preprocess, size=encoder.pretrained_cfg["input_size"][-1]
+        )  # its own size
         if labels and len(labels) != encoder.num_classes:
             raise EdgeclipError(
-                "--labels", f"has {len(labels)} labels, {name} has {encoder.num_classes} classes", "give the classifier's own labels in its order"
+                "--labels",
+                f"has {len(labels)} labels, {name} has {encoder.num_classes} classes",
+                "give the classifier's own labels in its order",
             )
-        class_features = np.eye(encoder.num_classes, dtype=np.float32) if labels else np.zeros((0, encoder.num_classes), np.float32)
+        class_features = (
+            np.eye(encoder.num_classes, dtype=np.float32)
+            if labels
+            else np.zeros((0, encoder.num_classes), np.float32)
+        )
         templates, load_text, scale = [], None, 1.0
     return Source(
         image_encoder=_Normalised(encoder).eval(),
@@ -176,7 +209,9 @@ def from_model(name: str, weights_name: str, labels: list[str], images: Path | N
 def _image_side(spec: OpenClip, labels: list[str], pictures: list[Picture]) -> Source:
     """An open_clip model's image encoder alone: no labels, no text, for an index or where its tokenizer is not at hand."""
     if labels:
-        raise EdgeclipError("--labels", "need the text side to be baked", "drop --image-only, or the labels")
+        raise EdgeclipError(
+            "--labels", "need the text side to be baked", "drop --image-only, or the labels"
+        )
     model, preprocess = weights.open_clip_model(spec)
     encoder = _Normalised(open_clip_teacher.ImageTower(model)).eval()
     with torch.inference_mode():
@@ -213,5 +248,9 @@ def _parents(spec: OpenClip | Timm, labels: list[str], pictures: list[Picture]) 
 def with_vocabulary(source: Source, texts: list[str]) -> Source:
     """The source with the tokens of labels, templates and `texts` alone. Raises `EdgeclipError` where it has no text side."""
     if not source.load_text:
-        raise EdgeclipError("--vocabulary", "there is no text encoder to keep words of", "leave it out")
-    return source._replace(vocabulary=texts, parents={**source.parents, "vocabulary": disk.fingerprint(texts)})
+        raise EdgeclipError(
+            "--vocabulary", "there is no text encoder to keep words of", "leave it out"
+        )
+    return source._replace(
+        vocabulary=texts, parents={**source.parents, "vocabulary": disk.fingerprint(texts)}
+    )

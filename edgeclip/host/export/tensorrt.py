@@ -26,10 +26,14 @@ E4M3_MAX = 448.0
 """the largest finite float8 E4M3"""
 
 
-def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path) -> str:
+def write(
+    model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path
+) -> str:
     """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 and fp8 targets."""
     if quantisation is not None:
-        model = quantise(quantisation.calibrated, quantisation.nodes, activations="int8", for_tensorrt=True)
+        model = quantise(
+            quantisation.calibrated, quantisation.nodes, activations="int8", for_tensorrt=True
+        )
         if target.precision == "fp8":
             model = to_fp8(model, quantisation.calibrated.model)
     path = folder / "image_encoder.onnx"
@@ -58,7 +62,9 @@ def to_fp8(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto
             done.add(name)
             constants[name].CopyFrom(numpy_helper.from_array(value, name))
 
-    for node in (n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")):
+    for node in (
+        n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")
+    ):
         scale, zero = (numpy_helper.to_array(constants[i]) for i in node.input[1:])
         if node.input[1] not in done:
             scale = np.asarray(scale * np.float32(127 / E4M3_MAX))
@@ -67,7 +73,11 @@ def to_fp8(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto
         if node.input[0] in constants and node.input[0] not in done:
             axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
             weight = floats[node.input[0].removesuffix("_quantized")]
-            across = scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)]) if scale.ndim else scale
+            across = (
+                scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+                if scale.ndim
+                else scale
+            )
             put(node.input[0], np.clip(weight / across, -E4M3_MAX, E4M3_MAX).astype(float8_e4m3fn))
     return model
 
@@ -76,7 +86,9 @@ def require_legal(path: Path, target: Target) -> dict[str, Any]:
     verdict = lint(path, target)
     if verdict["errors"]:
         raise EdgeclipError(
-            path.name, f"TensorRT refuses it ({'; '.join(verdict['errors'])[:300]})", "report this: the export policy should not have let it through"
+            path.name,
+            f"TensorRT refuses it ({'; '.join(verdict['errors'])[:300]})",
+            "report this: the export policy should not have let it through",
         )
     return verdict
 

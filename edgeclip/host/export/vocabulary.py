@@ -38,14 +38,29 @@ def prune(text: TextTower, texts: list[str]) -> Pruned:
     special = [i for i, token in words.get_added_tokens_decoder().items() if token.special]
     kept = np.unique(np.concatenate([needed.ravel(), np.array([0, *special], np.int64)]))
     module = copy.deepcopy(text.module)
-    tables = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Embedding) and m.num_embeddings > kept[-1]]
-    pooling = {getattr(m, field) for m in module.modules() for field in ("pool_type", "text_pool_type") if hasattr(m, field)}
+    tables = [
+        (name, m)
+        for name, m in module.named_modules()
+        if isinstance(m, nn.Embedding) and m.num_embeddings > kept[-1]
+    ]
+    pooling = {
+        getattr(m, field)
+        for m in module.modules()
+        for field in ("pool_type", "text_pool_type")
+        if hasattr(m, field)
+    }
     if len(tables) != 1 or "eos" in pooling:
-        what = "pools at an end token of a fixed number" if "eos" in pooling else f"has {len(tables)} embedding tables of the vocabulary's size"
+        what = (
+            "pools at an end token of a fixed number"
+            if "eos" in pooling
+            else f"has {len(tables)} embedding tables of the vocabulary's size"
+        )
         raise EdgeclipError("--vocabulary", f"this text tower {what}", "leave --vocabulary out")
     name, table = tables[0]
     with torch.no_grad():
-        module.set_submodule(name, nn.Embedding.from_pretrained(table.weight[torch.from_numpy(kept)].clone()))
+        module.set_submodule(
+            name, nn.Embedding.from_pretrained(table.weight[torch.from_numpy(kept)].clone())
+        )
     record = {
         "kept": len(kept),
         "lost": table.num_embeddings - len(kept),

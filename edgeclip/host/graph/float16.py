@@ -22,12 +22,28 @@ STAYS_FLOAT = {"Resize": (1, 2), "Upsample": (1,)}
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in float16, scales of Q/DQ included; input, output and L2 norm stay float32."""
     model = copy.deepcopy(model)
-    if control := [n.name for n in model.graph.node if any(a.type == onnx.AttributeProto.GRAPH for a in n.attribute)]:
-        raise EdgeclipError("float16", f"the graph has control flow ({control[0]})", "export a tower whose graph does not depend on its input")
+    if control := [
+        n.name
+        for n in model.graph.node
+        if any(a.type == onnx.AttributeProto.GRAPH for a in n.attribute)
+    ]:
+        raise EdgeclipError(
+            "float16",
+            f"the graph has control flow ({control[0]})",
+            "export a tower whose graph does not depend on its input",
+        )
     tail = set(graph.after_last_product(model))
-    constants = {name: value for name, value in graph.initializers(model).items() if value.dtype == np.float32}
+    constants = {
+        name: value
+        for name, value in graph.initializers(model).items()
+        if value.dtype == np.float32
+    }
     typed = onnx.shape_inference.infer_shapes(model).graph
-    floats = {v.name for v in (*typed.value_info, *typed.input) if v.type.tensor_type.elem_type == TensorProto.FLOAT}
+    floats = {
+        v.name
+        for v in (*typed.value_info, *typed.input)
+        if v.type.tensor_type.elem_type == TensorProto.FLOAT
+    }
     kept = [n for n in model.graph.node if n.op_type != "Constant" or n.output[0] not in constants]
     others = [i for i in model.graph.initializer if i.name not in constants]
     del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
@@ -54,7 +70,11 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
         for i, name in enumerate(node.input):
             wants_half = half and i not in STAYS_FLOAT.get(node.op_type, ())
             if name in constants:
-                node.input[i] = add(f"{name}_half", _half(constants[name])) if wants_half else add(name, constants[name])
+                node.input[i] = (
+                    add(f"{name}_half", _half(constants[name]))
+                    if wants_half
+                    else add(name, constants[name])
+                )
             elif name in floats:
                 is_half = name not in of_tail and name not in inputs
                 if wants_half and not is_half:
@@ -67,7 +87,11 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
             for a in node.attribute:
                 if node.op_type == "Cast" and a.name == "to" and a.i == TensorProto.FLOAT:
                     a.i = TensorProto.FLOAT16
-                elif node.op_type == "ConstantOfShape" and a.name == "value" and a.t.data_type == TensorProto.FLOAT:
+                elif (
+                    node.op_type == "ConstantOfShape"
+                    and a.name == "value"
+                    and a.t.data_type == TensorProto.FLOAT
+                ):
                     a.t.CopyFrom(numpy_helper.from_array(_half(numpy_helper.to_array(a.t))))
         model.graph.node.append(node)
         for i, name in enumerate(node.output):

@@ -72,26 +72,48 @@ def reduced_range(target: Target) -> bool:
     if target.reduce_range == "as_host":
         saturates = machine.saturates(machine.facts())
         if saturates is None:
-            raise EdgeclipError("reduce_range: as_host", "this machine's x86 instruction set cannot be read", "say always or never in a target of your own")
+            raise EdgeclipError(
+                "reduce_range: as_host",
+                "this machine's x86 instruction set cannot be read",
+                "say always or never in a target of your own",
+            )
         return saturates
     return target.reduce_range == "always"
 
 
-def outer_layers(calibrated: Calibrated, pictures: np.ndarray, spec: Calibration, reduce_range: bool = False) -> dict[str, float]:
+def outer_layers(
+    calibrated: Calibrated, pictures: np.ndarray, spec: Calibration, reduce_range: bool = False
+) -> dict[str, float]:
     """The first and last layers that alone leave less centred cosine than the target allows, each with what it leaves."""
     products = graph.matrix_products(calibrated.model)
-    edge = products if len(products) <= 2 * spec.probe_layers else [*products[: spec.probe_layers], *products[-spec.probe_layers :]]
+    edge = (
+        products
+        if len(products) <= 2 * spec.probe_layers
+        else [*products[: spec.probe_layers], *products[-spec.probe_layers :]]
+    )
     if not spec.probe_layers:
         return {}
     found = damage(calibrated, edge, pictures[:PROBES], "sensitivity of outer layers", reduce_range)
     return {name: round(cosine, 4) for name, cosine in found.items() if cosine < spec.layer_cosine}
 
 
-def damage(calibrated: Calibrated, layers: list[str], pictures: np.ndarray, what: str, reduce_range: bool = False) -> dict[str, float]:
+def damage(
+    calibrated: Calibrated,
+    layers: list[str],
+    pictures: np.ndarray,
+    what: str,
+    reduce_range: bool = False,
+) -> dict[str, float]:
     """The centred cosine that quantising each layer alone leaves (U8S8, whatever the target: it ranks layers)."""
     reference = features(calibrated.model, pictures)
     return {
-        name: centred_cosine(features(quantise(calibrated, [name], activations="uint8", reduce_range=reduce_range), pictures), reference)
+        name: centred_cosine(
+            features(
+                quantise(calibrated, [name], activations="uint8", reduce_range=reduce_range),
+                pictures,
+            ),
+            reference,
+        )
         for name in track(layers, what, len(layers))
     }
 
@@ -118,25 +140,50 @@ def choose(
     if smoothed is None:
         return None
     calibrated = calibrate(smoothed, calibration, form.method)
-    damaged: dict[str, float | None] = dict(outer_layers(calibrated, calibration, spec, reduce_range) if float_layers is None else float_layers)
+    damaged: dict[str, float | None] = dict(
+        outer_layers(calibrated, calibration, spec, reduce_range)
+        if float_layers is None
+        else float_layers
+    )
     apart = graph.depthwise(calibrated.model)
     if form.layers == "dense":
         if not set(apart) - damaged.keys():
             return None
         damaged = {**dict.fromkeys(apart), **damaged}
     if apart and own_bias:
-        calibrated = correct_bias(calibrated, [n for n in graph.matrix_products(calibrated.model) if n not in damaged], calibration, reduce_range)
+        calibrated = correct_bias(
+            calibrated,
+            [n for n in graph.matrix_products(calibrated.model) if n not in damaged],
+            calibration,
+            reduce_range,
+        )
     return of_layers(form, calibration, calibrated, damaged, reduce_range)
 
 
-def of_layers(form: Form, calibration: np.ndarray, calibrated: Calibrated, float_layers: dict[str, float | None], reduce_range: bool) -> Quantisation:
+def of_layers(
+    form: Form,
+    calibration: np.ndarray,
+    calibrated: Calibrated,
+    float_layers: dict[str, float | None],
+    reduce_range: bool,
+) -> Quantisation:
     products = graph.matrix_products(calibrated.model)
     macs = graph.macs(calibrated.model, products, calibration[:1])
     kept = [n for n in products if n not in float_layers]
-    return Quantisation(form, calibration, calibrated, kept, float_layers, round(sum(macs[n] for n in kept) / sum(macs.values()), 4), reduce_range)
+    return Quantisation(
+        form,
+        calibration,
+        calibrated,
+        kept,
+        float_layers,
+        round(sum(macs[n] for n in kept) / sum(macs.values()), 4),
+        reduce_range,
+    )
 
 
-def correct_bias(calibrated: Calibrated, nodes: list[str], calibration: np.ndarray, reduce_range: bool = False) -> Calibrated:
+def correct_bias(
+    calibrated: Calibrated, nodes: list[str], calibration: np.ndarray, reduce_range: bool = False
+) -> Calibrated:
     """Takes from each convolution's bias what rounding its weights adds to its output's mean over the calibration pictures.
 
     The shift is that of the layer alone, its input as the float network gives it: beside each convolution runs a second one
@@ -144,20 +191,33 @@ def correct_bias(calibrated: Calibrated, nodes: list[str], calibration: np.ndarr
     """
     if not nodes:
         return calibrated
-    constants, rounded = graph.initializers(calibrated.model), graph.initializers(quantise(calibrated, nodes, activations="int8", reduce_range=reduce_range))
+    constants, rounded = (
+        graph.initializers(calibrated.model),
+        graph.initializers(
+            quantise(calibrated, nodes, activations="int8", reduce_range=reduce_range)
+        ),
+    )
     wanted = set(nodes)
     stored = {i.name for i in calibrated.model.graph.initializer}
-    convolutions = [n for n in calibrated.model.graph.node if n.name in wanted and n.op_type == "Conv" and len(n.input) > 2 and n.input[2] in stored]
+    convolutions = [
+        n
+        for n in calibrated.model.graph.node
+        if n.name in wanted and n.op_type == "Conv" and len(n.input) > 2 and n.input[2] in stored
+    ]
     probe = onnx.ModelProto()
     probe.CopyFrom(calibrated.model)
     del probe.graph.output[:]
     for n in convolutions:
         scale = rounded[f"{n.input[1]}_scale"].reshape(-1, 1, 1, 1)
-        error = (rounded[f"{n.input[1]}_quantized"] * scale - constants[n.input[1]]).astype(np.float32)
+        error = (rounded[f"{n.input[1]}_quantized"] * scale - constants[n.input[1]]).astype(
+            np.float32
+        )
         beside = onnx.NodeProto()
         beside.CopyFrom(n)
         del beside.input[:], beside.output[:]
-        beside.name, weight, out, mean = (f"{n.name}_{what}" for what in ("beside", "error", "shift", "mean"))
+        beside.name, weight, out, mean = (
+            f"{n.name}_{what}" for what in ("beside", "error", "shift", "mean")
+        )
         beside.input.extend([n.input[0], weight])
         beside.output.append(out)
         probe.graph.initializer.append(numpy_helper.from_array(error, weight))
@@ -167,13 +227,20 @@ def correct_bias(calibrated: Calibrated, nodes: list[str], calibration: np.ndarr
     shift = [0.0] * len(convolutions)
     for at in range(0, len(calibration), PROBES):
         means = session.run(None, {session.get_inputs()[0].name: calibration[at : at + PROBES]})
-        shift = [total + m.sum(axis=(0, 2, 3)) / len(calibration) for total, m in zip(shift, means, strict=True)]
+        shift = [
+            total + m.sum(axis=(0, 2, 3)) / len(calibration)
+            for total, m in zip(shift, means, strict=True)
+        ]
     model = onnx.ModelProto()
     model.CopyFrom(calibrated.model)
     by_name = {n.name: n for n in model.graph.node}
-    for n, by in zip(convolutions, shift, strict=True):  # a bias of its own: equal ones may be one constant
+    for n, by in zip(
+        convolutions, shift, strict=True
+    ):  # a bias of its own: equal ones may be one constant
         name = f"{n.name}_bias_corrected"
-        model.graph.initializer.append(numpy_helper.from_array((constants[n.input[2]] - by).astype(np.float32), name))
+        model.graph.initializer.append(
+            numpy_helper.from_array((constants[n.input[2]] - by).astype(np.float32), name)
+        )
         by_name[n.name].input[2] = name
     graph.drop_unread(model)
     return Calibrated(model, calibrated.ranges)
@@ -183,9 +250,13 @@ def features(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
     """[n, D] of inputs x [n, 3, H, W], in ONNX Runtime."""
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return np.concatenate([session.run(None, {name: x[i : i + PROBES]})[0] for i in range(0, len(x), PROBES)])
+    return np.concatenate(
+        [session.run(None, {name: x[i : i + PROBES]})[0] for i in range(0, len(x), PROBES)]
+    )
 
 
 def centred_cosine(features: np.ndarray, reference: np.ndarray) -> float:
     mean = reference.mean(axis=0)
-    return float((l2_normalise(features - mean) * l2_normalise(reference - mean)).sum(axis=1).mean())
+    return float(
+        (l2_normalise(features - mean) * l2_normalise(reference - mean)).sum(axis=1).mean()
+    )

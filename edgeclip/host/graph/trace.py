@@ -22,14 +22,18 @@ IR_VERSION = 10
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
-def to_onnx(module: nn.Module, example: torch.Tensor, input_name: str, output_name: str, opset: int) -> onnx.ModelProto:
+def to_onnx(
+    module: nn.Module, example: torch.Tensor, input_name: str, output_name: str, opset: int
+) -> onnx.ModelProto:
     """One input, one output, both with a dynamic first axis named `batch`; checked by onnx."""
     buffer = io.BytesIO()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")  # tracer warnings of constant shapes, and the exporter's own age
+            warnings.simplefilter(
+                "ignore"
+            )  # tracer warnings of constant shapes, and the exporter's own age
             torch.onnx.export(
                 module.eval(), (example,), buffer, input_names=[input_name], output_names=[output_name],
                 dynamic_axes={input_name: {0: "batch"}, output_name: {0: "batch"}}, opset_version=opset, dynamo=False,
@@ -74,7 +78,9 @@ def initializers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     found = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant":
-            found[node.output[0]] = next(numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value")
+            found[node.output[0]] = next(
+                numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"
+            )
     return found
 
 
@@ -94,15 +100,33 @@ def merge_pads(model: onnx.ModelProto) -> None:
         amounts = constants.get(pad.input[1]) if len(pad.input) > 1 else None
         value = constants.get(pad.input[2]) if len(pad.input) > 2 and pad.input[2] else np.zeros(())
         after = readers.get(pad.output[0], [])
-        if mode != "constant" or amounts is None or len(amounts) != 8 or value is None or value.item() != 0:
+        if (
+            mode != "constant"
+            or amounts is None
+            or len(amounts) != 8
+            or value is None
+            or value.item() != 0
+        ):
             continue
-        if pad.output[0] in outputs or any(amounts[[0, 1, 4, 5]]) or len(after) != 1 or after[0].op_type != "Conv":
+        if (
+            pad.output[0] in outputs
+            or any(amounts[[0, 1, 4, 5]])
+            or len(after) != 1
+            or after[0].op_type != "Conv"
+        ):
             continue
         conv = after[0]
         own = next((list(a.ints) for a in conv.attribute if a.name == "pads"), [0, 0, 0, 0])
         kept = [a for a in conv.attribute if a.name not in ("pads", "auto_pad")]
         del conv.attribute[:]
-        conv.attribute.extend([*kept, helper.make_attribute("pads", [int(a + b) for a, b in zip(own, amounts[[2, 3, 6, 7]], strict=True)])])
+        conv.attribute.extend(
+            [
+                *kept,
+                helper.make_attribute(
+                    "pads", [int(a + b) for a, b in zip(own, amounts[[2, 3, 6, 7]], strict=True)]
+                ),
+            ]
+        )
         conv.input[0] = pad.input[0]
         model.graph.node.remove(pad)
 
@@ -123,7 +147,10 @@ def depthwise(model: onnx.ModelProto) -> list[str]:
     return [
         n.name
         for n in model.graph.node
-        if n.op_type == "Conv" and n.input[1] in constants and constants[n.input[1]].shape[1] == 1 and any(a.name == "group" and a.i > 1 for a in n.attribute)
+        if n.op_type == "Conv"
+        and n.input[1] in constants
+        and constants[n.input[1]].shape[1] == 1
+        and any(a.name == "group" and a.i > 1 for a in n.attribute)
     ]
 
 
@@ -137,7 +164,9 @@ def macs(model: onnx.ModelProto, products: list[str], x: np.ndarray) -> dict[str
     probe.CopyFrom(model)
     del probe.graph.output[:]
     names = [n.output[0] for n in nodes.values()]
-    probe.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
+    probe.graph.output.extend(
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
+    )
     session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
     out = session.run(names, {session.get_inputs()[0].name: x})
     count = {}
@@ -145,7 +174,11 @@ def macs(model: onnx.ModelProto, products: list[str], x: np.ndarray) -> dict[str
         weight = constants[node.input[1]]
         # Each output value of a Conv costs a filter, each of a matrix product the shared axis.
         transposed = any(a.name == "transB" and a.i for a in node.attribute)
-        per_output = int(np.prod(weight.shape[1:])) if node.op_type == "Conv" else weight.shape[-1 if transposed else -2]
+        per_output = (
+            int(np.prod(weight.shape[1:]))
+            if node.op_type == "Conv"
+            else weight.shape[-1 if transposed else -2]
+        )
         count[name] = int(y.size) * per_output
     return count
 
@@ -156,7 +189,11 @@ def after_last_product(model: onnx.ModelProto) -> list[str]:
     found, todo = [], [o.name for o in model.graph.output]
     while todo:
         node = makers.get(todo.pop())
-        if node is not None and node.op_type not in (*PRODUCTS, "QuantizeLinear", "DequantizeLinear", "Constant") and node.name not in found:
+        if (
+            node is not None
+            and node.op_type not in (*PRODUCTS, "QuantizeLinear", "DequantizeLinear", "Constant")
+            and node.name not in found
+        ):
             found.append(node.name)
             todo += node.input
     return found
@@ -175,20 +212,42 @@ def int8_embeddings(model: onnx.ModelProto, rows: int = 256) -> onnx.ModelProto:
     for n in nodes:
         table = constants.get(n.input[0]) if n.op_type == "Gather" else None
         axis = next((a.i for a in n.attribute if a.name == "axis"), 0)
-        if table is None or table.ndim != 2 or axis != 0 or len(table) < rows or table.dtype != np.float32 or n.input[1] in constants:
+        if (
+            table is None
+            or table.ndim != 2
+            or axis != 0
+            or len(table) < rows
+            or table.dtype != np.float32
+            or n.input[1] in constants
+        ):
             model.graph.node.append(n)
             continue
         scale = np.maximum(np.abs(table).max(axis=1, keepdims=True), 1e-12).astype(np.float32) / 127
         at = n.name or n.output[0]
         model.graph.initializer.extend(
-            [numpy_helper.from_array(np.round(table / scale).astype(np.int8), f"{at}_int8"), numpy_helper.from_array(scale, f"{at}_row_scale")]
+            [
+                numpy_helper.from_array(np.round(table / scale).astype(np.int8), f"{at}_int8"),
+                numpy_helper.from_array(scale, f"{at}_row_scale"),
+            ]
         )
         model.graph.node.extend(
             [
-                helper.make_node("Gather", [f"{at}_int8", n.input[1]], [f"{at}_rows"], f"{at}_rows"),
-                helper.make_node("Cast", [f"{at}_rows"], [f"{at}_float"], f"{at}_float", to=onnx.TensorProto.FLOAT),
-                helper.make_node("Gather", [f"{at}_row_scale", n.input[1]], [f"{at}_scales"], f"{at}_scales"),
-                helper.make_node("Mul", [f"{at}_float", f"{at}_scales"], [n.output[0]], f"{at}_scaled"),
+                helper.make_node(
+                    "Gather", [f"{at}_int8", n.input[1]], [f"{at}_rows"], f"{at}_rows"
+                ),
+                helper.make_node(
+                    "Cast",
+                    [f"{at}_rows"],
+                    [f"{at}_float"],
+                    f"{at}_float",
+                    to=onnx.TensorProto.FLOAT,
+                ),
+                helper.make_node(
+                    "Gather", [f"{at}_row_scale", n.input[1]], [f"{at}_scales"], f"{at}_scales"
+                ),
+                helper.make_node(
+                    "Mul", [f"{at}_float", f"{at}_scales"], [n.output[0]], f"{at}_scaled"
+                ),
             ]
         )
     drop_unread(model)

@@ -143,17 +143,32 @@ def load(path: Path, roots: tuple[str, ...] = ()) -> Recipe:
 
 
 def _with_root(recipe: Recipe, given: str) -> Recipe:
-    names = list(dict.fromkeys(d.name for d in data_sets(recipe).values() if not isinstance(d, OpenMoji)))
+    names = list(
+        dict.fromkeys(d.name for d in data_sets(recipe).values() if not isinstance(d, OpenMoji))
+    )
     name, equals, root = given.partition("=")
     if not equals:
         if len(names) != 1:
             raise EdgeclipError(
-                f"--data {given}", f"the recipe has not exactly one folder to name (its data: {', '.join(names) or 'none'})", "use --data NAME=DIR"
+                f"--data {given}",
+                f"the recipe has not exactly one folder to name (its data: {', '.join(names) or 'none'})",
+                "use --data NAME=DIR",
             )
         name, root = names[0], given
     if name not in names:
-        raise EdgeclipError(f"--data {given}", f"the recipe has no data named '{name}'", f"use one of: {', '.join(names)}")
-    return replace_data(recipe, lambda d: msgspec.structs.replace(d, root=root) if d.name == name and not isinstance(d, OpenMoji) else d)
+        raise EdgeclipError(
+            f"--data {given}",
+            f"the recipe has no data named '{name}'",
+            f"use one of: {', '.join(names)}",
+        )
+    return replace_data(
+        recipe,
+        lambda d: (
+            msgspec.structs.replace(d, root=root)
+            if d.name == name and not isinstance(d, OpenMoji)
+            else d
+        ),
+    )
 
 
 DATA_FIELDS = ("data", "evaluation_data", "adapt_data", "shifts")
@@ -165,7 +180,13 @@ def data_sets(recipe: Recipe) -> dict[str, Data]:
     found: dict[str, Data] = {}
     for field in DATA_FIELDS:
         value = getattr(recipe, field)
-        found |= {f"{field}.{i}": d for i, d in enumerate(value)} if isinstance(value, tuple) else {field: value} if value else {}
+        found |= (
+            {f"{field}.{i}": d for i, d in enumerate(value)}
+            if isinstance(value, tuple)
+            else {field: value}
+            if value
+            else {}
+        )
     return found
 
 
@@ -174,7 +195,13 @@ def replace_data(recipe: Recipe, change: Callable[[Data], Data]) -> Recipe:
     new: dict[str, Any] = {}
     for field in DATA_FIELDS:
         value = getattr(recipe, field)
-        new[field] = tuple(map(change, value)) if isinstance(value, tuple) else change(value) if value else None
+        new[field] = (
+            tuple(map(change, value))
+            if isinstance(value, tuple)
+            else change(value)
+            if value
+            else None
+        )
     return msgspec.structs.replace(recipe, **new)
 
 
@@ -182,58 +209,143 @@ def check(recipe: Recipe, where: object) -> None:
     """What no single field can tell: combinations that cannot work."""
     losses = recipe.losses
     if losses.edu_attention and not losses.kl:
-        raise EdgeclipError(f"{where}: losses.edu_attention", "has no loss of its own", "add losses.kl, which trains it")
-    if not any(isinstance(getattr(losses, f), Config) and f != "edu_attention" for f in losses.__struct_fields__):
-        raise EdgeclipError(f"{where}: losses", "is empty", "add at least one loss, for example kl: {}")
+        raise EdgeclipError(
+            f"{where}: losses.edu_attention",
+            "has no loss of its own",
+            "add losses.kl, which trains it",
+        )
+    if not any(
+        isinstance(getattr(losses, f), Config) and f != "edu_attention"
+        for f in losses.__struct_fields__
+    ):
+        raise EdgeclipError(
+            f"{where}: losses", "is empty", "add at least one loss, for example kl: {}"
+        )
     if recipe.student.inherit and recipe.student.tower.weights != "random":
-        raise EdgeclipError(f"{where}: student.inherit", "would overwrite the weights of student.tower", "give the tower weights: random")
+        raise EdgeclipError(
+            f"{where}: student.inherit",
+            "would overwrite the weights of student.tower",
+            "give the tower weights: random",
+        )
     if recipe.student.class_features == "student" and not recipe.student.text:
-        raise EdgeclipError(f"{where}: student.class_features", "the student has no text tower", "give student.text, or take the teacher's")
+        raise EdgeclipError(
+            f"{where}: student.class_features",
+            "the student has no text tower",
+            "give student.text, or take the teacher's",
+        )
     for field in ("batch_size", "warmup_batch_size"):
         if recipe.student.projector_hidden and getattr(recipe.train, field) == 1:
             raise EdgeclipError(
-                f"{where}: train.{field}", "is 1, and the projector's batch norm needs two", "raise it, or set student.projector_hidden to null"
+                f"{where}: train.{field}",
+                "is 1, and the projector's batch norm needs two",
+                "raise it, or set student.projector_hidden to null",
             )
     if losses.if_align and losses.if_align.axis == "tokens":
-        raise EdgeclipError(f"{where}: losses.if_align.axis: tokens", "needs token_features, which a teacher cache does not hold", "use axis: batch")
+        raise EdgeclipError(
+            f"{where}: losses.if_align.axis: tokens",
+            "needs token_features, which a teacher cache does not hold",
+            "use axis: batch",
+        )
     align = losses.if_align
     if align and align.axis == "channels" and align.momentum:
-        raise EdgeclipError(f"{where}: losses.if_align.momentum", "channels have no statistics that outlive a batch", "use axis: batch")
+        raise EdgeclipError(
+            f"{where}: losses.if_align.momentum",
+            "channels have no statistics that outlive a batch",
+            "use axis: batch",
+        )
     if align and align.features == "head" and not align.normalise:
-        raise EdgeclipError(f"{where}: losses.if_align", "EduAttention's output has no raw form", "use normalise: true, or features: image")
+        raise EdgeclipError(
+            f"{where}: losses.if_align",
+            "EduAttention's output has no raw form",
+            "use normalise: true, or features: image",
+        )
     if losses.captions == "classes" and recipe.student.text:
-        raise EdgeclipError(f"{where}: losses.captions: classes", "a student's text tower reads the captions themselves", "use captions: data")
+        raise EdgeclipError(
+            f"{where}: losses.captions: classes",
+            "a student's text tower reads the captions themselves",
+            "use captions: data",
+        )
     edu = losses.edu_attention
     if edu and edu.keep and (edu.query == "raw" or edu.axis == "batch"):
-        raise EdgeclipError(f"{where}: losses.edu_attention", "this reading needs more than one picture's unit feature", "set keep: false")
+        raise EdgeclipError(
+            f"{where}: losses.edu_attention",
+            "this reading needs more than one picture's unit feature",
+            "set keep: false",
+        )
     if isinstance(recipe.adapt, ResidualHead) and not isinstance(recipe.teacher, Conse):
-        raise EdgeclipError(f"{where}: adapt", "a residual_head is for the assembled teacher (kind: conse) only", "use kind: prompts, or set adapt to null")
+        raise EdgeclipError(
+            f"{where}: adapt",
+            "a residual_head is for the assembled teacher (kind: conse) only",
+            "use kind: prompts, or set adapt to null",
+        )
     if isinstance(recipe.adapt, Prompts) and not isinstance(recipe.teacher, OpenClip):
-        raise EdgeclipError(f"{where}: adapt", "prompts are for an open_clip teacher only", "use kind: residual_head, or set adapt to null")
-    for field, teacher in [("teacher", recipe.teacher), *((f"other_teachers.{i}", t) for i, t in enumerate(recipe.other_teachers))]:
+        raise EdgeclipError(
+            f"{where}: adapt",
+            "prompts are for an open_clip teacher only",
+            "use kind: residual_head, or set adapt to null",
+        )
+    for field, teacher in [
+        ("teacher", recipe.teacher),
+        *((f"other_teachers.{i}", t) for i, t in enumerate(recipe.other_teachers)),
+    ]:
         if isinstance(teacher, Conse) and "{c}" not in teacher.anchor_prompt:
-            raise EdgeclipError(f"{where}: {field}.anchor_prompt", f"'{teacher.anchor_prompt}' has no {{c}}", "write {c} where the class's name goes")
+            raise EdgeclipError(
+                f"{where}: {field}.anchor_prompt",
+                f"'{teacher.anchor_prompt}' has no {{c}}",
+                "write {c} where the class's name goes",
+            )
         if not isinstance(teacher, Embeddings | Reinforced):
             continue
         if teacher.text and teacher.class_features:
-            raise EdgeclipError(f"{where}: {field}", "has both text and class_features", "give one of them")
+            raise EdgeclipError(
+                f"{where}: {field}", "has both text and class_features", "give one of them"
+            )
         if isinstance(teacher, Embeddings) and losses.if_align and not losses.if_align.normalise:
-            raise EdgeclipError(f"{where}: losses.if_align", f"needs the teacher's norms, which {field} (kind: embeddings) has lost", "use normalise: true")
+            raise EdgeclipError(
+                f"{where}: losses.if_align",
+                f"needs the teacher's norms, which {field} (kind: embeddings) has lost",
+                "use normalise: true",
+            )
     head = recipe.adapt
-    if isinstance(head, ResidualHead) and head.self_training and head.self_training.start >= head.steps:
-        raise EdgeclipError(f"{where}: adapt.self_training.start", f"is beyond the {head.steps} steps of stage 1", "start earlier, or set it to null")
+    if (
+        isinstance(head, ResidualHead)
+        and head.self_training
+        and head.self_training.start >= head.steps
+    ):
+        raise EdgeclipError(
+            f"{where}: adapt.self_training.start",
+            f"is beyond the {head.steps} steps of stage 1",
+            "start earlier, or set it to null",
+        )
     if recipe.fuse and not recipe.other_teachers:
-        raise EdgeclipError(f"{where}: fuse", "needs several teachers", "add other_teachers, or set fuse to null")
+        raise EdgeclipError(
+            f"{where}: fuse", "needs several teachers", "add other_teachers, or set fuse to null"
+        )
     first = recipe.teacher
-    if isinstance(first, Embeddings | Reinforced) and not first.text and recipe.text_encoder and not recipe.student.text:
-        raise EdgeclipError(f"{where}: text_encoder", "the teacher has none to ship", "set text_encoder: false, or give teacher.text")
+    if (
+        isinstance(first, Embeddings | Reinforced)
+        and not first.text
+        and recipe.text_encoder
+        and not recipe.student.text
+    ):
+        raise EdgeclipError(
+            f"{where}: text_encoder",
+            "the teacher has none to ship",
+            "set text_encoder: false, or give teacher.text",
+        )
     if recipe.adapt_data and not recipe.adapt:
-        raise EdgeclipError(f"{where}: adapt_data", "is for stage 1, and adapt is null", "add adapt: {kind: residual_head}, or set adapt_data to null")
+        raise EdgeclipError(
+            f"{where}: adapt_data",
+            "is for stage 1, and adapt is null",
+            "add adapt: {kind: residual_head}, or set adapt_data to null",
+        )
 
 
 def description(recipe: Recipe) -> dict[str, Any]:
     """What decides the outcome, JSON-able: the recipe without the folders where its data lie."""
-    value: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(recipe))  # as it will be read again
+    value: dict[str, Any] = msgspec.json.decode(
+        msgspec.json.encode(recipe)
+    )  # as it will be read again
     for field in data_sets(recipe):
         _at(value, field).pop("root", None)
     return value
@@ -241,7 +353,11 @@ def description(recipe: Recipe) -> dict[str, Any]:
 
 def roots(recipe: Recipe) -> dict[str, str]:
     """Where the data lay, from wherever one looks: what `description` leaves out."""
-    return {f: str(Path(d.root).absolute()) for f, d in data_sets(recipe).items() if not isinstance(d, OpenMoji)}
+    return {
+        f: str(Path(d.root).absolute())
+        for f, d in data_sets(recipe).items()
+        if not isinstance(d, OpenMoji)
+    }
 
 
 def of_run(run: Path) -> Recipe:

@@ -34,11 +34,19 @@ def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
     """
     if not folder.is_dir():
         raise EdgeclipError(folder, "there is no such folder", "check the path")
-    counts = {p.name: len(index_folder(p)) for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")}
+    counts = {
+        p.name: len(index_folder(p))
+        for p in sorted(folder.iterdir())
+        if p.is_dir() and not p.name.startswith(".")
+    }
     if not counts:
-        raise EdgeclipError(folder, "empty class list: it has no sub-folder", "make one sub-folder a class")
+        raise EdgeclipError(
+            folder, "empty class list: it has no sub-folder", "make one sub-folder a class"
+        )
     if empty := [name for name, n in counts.items() if n == 0]:
-        raise EdgeclipError(folder / empty[0], "has no photo", "add .jpg, .png or .webp files, or remove the folder")
+        raise EdgeclipError(
+            folder / empty[0], "has no photo", "add .jpg, .png or .webp files, or remove the folder"
+        )
     name = folder.resolve().name
     path = out or Path(f"{name}.yaml")
     if path.exists():
@@ -46,7 +54,12 @@ def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
     # The rest is the clothing recipe's, from its teacher on: one set of values that was measured on photos.
     rest = config.find("recipe", "clothing").read_text(encoding="utf-8")
     header = TEMPLATE.format(
-        name=name, classes=len(counts), photos=sum(counts.values()), path=path, quoted_name=json.dumps(name), quoted_root=json.dumps(str(folder.resolve()))
+        name=name,
+        classes=len(counts),
+        photos=sum(counts.values()),
+        path=path,
+        quoted_name=json.dumps(name),
+        quoted_root=json.dumps(str(folder.resolve())),
     )
     disk.write_text(path, header + rest[rest.index("teacher:\n") :])
     return path, len(counts)

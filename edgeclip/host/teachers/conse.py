@@ -30,7 +30,9 @@ class ConseTower(nn.Module):
         self.temperature = temperature
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B R"]:
-        pooled = self.classifier.forward_head(self.classifier.forward_features(pixels), pre_logits=True)
+        pooled = self.classifier.forward_head(
+            self.classifier.forward_features(pixels), pre_logits=True
+        )
         probability = F.softmax(self.classifier.get_classifier()(pooled) / self.temperature, dim=-1)
         return torch.cat([pooled, probability @ self.anchors], dim=-1)
 
@@ -48,7 +50,10 @@ class Centred(nn.Module):
 
 
 def load(spec: Conse) -> Teacher:
-    classifier, preprocess = weights.timm_model(Timm(model=spec.classifier, weights=spec.weights, image_size=spec.image_size), num_classes=None)
+    classifier, preprocess = weights.timm_model(
+        Timm(model=spec.classifier, weights=spec.weights, image_size=spec.image_size),
+        num_classes=None,
+    )
     encoder, words = sentence.load(weights.pip_file(spec.text.removeprefix("pip:")))
     anchors = _anchors(spec, encoder, words)
     centre = anchors.mean(dim=0)
@@ -69,7 +74,9 @@ def load(spec: Conse) -> Teacher:
         preprocess=preprocess,
         logit_scale=spec.logit_scale,
         embed_dim=sentence.WIDTH,
-        tower=ConseTower(classifier, anchors - centre, spec.temperature).eval().to(memory_format=torch.channels_last),
+        tower=ConseTower(classifier, anchors - centre, spec.temperature)
+        .eval()
+        .to(memory_format=torch.channels_last),
         features=lambda rows: rows[:, -sentence.WIDTH :],
         encode_text=lambda texts: _encode(text.module, words, texts),
         text=text,
@@ -82,7 +89,9 @@ def load_text(spec: Conse) -> TextTower:
     return _text_tower(spec, encoder, words, centre)
 
 
-def _text_tower(spec: Conse, encoder: nn.Module, words: str, centre: Float[Tensor, "D"] | None) -> TextTower:
+def _text_tower(
+    spec: Conse, encoder: nn.Module, words: str, centre: Float[Tensor, "D"] | None
+) -> TextTower:
     module = Centred(encoder, centre) if spec.centre_texts and centre is not None else encoder
     return TextTower(module=module.eval(), tokenizer=words, context_length=sentence.CONTEXT_LENGTH)
 
@@ -97,6 +106,12 @@ def _anchors(spec: Conse, encoder: nn.Module, words: str) -> Float[Tensor, "C D"
 
 @torch.inference_mode()
 def _encode(module: nn.Module, words: str, texts: list[str]) -> Float[Tensor, "N D"]:
-    ids = torch.from_numpy(tokenizer.encode(tokenizer.load(words, sentence.CONTEXT_LENGTH), texts, sentence.CONTEXT_LENGTH))
-    ids = ids[:, : int((ids != 0).sum(dim=1).max())].to(next(module.parameters()).device)  # padding to the longest is enough
+    ids = torch.from_numpy(
+        tokenizer.encode(
+            tokenizer.load(words, sentence.CONTEXT_LENGTH), texts, sentence.CONTEXT_LENGTH
+        )
+    )
+    ids = ids[:, : int((ids != 0).sum(dim=1).max())].to(
+        next(module.parameters()).device
+    )  # padding to the longest is enough
     return torch.cat([module(part) for part in ids.split(256)]).cpu()

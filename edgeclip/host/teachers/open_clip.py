@@ -47,7 +47,13 @@ def load(spec: OpenClip) -> Teacher:
     return Teacher(
         name=f"open_clip {spec.model} ({spec.weights})",
         licence=spec.licence,
-        identity={"kind": "open_clip", "model": spec.model, "config": spec.config, "weights": weights.source(spec.weights), "seed": spec.seed},
+        identity={
+            "kind": "open_clip",
+            "model": spec.model,
+            "config": spec.config,
+            "weights": weights.source(spec.weights),
+            "seed": spec.seed,
+        },
         preprocess=preprocess,
         logit_scale=model.logit_scale.exp().item(),
         embed_dim=embed_dim,
@@ -76,7 +82,11 @@ def load_text(spec: OpenClip) -> TextTower:
 
 
 def _text_tower(model: nn.Module, spec: OpenClip) -> TextTower:
-    return TextTower(module=TextModule(model).eval(), tokenizer=clip_tokenizer_json(spec.model), context_length=int(model.context_length))
+    return TextTower(
+        module=TextModule(model).eval(),
+        tokenizer=clip_tokenizer_json(spec.model),
+        context_length=int(model.context_length),
+    )
 
 
 def clip_tokenizer_json(model: str) -> str:
@@ -88,25 +98,63 @@ def clip_tokenizer_json(model: str) -> str:
     from open_clip.tokenizer import SimpleTokenizer
 
     try:
-        theirs = open_clip.get_tokenizer(model) if model in open_clip.list_models() else SimpleTokenizer()
+        theirs = (
+            open_clip.get_tokenizer(model)
+            if model in open_clip.list_models()
+            else SimpleTokenizer()
+        )
     except Exception as e:  # a Hugging Face tokenizer that would have to be fetched
-        raise EdgeclipError(model, f"its tokenizer could not be loaded ({type(e).__name__})", "use a model with CLIP's own tokenizer") from None
+        raise EdgeclipError(
+            model,
+            f"its tokenizer could not be loaded ({type(e).__name__})",
+            "use a model with CLIP's own tokenizer",
+        ) from None
     if not isinstance(theirs, SimpleTokenizer):
-        raise EdgeclipError(model, "its tokenizer is not CLIP's byte-pair tokenizer", "use a model with CLIP's own tokenizer")
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+        raise EdgeclipError(
+            model,
+            "its tokenizer is not CLIP's byte-pair tokenizer",
+            "use a model with CLIP's own tokenizer",
+        )
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
     bpe = Tokenizer(
-        models.BPE(vocab=dict(theirs.encoder), merges=[m for m in theirs.bpe_ranks if len(m) == 2], end_of_word_suffix="</w>", unk_token="<end_of_text>")
+        models.BPE(
+            vocab=dict(theirs.encoder),
+            merges=[m for m in theirs.bpe_ranks if len(m) == 2],
+            end_of_word_suffix="</w>",
+            unk_token="<end_of_text>",
+        )
     )
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()])
-    words = Regex(r"""<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
+    bpe.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Lowercase(),
+        ]
+    )
+    words = Regex(
+        r"""<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+    )
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(words, "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     sot, eot = theirs.encoder["<start_of_text>"], theirs.encoder["<end_of_text>"]
     bpe.post_processor = processors.TemplateProcessing(
-        single="<start_of_text> $A <end_of_text>", special_tokens=[("<start_of_text>", sot), ("<end_of_text>", eot)]
+        single="<start_of_text> $A <end_of_text>",
+        special_tokens=[("<start_of_text>", sot), ("<end_of_text>", eot)],
     )
     value: dict[str, Any] = json.loads(bpe.to_str())
     return json.dumps(value, ensure_ascii=False)

@@ -24,7 +24,15 @@ class SentenceEncoder(nn.Module):
         self.word = nn.Embedding(VOCABULARY, WIDTH)
         self.position = nn.Parameter(torch.zeros(POSITIONS, WIDTH))
         self.norm = nn.LayerNorm(WIDTH, eps=1e-12)
-        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, dropout=0.0, activation="gelu", layer_norm_eps=1e-12, batch_first=True)
+        layer = nn.TransformerEncoderLayer(
+            WIDTH,
+            HEADS,
+            4 * WIDTH,
+            dropout=0.0,
+            activation="gelu",
+            layer_norm_eps=1e-12,
+            batch_first=True,
+        )
         self.encoder = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
 
     def forward(self, input_ids: Int[Tensor, "N L"]) -> Float[Tensor, "N 384"]:
@@ -43,7 +51,8 @@ def load(archive: Path) -> tuple[SentenceEncoder, str]:
     model = SentenceEncoder()
     # The sum of word and token-type embeddings is one table: the type is always 0.
     state = {
-        "word.weight": bert["embeddings.word_embeddings.weight"] + bert["embeddings.token_type_embeddings.weight"][0],
+        "word.weight": bert["embeddings.word_embeddings.weight"]
+        + bert["embeddings.token_type_embeddings.weight"][0],
         "position": bert["embeddings.position_embeddings.weight"],
         "norm.weight": bert["embeddings.LayerNorm.weight"],
         "norm.bias": bert["embeddings.LayerNorm.bias"],

@@ -26,7 +26,9 @@ def fold(module: nn.Module, example: torch.Tensor) -> nn.Module:
     _fix_padding(folded, example)
     expected, got = module(example), folded(example)
     error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-    assert error < MAX_RELATIVE_ERROR, f"folding changed the output by {error:.1e} of its largest value"
+    assert error < MAX_RELATIVE_ERROR, (
+        f"folding changed the output by {error:.1e} of its largest value"
+    )
     return folded
 
 
@@ -38,10 +40,24 @@ def _fold_batch_norms(module: nn.Module) -> None:
             and isinstance(previous, nn.Conv2d | nn.Linear)
             and previous.weight.shape[0] == child.num_features
         ):
-            fuse = fuse_conv_bn_weights if isinstance(previous, nn.Conv2d) else fuse_linear_bn_weights
-            previous.weight, previous.bias = fuse(previous.weight, previous.bias, child.running_mean, child.running_var, child.eps, child.weight, child.bias)
+            fuse = (
+                fuse_conv_bn_weights if isinstance(previous, nn.Conv2d) else fuse_linear_bn_weights
+            )
+            previous.weight, previous.bias = fuse(
+                previous.weight,
+                previous.bias,
+                child.running_mean,
+                child.running_var,
+                child.eps,
+                child.weight,
+                child.bias,
+            )
             # timm's BatchNormAct2d carries its activation
-            setattr(module, name, nn.Sequential(child.drop, child.act) if hasattr(child, "act") else nn.Identity())
+            setattr(
+                module,
+                name,
+                nn.Sequential(child.drop, child.act) if hasattr(child, "act") else nn.Identity(),
+            )
         else:
             _fold_batch_norms(child)
         previous = child
@@ -63,7 +79,9 @@ def _fix_padding(module: nn.Module, example: torch.Tensor) -> None:
 
     sizes: dict[nn.Module, torch.Size] = {}
     convs = [m for m in module.modules() if isinstance(m, Conv2dSame)]
-    hooks = [m.register_forward_pre_hook(lambda m, x: sizes.update({m: x[0].shape[-2:]})) for m in convs]
+    hooks = [
+        m.register_forward_pre_hook(lambda m, x: sizes.update({m: x[0].shape[-2:]})) for m in convs
+    ]
     if convs:
         module(example)
     for hook in hooks:
@@ -71,8 +89,25 @@ def _fix_padding(module: nn.Module, example: torch.Tensor) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if child in sizes:
-                both = [get_same_padding(n, k, s, d) for n, k, s, d in zip(sizes[child], child.kernel_size, child.stride, child.dilation, strict=True)]
+                both = [
+                    get_same_padding(n, k, s, d)
+                    for n, k, s, d in zip(
+                        sizes[child], child.kernel_size, child.stride, child.dilation, strict=True
+                    )
+                ]
                 (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in both)
-                fixed = PaddedConv2d(child.in_channels, child.out_channels, child.kernel_size, child.stride, 0, child.dilation, child.groups)
-                fixed.weight, fixed.bias, fixed.sides = child.weight, child.bias, (left, right, top, bottom)
+                fixed = PaddedConv2d(
+                    child.in_channels,
+                    child.out_channels,
+                    child.kernel_size,
+                    child.stride,
+                    0,
+                    child.dilation,
+                    child.groups,
+                )
+                fixed.weight, fixed.bias, fixed.sides = (
+                    child.weight,
+                    child.bias,
+                    (left, right, top, bottom),
+                )
                 setattr(parent, name, fixed.train(child.training))

@@ -43,10 +43,26 @@ def _parts(vit: nn.Module) -> Stages:
     from timm.models.vision_transformer import VisionTransformer as TimmViT
 
     if isinstance(vit, OpenClipViT):
-        return Stages(vit._embeds, vit.ln_pre, vit.transformer.resblocks, partial(_finish_open_clip, vit), vit.class_embedding.shape[0])
+        return Stages(
+            vit._embeds,
+            vit.ln_pre,
+            vit.transformer.resblocks,
+            partial(_finish_open_clip, vit),
+            vit.class_embedding.shape[0],
+        )
     if isinstance(vit, TimmViT):
-        return Stages(partial(_embed_timm, vit), vit.norm_pre, vit.blocks, lambda x: vit.forward_head(vit.norm(x)), vit.embed_dim)
-    raise EdgeclipError(f"prompts in {type(vit).__name__}", "the image tower is no ViT of open_clip or timm", "choose a ViT, or do without prompts")
+        return Stages(
+            partial(_embed_timm, vit),
+            vit.norm_pre,
+            vit.blocks,
+            lambda x: vit.forward_head(vit.norm(x)),
+            vit.embed_dim,
+        )
+    raise EdgeclipError(
+        f"prompts in {type(vit).__name__}",
+        "the image tower is no ViT of open_clip or timm",
+        "choose a ViT, or do without prompts",
+    )
 
 
 def _finish_open_clip(vit: nn.Module, x: Tensor) -> Tensor:
@@ -77,7 +93,9 @@ class PromptedTower(nn.Module):
         own = x.shape[1]
         for i, block in enumerate(parts.blocks):
             if i < len(self.prompts):
-                prompts = self.prompts[i].repeat(x.shape[0], 1, 1)  # no view: torch's flop counter refuses those of a parameter
+                prompts = self.prompts[i].repeat(
+                    x.shape[0], 1, 1
+                )  # no view: torch's flop counter refuses those of a parameter
                 x = torch.cat([x[:, :own], parts.norm(prompts) if i == 0 else prompts], dim=1)
             x = block(x)
         return parts.finish(x[:, :own])
@@ -96,13 +114,27 @@ class PromptedText(nn.Module):
         super().__init__()
         from open_clip.transformer import TextTransformer
 
-        text = getattr(model, "text", model)  # CustomTextCLIP keeps it apart, CLIP is its own text tower
-        if not (text is model or isinstance(text, TextTransformer)) or getattr(text, "cls_emb", None) is not None or getattr(text, "use_pad_mask", False):
-            raise EdgeclipError(f"prompts in {type(text).__name__}", "the text tower is not CLIP's plain transformer", "choose a model with CLIP's text tower")
+        text = getattr(
+            model, "text", model
+        )  # CustomTextCLIP keeps it apart, CLIP is its own text tower
+        if (
+            not (text is model or isinstance(text, TextTransformer))
+            or getattr(text, "cls_emb", None) is not None
+            or getattr(text, "use_pad_mask", False)
+        ):
+            raise EdgeclipError(
+                f"prompts in {type(text).__name__}",
+                "the text tower is not CLIP's plain transformer",
+                "choose a model with CLIP's text tower",
+            )
         _check_depth(depth, len(text.transformer.resblocks), "text")
         self.model = model
         self.length = length
-        self.pool, self.eos = (text.text_pool_type, text.text_eos_id) if text is model else (text.pool_type, text.eos_id)
+        self.pool, self.eos = (
+            (text.text_pool_type, text.text_eos_id)
+            if text is model
+            else (text.pool_type, text.eos_id)
+        )
         start = text.token_embedding(init_ids[:length]).detach()
         self.prompts = nn.Parameter(STD * torch.randn(depth, length, start.shape[1]))
         with torch.no_grad():
@@ -127,7 +159,10 @@ class PromptedText(nn.Module):
 
     def without_padding(self, input_ids: Int[Tensor, "N M"]) -> Int[Tensor, "N _"]:
         """The ids up to the longest text's end where nothing behind it matters, which saves most of the work; else all."""
-        if getattr(self.model, "text", self.model).attn_mask is None or self.pool not in ("argmax", "eos"):
+        if getattr(self.model, "text", self.model).attn_mask is None or self.pool not in (
+            "argmax",
+            "eos",
+        ):
             return input_ids
         return input_ids[:, : int((input_ids != 0).sum(dim=1).max())]
 
@@ -138,4 +173,8 @@ class PromptedText(nn.Module):
 
 def _check_depth(depth: int, blocks: int, which: str) -> None:
     if depth > blocks:
-        raise EdgeclipError(f"prompts: depth {depth}", f"the {which} tower has {blocks} blocks", f"use a depth of 1 to {blocks}")
+        raise EdgeclipError(
+            f"prompts: depth {depth}",
+            f"the {which} tower has {blocks} blocks",
+            f"use a depth of 1 to {blocks}",
+        )

@@ -35,7 +35,10 @@ class SharedBlocks(nn.Module):
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         for repeat in range(self.times):
-            yield from (partial(swapped, block) if repeat and self.shuffle else block for block in self.unique)
+            yield from (
+                partial(swapped, block) if repeat and self.shuffle else block
+                for block in self.unique
+            )
 
     def forward(self, tokens: Tensor) -> Tensor:
         for block in self:
@@ -44,7 +47,9 @@ class SharedBlocks(nn.Module):
 
     def fuse(self) -> nn.Sequential:
         """The same passes as plain blocks, which a tracer takes; timm's re-parameterisation, and so `fold`, asks for it."""
-        repeated = [_exchanged(block) for block in self.unique] if self.shuffle else list(self.unique)
+        repeated = (
+            [_exchanged(block) for block in self.unique] if self.shuffle else list(self.unique)
+        )
         return nn.Sequential(*self.unique, *repeated * (self.times - 1))
 
 
@@ -61,7 +66,11 @@ def _exchanged_weights(block: nn.Module) -> dict[str, Tensor]:
             query, key, v = value.chunk(3)
             state[name] = torch.cat([key, query, v])
         elif name.startswith(("attn.q_norm.", "attn.k_norm.")):  # a projection's norm goes with it
-            other = name.replace("q_norm", "k_norm") if "q_norm" in name else name.replace("k_norm", "q_norm")
+            other = (
+                name.replace("q_norm", "k_norm")
+                if "q_norm" in name
+                else name.replace("k_norm", "q_norm")
+            )
             state[name] = block.get_parameter(other)
     return state
 
@@ -84,6 +93,12 @@ def share(tower: nn.Module, spec: R.Share) -> None:
     vit = vision_transformer(tower, "student.tower")
     own = list(vit.module.get_submodule(vit.blocks).children())
     if len(own) < spec.blocks:
-        raise EdgeclipError("student.share.blocks", f"is {spec.blocks}, and student.tower has {len(own)} blocks", "ask for fewer")
+        raise EdgeclipError(
+            "student.share.blocks",
+            f"is {spec.blocks}, and student.tower has {len(own)} blocks",
+            "ask for fewer",
+        )
     stride = len(own) // spec.blocks
-    vit.module.set_submodule(vit.blocks, SharedBlocks(own[: stride * spec.blocks : stride], spec.times, spec.shuffle))
+    vit.module.set_submodule(
+        vit.blocks, SharedBlocks(own[: stride * spec.blocks : stride], spec.times, spec.shuffle)
+    )

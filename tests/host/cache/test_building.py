@@ -64,7 +64,10 @@ def test_shards_make_one_array(tmp_path, folder):
         assert (parts.rows[key] == parts.rows[slice(None)][index]).all()
         assert (parts.views[key] == parts.views[slice(None)][index]).all()
     index, view = np.array([3, 11, 4, 0]), np.array([0, 2, 1, 0])
-    assert (parts.rows[index, view] == np.stack([parts.rows[int(i)][v] for i, v in zip(index, view, strict=True)])).all()
+    assert (
+        parts.rows[index, view]
+        == np.stack([parts.rows[int(i)][v] for i, v in zip(index, view, strict=True)])
+    ).all()
     assert [p.key for p in parts.pictures] == sorted(p.name for p in folder.iterdir())
 
 
@@ -72,7 +75,9 @@ def test_rows_are_unit_and_their_norms_lie_beside(tmp_path, folder):
     made = build(tmp_path, dataset(folder))
     unit = made.rows.unit(np.arange(12), np.full(12, 1)).astype(np.float32)
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-3)
-    np.testing.assert_allclose(unit * made.rows.norms[np.arange(12), 1][:, None], made.rows[np.arange(12), 1], atol=1e-6)
+    np.testing.assert_allclose(
+        unit * made.rows.norms[np.arange(12), 1][:, None], made.rows[np.arange(12), 1], atol=1e-6
+    )
 
 
 def test_an_interrupted_build_goes_on_at_its_first_unfinished_shard(tmp_path, folder, monkeypatch):
@@ -80,14 +85,18 @@ def test_an_interrupted_build_goes_on_at_its_first_unfinished_shard(tmp_path, fo
         stopping_after(2, patch)
         with pytest.raises(Stop):
             build(tmp_path, dataset(folder))
-    assert finished(tmp_path) == ["0.json", "1.json"] and not list((tmp_path / "cache").glob("*/manifest.json"))
+    assert finished(tmp_path) == ["0.json", "1.json"] and not list(
+        (tmp_path / "cache").glob("*/manifest.json")
+    )
     made = stopping_after(1, monkeypatch)
     resumed, fresh = build(tmp_path, dataset(folder)), None
     assert len(made) == 1
     monkeypatch.undo()
     monkeypatch.setattr(building, "SHARD_PICTURES", (4, 4))
     fresh = build(tmp_path / "fresh", dataset(folder))
-    assert snapshot(resumed.folder) == snapshot(fresh.folder) and [p.name for p in (tmp_path / "cache").iterdir()] == [fresh.folder.name]
+    assert snapshot(resumed.folder) == snapshot(fresh.folder) and [
+        p.name for p in (tmp_path / "cache").iterdir()
+    ] == [fresh.folder.name]
 
 
 def test_what_was_damaged_meanwhile_is_made_anew(tmp_path, folder, monkeypatch, capsys):
@@ -123,10 +132,14 @@ def test_a_killed_process_leaves_a_build_that_goes_on(tmp_path, folder, monkeypa
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert finished(tmp_path) == ["0.json"]
-    assert snapshot(build(tmp_path, dataset(folder)).folder) == snapshot(build(tmp_path / "fresh", dataset(folder)).folder)
+    assert snapshot(build(tmp_path, dataset(folder)).folder) == snapshot(
+        build(tmp_path / "fresh", dataset(folder)).folder
+    )
 
 
-def test_a_disk_that_fills_up_keeps_the_shards_before_and_says_how_to_go_on(tmp_path, folder, monkeypatch):
+def test_a_disk_that_fills_up_keeps_the_shards_before_and_says_how_to_go_on(
+    tmp_path, folder, monkeypatch
+):
     """A real limit: the kernel refuses to write beyond it in the middle of a shard's file, as a full disk does."""
     write, limits = disk.write_array, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -140,14 +153,23 @@ def test_a_disk_that_fills_up_keeps_the_shards_before_and_says_how_to_go_on(tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(disk, "write_array", limited)
-        with pytest.raises(EdgeclipError, match=r"shard 2 of 3 could not be written .*; free some disk and run the same command") as e:
+        with pytest.raises(
+            EdgeclipError,
+            match=r"shard 2 of 3 could not be written .*; free some disk and run the same command",
+        ) as e:
             build(tmp_path, dataset(folder))
     assert e.value.__cause__.errno in (errno.EFBIG, None) and finished(tmp_path) == ["0.json"]
-    assert not list(partial(tmp_path).rglob(".img_emb*")) and not list(partial(tmp_path).rglob("img_emb_1.npy"))
-    assert snapshot(build(tmp_path, dataset(folder)).folder) == snapshot(build(tmp_path / "fresh", dataset(folder)).folder)
+    assert not list(partial(tmp_path).rglob(".img_emb*")) and not list(
+        partial(tmp_path).rglob("img_emb_1.npy")
+    )
+    assert snapshot(build(tmp_path, dataset(folder)).folder) == snapshot(
+        build(tmp_path / "fresh", dataset(folder)).folder
+    )
 
 
-def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_starts(tmp_path, folder, monkeypatch):
+def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_starts(
+    tmp_path, folder, monkeypatch
+):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
     with pytest.raises(EdgeclipError, match=r"needs .* more and the disk has .* free; free some"):
         build(tmp_path, dataset(folder))
@@ -161,7 +183,10 @@ def test_two_processes_share_the_work_and_neither_corrupts(tmp_path, folder, cap
     def start(i):
         torch.set_num_threads(1)
         building._rows = lambda job, pixels: (time.sleep(0.02), rows(job, pixels))[1]
-        building.write_shard, write = lambda *a: (print(f"process {i} made {a[1]}", flush=True), write(*a))[1], building.write_shard
+        building.write_shard, write = (
+            lambda *a: (print(f"process {i} made {a[1]}", flush=True), write(*a))[1],
+            building.write_shard,
+        )
         assert len(build(tmp_path, dataset(folder)).rows) == 12
 
     both = [fork.Process(target=start, args=(i,)) for i in range(2)]
@@ -189,12 +214,22 @@ def test_another_cache_in_the_named_folder_is_refused_with_what_differs(tmp_path
     def into(out, t=None, **changes):
         t = t or teacher()
         arguments = {"captions": False, "device": torch.device("cpu"), "threads": 2, "out": out}
-        return cache.build(tmp_path / "cache", t, t.tower, dataset(folder), changes.get("views", Views(count=3)), changes.get("seed", 0), **arguments)
+        return cache.build(
+            tmp_path / "cache",
+            t,
+            t.tower,
+            dataset(folder),
+            changes.get("views", Views(count=3)),
+            changes.get("seed", 0),
+            **arguments,
+        )
 
     made = into(tmp_path / "mine")
     assert into(tmp_path / "mine").folder == made.folder == tmp_path / "mine"
     before = snapshot(tmp_path / "mine")
-    with pytest.raises(EdgeclipError, match=r"is another teacher cache \(teacher.is was toy, now other\)"):
+    with pytest.raises(
+        EdgeclipError, match=r"is another teacher cache \(teacher.is was toy, now other\)"
+    ):
         into(tmp_path / "mine", teacher(identity={"is": "other"}))
     with pytest.raises(EdgeclipError, match=r"seed was 0, now 1; views.count was 3, now 2"):
         into(tmp_path / "mine", seed=1, views=Views(count=2))
@@ -202,14 +237,51 @@ def test_another_cache_in_the_named_folder_is_refused_with_what_differs(tmp_path
 
 
 def test_a_changed_recipe_does_not_go_on_with_half_of_another_cache(tmp_path, folder, monkeypatch):
-    arguments = {"captions": False, "device": torch.device("cpu"), "threads": 2, "out": tmp_path / "mine"}
+    arguments = {
+        "captions": False,
+        "device": torch.device("cpu"),
+        "threads": 2,
+        "out": tmp_path / "mine",
+    }
     with monkeypatch.context() as patch:
         stopping_after(1, patch)
         with pytest.raises(Stop):
-            cache.build(tmp_path, teacher(), teacher().tower, dataset(folder), Views(count=3), 0, **arguments)
-    with pytest.raises(EdgeclipError, match=r"\.mine\.partial: is another teacher cache \(views.flip was 0.5, now 0.25\); delete it"):
-        cache.build(tmp_path, teacher(), teacher().tower, dataset(folder), Views(count=3, flip=0.25), 0, **arguments)
-    assert len(cache.build(tmp_path, teacher(), teacher().tower, dataset(folder), Views(count=3), 0, **arguments).rows) == 12
+            cache.build(
+                tmp_path,
+                teacher(),
+                teacher().tower,
+                dataset(folder),
+                Views(count=3),
+                0,
+                **arguments,
+            )
+    with pytest.raises(
+        EdgeclipError,
+        match=r"\.mine\.partial: is another teacher cache \(views.flip was 0.5, now 0.25\); delete it",
+    ):
+        cache.build(
+            tmp_path,
+            teacher(),
+            teacher().tower,
+            dataset(folder),
+            Views(count=3, flip=0.25),
+            0,
+            **arguments,
+        )
+    assert (
+        len(
+            cache.build(
+                tmp_path,
+                teacher(),
+                teacher().tower,
+                dataset(folder),
+                Views(count=3),
+                0,
+                **arguments,
+            ).rows
+        )
+        == 12
+    )
 
 
 def test_hours_of_a_teacher_are_not_spent_silently_on_a_changed_field(tmp_path, folder, capsys):
@@ -235,7 +307,9 @@ def test_a_damaged_cache_is_refused_by_name(tmp_path, folder, damage):
             cache.open_folder(made.folder, data.train)
         return
     else:
-        disk.write_json(made.folder / disk.MANIFEST, {k: v for k, v in made.manifest.items() if k != "format"})
+        disk.write_json(
+            made.folder / disk.MANIFEST, {k: v for k, v in made.manifest.items() if k != "format"}
+        )
         with pytest.raises(EdgeclipError, match="of an older edgeclip; delete it"):
             cache.open_folder(made.folder, data.train)
         return
@@ -256,7 +330,9 @@ def test_stored_views_that_no_longer_give_their_rows_are_refused(tmp_path, folde
         finish(*arguments)
 
     monkeypatch.setattr(assemble, "_finish", repainted)
-    with pytest.raises(EdgeclipError, match=r"a stored view of 36 replayed gives another row \(cosine"):
+    with pytest.raises(
+        EdgeclipError, match=r"a stored view of 36 replayed gives another row \(cosine"
+    ):
         build(tmp_path, dataset(folder))
     assert not list((tmp_path / "cache").iterdir())
 
@@ -267,7 +343,14 @@ def test_inspect_says_what_is_inside(tmp_path, folder):
     made = build(tmp_path, dataset(folder), captions=True)
     found = inspect(made.folder, verify=True)
     json.dumps(found)
-    assert (found["pictures"], found["views"], found["width"], found["shards"], found["captions"], found["classes"]) == (12, 3, 4, 3, 1, 2)
+    assert (
+        found["pictures"],
+        found["views"],
+        found["width"],
+        found["shards"],
+        found["captions"],
+        found["classes"],
+    ) == (12, 3, 4, 3, 1, 2)
     assert found["replay"]["views"] == 36
     assert found["replay"]["cosine_min"] > 0.999
     assert found["unit_error"] < 1e-3

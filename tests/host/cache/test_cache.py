@@ -29,12 +29,16 @@ def test_every_view_lies_inside_the_picture(size):
     assert (top >= 0).all()
     assert (width > 0).all()
     assert (height > 0).all()
-    assert (left + width <= size[0] * (1 + 1e-6)).all() and (top + height <= size[1] * (1 + 1e-6)).all()
+    assert (left + width <= size[0] * (1 + 1e-6)).all() and (
+        top + height <= size[1] * (1 + 1e-6)
+    ).all()
     assert set(flip) <= {0, 1} and 5 < flip.sum() < 45
 
 
 def test_areas_and_ratios_are_those_asked_for():
-    views = cache.draw_views(100, 100, Views(count=300, scale=(0.3, 0.6), ratio=(0.9, 1.1)), random.Random(0))[1:]
+    views = cache.draw_views(
+        100, 100, Views(count=300, scale=(0.3, 0.6), ratio=(0.9, 1.1)), random.Random(0)
+    )[1:]
     area, ratio = views[:, 2] * views[:, 3] / 1e4, views[:, 2] / views[:, 3]
     assert (views[:, :4] % 1 == 0).all()  # so the rest is within half a pixel of 55 on either side
     assert 0.29 <= area.min() < 0.32
@@ -46,7 +50,13 @@ def test_areas_and_ratios_are_those_asked_for():
 @pytest.mark.parametrize("size", SIZES)
 def test_view_0_is_the_centre_square(size):
     side = min(size)
-    assert cache.draw_views(*size, Views(count=2), random.Random(7))[0].tolist() == [round((size[0] - side) / 2), round((size[1] - side) / 2), side, side, 0]
+    assert cache.draw_views(*size, Views(count=2), random.Random(7))[0].tolist() == [
+        round((size[0] - side) / 2),
+        round((size[1] - side) / 2),
+        side,
+        side,
+        0,
+    ]
 
 
 def test_replaying_view_0_is_resizing_the_centre_square():
@@ -54,9 +64,14 @@ def test_replaying_view_0_is_resizing_the_centre_square():
     spec = msgspec.structs.replace(SPEC, size=15)
     found = cache.replay(image, cache.draw_views(100, 60, Views(), random.Random(0))[0], spec)
     expected = np.asarray(image.crop((20, 0, 80, 60)).resize((15, 15), Image.Resampling.BICUBIC))
-    assert (found[:, 3:-3] == expected[:, 3:-3]).all()  # at its rim the filter may look beyond the box
+    assert (
+        found[:, 3:-3] == expected[:, 3:-3]
+    ).all()  # at its rim the filter may look beyond the box
     square = picture(3, 40, 40)
-    assert (cache.replay(square, np.array([0, 0, 40, 40, 0]), SPEC) == np.asarray(square.resize((8, 8), Image.Resampling.BICUBIC))).all()
+    assert (
+        cache.replay(square, np.array([0, 0, 40, 40, 0]), SPEC)
+        == np.asarray(square.resize((8, 8), Image.Resampling.BICUBIC))
+    ).all()
 
 
 def test_a_flipped_view_is_the_mirror_of_the_plain_one():
@@ -89,20 +104,27 @@ def test_without_classes_there_are_no_class_features(tmp_path, folder):
 def test_captions_are_encoded_where_a_loss_needs_them(tmp_path, folder):
     assert build(tmp_path, dataset(folder)).caption_features is None
     made = build(tmp_path, dataset(folder), captions=True)
-    np.testing.assert_allclose(made.caption_features[:][:, 0], encode_text([p.caption for p in made.pictures]), atol=1e-3)
+    np.testing.assert_allclose(
+        made.caption_features[:][:, 0], encode_text([p.caption for p in made.pictures]), atol=1e-3
+    )
 
 
 def test_the_same_ingredients_give_the_same_bytes_wherever_they_lie(tmp_path, folder):
     moved = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
     first, second = build(tmp_path / "a", dataset(folder)), build(tmp_path / "b", dataset(moved))
-    assert first.folder.name == second.folder.name and snapshot(first.folder) == snapshot(second.folder)
+    assert first.folder.name == second.folder.name and snapshot(first.folder) == snapshot(
+        second.folder
+    )
 
 
 def test_a_finished_cache_is_used_again(tmp_path, folder):
     first = build(tmp_path, dataset(folder))
     before = (first.folder / "img_emb" / "img_emb_0.npy").stat().st_mtime_ns
     again = build(tmp_path, dataset(folder))
-    assert again.folder == first.folder and (first.folder / "img_emb" / "img_emb_0.npy").stat().st_mtime_ns == before
+    assert (
+        again.folder == first.folder
+        and (first.folder / "img_emb" / "img_emb_0.npy").stat().st_mtime_ns == before
+    )
 
 
 def test_whatever_decides_the_rows_decides_the_folder(tmp_path, folder):
@@ -113,8 +135,14 @@ def test_whatever_decides_the_rows_decides_the_folder(tmp_path, folder):
         build(tmp_path, data, views=Views(count=2)).folder.name,
         build(tmp_path, data, views=Views(count=3, flip=0.1)).folder.name,
         build(tmp_path, data, teacher(identity={"is": "another"})).folder.name,
-        build(tmp_path, data, teacher(preprocess=msgspec.structs.replace(SPEC, mean=(0.4,) * 3))).folder.name,
-        build(tmp_path, data, teacher(preprocess=msgspec.structs.replace(SPEC, interpolation="bilinear"))).folder.name,
+        build(
+            tmp_path, data, teacher(preprocess=msgspec.structs.replace(SPEC, mean=(0.4,) * 3))
+        ).folder.name,
+        build(
+            tmp_path,
+            data,
+            teacher(preprocess=msgspec.structs.replace(SPEC, interpolation="bilinear")),
+        ).folder.name,
         build(tmp_path, data, captions=True).folder.name,
         build(tmp_path, dataset(folder, ("cat", "dog"))).folder.name,
         build(tmp_path, data._replace(templates=("a {c}",))).folder.name,
@@ -127,7 +155,9 @@ def test_changed_captions_are_another_cache(tmp_path, folder):
     data = dataset(folder)
     other = data._replace(train=[p._replace(caption=p.caption.upper()) for p in data.train])
     first, second = build(tmp_path, data, captions=True), build(tmp_path, other, captions=True)
-    np.testing.assert_allclose(second.caption_features[:][:, 0], encode_text([p.caption for p in other.train]), atol=1e-3)
+    np.testing.assert_allclose(
+        second.caption_features[:][:, 0], encode_text([p.caption for p in other.train]), atol=1e-3
+    )
     assert first.folder != second.folder
 
 
@@ -142,12 +172,16 @@ def test_one_unreadable_picture_in_a_hundred_is_skipped_and_named(tmp_path, fold
         shutil.copy(folder / "00.png", folder / f"x{i:03d}.png")
     truncated_jpeg(folder / "half.jpg")
     made = build(tmp_path, dataset(folder))
-    assert len(made.pictures) == len(made.rows) == len(made.views) == made.manifest["pictures"] == 112
+    assert (
+        len(made.pictures) == len(made.rows) == len(made.views) == made.manifest["pictures"] == 112
+    )
     assert all(p.key != "half.jpg" for p in made.pictures)
     assert len(made.manifest["skipped"]) == 1 and "half.jpg" in made.manifest["skipped"][0]
     with Image.open(made.pictures[-1].path) as image:  # rows still belong to their pictures
         pixels = cache.replay(image.convert("RGB"), made.views[-1, 0], SPEC)[None]
-    np.testing.assert_allclose(made.rows[-1, 0], Tower()(torch.from_numpy(normalise(pixels, SPEC)))[0], atol=1e-3)
+    np.testing.assert_allclose(
+        made.rows[-1, 0], Tower()(torch.from_numpy(normalise(pixels, SPEC)))[0], atol=1e-3
+    )
 
 
 def test_more_than_one_percent_unreadable_is_refused_and_nothing_is_left(tmp_path, folder):

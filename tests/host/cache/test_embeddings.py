@@ -45,7 +45,11 @@ def embeddings(root, keys=KEYS, texts=True, shards=3):
             (root / what).mkdir(parents=True, exist_ok=True)
             np.save(root / what / f"{what}_{s}.npy", rows[part])
         (root / "metadata").mkdir(exist_ok=True)
-        table = {"image_path": [keys[i] for i in part], "caption": [f"caption {i}" for i in part], "url": [f"http://x/{i}" for i in part]}
+        table = {
+            "image_path": [keys[i] for i in part],
+            "caption": [f"caption {i}" for i in part],
+            "url": [f"http://x/{i}" for i in part],
+        }
         pq.write_table(pa.table(table), root / "metadata" / f"metadata_{s}.parquet")
     return root
 
@@ -66,7 +70,17 @@ def dataset(photos, classes=()):
 def build(tmp_path, root, photos, captions=False, classes=(), **fields):
     teacher = teachers.load(R.Embeddings(root=str(root), **fields))
     data = dataset(photos, classes)
-    return cache.build(tmp_path / "cache", teacher, teachers.folded(teacher), data, R.Views(), 0, captions=captions, device=torch.device("cpu"), threads=2)
+    return cache.build(
+        tmp_path / "cache",
+        teacher,
+        teachers.folded(teacher),
+        data,
+        R.Views(),
+        0,
+        captions=captions,
+        device=torch.device("cpu"),
+        threads=2,
+    )
 
 
 def test_every_picture_finds_its_row_and_its_caption(tmp_path, photos):
@@ -86,11 +100,20 @@ def test_its_view_is_the_centre_square_of_whatever_size(tmp_path, photos):
     assert (cache.replay(image, made.views[3, 0], spec) == cache.replay(image, centre, spec)).all()
 
 
-@pytest.mark.parametrize(("join", "keys"), [("name", [f"{i:02d}.png" for i in range(COUNT)]), ("stem", [f"elsewhere/{i:02d}.jpg" for i in range(COUNT)])])
+@pytest.mark.parametrize(
+    ("join", "keys"),
+    [
+        ("name", [f"{i:02d}.png" for i in range(COUNT)]),
+        ("stem", [f"elsewhere/{i:02d}.jpg" for i in range(COUNT)]),
+    ],
+)
 def test_keys_may_agree_by_name_or_stem(tmp_path, photos, join, keys):
     made = build(tmp_path, embeddings(tmp_path / "theirs", keys), photos, join=join)
     assert (made.rows[np.arange(COUNT), np.zeros(COUNT, int)] == unit(COUNT)).all()
-    with pytest.raises(EdgeclipError, match=r"24 of 24 pictures have no row \(first: 'part/00.png'; a row's image_path is '.*'\); set teacher.key and"):
+    with pytest.raises(
+        EdgeclipError,
+        match=r"24 of 24 pictures have no row \(first: 'part/00.png'; a row's image_path is '.*'\); set teacher.key and",
+    ):
         build(tmp_path, tmp_path / "theirs", photos)
 
 
@@ -102,13 +125,18 @@ def test_pictures_without_a_row_are_left_out_only_when_asked(tmp_path, photos):
     assert [p.key for p in made.pictures] == KEYS[:20] and len(made.manifest["skipped"]) == 4
 
 
-def test_teachers_are_joined_only_when_their_rows_are_of_the_same_pictures_and_views(tmp_path, photos):
+def test_teachers_are_joined_only_when_their_rows_are_of_the_same_pictures_and_views(
+    tmp_path, photos
+):
     whole = build(tmp_path, embeddings(tmp_path / "theirs"), photos)
     same = build(tmp_path, embeddings(tmp_path / "others", shards=2), photos)
     cache.refuse_other_views(whole, same)
     fewer = build(tmp_path, embeddings(tmp_path / "fewer", KEYS[1:]), photos, partial=True)
     moved = build(tmp_path, embeddings(tmp_path / "moved", KEYS[:-1]), photos, partial=True)
-    for first, other, what in ((whole, fewer, r"holds 23 pictures in 1 views, others than"), (moved, fewer, "holds other pictures than")):
+    for first, other, what in (
+        (whole, fewer, r"holds 23 pictures in 1 views, others than"),
+        (moved, fewer, "holds other pictures than"),
+    ):
         with pytest.raises(EdgeclipError, match=what):
             cache.refuse_other_views(first, other)
     drawn = whole._replace(views=np.ones((COUNT, 1, 5), np.float32))
@@ -126,7 +154,10 @@ def test_two_models_embeddings_in_files_of_equal_names_and_sizes_are_told_apart(
 
 def test_two_rows_of_one_key_are_named(tmp_path, photos):
     root = embeddings(tmp_path / "theirs", [*KEYS[:20], *KEYS[:4]])
-    with pytest.raises(EdgeclipError, match=r"rows \d+ and \d+ have the same image_path 'part/0\d.png' \(join: key\); use another key or join"):
+    with pytest.raises(
+        EdgeclipError,
+        match=r"rows \d+ and \d+ have the same image_path 'part/0\d.png' \(join: key\); use another key or join",
+    ):
         build(tmp_path, root, photos)
 
 
@@ -137,10 +168,15 @@ def test_damaged_folders_are_named(tmp_path, photos):
     file = root / "img_emb" / "img_emb_1.npy"
     whole = file.read_bytes()
     file.write_bytes(whole[:-10])
-    with pytest.raises(EdgeclipError, match=r"img_emb_1.npy: has \d+ bytes of \d+, and metadata_1.parquet says 8 rows"):
+    with pytest.raises(
+        EdgeclipError,
+        match=r"img_emb_1.npy: has \d+ bytes of \d+, and metadata_1.parquet says 8 rows",
+    ):
         build(tmp_path, root, photos)
     np.save(file, unit(7))
-    with pytest.raises(EdgeclipError, match=r"img_emb_1.npy: has 7 rows, and metadata_1.parquet says 8 rows"):
+    with pytest.raises(
+        EdgeclipError, match=r"img_emb_1.npy: has 7 rows, and metadata_1.parquet says 8 rows"
+    ):
         build(tmp_path, root, photos)
     file.unlink()
     with pytest.raises(EdgeclipError, match="has 2 files in img_emb and 3 in metadata"):
@@ -178,25 +214,64 @@ def test_a_student_is_distilled_with_no_teacher_ever_run(shop):
     results = json.loads(result.stdout)
     (row,) = results["sets"]
     assert row["teacher"] is None and results["models"]["teacher"]["parameters"] is None
-    features, truth = np.load("runs/r/evaluation/image_features.npy"), np.array(disk.read_json(Path("runs/r/evaluation/evaluation.json"))["labels"])
-    assert row["student"]["r1"] == hits(features @ l2_normalise(np.load("classes.npy")).T, truth, 1).mean()  # with the classes that were given
+    features, truth = (
+        np.load("runs/r/evaluation/image_features.npy"),
+        np.array(disk.read_json(Path("runs/r/evaluation/evaluation.json"))["labels"]),
+    )
+    assert (
+        row["student"]["r1"]
+        == hits(features @ l2_normalise(np.load("classes.npy")).T, truth, 1).mean()
+    )  # with the classes that were given
     assert run("distill", write(shop, TRAINS)).exit_code == 0  # the table says not measured
 
 
 def test_what_a_loss_lacks_is_refused_by_name(shop):
     captions = TRAINS.replace("kl: {weight: 1}, feature", "affinity: {weight: 1}, feature")
     (shop / "theirs" / "text_emb").rename(shop / "aside")
-    mistake("distill", write(shop, captions.replace("losses: {", "losses: {captions: data, ")), says="losses.affinity: needs", only_line=False)
+    mistake(
+        "distill",
+        write(shop, captions.replace("losses: {", "losses: {captions: data, ")),
+        says="losses.affinity: needs",
+        only_line=False,
+    )
     none = TRAINS.replace("class_features: classes.npy, ", "")
-    mistake("distill", write(shop, none), says="losses.kl: needs class features, and teacher has neither text nor class_features", only_line=False)
-    mistake("distill", write(shop, TRAINS.replace("text_encoder: false", "")), says="text_encoder: the teacher has none to ship")
-    mistake("distill", write(shop, TRAINS.replace("kl: {weight: 1}", "if_align: {normalise: false}")), says="losses.if_align: needs the teacher's norms")
+    mistake(
+        "distill",
+        write(shop, none),
+        says="losses.kl: needs class features, and teacher has neither text nor class_features",
+        only_line=False,
+    )
+    mistake(
+        "distill",
+        write(shop, TRAINS.replace("text_encoder: false", "")),
+        says="text_encoder: the teacher has none to ship",
+    )
+    mistake(
+        "distill",
+        write(shop, TRAINS.replace("kl: {weight: 1}", "if_align: {normalise: false}")),
+        says="losses.if_align: needs the teacher's norms",
+    )
     (shop / "classes.npy").rename(shop / "other.npy")
-    mistake("distill", write(shop, TRAINS), says="classes.npy: there is no such file; check the recipe's teacher.class_features", only_line=False)
+    mistake(
+        "distill",
+        write(shop, TRAINS),
+        says="classes.npy: there is no such file; check the recipe's teacher.class_features",
+        only_line=False,
+    )
     (shop / "classes.npy").write_bytes(b"")
-    mistake("distill", write(shop, TRAINS), says="classes.npy: is no readable .npy file", only_line=False)
+    mistake(
+        "distill",
+        write(shop, TRAINS),
+        says="classes.npy: is no readable .npy file",
+        only_line=False,
+    )
     np.save(shop / "classes.npy", unit(3))
-    mistake("distill", write(shop, TRAINS), says="teacher.class_features: has 3 rows, and there are 2 classes", only_line=False)
+    mistake(
+        "distill",
+        write(shop, TRAINS),
+        says="teacher.class_features: has 3 rows, and there are 2 classes",
+        only_line=False,
+    )
     np.save(shop / "classes.npy", unit(2)[:, :7])
     mistake("distill", write(shop, TRAINS), says="not finite rows of width 16", only_line=False)
     assert RECIPE
@@ -204,7 +279,19 @@ def test_what_a_loss_lacks_is_refused_by_name(shop):
 
 # --- clip-retrieval and embedding-reader themselves, in an environment of their own: they need an older numpy and pandas
 
-INSTALL = ["clip-retrieval", "embedding-reader", "fsspec", "tqdm", "numpy<2", "pandas<3", "pyarrow<16", "python-dateutil", "pytz", "tzdata", "six"]
+INSTALL = [
+    "clip-retrieval",
+    "embedding-reader",
+    "fsspec",
+    "tqdm",
+    "numpy<2",
+    "pandas<3",
+    "pyarrow<16",
+    "python-dateutil",
+    "pytz",
+    "tzdata",
+    "six",
+]
 
 WRITE = """
 import importlib.util, json, sys
@@ -238,19 +325,31 @@ np.save(sys.argv[2], np.concatenate(rows)); print(json.dumps([int(reader.dimensi
 def theirs(tmp_path_factory):
     """Their Python: that of EDGECLIP_CLIP_RETRIEVAL, or one that is made here."""
     python = os.environ.get("EDGECLIP_CLIP_RETRIEVAL")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))
+    }
     if not python:
         home = tmp_path_factory.mktemp("clip-retrieval")
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True, env=environment)
         python = str(home / "bin" / "python")
-        done = subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *INSTALL], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [python, "-m", "pip", "install", "-q", "--no-deps", *INSTALL],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             pytest.skip(
                 f"clip-retrieval is not installed: python -m venv E && E/bin/pip install --no-deps {' '.join(INSTALL)}, then EDGECLIP_CLIP_RETRIEVAL=E/bin/python"
             )
 
     def call(code, *arguments):
-        done = subprocess.run([python, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [python, "-c", code, *map(str, arguments)],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -261,12 +360,25 @@ def theirs(tmp_path_factory):
 def test_what_clip_retrievals_own_writer_wrote_is_a_teacher(theirs, tmp_path, photos):
     np.save(tmp_path / "images.npy", unit(COUNT))
     np.save(tmp_path / "texts.npy", unit(COUNT, 2))
-    theirs(WRITE, tmp_path / "images.npy", tmp_path / "texts.npy", json.dumps(KEYS), tmp_path / "written")
+    theirs(
+        WRITE,
+        tmp_path / "images.npy",
+        tmp_path / "texts.npy",
+        json.dumps(KEYS),
+        tmp_path / "written",
+    )
     found = inspect(tmp_path / "written")
-    assert (found["pictures"], found["width"], found["captions"], found["shards"]) == (COUNT, D, 1, 2) and "url" in found["data"]
+    assert (found["pictures"], found["width"], found["captions"], found["shards"]) == (
+        COUNT,
+        D,
+        1,
+        2,
+    ) and "url" in found["data"]
     made = build(tmp_path, tmp_path / "written", photos, captions=True)
     every = np.arange(COUNT)
-    assert [p.key for p in made.pictures] == KEYS and (made.rows[every, every * 0] == unit(COUNT)).all()
+    assert [p.key for p in made.pictures] == KEYS and (
+        made.rows[every, every * 0] == unit(COUNT)
+    ).all()
     assert (made.caption_features[every, every * 0] == unit(COUNT, 2)).all()
 
 
@@ -278,4 +390,6 @@ def test_embedding_reader_reads_ours(theirs, tmp_path, folder, monkeypatch):
     made = toy_cache.build(tmp_path, toy_cache.dataset(folder))
     width, keys = json.loads(theirs(READ, made.folder, tmp_path / "read.npy"))
     assert width == toy_cache.D and keys == [p.key for p in made.pictures]
-    assert (np.load(tmp_path / "read.npy") == made.rows.unit(np.arange(12), np.zeros(12, int))).all()
+    assert (
+        np.load(tmp_path / "read.npy") == made.rows.unit(np.arange(12), np.zeros(12, int))
+    ).all()

@@ -37,7 +37,12 @@ def sample(i, size=(60, 50)):
     views = []
     for _ in range(K):
         h, w = rng.integers(20, 40, 2).tolist()
-        views.append([[int(rng.integers(0, size[1] - h)), int(rng.integers(0, size[0] - w)), h, w], [[3, 12.0], [int(rng.integers(6, 9)), 0.27]]])
+        views.append(
+            [
+                [int(rng.integers(0, size[1] - h)), int(rng.integers(0, size[0] - w)), h, w],
+                [[3, 12.0], [int(rng.integers(6, 9)), 0.27]],
+            ]
+        )
     return image, text, views, [f"synthetic {i} {c}" for c in range(SYNTHETIC)]
 
 
@@ -52,12 +57,25 @@ def reinforced(path, ids, kind="npz", pictures=True, change=lambda i, name, cont
                 rows = buffer.getvalue()
             else:
                 buffer = io.BytesIO()
-                torch.save({"image_emb": torch.from_numpy(image).bfloat16(), "text_emb": torch.from_numpy(text).bfloat16()}, buffer)
+                torch.save(
+                    {
+                        "image_emb": torch.from_numpy(image).bfloat16(),
+                        "text_emb": torch.from_numpy(text).bfloat16(),
+                    },
+                    buffer,
+                )
                 rows = gzip.compress(buffer.getvalue())
-            members = {"paug.json": json.dumps({"param_aug": json.dumps(views)}).encode(), "syn.json": json.dumps({"syn_text": syn}).encode(), kind: rows}
+            members = {
+                "paug.json": json.dumps({"param_aug": json.dumps(views)}).encode(),
+                "syn.json": json.dumps({"syn_text": syn}).encode(),
+                kind: rows,
+            }
             members |= {"url.txt": b"http://x", "json": json.dumps({"uid": f"u{i}"}).encode()}
             if pictures:
-                members |= {"jpg": encoded(picture(i, 60, 50), "JPEG"), "txt": f"caption {i}".encode()}
+                members |= {
+                    "jpg": encoded(picture(i, 60, 50), "JPEG"),
+                    "txt": f"caption {i}".encode(),
+                }
             for name, content in members.items():
                 if (content := change(i, name, content)) is not None:
                     add_member(tar, f"u{i}.{name}", content)
@@ -69,13 +87,28 @@ def dataset(*tars):
 
 
 def build(tmp_path, data, captions=True, cache_name="cache", **fields):
-    teacher = teachers.load(R.Reinforced(root=str(tmp_path), shards="dr*.tar", **({"columns": (0, 6)} | fields)))
-    return cache.build(tmp_path / cache_name, teacher, None, data, R.Views(), 0, captions=captions, device=torch.device("cpu"), threads=2)
+    teacher = teachers.load(
+        R.Reinforced(root=str(tmp_path), shards="dr*.tar", **({"columns": (0, 6)} | fields))
+    )
+    return cache.build(
+        tmp_path / cache_name,
+        teacher,
+        None,
+        data,
+        R.Views(),
+        0,
+        captions=captions,
+        device=torch.device("cpu"),
+        threads=2,
+    )
 
 
 @pytest.mark.parametrize("kind", ["npz", "pth.gz"])
 def test_each_teacher_is_its_columns_of_every_view_and_caption(tmp_path, kind):
-    tars = [reinforced(tmp_path / "dr0.tar", range(7), kind), reinforced(tmp_path / "dr1.tar", range(7, 12), kind)]
+    tars = [
+        reinforced(tmp_path / "dr0.tar", range(7), kind),
+        reinforced(tmp_path / "dr1.tar", range(7, 12), kind),
+    ]
     first, second = (build(tmp_path, dataset(*tars), columns=c) for c in ((0, 6), (6, 10)))
     assert first.rows.shape == (12, K, 6)
     assert second.rows.shape == (12, K, 4)
@@ -96,23 +129,43 @@ def test_dfndrs_captioners_stand_apart(tmp_path):
     def apart(i, name, content):
         image, text, _, syn = sample(i)
         if name == "syn.json":
-            return json.dumps({"syn_text": syn[1:], "syn_text_coca": syn[:1], "syn_text_later": ["no features"]}).encode()
+            return json.dumps(
+                {"syn_text": syn[1:], "syn_text_coca": syn[:1], "syn_text_later": ["no features"]}
+            ).encode()
         if name == "npz":
             buffer = io.BytesIO()
-            np.savez(buffer, image_emb=image, text_emb=text[:1], syn_text_emb=text[2:], syn_text_coca_emb=text[1:2])
+            np.savez(
+                buffer,
+                image_emb=image,
+                text_emb=text[:1],
+                syn_text_emb=text[2:],
+                syn_text_coca_emb=text[1:2],
+            )
             return buffer.getvalue()
         return content
 
     made = build(tmp_path, dataset(reinforced(tmp_path / "dr0.tar", range(5), change=apart)))
     unit = sample(3)[1][[0, 2, 1], :6]
-    np.testing.assert_allclose(made.caption_features[3], unit / np.linalg.norm(unit, axis=1, keepdims=True), atol=2e-3)
-    cut = reinforced(tmp_path / "dr0.tar", range(5), change=lambda i, n, c: c if n != "syn.json" else b'{"syn_text": ["one"]}')
-    with pytest.raises(EdgeclipError, match=r"5 of 5 samples are broken.*'u0' 2 captions and 3 rows \(text\)"):
+    np.testing.assert_allclose(
+        made.caption_features[3], unit / np.linalg.norm(unit, axis=1, keepdims=True), atol=2e-3
+    )
+    cut = reinforced(
+        tmp_path / "dr0.tar",
+        range(5),
+        change=lambda i, n, c: c if n != "syn.json" else b'{"syn_text": ["one"]}',
+    )
+    with pytest.raises(
+        EdgeclipError, match=r"5 of 5 samples are broken.*'u0' 2 captions and 3 rows \(text\)"
+    ):
         build(tmp_path, dataset(cut), cache_name="another")
 
 
 def test_the_shards_may_lie_apart_from_the_pictures_and_in_another_order(tmp_path):
-    pictures = reinforced(tmp_path / "pictures.tar", range(9), change=lambda i, name, content: content if name in ("jpg", "txt") else None)
+    pictures = reinforced(
+        tmp_path / "pictures.tar",
+        range(9),
+        change=lambda i, name, content: content if name in ("jpg", "txt") else None,
+    )
     reinforced(tmp_path / "dr0.tar", [8, 3, 5, 1, 0, 2, 7], pictures=False)
     made = build(tmp_path, dataset(pictures))
     assert [p.key for p in made.pictures] == [f"pictures/u{i}" for i in (8, 3, 5, 1, 0, 2, 7)]
@@ -129,19 +182,36 @@ def test_a_view_is_replayed_as_torchvision_made_it():
     (view,) = parameters(json.dumps({"param_aug": [[crop, operations]]}).encode(), 224)
     expected = F.resized_crop(image, *crop, [224, 224], InterpolationMode.BICUBIC)
     for number, magnitude in operations:
-        expected = _apply_op(expected, OPERATIONS[number], magnitude, InterpolationMode.NEAREST, None)
-    assert (cache.replay(image, view, Preprocess(size=224, mean=(0,) * 3, std=(1,) * 3)) == np.asarray(expected)).all()
-    smaller = cache.replay(image, view, Preprocess(size=112, mean=(0,) * 3, std=(1,) * 3)).astype(float)
+        expected = _apply_op(
+            expected, OPERATIONS[number], magnitude, InterpolationMode.NEAREST, None
+        )
+    assert (
+        cache.replay(image, view, Preprocess(size=224, mean=(0,) * 3, std=(1,) * 3))
+        == np.asarray(expected)
+    ).all()
+    smaller = cache.replay(image, view, Preprocess(size=112, mean=(0,) * 3, std=(1,) * 3)).astype(
+        float
+    )
     at_half = np.asarray(expected.resize((112, 112), Image.Resampling.BOX)).astype(float)
     assert np.abs(smaller - at_half).mean() < 25 < np.abs(smaller[:, ::-1] - at_half).mean()
 
 
 def test_broken_samples_are_counted_and_many_are_refused(tmp_path):
     ids = range(120)
-    tar = reinforced(tmp_path / "dr0.tar", ids, change=lambda i, name, content: None if (i, name) == (7, "paug.json") else content)
+    tar = reinforced(
+        tmp_path / "dr0.tar",
+        ids,
+        change=lambda i, name, content: None if (i, name) == (7, "paug.json") else content,
+    )
     made = build(tmp_path, dataset(tar), captions=False)
-    assert len(made.rows) == 119 and made.manifest["skipped"] == [f"{tar}: sample 'u7' has no paug.json"]
-    reinforced(tar, ids, change=lambda i, name, content: b"[]" if i in (3, 4) and name == "npz" else content)
+    assert len(made.rows) == 119 and made.manifest["skipped"] == [
+        f"{tar}: sample 'u7' has no paug.json"
+    ]
+    reinforced(
+        tar,
+        ids,
+        change=lambda i, name, content: b"[]" if i in (3, 4) and name == "npz" else content,
+    )
     with pytest.raises(EdgeclipError, match=r"2 of 120 samples are broken, more than 1%"):
         build(tmp_path, dataset(tar), captions=False, cache_name="another")
 
@@ -150,7 +220,11 @@ def garbled(kind):
     """A sample's rows cut off, with a byte of their middle changed, and as something else: name to what `change` writes."""
     return {
         "cut": lambda content: content[: len(content) // 2],
-        "changed": lambda content: content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 255]) + content[len(content) // 2 + 1 :],
+        "changed": lambda content: (
+            content[: len(content) // 2]
+            + bytes([content[len(content) // 2] ^ 255])
+            + content[len(content) // 2 + 1 :]
+        ),
         "text": lambda content: b"not rows" if kind == "npz" else gzip.compress(b"not rows"),
         "empty": lambda content: b"",
     }
@@ -160,7 +234,12 @@ def garbled(kind):
 @pytest.mark.parametrize("damage", ["cut", "changed", "text", "empty"])
 def test_a_damaged_sample_is_counted_whatever_its_damage(tmp_path, kind, damage):
     damaged = garbled(kind)[damage]
-    tar = reinforced(tmp_path / "dr0.tar", range(110), kind, change=lambda i, name, content: damaged(content) if (i, name) == (0, kind) else content)
+    tar = reinforced(
+        tmp_path / "dr0.tar",
+        range(110),
+        kind,
+        change=lambda i, name, content: damaged(content) if (i, name) == (0, kind) else content,
+    )
     made = build(tmp_path, dataset(tar))  # and the first sample does not tell the width
     assert len(made.rows) == 109 and made.rows.shape[2] == 6
     (said,) = made.manifest["skipped"]
@@ -170,14 +249,26 @@ def test_a_damaged_sample_is_counted_whatever_its_damage(tmp_path, kind, damage)
 @pytest.mark.parametrize(
     ("member", "content", "says"),
     [
-        ("paug.json", b'{"param_aug": [[[1, 2, 30, 30], [[14, 0.5]]]]}', "has operation 14, and RandAugment has 14"),
-        ("paug.json", b'{"param_aug": [[[1, 2, 30, 30], [[-1, 0.5]]]]}', "has operation -1, and RandAugment has 14"),
+        (
+            "paug.json",
+            b'{"param_aug": [[[1, 2, 30, 30], [[14, 0.5]]]]}',
+            "has operation 14, and RandAugment has 14",
+        ),
+        (
+            "paug.json",
+            b'{"param_aug": [[[1, 2, 30, 30], [[-1, 0.5]]]]}',
+            "has operation -1, and RandAugment has 14",
+        ),
         ("syn.json", b"[]", "has a syn.json that is no mapping"),
         ("npz", None, "has no npz or pth.gz"),
     ],
 )
 def test_a_sample_that_says_something_else_is_counted(tmp_path, member, content, says):
-    tar = reinforced(tmp_path / "dr0.tar", range(110), change=lambda i, name, whole: content if (i, name) == (0, member) else whole)
+    tar = reinforced(
+        tmp_path / "dr0.tar",
+        range(110),
+        change=lambda i, name, whole: content if (i, name) == (0, member) else whole,
+    )
     assert build(tmp_path, dataset(tar)).manifest["skipped"] == [f"{tar}: sample 'u0' {says}"]
 
 
@@ -185,7 +276,9 @@ def test_damaged_shards_are_named(tmp_path):
     tar = reinforced(tmp_path / "dr0.tar", range(6))
     data, whole = dataset(tar), tar.read_bytes()
     tar.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(EdgeclipError, match=r"dr0.tar: not a readable shard \(.*\); replace or remove it"):
+    with pytest.raises(
+        EdgeclipError, match=r"dr0.tar: not a readable shard \(.*\); replace or remove it"
+    ):
         build(tmp_path, data)
     tar.write_bytes(b"no tar at all" * 100)
     with pytest.raises(EdgeclipError, match=r"dr0.tar: not a readable shard"):
@@ -197,7 +290,9 @@ def test_damaged_shards_are_named(tmp_path):
     with pytest.raises(EdgeclipError, match="has no sample of any picture of the data"):
         build(tmp_path, data)
     reinforced(tar, range(6), change=lambda i, name, content: content)
-    with pytest.raises(EdgeclipError, match=r"teacher.columns: \[0, 12\] does not lie within the 10 columns"):
+    with pytest.raises(
+        EdgeclipError, match=r"teacher.columns: \[0, 12\] does not lie within the 10 columns"
+    ):
         build(tmp_path, data, columns=(0, 12))
     with pytest.raises(EdgeclipError, match=r"no shard matches"):
         teachers.load(R.Reinforced(root=str(tmp_path), shards="none*.tar"))
@@ -228,21 +323,44 @@ def test_a_student_learns_from_both_teachers(here):
         for i in range(12):
             (here / "shop" / f"class {c}" / f"{i}.png").write_bytes(encoded(picture(100 * c + i)))
     for name, width in (("first", 6), ("second", 4)):
-        np.save(here / f"{name}.npy", np.random.default_rng(0).normal(size=(2, width)).astype(np.float32))
+        np.save(
+            here / f"{name}.npy",
+            np.random.default_rng(0).normal(size=(2, width)).astype(np.float32),
+        )
     result = run("distill", write(here, RECIPE), "--json")
     assert result.exit_code == 0, (result.output, result.exception)
     assert {"distribution", "affinity", "feature"} <= json.loads(result.stdout)["log"][-1].keys()
     found = json.loads(run("cache", "build", write(here, RECIPE), "--json").stdout)
-    assert [(c["pictures"], c["views"], c["width"], c["captions"]) for c in found] == [(9, K, 6, 3), (9, K, 4, 3)]
-    mistake("cache", "build", write(here, RECIPE), "--out", "x", says="--out x: is one folder, and the recipe needs several caches")
+    assert [(c["pictures"], c["views"], c["width"], c["captions"]) for c in found] == [
+        (9, K, 6, 3),
+        (9, K, 4, 3),
+    ]
+    mistake(
+        "cache",
+        "build",
+        write(here, RECIPE),
+        "--out",
+        "x",
+        says="--out x: is one folder, and the recipe needs several caches",
+    )
 
 
 def test_a_students_text_tower_reads_the_caption_whose_features_the_view_has(tmp_path):
     """Caption by caption the ids lie beside the teacher's features of the same words."""
-    made = build(tmp_path, dataset(reinforced(tmp_path / "dr0.tar", [4, 1]), reinforced(tmp_path / "dr1.tar", [7])))
-    text = teachers.TextTower(module=torch.nn.Identity(), tokenizer=clip_tokenizer_json("ViT-B-32"), context_length=16)
-    found = texts(text, teachers.load(R.Reinforced(root=str(tmp_path), shards="dr*.tar")), made, [], ())
+    made = build(
+        tmp_path,
+        dataset(reinforced(tmp_path / "dr0.tar", [4, 1]), reinforced(tmp_path / "dr1.tar", [7])),
+    )
+    text = teachers.TextTower(
+        module=torch.nn.Identity(), tokenizer=clip_tokenizer_json("ViT-B-32"), context_length=16
+    )
+    found = texts(
+        text, teachers.load(R.Reinforced(root=str(tmp_path), shards="dr*.tar")), made, [], ()
+    )
     said = [[f"caption {i}", *(f"synthetic {i} {c}" for c in range(SYNTHETIC))] for i in (4, 1, 7)]
-    assert found.captions.shape == (3, 1 + SYNTHETIC, 16) and made.caption_features.shape[:2] == found.captions.shape[:2]
+    assert (
+        found.captions.shape == (3, 1 + SYNTHETIC, 16)
+        and made.caption_features.shape[:2] == found.captions.shape[:2]
+    )
     for i, words in enumerate(said):
         assert torch.equal(found.captions[i], token_ids(text, words))

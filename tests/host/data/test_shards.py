@@ -23,7 +23,11 @@ from tests.support.webdataset import shard, webdataset
 
 @pytest.mark.parametrize(
     ("pattern", "found"),
-    [("a.tar", ["a.tar"]), ("{08..11}.tar", ["08.tar", "09.tar", "10.tar", "11.tar"]), ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"])],
+    [
+        ("a.tar", ["a.tar"]),
+        ("{08..11}.tar", ["08.tar", "09.tar", "10.tar", "11.tar"]),
+        ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
+    ],
 )
 def test_braces_stand_for_what_a_shell_makes_of_them(pattern, found):
     assert expand(pattern) == found
@@ -31,7 +35,9 @@ def test_braces_stand_for_what_a_shell_makes_of_them(pattern, found):
 
 def test_a_range_and_a_glob_find_the_same_shards_and_a_missing_one_is_named(tmp_path):
     webdataset(tmp_path)
-    assert find(tmp_path, "train/{2,10}.tar", False, tmp_path) == find(tmp_path, "train/*.tar", False, tmp_path)
+    assert find(tmp_path, "train/{2,10}.tar", False, tmp_path) == find(
+        tmp_path, "train/*.tar", False, tmp_path
+    )
     with pytest.raises(EdgeclipError, match=r"train/3.tar: no shard matches"):
         find(tmp_path, "train/{2..3}.tar", False, tmp_path)
     with pytest.raises(EdgeclipError, match="runs backwards"):
@@ -41,7 +47,9 @@ def test_a_range_and_a_glob_find_the_same_shards_and_a_missing_one_is_named(tmp_
 def test_a_glob_is_relative_to_the_folder(tmp_path):
     webdataset(tmp_path)
     for glob in (f"{tmp_path}/train/*.tar", "**.tar"):
-        with pytest.raises(EdgeclipError, match=r"tar: is no glob below .*; write it relative to that folder"):
+        with pytest.raises(
+            EdgeclipError, match=r"tar: is no glob below .*; write it relative to that folder"
+        ):
             find(tmp_path, glob, False, tmp_path)
 
 
@@ -49,12 +57,16 @@ def test_a_command_runs_only_where_the_recipe_allows_it_and_once(tmp_path):
     root = webdataset(tmp_path / "data")
     command = f"pipe:cat {root}/train/{{2,10}}.tar && echo x >> {tmp_path}/ran"
     spec = {"name": "w", "root": str(root), "train": command, "classes": "classnames.txt"}
-    with pytest.raises(EdgeclipError, match="is a command, and the recipe does not allow them; set pipe: true"):
+    with pytest.raises(
+        EdgeclipError, match="is a command, and the recipe does not allow them; set pipe: true"
+    ):
         data.load(R.WebDataset(**spec), tmp_path / "cache")
     assert not (tmp_path / "ran").exists()
     for _ in range(2):
         found = data.load(R.WebDataset(**spec, pipe=True), tmp_path / "cache")
-        assert [p.caption for p in found.train] == ["a cat", "a dog", "a car"] * 2 and Image.open(io.BytesIO(read(found.train[4]))).size == (8, 8)
+        assert [p.caption for p in found.train] == ["a cat", "a dog", "a car"] * 2 and Image.open(
+            io.BytesIO(read(found.train[4]))
+        ).size == (8, 8)
     assert (tmp_path / "ran").read_text() == "x\nx\n"
 
 
@@ -88,7 +100,13 @@ def test_an_index_gives_what_the_shards_hold_and_is_made_once(tmp_path):
 
 def test_reading_an_index_takes_no_memory_that_grows_with_it(tmp_path):
     def peak(count):
-        found = index([tmp_path], tmp_path / str(count), lambda _: [Picture(f"{i:09d}", "", i, 1, -1, f"caption of number {i}") for i in range(count)])
+        found = index(
+            [tmp_path],
+            tmp_path / str(count),
+            lambda _: [
+                Picture(f"{i:09d}", "", i, 1, -1, f"caption of number {i}") for i in range(count)
+            ],
+        )
         order = np.random.default_rng(0).integers(count, size=2000)
         tracemalloc.start()
         assert all(found[int(i)].offset == i for i in order)
@@ -102,7 +120,10 @@ def test_reading_an_index_takes_no_memory_that_grows_with_it(tmp_path):
 def test_two_pictures_of_one_key_are_refused(tmp_path, monkeypatch):
     for folder in ("a", "b"):
         shard(tmp_path / folder / "0.tar", [(None, "x")])
-    with pytest.raises(EdgeclipError, match=r"1 pictures have a key that another has \(two shards are called '0'\); rename the shards"):
+    with pytest.raises(
+        EdgeclipError,
+        match=r"1 pictures have a key that another has \(two shards are called '0'\); rename the shards",
+    ):
         index([tmp_path / "a" / "0.tar", tmp_path / "b" / "0.tar"], tmp_path / "cache", index_tar)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EdgeclipError, match=r"^\.: 1 pictures"):
@@ -110,7 +131,10 @@ def test_two_pictures_of_one_key_are_refused(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for _ in range(2):
             add_member(tar, "same.png", encoded(picture(0)))
-    with pytest.raises(EdgeclipError, match=r"0.tar: not a readable WebDataset shard \(two members are called 'same.png'\)"):
+    with pytest.raises(
+        EdgeclipError,
+        match=r"0.tar: not a readable WebDataset shard \(two members are called 'same.png'\)",
+    ):
         index_tar(tmp_path / "0.tar")
 
 
@@ -128,7 +152,9 @@ def test_a_shard_that_became_shorter_than_its_index_is_an_unreadable_picture(tmp
     shard(tmp_path / "0.tar", [(0, "x"), (1, "y")])
     last = index_tar(tmp_path / "0.tar")[1]
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[: last.offset + 20])
-    with pytest.raises(UnreadablePicture, match=r"0.tar \(0/1\): the shard is shorter than its index says"):
+    with pytest.raises(
+        UnreadablePicture, match=r"0.tar \(0/1\): the shard is shorter than its index says"
+    ):
         read(last)
     (tmp_path / "0.tar").unlink()
     with pytest.raises(UnreadablePicture, match="there is no such file"):
@@ -138,13 +164,20 @@ def test_a_shard_that_became_shorter_than_its_index_is_an_unreadable_picture(tmp
 def test_open_clips_csv_names_pictures_and_captions(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(encoded(picture(i)))
-    (tmp_path / "train.csv").write_text("filepath\ttitle\textra\n" + "".join(f"{i}.png\ta caption, {i}\tx\n" for i in range(3)))
+    (tmp_path / "train.csv").write_text(
+        "filepath\ttitle\textra\n" + "".join(f"{i}.png\ta caption, {i}\tx\n" for i in range(3))
+    )
     found = data.load(R.Csv(name="c", root=str(tmp_path)), tmp_path)
-    assert [(p.key, p.caption) for p in found.train] == [(f"{i}.png", f"a caption, {i}") for i in range(3)] and read(found.train[2]) == encoded(picture(2))
+    assert [(p.key, p.caption) for p in found.train] == [
+        (f"{i}.png", f"a caption, {i}") for i in range(3)
+    ] and read(found.train[2]) == encoded(picture(2))
     for content, says in (
         ("path\ttitle\n0.png\tx\n", "has no column 'filepath'"),
         ("filepath\ttitle\n0.png\tx\n0.png\ty\n", "names '0.png' twice"),
-        ("title\tfilepath\nx\t0.png\nonly a title\n", "train.csv: line 3: has nothing in column 'filepath'"),
+        (
+            "title\tfilepath\nx\t0.png\nonly a title\n",
+            "train.csv: line 3: has nothing in column 'filepath'",
+        ),
         ("filepath\ttitle\n9.png\tx\n", "names '9.png', and there is no such file"),
     ):
         (tmp_path / "train.csv").write_text(content)
@@ -157,7 +190,9 @@ def test_open_clips_csv_names_pictures_and_captions(tmp_path):
 SPEC = Preprocess(size=64, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
 
-@pytest.mark.parametrize("view", [[0, 0, 0, 0, 0], [100, 50, 900, 800, 0], [333, 20, 200, 400, 1], [10, 10, 70, 64, 0]])
+@pytest.mark.parametrize(
+    "view", [[0, 0, 0, 0, 0], [100, 50, 900, 800, 0], [333, 20, 200, 400, 1], [10, 10, 70, 64, 0]]
+)
 def test_a_view_of_a_scaled_jpeg_is_that_of_the_whole_one(view):
     content, view = encoded(picture(5, 1280, 960), "JPEG"), np.array(view, np.float32)
     whole = cache.replay(Image.open(io.BytesIO(content)).convert("RGB"), view, SPEC).astype(float)
@@ -169,12 +204,20 @@ def test_a_view_of_a_scaled_jpeg_is_that_of_the_whole_one(view):
 
 def test_what_is_no_jpeg_or_no_larger_than_the_view_is_pils_within_a_level():
     view = np.array([3, 5, 60, 58, 1], np.float32)
-    for content in (encoded(picture(5, 640, 480)), encoded(picture(5, 70, 66), "JPEG"), encoded(picture(5, 70, 66).convert("L"), "JPEG")):
+    for content in (
+        encoded(picture(5, 640, 480)),
+        encoded(picture(5, 70, 66), "JPEG"),
+        encoded(picture(5, 70, 66).convert("L"), "JPEG"),
+    ):
         image = Image.open(io.BytesIO(content)).convert("RGB")
-        cut = cache.replay(image.crop((3, 5, 63, 63)), np.array([0, 0, 60, 58, 1], np.float32), SPEC)  # nothing beyond the box
+        cut = cache.replay(
+            image.crop((3, 5, 63, 63)), np.array([0, 0, 60, 58, 1], np.float32), SPEC
+        )  # nothing beyond the box
         seen = cache.see(content, view, SPEC, "x")
         assert np.abs(seen.astype(int) - cut).max() <= 1 and (seen == cut).mean() > 0.95
-        between = view + np.array([0.5, 0, 0, 0, 0], np.float32)  # a box between pixels is PIL's to cut
+        between = view + np.array(
+            [0.5, 0, 0, 0, 0], np.float32
+        )  # a box between pixels is PIL's to cut
         assert (cache.see(content, between, SPEC, "x") == cache.replay(image, between, SPEC)).all()
     with pytest.raises(UnreadablePicture, match="x: unreadable picture"):
         cache.see(encoded(picture(5, 640, 480), "JPEG")[:3000], view, SPEC, "x")
@@ -182,5 +225,7 @@ def test_what_is_no_jpeg_or_no_larger_than_the_view_is_pils_within_a_level():
 
 def test_normalising_by_table_is_the_same_arithmetic():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 9, 7, 3), dtype=np.uint8)[:, :, ::-1]
-    plain = (pixels.astype(np.float32) / np.float32(255) - np.asarray(SPEC.mean, np.float32)) / np.asarray(SPEC.std, np.float32)
+    plain = (
+        pixels.astype(np.float32) / np.float32(255) - np.asarray(SPEC.mean, np.float32)
+    ) / np.asarray(SPEC.std, np.float32)
     assert (normalise(pixels, SPEC) == plain.transpose(0, 3, 1, 2)).all()

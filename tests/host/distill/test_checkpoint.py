@@ -31,8 +31,19 @@ EVERYTHING = {
 }
 CASES = {
     "every kind of state": {"losses": EVERYTHING, "kind": "dropout", "text": True},
-    "sgd, batch norm, first training": {"losses": {"kl": {}}, "kind": "batch norm", "optimizer": "sgd", "first": {"epochs": 1}},
-    "parts, fp16": {"losses": EVERYTHING, "kind": "dropout", "accumulate": 2, "precision": "fp16", "weight_decay_of": "matrices"},
+    "sgd, batch norm, first training": {
+        "losses": {"kl": {}},
+        "kind": "batch norm",
+        "optimizer": "sgd",
+        "first": {"epochs": 1},
+    },
+    "parts, fp16": {
+        "losses": EVERYTHING,
+        "kind": "dropout",
+        "accumulate": 2,
+        "precision": "fp16",
+        "weight_decay_of": "matrices",
+    },
     "no projector steps": {"losses": {"kl": {}}, "warmup_steps": 0},
 }
 
@@ -59,13 +70,22 @@ def test_interrupted_after_every_single_step(folder, tmp_path, monkeypatch, name
             _, resumed, resumed_log = run(folder, checkpoints=tmp_path, **case)
             break
         except Interrupted as e:
-            assert e.number in (signal.SIGINT, signal.SIGTERM) and f"step {done} is finished and saved" in str(e)
-            assert [p.name for p in tmp_path.iterdir()] == [f"{done:09d}"]  # the older ones are gone
+            assert e.number in (
+                signal.SIGINT,
+                signal.SIGTERM,
+            ) and f"step {done} is finished and saved" in str(e)
+            assert [p.name for p in tmp_path.iterdir()] == [
+                f"{done:09d}"
+            ]  # the older ones are gone
     assert done == len(steps) + 1 and log == resumed_log
-    assert weights.keys() == resumed.keys() and all(torch.equal(weights[k], resumed[k]) for k in weights)
+    assert weights.keys() == resumed.keys() and all(
+        torch.equal(weights[k], resumed[k]) for k in weights
+    )
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    folder, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *a, **k: None)  # keep the older ones
     case = {"losses": {"kl": {}}, "checkpoint_every": 1}
     _, weights, _ = run(folder, checkpoints=tmp_path, **case)
@@ -73,7 +93,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder, tmp_path
     content = (newest / "state.safetensors").read_bytes()
     (newest / "state.safetensors").write_bytes(content[:-4] + b"\0\0\0\1")
     _, again, _ = run(folder, checkpoints=tmp_path, **case)
-    assert "passed over" in capsys.readouterr().err and all(torch.equal(weights[k], again[k]) for k in weights)
+    assert "passed over" in capsys.readouterr().err and all(
+        torch.equal(weights[k], again[k]) for k in weights
+    )
 
 
 def test_a_half_written_checkpoint_is_none(tmp_path):
@@ -84,7 +106,9 @@ def test_a_half_written_checkpoint_is_none(tmp_path):
 
 
 def test_the_second_signal_acts_at_once():
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
+    inherited = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a test run in the background has it ignored
     try:
         with pytest.raises(KeyboardInterrupt), checkpoint.signals() as noted:
             signal.raise_signal(signal.SIGINT)
@@ -106,7 +130,16 @@ def workplace(tmp_path_factory):
     place = tmp_path_factory.mktemp("kill")
     shapes.write(place / ".data" / "shapes")
     recipe = yaml.safe_load((REPO / "recipes" / "smoke.yaml").read_text())
-    recipe |= {"other_teachers": [], "views": {"count": 1}, "losses": {"kl": {}, "if_align": {"momentum": 0.5}, "edu_attention": {}, "masked_feature": {}}}
+    recipe |= {
+        "other_teachers": [],
+        "views": {"count": 1},
+        "losses": {
+            "kl": {},
+            "if_align": {"momentum": 0.5},
+            "edu_attention": {},
+            "masked_feature": {},
+        },
+    }
     recipe["train"] |= {"warmup_steps": 8, "lr": 1e-3, "checkpoint_every": 1}
     (place / "r.yaml").write_text(json.dumps(recipe))
     return place
@@ -114,11 +147,20 @@ def workplace(tmp_path_factory):
 
 def started(place, out):
     command = [sys.executable, "-m", "edgeclip", "distill", "r.yaml", "--out", f"runs/{out}"]
-    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(REPO)})
+    return subprocess.Popen(
+        command,
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+    )
 
 
 def steps_done(place, out):
-    return max((int(p.name) for p in (place / "runs" / out / "checkpoint").glob("[0-9]*")), default=0)
+    return max(
+        (int(p.name) for p in (place / "runs" / out / "checkpoint").glob("[0-9]*")), default=0
+    )
 
 
 @pytest.mark.slow
@@ -136,23 +178,37 @@ def test_killed_again_and_again_in_both_phases(workplace):
             assert process.returncode == -number
         else:
             assert process.returncode == 128 + number, errors
-            assert "is finished and saved in" in errors.splitlines()[-1] and "the same command goes on from there" in errors.splitlines()[-1]
+            assert (
+                "is finished and saved in" in errors.splitlines()[-1]
+                and "the same command goes on from there" in errors.splitlines()[-1]
+            )
         assert steps_done(workplace, "killed") >= steps
     last = started(workplace, "killed")
     assert last.wait(300) == 0, last.stderr.read()
-    a, b = (load_file(workplace / "runs" / out / "student" / "student.safetensors") for out in ("whole", "killed"))
+    a, b = (
+        load_file(workplace / "runs" / out / "student" / "student.safetensors")
+        for out in ("whole", "killed")
+    )
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    logs = [json.loads((workplace / "runs" / out / "results.json").read_text())["log"] for out in ("whole", "killed")]
+    logs = [
+        json.loads((workplace / "runs" / out / "results.json").read_text())["log"]
+        for out in ("whole", "killed")
+    ]
     assert logs[0] == logs[1] and not (workplace / "runs/killed/checkpoint").exists()
 
 
 def test_a_changed_recipe_on_resume_is_refused_with_the_difference(workplace):
     recipe = json.loads((workplace / "r.yaml").read_text())
     recipe["train"]["accumulate"] = 2
-    disk.write_json(workplace / "runs/stopped/roots.json", {"data": ".data/shapes", "evaluation_data": ".data/shapes"})
+    disk.write_json(
+        workplace / "runs/stopped/roots.json",
+        {"data": ".data/shapes", "evaluation_data": ".data/shapes"},
+    )
     from edgeclip.host import recipe as R
 
-    disk.write_json(workplace / "runs/stopped/recipe.json", R.description(R.load(workplace / "r.yaml")))
+    disk.write_json(
+        workplace / "runs/stopped/recipe.json", R.description(R.load(workplace / "r.yaml"))
+    )
     (workplace / "other.yaml").write_text(json.dumps(recipe))
     from tests.support.command import run as call
 

@@ -22,13 +22,20 @@ S, T, W = unit(1, 6), unit(3, 6), unit(4, 5)
 
 def test_alpha_frozen_at_zero_gives_the_image_features_back():
     head = EduAttentionHead(D, R.EduAttention())
-    assert torch.allclose(head(torch.from_numpy(S), torch.from_numpy(W)), torch.from_numpy(S), atol=1e-7)
+    assert torch.allclose(
+        head(torch.from_numpy(S), torch.from_numpy(W)), torch.from_numpy(S), atol=1e-7
+    )
 
 
 def test_the_layer_under_alpha_zero_has_no_gradient_and_alpha_has_one():
     head = EduAttentionHead(D, R.EduAttention())
     s = torch.from_numpy(S)
-    L.kl(L.Batch(s, head(s, torch.from_numpy(W)), torch.from_numpy(T), torch.from_numpy(W), None, 7.0), R.KL()).backward()
+    L.kl(
+        L.Batch(
+            s, head(s, torch.from_numpy(W)), torch.from_numpy(T), torch.from_numpy(W), None, 7.0
+        ),
+        R.KL(),
+    ).backward()
     assert float(head.fc.weight.grad.abs().max()) == 0 and float(head.alpha.grad.abs()) > 0
 
 
@@ -40,7 +47,12 @@ def test_a_head_with_its_own_generator_leaves_the_global_one_alone():
     assert torch.rand(1) == expected[1]
 
 
-READINGS = [R.EduAttention(fc=fc, normalise=n, temperature=c) for fc in ("query", "key_value", "output", "none") for n in (True, False) for c in (0.1, 1.0)]
+READINGS = [
+    R.EduAttention(fc=fc, normalise=n, temperature=c)
+    for fc in ("query", "key_value", "output", "none")
+    for n in (True, False)
+    for c in (0.1, 1.0)
+]
 
 
 @pytest.mark.parametrize("spec", READINGS, ids=lambda s: f"{s.fc}-{s.normalise}-{s.temperature}")
@@ -53,12 +65,25 @@ def test_every_reading_of_edu_attention_is_the_device_layers(spec):
 
 
 def test_edu_attention_over_the_batch_from_a_raw_query_and_on_the_teachers_feature():
-    head = EduAttentionHead(D, R.EduAttention(axis="batch", query="raw", residual="teacher", fc="none", temperature=2.0, normalise=False, keep=False))
+    head = EduAttentionHead(
+        D,
+        R.EduAttention(
+            axis="batch",
+            query="raw",
+            residual="teacher",
+            fc="none",
+            temperature=2.0,
+            normalise=False,
+            keep=False,
+        ),
+    )
     with torch.no_grad():
         head.alpha.fill_(0.4)
     q = 3 * S @ W.T / 2.0
     attention = np.exp(q) / np.exp(q).sum(axis=0) @ W
-    found = head(torch.from_numpy(S), torch.from_numpy(W), torch.from_numpy(3 * S), torch.from_numpy(T))
+    found = head(
+        torch.from_numpy(S), torch.from_numpy(W), torch.from_numpy(3 * S), torch.from_numpy(T)
+    )
     np.testing.assert_allclose(found.detach().numpy(), T + 0.4 * attention, rtol=1e-6)
 
 

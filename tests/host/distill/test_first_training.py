@@ -44,12 +44,18 @@ def trained(tmp_path_factory):
 
 def test_first_training_on_features_is_training_on_the_feature_loss_bit_for_bit(trained):
     _, plain = trained("plain", {"feature": {"weight": 1}}, {"epochs": 2})
-    _, first = trained("first", {"kl": {"weight": 1}}, {"epochs": 0, "first": {"epochs": 2, "labels": "features"}})
+    _, first = trained(
+        "first", {"kl": {"weight": 1}}, {"epochs": 0, "first": {"epochs": 2, "labels": "features"}}
+    )
     assert plain.keys() == first.keys() and all(torch.equal(plain[k], first[k]) for k in plain)
 
 
 def test_its_rows_come_before_the_full_losses_and_its_loss_falls(trained):
-    results, _ = trained("both", {"kl": {"weight": 1}}, {"warmup_steps": 5, "epochs": 1, "first": {"epochs": 3, "labels": "predictions"}})
+    results, _ = trained(
+        "both",
+        {"kl": {"weight": 1}},
+        {"warmup_steps": 5, "epochs": 1, "first": {"epochs": 3, "labels": "predictions"}},
+    )
     rows = results["log"]
     assert [r["epoch"] for r in rows] == [0, 1, 2, 3, 4]
     assert ["first_predictions" in r for r in rows] == [False, True, True, True, False]
@@ -71,8 +77,21 @@ def test_closed_forms():
 
 def test_predictions_need_a_class_list(trained):
     with pytest.raises(EdgeclipError, match=r"train\.first\.labels: predictions need a class list"):
-        data = {"kind": "webdataset", "name": "shapes", "root": ".data/shapes", "train": "train/*.tar", "test": None, "classes": None}
-        trained("none", {"feature": {"weight": 1}}, {"first": {"labels": "predictions"}}, data=data, evaluation_data=None)
+        data = {
+            "kind": "webdataset",
+            "name": "shapes",
+            "root": ".data/shapes",
+            "train": "train/*.tar",
+            "test": None,
+            "classes": None,
+        }
+        trained(
+            "none",
+            {"feature": {"weight": 1}},
+            {"first": {"labels": "predictions"}},
+            data=data,
+            evaluation_data=None,
+        )
 
 
 def test_training_runs_without_the_teachers_towers(trained, monkeypatch):
@@ -80,7 +99,9 @@ def test_training_runs_without_the_teachers_towers(trained, monkeypatch):
 
     def counted(*arguments, **options):
         alive.append([type(m).__name__ for m in gc.get_objects() if isinstance(m, TextModule)])
-        alive.append([type(t.tower).__name__ for t in (arguments[2], *(o for o, _ in options["others"]))])
+        alive.append(
+            [type(t.tower).__name__ for t in (arguments[2], *(o for o, _ in options["others"]))]
+        )
         return train(*arguments, **options)
 
     monkeypatch.setattr(run, "train", counted)
@@ -88,4 +109,7 @@ def test_training_runs_without_the_teachers_towers(trained, monkeypatch):
     assert alive == [[], ["Identity", "Identity"]]
     # It is loaded again to be scored, and then is what `evaluate` loads.
     again = evaluate(Path("runs/alone"), "zero_shot")["sets"][0]
-    assert again["teacher"] == results["sets"][0]["teacher"] is not None and results["models"]["teacher"]["parameters"] > 0
+    assert (
+        again["teacher"] == results["sets"][0]["teacher"] is not None
+        and results["models"]["teacher"]["parameters"] > 0
+    )

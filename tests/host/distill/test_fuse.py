@@ -42,22 +42,56 @@ def expert(width: int, knows: set[int], seed: int) -> tuple[Teacher, TeacherCach
     clean = np.where(np.isin(label, list(knows))[:, None], w[label], hidden)
     rows = (clean[:, None] + 0.05 * rng.normal(size=(N * EACH, VIEWS, width))).astype(np.float16)
     pictures = [Picture(key=str(i), path="", label=int(c)) for i, c in enumerate(label)]
-    cache = TeacherCache(Path(f"cache-{seed}"), {}, pictures, rows, np.zeros((len(label), VIEWS, 5), np.float32), w, None)
+    cache = TeacherCache(
+        Path(f"cache-{seed}"),
+        {},
+        pictures,
+        rows,
+        np.zeros((len(label), VIEWS, 5), np.float32),
+        w,
+        None,
+    )
     preprocess = Preprocess(size=8, mean=(0, 0, 0), std=(1, 1, 1))
-    parts = {"name": "toy", "licence": "none", "identity": {}, "preprocess": preprocess, "logit_scale": 20.0, "embed_dim": width}
-    return Teacher(**parts, tower=torch.nn.Identity(), features=lambda r: r, encode_text=lambda texts: torch.zeros(len(texts), width)), cache
+    parts = {
+        "name": "toy",
+        "licence": "none",
+        "identity": {},
+        "preprocess": preprocess,
+        "logit_scale": 20.0,
+        "embed_dim": width,
+    }
+    return Teacher(
+        **parts,
+        tower=torch.nn.Identity(),
+        features=lambda r: r,
+        encode_text=lambda texts: torch.zeros(len(texts), width),
+    ), cache
 
 
 def experts():
     pairs = [expert(8, {0, 1}, 0), expert(12, {2, 3}, 1)]
     pictures = pairs[0][1].pictures
-    data = Dataset("toy", "none", list("abcd"), ("{c}",), [p for p in pictures if p.label < 2], pictures, list(range(N)), [])
+    data = Dataset(
+        "toy",
+        "none",
+        list("abcd"),
+        ("{c}",),
+        [p for p in pictures if p.label < 2],
+        pictures,
+        list(range(N)),
+        [],
+    )
     return pairs, data, [TeacherRows(t, c, data.train_classes, CPU) for t, c in pairs]
 
 
 def accuracy(features: torch.Tensor, rows: TeacherRows) -> float:
     truth = torch.tensor([p.label for p in rows.cache.pictures])
-    return ((F.normalize(features, dim=-1) @ rows.class_features.T).argmax(dim=-1) == truth).float().mean().item()
+    return (
+        ((F.normalize(features, dim=-1) @ rows.class_features.T).argmax(dim=-1) == truth)
+        .float()
+        .mean()
+        .item()
+    )
 
 
 def units(rows: list[TeacherRows]) -> list[torch.Tensor]:
@@ -74,7 +108,9 @@ def test_it_learns_without_labels_what_the_other_teacher_knows_and_is_read_back(
     _, data, rows = experts()
     fusion = fuse(rows, labels(rows[0].cache, data), SPEC, 0, tmp_path / "fusion")
     assert accuracy(units(rows)[0], rows[0]) < 0.8 and accuracy(fusion(units(rows)), rows[0]) > 0.95
-    again = fuse(rows, labels(rows[0].cache, data), SPEC, 1, tmp_path / "fusion")  # another seed: it is read, not learnt
+    again = fuse(
+        rows, labels(rows[0].cache, data), SPEC, 1, tmp_path / "fusion"
+    )  # another seed: it is read, not learnt
     torch.testing.assert_close(again.linear.weight, fusion.linear.weight, rtol=0, atol=0)
 
 
@@ -96,8 +132,12 @@ def test_the_student_sees_the_fused_teacher_and_no_other():
     fusion = Fusion([8, 12]).requires_grad_(False)
     torch.nn.init.normal_(fusion.linear.weight, generator=torch.Generator().manual_seed(0))
     (first, cache), second = pairs
-    batch = Targets(first, cache, data, R.Losses(kl=R.KL()), CPU, [second], fusion=fusion)(np.arange(5), np.zeros(5, int))
-    torch.testing.assert_close(batch["teacher_features"], F.normalize(fusion([u[:5] for u in units(rows)]), dim=-1))
+    batch = Targets(first, cache, data, R.Losses(kl=R.KL()), CPU, [second], fusion=fusion)(
+        np.arange(5), np.zeros(5, int)
+    )
+    torch.testing.assert_close(
+        batch["teacher_features"], F.normalize(fusion([u[:5] for u in units(rows)]), dim=-1)
+    )
     assert batch["other_teachers"] == () and batch["class_features"].shape == (N, 8)
 
 
@@ -114,17 +154,34 @@ def test_a_fused_run_end_to_end_learns_from_and_scores_the_fused_teacher(tmp_pat
     monkeypatch.chdir(tmp_path)
     shapes.write(tmp_path / ".data" / "shapes")
     recipe = yaml.safe_load((REPO / "recipes" / "smoke.yaml").read_text())
-    tower = {"kind": "timm", "model": "mobilenetv4_conv_small_035", "weights": "random", "image_size": 32}
-    recipe |= {"fuse": {"steps": 50, "batch_size": 64, "lr": 1e-2}, "student": {"tower": tower, "projector_hidden": None}, "distill": {"quantize": "t.yaml"}}
-    recipe["data"]["classes"] = "classnames.txt"  # with labels the map learns colours, which random teachers' features have
+    tower = {
+        "kind": "timm",
+        "model": "mobilenetv4_conv_small_035",
+        "weights": "random",
+        "image_size": 32,
+    }
+    recipe |= {
+        "fuse": {"steps": 50, "batch_size": 64, "lr": 1e-2},
+        "student": {"tower": tower, "projector_hidden": None},
+        "distill": {"quantize": "t.yaml"},
+    }
+    recipe["data"]["classes"] = (
+        "classnames.txt"  # with labels the map learns colours, which random teachers' features have
+    )
     recipe["train"] |= {"epochs": 0, "warmup_steps": 5, "lr": 1e-3}
     Path("fused.yaml").write_text(json.dumps(recipe))
     Path("t.yaml").write_text(TARGET)
     fusions = []
-    monkeypatch.setattr(run, "train", lambda *a, **options: fusions.append(options.get("fusion")) or train(*a, **options))
+    monkeypatch.setattr(
+        run,
+        "train",
+        lambda *a, **options: fusions.append(options.get("fusion")) or train(*a, **options),
+    )
     result = CliRunner().invoke(main, ["distill", "fused.yaml", "--json"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert len(fusions) == 2 and fusions[0] is fusions[1] is not None  # of stage 2, and of the copy that learns to round
+    assert (
+        len(fusions) == 2 and fusions[0] is fusions[1] is not None
+    )  # of stage 2, and of the copy that learns to round
     (row,) = json.loads(result.stdout)["sets"]
 
     fusion = Fusion([64, 32])
@@ -133,15 +190,27 @@ def test_a_fused_run_end_to_end_learns_from_and_scores_the_fused_teacher(tmp_pat
     pictures = load(asked.evaluation_data, Path("cache")).evaluation[0].pictures
     units = []
     for teacher in map(teachers.load, (asked.teacher, *asked.other_teachers)):
-        kept, features = image_features(torch.nn.Sequential(teacher.tower), pictures, teacher.preprocess, "by hand", CPU)
+        kept, features = image_features(
+            torch.nn.Sequential(teacher.tower), pictures, teacher.preprocess, "by hand", CPU
+        )
         units.append(F.normalize(teacher.features(torch.from_numpy(features)), dim=-1))
-    truth, w = np.array([pictures[i].label for i in kept]), np.load("runs/fused/student/class_features.npy")
+    truth, w = (
+        np.array([pictures[i].label for i in kept]),
+        np.load("runs/fused/student/class_features.npy"),
+    )
 
     def r1(features):
         return hits(F.normalize(features, dim=-1).detach().numpy() @ w.T, truth, 1).mean()
 
-    assert row["teacher"]["r1"] == pytest.approx(r1(fusion(units))) and r1(fusion(units)) > r1(units[0]) + 0.1
-    evaluated = CliRunner().invoke(main, ["evaluate", "runs/fused", "--protocol", "zero_shot", "--json"], catch_exceptions=False)
+    assert (
+        row["teacher"]["r1"] == pytest.approx(r1(fusion(units)))
+        and r1(fusion(units)) > r1(units[0]) + 0.1
+    )
+    evaluated = CliRunner().invoke(
+        main,
+        ["evaluate", "runs/fused", "--protocol", "zero_shot", "--json"],
+        catch_exceptions=False,
+    )
     assert evaluated.exit_code == 0 and "fused" in json.loads(evaluated.stdout)["teacher_missing"]
 
 

@@ -14,7 +14,13 @@ from edgeclip.host.student import EduAttentionHead
 
 B, D, N, SCALE = 6, 8, 5, 7.0
 ONE = R.Weighted()
-OWN = {"kl": R.KL(), "if_align": R.IFAlign(), "affinity": R.Affinity(), "distribution": R.Distribution(), "masked_feature": R.MaskedFeature()}
+OWN = {
+    "kl": R.KL(),
+    "if_align": R.IFAlign(),
+    "affinity": R.Affinity(),
+    "distribution": R.Distribution(),
+    "masked_feature": R.MaskedFeature(),
+}
 SPECS = {name: OWN.get(name, ONE) for name in L.LOSSES}
 
 
@@ -25,7 +31,9 @@ def unit(seed, rows):
 S, H, T, W, C = unit(1, B), unit(2, B), unit(3, B), unit(4, N), unit(5, B)
 X, M, P = unit(6, B), unit(7, B), unit(8, N) * np.float32([1, 1, 0, 1, 1])[:, None]
 LABELS = np.array([0, 3, -1, 1, -1, 3])
-LEARNED = L.learned_parameters(R.Losses(**{k: ONE for k in ("interactive", "augmented_feature", "vrd", "xrd")}), D, 0)
+LEARNED = L.learned_parameters(
+    R.Losses(**{k: ONE for k in ("interactive", "augmented_feature", "vrd", "xrd")}), D, 0
+)
 
 
 def batch(s=S, h=H, t=T, w=W, c=C, x=X, m=M, p=P, labels=LABELS):
@@ -40,7 +48,9 @@ def softmax(x):
 
 
 def close(found, expected):
-    found, expected = (float(x.detach() if isinstance(x, torch.Tensor) else x) for x in (found, expected))
+    found, expected = (
+        float(x.detach() if isinstance(x, torch.Tensor) else x) for x in (found, expected)
+    )
     assert math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-6), (found, expected)
 
 
@@ -52,7 +62,10 @@ def test_kl_is_the_mean_over_pictures_of_teacher_against_student(tau):
 
 @pytest.mark.parametrize("tau", [1.0, 2.5])
 def test_promptkds_reduction_is_batchmean_over_n(tau):
-    close(L.kl(batch(), R.KL(temperature=tau, reduction="promptkd")), float(L.kl(batch(), R.KL(temperature=tau))) / N)
+    close(
+        L.kl(batch(), R.KL(temperature=tau, reduction="promptkd")),
+        float(L.kl(batch(), R.KL(temperature=tau))) / N,
+    )
 
 
 def test_promptkds_reduction_is_promptkds_own_line():
@@ -60,7 +73,11 @@ def test_promptkds_reduction_is_promptkds_own_line():
 
     tau = 2.0
     s, t = (torch.from_numpy(SCALE * x @ W.T) for x in (H, T))
-    theirs = F.kl_div(F.log_softmax(s / tau, dim=1), F.softmax(t / tau, dim=1), reduction="sum") * (tau * tau) / s.numel()
+    theirs = (
+        F.kl_div(F.log_softmax(s / tau, dim=1), F.softmax(t / tau, dim=1), reduction="sum")
+        * (tau * tau)
+        / s.numel()
+    )
     close(L.kl(batch(), R.KL(temperature=tau, reduction="promptkd")), theirs)
 
 
@@ -86,10 +103,16 @@ def cosine(a, b):
 
 
 def test_several_teachers_are_averaged_as_distributions_each_with_its_own_scale():
-    t2, w2 = l2_normalise(np.random.default_rng(11).normal(size=(B, 5)).astype(np.float32)), l2_normalise(np.random.default_rng(12).normal(size=(N, 5)))
+    t2, w2 = (
+        l2_normalise(np.random.default_rng(11).normal(size=(B, 5)).astype(np.float32)),
+        l2_normalise(np.random.default_rng(12).normal(size=(N, 5))),
+    )
     p = (softmax(SCALE * T @ W.T) + softmax(3.0 * t2 @ w2.T)) / 2
     other = (L.OtherTeacher(torch.from_numpy(t2), torch.from_numpy(w2), None, 3.0),)
-    close(L.kl(batch()._replace(other_teachers=other), R.KL()), (p * (np.log(p) - log_softmax(SCALE * H @ W.T))).sum() / B)
+    close(
+        L.kl(batch()._replace(other_teachers=other), R.KL()),
+        (p * (np.log(p) - log_softmax(SCALE * H @ W.T))).sum() / B,
+    )
     c2 = l2_normalise(np.random.default_rng(13).normal(size=(B, 5)).astype(np.float32))
     rows = (softmax(SCALE * T @ C.T) + softmax(3.0 * t2 @ c2.T)) / 2
     columns = (softmax(SCALE * C @ T.T) + softmax(3.0 * c2 @ t2.T)) / 2
@@ -111,8 +134,16 @@ def test_two_equal_teachers_are_one():
 def test_if_align_in_every_reading(reduction, axis, numpy_axis, normalise, features):
     s, t = ((S if features == "image" else H), T) if normalise else (3 * S, 2 * T)
     fold = np.mean if reduction == "mean" else np.sum
-    expected = fold(np.abs(s.mean(numpy_axis) - t.mean(numpy_axis))) + fold(np.abs(s.var(numpy_axis) - t.var(numpy_axis)))
-    close(L.if_align(batch(), R.IFAlign(axis=axis, normalise=normalise, reduction=reduction, features=features)), expected)
+    expected = fold(np.abs(s.mean(numpy_axis) - t.mean(numpy_axis))) + fold(
+        np.abs(s.var(numpy_axis) - t.var(numpy_axis))
+    )
+    close(
+        L.if_align(
+            batch(),
+            R.IFAlign(axis=axis, normalise=normalise, reduction=reduction, features=features),
+        ),
+        expected,
+    )
 
 
 def test_if_aligns_moving_average_starts_at_the_first_batch():
@@ -160,8 +191,14 @@ def test_masked_feature_looks_at_the_masked_pictures():
 @pytest.mark.parametrize("scale", [None, 50.0])
 def test_affinity_is_soft_cross_entropy_or_kl_both_ways(scale):
     t, s = (scale or SCALE) * T @ C.T, (scale or SCALE) * S @ X.T
-    close(L.affinity(batch(), R.Affinity(logit_scale=scale)), 0.5 * (cross_entropy(s, softmax(t)) + cross_entropy(s.T, softmax(t.T))))
-    close(L.affinity(batch(), R.Affinity(form="kl", logit_scale=scale)), 0.5 * (divergence(t, s) + divergence(t.T, s.T)))
+    close(
+        L.affinity(batch(), R.Affinity(logit_scale=scale)),
+        0.5 * (cross_entropy(s, softmax(t)) + cross_entropy(s.T, softmax(t.T))),
+    )
+    close(
+        L.affinity(batch(), R.Affinity(form="kl", logit_scale=scale)),
+        0.5 * (divergence(t, s) + divergence(t.T, s.T)),
+    )
 
 
 def test_contrastive_is_info_nce_both_ways():
@@ -175,7 +212,10 @@ def test_pictures_of_one_caption_are_not_each_others_negatives():
     target = np.eye(B)
     target[:2, :2] = 0.5
     s = SCALE * S @ X.T
-    close(L.contrastive(batch(c=c), ONE), 0.5 * (cross_entropy(s, target) + cross_entropy(s.T, target)))
+    close(
+        L.contrastive(batch(c=c), ONE),
+        0.5 * (cross_entropy(s, target) + cross_entropy(s.T, target)),
+    )
 
 
 def test_a_student_without_a_text_tower_uses_the_teachers_texts():
@@ -184,40 +224,65 @@ def test_a_student_without_a_text_tower_uses_the_teachers_texts():
 
 def test_gradient_is_the_mse_of_four_gradients_that_autograd_gives_too():
     def by_autograd(image, text):
-        image, text = torch.from_numpy(image).requires_grad_(), torch.from_numpy(text).requires_grad_()
+        image, text = (
+            torch.from_numpy(image).requires_grad_(),
+            torch.from_numpy(text).requires_grad_(),
+        )
         out = []
-        for q, order in ((SCALE * image @ text.T, (image, text)), (SCALE * text @ image.T, (text, image))):
+        for q, order in (
+            (SCALE * image @ text.T, (image, text)),
+            (SCALE * text @ image.T, (text, image)),
+        ):
             out += torch.autograd.grad(torch.nn.functional.cross_entropy(q, torch.arange(B)), order)
         return out
 
     student, teacher = by_autograd(S, X), by_autograd(T, C)
-    for found, expected in zip(L.info_nce_gradients(torch.from_numpy(S), torch.from_numpy(X), SCALE), student, strict=True):
+    for found, expected in zip(
+        L.info_nce_gradients(torch.from_numpy(S), torch.from_numpy(X), SCALE), student, strict=True
+    ):
         torch.testing.assert_close(found, expected)
-    close(L.gradient(batch(), ONE), sum(((a - b) ** 2).mean() for a, b in zip(student, teacher, strict=True)))
+    close(
+        L.gradient(batch(), ONE),
+        sum(((a - b) ** 2).mean() for a, b in zip(student, teacher, strict=True)),
+    )
 
 
 CLIP_SCALE = 1 / 0.07
 
 
 def test_interactive_crosses_student_and_teacher():
-    close(L.interactive(batch(), ONE), 0.5 * (info_nce(CLIP_SCALE * S @ C.T) + info_nce(CLIP_SCALE * X @ T.T)))
+    close(
+        L.interactive(batch(), ONE),
+        0.5 * (info_nce(CLIP_SCALE * S @ C.T) + info_nce(CLIP_SCALE * X @ T.T)),
+    )
 
 
 def test_augmented_feature_is_info_nce_of_fused_features():
     maps = [LEARNED[f"augmented_{side}"].detach().numpy() for side in ("image", "text")]
     v, s = l2_normalise(np.hstack([S, T]) @ maps[0].T), l2_normalise(np.hstack([X, C]) @ maps[1].T)
-    close(L.augmented_feature(batch(), ONE), 0.5 * (info_nce(SCALE * v @ s.T) + info_nce(SCALE * s @ v.T)))
+    close(
+        L.augmented_feature(batch(), ONE),
+        0.5 * (info_nce(SCALE * v @ s.T) + info_nce(SCALE * s @ v.T)),
+    )
 
 
 def test_vrd_is_relations_within_modalities_beside_info_nce_on_each():
-    a_image, a_text, b_image, b_text = (CLIP_SCALE * q for q in (T @ S.T, C @ X.T, S @ T.T, X @ C.T))
+    a_image, a_text, b_image, b_text = (
+        CLIP_SCALE * q for q in (T @ S.T, C @ X.T, S @ T.T, X @ C.T)
+    )
     relation = 0.5 * (divergence(a_text, a_image) + divergence(b_text, b_image))
-    close(L.vrd(batch(), ONE), relation + 0.5 * sum(info_nce(q) for q in (a_image, b_image, a_text, b_text)))
+    close(
+        L.vrd(batch(), ONE),
+        relation + 0.5 * sum(info_nce(q) for q in (a_image, b_image, a_text, b_text)),
+    )
 
 
 def test_xrd_is_symmetric_kl_of_the_cross_modal_pairs():
     m1, m2, m3, m4 = (CLIP_SCALE * q for q in (T @ X.T, C @ S.T, X @ T.T, S @ C.T))
-    close(L.xrd(batch(), ONE), 0.25 * (divergence(m2, m1) + divergence(m1, m2) + divergence(m4, m3) + divergence(m3, m4)))
+    close(
+        L.xrd(batch(), ONE),
+        0.25 * (divergence(m2, m1) + divergence(m1, m2) + divergence(m4, m3) + divergence(m3, m4)),
+    )
 
 
 @pytest.mark.parametrize("name", ["kl", "if_align", "feature", "masked_feature", "gradient"])
@@ -230,7 +295,10 @@ def test_affinitys_kl_is_zero_and_its_cross_entropy_least_where_student_equals_t
     least = float(L.affinity(batch(s=T, x=C), R.Affinity()))
     t = SCALE * T @ C.T
     close(least, 0.5 * (cross_entropy(t, softmax(t)) + cross_entropy(t.T, softmax(t.T))))
-    assert all(float(L.affinity(batch(s=l2_normalise(T + 0.1 * unit(seed, B)), x=C), R.Affinity())) > least for seed in range(10, 20))
+    assert all(
+        float(L.affinity(batch(s=l2_normalise(T + 0.1 * unit(seed, B)), x=C), R.Affinity())) > least
+        for seed in range(10, 20)
+    )
 
 
 @pytest.mark.parametrize("name", list(L.LOSSES))
@@ -244,7 +312,10 @@ def test_the_order_of_pictures_does_not_matter(name):
 def test_the_order_of_classes_does_not_matter(name):
     order = np.random.default_rng(0).permutation(N)
     labels = np.where(LABELS >= 0, np.argsort(order)[LABELS], -1)
-    close(L.LOSSES[name](batch(w=W[order], p=P[order], labels=labels), SPECS[name]), L.LOSSES[name](batch(), SPECS[name]))
+    close(
+        L.LOSSES[name](batch(w=W[order], p=P[order], labels=labels), SPECS[name]),
+        L.LOSSES[name](batch(), SPECS[name]),
+    )
 
 
 @pytest.mark.parametrize("classes", [1, 2, 40])
@@ -257,7 +328,10 @@ def test_a_novel_class_list_of_another_length_works(classes):
 @pytest.mark.parametrize("name", list(L.LOSSES))
 def test_no_loss_is_negative_and_each_has_a_gradient_to_the_student(name):
     b = batch()
-    leaves = {f: getattr(b, f).clone().requires_grad_() for f in ("image_features", "head_features", "masked_features")}
+    leaves = {
+        f: getattr(b, f).clone().requires_grad_()
+        for f in ("image_features", "head_features", "masked_features")
+    }
     loss = L.LOSSES[name](b._replace(**leaves), SPECS[name])
     loss.backward()
     moved = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
@@ -267,7 +341,9 @@ def test_no_loss_is_negative_and_each_has_a_gradient_to_the_student(name):
 
 
 def test_the_total_is_the_weighted_sum_and_parts_are_unweighted():
-    spec = R.Losses(kl=R.KL(weight=2), if_align=R.IFAlign(weight=100), feature=R.Weighted(weight=0.5))
+    spec = R.Losses(
+        kl=R.KL(weight=2), if_align=R.IFAlign(weight=100), feature=R.Weighted(weight=0.5)
+    )
     total, parts = L.total(batch(), spec)
     assert set(parts) == {"kl", "if_align", "feature"}
     close(total, 2 * parts["kl"] + 100 * parts["if_align"] + 0.5 * parts["feature"])

@@ -19,14 +19,28 @@ from tests.support import toy_training as toys
 from tests.support.files import REPO
 from tests.support.torchrun import torchrun
 
-EVERYTHING = {name: {} for name in L.LOSSES if name != "masked_feature"} | {"if_align": {"momentum": 0.5}, "edu_attention": {"axis": "batch", "keep": False}}
+EVERYTHING = {name: {} for name in L.LOSSES if name != "masked_feature"} | {
+    "if_align": {"momentum": 0.5},
+    "edu_attention": {"axis": "batch", "keep": False},
+}
 COMKD = {"kl": {}, "if_align": {"weight": 10}, "edu_attention": {}}
-SAME: dict[str, dict] = {name: {"losses": {name: {}}} for name in L.LOSSES if name != "masked_feature"} | {
+SAME: dict[str, dict] = {
+    name: {"losses": {name: {}}} for name in L.LOSSES if name != "masked_feature"
+} | {
     "every loss and a text tower": {"losses": EVERYTHING, "text": True},
     "in parts": {"losses": EVERYTHING, "text": True, "accumulate": 2},
-    "a share more than the other": {"losses": EVERYTHING, "text": True, "batch_size": 13, "warmup_batch_size": 7},
+    "a share more than the other": {
+        "losses": EVERYTHING,
+        "text": True,
+        "batch_size": 13,
+        "warmup_batch_size": 7,
+    },
     "first training": {"losses": COMKD, "first": {"epochs": 1, "labels": "predictions"}},
-    "a ViT, blocks computed twice": {"losses": COMKD, "kind": "vit", "gradient_checkpointing": True},
+    "a ViT, blocks computed twice": {
+        "losses": COMKD,
+        "kind": "vit",
+        "gradient_checkpointing": True,
+    },
 }
 NO_GRADIENT = ("head.fc.bias", "attn.qkv.bias", "tower.norm.bias", "running_mean")
 """What a softmax over the batch, or over keys, or the batch norm after it does not feel: its gradient is rounding, which AdamW
@@ -56,7 +70,9 @@ def test_the_loss_curve_is_that_of_one_process_with_the_doubled_batch(both, name
     assert first[name]["steps"] == second[name]["steps"]
     for k in [k for k in weights if not k.endswith(NO_GRADIENT)]:
         v = weights[k]
-        np.testing.assert_allclose(first[name]["weights"][k], v.double().flatten(), rtol=1e-3, atol=1e-4, err_msg=k)
+        np.testing.assert_allclose(
+            first[name]["weights"][k], v.double().flatten(), rtol=1e-3, atol=1e-4, err_msg=k
+        )
     assert [r.keys() for r in log] == [r.keys() for r in first[name]["log"]]
 
 
@@ -86,17 +102,39 @@ def test_the_command_under_torchrun_stopped_and_gone_on(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 
     def started(out, *launcher):
-        command = [sys.executable, *launcher, "-m", "edgeclip", "distill", "r.yaml", "--out", f"runs/{out}"]
-        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        command = [
+            sys.executable,
+            *launcher,
+            "-m",
+            "edgeclip",
+            "distill",
+            "r.yaml",
+            "--out",
+            f"runs/{out}",
+        ]
+        return subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
 
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process = started("two", *two)
-    while not list((tmp_path / "runs/two/checkpoint").glob("0000000[1-9]?")) and process.poll() is None:
+    while (
+        not list((tmp_path / "runs/two/checkpoint").glob("0000000[1-9]?"))
+        and process.poll() is None
+    ):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
     assert errors.count("is finished and saved in") == 1, errors
-    assert list((tmp_path / "runs/two/checkpoint").glob("0000000[1-9]?")) and not (tmp_path / "runs/two/student").exists()
+    assert (
+        list((tmp_path / "runs/two/checkpoint").glob("0000000[1-9]?"))
+        and not (tmp_path / "runs/two/student").exists()
+    )
 
     process = started("two", *two)
     printed, errors = process.communicate(timeout=300)
@@ -104,7 +142,9 @@ def test_the_command_under_torchrun_stopped_and_gone_on(tmp_path):
     assert printed.count("where the time went") == 1 and errors.count("going on after step") == 1
     one = started("one")
     assert one.wait(300) == 0
-    results = [json.loads((tmp_path / "runs" / out / "results.json").read_text()) for out in ("two", "one")]
+    results = [
+        json.loads((tmp_path / "runs" / out / "results.json").read_text()) for out in ("two", "one")
+    ]
     assert [r["processes"] for r in results] == [2, 1]
     for row, other in zip(*(r["log"] for r in results), strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-6)

@@ -31,7 +31,9 @@ def pictures():
 
 
 def run(model, x):
-    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {model.graph.input[0].name: x})[0]
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        None, {model.graph.input[0].name: x}
+    )[0]
 
 
 @pytest.mark.parametrize(
@@ -53,12 +55,17 @@ def test_rounding_is_onnxs_and_its_gradient_passes(symmetric):
     x = torch.linspace(-5, 5, 101, requires_grad=True)
     y = rounding(x)
     scale = rounding.log_scale.exp().item()
-    expected = (torch.clamp(torch.round(x / scale) + rounding.zero_point, rounding.bottom, rounding.top) - rounding.zero_point) * scale
+    expected = (
+        torch.clamp(torch.round(x / scale) + rounding.zero_point, rounding.bottom, rounding.top)
+        - rounding.zero_point
+    ) * scale
     torch.testing.assert_close(y, expected)
     y.sum().backward()
     low, high = ((q - rounding.zero_point) * scale for q in (rounding.bottom, rounding.top))
     inside = (x > low + scale) & (x < high - scale)
-    assert (x.grad[inside] == 1).all() and (x.grad[(x < low - scale) | (x > high + scale)] == 0).all()
+    assert (x.grad[inside] == 1).all() and (
+        x.grad[(x < low - scale) | (x > high + scale)] == 0
+    ).all()
     assert rounding.log_scale.grad != 0
 
 
@@ -84,18 +91,27 @@ def test_the_rounding_student_is_the_exported_graph(pictures, tmp_path, name):
 
     path = tmp_path / "t.yaml"
     path.write_text(_yaml(name))
-    log = quantised.fine_tune(student, pictures, str(path), tmp_path / "quantised", train, {"student": "x"})
+    log = quantised.fine_tune(
+        student, pictures, str(path), tmp_path / "quantised", train, {"student": "x"}
+    )
     found = quantised.load(tmp_path / "quantised", torch_student(), target, pictures)
     assert found is not None
     assert found.float_layers == {}
     assert len(found.nodes) == 5
-    model = quantise(found.calibrated, found.nodes, activations="uint8" if name == "onnx-int8" else "int8", for_tensorrt=name == "tensorrt-int8")
+    model = quantise(
+        found.calibrated,
+        found.nodes,
+        activations="uint8" if name == "onnx-int8" else "int8",
+        for_tensorrt=name == "tensorrt-int8",
+    )
     assert cosine(run(model, pictures), trained["features"])["centred_p1"] > 0.99
     record = disk.read_json(tmp_path / "quantised" / "quantised.json")
     assert record["log"] == log
     scales = graph.initializers(model)
     for tensor, (low, high) in record["ranges"].items():  # the learnt scale is the exported one
-        assert scales[f"{tensor}_scale"] == pytest.approx((high - low) / (254 if name == "tensorrt-int8" else 255), rel=1e-5)
+        assert scales[f"{tensor}_scale"] == pytest.approx(
+            (high - low) / (254 if name == "tensorrt-int8" else 255), rel=1e-5
+        )
 
 
 def _yaml(name):
@@ -111,13 +127,23 @@ def _yaml(name):
 
 def test_learnt_scales_are_of_one_target_only(pictures, tmp_path):
     (tmp_path / "t.yaml").write_text(_yaml("onnx-int8"))
-    quantised.fine_tune(torch_student(), pictures, str(tmp_path / "t.yaml"), tmp_path / "q", lambda m: [], {})
-    assert quantised.load(tmp_path / "q", torch_student(), toy_target("onnx-int8-arm"), pictures) is None
-    assert quantised.load(tmp_path / "nothing", torch_student(), toy_target("onnx-int8"), pictures) is None
+    quantised.fine_tune(
+        torch_student(), pictures, str(tmp_path / "t.yaml"), tmp_path / "q", lambda m: [], {}
+    )
+    assert (
+        quantised.load(tmp_path / "q", torch_student(), toy_target("onnx-int8-arm"), pictures)
+        is None
+    )
+    assert (
+        quantised.load(tmp_path / "nothing", torch_student(), toy_target("onnx-int8"), pictures)
+        is None
+    )
     for name in ("openvino-int8", "onnx-fp32"):
         with pytest.raises(EdgeclipError, match="takes no learnt scales"):
             quantised.check(name, toy_target(name), 32)
-    with pytest.raises(EdgeclipError, match="onnx-int8: asks for 32 training pictures, and there are 31"):
+    with pytest.raises(
+        EdgeclipError, match="onnx-int8: asks for 32 training pictures, and there are 31"
+    ):
         quantised.check("onnx-int8", toy_target("onnx-int8"), 31)
 
 
@@ -130,7 +156,14 @@ def test_fine_tuning_gains_where_a_range_was_spoilt(pictures, tmp_path):
     folded = fold(student, x[:1]).requires_grad_(True)
     model = graph.to_onnx(folded, x[:1], "pixels", "image_features", 18)
     target = toy_target("onnx-int8")
-    chosen = policy.choose(model, pictures, policy.Form("minmax", None, "all", None), {}, target.calibration, own_bias=False)
+    chosen = policy.choose(
+        model,
+        pictures,
+        policy.Form("minmax", None, "all", None),
+        {},
+        target.calibration,
+        own_bias=False,
+    )
     roundings = quantised.attach(folded, chosen, target)
     with torch.no_grad():
         for r in roundings.values():
@@ -158,9 +191,17 @@ def ask(here, each, pictures=32):
         (here / "photos" / label).mkdir(parents=True)
         for i in range(each):
             picture(i + 1000 * (label == "pear"), 40, 40).save(here / "photos" / label / f"{i}.png")
-    text = _yaml("onnx-int8").replace("probe_layers: 0", "probe_layers: 0, judged_on: 8, min_int8_share: 0, min_speedup: 0").replace("0.5", "0.0")
+    text = (
+        _yaml("onnx-int8")
+        .replace(
+            "probe_layers: 0", "probe_layers: 0, judged_on: 8, min_int8_share: 0, min_speedup: 0"
+        )
+        .replace("0.5", "0.0")
+    )
     (here / "t.yaml").write_text(text.replace("pictures: 32", f"pictures: {pictures}"))
-    (here / "q.yaml").write_text(RECIPE.replace("ROOT", "photos") + "distill: {quantize: t.yaml, epochs: 2, lr: 1e-5}\n")
+    (here / "q.yaml").write_text(
+        RECIPE.replace("ROOT", "photos") + "distill: {quantize: t.yaml, epochs: 2, lr: 1e-5}\n"
+    )
 
 
 def test_a_stop_while_it_learns_costs_nothing_of_stage_2(here, monkeypatch):
@@ -180,7 +221,10 @@ def test_a_stop_while_it_learns_costs_nothing_of_stage_2(here, monkeypatch):
     monkeypatch.setattr(Step, "__call__", lambda *a: steps.append(1) or step(*a))
     result = cli("distill", "q.yaml", "--json")
     assert result.exit_code == 0, result.output
-    whole, again = (disk.read_manifest(here / "runs" / name / "quantised", "quantised student")["files"] for name in ("whole", "q"))
+    whole, again = (
+        disk.read_manifest(here / "runs" / name / "quantised", "quantised student")["files"]
+        for name in ("whole", "q")
+    )
     assert whole == again and len(json.loads(result.stdout)["skipped"]) == 1
     assert len(steps) == 2 * (READABLE // 16)
 
@@ -188,11 +232,25 @@ def test_a_stop_while_it_learns_costs_nothing_of_stage_2(here, monkeypatch):
 def test_a_student_that_cannot_round_is_refused_before_it_is_trained(here):
     ask(here, 40)
     asked = (here / "q.yaml").read_text()
-    write(here, asked.replace("{kind: timm, model: mobilenetv4_conv_small_035, weights: random, image_size: 32}", PACKED), "packed.yaml")
-    mistake("distill", "packed.yaml", says="is no Conv2d or Linear of the student's own", only_line=False)
+    write(
+        here,
+        asked.replace(
+            "{kind: timm, model: mobilenetv4_conv_small_035, weights: random, image_size: 32}",
+            PACKED,
+        ),
+        "packed.yaml",
+    )
+    mistake(
+        "distill",
+        "packed.yaml",
+        says="is no Conv2d or Linear of the student's own",
+        only_line=False,
+    )
     assert not (here / "runs").exists() and not list(here.glob("cache/*/img_emb"))
     write(here, (here / "t.yaml").read_text().replace("pictures: 32", "pictures: 320"), "t.yaml")
-    mistake("distill", "q.yaml", says="asks for 320 training pictures, and there are", only_line=False)
+    mistake(
+        "distill", "q.yaml", says="asks for 320 training pictures, and there are", only_line=False
+    )
 
 
 def test_from_recipe_to_graph_the_learnt_scales_ship(here):
@@ -209,10 +267,19 @@ def test_from_recipe_to_graph_the_learnt_scales_ship(here):
     assert result.exit_code == 0, result.output
     bundle = here / "runs/q/bundles/t"
     manifest = disk.read_manifest(bundle, "bundle")
-    assert manifest["quantisation"]["learnt"] is True and len(manifest["quantisation"]["frontier"]) == 1
-    assert manifest["parents"]["quantised"] == disk.sha256(here / "runs/q/quantised" / disk.MANIFEST)
+    assert (
+        manifest["quantisation"]["learnt"] is True
+        and len(manifest["quantisation"]["frontier"]) == 1
+    )
+    assert manifest["parents"]["quantised"] == disk.sha256(
+        here / "runs/q/quantised" / disk.MANIFEST
+    )
     scales = graph.initializers(onnx.load(bundle / "image_encoder.onnx"))
-    found = {tensor: scales[f"{tensor}_scale"] for tensor in record["ranges"] if f"{tensor}_scale" in scales}
+    found = {
+        tensor: scales[f"{tensor}_scale"]
+        for tensor in record["ranges"]
+        if f"{tensor}_scale" in scales
+    }
     assert found.keys() == record["ranges"].keys()
     for tensor, (low, high) in record["ranges"].items():
         assert found[tensor] == pytest.approx((high - low) / 255, rel=1e-5)
@@ -220,4 +287,6 @@ def test_from_recipe_to_graph_the_learnt_scales_ship(here):
     # Another target calibrates the float student, whose scales are others.
     (here / "u.yaml").write_text((here / "t.yaml").read_text().replace("as_host", "always"))
     assert cli("export", "--run", "runs/q", "--target", "u.yaml").exit_code == 0
-    assert disk.read_manifest(here / "runs/q/bundles/u", "bundle")["quantisation"]["learnt"] is False
+    assert (
+        disk.read_manifest(here / "runs/q/bundles/u", "bundle")["quantisation"]["learnt"] is False
+    )

@@ -42,13 +42,21 @@ def place(made, tmp_path, monkeypatch):
 
 def test_a_finished_run_learns_where_its_data_moved(place):
     (place / "photos").rename(place / "moved")
-    message = mistake("distill", "r.yaml", "--data", "elsewhere", says="no such folder", only_line=False)
+    message = mistake(
+        "distill", "r.yaml", "--data", "elsewhere", says="no such folder", only_line=False
+    )
     assert "--data NAME=DIR" in message
     # Its roots are those of the folder that was copied; nothing lies there for a run whose data have gone.
     disk.write_json(place / "runs/r/roots.json", {"data": str(place / "photos")})
-    with pytest.raises(recipe.EdgeclipError, match=r"photos: there is no such folder.*edgeclip distill runs/r/recipe.yaml --out runs/r --data shop=DIR"):
+    with pytest.raises(
+        recipe.EdgeclipError,
+        match=r"photos: there is no such folder.*edgeclip distill runs/r/recipe.yaml --out runs/r --data shop=DIR",
+    ):
         from_run(Path("runs/r")).calibration()
-    assert run("distill", "runs/r/recipe.yaml", "--out", "runs/r", "--data", "shop=moved").exit_code == 0
+    assert (
+        run("distill", "runs/r/recipe.yaml", "--out", "runs/r", "--data", "shop=moved").exit_code
+        == 0
+    )
     assert disk.read_json(place / "runs/r/roots.json") == {"data": str(place / "moved")}
     assert len(from_run(place / "runs/r").calibration()) > 20
     assert run("distill", "r.yaml").exit_code == 0  # it says nothing of where they lie
@@ -76,5 +84,9 @@ def test_fresh_by_the_runs_own_recipe(place):
 
 def test_every_held_out_picture_is_known_however_few_are_kept(place):
     (test,) = data.load(recipe.load(place / "r.yaml").data, place / "cache").evaluation
-    assert len(disk.read_json(place / "runs/r/evaluation/evaluation.json")["labels"]) == 2 < len(test.pictures)
+    assert (
+        len(disk.read_json(place / "runs/r/evaluation/evaluation.json")["labels"])
+        == 2
+        < len(test.pictures)
+    )
     assert from_run(place / "runs/r").evaluation_hashes() == {digest(p) for p in test.pictures}

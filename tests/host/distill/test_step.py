@@ -14,7 +14,10 @@ from edgeclip.host.distill.pixels import to_input
 from edgeclip.host.student import EduAttentionHead, Student, build, checkpoint_gradients
 from tests.support.toy_training import run
 
-EVERYTHING = {name: {} for name in L.LOSSES if name != "masked_feature"} | {"if_align": {"momentum": 0.5}, "edu_attention": {"axis": "batch", "keep": False}}
+EVERYTHING = {name: {} for name in L.LOSSES if name != "masked_feature"} | {
+    "if_align": {"momentum": 0.5},
+    "edu_attention": {"axis": "batch", "keep": False},
+}
 COMKD = {"kl": {}, "if_align": {"weight": 10}, "edu_attention": {}}
 
 
@@ -27,7 +30,13 @@ def close(a, b, tolerance=1e-5):
     (steps, weights, log), (other_steps, other_weights, other_log) = a, b
     np.testing.assert_allclose(steps, other_steps, rtol=tolerance)
     for name in weights:
-        torch.testing.assert_close(weights[name], other_weights[name], rtol=100 * tolerance, atol=100 * tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            weights[name],
+            other_weights[name],
+            rtol=100 * tolerance,
+            atol=100 * tolerance,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
     assert [r.keys() for r in log] == [r.keys() for r in other_log]
 
 
@@ -43,7 +52,9 @@ def test_a_batch_in_parts_with_a_text_tower_and_every_loss_at_once(folder):
 def test_parts_draw_dropout_once_and_go_on_where_the_second_pass_began(folder):
     a, b = (run(folder, COMKD, kind="dropout", accumulate=n) for n in (2, 2))
     assert a[0] == b[0] and all(torch.equal(a[1][k], b[1][k]) for k in a[1])
-    close(a, run(folder, COMKD, kind="dropout"), tolerance=2e-5)  # one generator: two halves draw what the whole draws
+    close(
+        a, run(folder, COMKD, kind="dropout"), tolerance=2e-5
+    )  # one generator: two halves draw what the whole draws
 
 
 def test_masks_are_drawn_once_too(folder):
@@ -53,7 +64,10 @@ def test_masks_are_drawn_once_too(folder):
 
 def test_batch_norms_count_a_batch_in_parts_once(folder):
     tracked = "student.tower.1.num_batches_tracked"
-    parts, whole = run(folder, COMKD, kind="batch norm", accumulate=2), run(folder, COMKD, kind="batch norm")
+    parts, whole = (
+        run(folder, COMKD, kind="batch norm", accumulate=2),
+        run(folder, COMKD, kind="batch norm"),
+    )
     assert parts[1][tracked] == 2 * whole[1][tracked] == 2 * 2 * 2  # two parts a step, each once
 
 
@@ -65,11 +79,15 @@ def test_gradient_checkpointing_changes_nothing(folder, accumulate):
 
 
 def test_gradient_checkpointing_saves_what_the_blocks_keep():
-    student, _ = build(R.Student(tower=R.Timm(model="vit_tiny_patch16_224", weights="random", image_size=32)), 8)
+    student, _ = build(
+        R.Student(tower=R.Timm(model="vit_tiny_patch16_224", weights="random", image_size=32)), 8
+    )
 
     def kept():
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (sizes.append(t.numel()), t)[1], lambda t: t
+        ):
             student.train()(torch.zeros(2, 3, 32, 32))
         return sum(sizes)
 
@@ -78,11 +96,24 @@ def test_gradient_checkpointing_saves_what_the_blocks_keep():
     assert kept() < before / 4
 
 
-@pytest.mark.parametrize("student", [{"visual_prompts": {"length": 2, "depth": 2}}, {"share": {"blocks": 1, "times": 2}}])
+@pytest.mark.parametrize(
+    "student", [{"visual_prompts": {"length": 2, "depth": 2}}, {"share": {"blocks": 1, "times": 2}}]
+)
 def test_gradient_checkpointing_is_refused_where_it_would_do_nothing(student):
     import msgspec
 
-    spec = msgspec.convert({"tower": {"kind": "timm", "model": "vit_tiny_patch16_224", "weights": "random", "image_size": 32}, **student}, R.Student)
+    spec = msgspec.convert(
+        {
+            "tower": {
+                "kind": "timm",
+                "model": "vit_tiny_patch16_224",
+                "weights": "random",
+                "image_size": 32,
+            },
+            **student,
+        },
+        R.Student,
+    )
     with pytest.raises(EdgeclipError, match=r"train\.gradient_checkpointing"):
         checkpoint_gradients(build(spec, 8)[0].tower)
 
@@ -92,11 +123,17 @@ def test_half_precision_stays_near_and_keeps_the_weights_whole(folder, precision
     """fp16 starts with a loss scale so large that its first steps overflow and are left out: then it lags behind."""
     half, single = run(folder, COMKD, precision=precision), run(folder, COMKD)
     np.testing.assert_allclose(half[0][:steps], single[0][:steps], rtol=0.01)
-    assert half[0] != single[0] and {v.dtype for k, v in half[1].items() if "tracked" not in k} == {torch.float32}
+    assert half[0] != single[0] and {v.dtype for k, v in half[1].items() if "tracked" not in k} == {
+        torch.float32
+    }
 
 
 def test_half_precision_in_parts_is_half_precision(folder):
-    close(run(folder, COMKD, precision="bf16", accumulate=2), run(folder, COMKD, precision="bf16"), tolerance=1e-3)
+    close(
+        run(folder, COMKD, precision="bf16", accumulate=2),
+        run(folder, COMKD, precision="bf16"),
+        tolerance=1e-3,
+    )
 
 
 def test_a_gradient_that_overflows_fp16_is_left_out_and_the_scale_falls(folder):
@@ -106,11 +143,15 @@ def test_a_gradient_that_overflows_fp16_is_left_out_and_the_scale_falls(folder):
 
 def test_weight_decay_can_leave_scalars_and_biases_alone(folder):
     decayed = {"weight_decay": 100.0, "lr": 1e-4, "epochs": 1, "warmup_steps": 0}
-    everything, matrices = (run(folder, COMKD, weight_decay_of=of, **decayed)[1] for of in ("all", "matrices"))
+    everything, matrices = (
+        run(folder, COMKD, weight_decay_of=of, **decayed)[1] for of in ("all", "matrices")
+    )
     start = run(folder, COMKD, lr=0, epochs=1, warmup_steps=0)[1]
     for name, before in start.items():
         if name in ("student.tower.1.weight", "student.tower.1.bias"):
-            shrunk = [(w[name].norm() / before.norm()).item() < 0.99 for w in (everything, matrices)]
+            shrunk = [
+                (w[name].norm() / before.norm()).item() < 0.99 for w in (everything, matrices)
+            ]
             assert shrunk == ([True, True] if before.ndim > 1 else [True, False])
 
 
@@ -119,16 +160,31 @@ def test_weight_decay_can_leave_scalars_and_biases_alone(folder):
 def test_scalars_never_decay(of, least, frozen):
     student = Student(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)), 4, 8, 6)
     head = EduAttentionHead(8, R.EduAttention(learn_temperature=True))
-    learned = L.learned_parameters(R.Losses(contrastive=R.Weighted(), interactive=R.Weighted()), 8, 0)
-    modules, train = [student.projector, head, learned], R.Train(weight_decay=0.1, weight_decay_of=of)
-    asked = R.Recipe(
-        data=R.OpenMoji(), teacher=R.Conse(), losses=R.Losses(), student=R.Student(tower=R.Timm(model="none", weights="random", image_size=8)), train=train
+    learned = L.learned_parameters(
+        R.Losses(contrastive=R.Weighted(), interactive=R.Weighted()), 8, 0
     )
-    groups = T._optimizer(T.Phase("p", 1, 1, frozen=frozen), asked, student, None, modules).param_groups
+    modules, train = (
+        [student.projector, head, learned],
+        R.Train(weight_decay=0.1, weight_decay_of=of),
+    )
+    asked = R.Recipe(
+        data=R.OpenMoji(),
+        teacher=R.Conse(),
+        losses=R.Losses(),
+        student=R.Student(tower=R.Timm(model="none", weights="random", image_size=8)),
+        train=train,
+    )
+    groups = T._optimizer(
+        T.Phase("p", 1, 1, frozen=frozen), asked, student, None, modules
+    ).param_groups
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
-    assert decay.keys() == {id(p) for m in [*modules, *([] if frozen else [student.tower])] for p in m.parameters()}
+    assert decay.keys() == {
+        id(p) for m in [*modules, *([] if frozen else [student.tower])] for p in m.parameters()
+    }
     assert {decay[id(p)] for p in (head.alpha, head.log_temperature, *learned.values())} == {0.0}
-    assert all(decay[id(p)] == (0.1 if p.ndim >= least else 0.0) for m in modules for p in m.parameters())
+    assert all(
+        decay[id(p)] == (0.1 if p.ndim >= least else 0.0) for m in modules for p in m.parameters()
+    )
 
 
 def test_the_optimisers_state_of_other_weights_is_refused():
@@ -140,7 +196,11 @@ def test_the_optimisers_state_of_other_weights_is_refused():
 
 
 def test_pixels_go_in_as_preprocess_normalises_them_bit_for_bit():
-    spec = Preprocess(size=16, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+    spec = Preprocess(
+        size=16, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
+    )
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     x = to_input(pixels, spec, torch.device("cpu"))
-    assert (x.numpy() == normalise(pixels, spec)).all() and x.is_contiguous(memory_format=torch.channels_last)
+    assert (x.numpy() == normalise(pixels, spec)).all() and x.is_contiguous(
+        memory_format=torch.channels_last
+    )

@@ -21,12 +21,20 @@ def curves(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder)).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
 def test_each_curve_is_there_and_a_resumed_run_repeats_no_point(tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
-    case = {"losses": COMKD, "epochs": 13, "checkpoint_every": 7, "checkpoints": tmp_path / "checkpoint", "board": tmp_path / "board"}
+    case = {
+        "losses": COMKD,
+        "epochs": 13,
+        "checkpoint_every": 7,
+        "checkpoints": tmp_path / "checkpoint",
+        "board": tmp_path / "board",
+    }
     step, number = Step.__call__, iter(range(1000))
 
     def interrupted(self, *arguments):
@@ -40,12 +48,23 @@ def test_each_curve_is_there_and_a_resumed_run_repeats_no_point(tmp_path, monkey
         with pytest.raises(Interrupted):
             run(tmp_path / "pictures", **case)
     run(tmp_path / "pictures", **case)
-    steps, _, _ = run(tmp_path / "pictures", **{k: v for k, v in case.items() if k not in ("checkpoints", "board")})
+    steps, _, _ = run(
+        tmp_path / "pictures",
+        **{k: v for k, v in case.items() if k not in ("checkpoints", "board")},
+    )
     found = curves(tmp_path / "board")
     losses = {"loss/loss", "loss/kl", "loss/if_align"}
-    assert found.keys() == losses | {"training/alpha", "training/learning_rate", "speed/pictures_per_second", "speed/waiting", "memory/mib"}
+    assert found.keys() == losses | {
+        "training/alpha",
+        "training/learning_rate",
+        "speed/pictures_per_second",
+        "speed/waiting",
+        "memory/mib",
+    }
     assert found["loss/loss"] == [(n, pytest.approx(steps[n - 1])) for n in (10, 20, 30)]
-    assert all(0 <= v <= 1 for _, v in found["speed/waiting"]) and all(v > 0 for _, v in found["speed/pictures_per_second"])
+    assert all(0 <= v <= 1 for _, v in found["speed/waiting"]) and all(
+        v > 0 for _, v in found["speed/pictures_per_second"]
+    )
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -58,5 +77,12 @@ def test_the_clocks_names_add_up_to_the_time_that_passed(tmp_path):
     clock, start = Clock(), time.perf_counter()
     run(tmp_path, COMKD, clock=clock)
     passed = time.perf_counter() - start
-    assert {"student's frozen features", "waiting for pictures", "forward", "backward", "optimiser", "rest of stage 2"} == set(clock.laps)
+    assert {
+        "student's frozen features",
+        "waiting for pictures",
+        "forward",
+        "backward",
+        "optimiser",
+        "rest of stage 2",
+    } == set(clock.laps)
     assert 0 < sum(clock.laps.values()) <= passed

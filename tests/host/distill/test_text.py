@@ -27,8 +27,20 @@ TEXT = {
     "weights": "random",
     "config": {
         "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 8, "head_width": 8, "patch_size": 16},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 1,
+            "width": 8,
+            "head_width": 8,
+            "patch_size": 16,
+        },
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 2,
+        },
     },
 }
 NEW = ["a yellow star", "two people shaking hands", "a red hexagon"]
@@ -37,7 +49,12 @@ NEW = ["a yellow star", "two people shaking hands", "a red hexagon"]
 def smoke(**student):
     """recipes/smoke.yaml with a text tower in its student, and shared blocks in its image tower."""
     recipe = yaml.safe_load((REPO / "recipes" / "smoke.yaml").read_text())
-    recipe["student"] |= {"text": TEXT, "text_weight": 1.0, "share": {"blocks": 1, "times": 2}, **student}
+    recipe["student"] |= {
+        "text": TEXT,
+        "text_weight": 1.0,
+        "share": {"blocks": 1, "times": 2},
+        **student,
+    }
     recipe["train"] |= {"lr": 3e-3, "epochs": 6}
     return recipe
 
@@ -50,7 +67,12 @@ def workplace(tmp_path_factory):
         patch.chdir(folder)
         (folder / "open.yaml").write_text(json.dumps(smoke()))
         results = distill(folder / "open.yaml")
-        export(from_run(folder / "runs/open"), "onnx-fp32", load_target("onnx-fp32")[1], folder / "bundle")
+        export(
+            from_run(folder / "runs/open"),
+            "onnx-fp32",
+            load_target("onnx-fp32")[1],
+            folder / "bundle",
+        )
         yield folder, results
 
 
@@ -66,7 +88,11 @@ def test_words_that_were_never_baked_are_the_students_own_with_and_without_torch
     with torch.inference_mode():
         expected = text.module(students.token_ids(text, NEW)).numpy()
     np.testing.assert_allclose(bundle.encode_text(NEW), expected, atol=1e-4)
-    np.testing.assert_allclose(bundle.bake(NEW), students.class_features(text, NEW, tuple(bundle.manifest["templates"])), atol=1e-4)
+    np.testing.assert_allclose(
+        bundle.bake(NEW),
+        students.class_features(text, NEW, tuple(bundle.manifest["templates"])),
+        atol=1e-4,
+    )
 
     image = shapes.draw(0, random.Random(1))
     got = {r["label"]: r["score"] for r in bundle.classify(image, NEW)}
@@ -75,20 +101,33 @@ def test_words_that_were_never_baked_are_the_students_own_with_and_without_torch
     from edgeclip.device.zero_shot import class_scores
 
     with torch.inference_mode():
-        feature = student(torch.from_numpy(normalise(bundle.pixels(image)[None], bundle.preprocess))).numpy()
-    scores = class_scores(feature, students.class_features(text, NEW, tuple(bundle.manifest["templates"])), bundle.head)[0]
+        feature = student(
+            torch.from_numpy(normalise(bundle.pixels(image)[None], bundle.preprocess))
+        ).numpy()
+    scores = class_scores(
+        feature,
+        students.class_features(text, NEW, tuple(bundle.manifest["templates"])),
+        bundle.head,
+    )[0]
     np.testing.assert_allclose([got[label] for label in NEW], scores, atol=1e-4)
 
 
 def test_baked_classes_are_the_teachers_and_both_texts_are_scored(workplace):
     folder, results = workplace
     bundle = Bundle.load(folder / "bundle")
-    cached = [np.load(path) for path in (folder / "cache").glob("*/class_features.npy")]  # of two teachers
+    cached = [
+        np.load(path) for path in (folder / "cache").glob("*/class_features.npy")
+    ]  # of two teachers
     assert any(np.array_equal(bundle.class_features, w) for w in cached)
     (row,) = results["sets"]
-    assert row["student"] == row["student_teacher_text"] and {"r1", "r5"} <= row["student_own_text"].keys()
+    assert (
+        row["student"] == row["student_teacher_text"]
+        and {"r1", "r5"} <= row["student_own_text"].keys()
+    )
     own = students.load_text(folder / "runs/open/student")
-    assert results["models"]["student"]["text_parameters"] == sum(p.numel() for p in own.module.parameters())
+    assert results["models"]["student"]["text_parameters"] == sum(
+        p.numel() for p in own.module.parameters()
+    )
 
 
 def test_the_recipe_may_bake_the_students_own(workplace):
@@ -99,16 +138,27 @@ def test_the_recipe_may_bake_the_students_own(workplace):
     (folder / "own.yaml").write_text(json.dumps(recipe))
     (row,) = distill(folder / "own.yaml")["sets"]
     text = students.load_text(folder / "runs/own/student")
-    templates = tuple((folder / ".data/shapes/zeroshot_classification_templates.txt").read_text().split("\n")[:2])
-    np.testing.assert_allclose(np.load(folder / "runs/own/student/class_features.npy"), students.class_features(text, shapes.CLASSES, templates), atol=1e-6)
+    templates = tuple(
+        (folder / ".data/shapes/zeroshot_classification_templates.txt").read_text().split("\n")[:2]
+    )
+    np.testing.assert_allclose(
+        np.load(folder / "runs/own/student/class_features.npy"),
+        students.class_features(text, shapes.CLASSES, templates),
+        atol=1e-6,
+    )
     assert row["student"] == row["student_own_text"]
 
     # FD on text reaches the text tower only: the image side is bit for bit that of a run without one
     recipe["student"] |= {"text": None, "class_features": "teacher"}
     (folder / "without.yaml").write_text(json.dumps(recipe))
     distill(folder / "without.yaml")
-    own, without = (load_file(folder / "runs" / name / "student/student.safetensors") for name in ("own", "without"))
-    assert all(torch.equal(own[k], v) for k, v in without.items()) and {k.split(".")[0] for k in own.keys() - without.keys()} == {"text"}
+    own, without = (
+        load_file(folder / "runs" / name / "student/student.safetensors")
+        for name in ("own", "without")
+    )
+    assert all(torch.equal(own[k], v) for k, v in without.items()) and {
+        k.split(".")[0] for k in own.keys() - without.keys()
+    } == {"text"}
 
 
 def test_a_text_tower_comes_back_from_disk_and_leaves_the_image_side_alone(workplace):
@@ -123,8 +173,15 @@ def test_a_text_tower_comes_back_from_disk_and_leaves_the_image_side_alone(workp
 
 
 def test_a_vocabulary_that_is_too_small_is_refused():
-    spec = R.OpenClip(model="own", weights="random", config=TEXT["config"] | {"text_cfg": TEXT["config"]["text_cfg"] | {"vocab_size": 100}})
-    with pytest.raises(EdgeclipError, match="has a vocabulary of 100, CLIP's tokenizer has 49408; give vocab_size: 49408"):
+    spec = R.OpenClip(
+        model="own",
+        weights="random",
+        config=TEXT["config"] | {"text_cfg": TEXT["config"]["text_cfg"] | {"vocab_size": 100}},
+    )
+    with pytest.raises(
+        EdgeclipError,
+        match="has a vocabulary of 100, CLIP's tokenizer has 49408; give vocab_size: 49408",
+    ):
         students.build_text(spec, 8)
 
 
@@ -133,7 +190,12 @@ def test_a_caption_that_is_too_long_is_refused_before_anything_is_made(workplace
     short = json.loads(json.dumps(TEXT))
     short["config"]["text_cfg"]["context_length"] = 4
     (folder / "short.yaml").write_text(json.dumps(smoke(text=short)))
-    mistake("distill", "short.yaml", says="tokens, the text encoder takes 4; shorten it", only_line=False)
+    mistake(
+        "distill",
+        "short.yaml",
+        says="tokens, the text encoder takes 4; shorten it",
+        only_line=False,
+    )
     assert not (folder / "runs/short").exists()
 
 

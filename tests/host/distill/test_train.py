@@ -28,9 +28,18 @@ from tests.support.files import REPO
 
 GOLDEN = REPO / "tests" / "golden" / "curves.json"
 PICTURES, VIEWS, TOWER, D, N, STEPS = 48, 2, 16, 8, 6, 20
-CLIP_KD = {"contrastive": {}, "affinity": {"form": "kl"}, "feature": {"weight": 7.8}, "interactive": {}}
+CLIP_KD = {
+    "contrastive": {},
+    "affinity": {"form": "kl"},
+    "feature": {"weight": 7.8},
+    "interactive": {},
+}
 COMKD = {"kl": {}, "if_align": {"weight": 100}, "edu_attention": {}}
-METHODS = {name: {name: {}} for name in L.LOSSES} | {"CLIP-KD": CLIP_KD, "CLIP-RD": CLIP_KD | {"vrd": {}, "xrd": {}}, "ComKD": COMKD}
+METHODS = {name: {name: {}} for name in L.LOSSES} | {
+    "CLIP-KD": CLIP_KD,
+    "CLIP-RD": CLIP_KD | {"vrd": {}, "xrd": {}},
+    "ComKD": COMKD,
+}
 
 
 def unit(rng, *shape):
@@ -43,7 +52,15 @@ def toy():
     pictures = [Picture(key=str(i), path="", label=i % N) for i in range(PICTURES)]
     rows = unit(rng, PICTURES, VIEWS, D).astype(np.float16)
     captions = unit(rng, PICTURES, 1, D).astype(np.float16)
-    cache = TeacherCache(Path("cache"), {}, pictures, rows, np.zeros((PICTURES, VIEWS, 5), np.float32), unit(rng, N, D), captions)
+    cache = TeacherCache(
+        Path("cache"),
+        {},
+        pictures,
+        rows,
+        np.zeros((PICTURES, VIEWS, 5), np.float32),
+        unit(rng, N, D),
+        captions,
+    )
     labelled = [p for p in pictures if p.label < 3]
     data = Dataset("toy", "none", list("abcdef"), ("{c}",), labelled, pictures, list(range(N)), [])
     preprocess = Preprocess(size=8, mean=(0, 0, 0), std=(1, 1, 1))
@@ -58,15 +75,32 @@ def toy():
         features=lambda r: r,
         encode_text=lambda texts: torch.zeros(len(texts), D),
     )
-    return teacher, cache, data, preprocess, torch.from_numpy(rng.normal(size=(PICTURES, VIEWS, TOWER)).astype(np.float32))
+    return (
+        teacher,
+        cache,
+        data,
+        preprocess,
+        torch.from_numpy(rng.normal(size=(PICTURES, VIEWS, TOWER)).astype(np.float32)),
+    )
 
 
 def curve(losses, monkeypatch, **schedule):
     """The total loss of each step, the student's weights at the end, and the log."""
     teacher, cache, data, preprocess, features = toy()
-    train = R.Train(**({"warmup_steps": STEPS, "warmup_batch_size": 16, "warmup_lr": 1e-2, "epochs": 0} | schedule))
+    train = R.Train(
+        **(
+            {"warmup_steps": STEPS, "warmup_batch_size": 16, "warmup_lr": 1e-2, "epochs": 0}
+            | schedule
+        )
+    )
     tower = R.Timm(model="none", weights="random", image_size=8)
-    asked = R.Recipe(data=R.OpenMoji(), teacher=R.Conse(), student=R.Student(tower=tower), losses=convert(losses, R.Losses, "losses"), train=train)
+    asked = R.Recipe(
+        data=R.OpenMoji(),
+        teacher=R.Conse(),
+        student=R.Student(tower=tower),
+        losses=convert(losses, R.Losses, "losses"),
+        train=train,
+    )
     torch.manual_seed(0)
     student = Student(torch.nn.Identity(), TOWER, D, 12)
     spec = asked.losses.edu_attention
@@ -80,7 +114,17 @@ def curve(losses, monkeypatch, **schedule):
             return said
 
     monkeypatch.setattr(T, "Step", Recorded)
-    log = T.train(student, head, teacher, cache, preprocess, data, asked, torch.device("cpu"), tower_features=features)
+    log = T.train(
+        student,
+        head,
+        teacher,
+        cache,
+        preprocess,
+        data,
+        asked,
+        torch.device("cpu"),
+        tower_features=features,
+    )
     return steps, student.state_dict(), log
 
 
@@ -88,10 +132,14 @@ def curve(losses, monkeypatch, **schedule):
 def test_the_curve_is_the_golden_one(method, monkeypatch):
     steps, _, _ = curve(METHODS[method], monkeypatch)
     golden = json.loads(GOLDEN.read_text())[method]
-    np.testing.assert_allclose(steps, golden, rtol=1e-3, atol=1e-4 * max(golden))  # another CPU rounds otherwise
+    np.testing.assert_allclose(
+        steps, golden, rtol=1e-3, atol=1e-4 * max(golden)
+    )  # another CPU rounds otherwise
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("vrd", "xrd", "interactive", "CLIP-RD")])
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if m not in ("vrd", "xrd", "interactive", "CLIP-RD")]
+)
 def test_every_method_learns_its_loss(method, monkeypatch):
     steps, _, _ = curve(METHODS[method], monkeypatch, warmup_steps=100)
     assert np.mean(steps[-10:]) < np.mean(steps[:10])
@@ -125,7 +173,9 @@ def test_captions_of_classes_use_no_label_that_is_not_given():
 def test_captions_of_classes_use_no_label_at_all_where_stage_1_had_another_set():
     teacher, cache, data, _, _ = toy()
     index = np.arange(PICTURES)
-    known = Targets(teacher, cache, data, R.Losses(captions="classes"), torch.device("cpu"), adapted_here=False)(index, np.zeros_like(index))
+    known = Targets(
+        teacher, cache, data, R.Losses(captions="classes"), torch.device("cpu"), adapted_here=False
+    )(index, np.zeros_like(index))
     first = (known["teacher_features"] @ known["class_features"].T).argmax(dim=1)
     assert torch.equal(known["caption_features"], known["class_features"][first])
 
@@ -134,9 +184,13 @@ def test_prototypes_are_unit_means_of_the_labelled_plain_views():
     teacher, cache, data, _, _ = toy()
     found = Targets(teacher, cache, data, R.Losses(), torch.device("cpu")).prototypes.numpy()
     for c in range(N):
-        own = cache.rows[[i for i, p in enumerate(cache.pictures) if p.label == c], 0].astype(np.float32)
+        own = cache.rows[[i for i, p in enumerate(cache.pictures) if p.label == c], 0].astype(
+            np.float32
+        )
         mean = (own / np.linalg.norm(own, axis=1, keepdims=True)).mean(axis=0)
-        np.testing.assert_allclose(found[c], mean / np.linalg.norm(mean) if c < 3 else np.zeros(D), atol=1e-5)
+        np.testing.assert_allclose(
+            found[c], mean / np.linalg.norm(mean) if c < 3 else np.zeros(D), atol=1e-5
+        )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_step(monkeypatch):
@@ -144,7 +198,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_step(monkeypatch):
         curve({"feature": {}}, monkeypatch, warmup_lr=1e25)
 
 
-def test_the_projector_learns_the_same_when_the_tower_sees_each_batch_as_it_comes(tmp_path, monkeypatch):
+def test_the_projector_learns_the_same_when_the_tower_sees_each_batch_as_it_comes(
+    tmp_path, monkeypatch
+):
     """Of many more views than the projector's steps see, features are not computed before: 6 x 12 of 80 views, and 7 x 12."""
     whole, asked = T.frozen_features, []
     monkeypatch.setattr(T, "frozen_features", lambda *a: asked.append(1) or whole(*a))

@@ -60,7 +60,9 @@ class MeanColour(torch.nn.Module):
 def colour_teacher(spec):
     def encode_text(texts):
         names = [next(c for c in COLOURS if c in t) for t in texts]
-        return torch.from_numpy(l2_normalise(np.array([COLOURS[n] for n in names], np.float32) / 127.5 - 1))
+        return torch.from_numpy(
+            l2_normalise(np.array([COLOURS[n] for n in names], np.float32) / 127.5 - 1)
+        )
 
     return teachers.Teacher(
         name="mean colour",
@@ -81,7 +83,9 @@ def write_set(root, classes, train=4, test=3, dark=0, captions=True):
         with tarfile.open(root / part / "0.tar", "w") as tar:
             for i in range(count * len(classes)):
                 name = classes[i % len(classes)]
-                image = Image.new("RGB", (20, 20), tuple(max(0, c - dark - i) for c in COLOURS[name]))
+                image = Image.new(
+                    "RGB", (20, 20), tuple(max(0, c - dark - i) for c in COLOURS[name])
+                )
                 add_member(tar, f"{i:03d}.png", encoded(image))
                 add_member(tar, f"{i:03d}.cls", str(i % len(classes)).encode())
                 if captions:
@@ -124,17 +128,32 @@ def test_stage_1_reads_the_pictures_and_classes_of_adapt_data(workplace):
     folder, _ = workplace
     manifest = disk.read_manifest(folder / "runs/r/teacher", "adapted teacher")
     rows = disk.read_manifest(folder / "cache" / manifest["cache"], "teacher cache")["shards"]
-    assert sum(s["rows"] for s in rows) == 12 and np.load(folder / "cache" / manifest["cache"] / "class_features.npy").shape == (3, 3)
-    assert len(list((folder / "cache").glob(f"*/{disk.MANIFEST}"))) == 2  # and the student's, of paint
+    assert sum(s["rows"] for s in rows) == 12 and np.load(
+        folder / "cache" / manifest["cache"] / "class_features.npy"
+    ).shape == (3, 3)
+    assert (
+        len(list((folder / "cache").glob(f"*/{disk.MANIFEST}"))) == 2
+    )  # and the student's, of paint
 
 
 def test_distill_scores_shifts_beside_its_own_set(workplace):
     _, results = workplace
     paint, night = results["sets"]
-    assert (paint["name"], paint["classes"], paint["pictures"]) == ("paint test", 6, 18) and paint["note"].startswith("transductive: ")
-    assert (night["name"], night["classes"], night["pictures"]) == ("night", 3, 9) and "not transductive" in night["note"]
-    assert paint["teacher"]["r1"] == night["teacher"]["r1"] == 1.0  # classes are matched by name: their order differs
-    assert paint["student_attending_all_classes"] is None and night["student_attending_all_classes"] is not None
+    assert (paint["name"], paint["classes"], paint["pictures"]) == ("paint test", 6, 18) and paint[
+        "note"
+    ].startswith("transductive: ")
+    assert (night["name"], night["classes"], night["pictures"]) == (
+        "night",
+        3,
+        9,
+    ) and "not transductive" in night["note"]
+    assert (
+        paint["teacher"]["r1"] == night["teacher"]["r1"] == 1.0
+    )  # classes are matched by name: their order differs
+    assert (
+        paint["student_attending_all_classes"] is None
+        and night["student_attending_all_classes"] is not None
+    )
 
 
 def test_zero_shot_on_the_runs_own_set_repeats_what_distill_found(workplace):
@@ -154,7 +173,9 @@ def test_zero_shot_on_a_folder_has_class_features_from_its_own_words_and_prompts
     assert (row["classes"], row["pictures"]) == (3, 9)
     assert "text encoder" in record["text_side"]
     assert not row["transductive"] and "adapted on labels of its training pictures" in row["note"]
-    (folder / "night.yaml").write_text("data: {kind: webdataset, name: evening, root: night, train: null, templates: ['{c}']}\n")
+    (folder / "night.yaml").write_text(
+        "data: {kind: webdataset, name: evening, root: night, train: null, templates: ['{c}']}\n"
+    )
     (row,) = evaluate("zero_shot", "--data", "night.yaml")["sets"]
     assert row["teacher"]["r1"] == 1.0
     assert row["templates"] == 1
@@ -164,23 +185,37 @@ def test_zero_shot_on_a_folder_has_class_features_from_its_own_words_and_prompts
 def test_base_to_novel_scores_each_half_within_itself(workplace):
     record = evaluate("base_to_novel")
     base, novel = record["sets"]
-    assert [(s["name"], s["classes"], s["pictures"], s["chance_r1"]) for s in (base, novel)] == [("base", 3, 9, 1 / 3), ("novel", 3, 9, 1 / 3)]
+    assert [(s["name"], s["classes"], s["pictures"], s["chance_r1"]) for s in (base, novel)] == [
+        ("base", 3, 9, 1 / 3),
+        ("novel", 3, 9, 1 / 3),
+    ]
     assert record["harmonic_mean"]["teacher"] == 1.0
     for model in ("student", "student_without_edu_attention", "student_attending_all_classes"):
-        assert record["harmonic_mean"][model] == harmonic_mean(base[model]["r1"], novel[model]["r1"])
+        assert record["harmonic_mean"][model] == harmonic_mean(
+            base[model]["r1"], novel[model]["r1"]
+        )
 
 
 def test_cross_dataset_is_one_table_with_the_average(workplace):
     record = evaluate("cross_dataset", "--data", "paint", "--data", "other=cars")
-    assert [s["of"] for s in record["sets"]] == ["paint", "other"] and [s["transductive"] for s in record["sets"]] == [True, False]
-    assert record["average"]["student"] == pytest.approx(np.mean([s["student"]["r1"] for s in record["sets"]]))
+    assert [s["of"] for s in record["sets"]] == ["paint", "other"] and [
+        s["transductive"] for s in record["sets"]
+    ] == [True, False]
+    assert record["average"]["student"] == pytest.approx(
+        np.mean([s["student"]["r1"] for s in record["sets"]])
+    )
     assert record["report"].endswith("evaluate-cross_dataset-paint+other.json")
-    assert "average R@1, student: " in run("evaluate", "runs/r", "--protocol", "cross_dataset").stdout
+    assert (
+        "average R@1, student: " in run("evaluate", "runs/r", "--protocol", "cross_dataset").stdout
+    )
 
 
 def test_domain_generalisation_averages_over_the_shifts_only(workplace):
     record = evaluate("domain_generalisation")
-    assert [(s["name"], s["shift"]) for s in record["sets"]] == [("paint test", False), ("night", True)]
+    assert [(s["name"], s["shift"]) for s in record["sets"]] == [
+        ("paint test", False),
+        ("night", True),
+    ]
     assert record["average"]["student"] == record["sets"][1]["student"]["r1"]
     given = evaluate("domain_generalisation", "--data", "night", "--data", "dusk=night")
     assert [s["name"] for s in given["sets"]] == ["paint test", "night", "dusk"]
@@ -194,7 +229,10 @@ def test_retrieval_counts_every_picture_that_has_the_caption(workplace):
         assert row["teacher"][way]["r1"] == 1.0
     assert row["student"]["image_to_text"]["chance_r1"] == pytest.approx(1 / 6)
     assert row["student"]["text_to_image"]["chance_r1"] == pytest.approx(3 / 18)
-    assert "6 different captions" in row["note"] and "text to image" in run("evaluate", "runs/r", "--protocol", "retrieval").stdout
+    assert (
+        "6 different captions" in row["note"]
+        and "text to image" in run("evaluate", "runs/r", "--protocol", "retrieval").stdout
+    )
 
 
 def test_without_the_teachers_weights_its_column_is_not_measured(workplace, monkeypatch):
@@ -217,10 +255,16 @@ def test_the_same_recipe_resumes_and_data_may_be_moved_by_name(workplace):
     folder, results = workplace
     assert json.loads(run("distill", "r.yaml", "--data", "night=night", "--json").stdout) == results
     asked = recipe.of_run(folder / "runs/r")
-    assert recipe.roots(asked) == {"data": str(folder / "paint"), "adapt_data": str(folder / "cars"), "shifts.0": str(folder / "night")}
+    assert recipe.roots(asked) == {
+        "data": str(folder / "paint"),
+        "adapt_data": str(folder / "cars"),
+        "shifts.0": str(folder / "night"),
+    }
     shutil.copytree(folder / "night", folder / "moved")
     assert recipe.load(folder / "r.yaml", ("night=moved",)).shifts[0].root == "moved"
-    assert recipe.description(asked) == recipe.description(recipe.load(folder / "r.yaml", ("night=moved",)))
+    assert recipe.description(asked) == recipe.description(
+        recipe.load(folder / "r.yaml", ("night=moved",))
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +273,10 @@ def test_the_same_recipe_resumes_and_data_may_be_moved_by_name(workplace):
         (["retrieval", "--data", "mute"], "retrieval needs captions"),
         (["zero_shot", "--data", "nothing"], "no such folder"),
         (["zero_shot", "--data", "nothing.yaml"], "no such file"),
-        (["zero_shot", "--data", "words.yaml"], "--data words: is of kind csv, which nothing is evaluated on; name a set with a test part"),
+        (
+            ["zero_shot", "--data", "words.yaml"],
+            "--data words: is of kind csv, which nothing is evaluated on; name a set with a test part",
+        ),
         (["domain_generalisation", "--data", "paint"], "has no shift"),
         (["base_to_novel", "--data", "paint", "--data", "cars"], "takes one set"),
     ],
@@ -238,7 +285,9 @@ def test_a_set_that_lacks_what_the_protocol_needs(workplace, arguments, says):
     folder, _ = workplace
 
     def files():
-        return {k: v for k, v in snapshot(folder).items() if not k.startswith("cache/index")}  # what tars hold, found once and kept
+        return {
+            k: v for k, v in snapshot(folder).items() if not k.startswith("cache/index")
+        }  # what tars hold, found once and kept
 
     before = files()
     mistake("evaluate", "runs/r", "--protocol", *arguments, says=says, only_line=False)
@@ -250,16 +299,24 @@ def test_a_shift_with_an_unknown_class_is_refused(workplace):
     if not (folder / "odd").exists():
         write_set(folder / "odd", ["red", "blue"])
         (folder / "odd" / "classnames.txt").write_text("red\nbleu\n")
-    message = mistake("evaluate", "runs/r", "--protocol", "domain_generalisation", "--data", "odd", says="'bleu'")
+    message = mistake(
+        "evaluate", "runs/r", "--protocol", "domain_generalisation", "--data", "odd", says="'bleu'"
+    )
     assert "did you mean 'blue'?" in message
-    (folder / "odd.yaml").write_text(RECIPE.replace("name: night, root: night", "name: odd, root: odd"))
+    (folder / "odd.yaml").write_text(
+        RECIPE.replace("name: night, root: night", "name: odd, root: odd")
+    )
     mistake("distill", "odd.yaml", says="'bleu'", only_line=False)
     assert not (folder / "runs/odd").exists()
 
 
 def test_adapt_data_without_stage_1_is_refused(workplace):
     folder, _ = workplace
-    (folder / "no.yaml").write_text(RECIPE.replace("adapt: {kind: residual_head, hidden: 8, steps: 5, batch_size: 8, lr: 1e-4}\n", ""))
+    (folder / "no.yaml").write_text(
+        RECIPE.replace(
+            "adapt: {kind: residual_head, hidden: 8, steps: 5, batch_size: 8, lr: 1e-4}\n", ""
+        )
+    )
     mistake("distill", "no.yaml", says="adapt_data: is for stage 1")
 
 
@@ -273,18 +330,35 @@ def test_every_reading_of_edu_attention_is_scored_once():
     """Against class_scores by hand: with, without, kept or not, over the active classes or all."""
     rng = np.random.default_rng(0)
     w, u = l2_normalise(rng.normal(size=(5, 8))), l2_normalise(rng.normal(size=(40, 8)))
-    head = EduAttention(rng.normal(size=(8, 8)).astype(np.float32), np.zeros(8, np.float32), 3.0, 0.1)
+    head = EduAttention(
+        rng.normal(size=(8, 8)).astype(np.float32), np.zeros(8, np.float32), 3.0, 0.1
+    )
     labels, active = rng.integers(0, 3, 40), [1, 3, 4]
-    pictures = [protocols.Picture(str(i), "", label=active[label]) for i, label in enumerate(labels)]
+    pictures = [
+        protocols.Picture(str(i), "", label=active[label]) for i, label in enumerate(labels)
+    ]
     s, student = EvaluationSet("s", pictures, active, ""), Answers(np.arange(40), u, w)
 
     def r1(head, attended=None):
         return float(hits(class_scores(u, w[active], head, attended), labels).mean())
 
-    kept, not_kept, none = score(s, student, None, head, True), score(s, student, None, head, False), score(s, student, None, None, False)
+    kept, not_kept, none = (
+        score(s, student, None, head, True),
+        score(s, student, None, head, False),
+        score(s, student, None, None, False),
+    )
     assert kept["student"]["r1"] == not_kept["student_with_edu_attention"]["r1"] == r1(head)
-    assert kept["student_without_edu_attention"]["r1"] == not_kept["student"]["r1"] == none["student"]["r1"] == r1(None)
-    assert kept["student_attending_all_classes"]["r1"] == not_kept["student_attending_all_classes"]["r1"] == r1(head, w)
+    assert (
+        kept["student_without_edu_attention"]["r1"]
+        == not_kept["student"]["r1"]
+        == none["student"]["r1"]
+        == r1(None)
+    )
+    assert (
+        kept["student_attending_all_classes"]["r1"]
+        == not_kept["student_attending_all_classes"]["r1"]
+        == r1(head, w)
+    )
     assert kept["student_with_edu_attention"] is None
     assert none["student_attending_all_classes"] is None
     assert kept["teacher"] is None
@@ -297,11 +371,15 @@ def test_the_runs_student_is_what_is_scored(workplace):
     features = np.load(folder / "runs/r/evaluation/image_features.npy")
     labels = np.array(disk.read_json(folder / "runs/r/evaluation/evaluation.json")["labels"])
     w = np.load(folder / "runs/r/student/class_features.npy")
-    assert results["sets"][0]["student"]["r1"] == pytest.approx(hits(class_scores(features[:18], w, head.numpy()), labels[:18]).mean())
+    assert results["sets"][0]["student"]["r1"] == pytest.approx(
+        hits(class_scores(features[:18], w, head.numpy()), labels[:18]).mean()
+    )
 
 
 def test_a_file_of_one_set_is_strict(tmp_path):
     path = tmp_path / "d.yaml"
     path.write_text("data: {kind: webdataset, name: a, root: b, tset: x}\n")
-    with pytest.raises(config.EdgeclipError, match=r"data\.tset: unknown field; did you mean 'test'"):
+    with pytest.raises(
+        config.EdgeclipError, match=r"data\.tset: unknown field; did you mean 'test'"
+    ):
         config.load(path, recipe.DataFile)

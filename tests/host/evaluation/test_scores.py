@@ -11,7 +11,11 @@ STUDENT = {"tower": {"kind": "timm", "model": "x", "weights": "random", "image_s
 def test_what_is_transductive_and_whose_labels_were_seen():
     def said(asked, name, part="s", **fields):
         return note(
-            config.convert({"teacher": {"kind": "conse"}, "student": STUDENT, "losses": {"kl": {}}, **asked}, recipe.Recipe, "r"),
+            config.convert(
+                {"teacher": {"kind": "conse"}, "student": STUDENT, "losses": {"kl": {}}, **asked},
+                recipe.Recipe,
+                "r",
+            ),
             paint(name),
             EvaluationSet(part, [], [], "its own", **fields),
         )
@@ -22,13 +26,30 @@ def test_what_is_transductive_and_whose_labels_were_seen():
     def spec(name, **fields):
         return {"kind": "webdataset", "name": name, "root": "x", **fields}
 
-    base_to_novel = {"data": spec("a", protocol="base_to_novel"), "adapt": {"kind": "residual_head"}}
+    base_to_novel = {
+        "data": spec("a", protocol="base_to_novel"),
+        "adapt": {"kind": "residual_head"},
+    }
     seen, unseen = "adapted on labels of its training pictures", "adapted on no label of it"
-    assert [(t, seen in n) for t, n in (said(base_to_novel, "a", p) for p in ("base", "novel"))] == [(True, True), (True, False)]
+    assert [
+        (t, seen in n) for t, n in (said(base_to_novel, "a", p) for p in ("base", "novel"))
+    ] == [(True, True), (True, False)]
     assert unseen in said({"data": spec("a")}, "a")[1]
     cross = {"data": spec("a"), "adapt": {"kind": "residual_head"}, "adapt_data": spec("b")}
-    assert [(t, seen in n) for t, n in (said(cross, s) for s in "abc")] == [(True, False), (False, True), (False, False)]
+    assert [(t, seen in n) for t, n in (said(cross, s) for s in "abc")] == [
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
     assert "without labels" in said(base_to_novel, "a", "base")[1]
-    assert "with the labels that there are" in said({**base_to_novel, "losses": {"affinity": {}, "captions": "classes"}}, "a", "base")[1]
-    assert "without labels" in said({**cross, "losses": {"affinity": {}, "captions": "classes"}}, "a")[1]
+    assert (
+        "with the labels that there are"
+        in said({**base_to_novel, "losses": {"affinity": {}, "captions": "classes"}}, "a", "base")[
+            1
+        ]
+    )
+    assert (
+        "without labels"
+        in said({**cross, "losses": {"affinity": {}, "captions": "classes"}}, "a")[1]
+    )
     assert said(cross, "a", shift=True) == (False, "shift; not transductive")

@@ -22,7 +22,14 @@ from tests.support.images import encoded, picture, truncated_jpeg
 from tests.support.optional import require
 from tests.support.toy_bundle import LABELS, SIZE, WIDTH, toy_input, toy_target
 
-RUNNABLE = ["onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int8-arm", "openvino-fp16", "openvino-int8"]
+RUNNABLE = [
+    "onnx-fp32",
+    "onnx-fp16",
+    "onnx-int8",
+    "onnx-int8-arm",
+    "openvino-fp16",
+    "openvino-int8",
+]
 ALL = [*RUNNABLE, "tensorrt-fp16", "tensorrt-int8", "tensorrt-fp8"]
 QUANTISED = ["onnx-int8", "onnx-int8-arm", "openvino-int8", "tensorrt-int8", "tensorrt-fp8"]
 
@@ -31,26 +38,41 @@ QUANTISED = ["onnx-int8", "onnx-int8-arm", "openvino-int8", "tensorrt-int8", "te
 def test_the_manifest_names_every_file_parents_versions_and_licences(shipped_bundle, source, name):
     folder = shipped_bundle(name)
     manifest = Bundle.load(folder).manifest
-    on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {disk.MANIFEST}
+    on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {
+        disk.MANIFEST
+    }
     assert set(manifest["files"]) == on_disk
     assert manifest["parents"] == source.parents
     assert manifest["licences"] == source.licences
     assert manifest["target"]["name"] == name
     assert {"edgeclip", "torch", "onnx"} <= manifest["versions"].keys()
-    assert (manifest["embed_dim"], manifest["preprocess"]["size"], manifest["logit_scale"]) == (WIDTH, SIZE, 20.0)
+    assert (manifest["embed_dim"], manifest["preprocess"]["size"], manifest["logit_scale"]) == (
+        WIDTH,
+        SIZE,
+        20.0,
+    )
     encoder = [p for p in folder.glob("image_encoder.*")]
     assert manifest["image_encoder_bytes"] == sum(p.stat().st_size for p in encoder) > 0
 
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("onnx-fp32", 0.99999), ("onnx-fp16", 0.999), ("onnx-int8", 0.97), ("onnx-int8-arm", 0.97), ("openvino-fp16", 0.999), ("openvino-int8", 0.93)],
+    [
+        ("onnx-fp32", 0.99999),
+        ("onnx-fp16", 0.999),
+        ("onnx-int8", 0.97),
+        ("onnx-int8-arm", 0.97),
+        ("openvino-fp16", 0.999),
+        ("openvino-int8", 0.93),
+    ],
 )
 def test_image_features_are_the_students_unit_rows(shipped_bundle, student, name, least):
     bundle = Bundle.load(shipped_bundle(name))
     images = [picture(700 + i, SIZE, SIZE) for i in range(40)]
     with torch.inference_mode():
-        expected = student(torch.from_numpy(np.stack([toy_input(700 + i) for i in range(40)]))).numpy()
+        expected = student(
+            torch.from_numpy(np.stack([toy_input(700 + i) for i in range(40)]))
+        ).numpy()
     found = bundle.encode_image(images)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-4)
     assert cosine(found, expected)["centred_p5"] > least
@@ -61,7 +83,11 @@ def test_a_batch_gives_what_single_pictures_give(shipped_bundle, name):
     bundle = Bundle.load(shipped_bundle(name))
     pixels = np.stack([bundle.pixels(picture(i)) for i in range(5)])
     within = 1e-3 if "fp16" in name else 1e-5
-    np.testing.assert_allclose(bundle.encode_pixels(pixels), np.concatenate([bundle.encode_pixels(p[None]) for p in pixels]), atol=within)
+    np.testing.assert_allclose(
+        bundle.encode_pixels(pixels),
+        np.concatenate([bundle.encode_pixels(p[None]) for p in pixels]),
+        atol=within,
+    )
 
 
 def test_golden_answers_are_torchs_own(shipped_bundle, student, source):
@@ -69,7 +95,9 @@ def test_golden_answers_are_torchs_own(shipped_bundle, student, source):
     pixels, features = np.load(folder / "pixels.npy"), np.load(folder / "image_features.npy")
     x = ((pixels.astype(np.float32) / 255 - 0.5) / 0.25).transpose(0, 3, 1, 2)
     with torch.inference_mode():
-        np.testing.assert_allclose(features, student(torch.from_numpy(np.ascontiguousarray(x))).numpy(), atol=1e-5)
+        np.testing.assert_allclose(
+            features, student(torch.from_numpy(np.ascontiguousarray(x))).numpy(), atol=1e-5
+        )
     assert len(pixels) == len(source.golden) == len([p for p in folder.glob("*.png")])
 
 
@@ -85,10 +113,16 @@ def test_calibration_pictures_are_named_by_hash_and_none_is_golden(shipped_bundl
 
 
 def test_int8_targets_of_every_runtime_quantise_the_same_layers(shipped_bundle):
-    records = [disk.read_manifest(shipped_bundle(n), "bundle")["quantisation"] for n in QUANTISED[:-1]]  # float8 rounds otherwise, so it may lose others
+    records = [
+        disk.read_manifest(shipped_bundle(n), "bundle")["quantisation"] for n in QUANTISED[:-1]
+    ]  # float8 rounds otherwise, so it may lose others
     assert records[0]["int8_layers"] >= 1 and records[0]["int8_share_of_macs"] > 0
     assert [r["float_layers"] for r in records] == [records[0]["float_layers"]] * len(records)
-    assert all(disk.read_manifest(shipped_bundle(n), "bundle")["quantisation"] is None for n in ALL if n not in QUANTISED)
+    assert all(
+        disk.read_manifest(shipped_bundle(n), "bundle")["quantisation"] is None
+        for n in ALL
+        if n not in QUANTISED
+    )
 
 
 @pytest.mark.parametrize("name", ["tensorrt-fp16", "tensorrt-int8", "tensorrt-fp8"])
@@ -125,7 +159,9 @@ def test_baked_labels_need_no_text_encoder_and_new_words_do(own_bundle):
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_words_given_at_hand_are_the_baked_ones(shipped_bundle, source, name):
     found = Bundle.load(shipped_bundle(name)).bake(LABELS)
-    assert (found * source.class_features).sum(axis=1).min() > (0.9999 if name == "onnx-fp32" else 0.98)
+    assert (found * source.class_features).sum(axis=1).min() > (
+        0.9999 if name == "onnx-fp32" else 0.98
+    )
 
 
 def test_baking_labels_keeps_everything_but_the_words(shipped_bundle, tmp_path):
@@ -134,10 +170,19 @@ def test_baking_labels_keeps_everything_but_the_words(shipped_bundle, tmp_path):
     bundle, before = Bundle.load(new), Bundle.load(old)
     assert bundle.labels == ["pear", "plum", "cat"] and bundle.class_features.shape == (3, WIDTH)
     np.testing.assert_allclose(bundle.class_features[2], before.class_features[0], atol=1e-5)
-    assert bundle.manifest["parents"] == {**before.manifest["parents"], "bundle": disk.sha256(old / disk.MANIFEST)}
+    assert bundle.manifest["parents"] == {
+        **before.manifest["parents"],
+        "bundle": disk.sha256(old / disk.MANIFEST),
+    }
     a, b = snapshot(new), snapshot(old)
-    assert {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)} == {"labels.json", "class_features.npy", disk.MANIFEST}
-    assert [r["label"] for r in bundle.classify(picture(2), ["pear", "cat"])] == [r["label"] for r in before.classify(picture(2), ["pear", "cat"])]
+    assert {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)} == {
+        "labels.json",
+        "class_features.npy",
+        disk.MANIFEST,
+    }
+    assert [r["label"] for r in bundle.classify(picture(2), ["pear", "cat"])] == [
+        r["label"] for r in before.classify(picture(2), ["pear", "cat"])
+    ]
 
 
 def test_baking_in_place_replaces_the_words(own_bundle):
@@ -145,7 +190,14 @@ def test_baking_in_place_replaces_the_words(own_bundle):
     assert Bundle.load(bake_labels(folder, ["plum"], folder)).labels == ["plum"]
 
 
-@pytest.mark.parametrize(("labels", "what"), [([], "the list is empty"), (["a", "b", "a"], "'a' occurs more than once"), (["cat " * 20], "tokens")])
+@pytest.mark.parametrize(
+    ("labels", "what"),
+    [
+        ([], "the list is empty"),
+        (["a", "b", "a"], "'a' occurs more than once"),
+        (["cat " * 20], "tokens"),
+    ],
+)
 def test_labels_that_cannot_be_baked_leave_the_bundle_as_it_was(own_bundle, labels, what):
     folder = own_bundle("onnx-fp32")
     before = snapshot(folder.parent)
@@ -162,17 +214,37 @@ def test_a_folder_that_is_no_bundle_is_refused_before_the_work(source, tmp_path,
 
 
 def test_a_bundle_without_a_text_encoder_knows_its_own_labels_only(source, tmp_path):
-    bundle = Bundle.load(export(source._replace(load_text=None, head=None), "onnx-fp32", toy_target("onnx-fp32"), tmp_path / "b"))
+    bundle = Bundle.load(
+        export(
+            source._replace(load_text=None, head=None),
+            "onnx-fp32",
+            toy_target("onnx-fp32"),
+            tmp_path / "b",
+        )
+    )
     assert bundle.manifest["text"] is None
     assert len(bundle.classify(picture(0))) == 5
     assert bundle.head is None
-    for call in (lambda: bundle.classify(picture(0), ["pear"]), lambda: bake_labels(bundle.folder, ["pear"], tmp_path / "c")):
+    for call in (
+        lambda: bundle.classify(picture(0), ["pear"]),
+        lambda: bake_labels(bundle.folder, ["pear"], tmp_path / "c"),
+    ):
         with pytest.raises(EdgeclipError, match="no text encoder"):
             call()
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize("name", ["image_encoder.onnx", "labels.json", "class_features.npy", "head.npz", "golden/pixels.npy", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "image_encoder.onnx",
+        "labels.json",
+        "class_features.npy",
+        "head.npz",
+        "golden/pixels.npy",
+        "tokenizer.json",
+    ],
+)
 def test_a_changed_file_is_refused_by_name(own_bundle, name):
     folder = own_bundle("onnx-fp32")
     content = bytearray((folder / name).read_bytes())
@@ -193,15 +265,29 @@ class Breaks(torch.nn.Module):
 @pytest.mark.parametrize("name", ["onnx-fp32", "onnx-int8"])
 def test_an_export_that_fails_midway_leaves_no_folder(source, tmp_path, name):
     text = source.load_text()
-    broken = type(text)(module=Breaks(), tokenizer=text.tokenizer, context_length=text.context_length)
+    broken = type(text)(
+        module=Breaks(), tokenizer=text.tokenizer, context_length=text.context_length
+    )
     with pytest.raises(RuntimeError, match="no such text"):
-        export(source._replace(load_text=lambda: broken), name, toy_target(name), tmp_path / "bundles" / name)
+        export(
+            source._replace(load_text=lambda: broken),
+            name,
+            toy_target(name),
+            tmp_path / "bundles" / name,
+        )
     assert list(tmp_path.rglob("*")) in ([], [tmp_path / "bundles"])
 
 
 def test_too_few_calibration_pictures_are_a_users_error(source, tmp_path):
-    with pytest.raises(EdgeclipError, match="asks for 32 training pictures and 0 to judge on, and there are 3"):
-        export(source._replace(calibration=lambda: source.golden[:3]), "onnx-int8", toy_target("onnx-int8"), tmp_path / "b")
+    with pytest.raises(
+        EdgeclipError, match="asks for 32 training pictures and 0 to judge on, and there are 3"
+    ):
+        export(
+            source._replace(calibration=lambda: source.golden[:3]),
+            "onnx-int8",
+            toy_target("onnx-int8"),
+            tmp_path / "b",
+        )
     assert snapshot(tmp_path) == {}
 
 
@@ -210,12 +296,20 @@ def test_unreadable_calibration_pictures_fail_the_export(source, tmp_path):
 
     bad = Picture("half.jpg", str(truncated_jpeg(tmp_path / "half.jpg")))
     with pytest.raises(EdgeclipError, match=r"1 of 32 pictures are unreadable.*half\.jpg"):
-        export(source._replace(calibration=lambda: [*source.calibration()[:31], bad]), "onnx-int8", toy_target("onnx-int8"), tmp_path / "b")
+        export(
+            source._replace(calibration=lambda: [*source.calibration()[:31], bad]),
+            "onnx-int8",
+            toy_target("onnx-int8"),
+            tmp_path / "b",
+        )
     assert not (tmp_path / "b").exists()
 
 
 def test_an_export_is_reproducible(source, shipped_bundle, tmp_path):
-    again, first = snapshot(export(source, "onnx-int8", toy_target("onnx-int8"), tmp_path / "b")), snapshot(shipped_bundle("onnx-int8"))
+    again, first = (
+        snapshot(export(source, "onnx-int8", toy_target("onnx-int8"), tmp_path / "b")),
+        snapshot(shipped_bundle("onnx-int8")),
+    )
     for name in ("image_encoder.onnx", "class_features.npy", "golden/image_features.npy"):
         assert again[name] == first[name], name
 
@@ -231,9 +325,13 @@ def test_an_export_is_reproducible(source, shipped_bundle, tmp_path):
         ("tensorrt", "fp16", "int8"),
     ],
 )
-def test_a_precision_is_given_as_asked_or_refused_never_another(source, tmp_path, runtime, precision, text):
+def test_a_precision_is_given_as_asked_or_refused_never_another(
+    source, tmp_path, runtime, precision, text
+):
     limits = "{centred_cosine_p1: 0.9, top1_agreement: 0.9, accuracy_drop_pp: 1}"
-    (tmp_path / "t.yaml").write_text(f"runtime: {runtime}\nprecision: {precision}\ntext: {text}\nopset: 19\ntolerance: {limits}\n")
+    (tmp_path / "t.yaml").write_text(
+        f"runtime: {runtime}\nprecision: {precision}\ntext: {text}\nopset: 19\ntolerance: {limits}\n"
+    )
     try:
         bundle = export(source, *target.load(str(tmp_path / "t.yaml")), tmp_path / "b")
     except EdgeclipError:
@@ -254,7 +352,9 @@ def test_a_timm_classifier_ranks_by_cosine_as_by_logit(photos, tmp_path):
 
     labels = [f"class {i}" for i in range(1000)]
     found = from_model("mobilenetv4_conv_small_035", "random", labels, photos)
-    model, _ = weights.timm_model(Timm(model="mobilenetv4_conv_small_035", weights="random", image_size=224), num_classes=None)
+    model, _ = weights.timm_model(
+        Timm(model="mobilenetv4_conv_small_035", weights="random", image_size=224), num_classes=None
+    )
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         scores = found.image_encoder(x).numpy() @ found.class_features.T
@@ -269,8 +369,23 @@ def test_a_bundle_of_a_rewritten_file_is_stale(photos, tmp_path):
     from edgeclip.host.export.source import from_model
 
     shutil.copytree(photos, tmp_path / "photos")
-    config = {"embed_dim": 8, "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16}}
-    config["text_cfg"] = {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 1,
+            "width": 16,
+            "head_width": 8,
+            "patch_size": 16,
+        },
+    }
+    config["text_cfg"] = {
+        "context_length": 12,
+        "vocab_size": 49408,
+        "width": 8,
+        "heads": 2,
+        "layers": 1,
+    }
     path = tmp_path / "own.json"
 
     def parents(**changed):
@@ -280,11 +395,17 @@ def test_a_bundle_of_a_rewritten_file_is_stale(photos, tmp_path):
     first = parents()
     assert parents() == first and parents(quick_gelu=True) != first
     names = sorted(p.name for p in (tmp_path / "photos").iterdir())
-    shutil.copy(tmp_path / "photos" / names[1], tmp_path / "photos" / names[-1])  # neither name nor number is another
+    shutil.copy(
+        tmp_path / "photos" / names[1], tmp_path / "photos" / names[-1]
+    )  # neither name nor number is another
     assert parents() != first
 
 
 def test_texts_that_ship_as_golden_have_torchs_answers(shipped_bundle, source):
     folder = shipped_bundle("onnx-fp32")
     texts = json.loads((folder / "golden" / "texts.json").read_text())
-    np.testing.assert_allclose(Bundle.load(folder).encode_text(texts), np.load(folder / "golden" / "text_features.npy"), atol=1e-5)
+    np.testing.assert_allclose(
+        Bundle.load(folder).encode_text(texts),
+        np.load(folder / "golden" / "text_features.npy"),
+        atol=1e-5,
+    )

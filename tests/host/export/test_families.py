@@ -28,7 +28,11 @@ OLD = "1.23.2"
 
 def run(model, x):
     half = any(i.data_type == TensorProto.FLOAT16 for i in model.graph.initializer)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"], disabled_optimizers=UNSAFE_IN_HALF if half else None)
+    session = ort.InferenceSession(
+        model.SerializeToString(),
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=UNSAFE_IN_HALF if half else None,
+    )
     return session.run(None, {model.graph.input[0].name: x})[0]
 
 
@@ -48,7 +52,11 @@ def quantised_by(model):
     makers = {o: n for n in model.graph.node for o in n.output}
     both, others = [], {}
     for n in model.graph.node:
-        pairs = [m for i in n.input if (m := makers.get(i)) is not None and m.op_type == "DequantizeLinear"]
+        pairs = [
+            m
+            for i in n.input
+            if (m := makers.get(i)) is not None and m.op_type == "DequantizeLinear"
+        ]
         if n.op_type in graph.PRODUCTS and len(pairs) >= 2:
             both.append(n.name)
         elif pairs and n.op_type != "QuantizeLinear":
@@ -69,28 +77,43 @@ def test_an_image_tower(name, pictures, written):
 
     calibrated = calibrate(model, pictures, "minmax")
     products = graph.matrix_products(calibrated.model)
-    wanted = [n.name for n in calibrated.model.graph.node if n.op_type in graph.PRODUCTS and n.input[1] in graph.initializers(calibrated.model)]
+    wanted = [
+        n.name
+        for n in calibrated.model.graph.node
+        if n.op_type in graph.PRODUCTS and n.input[1] in graph.initializers(calibrated.model)
+    ]
     assert products == wanted and len(products) >= 8
     forms = {"onnx-fp32": model, "onnx-fp16": to_fp16(model)}
     forms["onnx-int8"] = quantise(calibrated, products, activations="uint8")
     forms["onnx-int8-arm"] = quantise(calibrated, products, activations="int8")
     symmetric = quantise(calibrated, products, activations="int8", for_tensorrt=True)
     both, others = quantised_by(symmetric)
-    assert sorted(both) == sorted(products) and others == {}  # TensorRT's form: Q/DQ before the products, and nowhere else
+    assert (
+        sorted(both) == sorted(products) and others == {}
+    )  # TensorRT's form: Q/DQ before the products, and nowhere else
     both, others = quantised_by(forms["onnx-int8"])
     convolutions = {n.name for n in calibrated.model.graph.node if n.op_type == "Conv"}
-    assert sorted(both) == sorted(products) and all(made <= convolutions for made in others.values())  # whose outputs ONNX Runtime wants quantised
+    assert sorted(both) == sorted(products) and all(
+        made <= convolutions for made in others.values()
+    )  # whose outputs ONNX Runtime wants quantised
     forms["tensorrt-int8"] = to_fp16(symmetric)
     for form, m in forms.items():
         graph.save(m, written / f"{name}.{form}.onnx")
         assert m.ir_version <= 10
-        assert cosine(run(m, pictures), expected)["raw_min"] > (0.999 if form in ("onnx-fp32", "onnx-fp16") else 0.9), form
+        assert cosine(run(m, pictures), expected)["raw_min"] > (
+            0.999 if form in ("onnx-fp32", "onnx-fp16") else 0.9
+        ), form
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_text_tower(name, written):
     tower = text_tower(name)
-    ids = torch.randint(1, TEXT["vocab_size"], (3, TEXT["context_length"]), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        1,
+        TEXT["vocab_size"],
+        (3, TEXT["context_length"]),
+        generator=torch.Generator().manual_seed(0),
+    )
     model = graph.to_onnx(tower, ids[:2], "input_ids", "text_features", 19)
     with torch.inference_mode():
         expected = tower(ids).numpy()
@@ -109,16 +132,26 @@ def test_tensorrt_rtx_parses_and_builds_every_form_of_every_family(written):
     if not files:
         pytest.skip("data: the families were not exported in this run")
     shipped = target.load("tensorrt-int8")[1]
-    refused = {f.name: verdict for f in files if not (verdict := lint(f, shipped))["builds"] or verdict["errors"]}
+    refused = {
+        f.name: verdict
+        for f in files
+        if not (verdict := lint(f, shipped))["builds"] or verdict["errors"]
+    }
     assert not refused
 
 
 def test_the_runtime_of_jetpack_6_loads_every_form_of_every_family(written, tmp_path):
-    folder = Path(os.environ.get("EDGECLIP_ORT_OLD", tmp_path / "old"))  # an environment that has it already, or one of this test's own
+    folder = Path(
+        os.environ.get("EDGECLIP_ORT_OLD", tmp_path / "old")
+    )  # an environment that has it already, or one of this test's own
     if not folder.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        if subprocess.run([folder / "bin" / "pip", "install", "--quiet", f"onnxruntime=={OLD}", "numpy"]).returncode:
-            pytest.skip(f"no onnxruntime {OLD}: pip install onnxruntime=={OLD} numpy, in an environment of its own that EDGECLIP_ORT_OLD names")
+        if subprocess.run(
+            [folder / "bin" / "pip", "install", "--quiet", f"onnxruntime=={OLD}", "numpy"]
+        ).returncode:
+            pytest.skip(
+                f"no onnxruntime {OLD}: pip install onnxruntime=={OLD} numpy, in an environment of its own that EDGECLIP_ORT_OLD names"
+            )
     files = sorted(str(f) for f in written.glob("*.onnx"))
     if not files:
         pytest.skip("data: the families were not exported in this run")
@@ -132,7 +165,12 @@ def test_the_runtime_of_jetpack_6_loads_every_form_of_every_family(written, tmp_
         "print(json.dumps(bad))"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    done = subprocess.run([folder / "bin" / "python", "-c", code, *files], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [folder / "bin" / "python", "-c", code, *files],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {}
 
@@ -143,10 +181,24 @@ def test_export_reaches_a_model_by_its_configuration_and_may_leave_the_text_out(
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
     config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {**TEXT, "vocab_size": 49408}}
     (tmp_path / "tinyclip.json").write_text(json.dumps(config))
-    same = ["export", "--model", tmp_path / "tinyclip.json", "--weights", "random", "--target", "onnx-fp32", "--json"]
+    same = [
+        "export",
+        "--model",
+        tmp_path / "tinyclip.json",
+        "--weights",
+        "random",
+        "--target",
+        "onnx-fp32",
+        "--json",
+    ]
     for name, extra, text in (("both", [], True), ("image", ["--image-only"], False)):
         result = cli(*same, *extra, "--out", tmp_path / name)
         assert result.exit_code == 0, result.output
         assert (tmp_path / name / "onnx-fp32" / "text_encoder.onnx").exists() is text
     (tmp_path / "labels.txt").write_text("cat\ndog\n")
-    assert "need the text side" in cli(*same, "--image-only", "--labels", tmp_path / "labels.txt", "--out", tmp_path / "c").stderr
+    assert (
+        "need the text side"
+        in cli(
+            *same, "--image-only", "--labels", tmp_path / "labels.txt", "--out", tmp_path / "c"
+        ).stderr
+    )

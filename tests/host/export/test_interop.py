@@ -45,14 +45,25 @@ def environment(tmp_path_factory):
     """A Python that has one of them and sees this one's packages: one wants an older transformers than the other."""
 
     def get(package):
-        variable = f"EDGECLIP_{package.upper().replace('-', '_')}"  # names a folder that has it already
+        variable = (
+            f"EDGECLIP_{package.upper().replace('-', '_')}"  # names a folder that has it already
+        )
         folder = Path(os.environ.get(variable) or tmp_path_factory.mktemp(package) / "env")
         if not folder.exists():
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-            below = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+            below = (
+                folder
+                / "lib"
+                / f"python{sys.version_info.major}.{sys.version_info.minor}"
+                / "site-packages"
+            )
             (below / "zz_host.pth").write_text(sysconfig.get_path("purelib") + "\n")
-            if subprocess.run([folder / "bin" / "pip", "install", "--quiet", PACKAGES[package]]).returncode:
-                pytest.skip(f"no {package}: pip install {PACKAGES[package]}, in an environment of its own that {variable} names")
+            if subprocess.run(
+                [folder / "bin" / "pip", "install", "--quiet", PACKAGES[package]]
+            ).returncode:
+                pytest.skip(
+                    f"no {package}: pip install {PACKAGES[package]}, in an environment of its own that {variable} names"
+                )
         return folder / "bin" / "python"
 
     return get
@@ -61,7 +72,14 @@ def environment(tmp_path_factory):
 def answers(python, package, folder, tmp_path, x):
     np.save(tmp_path / "x.npy", x)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_"))}
-    code = [python, "-c", LOAD + CLASSES[package] + CALL, str(folder), str(tmp_path / "x.npy"), json.dumps(TEXTS)]
+    code = [
+        python,
+        "-c",
+        LOAD + CLASSES[package] + CALL,
+        str(folder),
+        str(tmp_path / "x.npy"),
+        json.dumps(TEXTS),
+    ]
     done = subprocess.run(code, capture_output=True, text=True, env=kept)
     assert done.returncode == 0, done.stderr[-3000:]
     return np.load(f"{folder}.npz")
@@ -76,7 +94,9 @@ def answers(python, package, folder, tmp_path, x):
         ("optimum-intel", "openvino-int8", False),
     ],
 )
-def test_optimum_gives_the_bundles_answers(shipped_bundle, environment, tmp_path, package, target, head):
+def test_optimum_gives_the_bundles_answers(
+    shipped_bundle, environment, tmp_path, package, target, head
+):
     bundle = Bundle.load(shipped_bundle(target))
     folder = optimum.write(bundle.folder, tmp_path / target, head=head)
     pixels = np.stack([bundle.pixels(picture(i)) for i in range(5)])
@@ -95,12 +115,19 @@ def test_optimum_gives_the_bundles_answers(shipped_bundle, environment, tmp_path
 def test_class_scores_as_a_graph_are_the_bundles(source, fc, normalise):
     import onnxruntime as ort
 
-    head = source.head._replace(fc=fc, normalise=normalise, bias=np.linspace(-1, 1, len(source.head.bias), dtype=np.float32))
+    head = source.head._replace(
+        fc=fc, normalise=normalise, bias=np.linspace(-1, 1, len(source.head.bias), dtype=np.float32)
+    )
     rng = np.random.default_rng(0)
-    u, w = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (rng.normal(size=(n, 16)).astype(np.float32) for n in (3, 7)))
+    u, w = (
+        v / np.linalg.norm(v, axis=1, keepdims=True)
+        for v in (rng.normal(size=(n, 16)).astype(np.float32) for n in (3, 7))
+    )
     for h in (head, None):
         model = optimum._scores(h, 20.0, 16, 18)
-        logits, back, texts, images = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"u": u, "w": w})
+        logits, back, texts, images = ort.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        ).run(None, {"u": u, "w": w})
         np.testing.assert_allclose(logits, 20.0 * class_scores(u, w, h), atol=2e-5)
         assert (back == logits.T).all()
         assert (texts == w).all()
@@ -110,17 +137,31 @@ def test_class_scores_as_a_graph_are_the_bundles(source, fc, normalise):
 def test_the_folder_says_what_it_is(shipped_bundle, source, tmp_path):
     bundle = shipped_bundle("onnx-int8")
     folder = optimum.write(bundle, tmp_path / "o")
-    manifest, config = disk.read_manifest(folder, "optimum"), json.loads((folder / "config.json").read_text())
-    assert manifest["parents"]["bundle"] == disk.sha256(bundle / disk.MANIFEST) and manifest["licences"] == source.licences
-    assert config["logit_scale_init_value"] == pytest.approx(math.log(20)) and config["preprocess_cfg"]["mean"] == [0.5] * 3
+    manifest, config = (
+        disk.read_manifest(folder, "optimum"),
+        json.loads((folder / "config.json").read_text()),
+    )
+    assert (
+        manifest["parents"]["bundle"] == disk.sha256(bundle / disk.MANIFEST)
+        and manifest["licences"] == source.licences
+    )
+    assert (
+        config["logit_scale_init_value"] == pytest.approx(math.log(20))
+        and config["preprocess_cfg"]["mean"] == [0.5] * 3
+    )
 
 
 def test_what_optimum_cannot_say_is_refused(shipped_bundle, tmp_path):
     with pytest.raises(EdgeclipError, match=r"EduAttention \(alpha 0.100\).*--no-head"):
         optimum.write(shipped_bundle("openvino-fp16"), tmp_path / "o")
-    with pytest.raises(EdgeclipError, match="no class for a TensorRT engine; take an ONNX or OpenVINO target"):
+    with pytest.raises(
+        EdgeclipError, match="no class for a TensorRT engine; take an ONNX or OpenVINO target"
+    ):
         optimum.check("tensorrt", True, None, "t")
-    with pytest.raises(EdgeclipError, match="needs a text encoder, and this has none; distil with text_encoder: true"):
+    with pytest.raises(
+        EdgeclipError,
+        match="needs a text encoder, and this has none; distil with text_encoder: true",
+    ):
         optimum.check("onnxruntime", False, None, "t")
     assert not (tmp_path / "o").exists()
 
@@ -131,13 +172,25 @@ TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "lay
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
 TIMM = {"image_size": 64, "timm_model_name": "fastvit_t8", "timm_pool": "avg", "timm_proj": ""}
 STUDENTS = {
-    "timm, MLP": ({"kind": "timm", "model": "tf_efficientnet_lite0", "weights": "random", "image_size": 64}, 12),
-    "timm, Linear": ({"kind": "timm", "model": "tf_efficientnet_lite0", "weights": "random", "image_size": 64}, None),
-    "timm ViT, MLP of full width": ({"kind": "timm", "model": "vit_tiny_r_s16_p8_224", "weights": "random", "image_size": 224}, 16),
+    "timm, MLP": (
+        {"kind": "timm", "model": "tf_efficientnet_lite0", "weights": "random", "image_size": 64},
+        12,
+    ),
+    "timm, Linear": (
+        {"kind": "timm", "model": "tf_efficientnet_lite0", "weights": "random", "image_size": 64},
+        None,
+    ),
+    "timm ViT, MLP of full width": (
+        {"kind": "timm", "model": "vit_tiny_r_s16_p8_224", "weights": "random", "image_size": 224},
+        16,
+    ),
     "open_clip's timm tower, MLP": ({"vision_cfg": TIMM}, 16),
     "open_clip's timm tower, Linear": ({"vision_cfg": TIMM}, None),
     "open_clip's ViT, Linear": ({"vision_cfg": VISION}, None),
-    "open_clip's ResNet, Linear": ({"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}}, None),
+    "open_clip's ResNet, Linear": (
+        {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}},
+        None,
+    ),
 }
 
 
@@ -151,8 +204,18 @@ def made(folder, source, tower, hidden, own_text=True, **recipe):
     from tests.support.families import lively
 
     if "kind" not in tower:
-        tower = {"kind": "open_clip", "model": "own", "weights": "random", "config": {"embed_dim": 24, "text_cfg": TEXT, **tower}}
-    text = {"kind": "open_clip", "model": "tiny-text", "weights": "random", "config": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}}
+        tower = {
+            "kind": "open_clip",
+            "model": "own",
+            "weights": "random",
+            "config": {"embed_dim": 24, "text_cfg": TEXT, **tower},
+        }
+    text = {
+        "kind": "open_clip",
+        "model": "tiny-text",
+        "weights": "random",
+        "config": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT},
+    }
     asked = {
         "data": {"kind": "openmoji"},
         "teacher": {**text, "config": {**text["config"], "embed_dim": 8}},
@@ -168,7 +231,9 @@ def made(folder, source, tower, hidden, own_text=True, **recipe):
             student(torch.randn(4, 3, preprocess.size, preprocess.size))
     text = students.build_text(asked.student.text, 8) if own_text else None
     description = {"architecture": msgspec.to_builtins(asked.student), "embed_dim": 8}
-    students.save(folder / "student", student.eval(), None, description, np.zeros((1, 8), np.float32), text)
+    students.save(
+        folder / "student", student.eval(), None, description, np.zeros((1, 8), np.float32), text
+    )
     disk.write_json(folder / "recipe.json", R.description(asked))
     disk.write_json(folder / "roots.json", R.roots(asked))
     return source._replace(image_encoder=student, preprocess=preprocess), text
@@ -188,44 +253,97 @@ def test_open_clip_loads_the_student_itself(name, source, tmp_path):
     folder = open_clip.write(tmp_path / "run", own, tmp_path / "out" / "small-student")
     library.add_model_config(folder / "small-student.json")
     image, p = picture(3, 300, 280), own.preprocess
-    plain, _, _ = library.create_model_and_transforms("small-student", pretrained=str(folder / "open_clip_model.safetensors"))
+    plain, _, _ = library.create_model_and_transforms(
+        "small-student", pretrained=str(folder / "open_clip_model.safetensors")
+    )
     whole, _, transform = library.create_model_and_transforms(f"local-dir:{folder}")
     x = torch.from_numpy(normalise(to_pixels(image, p)[None], p))
     torch.testing.assert_close(transform(image)[None], x, atol=1e-6, rtol=0)
     with torch.inference_mode():
         for model in (plain.eval(), whole.eval()):
-            torch.testing.assert_close(model.encode_image(x, normalize=True), own.image_encoder(x), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                model.encode_image(x, normalize=True), own.image_encoder(x), atol=1e-5, rtol=0
+            )
             ids = library.get_tokenizer("small-student")(TEXTS)
             assert (ids == token_ids(text, TEXTS)).all()
-            torch.testing.assert_close(model.encode_text(ids, normalize=True), text.module(ids), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                model.encode_text(ids, normalize=True), text.module(ids), atol=1e-5, rtol=0
+            )
             assert model.logit_scale.exp().item() == pytest.approx(source.logit_scale)
         weights_file = str(folder / "open_clip_model.safetensors")
-        for file, same in (("open_clip_config.json", True), ("small-student.json", p.mean == library.OPENAI_DATASET_MEAN)):  # and so do we
-            spec = R.OpenClip(model="small-student", weights=weights_file, config=disk.read_json(folder / file))
+        for file, same in (
+            ("open_clip_config.json", True),
+            ("small-student.json", p.mean == library.OPENAI_DATASET_MEAN),
+        ):  # and so do we
+            spec = R.OpenClip(
+                model="small-student", weights=weights_file, config=disk.read_json(folder / file)
+            )
             back, preprocess = weights.open_clip_model(spec)
-            torch.testing.assert_close(back.encode_image(x, normalize=True), own.image_encoder(x), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                back.encode_image(x, normalize=True), own.image_encoder(x), atol=1e-5, rtol=0
+            )
             assert (preprocess == p) is same
-    with pytest.raises(EdgeclipError, match="config of small-student: its texts go through a model or tokenizer of Hugging Face's"):
-        weights.open_clip_model(R.OpenClip(model="small-student", weights="random", config={"text_cfg": {"hf_tokenizer_name": "x"}}))
+    with pytest.raises(
+        EdgeclipError,
+        match="config of small-student: its texts go through a model or tokenizer of Hugging Face's",
+    ):
+        weights.open_clip_model(
+            R.OpenClip(
+                model="small-student",
+                weights="random",
+                config={"text_cfg": {"hf_tokenizer_name": "x"}},
+            )
+        )
 
 
 def test_open_clip_takes_the_teachers_text_tower_where_the_student_has_none(source, tmp_path):
     from edgeclip.host.export import open_clip
 
     own, _ = made(tmp_path / "run", source, *STUDENTS["timm, MLP"], own_text=False)
-    manifest = disk.read_manifest(open_clip.write(tmp_path / "run", own, tmp_path / "named"), "open_clip")
-    assert manifest["name"] == "named" and set(manifest["files"]) == {"named.json", "open_clip_config.json", "open_clip_model.safetensors"}
+    manifest = disk.read_manifest(
+        open_clip.write(tmp_path / "run", own, tmp_path / "named"), "open_clip"
+    )
+    assert manifest["name"] == "named" and set(manifest["files"]) == {
+        "named.json",
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+    }
 
 
 @pytest.mark.parametrize(
     ("tower", "hidden", "recipe", "says"),
     [
-        ({"vision_cfg": VISION}, 16, {}, "this projector has a hidden layer; distil with projector_hidden: null"),
-        ({"vision_cfg": {**VISION, "width": 4, "head_width": 2}}, None, {}, "its projector's bias has no place: 8 dimensions behind a tower of 4"),
-        (STUDENTS["timm, MLP"][0], 17, {}, r"17 hidden units, open_clip's has 2 \* 8; distil with projector_hidden: 16 or less"),
-        ({**STUDENTS["timm, MLP"][0], "model": "mobilenetv4_conv_small_035"}, 16, {}, "a layer behind its pooling"),
+        (
+            {"vision_cfg": VISION},
+            16,
+            {},
+            "this projector has a hidden layer; distil with projector_hidden: null",
+        ),
+        (
+            {"vision_cfg": {**VISION, "width": 4, "head_width": 2}},
+            None,
+            {},
+            "its projector's bias has no place: 8 dimensions behind a tower of 4",
+        ),
+        (
+            STUDENTS["timm, MLP"][0],
+            17,
+            {},
+            r"17 hidden units, open_clip's has 2 \* 8; distil with projector_hidden: 16 or less",
+        ),
+        (
+            {**STUDENTS["timm, MLP"][0], "model": "mobilenetv4_conv_small_035"},
+            16,
+            {},
+            "a layer behind its pooling",
+        ),
         ({**STUDENTS["timm, MLP"][0], "model": "vit_tiny_r_s16_p8_224"}, 16, {}, "size mismatch"),
-        (STUDENTS["timm, MLP"][0], 16, {"teacher": {"kind": "conse"}}, "no open_clip text tower; use --layout optimum"),
+        (
+            STUDENTS["timm, MLP"][0],
+            16,
+            {"teacher": {"kind": "conse"}},
+            "no open_clip text tower; use --layout optimum",
+        ),
     ],
 )
 def test_what_open_clip_cannot_say_is_refused(source, tmp_path, tower, hidden, recipe, says):
@@ -242,7 +360,10 @@ def test_what_open_clip_cannot_say_is_refused(source, tmp_path, tower, hidden, r
     [
         (["--layout", "optimum"], "Missing option '--target'"),
         (["--layout", "open_clip", "--target", "onnx-fp32"], "without --target"),
-        (["--layout", "open_clip", "--model", "ViT-B-32", "--weights", "random"], "is for a run's student"),
+        (
+            ["--layout", "open_clip", "--model", "ViT-B-32", "--weights", "random"],
+            "is for a run's student",
+        ),
         (["--no-head", "--target", "onnx-fp32"], "--no-head belongs to --layout optimum"),
     ],
 )

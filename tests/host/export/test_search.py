@@ -30,7 +30,9 @@ from tests.support.toy_bundle import toy_input
 
 
 def run(model, x):
-    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {model.graph.input[0].name: x})[0]
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        None, {model.graph.input[0].name: x}
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,9 @@ def vit():
     from torch.nn import functional as F
 
     torch.manual_seed(1)
-    tower = timm.models.vision_transformer.VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=24)
+    tower = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=24
+    )
 
     class Unit(torch.nn.Module):
         def __init__(self):
@@ -82,7 +86,9 @@ def plant(model, layers, by, channels=3):
         (product,) = [n for n in model.graph.node if norm.output[0] in n.input]
         for name in norm.input[1:]:
             stored[name].CopyFrom(numpy_helper.from_array(values[name] * scale, name))
-        stored[product.input[1]].CopyFrom(numpy_helper.from_array(values[product.input[1]] / scale[:, None], product.input[1]))
+        stored[product.input[1]].CopyFrom(
+            numpy_helper.from_array(values[product.input[1]] / scale[:, None], product.input[1])
+        )
     return model
 
 
@@ -110,7 +116,9 @@ def test_smoothing_leaves_the_function_as_it_was(hard, pictures, alpha):
 def test_smoothing_at_alpha_one_makes_all_channels_of_a_norm_equally_large(hard, pictures):
     smoothed = smooth(hard, pictures, 1.0)
     norms = [n.output[0] for n in smoothed.graph.node if n.op_type == "LayerNormalization"]
-    smoothed.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in norms[:-1])
+    smoothed.graph.output.extend(
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in norms[:-1]
+    )
     session = ort.InferenceSession(smoothed.SerializeToString(), providers=["CPUExecutionProvider"])
     for value in session.run(norms[:-1], {"pixels": pictures}):
         largest = np.abs(value).reshape(-1, value.shape[-1]).max(axis=0)
@@ -136,11 +144,16 @@ def test_bias_correction_brings_the_mean_of_every_convolution_back(pictures):
     def mean(model):
         model = onnx.ModelProto.FromString(model.SerializeToString())
         del model.graph.output[:]
-        model.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
+        model.graph.output.append(
+            onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)
+        )
         return run(model, pictures).mean(axis=(0, 2, 3))
 
     expected = mean(calibrated.model)
-    rounded = {n: np.abs(mean(weights_only(c, first)) - expected).mean() for n, c in (("as it is", calibrated), ("corrected", corrected))}
+    rounded = {
+        n: np.abs(mean(weights_only(c, first)) - expected).mean()
+        for n, c in (("as it is", calibrated), ("corrected", corrected))
+    }
     assert rounded["corrected"] < 0.01 * rounded["as it is"]
 
 
@@ -150,21 +163,38 @@ def weights_only(calibrated, nodes):
     rounded = graph.initializers(quantise(calibrated, nodes, activations="int8"))
     for i in model.graph.initializer:
         if f"{i.name}_quantized" in rounded and f"{i.name}_scale" in rounded:
-            q = rounded[f"{i.name}_quantized"] * rounded[f"{i.name}_scale"].reshape([-1] + [1] * (len(i.dims) - 1))
+            q = rounded[f"{i.name}_quantized"] * rounded[f"{i.name}_scale"].reshape(
+                [-1] + [1] * (len(i.dims) - 1)
+            )
             i.CopyFrom(numpy_helper.from_array(q.astype(np.float32), i.name))
     return model
 
 
 def asked(name="onnx-int8", p1=0.95, **fields):
     loaded = target.load(name)[1]
-    spec = {"pictures": 32, "judged_on": 32, "methods": ("minmax",), "smoothing": (None,), "probe_layers": 0, "min_speedup": 0}
+    spec = {
+        "pictures": 32,
+        "judged_on": 32,
+        "methods": ("minmax",),
+        "smoothing": (None,),
+        "probe_layers": 0,
+        "min_speedup": 0,
+    }
     return msgspec.structs.replace(
-        loaded, calibration=Calibration(**{**spec, **fields}), tolerance=Tolerance(centred_cosine_p1=p1, top1_agreement=0.0, accuracy_drop_pp=1)
+        loaded,
+        calibration=Calibration(**{**spec, **fields}),
+        tolerance=Tolerance(centred_cosine_p1=p1, top1_agreement=0.0, accuracy_drop_pp=1),
     )
 
 
 def look(model, pictures, wanted):
-    return search(model, Pictures(pictures[:32], pictures[32:], [], np.full(32, -1)), wanted, importlib.import_module(EXPORTERS[wanted.runtime]), None)
+    return search(
+        model,
+        Pictures(pictures[:32], pictures[32:], [], np.full(32, -1)),
+        wanted,
+        importlib.import_module(EXPORTERS[wanted.runtime]),
+        None,
+    )
 
 
 def test_right_answers_are_kept_where_labels_tell_which_they_are(plain, pictures):
@@ -175,14 +205,29 @@ def test_right_answers_are_kept_where_labels_tell_which_they_are(plain, pictures
     own = answers(run(plain, pictures[32:]))
     seen = {}
     for name, labels in (("right", own), ("unknown", np.full(32, -1)), ("wrong", own + 1)):
-        record = search(plain, Pictures(pictures[:32], pictures[32:], [], labels), wanted, importlib.import_module(EXPORTERS["onnxruntime"]), answers)[1]
+        record = search(
+            plain,
+            Pictures(pictures[:32], pictures[32:], [], labels),
+            wanted,
+            importlib.import_module(EXPORTERS["onnxruntime"]),
+            answers,
+        )[1]
         seen[name] = record["frontier"][0]
     assert seen["right"]["agreement_where_right"] == seen["right"]["top1_agreement"]
-    assert seen["unknown"]["agreement_where_right"] is None and seen["wrong"]["agreement_where_right"] is None
-    flawed = answers(run(plain, pictures[32:]) + 0.05 * np.random.default_rng(1).normal(size=(32, 24)))
+    assert (
+        seen["unknown"]["agreement_where_right"] is None
+        and seen["wrong"]["agreement_where_right"] is None
+    )
+    flawed = answers(
+        run(plain, pictures[32:]) + 0.05 * np.random.default_rng(1).normal(size=(32, 24))
+    )
     assert 0 < (kept := float((flawed == own).mean())) < 1
-    limits = Tolerance(centred_cosine_p1=0, top1_agreement=0, agreement_where_right=0.98, accuracy_drop_pp=1)
-    assert short_of_agreement(limits, kept, kept) == [f"top-1 agreement where the student is right {kept:.4f}, below 0.98"]
+    limits = Tolerance(
+        centred_cosine_p1=0, top1_agreement=0, agreement_where_right=0.98, accuracy_drop_pp=1
+    )
+    assert short_of_agreement(limits, kept, kept) == [
+        f"top-1 agreement where the student is right {kept:.4f}, below 0.98"
+    ]
     assert short_of_agreement(limits, kept, None) == []
 
 
@@ -212,7 +257,13 @@ def test_without_smoothing_the_worst_layers_go_back_to_float_and_no_more(plain, 
     assert len(planted) == 2
     assert set(planted) <= set(found.float_layers)
     assert len(found.float_layers) <= 4
-    assert cosine(run(quantise(found.calibrated, found.nodes, activations="uint8"), pictures), run(plain, pictures))["centred_p1"] > 0.9
+    assert (
+        cosine(
+            run(quantise(found.calibrated, found.nodes, activations="uint8"), pictures),
+            run(plain, pictures),
+        )["centred_p1"]
+        > 0.9
+    )
     verdicts = [r["verdict"] for r in record["frontier"]]
     assert verdicts.count("chosen") == 1 and "below 0.95" in verdicts[0]
     assert 0.3 <= found.int8_share < 1.0
@@ -221,28 +272,38 @@ def test_without_smoothing_the_worst_layers_go_back_to_float_and_no_more(plain, 
 def test_the_search_may_ask_more_of_the_judged_pictures_than_the_tolerance_does(plain, pictures):
     (loose,) = look(plain, pictures, asked(p1=0.0))[1]["frontier"]
     least = (loose["centred_cosine_p1"] + 1) / 2
-    strict = look(plain, pictures, asked(p1=0.0, judged_cosine_p1=least, min_int8_share=0))[1]["frontier"]
+    strict = look(plain, pictures, asked(p1=0.0, judged_cosine_p1=least, min_int8_share=0))[1][
+        "frontier"
+    ]
     chosen = next(r for r in strict if r["verdict"] == "chosen")
-    assert loose["verdict"] == "chosen" and chosen["centred_cosine_p1"] >= least > loose["centred_cosine_p1"]
+    assert (
+        loose["verdict"] == "chosen"
+        and chosen["centred_cosine_p1"] >= least > loose["centred_cosine_p1"]
+    )
     assert f"below {least}" in strict[0]["verdict"] and chosen["float_layers"] > 0
 
 
 def test_what_cannot_be_repaired_is_refused_with_its_reason(hard, pictures):
     with pytest.raises(
-        Refused, match=r"int8 does not hold: with the \d+ worst layers in float \(int8 share 0\.[78]\d+\) centred cosine p1 0\.\d+, below 0\.95"
+        Refused,
+        match=r"int8 does not hold: with the \d+ worst layers in float \(int8 share 0\.[78]\d+\) centred cosine p1 0\.\d+, below 0\.95",
     ):
         look(hard, pictures, asked())
 
 
 def test_a_target_none_of_whose_forms_is_one_of_the_student_is_a_clear_error(plain, pictures):
-    with pytest.raises(EdgeclipError, match="calibration: none of the target's forms is one of this student"):
+    with pytest.raises(
+        EdgeclipError, match="calibration: none of the target's forms is one of this student"
+    ):
         look(plain, pictures, asked(layers=("dense",)))
 
 
 def test_int8_that_is_no_faster_is_refused_with_both_times(plain, pictures):
     if not measured_here(asked()):
         pytest.skip("the machine is no x86: onnx-int8 is not timed on it")
-    with pytest.raises(Refused, match=r"int8 is \d+\.\d\d times as fast as float32 here \(.* ms\), below 1000"):
+    with pytest.raises(
+        Refused, match=r"int8 is \d+\.\d\d times as fast as float32 here \(.* ms\), below 1000"
+    ):
         look(plain, pictures, asked(min_speedup=1000))
 
 
@@ -250,7 +311,10 @@ def test_speed_is_measured_only_where_the_machine_is_of_the_targets_kind(monkeyp
     from edgeclip.device import machine
 
     targets = ("onnx-int8", "onnx-int8-arm", "openvino-int8", "tensorrt-int8")
-    for arch, expected in (("x86_64", [True, False, True, False]), ("aarch64", [False, True, False, False])):
+    for arch, expected in (
+        ("x86_64", [True, False, True, False]),
+        ("aarch64", [False, True, False, False]),
+    ):
         monkeypatch.setattr(machine, "facts", lambda arch=arch: {"arch": arch, "isa": []})
         assert [measured_here(target.load(t)[1]) for t in targets] == expected
 
@@ -258,15 +322,23 @@ def test_speed_is_measured_only_where_the_machine_is_of_the_targets_kind(monkeyp
 def drawn(source, pool, held_out=(), **fields):
     from edgeclip.host.export.calibration import draw
 
-    return draw(source._replace(calibration=lambda: pool, evaluation_hashes=lambda: set(held_out)), Calibration(**fields))
+    return draw(
+        source._replace(calibration=lambda: pool, evaluation_hashes=lambda: set(held_out)),
+        Calibration(**fields),
+    )
 
 
 def test_pictures_of_ranges_and_pictures_to_judge_on_never_overlap_and_are_all_named(source):
     pool = source.calibration()
     found = drawn(source, pool, pictures=20, judged_on=12)
-    assert (len(found.ranges), len(found.judged)) == (20, 12) and len({u["key"] for u in found.used}) == 32
+    assert (len(found.ranges), len(found.judged)) == (20, 12) and len(
+        {u["key"] for u in found.used}
+    ) == 32
     assert [u["use"] for u in found.used] == ["ranges"] * 20 + ["judged"] * 12
-    again, other = drawn(source, pool, pictures=20, judged_on=12), drawn(source, pool, pictures=20, judged_on=12, seed=1)
+    again, other = (
+        drawn(source, pool, pictures=20, judged_on=12),
+        drawn(source, pool, pictures=20, judged_on=12, seed=1),
+    )
     assert again.used == found.used != other.used
     assert drawn(source, pool, pictures=20, judged_on=0).judged.shape[0] == 20
 
@@ -274,14 +346,18 @@ def test_pictures_of_ranges_and_pictures_to_judge_on_never_overlap_and_are_all_n
 def test_evaluation_pictures_among_the_calibration_pictures_are_refused_by_name(source):
     pool = source.calibration()[:32]
     leaked = drawn(source, pool, pictures=24, judged_on=8).used[7]
-    with pytest.raises(EdgeclipError, match=f"1 of its pictures are evaluation pictures.*{leaked['key']}"):
+    with pytest.raises(
+        EdgeclipError, match=f"1 of its pictures are evaluation pictures.*{leaked['key']}"
+    ):
         drawn(source, pool, held_out=[leaked["sha256"]], pictures=24, judged_on=8)
 
 
 def test_pictures_that_are_all_alike_are_refused(source, tmp_path):
     pool = [Picture(f"{i}.png", str(tmp_path / f"{i}.png")) for i in range(16)]
     for i, p in enumerate(pool):
-        picture(3).point(lambda v, i=i: min(255, v + i % 2)).save(p.path)  # not the same bytes, yet the same picture
+        picture(3).point(lambda v, i=i: min(255, v + i % 2)).save(
+            p.path
+        )  # not the same bytes, yet the same picture
     with pytest.raises(EdgeclipError, match="8 pictures are all alike"):
         drawn(source, pool, pictures=8, judged_on=8)
 
@@ -292,9 +368,14 @@ def test_a_refusal_writes_nothing_and_exits_3(source, tmp_path, monkeypatch):
     monkeypatch.setattr(S, "from_run", lambda folder: source)
     limits = "tolerance: {centred_cosine_p1: 1.0, top1_agreement: 0.9, accuracy_drop_pp: 1}"
     spec = "calibration: {pictures: 16, judged_on: 16, methods: [minmax], smoothing: [null]}"
-    (tmp_path / "strict.yaml").write_text(f"runtime: onnxruntime\nprecision: int8\nactivations: uint8\nreduce_range: never\n{spec}\n{limits}\n")
+    (tmp_path / "strict.yaml").write_text(
+        f"runtime: onnxruntime\nprecision: int8\nactivations: uint8\nreduce_range: never\n{spec}\n{limits}\n"
+    )
     (tmp_path / "run").mkdir()
     result = cli("export", "--run", tmp_path / "run", "--target", tmp_path / "strict.yaml")
     assert result.exit_code == 3 and result.stdout == "", result.output
-    assert result.stderr.splitlines()[-1].startswith("Refused: onnxruntime: int8 does not hold: ") and "below 1.0; take a float16" in result.stderr
+    assert (
+        result.stderr.splitlines()[-1].startswith("Refused: onnxruntime: int8 does not hold: ")
+        and "below 1.0; take a float16" in result.stderr
+    )
     assert not list((tmp_path / "run").rglob("*"))

@@ -28,7 +28,9 @@ def clip(**text):
     vision = {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16}
     text = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2, **text}
     return TextTower(
-        module=TextModule(CustomTextCLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)).eval(), tokenizer=clip_tokenizer_json("own"), context_length=24
+        module=TextModule(CustomTextCLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)).eval(),
+        tokenizer=clip_tokenizer_json("own"),
+        context_length=24,
     )
 
 
@@ -37,7 +39,9 @@ def ids_of(text, texts):
     return words, tokenizer.encode(words, texts, text.context_length)
 
 
-@pytest.mark.parametrize("shape", [{}, {"no_causal_mask": True}, {"no_causal_mask": True, "pool_type": "last"}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"no_causal_mask": True}, {"no_causal_mask": True, "pool_type": "last"}]
+)
 def test_features_of_kept_texts_are_equal_bit_for_bit(shape):
     text = clip(**shape)
     pruned = prune(text, TEXTS)
@@ -46,9 +50,16 @@ def test_features_of_kept_texts_are_equal_bit_for_bit(shape):
     assert (np.diff(pruned.kept) > 0).all()
     assert pruned.kept[0] == 0
     with torch.inference_mode():
-        found = pruned.text.module(torch.from_numpy(tokenizer.renumber(words, ids, pruned.kept, TEXTS)))
+        found = pruned.text.module(
+            torch.from_numpy(tokenizer.renumber(words, ids, pruned.kept, TEXTS))
+        )
         assert torch.equal(found, text.module(torch.from_numpy(ids)))
-        assert next(m for m in text.module.modules() if isinstance(m, torch.nn.Embedding)).num_embeddings == 49408, "the tower that was given is as it was"
+        assert (
+            next(
+                m for m in text.module.modules() if isinstance(m, torch.nn.Embedding)
+            ).num_embeddings
+            == 49408
+        ), "the tower that was given is as it was"
     record = pruned.record
     assert record["kept"] + record["lost"] == 49408
     assert record["table_bytes"] == 49408 * 32 * 4
@@ -61,12 +72,17 @@ def test_a_new_text_of_kept_tokens_is_taken_and_one_with_another_is_refused_by_n
     words, ids = ids_of(text, ["a ripe cat"])
     assert (pruned.kept[tokenizer.renumber(words, ids, pruned.kept, ["a ripe cat"])] == ids).all()
     words, ids = ids_of(text, ["a cat", "a green papaya"])
-    with pytest.raises(EdgeclipError, match=r"text 'a green papaya': has tokens .*\('green</w>'\); export with the text in --vocabulary"):
+    with pytest.raises(
+        EdgeclipError,
+        match=r"text 'a green papaya': has tokens .*\('green</w>'\); export with the text in --vocabulary",
+    ):
         tokenizer.renumber(words, ids, pruned.kept, ["a cat", "a green papaya"])
 
 
 def test_a_tower_that_pools_at_a_numbered_token_is_refused():
-    with pytest.raises(EdgeclipError, match="pools at an end token of a fixed number; leave --vocabulary out"):
+    with pytest.raises(
+        EdgeclipError, match="pools at an end token of a fixed number; leave --vocabulary out"
+    ):
         prune(clip(pool_type="eos", eos_id=49407), TEXTS)
 
 
@@ -85,24 +101,53 @@ def test_a_bundle_answers_as_the_whole_one_does(shipped_bundle, source, tmp_path
     assert told["kept"] == len(np.load(folder / "vocabulary.npy"))
     assert told["lost"] > 0
     assert whole.manifest["text"]["vocabulary"] is None
-    assert small.manifest["parents"].items() - whole.manifest["parents"].items() == {("vocabulary", disk.fingerprint(["a red pear"]))}
+    assert small.manifest["parents"].items() - whole.manifest["parents"].items() == {
+        ("vocabulary", disk.fingerprint(["a red pear"]))
+    }
     if name == "onnx-fp32":
         with pytest.raises(EdgeclipError, match="leave --vocabulary out"):
             optimum.write(folder, tmp_path / "o")
         before = disk.sha256(folder / disk.MANIFEST)
-        assert disk.sha256(export(source, name, toy_target(name), folder) / disk.MANIFEST) != before, "another vocabulary is another bundle"
+        assert (
+            disk.sha256(export(source, name, toy_target(name), folder) / disk.MANIFEST) != before
+        ), "another vocabulary is another bundle"
 
 
 def test_from_the_command_line(here):
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
-    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": vision,
+        "text_cfg": {
+            "context_length": 12,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
     (here / "tiny.json").write_text(json.dumps(config))
     (here / "labels.txt").write_text("cat\ndog\n")
     (here / "words.txt").write_text("ripe papaya\n")
-    same = ["export", "--model", "tiny.json", "--weights", "random", "--target", "onnx-fp32", "--vocabulary", "words.txt"]
+    same = [
+        "export",
+        "--model",
+        "tiny.json",
+        "--weights",
+        "random",
+        "--target",
+        "onnx-fp32",
+        "--vocabulary",
+        "words.txt",
+    ]
     result = run(*same, "--labels", "labels.txt")
     assert result.exit_code == 0, result.output
     bundle = Bundle.load(here / "bundles" / "tiny" / "onnx-fp32")
-    assert bundle.encode_text(["ripe dog"]).shape == (1, 16) and bundle.manifest["text"]["vocabulary"]["kept"] < 60
-    mistake(*same, "--image-only", says="there is no text encoder to keep words of", only_line=False)
+    assert (
+        bundle.encode_text(["ripe dog"]).shape == (1, 16)
+        and bundle.manifest["text"]["vocabulary"]["kept"] < 60
+    )
+    mistake(
+        *same, "--image-only", says="there is no text encoder to keep words of", only_line=False
+    )
     assert "belongs to --layout bundle" in run(*same, "--layout", "optimum").stderr

@@ -31,7 +31,9 @@ def pictures():
 
 def prepare(student, pictures, opset):
     x = torch.from_numpy(pictures[:1])
-    return calibrate(graph.to_onnx(fold(student, x), x, "pixels", "image_features", opset), pictures, "minmax")
+    return calibrate(
+        graph.to_onnx(fold(student, x), x, "pixels", "image_features", opset), pictures, "minmax"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,9 @@ def calibrated(student, pictures):
 
 
 def run(model, x):
-    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {model.graph.input[0].name: x})[0]
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        None, {model.graph.input[0].name: x}
+    )[0]
 
 
 def weights_in_int8(model):
@@ -49,7 +53,11 @@ def weights_in_int8(model):
     constants = graph.initializers(model)
     products = [n for n in model.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
     return [
-        n.name for n in products if (d := makers.get(n.input[1])) is not None and d.op_type == "DequantizeLinear" and constants[d.input[0]].dtype == np.int8
+        n.name
+        for n in products
+        if (d := makers.get(n.input[1])) is not None
+        and d.op_type == "DequantizeLinear"
+        and constants[d.input[0]].dtype == np.int8
     ]
 
 
@@ -60,8 +68,14 @@ def test_exactly_the_listed_layers_are_quantised(calibrated, activations):
     for nodes in (products, products[1:], [products[2]]):
         model = quantise(calibrated, nodes, activations=activations)
         assert weights_in_int8(model) == nodes
-        readers = {n.name: [m for m in model.graph.node if n.output[0] in m.input] for n in model.graph.node if n.op_type == "DequantizeLinear"}
-        read = {r.name for rs in readers.values() for r in rs if r.op_type in ("Conv", "Gemm", "MatMul")}
+        readers = {
+            n.name: [m for m in model.graph.node if n.output[0] in m.input]
+            for n in model.graph.node
+            if n.op_type == "DequantizeLinear"
+        }
+        read = {
+            r.name for rs in readers.values() for r in rs if r.op_type in ("Conv", "Gemm", "MatMul")
+        }
         assert read >= set(nodes)
         for name in set(products) - set(nodes):  # a float layer's weight is float
             node = next(n for n in model.graph.node if n.name == name)
@@ -70,7 +84,9 @@ def test_exactly_the_listed_layers_are_quantised(calibrated, activations):
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
-def test_int8_answers_are_close_to_the_float_ones(calibrated, pictures, student, activations, method):
+def test_int8_answers_are_close_to_the_float_ones(
+    calibrated, pictures, student, activations, method
+):
     ready = calibrated if method == "minmax" else calibrate(calibrated.model, pictures, method)
     model = quantise(ready, graph.matrix_products(calibrated.model), activations=activations)
     fresh = np.stack([toy_input(900 + i) for i in range(60)])
@@ -81,12 +97,17 @@ def test_int8_answers_are_close_to_the_float_ones(calibrated, pictures, student,
 
 
 def test_no_layer_listed_is_the_float_model(calibrated, pictures):
-    np.testing.assert_array_equal(run(quantise(calibrated, [], activations="uint8"), pictures[:4]), run(calibrated.model, pictures[:4]))
+    np.testing.assert_array_equal(
+        run(quantise(calibrated, [], activations="uint8"), pictures[:4]),
+        run(calibrated.model, pictures[:4]),
+    )
 
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
 def test_a_quantised_graph_is_valid_onnx(calibrated, activations):
-    onnx.checker.check_model(quantise(calibrated, graph.matrix_products(calibrated.model), activations=activations))
+    onnx.checker.check_model(
+        quantise(calibrated, graph.matrix_products(calibrated.model), activations=activations)
+    )
 
 
 def test_quantising_leaves_the_calibrated_model_alone(calibrated):
@@ -106,9 +127,13 @@ def test_a_weight_has_a_scale_for_each_output_channel_and_is_symmetric(calibrate
         values, scale, zero = (constants[i] for i in dequantise.input)
         axis = next(a.i for a in dequantise.attribute if a.name == "axis")
         assert scale.shape == (values.shape[axis],) and not zero.any()
-        original = float_constants[next(n for n in calibrated.model.graph.node if n.name == name).input[1]]
+        original = float_constants[
+            next(n for n in calibrated.model.graph.node if n.name == name).input[1]
+        ]
         shape = [-1 if i == axis else 1 for i in range(values.ndim)]
-        assert (np.abs(values * scale.reshape(shape) - original) <= 0.51 * scale.reshape(shape)).all()
+        assert (
+            np.abs(values * scale.reshape(shape) - original) <= 0.51 * scale.reshape(shape)
+        ).all()
 
 
 def test_a_relu6_stays_in_the_graph_with_its_bounds(calibrated):
@@ -121,13 +146,19 @@ def test_a_relu6_stays_in_the_graph_with_its_bounds(calibrated):
 
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
-def test_what_an_activation_cuts_off_takes_no_step_of_the_rounding(calibrated, activations, tmp_path):
+def test_what_an_activation_cuts_off_takes_no_step_of_the_rounding(
+    calibrated, activations, tmp_path
+):
     """A convolution behind which a ReLU6 comes is rounded once, behind it; ONNX Runtime then needs no ReLU6 and no float convolution."""
     nodes = graph.matrix_products(calibrated.model)
     model = quantise(calibrated, nodes, activations=activations)
     makers = {o: n for n in model.graph.node for o in n.output}
     convs = {n.name for n in model.graph.node if n.op_type == "Conv"}
-    activated = [n for n in model.graph.node if n.op_type in ("Clip", "Relu") and n.name in {c.name for c in calibrated.model.graph.node}]
+    activated = [
+        n
+        for n in model.graph.node
+        if n.op_type in ("Clip", "Relu") and n.name in {c.name for c in calibrated.model.graph.node}
+    ]
     once = {makers[n.input[0]].name for n in activated} & convs
     assert once == convs - rounded_outputs(calibrated.model, nodes) != set()
     options = ort.SessionOptions()
@@ -135,68 +166,128 @@ def test_what_an_activation_cuts_off_takes_no_step_of_the_rounding(calibrated, a
     options.log_severity_level = 3
     ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     kinds = [n.op_type for n in onnx.load(tmp_path / "optimised.onnx").graph.node]
-    assert kinds.count("QLinearConv") == len(convs) and kinds.count("Clip") + kinds.count("Relu") <= len(activated) - len(once)
+    assert kinds.count("QLinearConv") == len(convs) and kinds.count("Clip") + kinds.count(
+        "Relu"
+    ) <= len(activated) - len(once)
 
 
 @pytest.fixture(scope="module")
 def tensorrt_form(student, pictures):
     calibrated = prepare(student, pictures, 19)
-    return to_fp16(quantise(calibrated, graph.matrix_products(calibrated.model), activations="int8", for_tensorrt=True))
+    return to_fp16(
+        quantise(
+            calibrated,
+            graph.matrix_products(calibrated.model),
+            activations="int8",
+            for_tensorrt=True,
+        )
+    )
 
 
 def test_tensorrts_form_has_zero_points_of_zero_and_no_int32_bias(tensorrt_form):
     constants = graph.initializers(tensorrt_form)
-    linears = [n for n in tensorrt_form.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    linears = [
+        n for n in tensorrt_form.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")
+    ]
     assert len(linears) >= 10
     for n in linears:
-        assert len(n.input) < 3 or (constants[n.input[2]].dtype == np.int8 and not constants[n.input[2]].any())
+        assert len(n.input) < 3 or (
+            constants[n.input[2]].dtype == np.int8 and not constants[n.input[2]].any()
+        )
         assert n.input[0] not in constants or constants[n.input[0]].dtype == np.int8
 
 
 def test_tensorrts_form_is_half_precision_inside_and_float_outside(tensorrt_form):
-    norm = {i for n in tensorrt_form.graph.node if n.name in graph.after_last_product(tensorrt_form) for i in n.input}
-    assert not [i.name for i in tensorrt_form.graph.initializer if i.data_type == TensorProto.FLOAT and i.name not in norm]
-    assert {v.type.tensor_type.elem_type for v in [*tensorrt_form.graph.input, *tensorrt_form.graph.output]} == {TensorProto.FLOAT}
+    norm = {
+        i
+        for n in tensorrt_form.graph.node
+        if n.name in graph.after_last_product(tensorrt_form)
+        for i in n.input
+    }
+    assert not [
+        i.name
+        for i in tensorrt_form.graph.initializer
+        if i.data_type == TensorProto.FLOAT and i.name not in norm
+    ]
+    assert {
+        v.type.tensor_type.elem_type
+        for v in [*tensorrt_form.graph.input, *tensorrt_form.graph.output]
+    } == {TensorProto.FLOAT}
     onnx.checker.check_model(tensorrt_form)
 
 
 def test_tensorrts_form_has_q_and_dq_on_both_operands_of_every_product(tensorrt_form):
     makers = {o: n.op_type for n in tensorrt_form.graph.node for o in n.output}
     products = [n for n in tensorrt_form.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
-    assert products and all(makers.get(n.input[0]) == makers.get(n.input[1]) == "DequantizeLinear" for n in products)
+    assert products and all(
+        makers.get(n.input[0]) == makers.get(n.input[1]) == "DequantizeLinear" for n in products
+    )
 
 
 def test_tensorrts_form_still_answers_in_onnxruntime(tensorrt_form, pictures, calibrated):
-    assert cosine(run(tensorrt_form, pictures), run(calibrated.model, pictures))["centred_p5"] > 0.97
+    assert (
+        cosine(run(tensorrt_form, pictures), run(calibrated.model, pictures))["centred_p5"] > 0.97
+    )
 
 
 def test_float8_stands_where_int8_stood_and_keeps_the_ranges(calibrated, tensorrt_form, pictures):
     nodes = graph.matrix_products(calibrated.model)
     symmetric = quantise(calibrated, nodes, activations="int8", for_tensorrt=True)
-    float8 = tensorrt.to_fp8(quantise(calibrated, nodes, activations="int8", for_tensorrt=True), calibrated.model)
-    before, after, floats = graph.initializers(symmetric), graph.initializers(float8), graph.initializers(calibrated.model)
+    float8 = tensorrt.to_fp8(
+        quantise(calibrated, nodes, activations="int8", for_tensorrt=True), calibrated.model
+    )
+    before, after, floats = (
+        graph.initializers(symmetric),
+        graph.initializers(float8),
+        graph.initializers(calibrated.model),
+    )
     assert [n.op_type for n in symmetric.graph.node] == [n.op_type for n in float8.graph.node]
-    assert {str(after[n.input[2]].dtype) for n in float8.graph.node if n.op_type == "QuantizeLinear"} == {"float8_e4m3fn"}
+    assert {
+        str(after[n.input[2]].dtype) for n in float8.graph.node if n.op_type == "QuantizeLinear"
+    } == {"float8_e4m3fn"}
     for name in before:
         if name.endswith("_quantized"):
-            scale = after[name.removesuffix("_quantized") + "_scale"].reshape([-1] + [1] * (before[name].ndim - 1))
+            scale = after[name.removesuffix("_quantized") + "_scale"].reshape(
+                [-1] + [1] * (before[name].ndim - 1)
+            )
             original = floats[name.removesuffix("_quantized")]
-            restored = after[name].astype(np.float32) * (scale if scale.shape[0] == original.shape[0] else scale.reshape(1, -1))
-            assert (np.abs(restored - original) <= np.abs(original) / 16 + scale.max() * 2**-9).all()  # three bits of mantissa, then subnormals
+            restored = after[name].astype(np.float32) * (
+                scale if scale.shape[0] == original.shape[0] else scale.reshape(1, -1)
+            )
+            assert (
+                np.abs(restored - original) <= np.abs(original) / 16 + scale.max() * 2**-9
+            ).all()  # three bits of mantissa, then subnormals
         elif name.endswith("_scale"):
             np.testing.assert_allclose(after[name] * 448, before[name] * 127, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("reduce_range", "least", "most"), [(False, 100, 127), (True, 60, 64)])
-def test_a_reduced_range_leaves_a_bit_of_every_weight_unused(calibrated, pictures, reduce_range, least, most):
-    model = quantise(calibrated, graph.matrix_products(calibrated.model), activations="uint8", reduce_range=reduce_range)
-    largest = [int(np.abs(v.astype(int)).max()) for k, v in graph.initializers(model).items() if k.endswith("_quantized") and v.dtype == np.int8]
+def test_a_reduced_range_leaves_a_bit_of_every_weight_unused(
+    calibrated, pictures, reduce_range, least, most
+):
+    model = quantise(
+        calibrated,
+        graph.matrix_products(calibrated.model),
+        activations="uint8",
+        reduce_range=reduce_range,
+    )
+    largest = [
+        int(np.abs(v.astype(int)).max())
+        for k, v in graph.initializers(model).items()
+        if k.endswith("_quantized") and v.dtype == np.int8
+    ]
     assert len(largest) == 5 and least <= min(largest) <= max(largest) <= most
     assert cosine(run(model, pictures), run(calibrated.model, pictures))["centred_p5"] > 0.97
 
 
 @pytest.mark.parametrize(
-    ("arch", "isa", "expected"), [("x86_64", ["avx2"], True), ("x86_64", ["avx2", "avx_vnni"], False), ("aarch64", ["asimddp"], None), ("x86_64", None, None)]
+    ("arch", "isa", "expected"),
+    [
+        ("x86_64", ["avx2"], True),
+        ("x86_64", ["avx2", "avx_vnni"], False),
+        ("aarch64", ["asimddp"], None),
+        ("x86_64", None, None),
+    ],
 )
 def test_a_machine_saturates_where_it_is_an_x86_without_vnni(monkeypatch, arch, isa, expected):
     facts = {"arch": arch, "isa": isa}
@@ -215,13 +306,17 @@ PLAIN = policy.Form("minmax", None, "all", None)
 
 
 def choose(calibrated, pictures, form=PLAIN, float_layers=None, **spec):
-    return policy.choose(calibrated.model, pictures, form, float_layers, Calibration(pictures=32, **spec))
+    return policy.choose(
+        calibrated.model, pictures, form, float_layers, Calibration(pictures=32, **spec)
+    )
 
 
 def test_a_layer_that_int8_would_ruin_stays_in_float(calibrated, pictures):
     strict = choose(calibrated, pictures, probe_layers=2, layer_cosine=1.0)
     products = graph.matrix_products(strict.calibrated.model)
-    assert set(strict.float_layers) == {*products[:2], *products[-2:]} and strict.nodes == [products[2]]
+    assert set(strict.float_layers) == {*products[:2], *products[-2:]} and strict.nodes == [
+        products[2]
+    ]
     free = choose(calibrated, pictures, probe_layers=2, layer_cosine=0.0)
     assert free.float_layers == {}
     assert free.nodes == products
@@ -238,7 +333,9 @@ class Residual(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, 2, 1)
-        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.branch = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
+        )
         self.head = nn.Linear(8, 16)
 
     def forward(self, x):
@@ -247,7 +344,9 @@ class Residual(nn.Module):
 
 
 @pytest.mark.parametrize(("layers", "rounded"), [("all", 0), ("residual", 2)])
-def test_openvino_rounds_a_residual_additions_operands_only_where_the_form_says_so(pictures, tmp_path, layers, rounded):
+def test_openvino_rounds_a_residual_additions_operands_only_where_the_form_says_so(
+    pictures, tmp_path, layers, rounded
+):
     require("nncf", "pip install 'edgeclip[openvino]'")
     import openvino as ov
 
@@ -255,10 +354,22 @@ def test_openvino_rounds_a_residual_additions_operands_only_where_the_form_says_
 
     torch.manual_seed(0)
     asked = target.load("openvino-int8")[1]
-    model = graph.to_onnx(Residual().eval(), torch.from_numpy(pictures[:1]), "pixels", "image_features", 18)
-    chosen = policy.choose(model, pictures, policy.Form("minmax", None, layers, None), {}, asked.calibration, False, own_bias=False)
+    model = graph.to_onnx(
+        Residual().eval(), torch.from_numpy(pictures[:1]), "pixels", "image_features", 18
+    )
+    chosen = policy.choose(
+        model,
+        pictures,
+        policy.Form("minmax", None, layers, None),
+        {},
+        asked.calibration,
+        False,
+        own_bias=False,
+    )
     written = ov.Core().read_model(tmp_path / openvino.write(model, asked, chosen, tmp_path))
     additions = [op for op in written.get_ordered_ops() if op.get_type_name() == "Add"]
     operands = [[v.get_node().get_type_name() for v in op.input_values()] for op in additions]
-    [residual] = [o for o in operands if "Constant" not in o and "Convert" not in o]  # the others add a bias
+    [residual] = [
+        o for o in operands if "Constant" not in o and "Convert" not in o
+    ]  # the others add a bias
     assert residual.count("FakeQuantize") == rounded

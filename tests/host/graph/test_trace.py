@@ -12,7 +12,9 @@ from edgeclip.host.graph import trace as graph
 
 
 def weight(name, *shape, seed=0):
-    return numpy_helper.from_array(np.random.default_rng(seed).normal(size=shape).astype(np.float32), name)
+    return numpy_helper.from_array(
+        np.random.default_rng(seed).normal(size=shape).astype(np.float32), name
+    )
 
 
 def ints(name, *values):
@@ -33,7 +35,9 @@ def model(nodes, constants, shape, outputs=("y",)):
 
 
 def run(m, x):
-    return ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    return ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        None, {"x": x}
+    )
 
 
 def x(*shape):
@@ -67,7 +71,11 @@ def test_zero_padding_moves_into_the_convolution(own, value):
         padded([0, 0, 1, 1, 0, 0, 1, 1], mode="reflect"),
         padded([0, 0, 1, 1, 0, 0, 1, 1], value=1.5),
         padded([0, 0, 1, 1, 0, 0, 1, 1], outputs=("y", "p")),
-        padded([0, 0, 1, 1, 0, 0, 1, 1], outputs=("y", "z"), extra=[helper.make_node("Relu", ["p"], ["z"])]),
+        padded(
+            [0, 0, 1, 1, 0, 0, 1, 1],
+            outputs=("y", "z"),
+            extra=[helper.make_node("Relu", ["p"], ["z"])],
+        ),
     ],
     ids=["reflect", "ones", "padded tensor is an output", "two readers"],
 )
@@ -92,11 +100,15 @@ class SamePadding(nn.Module):
 def test_a_traced_module_is_equal_at_any_batch_and_has_one_named_input_and_output():
     module = SamePadding().eval()
     m = graph.to_onnx(module, torch.zeros(1, 3, 8, 8), "x", "features", 18)
-    assert "Pad" not in [n.op_type for n in m.graph.node] and [o.name for o in m.graph.output] == ["features"]
+    assert "Pad" not in [n.op_type for n in m.graph.node] and [o.name for o in m.graph.output] == [
+        "features"
+    ]
     assert m.ir_version == graph.IR_VERSION and m.opset_import[0].version == 18
     for batch in (1, 2, 5):
         data = x(batch, 3, 8, 8)
-        np.testing.assert_allclose(run(m, data)[0], module(torch.from_numpy(data)).detach().numpy(), atol=1e-5)
+        np.testing.assert_allclose(
+            run(m, data)[0], module(torch.from_numpy(data)).detach().numpy(), atol=1e-5
+        )
 
 
 def attention():
@@ -118,14 +130,20 @@ def test_products_of_two_activations_are_no_matrix_products_for_int8():
 
 
 def test_multiply_accumulates_of_matrix_products_by_hand():
-    assert graph.macs(attention(), ["linear", "gemm", "gemm_t"], x(1, 4, 6)) == {"linear": 4 * 6 * 6, "gemm": 4 * 5, "gemm_t": 5 * 7}
+    assert graph.macs(attention(), ["linear", "gemm", "gemm_t"], x(1, 4, 6)) == {
+        "linear": 4 * 6 * 6,
+        "gemm": 4 * 5,
+        "gemm_t": 5 * 7,
+    }
 
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_multiply_accumulates_of_a_convolution_are_torchs(groups):
     from edgeclip.host.towers.weights import macs
 
-    module = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1, groups=groups, bias=False)).eval()
+    module = nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, padding=1, groups=groups, bias=False)
+    ).eval()
     m = graph.to_onnx(module, torch.zeros(1, 3, 16, 16), "x", "y", 18)
     (count,) = graph.macs(m, graph.matrix_products(m), x(1, 3, 16, 16)).values()
     assert count == 6 * 8 * 8 * (3 // groups) * 9 == macs(module, 16)
@@ -134,7 +152,15 @@ def test_multiply_accumulates_of_a_convolution_are_torchs(groups):
 def test_constants_are_found_as_initializers_and_as_nodes():
     node = helper.make_node("Constant", [], ["k"], value=weight("", 2, 2))
     found = graph.initializers(
-        model([node, helper.make_node("MatMul", ["x", "k"], ["h"]), helper.make_node("MatMul", ["h", "i"], ["y"])], [weight("i", 2, 2, seed=1)], [1, 2])
+        model(
+            [
+                node,
+                helper.make_node("MatMul", ["x", "k"], ["h"]),
+                helper.make_node("MatMul", ["h", "i"], ["y"]),
+            ],
+            [weight("i", 2, 2, seed=1)],
+            [1, 2],
+        )
     )
     assert set(found) == {"k", "i"} and found["k"].shape == (2, 2)
 
@@ -155,8 +181,12 @@ def test_an_embedding_table_becomes_int8_with_a_scale_for_each_row():
     ids = torch.randint(0, 500, (3, 6), generator=torch.Generator().manual_seed(1))
     m = graph.to_onnx(Text().eval(), ids, "x", "y", 18)
     small = graph.int8_embeddings(m)
-    assert {k: v.dtype for k, v in graph.initializers(small).items() if v.shape == (500, 16)}.popitem()[1] == np.int8
+    assert {
+        k: v.dtype for k, v in graph.initializers(small).items() if v.shape == (500, 16)
+    }.popitem()[1] == np.int8
     table, places = (p.detach().numpy() for p in (Text().table.weight, Text().places))
     error = np.abs(run(small, ids.numpy())[0] - table[ids] - places)
-    assert (error <= np.abs(table[ids]).max(axis=-1, keepdims=True) / 254 + 1e-6).all()  # half a step of its own row
+    assert (
+        error <= np.abs(table[ids]).max(axis=-1, keepdims=True) / 254 + 1e-6
+    ).all()  # half a step of its own row
     assert small.ByteSize() < 0.45 * m.ByteSize() and run(m, ids.numpy())[0].shape == (3, 6, 16)

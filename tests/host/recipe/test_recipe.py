@@ -21,7 +21,9 @@ def test_data_says_where_the_data_lies_and_nothing_else(tmp_path):
     path = write(tmp_path, RECIPE)
     here, there = recipe.load(path), recipe.load(path, ("/b",))
     assert there.data.root == "/b" and recipe.load(path, ("shop=/c",)).data.root == "/c"
-    assert recipe.description(here) == recipe.description(there) and "/a" not in str(recipe.description(here))
+    assert recipe.description(here) == recipe.description(there) and "/a" not in str(
+        recipe.description(here)
+    )
     with pytest.raises(EdgeclipError, match="no data named 'stop'"):
         recipe.load(path, ("stop=/c",))
 
@@ -61,14 +63,23 @@ def test_self_training_starts_within_stage_1(tmp_path):
 
 
 def test_an_anchor_prompt_names_the_class(tmp_path):
-    text = RECIPE.replace("{kind: open_clip, model: ViT-B-32, weights: random}", "{kind: conse, anchor_prompt: 'a {}'}")
-    assert "teacher.anchor_prompt: 'a {}' has no {c}; write {c} where the class's name goes" in error(tmp_path, text)
+    text = RECIPE.replace(
+        "{kind: open_clip, model: ViT-B-32, weights: random}",
+        "{kind: conse, anchor_prompt: 'a {}'}",
+    )
+    assert (
+        "teacher.anchor_prompt: 'a {}' has no {c}; write {c} where the class's name goes"
+        in error(tmp_path, text)
+    )
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ("train: {batch_size: 1}", "train.batch_size: is 1, and the projector's batch norm needs two; raise it, or set student.projector_hidden to null"),
+        (
+            "train: {batch_size: 1}",
+            "train.batch_size: is 1, and the projector's batch norm needs two; raise it, or set student.projector_hidden to null",
+        ),
         ("train: {warmup_batch_size: 1}", "train.warmup_batch_size: is 1"),
         ("views: {ratio: [0, 1]}", "views.ratio[0]: expected `float` > 0.0"),
         ("views: {scale: [0.5, -1]}", "views.scale[1]: expected `float` > 0.0"),
@@ -76,4 +87,10 @@ def test_an_anchor_prompt_names_the_class(tmp_path):
 )
 def test_numbers_that_cannot_work_are_refused(tmp_path, more, says):
     assert says in error(tmp_path, RECIPE + more)
-    recipe.load(write(tmp_path, RECIPE.replace("size: 64}", "size: 64}, projector_hidden: null") + "train: {batch_size: 1}"))
+    recipe.load(
+        write(
+            tmp_path,
+            RECIPE.replace("size: 64}", "size: 64}, projector_hidden: null")
+            + "train: {batch_size: 1}",
+        )
+    )

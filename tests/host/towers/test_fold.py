@@ -39,7 +39,9 @@ def image(size=16, n=2, seed=0):
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_batch_norm_after_a_convolution_is_gone(groups, bias):
     torch.manual_seed(0)
-    module = randomise(nn.Sequential(nn.Conv2d(3, 6, 3, groups=groups, bias=bias), nn.BatchNorm2d(6), nn.ReLU()))
+    module = randomise(
+        nn.Sequential(nn.Conv2d(3, 6, 3, groups=groups, bias=bias), nn.BatchNorm2d(6), nn.ReLU())
+    )
     folded = equal(module, image())
     assert batch_norms(folded) == [] and batch_norms(module) == ["1"]
     equal(module, image(9, 5, 1), folded)  # at another input too
@@ -47,7 +49,15 @@ def test_a_batch_norm_after_a_convolution_is_gone(groups, bias):
 
 def test_a_batch_norm_after_a_linear_layer_is_gone():
     torch.manual_seed(0)
-    module = randomise(nn.Sequential(nn.Flatten(), nn.Linear(48, 10, bias=False), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 4)))
+    module = randomise(
+        nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(48, 10, bias=False),
+            nn.BatchNorm1d(10),
+            nn.ReLU(),
+            nn.Linear(10, 4),
+        )
+    )
     assert batch_norms(equal(module, image(4))) == []
 
 
@@ -60,14 +70,18 @@ def test_a_batch_norm_before_a_convolution_stays():
 def test_the_module_itself_is_left_as_it_was(student):
     before = {k: v.clone() for k, v in student.state_dict().items()}
     equal(student, image(32))
-    assert all((before[k] == v).all() for k, v in student.state_dict().items()) and batch_norms(student)
+    assert all((before[k] == v).all() for k, v in student.state_dict().items()) and batch_norms(
+        student
+    )
 
 
 def test_a_students_projector_and_tower_lose_every_batch_norm(student):
     assert batch_norms(equal(student, image(32))) == []
 
 
-@pytest.mark.parametrize("name", ["repvit_m0_9", "mobileone_s0", "fastvit_t8", "mobilenetv4_conv_small"])
+@pytest.mark.parametrize(
+    "name", ["repvit_m0_9", "mobileone_s0", "fastvit_t8", "mobilenetv4_conv_small"]
+)
 def test_a_timm_tower_is_equal_and_without_batch_norm(name):
     import timm
 
@@ -106,5 +120,13 @@ def test_padding_that_depends_on_the_size_is_a_constant_of_the_graph(size):
     tower = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     x = torch.randn(2, 3, size, size)
     model = graph.to_onnx(fold(tower, x), x, "pixels", "image_features", 18)
-    assert {n.op_type for n in model.graph.node} == {"Conv", "Clip", "Add", "GlobalAveragePool", "Flatten"}
-    assert {i.name for i in model.graph.initializer} <= {name for n in model.graph.node for name in n.input}
+    assert {n.op_type for n in model.graph.node} == {
+        "Conv",
+        "Clip",
+        "Add",
+        "GlobalAveragePool",
+        "Flatten",
+    }
+    assert {i.name for i in model.graph.initializer} <= {
+        name for n in model.graph.node for name in n.input
+    }

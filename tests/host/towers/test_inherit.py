@@ -19,7 +19,13 @@ from tests.support.tiny_recipe import RECIPE
 def timm_vit(width, depth, seed, size=32, head_dim=8, **kwargs):
     torch.manual_seed(seed)
     model = timm.models.vision_transformer.VisionTransformer(
-        img_size=size, patch_size=8, embed_dim=width, depth=depth, num_heads=width // head_dim, num_classes=0, **kwargs
+        img_size=size,
+        patch_size=8,
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // head_dim,
+        num_classes=0,
+        **kwargs,
     )
     return randomised(model)
 
@@ -31,8 +37,20 @@ def open_clip_vit(width, depth, seed, size=32, head_dim=8, embed_dim=12):
         seed=seed,
         config={
             "embed_dim": embed_dim,
-            "vision_cfg": {"image_size": size, "layers": depth, "width": width, "head_width": head_dim, "patch_size": 8},
-            "text_cfg": {"context_length": 8, "vocab_size": 16, "width": 8, "heads": 1, "layers": 1},
+            "vision_cfg": {
+                "image_size": size,
+                "layers": depth,
+                "width": width,
+                "head_width": head_dim,
+                "patch_size": 8,
+            },
+            "text_cfg": {
+                "context_length": 8,
+                "vocab_size": 16,
+                "width": 8,
+                "heads": 1,
+                "layers": 1,
+            },
         },
     )
     return randomised(students.image_tower(spec)[0])
@@ -57,7 +75,10 @@ def pixels(size=32):
 def test_a_student_of_the_teachers_shape_is_the_teacher(vit):
     teacher, student = vit(16, 2, seed=1), vit(16, 2, seed=2)
     inherit_from(student, teacher)
-    assert all(torch.equal(a, b) for a, b in zip(student.state_dict().values(), teacher.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(student.state_dict().values(), teacher.state_dict().values(), strict=True)
+    )
     assert torch.equal(student(pixels()), teacher(pixels()))
 
 
@@ -68,9 +89,16 @@ def test_every_tensor_is_the_leading_slice_of_every_other_layers(vit):
     larger = teacher.state_dict()
     for name, own in student.state_dict().items():
         source = name.replace("blocks.1.", "blocks.2.")
-        if "qkv" in name or "in_proj" in name:  # rows: 32 of the queries, 32 of the keys, 32 of the values
+        if (
+            "qkv" in name or "in_proj" in name
+        ):  # rows: 32 of the queries, 32 of the keys, 32 of the values
             for i in range(3):
-                assert torch.equal(own[16 * i : 16 * i + 16], larger[source][32 * i : 32 * i + 16][..., : own.shape[-1] if own.ndim == 2 else None])
+                assert torch.equal(
+                    own[16 * i : 16 * i + 16],
+                    larger[source][32 * i : 32 * i + 16][
+                        ..., : own.shape[-1] if own.ndim == 2 else None
+                    ],
+                )
         else:
             assert torch.equal(own, larger[source][tuple(slice(n) for n in own.shape)]), name
 
@@ -89,19 +117,40 @@ def test_where_the_cut_channels_carry_nothing_the_function_is_kept(vit):
     small, teacher, student = vit(16, 2, seed=1), vit(32, 4, seed=2), vit(16, 2, seed=3)
     with torch.no_grad():
         for name, p in teacher.named_parameters():
-            own = small.get_parameter(name.replace("blocks.1.", "blocks.0.").replace("blocks.2.", "blocks.1.").replace("blocks.3.", "blocks.1."))
+            own = small.get_parameter(
+                name.replace("blocks.1.", "blocks.0.")
+                .replace("blocks.2.", "blocks.1.")
+                .replace("blocks.3.", "blocks.1.")
+            )
             writes = name.endswith(
-                ("out_proj.weight", "out_proj.bias", "attn.proj.weight", "attn.proj.bias", "fc2.weight", "fc2.bias", "c_proj.weight", "c_proj.bias")
+                (
+                    "out_proj.weight",
+                    "out_proj.bias",
+                    "attn.proj.weight",
+                    "attn.proj.bias",
+                    "fc2.weight",
+                    "fc2.bias",
+                    "c_proj.weight",
+                    "c_proj.bias",
+                )
             )
             if "qkv" in name or "in_proj" in name:
                 for i in range(3):
-                    p[32 * i : 32 * i + 16] = torch.cat([o := own[16 * i : 16 * i + 16], 0 * o], dim=-1) if p.ndim == 2 else own[16 * i : 16 * i + 16]
+                    p[32 * i : 32 * i + 16] = (
+                        torch.cat([o := own[16 * i : 16 * i + 16], 0 * o], dim=-1)
+                        if p.ndim == 2
+                        else own[16 * i : 16 * i + 16]
+                    )
             elif "fc1" in name or "c_fc" in name:
                 p[: len(own)] = torch.cat([own, 0 * own], dim=-1) if p.ndim == 2 else own
             elif name.endswith("visual.proj"):
                 p.copy_(torch.cat([own, 0 * own]))
             elif writes:
-                p.copy_(torch.cat([torch.cat([own, 0 * own], dim=-1)] * 2) if p.ndim == 2 else torch.cat([own, own]))
+                p.copy_(
+                    torch.cat([torch.cat([own, 0 * own], dim=-1)] * 2)
+                    if p.ndim == 2
+                    else torch.cat([own, own])
+                )
                 if "blocks.1." in name or "blocks.3." in name:
                     p.zero_()
             else:
@@ -120,7 +169,9 @@ def test_positions_keep_their_class_row_and_a_plane_stays_a_plane():
     small = resample(positions, 65, 1)
     assert small[0] == 7 and resample(positions, 257, 1) is positions
     middle = torch.arange(2, 6) * 2 + 0.5  # away from the border, where there is less to average
-    torch.testing.assert_close(small[1:].reshape(8, 8)[2:6, 2:6], middle[:, None] + 2 * middle[None, :])
+    torch.testing.assert_close(
+        small[1:].reshape(8, 8)[2:6, 2:6], middle[:, None] + 2 * middle[None, :]
+    )
     assert resample(positions[None], 17, 1).shape == (1, 17, 1)
 
 
@@ -132,7 +183,10 @@ def test_positions_keep_their_class_row_and_a_plane_stays_a_plane():
         (open_clip_vit(32, 4, 0), "is of another library"),
         (timm_vit(8, 4, 0), "does not cover"),
         (timm_vit(16, 1, 0), "has 1 layers, student.tower has 2"),
-        (timm.create_model("resnet18", num_classes=0), r"student\.inherit: is no vision transformer of timm or open_clip \(ResNet\)"),
+        (
+            timm.create_model("resnet18", num_classes=0),
+            r"student\.inherit: is no vision transformer of timm or open_clip \(ResNet\)",
+        ),
         (timm_vit(16, 2, 0, global_pool="map"), "not the plain ViT's"),
         (timm_vit(16, 2, 0, mlp_layer=timm.layers.SwiGLUPacked), "not the plain ViT's"),
     ],
@@ -154,7 +208,9 @@ def test_another_patch_size_and_a_missing_tensor_are_refused():
 
 def test_a_cnn_student_is_refused():
     with pytest.raises(EdgeclipError, match=r"student\.tower: is no vision transformer"):
-        inherit_from(timm.create_model("mobilenetv4_conv_small_035", num_classes=0), timm_vit(16, 2, seed=0))
+        inherit_from(
+            timm.create_model("mobilenetv4_conv_small_035", num_classes=0), timm_vit(16, 2, seed=0)
+        )
 
 
 def test_a_recipes_student_inherits_and_is_rebuilt_without_the_teacher(tmp_path):
@@ -162,7 +218,11 @@ def test_a_recipes_student_inherits_and_is_rebuilt_without_the_teacher(tmp_path)
     save_file(larger.state_dict(), tmp_path / "larger.safetensors")
     spec = R.Student(
         tower=R.Timm(model="vit_tiny_patch16_224", weights="random", image_size=64, seed=5),
-        inherit=R.Timm(model="vit_tiny_patch16_224", weights=str(tmp_path / "larger.safetensors"), image_size=224),
+        inherit=R.Timm(
+            model="vit_tiny_patch16_224",
+            weights=str(tmp_path / "larger.safetensors"),
+            image_size=224,
+        ),
         projector_hidden=None,
     )
     student, preprocess = students.build(spec, 4)
@@ -185,15 +245,26 @@ def test_a_run_that_cannot_inherit_leaves_nothing_behind(here, photos):
         (here / "shop" / "cat" / f"{i}.png").write_bytes(p.read_bytes())
     student = "{tower: {kind: timm, model: test_vit, weights: random, image_size: 64}, inherit: {kind: timm, model: vit_tiny_patch16_224, weights: random, image_size: 64}}"
     recipe = RECIPE.replace("ROOT", "shop").replace(
-        "student: {tower: {kind: timm, model: mobilenetv4_conv_small_035, weights: random, image_size: 32}, projector_hidden: null}", f"student: {student}"
+        "student: {tower: {kind: timm, model: mobilenetv4_conv_small_035, weights: random, image_size: 32}, projector_hidden: null}",
+        f"student: {student}",
     )
     before = snapshot(here)
-    mistake("distill", write(here, recipe), says="student.inherit: has head_dim 64, student.tower has 32", only_line=False)
+    mistake(
+        "distill",
+        write(here, recipe),
+        says="student.inherit: has head_dim 64, student.tower has 32",
+        only_line=False,
+    )
     assert snapshot(here).keys() == before.keys() | {"r.yaml"}
 
 
 def test_inheriting_over_given_weights_is_refused():
-    spec = R.Student(tower=R.Timm(model="vit_tiny_patch16_224", weights="w.pth", image_size=64), inherit=R.OpenClip(model="ViT-B-16", weights="random"))
-    recipe = R.Recipe(data=R.OpenMoji(), teacher=R.Conse(), student=spec, losses=R.Losses(kl=R.KL()))
+    spec = R.Student(
+        tower=R.Timm(model="vit_tiny_patch16_224", weights="w.pth", image_size=64),
+        inherit=R.OpenClip(model="ViT-B-16", weights="random"),
+    )
+    recipe = R.Recipe(
+        data=R.OpenMoji(), teacher=R.Conse(), student=spec, losses=R.Losses(kl=R.KL())
+    )
     with pytest.raises(EdgeclipError, match="would overwrite the weights"):
         R.check(recipe, "r.yaml")

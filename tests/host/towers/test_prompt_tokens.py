@@ -29,7 +29,9 @@ INIT = torch.tensor([320, 1125, 539, 320])  # "a photo of a"
 
 def clip(vision=None, text=None, kind=open_clip.model.CLIP):
     torch.manual_seed(0)
-    return kind(embed_dim=16, vision_cfg=VISION | (vision or {}), text_cfg=TEXT | (text or {})).eval()
+    return kind(
+        embed_dim=16, vision_cfg=VISION | (vision or {}), text_cfg=TEXT | (text or {})
+    ).eval()
 
 
 def ids(length):
@@ -43,7 +45,17 @@ def ids(length):
 # --- identities
 
 
-@pytest.mark.parametrize("vision", [{}, {"pool_type": "avg"}, {"final_ln_after_pool": True}, {"no_ln_pre": True}, {"attentional_pool": True}], ids=str)
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {},
+        {"pool_type": "avg"},
+        {"final_ln_after_pool": True},
+        {"no_ln_pre": True},
+        {"attentional_pool": True},
+    ],
+    ids=str,
+)
 def test_an_image_tower_with_prompts_of_length_0_is_open_clips_bit_for_bit(vision):
     visual = clip(vision).visual
     with torch.inference_mode():
@@ -58,20 +70,39 @@ def test_an_image_tower_with_prompts_of_length_0_is_timms_bit_for_bit(pool):
 
 
 @pytest.mark.parametrize("kind", [open_clip.model.CLIP, open_clip.model.CustomTextCLIP])
-@pytest.mark.parametrize("text", [{}, {"no_causal_mask": True}, {"pool_type": "last"}, {"proj_bias": True}, {"pool_type": "eos", "eos_id": 49407}], ids=str)
+@pytest.mark.parametrize(
+    "text",
+    [
+        {},
+        {"no_causal_mask": True},
+        {"pool_type": "last"},
+        {"proj_bias": True},
+        {"pool_type": "eos", "eos_id": 49407},
+    ],
+    ids=str,
+)
 def test_a_text_tower_with_prompts_of_length_0_is_open_clips_bit_for_bit(kind, text):
     model = clip(text=text, kind=kind)
     with torch.inference_mode():
-        assert torch.equal(PromptedText(model, 0, 3, INIT)(ids(12)), F.normalize(model.encode_text(ids(12)), dim=-1))
+        assert torch.equal(
+            PromptedText(model, 0, 3, INIT)(ids(12)),
+            F.normalize(model.encode_text(ids(12)), dim=-1),
+        )
 
 
 def test_text_prompts_of_depth_1_start_as_the_words_they_are_initialised_from():
     model = clip()
-    words = torch.cat([ids(8)[:, :1], INIT.expand(2, -1), ids(8)[:, 1:]], dim=1)  # "a photo of a" spelt out
+    words = torch.cat(
+        [ids(8)[:, :1], INIT.expand(2, -1), ids(8)[:, 1:]], dim=1
+    )  # "a photo of a" spelt out
     with torch.inference_mode():
-        assert torch.equal(PromptedText(model, 4, 1, INIT)(ids(8)), F.normalize(model.encode_text(words), dim=-1))
+        assert torch.equal(
+            PromptedText(model, 4, 1, INIT)(ids(8)), F.normalize(model.encode_text(words), dim=-1)
+        )
     longer = PromptedText(model, 6, 2, INIT)
-    assert torch.equal(longer.prompts[0, :4], model.token_embedding(INIT)) and longer.prompts.shape == (2, 6, 20)
+    assert torch.equal(
+        longer.prompts[0, :4], model.token_embedding(INIT)
+    ) and longer.prompts.shape == (2, 6, 20)
 
 
 def test_padding_behind_the_end_changes_nothing_unless_the_tower_looks_at_it():
@@ -115,7 +146,9 @@ def test_towers_that_take_no_prompts_are_refused():
     with pytest.raises(EdgeclipError, match=r"no ViT of open_clip or timm; choose a ViT"):
         PromptedTower(timm.create_model("test_resnet"), 4, 2)
     with pytest.raises(EdgeclipError, match=r"not CLIP's plain transformer"):
-        PromptedText(clip(text={"embed_cls": True}, kind=open_clip.model.CustomTextCLIP), 4, 2, INIT)
+        PromptedText(
+            clip(text={"embed_cls": True}, kind=open_clip.model.CustomTextCLIP), 4, 2, INIT
+        )
 
 
 # --- the student
@@ -128,7 +161,11 @@ TOWERS = {
 
 
 def student_spec(tower, freeze=True):
-    return R.Student(tower=TOWERS[tower], projector_hidden=20, visual_prompts=R.VisualPrompts(length=4, depth=3, freeze_tower=freeze))
+    return R.Student(
+        tower=TOWERS[tower],
+        projector_hidden=20,
+        visual_prompts=R.VisualPrompts(length=4, depth=3, freeze_tower=freeze),
+    )
 
 
 def trainable(module):
@@ -162,11 +199,16 @@ def test_a_prompted_student_comes_back_bit_for_bit_and_exports(tower, tmp_path):
         assert torch.equal(back(x), expected)
     model = graph.to_onnx(fold(back, x[:1]), x[:1], "pixels", "image_features", 17)
     for batch in (1, 3):
-        np.testing.assert_allclose(onnx_run(model, x[:batch].numpy()), expected[:batch].numpy(), atol=1e-5)
+        np.testing.assert_allclose(
+            onnx_run(model, x[:batch].numpy()), expected[:batch].numpy(), atol=1e-5
+        )
 
 
 def test_a_student_that_is_no_vit_takes_no_prompts():
-    spec = R.Student(tower=R.Timm(model="test_resnet", weights="random", image_size=64), visual_prompts=R.VisualPrompts(depth=1))
+    spec = R.Student(
+        tower=R.Timm(model="test_resnet", weights="random", image_size=64),
+        visual_prompts=R.VisualPrompts(depth=1),
+    )
     with pytest.raises(EdgeclipError, match="no ViT of open_clip or timm"):
         students.build(spec, 12)
 
@@ -177,10 +219,14 @@ def test_training_moves_what_is_not_frozen_and_the_frozen_tower_stays_in_eval(fr
     pictures = pictures_of(tmp_path / "photos", 8, [0, 1], shapes.draw)
     views = np.tile(np.array([0, 0, 72, 72, 0], np.float32), (8, 1, 1))
     rows = np.random.default_rng(0).normal(size=(8, 1, 12)).astype(np.float16)
-    cached = TeacherCache(tmp_path, {}, pictures, rows, views, np.eye(4, 12, dtype=np.float32), None)
+    cached = TeacherCache(
+        tmp_path, {}, pictures, rows, views, np.eye(4, 12, dtype=np.float32), None
+    )
     student, preprocess = students.build(spec, 12)
     modes = []
-    student.tower.vit.ln_post.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    student.tower.vit.ln_post.register_forward_pre_hook(
+        lambda module, _: modes.append(module.training)
+    )
     before = {k: v.clone() for k, v in student.state_dict().items()}
     asked = R.Recipe(
         data=R.Folders(name="toy", root="."),
@@ -193,7 +239,9 @@ def test_training_moves_what_is_not_frozen_and_the_frozen_tower_stays_in_eval(fr
     data = Dataset("toy", "none", list("abcd"), ("{c}",), [], pictures, [0, 1, 2, 3], [])
     train(student, None, teacher, cached, preprocess, data, asked, torch.device("cpu"))
     moved = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
-    assert {k for k in moved if k.startswith("tower.vit.")} == (set() if freeze else {k for k in before if k.startswith("tower.vit.")})
+    assert {k for k in moved if k.startswith("tower.vit.")} == (
+        set() if freeze else {k for k in before if k.startswith("tower.vit.")}
+    )
     assert "tower.prompts" in moved and "projector.0.weight" in moved
     assert modes and set(modes) == {not freeze}
     assert all((p.grad is None) is freeze for p in student.tower.vit.parameters())

@@ -24,7 +24,13 @@ OPEN_CLIP = R.OpenClip(
     weights="random",
     config={
         "embed_dim": 12,
-        "vision_cfg": {"image_size": 32, "layers": 4, "width": 32, "head_width": 8, "patch_size": 8},
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 4,
+            "width": 32,
+            "head_width": 8,
+            "patch_size": 8,
+        },
         "text_cfg": {"context_length": 8, "vocab_size": 16, "width": 8, "heads": 1, "layers": 1},
     },
 )
@@ -54,7 +60,10 @@ def test_it_weighs_as_its_unique_blocks_and_runs_as_deep_as_all_passes(tower):
     assert len(blocks(shared)) == 6
     one = weights.parameters(next(blocks(whole).children()))
     assert weights.parameters(whole) - weights.parameters(shared) == one * (len(blocks(whole)) - 2)
-    macs = {(n, m): weights.macs(build(tower, R.Share(blocks=n, times=m))[0], preprocess.size) for n, m in ((1, 1), (1, 2), (2, 3))}
+    macs = {
+        (n, m): weights.macs(build(tower, R.Share(blocks=n, times=m))[0], preprocess.size)
+        for n, m in ((1, 1), (1, 2), (2, 3))
+    }
     assert macs[2, 3] == macs[1, 1] + 5 * (macs[1, 2] - macs[1, 1])
 
 
@@ -92,14 +101,21 @@ def test_query_key_and_value_are_trained_through_both_passes(tower):
 def test_a_shared_student_comes_back_from_disk(tower, tmp_path):
     spec = R.Student(tower=tower, projector_hidden=None, share=R.Share(blocks=2, times=2))
     student, preprocess = students.build(spec, 6)
-    description = {"architecture": msgspec.to_builtins(spec), "embed_dim": 6, "edu_attention": None, "preprocess": msgspec.to_builtins(preprocess)}
+    description = {
+        "architecture": msgspec.to_builtins(spec),
+        "embed_dim": 6,
+        "edu_attention": None,
+        "preprocess": msgspec.to_builtins(preprocess),
+    }
     students.save(tmp_path / "s", student, None, description, np.zeros((0, 6), np.float32))
     x = torch.randn(2, 3, preprocess.size, preprocess.size)
     assert torch.equal(students.load(tmp_path / "s")[0](x), student(x))
 
 
 @BOTH
-def test_the_exported_graph_answers_as_torch_and_holds_a_second_copy_of_what_is_exchanged_only(tower):
+def test_the_exported_graph_answers_as_torch_and_holds_a_second_copy_of_what_is_exchanged_only(
+    tower,
+):
     numbers = {}
     for shuffle in (False, True):
         student, preprocess = build(tower, R.Share(blocks=2, times=3, shuffle=shuffle))
@@ -108,9 +124,15 @@ def test_the_exported_graph_answers_as_torch_and_holds_a_second_copy_of_what_is_
                 p.add_(0.05 * torch.randn_like(p))  # the exporter would merge equal zeros
         x = torch.randn(3, 3, preprocess.size, preprocess.size)
         model = graph.to_onnx(fold(student, x), x[:1], "pixels", "image_features", 17)
-        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        np.testing.assert_allclose(session.run(None, {"pixels": x.numpy()})[0], student(x).detach().numpy(), atol=1e-5)
-        numbers[shuffle] = sum(v.size for v in graph.initializers(model).values() if v.dtype == np.float32)
+        session = ort.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        np.testing.assert_allclose(
+            session.run(None, {"pixels": x.numpy()})[0], student(x).detach().numpy(), atol=1e-5
+        )
+        numbers[shuffle] = sum(
+            v.size for v in graph.initializers(model).values() if v.dtype == np.float32
+        )
         assert numbers[False] == pytest.approx(weights.parameters(student), rel=0.02)
     width = attention(blocks(student).unique[0])[0].shape[1]
     assert numbers[True] - numbers[False] == 2 * (3 * width**2 + 3 * width)
@@ -118,18 +140,27 @@ def test_the_exported_graph_answers_as_torch_and_holds_a_second_copy_of_what_is_
 
 @pytest.mark.parametrize("target", ["onnx-fp32", "onnx-int8"])
 def test_a_bundle_of_a_shared_student_is_the_student(source, tmp_path, target):
-    student = students.build(R.Student(tower=OPEN_CLIP, projector_hidden=None, share=R.Share(blocks=2, times=2)), WIDTH)[0]
+    student = students.build(
+        R.Student(tower=OPEN_CLIP, projector_hidden=None, share=R.Share(blocks=2, times=2)), WIDTH
+    )[0]
     shared = source._replace(image_encoder=student, load_text=None)
     bundle = Bundle.load(export(shared, target, toy_target(target), tmp_path / "bundle"))
     pixels = np.stack([bundle.pixels(read(p)) for p in shared.golden])
     with torch.inference_mode():
         expected = student(torch.from_numpy(normalise(pixels, shared.preprocess))).numpy()
-    assert (bundle.encode_pixels(pixels) * expected).sum(axis=1).min() > (1 - 1e-6 if target == "onnx-fp32" else 0.99)
+    assert (bundle.encode_pixels(pixels) * expected).sum(axis=1).min() > (
+        1 - 1e-6 if target == "onnx-fp32" else 0.99
+    )
     print(target, bundle.manifest["image_encoder_bytes"], weights.parameters(student))
 
 
 def test_more_blocks_than_there_are_and_a_cnn_are_refused():
-    with pytest.raises(EdgeclipError, match=r"share\.blocks: is 5, and student\.tower has 4 blocks"):
+    with pytest.raises(
+        EdgeclipError, match=r"share\.blocks: is 5, and student\.tower has 4 blocks"
+    ):
         build(OPEN_CLIP, R.Share(blocks=5))
     with pytest.raises(EdgeclipError, match="no vision transformer"):
-        build(R.Timm(model="mobilenetv4_conv_small_035", weights="random", image_size=64), R.Share(blocks=2))
+        build(
+            R.Timm(model="mobilenetv4_conv_small_035", weights="random", image_size=64),
+            R.Share(blocks=2),
+        )

