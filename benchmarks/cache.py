@@ -1,16 +1,16 @@
-"""What a cached teacher saves: the same student on the same pictures with a live teacher, with the cache, with no teacher.
+"""What a cached teacher saves: the same student on the same images with a live teacher, with the cache, with no teacher.
 
-    (a) live     teacher forward on the picture's view, student forward, backward, step
+    (a) live     teacher forward on the image's view, student forward, backward, step
     (b) cache    the teacher's row from disk instead
     (c) none     student forward, backward, step on tensors that were loaded before: the limit
 
 Student ViT-Ti/16, teachers ViT-B/32, B/16 and L/14 of open_clip with random weights (timing does not care), at 224 px, on
-JPEGs of 256 px. (a) and (b) read, decode and normalise the pictures with the training's own stream of two threads; torch has
+JPEGs of 256 px. (a) and (b) read, decode and normalize the images with the training's own stream of two threads; torch has
 one thread. Each way is a process of its own; they take turns, a round being one batch of each (a), two of (b) and of (c).
 
-    s/1000       wall time of 1,000 pictures                    CPU          user + system seconds of 1,000 pictures
+    s/1000       wall time of 1,000 images                    CPU          user + system seconds of 1,000 images
     memory       highest anonymous memory while it trains       beyond (c)   less that of (c), which imports the same
-    cache        seconds to build it, for 1,000 pictures of two views: the teacher's own time
+    cache        seconds to build it, for 1,000 images of two views: the teacher's own time
     break-even   epochs after which building the cache has paid: cache / ((a) - (b))
 
 What bounds (b): decoding. What bounds (a): the teacher.
@@ -36,15 +36,15 @@ import compare
 
 TEACHERS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 LARGEST = TEACHERS[-1]
-PICTURES, BATCH, ROUNDS, VIEWS = 32, 8, 31, 2
+IMAGES, BATCH, ROUNDS, VIEWS = 32, 8, 31, 2
 STEPS = {"live": 1, "cache": 2, "none": 2}
 
 
-def write_pictures(folder: Path) -> None:
-    from data import pictures
+def write_images(folder: Path) -> None:
+    from data import images
 
-    for i in range(PICTURES // 4):
-        for j, content in enumerate(pictures((256, 256))):
+    for i in range(IMAGES // 4):
+        for j, content in enumerate(images((256, 256))):
             (folder / f"{i:02d}-{j}.jpg").write_bytes(content)
 
 
@@ -59,13 +59,13 @@ def build(folder: Path) -> Any:
     """The cache of (b), by ViT-B/32; a row's width is all that another teacher would change."""
     import torch
 
-    from edgeclip.device.pictures import index_folder
+    from edgeclip.device.images import index_folder
     from edgeclip.host import cache, teachers
     from edgeclip.host.data import Dataset
     from edgeclip.host.recipe import Views
 
     teacher = load_teacher("ViT-B-32")
-    data = Dataset("made", "", [], (), [], index_folder(folder / "pictures"), [], [])
+    data = Dataset("made", "", [], (), [], index_folder(folder / "images"), [], [])
     views = Views(count=VIEWS)
     return cache.build(
         folder / "cache",
@@ -90,19 +90,17 @@ def worker(way: str, model: str, folder: Path) -> None:
     import torch
     from torch.nn import functional as F
 
-    from edgeclip.device.pictures import index_folder, read, stream
-    from edgeclip.device.preprocess import normalise
+    from edgeclip.device.images import index_folder, read, stream
+    from edgeclip.device.preprocess import normalize
     from edgeclip.host import recipe as R
     from edgeclip.host import student as students
     from edgeclip.host import teachers
-    from edgeclip.host.cache import open_folder, see
+    from edgeclip.host.cache import decode_view, open_folder
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    pictures = index_folder(folder / "pictures")
-    cached = open_folder(
-        next(p for p in (folder / "cache").iterdir() if len(p.name) == 16), pictures
-    )
+    images = index_folder(folder / "images")
+    cached = open_folder(next(p for p in (folder / "cache").iterdir() if len(p.name) == 16), images)
     tower = None
     width = cached.rows.shape[2]
     if way == "live":
@@ -125,16 +123,16 @@ def worker(way: str, model: str, folder: Path) -> None:
                 yield preloaded
             return
         index, view = (
-            order.integers(len(pictures), size=steps * BATCH),
+            order.integers(len(images), size=steps * BATCH),
             order.integers(VIEWS, size=steps * BATCH),
         )
 
         def make(at: int) -> Any:
             i = int(index[at])
-            return see(read(cached.pictures[i]), cached.views[i, view[at]], preprocess, i)
+            return decode_view(read(cached.images[i]), cached.views[i, view[at]], preprocess, i)
 
         for at, pixels in stream(range(steps * BATCH), make, BATCH, [], 2):
-            x = torch.from_numpy(normalise(pixels, preprocess))
+            x = torch.from_numpy(normalize(pixels, preprocess))
             if tower is None:
                 target = torch.from_numpy(cached.rows[index[at], view[at]])
             else:
@@ -195,8 +193,8 @@ def main() -> None:
     models = tuple(options.teacher) or (TEACHERS[:1] if options.quick else TEACHERS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "pictures").mkdir()
-        write_pictures(folder / "pictures")
+        (folder / "images").mkdir()
+        write_images(folder / "images")
         build(folder)
         commands = {f"live {m}": ["live", m] for m in models} | {
             "cache": ["cache", "-"],

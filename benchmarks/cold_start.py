@@ -1,7 +1,7 @@
 """Cold start: from the start of a process to the printed answer, and the memory that takes.
 
 `edgeclip classify` opens an int8 bundle with a MobileCLIP2-S0-shaped image tower and ranks ten baked labels for one
-picture. Two peers do the same:
+image. Two peers do the same:
 
     open_clip         torch and open_clip, the fp32 checkpoint (8 s and 1,100 MiB seen)
     bare onnxruntime  numpy, PIL and ONNX Runtime on the bundle's own model file, with nothing around it: the limit
@@ -10,7 +10,7 @@ The weights are random: neither time nor memory depends on their values. Text fe
 page cache is warm (each peer ran once, untimed). Time is taken when the answer arrives in the pipe, memory is the peak
 resident set of the whole process.
 
-What bounds it: importing numpy and ONNX Runtime, and ONNX Runtime's optimisation of the graph; both are in the bare
+What bounds it: importing numpy and ONNX Runtime, and ONNX Runtime's optimization of the graph; both are in the bare
 script too. What edgeclip adds is its imports, the command line, and the sha256 of the files it opens.
 
 Required: at least 12 times as fast as open_clip in at most 0.12 of its memory; at most 1.4 times the time and memory
@@ -43,14 +43,14 @@ LABELS = (
     "a shoe",
     "a clock",
 )
-PICTURES = 40
+IMAGES = 40
 ROUNDS = 30
 PEERS = Path(__file__).parent / "cold_start_peers"
 EDGECLIP = str(Path(sys.executable).with_name("edgeclip"))
 
 
 def prepare(work: Path) -> None:
-    """Pictures, labels and a checkpoint, in a process of its own so that the measuring one stays small."""
+    """Images, labels and a checkpoint, in a process of its own so that the measuring one stays small."""
     import numpy as np
     import open_clip
     import torch
@@ -58,13 +58,13 @@ def prepare(work: Path) -> None:
     from safetensors.torch import save_file
 
     rng = np.random.default_rng(0)
-    (work / "pictures").mkdir(parents=True, exist_ok=True)
-    for i in range(PICTURES):  # smooth blobs with a little grain, of a phone picture's proportions
+    (work / "images").mkdir(parents=True, exist_ok=True)
+    for i in range(IMAGES):  # smooth blobs with a little grain, of a phone image's proportions
         blobs = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize(
             (640, 480), Image.Resampling.BICUBIC
         )
         grain = np.clip(np.asarray(blobs, np.int16) + rng.integers(-12, 13, (480, 640, 3)), 0, 255)
-        Image.fromarray(grain.astype(np.uint8)).save(work / "pictures" / f"{i:02d}.jpg", quality=90)
+        Image.fromarray(grain.astype(np.uint8)).save(work / "images" / f"{i:02d}.jpg", quality=90)
     (work / "labels.txt").write_text("\n".join(LABELS) + "\n", encoding="utf-8")
     torch.manual_seed(0)
     save_file(
@@ -86,7 +86,7 @@ def bundle(work: Path) -> Path:
             "--labels",
             str(work / "labels.txt"),
             "--images",
-            str(work / "pictures"),
+            str(work / "images"),
         ]
         subprocess.run(
             [EDGECLIP, "export", *source, "--target", "onnx-int8", "--out", str(work / "bundles")],
@@ -129,10 +129,10 @@ def ranking(answer: str) -> list[str]:
 
 
 def commands(work: Path) -> dict[str, list[str]]:
-    folder, picture = bundle(work), str(work / "pictures" / "00.jpg")
-    baked = [str(folder / "class_features.npy"), str(folder / "labels.json"), picture]
+    folder, image = bundle(work), str(work / "images" / "00.jpg")
+    baked = [str(folder / "class_features.npy"), str(folder / "labels.json"), image]
     return {
-        "edgeclip classify": [EDGECLIP, "classify", picture, "--bundle", str(folder)],
+        "edgeclip classify": [EDGECLIP, "classify", image, "--bundle", str(folder)],
         "bare onnxruntime": [
             sys.executable,
             str(PEERS / "bare_onnxruntime.py"),
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument(
         "--prepare",
         type=Path,
-        help="internal: only make pictures, labels and checkpoint in this folder",
+        help="internal: only make images, labels and checkpoint in this folder",
     )
     options = parser.parse_args()
     if options.prepare:

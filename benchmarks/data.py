@@ -1,24 +1,24 @@
-"""From a JPEG's bytes to a normalised input of 224 px: images a second on one core, ours against the usual pipelines.
+"""From a JPEG's bytes to a normalized input of 224 px: images a second on one core, ours against the usual pipelines.
 
     edgeclip               one stored view as training reads it: decoded at the smallest eighth that is large enough, cut out,
-                           resized, normalised. Bicubic, as CLIP is, but where the row says bilinear
+                           resized, normalized. Bicubic, as CLIP is, but where the row says bilinear
     open_clip              its training transform (RandomResizedCrop, to RGB, ToTensor, Normalize), its defaults: PIL, bicubic
     torchvision            what ImageFolder and its reference training do: PIL, RandomResizedCrop (bilinear), to tensor, Normalize
     torchvision, tensors   the fastest that it offers: decode_jpeg to a tensor, RandomResizedCrop of uint8; bilinear and bicubic
     an eighth              no pipeline: libjpeg-turbo decodes at an eighth, the smallest it can, and nothing else is done
 
-for JPEGs of 224 x 224 and of 4000 x 3000 pixels (12 megapixels). All crop nine tenths to all of the picture's area, so that
-they decode the same pictures and resize the same share of them; each is a process of its own, one thread, and they take turns.
+for JPEGs of 224 x 224 and of 4000 x 3000 pixels (12 megapixels). All crop nine tenths to all of the image's area, so that
+they decode the same images and resize the same share of them; each is a process of its own, one thread, and they take turns.
 
 What bounds it: libjpeg-turbo's Huffman decoding, which no scaling saves: the last row. At 12 megapixels the inverse transform,
-the colour conversion and the resize of pixels that nobody will see are the rest of the others' work. `most` is that bound: how many
+the color conversion and the resize of pixels that nobody will see are the rest of the others' work. `most` is that bound: how many
 times as fast as a row any pipeline on libjpeg-turbo could be, if all but the Huffman code cost nothing.
 
 Scaled decoding is for training. Evaluation decodes whole and is PIL's own, bit for bit (`tests/test_preprocess.py`).
 
 Required, against the two defaults: never slower, and at least 4 times as fast at 12 megapixels. torchvision's tensors are what nobody
 has to be compared with by default and a sceptic will ask for: shown, at either interpolation; 4 times their speed at 12 megapixels is
-beyond the bound for pictures of 3 bits a pixel.
+beyond the bound for images of 3 bits a pixel.
 
     python benchmarks/data.py --check
 """
@@ -33,7 +33,7 @@ from typing import Any
 import compare
 
 SIZES = {"224 px": (224, 224), "12 megapixels": (4000, 3000)}
-PICTURES = 4
+IMAGES = 4
 ROUNDS = 101
 SCALE = (0.9, 1.0)
 DEFAULTS = ("open_clip", "torchvision")
@@ -42,8 +42,8 @@ FLOOR = "an eighth"
 PEERS = ("edgeclip", "edgeclip, bilinear", *DEFAULTS, *TENSORS, FLOOR)
 
 
-def pictures(size: tuple[int, int]) -> list[bytes]:
-    """JPEGs of quality 90 with a photograph's spectrum: amplitude falling with frequency, faster and weaker in the colours.
+def images(size: tuple[int, int]) -> list[bytes]:
+    """JPEGs of quality 90 with a photograph's spectrum: amplitude falling with frequency, faster and weaker in the colors.
 
     Bits a pixel, which Huffman decoding depends on, are printed: a phone's 12 megapixels take 3 to 5 MB, 2 to 3.3 bits.
     """
@@ -54,7 +54,7 @@ def pictures(size: tuple[int, int]) -> list[bytes]:
 
     w, h = size
     found = []
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         rng = np.random.default_rng(i)
         frequency = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)[None]) + 1 / max(size)
         planes = []
@@ -84,7 +84,7 @@ def worker(peer: str, folder: Path) -> None:
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     if peer.startswith("edgeclip"):
         from edgeclip.device.preprocess import Preprocess
-        from edgeclip.host.cache import draw_views, see
+        from edgeclip.host.cache import decode_view, draw_views
         from edgeclip.host.distill.pixels import to_input
         from edgeclip.host.recipe import Views
 
@@ -107,7 +107,9 @@ def worker(peer: str, folder: Path) -> None:
 
         def one(name: str, content: bytes, i: int) -> Any:
             return to_input(
-                np.stack([see(content, views[name][i % 64], spec, i)]), spec, torch.device("cpu")
+                np.stack([decode_view(content, views[name][i % 64], spec, i)]),
+                spec,
+                torch.device("cpu"),
             )
 
     elif peer == FLOOR:
@@ -157,7 +159,7 @@ def worker(peer: str, folder: Path) -> None:
         name, count = request["size"], request["count"]
         start = time.process_time()
         for i in range(count):
-            shape = tuple(np.shape(one(name, files[name][i % PICTURES], i)))
+            shape = tuple(np.shape(one(name, files[name][i % IMAGES], i)))
         return {"per_second": count / (time.process_time() - start), "shape": shape}
 
     compare.serve(answer)
@@ -169,9 +171,9 @@ def threads(name: str, files: list[bytes], count: int, n: int) -> dict[str, floa
 
     import torch
 
-    from edgeclip.device.pictures import stream
+    from edgeclip.device.images import stream
     from edgeclip.device.preprocess import Preprocess
-    from edgeclip.host.cache import draw_views, see
+    from edgeclip.host.cache import decode_view, draw_views
     from edgeclip.host.distill.pixels import to_input
     from edgeclip.host.recipe import Views
 
@@ -179,7 +181,7 @@ def threads(name: str, files: list[bytes], count: int, n: int) -> dict[str, floa
     view = draw_views(*SIZES[name], Views(count=2, scale=SCALE), random.Random(0))[1]
     start, cpu = time.perf_counter(), time.process_time()
     for _, pixels in stream(
-        range(count), lambda i: see(files[i % PICTURES], view, spec, i), 32, [], n
+        range(count), lambda i: decode_view(files[i % IMAGES], view, spec, i), 32, [], n
     ):
         to_input(pixels, spec, torch.device("cpu"))
     wall = time.perf_counter() - start
@@ -197,7 +199,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, size in SIZES.items():
             (Path(folder) / name).mkdir()
-            for i, content in enumerate(pictures(size)):
+            for i, content in enumerate(images(size)):
                 (Path(folder) / name / f"{i}.jpg").write_bytes(content)
         measure(Path(folder), here, options)
 
@@ -212,8 +214,12 @@ def measure(folder: Path, here: dict[str, Any], options: argparse.Namespace) -> 
             for p in PEERS:
                 assert ask[p](size=size, count=2)["shape"][-3:] == [3, 224, 224]  # warm
             rounds_of[size] = compare.interleave(
-                {p: lambda p=p: ask[p](size=size, count=count) for p in PEERS}, ROUNDS
-            )  # noqa: B023  (called in this turn)
+                {
+                    p: lambda p=p, size=size, count=count: ask[p](size=size, count=count)
+                    for p in PEERS
+                },
+                ROUNDS,
+            )
     rows, figures, required = [], {}, []
     for size, rounds in rounds_of.items():
         for p in PEERS:

@@ -2,7 +2,7 @@
 
 Random weights: what is shown is that the graph exports, that its float form equals torch, that int8 runs in ONNX Runtime
 and that TensorRT-RTX parses and builds both towers; accuracy is for trained students. Forms are the policy's own, without
-the search (8 calibration pictures, minmax, every candidate layer), so that a family costs a minute or two.
+the search (8 calibration images, minmax, every candidate layer), so that a family costs a minute or two.
 
     docs/targets.jsonl     a line a family, appended when it is done; a family that is there is not run again
     docs/targets.md        the table, between two marks (--write)
@@ -115,7 +115,7 @@ def measure(name: str) -> dict[str, Any]:
     from edgeclip.device import target
     from edgeclip.device.metrics import cosine
     from edgeclip.host.export.lint import lint
-    from edgeclip.host.export.onnxruntime import calibrate, quantise, write_text
+    from edgeclip.host.export.onnxruntime import calibrate, quantize, write_text
     from edgeclip.host.graph import trace as graph
     from edgeclip.host.graph.float16 import to_fp16
     from edgeclip.host.towers.fold import fold
@@ -141,9 +141,9 @@ def measure(name: str) -> dict[str, Any]:
         row["float_error"] = max(float(np.abs(run(x[:b]) - expected[:b]).max()) for b in (1, 3))
         calibrated = calibrate(model, x, "minmax")
         products = graph.matrix_products(calibrated.model)
-        graph.save(quantise(calibrated, products, activations="uint8"), paths["onnx-int8"])
+        graph.save(quantize(calibrated, products, activations="uint8"), paths["onnx-int8"])
         graph.save(
-            to_fp16(quantise(calibrated, products, activations="int8", for_tensorrt=True)),
+            to_fp16(quantize(calibrated, products, activations="int8", for_tensorrt=True)),
             paths["tensorrt-int8"],
         )
         row["int8_layers"] = len(products)

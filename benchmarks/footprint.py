@@ -2,7 +2,7 @@
 
 The wheels are those that `--device` brings (pip, for the platform and Python named); unpacked is what lies on the board. Import
 and classification run here, on x86-64, with the loopback's runner and a Python that sees nothing else: `edgeclip.device.bundle` is imported,
-a golden picture of an int8 bundle is ranked among its labels. Time is the whole process; memory is VmHWM at its end.
+a golden image of an int8 bundle is ranked among its labels. Time is the whole process; memory is VmHWM at its end.
 
 What bounds it: numpy's and ONNX Runtime's own libraries. Nothing is required; docs/devices.md quotes it.
 
@@ -31,7 +31,7 @@ PLATFORMS = {
 }
 CODE = {
     "import": "import edgeclip.device.bundle",
-    "one classification": "import sys; from edgeclip.device.bundle import Bundle; b = Bundle.load(sys.argv[1]); b.classify(b.folder / b.manifest['golden']['pictures'][0])",
+    "one classification": "import sys; from edgeclip.device.bundle import Bundle; b = Bundle.load(sys.argv[1]); b.classify(b.folder / b.manifest['golden']['images'][0])",
 }
 PEAK = "\nimport re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from edgeclip.device.bench import WARM_UP, run_scenario
 from edgeclip.device.bundle import Bundle
-from edgeclip.device.preprocess import normalise
+from edgeclip.device.preprocess import normalize
 from edgeclip.device.runtime import open_session
 from edgeclip.errors import EdgeclipError
 
@@ -79,7 +79,7 @@ def harness_alone(options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def golden_input(bundle: Bundle) -> np.ndarray:
-    return normalise(np.load(bundle.folder / "golden" / "pixels.npy")[:1], bundle.preprocess)
+    return normalize(np.load(bundle.folder / "golden" / "pixels.npy")[:1], bundle.preprocess)
 
 
 def worker(folder: Path) -> None:
@@ -176,7 +176,7 @@ def measure(run: Path, options: Any) -> None:
         folder = Path(temporary)
         np.save(folder / "x.npy", golden_input(ort))
         (folder / "bare.py").write_text(BARE)
-        # A copy without a run around it: the golden pictures are the samples on both sides.
+        # A copy without a run around it: the golden images are the samples on both sides.
         for b in (ort, vino):
             subprocess.run(["cp", "-r", str(b.folder), str(folder)], check=True)
         ort, vino = (Bundle.load(folder / n, threads=1) for n in names)
@@ -211,7 +211,7 @@ def measure(run: Path, options: Any) -> None:
                 ("bench, openvino", "benchmark_app", 0.05, 2),
                 ("edgeclip bench, loopback", "edgeclip bench, host-cpu", 0.05, 2),
             )
-            # Pair by pair, so that the two of a round are neighbours in time; the quick ones more often.
+            # Pair by pair, so that the two of a round are neighbors in time; the quick ones more often.
             measured = [
                 compare.interleave({a: sides[a], b: sides[b]}, times * compare.MIN_PAIRS)
                 for a, b, _, times in pairs

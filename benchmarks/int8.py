@@ -1,6 +1,6 @@
 """Int8 beside its rivals: latency, bytes, closeness to float32, and accuracy where the student is trained.
 
-One float ONNX graph (folded, dynamic batch) is what every rival starts from, with the same calibration pictures:
+One float ONNX graph (folded, dynamic batch) is what every rival starts from, with the same calibration images:
 
     torch fp32, ORT fp32, OpenVINO fp32     what int8 is measured against
     ORT dynamic                             onnxruntime.quantization.quantize_dynamic, its defaults
@@ -12,15 +12,15 @@ One float ONNX graph (folded, dynamic batch) is what every rival starts from, wi
     edgeclip onnx-int8, openvino-int8       what `edgeclip export` writes, search and all
 
 Each engine is a process of its own that answers single queries (batch 1); they take turns, and ratios are formed within
-a round. Closeness is over pictures that gave no ranges and that no search has seen: first percentile of the centred cosine, share of equal top-1
-answers. R@1 of a run is over up to 400 of the test pictures that it keeps for parity. Random weights (MobileCLIP2-S0, ViT-B-32) serve for speed and bytes alone: their cosines say little.
+a round. Closeness is over images that gave no ranges and that no search has seen: first percentile of the centered cosine, share of equal top-1
+answers. R@1 of a run is over up to 400 of the test images that it keeps for parity. Random weights (MobileCLIP2-S0, ViT-B-32) serve for speed and bytes alone: their cosines say little.
 
 What bounds it: with VNNI the int8 products; depthwise convolutions and small maps are bound by memory.
 
 Required: no plain rival of the same runtime is both faster and more exact than edgeclip's target; edgeclip's best is the
-fastest of all whose centred cosine is no worse than its own by more than 0.005.
+fastest of all whose centered cosine is no worse than its own by more than 0.005.
 
-    python benchmarks/int8.py --pictures DIR --model MobileCLIP2-S0 --model ViT-B-32 --run runs/quickstart --threads 1 --threads 2
+    python benchmarks/int8.py --images DIR --model MobileCLIP2-S0 --model ViT-B-32 --run runs/quickstart --threads 1 --threads 2
 """
 
 import argparse
@@ -44,18 +44,18 @@ WARM_UP, QUERIES = 10, 5
 SAME, SCORED = 0.005, 400
 
 
-def prepare(source: Any, pictures: list[Any], count: int, folder: Path) -> dict[str, np.ndarray]:
+def prepare(source: Any, images: list[Any], count: int, folder: Path) -> dict[str, np.ndarray]:
     """Writes float.onnx; returns the inputs: {"ranges", "judged" (by the search), "fresh" (for the table)}."""
     import torch
 
-    from edgeclip.device.pictures import read
-    from edgeclip.device.preprocess import normalise, open_picture, to_pixels
+    from edgeclip.device.images import read
+    from edgeclip.device.preprocess import normalize, open_image, to_pixels
     from edgeclip.host.graph import trace as graph
     from edgeclip.host.towers.fold import fold
 
-    order = np.random.default_rng(0).permutation(len(pictures))[: 3 * count]
-    x = normalise(
-        np.stack([to_pixels(open_picture(read(pictures[i])), source.preprocess) for i in order]),
+    order = np.random.default_rng(0).permutation(len(images))[: 3 * count]
+    x = normalize(
+        np.stack([to_pixels(open_image(read(images[i])), source.preprocess) for i in order]),
         source.preprocess,
     )
     example = torch.from_numpy(x[:1])
@@ -146,14 +146,13 @@ def rivals(folder: Path, ranges: np.ndarray, modelopt: str | None) -> dict[str, 
 def ours(
     folder: Path, inputs: dict[str, np.ndarray], answers: Any, trained: bool
 ) -> dict[str, Path]:
-    """What export's search chooses. trained: False asks no closeness of it, because random weights answer every picture almost alike."""
+    """What export's search chooses. trained: False asks no closeness of it, because random weights answer every image almost alike."""
     import msgspec
     import onnx
 
     from edgeclip.device import target as T
     from edgeclip.errors import Refused
     from edgeclip.host.export import EXPORTERS
-    from edgeclip.host.export.calibration import Pictures
     from edgeclip.host.export.search import search
 
     found = {}
@@ -165,14 +164,14 @@ def ours(
         )
         if not trained:
             target = msgspec.structs.replace(
-                target, tolerance=msgspec.structs.replace(target.tolerance, centred_cosine_p1=-1.0)
+                target, tolerance=msgspec.structs.replace(target.tolerance, centered_cosine_p1=-1.0)
             )
         exporter = importlib.import_module(EXPORTERS[target.runtime])
         model, before = onnx.load(folder / "float.onnx"), time.perf_counter()
         try:
             chosen, record = search(
                 model,
-                Pictures(
+                CalibrationImages(
                     inputs["ranges"], inputs["judged"], [], np.full(len(inputs["judged"]), -1)
                 ),
                 target,
@@ -246,36 +245,36 @@ def student(name: str) -> Any:
 def measure(
     name: str, photos: list[Any], options: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    from edgeclip.device.images import index_tar, read
     from edgeclip.device.metrics import cosine
-    from edgeclip.device.pictures import index_tar, read
-    from edgeclip.device.preprocess import normalise, open_picture, to_pixels
+    from edgeclip.device.preprocess import normalize, open_image, to_pixels
     from edgeclip.device.validate import decide, load_evaluation
     from edgeclip.device.zero_shot import class_scores
 
     label, source = Path(name).name, student(name)
-    pictures = source.calibration() or photos
+    images = source.calibration() or photos
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "student.torch").write_text(name)
-        inputs = prepare(source, pictures, 32 if options.quick else 96, folder)
+        inputs = prepare(source, images, 32 if options.quick else 96, folder)
         np.save(folder / "fresh.npy", inputs["fresh"])
 
         def answers(features: np.ndarray) -> np.ndarray:
             return class_scores(features, source.class_features, source.head).argmax(axis=1)
 
-        labelled = answers if len(source.class_features) else None
+        labeled = answers if len(source.class_features) else None
         evaluation = (
             load_evaluation(Path(name) / "evaluation", SCORED) if Path(name).is_dir() else None
         )
         if evaluation:
-            every = index_tar(evaluation.folder / "pictures.tar")
+            every = index_tar(evaluation.folder / "images.tar")
             pixels = np.stack(
                 [
-                    to_pixels(open_picture(read(every[i])), source.preprocess)
+                    to_pixels(open_image(read(every[i])), source.preprocess)
                     for i in evaluation.chosen
                 ]
             )
-            np.save(folder / "scored.npy", normalise(pixels, source.preprocess))
+            np.save(folder / "scored.npy", normalize(pixels, source.preprocess))
 
         def of(engine: Any, which: str) -> np.ndarray:
             return np.array(engine(features=which)["features"], np.float32)
@@ -283,7 +282,7 @@ def measure(
         files = {
             "torch fp32": folder / "student.torch",
             **rivals(folder, inputs["ranges"], options.modelopt),
-            **ours(folder, inputs, labelled, evaluation is not None),
+            **ours(folder, inputs, labeled, evaluation is not None),
         }
         figures: dict[str, Any] = {}
         required: list[dict[str, Any]] = []
@@ -302,7 +301,7 @@ def measure(
                         )
                         same = (
                             float((answers(features) == answers(reference)).mean())
-                            if labelled
+                            if labeled
                             else None
                         )
                         right = (
@@ -319,7 +318,7 @@ def measure(
                         )
                         figures[e] = {
                             "bytes": size,
-                            "centred_cosine_p1": cosine(features, reference)["centred_p1"],
+                            "centered_cosine_p1": cosine(features, reference)["centered_p1"],
                             "top1_agreement": same,
                         }
                         figures[e]["accuracy"] = None if right is None else float(right)
@@ -336,7 +335,7 @@ def measure(
                 )._asdict()
             for own, others in RIVALS.items():
                 for rival in (r for r in others if r in files and own in files):
-                    if figures[rival]["centred_cosine_p1"] > figures[own]["centred_cosine_p1"]:
+                    if figures[rival]["centered_cosine_p1"] > figures[own]["centered_cosine_p1"]:
                         required.append(
                             compare.judge(
                                 f"{label}, {threads} thread(s): {own} over {rival} (more exact)",
@@ -351,7 +350,8 @@ def measure(
                     e
                     for e in files
                     if e not in EDGECLIP
-                    and figures[e]["centred_cosine_p1"] >= figures[best]["centred_cosine_p1"] - SAME
+                    and figures[e]["centered_cosine_p1"]
+                    >= figures[best]["centered_cosine_p1"] - SAME
                 ):
                     required.append(
                         compare.judge(
@@ -375,7 +375,7 @@ def measure(
                     e,
                     *times,
                     f"{f['bytes'] / 2**20:.1f}",
-                    f"{f['centred_cosine_p1']:.4f}",
+                    f"{f['centered_cosine_p1']:.4f}",
                     same,
                     right,
                 ]
@@ -383,7 +383,7 @@ def measure(
         heads = [h for t in options.threads for h in (f"ms, {t} thread(s)", "times torch")]
         print(f"{label}, batch 1")
         compare.table(
-            rows, ["engine", *heads, "MiB", "centred cosine p1", "top-1 agreement", "R@1"]
+            rows, ["engine", *heads, "MiB", "centered cosine p1", "top-1 agreement", "R@1"]
         )
     return figures, required
 
@@ -394,7 +394,7 @@ def main() -> None:
         return
     parser = compare.arguments(__doc__)
     parser.add_argument(
-        "--pictures",
+        "--images",
         type=Path,
         required=True,
         help="a folder of photos, or a WebDataset shard, for calibration and closeness",
@@ -414,13 +414,13 @@ def main() -> None:
     parser.add_argument("--modelopt", help="the Python of an environment that has nvidia-modelopt")
     options: argparse.Namespace = parser.parse_args()
     options.threads = options.threads or [1]
-    from edgeclip.device.pictures import index_folder, index_tar
+    from edgeclip.device.images import index_folder, index_tar
 
     here = compare.this_machine()
     photos = (
-        index_tar(options.pictures)
-        if options.pictures.suffix == ".tar"
-        else index_folder(options.pictures)
+        index_tar(options.images)
+        if options.images.suffix == ".tar"
+        else index_folder(options.images)
     )
     figures, required = {}, []
     for name in [*options.model, *map(str, options.run)]:

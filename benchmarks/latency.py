@@ -1,14 +1,14 @@
 """Latency of one query, batch 1 and one thread: the exported bundles beside the torch student they came from.
 
 Each engine is a persistent process of its own that loads, warms up, and on request times QUERIES single queries of the
-same picture and answers with their median. The engines take turns, and a ratio is formed within a round.
+same image and answers with their median. The engines take turns, and a ratio is formed within a round.
 
     torch fp32                 the student as it was trained: eager, not folded
     torch fp32, channels_last  the same in the memory layout that suits torch's convolutions: shown, not required
-    onnx-fp32                  what folding and ONNX Runtime bring without quantisation: shown, not required
+    onnx-fp32                  what folding and ONNX Runtime bring without quantization: shown, not required
     onnx-int8, openvino-int8   what ships
 
-Only the image encoder is timed: normalised pixels in, features out. Each engine's features are compared with torch's
+Only the image encoder is timed: normalized pixels in, features out. Each engine's features are compared with torch's
 first, since a fast wrong model is none; accuracy itself is `edgeclip validate`'s business.
 
 What bounds it: with VNNI the int8 convolutions; depthwise ones and small feature maps are bound by memory and by the
@@ -40,12 +40,12 @@ def torch_student(run: Path, channels_last: bool) -> tuple[Callable[[], Any], st
     """(a function that answers one query, version)"""
     import torch
 
-    from edgeclip.device.preprocess import normalise
+    from edgeclip.device.preprocess import normalize
     from edgeclip.host import student as students
 
     torch.set_num_threads(1)
     student, _, preprocess, _ = students.load(run / "student")
-    x = torch.from_numpy(normalise(picture(run), preprocess))
+    x = torch.from_numpy(normalize(image(run), preprocess))
     if channels_last:
         student, x = (
             student.to(memory_format=torch.channels_last),
@@ -61,14 +61,14 @@ def torch_student(run: Path, channels_last: bool) -> tuple[Callable[[], Any], st
 
 def bundled(run: Path, name: str) -> tuple[Callable[[], Any], str]:
     from edgeclip.device.bundle import Bundle
-    from edgeclip.device.preprocess import normalise
+    from edgeclip.device.preprocess import normalize
 
     bundle = Bundle.load(run / "bundles" / name, threads=1)
-    x, session = normalise(picture(run), bundle.preprocess), bundle.image_encoder
+    x, session = normalize(image(run), bundle.preprocess), bundle.image_encoder
     return lambda: session.run(x), f"{session.facts['runtime']} {session.facts['version']}"
 
 
-def picture(run: Path) -> Any:
+def image(run: Path) -> Any:
     """uint8 [1, H, W, 3]: one and the same for every engine."""
     import numpy as np
 

@@ -8,13 +8,13 @@ the same views, order and start of the student. Methods differ in `losses` alone
     small    the same at 80 px: under a fifteenth of the teacher's multiply-accumulates
     vit      a ViT as the student, every weight trained (recipes/*-vit.yaml: clothing and grocery): where EduAttention's paper has it,
              as near as it can be had where no ViT's weights come with pip
-    frozen   the tower's features stay, projector and EduAttention are trained: minutes, and labelled so
+    frozen   the tower's features stay, projector and EduAttention are trained: minutes, and labeled so
 
-A loss that needs texts takes the prompt of a picture's class: its label in the base half, the adapted teacher's first
+A loss that needs texts takes the prompt of an image's class: its label in the base half, the adapted teacher's first
 choice elsewhere (`captions: classes`). Weights within a mix are the papers' own (CLIP-KD, CLIP-RD,
-CLIP-Embed-KD); KL is a mean over pictures at weight 1 and IFAlign's lambda 100, the setting of a first trial. Nothing here was
+CLIP-Embed-KD); KL is a mean over images at weight 1 and IFAlign's lambda 100, the setting of a first trial. Nothing here was
 tuned on the test parts; how the teacher is assembled and adapted was (docs/results.md). A run scores its validation part
-(OpenMoji: the unlabelled concepts) and its test part once:
+(OpenMoji: the unlabeled concepts) and its test part once:
 
     docs/methods.jsonl     a line a run, appended when it is done; a run that is there is not run again
     docs/results.md        the tables, between two marks (--write)
@@ -92,12 +92,12 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 class Part(NamedTuple):
-    """One evaluation set's pictures through the two frozen towers."""
+    """One evaluation set's images through the two frozen towers."""
 
     name: str
     classes: list[int]
     labels: np.ndarray
-    pictures: list[Any]
+    images: list[Any]
     teacher_rows: np.ndarray
     tower_features: np.ndarray
 
@@ -136,7 +136,7 @@ def prepare(name: str, regime: str, roots: tuple[str, ...], folder: Path) -> Ben
         }
     else:
         of = {s.name: s for s in dataset.evaluation}
-        sets = {"val": [of["unlabelled concepts"]], "test": [of["held-out concepts"]]}
+        sets = {"val": [of["unlabeled concepts"]], "test": [of["held-out concepts"]]}
     cpu = torch.device("cpu")
     teacher = teachers.load(asked.teacher)
     tower = teachers.folded(teacher)
@@ -163,16 +163,14 @@ def prepare(name: str, regime: str, roots: tuple[str, ...], folder: Path) -> Ben
         parts[which] = []
         for s in evaluation:
             _, of_teacher = image_features(
-                tower, s.pictures, teacher.preprocess, f"teacher: {which} {s.name}", cpu, 8
+                tower, s.images, teacher.preprocess, f"teacher: {which} {s.name}", cpu, 8
             )
             kept, of_student = image_features(
-                student.tower, s.pictures, preprocess, f"student: {which} {s.name}", cpu
+                student.tower, s.images, preprocess, f"student: {which} {s.name}", cpu
             )
-            labels = np.array([s.classes.index(s.pictures[i].label) for i in kept])
+            labels = np.array([s.classes.index(s.images[i].label) for i in kept])
             parts[which].append(
-                Part(
-                    s.name, s.classes, labels, [s.pictures[i] for i in kept], of_teacher, of_student
-                )
+                Part(s.name, s.classes, labels, [s.images[i] for i in kept], of_teacher, of_student)
             )
     return Bench(asked, dataset, teacher, cached, features, parts)
 
@@ -193,11 +191,11 @@ def fingerprints(bench: Bench, name: str, method: str, regime: str) -> dict[str,
     code computes takes the lines out of the log.
     """
     written = yaml.safe_load(recipe_of(name, regime).read_text(encoding="utf-8"))
-    pictures = {
-        which: [[p.name, [x.key for x in p.pictures]] for p in parts]
+    images = {
+        which: [[p.name, [x.key for x in p.images]] for p in parts]
         for which, parts in bench.parts.items()
     }
-    shared = {f: written[f] for f in ("teacher", "adapt", "views")} | {"pictures": pictures}
+    shared = {f: written[f] for f in ("teacher", "adapt", "views")} | {"images": images}
     schedule = {}
     if method in METHODS:
         resolved = described(bench, METHODS[method], regime, 0).train
@@ -274,7 +272,7 @@ def run(
 
     def features(part: Part) -> np.ndarray:
         if regime != "frozen":
-            return image_features(student, part.pictures, preprocess, part.name, cpu)[1]
+            return image_features(student, part.images, preprocess, part.name, cpu)[1]
         with torch.inference_mode():
             return F.normalize(
                 student.projector(torch.from_numpy(part.tower_features)), dim=-1
@@ -368,7 +366,7 @@ def trial(
                     result = scored(bench, features, None)
                 else:
                     result = run(bench, METHODS[method], regime, seed, teacher)
-                append(key | {"pictures": counts, "threads": torch.get_num_threads()} | result, LOG)
+                append(key | {"images": counts, "threads": torch.get_num_threads()} | result, LOG)
                 print(
                     f"{name} {method} seed {seed}: {result['test']} ({result.get('seconds', 0)} s)",
                     flush=True,

@@ -88,9 +88,7 @@ def difference(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]]) -> di
 
 def bootstrap(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, float]:
     """95 % percentile interval of mean figure(a) - mean figure(b); both are drawn with the same seeds and the same photos."""
-    seeds, counts = _draws(
-        len(a), tuple(a[0]["pictures"][name] for name in a[0]["hits"]), BOOTSTRAPS
-    )
+    seeds, counts = _draws(len(a), tuple(a[0]["images"][name] for name in a[0]["hits"]), BOOTSTRAPS)
     parts = []
     for name, drawn in zip(a[0]["hits"], counts, strict=True):
         rows = np.stack([_hits(run, name) for run in (*a, *b)]).astype(np.float32)
@@ -118,7 +116,7 @@ def _draws(seeds: int, photos: tuple[int, ...], times: int) -> tuple[np.ndarray,
 
 def _hits(run: dict[str, Any], name: str) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(run["hits"][name]), np.uint8))[
-        : run["pictures"][name]
+        : run["images"][name]
     ]
 
 
@@ -160,7 +158,7 @@ def tables(log: list[dict[str, Any]]) -> str:
             keys = (
                 ["base", "novel", "harmonic mean"]
                 if "harmonic mean" in first["test"]
-                else list(first["pictures"]) + [f"{k} R@5" for k in first["pictures"]]
+                else list(first["images"]) + [f"{k} R@5" for k in first["images"]]
             )
             reference = own.get("PromptKD", {})
             rows = []
@@ -192,7 +190,7 @@ def tables(log: list[dict[str, Any]]) -> str:
                         else _interval(paired)
                     )
                 )
-            pictures = ", ".join(f"{n} {k}" for k, n in first["pictures"].items())
+            images = ", ".join(f"{n} {k}" for k, n in first["images"].items())
             seconds = [
                 r["seconds"]
                 for m, of in own.items()
@@ -200,7 +198,7 @@ def tables(log: list[dict[str, Any]]) -> str:
                 for r in of.values()
             ]
             out.append(
-                f"### {name}: {title}\n\nTest pictures: {pictures}. {len(seconds)} runs, median {np.median(seconds):.0f} s each.\n"
+                f"### {name}: {title}\n\nTest images: {images}. {len(seconds)} runs, median {np.median(seconds):.0f} s each.\n"
             )
             headers = [
                 "method",

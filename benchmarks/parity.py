@@ -1,9 +1,9 @@
 """What a target costs in accuracy, over several runs together: pooled drop, its 95 % limit, and who keeps the right answers.
 
-Reads the parity reports that `edgeclip validate` left in each run, one a target; nothing is measured here. Pictures of all
-runs are pooled as one sample: a drop is (right before and wrong after, minus the other way round) over all pictures, its
-limit that of edgeclip/device/metrics.py. A picture that float32 answers rightly and the target otherwise is a lost one, so the
-agreement on those is 1 - lost / right. A run counts by its headline sets only: test pictures, each once.
+Reads the parity reports that `edgeclip validate` left in each run, one a target; nothing is measured here. Images of all
+runs are pooled as one sample: a drop is (right before and wrong after, minus the other way round) over all images, its
+limit that of edgeclip/device/metrics.py. An image that float32 answers rightly and the target otherwise is a lost one, so the
+agreement on those is 1 - lost / right. A run counts by its headline sets only: test images, each once.
 
     edgeclip distill recipes/clothing.yaml --data DIR ; edgeclip export --run runs/clothing --target onnx-int8 ; edgeclip validate --run runs/clothing
     python benchmarks/parity.py --run runs/clothing --run runs/grocery --check
@@ -19,15 +19,15 @@ from edgeclip.device.metrics import paired_drop
 
 
 def counted(name: str, target: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """reports: parity reports; their pictures are pooled."""
+    """reports: parity reports; their images are pooled."""
     sets = [s for r in reports for s in r["sets"]]
-    n, lost, won = (int(sum(s[k] for s in sets)) for k in ("pictures", "lost", "won"))
-    right = round(sum(s["reference_r1"] * s["pictures"] for s in sets))
+    n, lost, won = (int(sum(s[k] for s in sets)) for k in ("images", "lost", "won"))
+    right = round(sum(s["reference_top1"] * s["images"] for s in sets))
     drop = paired_drop(lost, won, n)
     return {
         "runs": name,
         "target": target,
-        "pictures": n,
+        "images": n,
         "float32_r1": right / n,
         "target_r1": (right - lost + won) / n,
         **drop,
@@ -61,7 +61,7 @@ def main() -> None:
     shown = {
         "target": "",
         "runs": "",
-        "pictures": "",
+        "images": "",
         "float32_r1": ".4f",
         "target_r1": ".4f",
         "drop_pp": ".2f",
@@ -74,7 +74,7 @@ def main() -> None:
         [
             "target",
             "run",
-            "pictures",
+            "images",
             "R@1 float32",
             "R@1 target",
             "drop, pp",
@@ -89,7 +89,7 @@ def main() -> None:
                 compare.exact(
                     f"{row['target']}, {row['runs']}: drop, pp",
                     row["drop_pp"],
-                    n=row["pictures"],
+                    n=row["images"],
                     at_most=0.5,
                 )
             )
@@ -97,7 +97,7 @@ def main() -> None:
                 compare.exact(
                     f"{row['target']}, {row['runs']}: its 95 % limit, pp",
                     row["upper_pp"],
-                    n=row["pictures"],
+                    n=row["images"],
                     at_most=1.0,
                 )
             )
@@ -105,7 +105,7 @@ def main() -> None:
                 compare.exact(
                     f"{row['target']}, {row['runs']}: kept where float32 is right",
                     row["kept"],
-                    n=row["pictures"],
+                    n=row["images"],
                     at_least=0.98,
                 )
             )

@@ -5,10 +5,10 @@ a process of its own, into runs/quickstart-seed-N. The seed moves the views, the
 of the concepts (`split_seed`) stays, so every seed is asked the same held-out words. About four minutes a seed on two
 cores; the runs are started afresh unless --reuse is given, which resumes or takes what lies there.
 
-What bounds it: the teacher. The student is trained to agree with it on pictures whose words it has never been told, so
+What bounds it: the teacher. The student is trained to agree with it on images whose words it has never been told, so
 a ratio near 1 is all that distillation can promise, and the teacher's own figure moves with the seed as well. With 478
 held-out concepts the standard error of one R@1 is about two points; teacher and student are scored on the same
-pictures, so their ratio is steadier than either.
+images, so their ratio is steadier than either.
 
 Required: the student's mean held-out R@1 over three seeds at least 0.95 of the teacher's mean; its multiply-accumulates
 at most a sixth of the teacher's. --quick runs seed 0 only, which leaves the first of them unjudged.
@@ -34,7 +34,7 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 RUNS = Path("runs")
 SEEDS = (0, 1, 2)
 HELD_OUT = "held-out concepts"
-SETS = (HELD_OUT, "unlabelled concepts", "line drawings")
+SETS = (HELD_OUT, "unlabeled concepts", "line drawings")
 CHILD = "import sys; from pathlib import Path; from edgeclip.host.distill.run import distill; distill(Path(sys.argv[1]), out=Path(sys.argv[2]), fresh=sys.argv[3] == 'fresh')"
 
 
@@ -97,22 +97,24 @@ def main() -> None:
     rows, means = [], {}
     for name in SETS:
         for model in ("teacher", "student"):
-            scores = {k: [score(r, name, model, k) for r in runs.values()] for k in ("r1", "r5")}
+            scores = {
+                k: [score(r, name, model, k) for r in runs.values()] for k in ("top1", "top5")
+            }
             means[f"{name}, {model}"] = {k: statistics.mean(v) for k, v in scores.items()}
             rows.append(
                 [
                     name,
                     model,
-                    *(f"{v:.3f}" for v in scores["r1"]),
-                    *(f"{statistics.mean(scores[k]):.3f}" for k in ("r1", "r5")),
+                    *(f"{v:.3f}" for v in scores["top1"]),
+                    *(f"{statistics.mean(scores[k]):.3f}" for k in ("top1", "top5")),
                 ]
             )
     compare.table(rows, ["set", "model", *(f"R@1 seed {s}" for s in seeds), "mean R@1", "mean R@5"])
     each = {
-        seed: score(r, HELD_OUT, "student", "r1") / score(r, HELD_OUT, "teacher", "r1")
+        seed: score(r, HELD_OUT, "student", "top1") / score(r, HELD_OUT, "teacher", "top1")
         for seed, r in runs.items()
     }
-    ratio = means[f"{HELD_OUT}, student"]["r1"] / means[f"{HELD_OUT}, teacher"]["r1"]
+    ratio = means[f"{HELD_OUT}, student"]["top1"] / means[f"{HELD_OUT}, teacher"]["top1"]
     macs = max(
         r["models"]["student"]["macs"] / r["models"]["teacher"]["macs"] for r in runs.values()
     )

@@ -51,7 +51,7 @@ READINGS: dict[str, dict[str, Any]] = {
     "lambda 300": reading({"weight": 300}),
     "lambda 1000": reading({"weight": 1000}),
     "A1 axis: channels": reading({"axis": "channels"}),
-    "A2 raw features": reading({"normalise": False}),
+    "A2 raw features": reading({"normalize": False}),
     "A3 sum, lambda 1": reading({"reduction": "sum", "weight": 1}),
     "A9 IFAlign of f_e": reading({"features": "head"}),
     "A13 moving average .9": reading({"momentum": 0.9}),
@@ -60,13 +60,13 @@ READINGS: dict[str, dict[str, Any]] = {
     "no FC": reading(edu_attention={"fc": "none"}),
     "A6 C .02": reading(edu_attention={"temperature": 0.02}),
     "A6 C 1": reading(edu_attention={"temperature": 1.0}),
-    "A6 C learnt": reading(edu_attention={"learn_temperature": True}),
+    "A6 C learned": reading(edu_attention={"learn_temperature": True}),
     "A6 raw query, C sqrt(D)": reading(
         edu_attention={"query": "raw", "temperature": 19.6, "keep": False}
     ),
     "A7 axis: batch": reading(edu_attention={"axis": "batch", "keep": False}),
     "A8 adds to the teacher's": reading(edu_attention={"residual": "teacher"}),
-    "A10 f_e not normalised": reading(edu_attention={"normalise": False}),
+    "A10 f_e not normalized": reading(edu_attention={"normalize": False}),
     "tau .0125": reading(kl={"temperature": 0.25}),
     "tau .025": reading(kl={"temperature": 0.5}),
     "tau .1": reading(kl={"temperature": 2.0}),
@@ -84,7 +84,7 @@ def runs(name: str, readings: list[str], roots: tuple[str, ...], folder: Path) -
     )
     for r, seed in missing:
         result = methods.run(bench, READINGS[r], "frozen", seed, methods.adapted(bench, seed))
-        # A head that needs more than one picture's unit feature does not ship (keep: false): its student is scored without it.
+        # A head that needs more than one image's unit feature does not ship (keep: false): its student is scored without it.
         part = result["test" if name == CHECK else "val"]
         score = part.get("harmonic mean", part.get("held-out concepts"))
         line = {

@@ -1,11 +1,11 @@
 """What a teacher cache costs before a row is used: opening, a shuffled epoch's bookkeeping, memory; and what a row costs.
 
-For 10^4, 10^6 and 10^8 pictures of two views (sparse files: they have the size and the shards of real ones, and no content),
+For 10^4, 10^6 and 10^8 images of two views (sparse files: they have the size and the shards of real ones, and no content),
 each in a process of its own:
 
     open         `open_folder`: one manifest, and a look at each file's size
     shuffled     milliseconds a batch of 1,024 random rows with their views' parameters (holes of a sparse file: no disk)
-    epoch        the order of all pictures and the choice of a view for each, batch by batch, nothing read
+    epoch        the order of all images and the choice of a view for each, batch by batch, nothing read
     memory       highest anonymous memory above the level after imports
 
 What bounds it: opening is one `stat` a file; the order is arithmetic (no list of it is held). Then, on 10^6 written rows of
@@ -91,7 +91,7 @@ def one_size(folder: Path, n: int) -> dict[str, object]:
 
     base = anonymous_mib()
     start = time.perf_counter()
-    cache = open_folder(folder, range(n))  # type: ignore[arg-type]  # as many pictures as rows; none is looked at
+    cache = open_folder(folder, range(n))  # type: ignore[arg-type]  # as many images as rows; none is looked at
     opened = time.perf_counter() - start
     highest = anonymous_mib()
     order, rng = Shuffled(n, 0), np.random.default_rng(0)
@@ -114,7 +114,7 @@ def one_size(folder: Path, n: int) -> dict[str, object]:
     assert seen == n
     files = sum(len(s["bytes"]) for s in cache.manifest["shards"])
     return {
-        "pictures": n,
+        "images": n,
         "files": files,
         "open_s": opened,
         "batch_ms": 1e3 * shuffled,
@@ -138,7 +138,7 @@ def warm_rows(folder: Path, n: int) -> list[float]:
         rows = np.load(file, mmap_mode="r+")
         rows[:] = block[: len(rows)]
         del rows
-    cache = open_folder(folder, range(n))  # type: ignore[arg-type]  # as many pictures as rows; none is looked at
+    cache = open_folder(folder, range(n))  # type: ignore[arg-type]  # as many images as rows; none is looked at
     memory = np.empty((n, WIDTH), np.float16)
     for at in range(0, n, SHARD):
         memory[at : at + SHARD] = cache.rows.first[np.arange(at, min(at + SHARD, n))]
@@ -214,7 +214,7 @@ def main() -> None:
         shutil.rmtree(folder)
     rows = [
         [
-            f"{f['pictures']:,}",
+            f"{f['images']:,}",
             f["files"],
             *(f"{f[k]:.3g}" for k in ("open_s", "batch_ms", "epoch_s", "anonymous_mib")),
         ]
@@ -223,7 +223,7 @@ def main() -> None:
     compare.table(
         rows,
         [
-            "pictures x 2 views",
+            "images x 2 views",
             "files",
             "open, s",
             f"shuffled batch of {BATCH:,}, ms",
@@ -232,10 +232,10 @@ def main() -> None:
         ],
     )
     required = [
-        compare.exact(f"seconds to open {f['pictures']:,}", f["open_s"], at_most=1.0) for f in found
+        compare.exact(f"seconds to open {f['images']:,}", f["open_s"], at_most=1.0) for f in found
     ]
     required += [
-        compare.exact(f"MiB above imports at {f['pictures']:,}", f["anonymous_mib"], at_most=200.0)
+        compare.exact(f"MiB above imports at {f['images']:,}", f["anonymous_mib"], at_most=200.0)
         for f in found
     ]
     required.append(

@@ -4,7 +4,7 @@ Each trains one epoch in a process of its own, in turn: open_clip_train.main unc
 student, and `edgeclip.host.distill.train`, which reads the teacher's cache. Student: an open_clip model, image and text tower.
 Loss: InfoNCE plus cross-entropy to the teacher's image-text similarities. Weights are random, which does for timing.
 
-    pictures/s     from the end of step 3 to the end of the last, so that neither start-up nor first-step set-up counts
+    images/s     from the end of step 3 to the end of the last, so that neither start-up nor first-step set-up counts
     MiB            proportional set size of the process and its children (open_clip's data workers), sampled ten times a second:
                    during the steps, and at the peak, which for edgeclip is when it loads the teacher to know its cache again
     cache s        what edgeclip paid once before; break-even: the epoch after which it has been the faster one, that included
@@ -131,7 +131,7 @@ def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[st
                 "train": "*.tar",
                 "test": None,
                 "classes": None,
-                "licence": "none",
+                "license": "none",
             },
             "teacher": {
                 "kind": "open_clip",
@@ -173,7 +173,7 @@ def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[st
     student, preprocess = students.build(asked.student, teacher.embed_dim)
     assert asked.student.text
     text = students.build_text(asked.student.text, teacher.embed_dim)
-    learnt = texts(text, teacher, cached, [], ("{c}",))
+    learned = texts(text, teacher, cached, [], ("{c}",))
     teacher = teachers.without_towers(teacher)
     give_back_freed_memory()
     ends: list[float] = []
@@ -185,7 +185,7 @@ def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[st
         return said
 
     Step.__call__ = timed  # type: ignore[method-assign]  # the loop has no hook to time steps by
-    train(student, None, teacher, cached, preprocess, dataset, asked, cpu, texts=learnt)
+    train(student, None, teacher, cached, preprocess, dataset, asked, cpu, texts=learned)
     return {"ends": ends}
 
 
@@ -220,7 +220,7 @@ def _descends(pid: int, ancestor: int) -> bool:
 
 
 def measured(who: str, model: str, folder: Path, python: str = sys.executable) -> dict[str, Any]:
-    """One run of a trainer: its answer, pictures a second, peak MiB."""
+    """One run of a trainer: its answer, images a second, peak MiB."""
     process = subprocess.Popen(
         [python, __file__, "--worker", who, "--teacher", model, "--folder", str(folder)],
         stdout=subprocess.PIPE,
@@ -246,7 +246,7 @@ def measured(who: str, model: str, folder: Path, python: str = sys.executable) -
         # One clock for all processes (Linux's monotonic one), so the samples can be laid beside the steps.
         during = max(mib for when, mib in seen if ends[0] <= when <= ends[-1])
         answer |= {
-            "pictures_per_second": BATCH * (len(ends) - SKIP) / (ends[-1] - ends[SKIP - 1]),
+            "images_per_second": BATCH * (len(ends) - SKIP) / (ends[-1] - ends[SKIP - 1]),
             "steps": len(ends),
             "steps_mib": during,
         }
@@ -302,32 +302,32 @@ def main() -> None:
         "student": STUDENT,
         "teacher": model,
         "batch": BATCH,
-        "pictures": BATCH * STEPS,
+        "images": BATCH * STEPS,
         "cache": built,
     }
     rows = []
     for who in ("open_clip", "edgeclip"):
         found = {
             f: compare.interval(compare.column(rounds, who, f))
-            for f in ("pictures_per_second", "steps_mib", "peak_mib")
+            for f in ("images_per_second", "steps_mib", "peak_mib")
         }
         figures[who] = {f: value._asdict() for f, value in found.items()}
         rows.append(
             [
                 who,
-                f"{found['pictures_per_second'].median:.2f}",
+                f"{found['images_per_second'].median:.2f}",
                 *(f"{found[f].median:.0f}" for f in ("steps_mib", "peak_mib")),
             ]
         )
     compare.table(
-        rows, [f"{model} to {STUDENT}", "pictures/s", "MiB in its steps", "MiB at its peak"]
+        rows, [f"{model} to {STUDENT}", "images/s", "MiB in its steps", "MiB at its peak"]
     )
     faster = compare.interval(
-        compare.ratios(rounds, "edgeclip", "open_clip", "pictures_per_second")
+        compare.ratios(rounds, "edgeclip", "open_clip", "images_per_second")
     ).median
     smaller = compare.interval(compare.ratios(rounds, "open_clip", "edgeclip", "steps_mib")).median
     slow, fast = (
-        BATCH * STEPS / figures[who]["pictures_per_second"]["median"]
+        BATCH * STEPS / figures[who]["images_per_second"]["median"]
         for who in ("open_clip", "edgeclip")
     )
     even = built["seconds"] / (slow - fast) if slow > fast else None

@@ -1,7 +1,7 @@
 """Three kinds of failure, two of them here.
 
 A user's mistake is an `EdgeclipError`: one line, *where: what; what to do*, exit code 1. A failed gate (parity,
-budget) is no exception at all: the report is written and the command exits 3, or 4 when there were too few pictures
+budget) is no exception at all: the report is written and the command exits 3, or 4 when there were too few images
 to tell. Everything else is a bug and keeps its traceback.
 """
 

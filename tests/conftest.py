@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.images import encoded, picture
+from tests.support.images import encoded, toy_image
 from tests.support.optional import require
 from tests.support.toy_bundle import (
     LABELS,
@@ -52,10 +52,10 @@ def preprocess():
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """48 pictures in one folder."""
+    """48 images in one folder."""
     folder = tmp_path_factory.mktemp("photos")
     for i in range(48):
-        picture(1000 + i, 40 + i % 7, 40 + i % 5).save(folder / f"{i:02d}.png")
+        toy_image(1000 + i, 40 + i % 7, 40 + i % 5).save(folder / f"{i:02d}.png")
     return folder
 
 
@@ -65,7 +65,7 @@ def source(student, preprocess, photos):
     import torch
 
     from edgeclip.device import tokenizer
-    from edgeclip.device.pictures import index_folder
+    from edgeclip.device.images import index_folder
     from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
     from edgeclip.host.export.source import Source
 
@@ -78,7 +78,7 @@ def source(student, preprocess, photos):
     with torch.inference_mode():
         features = text.module(torch.from_numpy(ids)).numpy()
     rng = np.random.default_rng(0)
-    pictures = index_folder(photos)
+    images = index_folder(photos)
     return Source(
         image_encoder=student,
         preprocess=preprocess,
@@ -93,11 +93,11 @@ def source(student, preprocess, photos):
             0.1,
         ),
         logit_scale=20.0,
-        calibration=lambda: pictures[8:],
+        calibration=lambda: images[8:],
         evaluation_hashes=set,
-        golden=pictures[:4],
-        golden_licence="made up",
-        licences={"teacher": "made up", "data": "made up"},
+        golden=images[:4],
+        golden_license="made up",
+        licenses={"teacher": "made up", "data": "made up"},
         parents={"student": "0" * 64},
     )
 
@@ -133,7 +133,7 @@ def own_bundle(shipped_bundle, tmp_path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def evaluation(source, tmp_path_factory) -> Path:
-    """400 pictures: enough for a margin of half a percentage point."""
+    """400 images: enough for a margin of half a percentage point."""
     return write_evaluation(tmp_path_factory.mktemp("run") / "evaluation", source, 400)
 
 
@@ -148,5 +148,5 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cat(here):
-    (here / "cat.png").write_bytes(encoded(picture(1)))
+    (here / "cat.png").write_bytes(encoded(toy_image(1)))
     return here / "cat.png"

@@ -41,7 +41,7 @@ def test_the_shipped_folders_are_not_empty():
     assert {"host-cpu", "jetson-orin-nano"} <= set(config.shipped("device"))
 
 
-def test_an_unknown_key_at_the_top_is_named_with_its_neighbour(tmp_path):
+def test_an_unknown_key_at_the_top_is_named_with_its_neighbor(tmp_path):
     assert "losess: unknown field; did you mean 'losses'?" in error(
         tmp_path, RECIPE.replace("losses", "losess")
     )
@@ -66,7 +66,7 @@ def test_an_unknown_key_inside_a_tagged_union_is_judged_by_its_kind(tmp_path):
     )
 
 
-def test_an_unknown_kind_is_named_with_its_neighbour(tmp_path):
+def test_an_unknown_kind_is_named_with_its_neighbor(tmp_path):
     assert "data.kind: unknown kind 'folder'; did you mean 'folders'?" in error(
         tmp_path, RECIPE.replace("kind: folders", "kind: folder")
     )
@@ -132,13 +132,13 @@ def test_a_device_that_is_not_this_machine_is_refused():
     here = device.require_here("any", device.Device(runtimes=["onnxruntime"]))
     assert (
         device.require_here(
-            "own", device.Device(runtimes=[], recognise=device.Recognise(arch=here["arch"]))
+            "own", device.Device(runtimes=[], recognize=device.Recognize(arch=here["arch"]))
         )
         is not None
     )
     with pytest.raises(EdgeclipError, match=r"other: .*not that device"):
         device.require_here(
-            "other", device.Device(runtimes=[], recognise=device.Recognise(arch="vax"))
+            "other", device.Device(runtimes=[], recognize=device.Recognize(arch="vax"))
         )
 
 
@@ -149,7 +149,7 @@ def test_structs_are_frozen(tmp_path):
 
 
 def test_calibration_belongs_to_int8_only(tmp_path):
-    limits = "tolerance: {centred_cosine_p1: 0.9, top1_agreement: 0.9, accuracy_drop_pp: 1}"
+    limits = "tolerance: {centered_cosine_p1: 0.9, top1_agreement: 0.9, accuracy_drop_pp: 1}"
     for text in ("precision: int8", "precision: fp32\ncalibration: {}"):
         with pytest.raises(EdgeclipError, match="calibration"):
             target.load(
@@ -184,12 +184,12 @@ def test_calibration_belongs_to_int8_only(tmp_path):
         ),
         (
             "runtime: openvino\nprecision: fp16\ntext: fp16",
-            "optimisation_agreement: belongs to onnxruntime",
+            "optimization_agreement: belongs to onnxruntime",
         ),
     ],
 )
 def test_fields_of_a_target_that_do_not_go_together_are_refused(tmp_path, fields, what):
-    limits = "tolerance: {centred_cosine_p1: 0.9, top1_agreement: 0.9, accuracy_drop_pp: 1"
-    limits += ", optimisation_agreement: 0.9}" if "optimisation" in what else "}"
+    limits = "tolerance: {centered_cosine_p1: 0.9, top1_agreement: 0.9, accuracy_drop_pp: 1"
+    limits += ", optimization_agreement: 0.9}" if "optimization" in what else "}"
     with pytest.raises(EdgeclipError, match=what):
         target.load(str(write(tmp_path, f"{fields}\n{limits}\n")))

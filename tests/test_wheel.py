@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.files import REPO
-from tests.support.images import encoded, picture
+from tests.support.images import encoded, toy_image
 
 PYTHON_310 = shutil.which("python3.10") or next(
     iter(sorted(glob.glob(str(Path.home() / ".pyenv/versions/3.10*/bin/python")))), None
@@ -63,7 +63,7 @@ def test_a_device_needs_the_wheel_and_one_runtime_only(wheel, shipped_bundle, tm
     (here / "devices" / "board.yaml").write_text(
         "runtimes: [onnxruntime]\nbench: {min_duration_s: 0.1, min_query_count: 20}\n"
     )
-    (here / "cat.png").write_bytes(encoded(picture(1)))
+    (here / "cat.png").write_bytes(encoded(toy_image(1)))
     (here / "words.txt").write_text("pear\nplum\n")
     shutil.copytree(shipped_bundle("onnx-int8"), here / "bundle")
     environment = {
@@ -103,12 +103,12 @@ def test_a_device_needs_the_wheel_and_one_runtime_only(wheel, shipped_bundle, tm
     (parity,) = json.loads(
         edgeclip("validate", "--bundle", "bundle", "--device", "board", "--json")
     )
-    assert parity["verdict"] == "golden pictures only"
+    assert parity["verdict"] == "golden images only"
     assert parity["failures"] == []
     assert parity["golden"]["largest_pixel_difference"] == 0
     (bench,) = json.loads(edgeclip("bench", "--bundle", "bundle", "--device", "board", "--json"))
     assert bench["single_stream"]["queries"] >= 20
-    assert bench["offline"]["pictures_per_second"] > 0
+    assert bench["offline"]["images_per_second"] > 0
     assert bench["cold_start"]["process_ms"] > 0
     assert (
         len(json.loads(edgeclip("classify", "cat.png", "--bundle", "bundle", "--json"))["cat.png"])

@@ -1,6 +1,6 @@
-"""One picture, ten baked labels, and nothing else: the least that a Python process with ONNX Runtime can do.
+"""One image, ten baked labels, and nothing else: the least that a Python process with ONNX Runtime can do.
 
-python bare_onnxruntime.py MODEL.onnx CLASS_FEATURES.npy LABELS.json PICTURE
+python bare_onnxruntime.py MODEL.onnx CLASS_FEATURES.npy LABELS.json IMAGE
 
 The model file is trusted, not hashed; preprocessing is that of one model, written out.
 """
@@ -15,11 +15,11 @@ from PIL import Image
 SIZE, SCALE = 256, 1 / 0.07
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-model, class_features, labels, picture = sys.argv[1:]
+model, class_features, labels, image = sys.argv[1:]
 options = ort.SessionOptions()
 options.intra_op_num_threads = 1
 session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-image = Image.open(picture).convert("RGB")
+image = Image.open(image).convert("RGB")
 w, h = image.size
 w, h = (SIZE, int(SIZE * h / w)) if w <= h else (int(SIZE * w / h), SIZE)
 left, top = round((w - SIZE) / 2), round((h - SIZE) / 2)

@@ -1,6 +1,6 @@
-"""One picture, ten baked labels, in torch: what a user of open_clip writes.
+"""One image, ten baked labels, in torch: what a user of open_clip writes.
 
-python open_clip_torch.py MODEL WEIGHTS CLASS_FEATURES.npy LABELS.json PICTURE
+python open_clip_torch.py MODEL WEIGHTS CLASS_FEATURES.npy LABELS.json IMAGE
 """
 
 import json
@@ -11,7 +11,7 @@ import open_clip
 import torch
 from PIL import Image
 
-name, weights, class_features, labels, picture = sys.argv[1:]
+name, weights, class_features, labels, image = sys.argv[1:]
 model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
 model.eval()
 with open(labels, encoding="utf-8") as f:
@@ -19,7 +19,7 @@ with open(labels, encoding="utf-8") as f:
 text_features = torch.from_numpy(np.load(class_features))
 with torch.inference_mode():
     image_features = model.encode_image(
-        preprocess(Image.open(picture).convert("RGB"))[None], normalize=True
+        preprocess(Image.open(image).convert("RGB"))[None], normalize=True
     )
     scores = (image_features @ text_features.T)[0]
     probability = (model.logit_scale.exp() * scores).softmax(dim=-1)

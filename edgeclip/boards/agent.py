@@ -194,7 +194,7 @@ def run(request: Request) -> None:
         EDGECLIP_ENGINES=inside(folder, "engines"),
     )
     work = dict(request["work"], folder=folder, python=request["python"])
-    command = [*request["python"], "-m", "edgeclip.device.__main__"]
+    command = [*request["python"], "-m", "edgeclip.device"]
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, env=environment, cwd=folder, start_new_session=True
     )

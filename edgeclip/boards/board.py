@@ -4,7 +4,7 @@
         board.prepare(bundles, evaluation)
         report = board.validate(bundle, evaluation)
 
-What travels: the runner (once a version), the bundle's files and, for parity, the run's evaluation folder (pictures and
+What travels: the runner (once a version), the bundle's files and, for parity, the run's evaluation folder (images and
 the fp32 student's features), all by content. What comes back: features and answers, or a bench report.
 """
 
@@ -192,7 +192,7 @@ class Board:
     def observe(self, bundle: Bundle, evaluation: Evaluation | None) -> Observed:
         """What the board says of the bundle; the host may judge it, or compare it with another board's."""
         facts, payload = self._run(
-            "validate", bundle, pictures=len(evaluation.chosen) if evaluation else None
+            "validate", bundle, images=len(evaluation.chosen) if evaluation else None
         )
         with np.load(io.BytesIO(payload), allow_pickle=False) as z:
             return Observed(facts, {k: z[k] for k in z.files})

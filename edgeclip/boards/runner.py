@@ -20,23 +20,8 @@ from edgeclip.errors import EdgeclipError
 PACKAGE = Path(__file__).parent.parent
 NEEDS = ("msgspec", "numpy", "pillow", "pyyaml", "tokenizers")
 """what validate and bench import; their own requirements are for parts that are not used"""
-HOST = (
-    "cache",
-    "ranks",
-    "stem",
-    "students",
-    "prompts",
-    "inherit",
-    "share",
-    "fold",
-    "weights",
-    "teachers",
-    "data",
-    "distill",
-    "export",
-    "remote",
-)
-"""modules and folders that stay on the host"""
+GROUND = ("__init__.py", "errors.py", "disk.py", "config.py", "progress.py")
+"""what edgeclip/device/ stands on"""
 OLDEST = (3, 10)
 
 
@@ -115,14 +100,13 @@ def device_layer() -> bytes:
     """A zip of the device layer's own modules: equal sources, equal bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as z:
-        for path in sorted(PACKAGE.rglob("*.py")):
+        for path in sorted([*(PACKAGE / g for g in GROUND), *(PACKAGE / "device").rglob("*.py")]):
             name = path.relative_to(PACKAGE)
-            if name.parts[0].removesuffix(".py") not in HOST:
-                z.writestr(
-                    zipfile.ZipInfo(f"edgeclip/{name.as_posix()}"),
-                    path.read_bytes(),
-                    zipfile.ZIP_DEFLATED,
-                )
+            z.writestr(
+                zipfile.ZipInfo(f"edgeclip/{name.as_posix()}"),
+                path.read_bytes(),
+                zipfile.ZIP_DEFLATED,
+            )
     return buffer.getvalue()
 
 

@@ -1,7 +1,7 @@
 """The command line: parse, call the library, print. Results go to stdout as a table or JSON, progress to stderr.
 
 The host layer (torch) is imported inside the commands that need it, so `edgeclip --help` answers at once.
-Exit codes: 0; 1 a user's mistake; 2 a malformed command line; 3 a gate failed; 4 too few pictures to tell;
+Exit codes: 0; 1 a user's mistake; 2 a malformed command line; 3 a gate failed; 4 too few images to tell;
 130 and 143 interrupted.
 """
 
@@ -158,7 +158,7 @@ LAYOUTS = ("bundle", "optimum", "open_clip")
 @click.option(
     "--images",
     type=click.Path(path_type=Path),
-    help="Of --model: a folder of pictures for calibration and golden answers.",
+    help="Of --model: a folder of images for calibration and golden answers.",
 )
 @click.option("--image-only", is_flag=True, help="Of --model: leave the text encoder out.")
 @click.option(
@@ -268,7 +268,7 @@ def export(
     tables.bundles(rows, layout)
 
 
-PROTOCOLS = ("zero_shot", "base_to_novel", "cross_dataset", "domain_generalisation", "retrieval")
+PROTOCOLS = ("zero_shot", "base_to_novel", "cross_dataset", "domain_generalization", "retrieval")
 
 
 @main.command()
@@ -283,7 +283,7 @@ PROTOCOLS = ("zero_shot", "base_to_novel", "cross_dataset", "domain_generalisati
 )
 @json_option
 def evaluate(run: Path | None, protocol: str, given: tuple[str, ...], as_json: bool) -> None:
-    """Score RUN's student, and its teacher beside it, on the run's own test pictures or on other sets.
+    """Score RUN's student, and its teacher beside it, on the run's own test images or on other sets.
 
     \b
     Example:

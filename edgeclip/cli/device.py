@@ -153,9 +153,9 @@ def _earlier(run: Path | None, bundle: Any, device: str, kind: str) -> dict[str,
     help="A name from `edgeclip list devices`, or a YAML file.",
 )
 @click.option(
-    "--pictures",
+    "--images",
     type=click.IntRange(min=1),
-    help="So many evaluation pictures, always the same ones, where a device is slow.  [default: all]",
+    help="So many evaluation images, always the same ones, where a device is slow.  [default: all]",
 )
 @json_option
 def validate(
@@ -163,14 +163,14 @@ def validate(
     bundle: Path | None,
     clean: bool,
     device_name: str,
-    pictures: int | None,
+    images: int | None,
     as_json: bool,
 ) -> None:
     """Compare bundles with the fp32 student on a device: values, decisions, accuracy.
 
     \b
     A board is reached over ssh; what it lacks is copied there. Exits 3 when a tolerance failed, 4 when there are
-    too few pictures to tell.
+    too few images to tell.
     Example:
         edgeclip validate --run runs/quickstart --device host-cpu
     """
@@ -180,7 +180,7 @@ def validate(
 
     name, device = D.load(device_name)
     bundles, run = _bundles(run, bundle, name, device)
-    evaluation = load_evaluation(run / "evaluation", pictures) if run else None
+    evaluation = load_evaluation(run / "evaluation", images) if run else None
     with _board(name, device, clean) as board:
         if board is None:
             here = D.require_here(name, device)
@@ -194,7 +194,7 @@ def validate(
         tables.parity(reports)
     sys.exit(
         max(GATE_FAILED if r["verdict"] == "fail" else 0 for r in reports)
-        or max(TOO_FEW if r["verdict"] == "too few pictures" else 0 for r in reports)
+        or max(TOO_FEW if r["verdict"] == "too few images" else 0 for r in reports)
     )
 
 

@@ -47,19 +47,21 @@ def _sets(results: dict[str, Any]) -> None:
             ),
         ]
         for model in shown:
-            r1, r5 = (f"{s[model][k]:.3f}" for k in ("r1", "r5")) if s[model] else (None, None)
+            top1, top5 = (
+                (f"{s[model][k]:.3f}" for k in ("top1", "top5")) if s[model] else (None, None)
+            )
             rows.append(
                 [
                     s["name"],
                     MODELS[model],
-                    r1,
-                    r5,
-                    f"{s['chance_r1']:.4f}",
-                    s["pictures"],
+                    top1,
+                    top5,
+                    f"{s['chance_top1']:.4f}",
+                    s["images"],
                     s["classes"],
                 ]
             )
-    table(rows, ["set", "model", "R@1", "R@5", "chance", "pictures", "classes"])
+    table(rows, ["set", "model", "R@1", "R@5", "chance", "images", "classes"])
     for field, what in (
         ("harmonic_mean", "harmonic mean of base and novel"),
         ("average", "average R@1"),
@@ -77,7 +79,7 @@ def _sets(results: dict[str, Any]) -> None:
                 else s.get("student_with_edu_attention")
             )
             gain = (
-                f"{100 * (with_it['r1'] - s['student_without_edu_attention']['r1']):+.1f} pp"
+                f"{100 * (with_it['top1'] - s['student_without_edu_attention']['top1']):+.1f} pp"
                 if with_it
                 else NOT_MEASURED
             )
@@ -108,11 +110,11 @@ def protocol(results: dict[str, Any]) -> None:
                             way.replace("_", " "),
                             *of_model,
                             chance,
-                            s["pictures"],
+                            s["images"],
                             s["texts"],
                         ]
                     )
-        table(rows, ["set", "model", "way", "R@1", "R@5", "R@10", "chance", "pictures", "texts"])
+        table(rows, ["set", "model", "way", "R@1", "R@5", "R@10", "chance", "images", "texts"])
         for s in results["sets"]:
             click.echo(f"{s['name']}: {s['note']}")
     else:
@@ -167,25 +169,25 @@ def parity(reports: list[dict[str, Any]]) -> None:
         if r["accuracy"]:
             a, c = r["accuracy"], r["cosine"]
             values = (
-                c["centred_p1"],
+                c["centered_p1"],
                 c["raw_p1"],
                 r["top1_agreement"],
                 r["agreement_where_right"],
-                a["reference_r1"],
-                a["bundle_r1"],
+                a["reference_top1"],
+                a["bundle_top1"],
             )
             numbers = [
                 *(None if v is None else f"{v:.4f}" for v in values),
                 f"{a['drop_pp']:.2f}",
                 f"{a['upper_pp']:.2f}",
             ]
-        rows.append([r["target"], r["pictures"], *numbers, r["verdict"]])
+        rows.append([r["target"], r["images"], *numbers, r["verdict"]])
     table(
         rows,
         [
             "target",
-            "pictures",
-            "cosine p1 centred",
+            "images",
+            "cosine p1 centered",
             "raw",
             "top-1 agreement",
             "where fp32 is right",
@@ -199,13 +201,13 @@ def parity(reports: list[dict[str, Any]]) -> None:
     for r in reports:
         for failure in r["failures"]:
             click.echo(f"{r['target']}: {failure}")
-        if r["verdict"] == "golden pictures only":
+        if r["verdict"] == "golden images only":
             click.echo(
-                f"{r['target']}: {r['not_compared']}: only its golden pictures were compared (cosine {r['golden']['cosine_min']:.4f})"
+                f"{r['target']}: {r['not_compared']}: only its golden images were compared (cosine {r['golden']['cosine_min']:.4f})"
             )
-        if r["verdict"] == "too few pictures":
+        if r["verdict"] == "too few images":
             click.echo(
-                f"{r['target']}: {r['pictures']} pictures cannot exclude a drop of {r['accuracy']['upper_pp']:.2f} pp"
+                f"{r['target']}: {r['images']} images cannot exclude a drop of {r['accuracy']['upper_pp']:.2f} pp"
             )
 
 
@@ -229,7 +231,7 @@ def bench(reports: list[dict[str, Any]]) -> None:
         numbers = [s.get(f"latency_ms_{k}") for k in ("p50", "p90", "p99")]
         numbers += [
             m.get("latency_ms_p99"),
-            o.get("pictures_per_second"),
+            o.get("images_per_second"),
             *of_stages,
             cold.get("process_ms"),
             r["energy_mj_per_image"],
@@ -324,15 +326,15 @@ def caches(found: list[dict[str, Any]]) -> None:
             ["teacher", c["teacher"]],
             ["data", c["data"]],
             [
-                "pictures x views",
-                f"{c['pictures']:,} x {c['views']} ({len(c['skipped'])} pictures skipped)",
+                "images x views",
+                f"{c['images']:,} x {c['views']} ({len(c['skipped'])} images skipped)",
             ],
             [
                 "row",
                 f"{c['width']} wide, unit within {c['unit_error']:.1g}, "
                 + (f"norm {norm['min']:.3g} to {norm['max']:.3g}" if norm else "norms not known"),
             ],
-            ["captions a picture", c["captions"]],
+            ["captions an image", c["captions"]],
             ["classes", c["classes"]],
             ["shards", f"{c['shards']:,}, {c['bytes'] / 2**20:,.1f} MiB"],
             [
@@ -351,7 +353,7 @@ def comparison(rows: list[dict[str, Any]], lines: list[str]) -> None:
 
     table(
         [
-            [r["device"], r["target"], number(r["accuracy"], 4), number(r["latency_ms_p90"], 2), number(r["pictures_per_second"], 1), number(r["energy_mj_per_image"], 2),
+            [r["device"], r["target"], number(r["accuracy"], 4), number(r["latency_ms_p90"], 2), number(r["images_per_second"], 1), number(r["energy_mj_per_image"], 2),
              number(r["energy_mj_per_correct"], 2), f"{r['image_encoder_bytes'] / 2**20:.1f}", {True: "*", False: "", None: None}[r["on_front"]]]
             for r in rows
         ],

@@ -1,4 +1,4 @@
-"""`python -m edgeclip.device.__main__`: what runs on the board for a verb of the host.
+"""`python -m edgeclip.device`: what runs on the board for a verb of the host.
 
 One JSON request comes on standard input; the answer, one marked line of JSON and the arrays as .npz behind it, goes to
 standard output. Whatever a library prints goes to standard error, which the host shows.
@@ -26,7 +26,7 @@ def validate(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict
     from edgeclip.device.validate import load_evaluation, observe
 
     evaluation = (
-        load_evaluation(Path(work["evaluation"]), work["pictures"]) if work["evaluation"] else None
+        load_evaluation(Path(work["evaluation"]), work["images"]) if work["evaluation"] else None
     )
     facts, arrays = observe(_bundle(work, device), evaluation)
     return facts, arrays

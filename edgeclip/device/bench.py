@@ -2,7 +2,7 @@
 
 The load generator below knows no model, no data and no accuracy (MLPerf LoadGen's scope): it takes a callable and
 prepared samples. `single_stream` sends one query after another and its result is the p90 latency; `multi_stream` sends
-queries of eight pictures and its result is the p99; `offline` sends batches and its result is pictures a second. A run
+queries of eight images and its result is the p99; `offline` sends batches and its result is images a second. A run
 ends when its minimum duration *and* its minimum count are reached; loading and preprocessing happen before the clock
 starts. A percentile is quoted only where enough samples carry it: p99 from 1,000 on, otherwise it is null.
 
@@ -30,8 +30,8 @@ import numpy as np
 from edgeclip import disk
 from edgeclip.device import energy, machine
 from edgeclip.device.bundle import Bundle
-from edgeclip.device.pictures import index_tar, read
-from edgeclip.device.preprocess import normalise, open_picture
+from edgeclip.device.images import index_tar, read
+from edgeclip.device.preprocess import normalize, open_image
 from edgeclip.device.profile import Device, Minimum
 from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
@@ -42,7 +42,7 @@ STAGE_QUERIES = 50
 SAMPLES = 32
 SCENARIOS = ("single_stream", "multi_stream", "offline")
 STREAMS = 8
-"""pictures of one multi_stream query: MLPerf's samples_per_query"""
+"""images of one multi_stream query: MLPerf's samples_per_query"""
 WINDOWS = 10
 
 
@@ -91,7 +91,7 @@ def bench(
     metered: bool = False,
     python: tuple[str, ...] = (sys.executable,),
 ) -> dict[str, Any]:
-    """The bench report, JSON-able. `evaluation`: a run's evaluation folder, for pictures; None: the golden ones.
+    """The bench report, JSON-able. `evaluation`: a run's evaluation folder, for images; None: the golden ones.
 
     minutes: of sustained load. meter_csv: what an external power meter writes meanwhile; the device's own rails are read
     without it. metered: such a meter is the host's, which will read it (`energy.by_the_hosts_meter`). python: what starts a
@@ -105,8 +105,8 @@ def bench(
             "timings refused: the processor is emulated, and an emulator's times say nothing about a board"
         ]
         return report
-    sources = _pictures(bundle, evaluation)
-    inputs = [normalise(bundle.pixels(open_picture(s))[None], bundle.preprocess) for s in sources]
+    sources = _images(bundle, evaluation)
+    inputs = [normalize(bundle.pixels(open_image(s))[None], bundle.preprocess) for s in sources]
     for scenario, batch in (
         ("single_stream", 1),
         ("multi_stream", STREAMS),
@@ -130,7 +130,7 @@ def bench(
             report[scenario] = {
                 **result,
                 "batch": batch,
-                "pictures_per_second": 1e3 * batch / float(result["latency_ms_mean"] or 1),
+                "images_per_second": 1e3 * batch / float(result["latency_ms_mean"] or 1),
             }
     report["stages"] = _stages(bundle, sources)
     report["cold_start"] = cold_start(bundle, python)
@@ -275,13 +275,13 @@ def _blank(
     }
 
 
-def _pictures(bundle: Bundle, evaluation: Path | None) -> list[bytes]:
+def _images(bundle: Bundle, evaluation: Path | None) -> list[bytes]:
     if evaluation is not None:
-        return [read(p) for p in index_tar(evaluation / "pictures.tar")[:SAMPLES]]
-    found = [(bundle.folder / p).read_bytes() for p in bundle.manifest["golden"]["pictures"]]
+        return [read(p) for p in index_tar(evaluation / "images.tar")[:SAMPLES]]
+    found = [(bundle.folder / p).read_bytes() for p in bundle.manifest["golden"]["images"]]
     if not found:
         raise EdgeclipError(
-            bundle.folder, "has no golden pictures to measure with", "export it with --images DIR"
+            bundle.folder, "has no golden images to measure with", "export it with --images DIR"
         )
     return found
 
@@ -291,9 +291,9 @@ def _stages(bundle: Bundle, sources: list[bytes]) -> dict[str, float | None]:
     laps: dict[str, list[float]] = {s: [] for s in ("decode", "preprocess", "model", "head")}
     for i in range(STAGE_QUERIES):
         times = [time.perf_counter()]
-        image = open_picture(sources[i % len(sources)])
+        image = open_image(sources[i % len(sources)])
         times.append(time.perf_counter())
-        x = normalise(bundle.pixels(image)[None], bundle.preprocess)
+        x = normalize(bundle.pixels(image)[None], bundle.preprocess)
         times.append(time.perf_counter())
         features = bundle.image_encoder.run(x)
         times.append(time.perf_counter())

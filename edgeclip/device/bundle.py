@@ -5,8 +5,8 @@ class_features.npy, labels.json     [N, D] baked words; the head is a matrix pro
 head.npz                            EduAttention over the active class matrix, where it was kept
 text_encoder.*, tokenizer.json      optional; opened only for words that were never baked
 vocabulary.npy                      [K] ids of the tokens that the text encoder has, where it was exported with some alone
-golden/                             pictures and texts, with the fp32 torch student's own answers
-manifest.json                       last: preprocess, runtime, target, parents, versions, licences, sha256 of every file
+golden/                             images and texts, with the fp32 torch student's own answers
+manifest.json                       last: preprocess, runtime, target, parents, versions, licenses, sha256 of every file
 
 bundle = Bundle.load("runs/latest/bundles/onnx-int8")
 bundle.classify("cat.jpg", ["a cat", "a dog"])
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from edgeclip import disk
-from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_pixels
+from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pixels
 from edgeclip.device.runtime import Session, open_session
 from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, prompts
 from edgeclip.errors import EdgeclipError
@@ -95,12 +95,12 @@ class Bundle:
         )
         return self.folder / name
 
-    def open_image_encoder(self, threads: int | None = None, optimisation: str = "all") -> Session:
+    def open_image_encoder(self, threads: int | None = None, optimization: str = "all") -> Session:
         return open_session(
             self.manifest["runtime"],
             self.file(self.manifest["image_encoder"]),
             threads or self.threads,
-            optimisation,
+            optimization,
             self.providers,
         )
 
@@ -157,18 +157,18 @@ class Bundle:
                 float(z["alpha"]),
                 float(z["temperature"]),
                 str(z["fc"]),
-                bool(z["normalise"]),
+                bool(z["normalize"]),
             )
 
     def pixels(self, image: str | Path | bytes | Image.Image) -> np.ndarray:
-        """uint8 [H, W, 3]. Raises `EdgeclipError` for a picture that cannot be read."""
+        """uint8 [H, W, 3]. Raises `EdgeclipError` for an image that cannot be read."""
         if not isinstance(image, Image.Image):
-            image = open_picture(Path(image) if isinstance(image, str) else image)
+            image = open_image(Path(image) if isinstance(image, str) else image)
         return to_pixels(image.convert("RGB"), self.preprocess)
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """[B, D] unit rows from uint8 [B, H, W, 3]."""
-        return self.image_encoder.run(normalise(pixels, self.preprocess))
+        return self.image_encoder.run(normalize(pixels, self.preprocess))
 
     def encode_image(self, images: list[Any]) -> np.ndarray:
         """[B, D] unit rows from paths, encoded bytes or PIL images."""

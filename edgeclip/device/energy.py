@@ -1,4 +1,4 @@
-"""Energy a picture: what the board draws under load, less what it draws when idle, over the pictures of that time.
+"""Energy an image: what the board draws under load, less what it draws when idle, over the images of that time.
 
 Where power is read (the profile's `rails` say which; their sum must be the board's draw, none a part of another):
 
@@ -11,9 +11,9 @@ Where power is read (the profile's `rails` say which; their sum must be the boar
                is measured over the link, before and after, and what lies within its half-width of an edge does not count
 
 How to read it: `mj_per_image` is above idle, with the 95 % half-width from the scatter of the samples: of BLOCKS means
-each of idle and load, since neighbouring samples are alike, with Welch's t. Simulated, idle 30 s and load 60 s, it holds the
+each of idle and load, since neighboring samples are alike, with Welch's t. Simulated, idle 30 s and load 60 s, it holds the
 truth in .956 of white noise and .942 of noise that stays alike for a second. The sensor's own calibration error is on top of
-it and is not known here. `steady` says whether the temperature had come to rest (under SLOPE); only watts and pictures after
+it and is not known here. `steady` says whether the temperature had come to rest (under SLOPE); only watts and images after
 that count, and where it never did, the figure is that of a board still warming up. What cannot be read is None, never an estimate.
 """
 
@@ -302,19 +302,19 @@ def per_image(
     done: list[tuple[float, int]],
     name: str,
 ) -> dict[str, Any]:
-    """times: idle from, load from, load to. done: (time, pictures until then) over the load."""
+    """times: idle from, load from, load to. done: (time, images until then) over the load."""
     steady = steady_from([s for s in temperatures if times[1] <= s.time <= times[2]])
     start = times[1] if steady is None or math.isinf(steady) else steady
     idle = [s.watts for s in samples if times[0] <= s.time < times[1]]
     load = [s for s in samples if start <= s.time <= times[2]]
-    pictures = done[-1][1] - float(np.interp(start, [t for t, _ in done], [n for _, n in done]))
+    images = done[-1][1] - float(np.interp(start, [t for t, _ in done], [n for _, n in done]))
     result: dict[str, Any] = {
         "source": name, "samples_idle": len(idle), "samples_load": len(load), "rate_hz": None, "idle_w": None, "load_w": None,
-        "steady": None if steady is None else not math.isinf(steady), "mj_per_image": None, "mj_per_image_half_width": None, "pictures": round(pictures),
+        "steady": None if steady is None else not math.isinf(steady), "mj_per_image": None, "mj_per_image_half_width": None, "images": round(images),
         "seconds": times[2] - start, "sensor_error": "not known: the half-width is that of the samples only",
     }  # fmt: skip
-    if min(len(idle), len(load)) >= 2 * BLOCKS and pictures:
-        mj = 1e3 * (times[2] - start) / pictures
+    if min(len(idle), len(load)) >= 2 * BLOCKS and images:
+        mj = 1e3 * (times[2] - start) / images
         watts = [s.watts for s in load]
         result["rate_hz"] = (len(load) - 1) / (load[-1].time - load[0].time)
         result["idle_w"], result["load_w"] = float(np.mean(idle)), float(np.mean(watts))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def l2_normalise(x: np.ndarray) -> np.ndarray:
+def l2_normalize(x: np.ndarray) -> np.ndarray:
     """Unit rows, float32; a zero row stays zero."""
     x = np.asarray(x, np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
@@ -21,7 +21,7 @@ def hits(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
 def agreement(
     answers: np.ndarray, reference: np.ndarray, where: np.ndarray | None = None
 ) -> float | None:
-    """Share of equal answers [B], over the pictures `where` [B] is true; None where there is none of them."""
+    """Share of equal answers [B], over the images `where` [B] is true; None where there is none of them."""
     same = (answers == reference)[slice(None) if where is None else where]
     return float(same.mean()) if len(same) else None
 
@@ -39,8 +39,8 @@ def recall_both_ways(
 ) -> dict[str, dict[str, float]]:
     """Retrieval between unit rows image_features [B, D] and text_features [T, D]: {image_to_text, text_to_image}: {r1, r5, r10, chance_r1, ...}.
 
-    A picture and a text belong together when their groups ([B] and [T], integers) are equal, so one text may belong to
-    several pictures and the other way round. A query is a hit at k when any of its own is among the k best; what is
+    An image and a text belong together when their groups ([B] and [T], integers) are equal, so one text may belong to
+    several images and the other way round. A query is a hit at k when any of its own is among the k best; what is
     not its own and ties with it counts against, as in `hits`. Every query must have at least one of its own.
     """
     ways = {
@@ -73,16 +73,16 @@ def chance_recall(positives: np.ndarray, candidates: int, k: int) -> np.ndarray:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Row-wise cosine of two [B, D] feature sets, raw and centred: {raw,centred}_{p1,p5,min}.
+    """Row-wise cosine of two [B, D] feature sets, raw and centered: {raw,centered}_{p1,p5,min}.
 
     Embeddings share a large mean, which alone keeps the raw cosine near 1; what is left after subtracting the
-    reference's mean from both is what decides. Of a single row no mean can be taken: centred values are then NaN-free
+    reference's mean from both is what decides. Of a single row no mean can be taken: centered values are then NaN-free
     copies of the raw ones.
     """
     mean = b.mean(axis=0) if len(b) > 1 else 0.0
     out: dict[str, float] = {}
-    for name, x, y in (("raw", a, b), ("centred", a - mean, b - mean)):
-        c = (l2_normalise(x) * l2_normalise(y)).sum(axis=1)
+    for name, x, y in (("raw", a, b), ("centered", a - mean, b - mean)):
+        c = (l2_normalize(x) * l2_normalize(y)).sum(axis=1)
         out |= {
             f"{name}_p1": np.percentile(c, 1),
             f"{name}_p5": np.percentile(c, 5),
@@ -92,17 +92,17 @@ def cosine(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 
 
 def accuracy_drop(reference: np.ndarray, candidate: np.ndarray) -> dict[str, float]:
-    """Paired comparison of two bool [B] hit vectors over the same pictures, in percentage points: `paired_drop`."""
+    """Paired comparison of two bool [B] hit vectors over the same images, in percentage points: `paired_drop`."""
     return paired_drop(
         int((reference & ~candidate).sum()), int((~reference & candidate).sum()), len(reference)
     )
 
 
 def paired_drop(lost: int, won: int, n: int) -> dict[str, float]:
-    """Of `n` pictures, `lost` were right before and wrong after, and `won` the other way round.
+    """Of `n` images, `lost` were right before and wrong after, and `won` the other way round.
 
     `upper_pp` is the one-sided 95 % limit of the drop: Agresti and Min's adjusted Wald interval for paired
-    proportions (2005; half a picture added to each of the four cells, so that no discordant pair does not mean
+    proportions (2005; half an image added to each of the four cells, so that no discordant pair does not mean
     certainty). A set whose `upper_pp` exceeds the margin cannot vouch for it, whatever its point estimate.
     """
     b, c, m = lost + 0.5, won + 0.5, n + 2
@@ -113,5 +113,5 @@ def paired_drop(lost: int, won: int, n: int) -> dict[str, float]:
         "upper_pp": 100 * ((b - c) / m + 1.645 * se),
         "lost": lost,
         "won": won,
-        "pictures": n,
+        "images": n,
     }

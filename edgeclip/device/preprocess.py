@@ -1,8 +1,8 @@
-"""From a picture to the image encoder's input: the one implementation, for training, evaluation and the board.
+"""From an image to the image encoder's input: the one implementation, for training, evaluation and the board.
 
 A second implementation of the resize has cost others up to five points of accuracy, so nothing else in edgeclip
 resizes. It is open_clip's evaluation transform, bit for bit (`tests/test_preprocess.py`): PIL's antialiased resize of
-the shorter side (or of both: squash), centre crop, then `(pixel / 255 - mean) / std`. TensorRT cannot do the
+the shorter side (or of both: squash), center crop, then `(pixel / 255 - mean) / std`. TensorRT cannot do the
 antialiased resize in a graph, so it is host code on every runtime.
 """
 
@@ -30,12 +30,12 @@ class Preprocess(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
-class UnreadablePicture(EdgeclipError):
-    """A picture that cannot be decoded. Data loading counts these; commands given the file by name stop."""
+class UnreadableImage(EdgeclipError):
+    """An image that cannot be decoded. Data loading counts these; commands given the file by name stop."""
 
 
-def open_picture(source: Path | bytes, name: object = None) -> Image.Image:
-    """Decodes to RGB, whole: a truncated file raises `UnreadablePicture`, it is never padded with grey."""
+def open_image(source: Path | bytes, name: object = None) -> Image.Image:
+    """Decodes to RGB, whole: a truncated file raises `UnreadableImage`, it is never padded with grey."""
     where = name if name is not None else source
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -43,17 +43,15 @@ def open_picture(source: Path | bytes, name: object = None) -> Image.Image:
     except FileNotFoundError:
         raise EdgeclipError(where, "there is no such file", "check the path") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UnreadablePicture(
-            where, f"unreadable picture ({e})", "replace or remove it"
-        ) from None
+        raise UnreadableImage(where, f"unreadable image ({e})", "replace or remove it") from None
 
 
 def open_scaled(
     content: bytes, name: object, least: Callable[[tuple[int, int]], tuple[int, int]]
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """(RGB picture, its full size): a JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller than `least` of its full size.
+    """(RGB image, its full size): a JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller than `least` of its full size.
 
-    libjpeg-turbo then computes only the low frequencies of each block. Never for evaluation: `open_picture` is exact.
+    libjpeg-turbo then computes only the low frequencies of each block. Never for evaluation: `open_image` is exact.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -64,7 +62,7 @@ def open_scaled(
                 "RGB"
             ), full  # convert copies what is RGB already
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UnreadablePicture(name, f"unreadable picture ({e})", "replace or remove it") from None
+        raise UnreadableImage(name, f"unreadable image ({e})", "replace or remove it") from None
 
 
 def to_pixels(image: Image.Image, spec: Preprocess) -> np.ndarray:
@@ -79,7 +77,7 @@ def to_pixels(image: Image.Image, spec: Preprocess) -> np.ndarray:
     return np.asarray(image.resize((w, h), resample).crop((left, top, left + size, top + size)))
 
 
-def normalise(pixels: np.ndarray, spec: Preprocess) -> np.ndarray:
+def normalize(pixels: np.ndarray, spec: Preprocess) -> np.ndarray:
     """uint8 [B, H, W, 3] to float32 [B, 3, H, W]."""
     values = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
     table = (values - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)

@@ -33,7 +33,7 @@ class Reach(Config):
     """everything that edgeclip leaves on the board lies below it"""
 
 
-class Recognise(Config):
+class Recognize(Config):
     """Each given text must occur in this machine's own description; null: anything will do."""
 
     device_tree_model: str | None = None
@@ -67,7 +67,7 @@ class Budget(Config):
 
 class Device(Config, kw_only=True):
     reach: Reach = Reach()
-    recognise: Recognise = Recognise()
+    recognize: Recognize = Recognize()
     runtimes: list[str]
     """those whose bundles it can run"""
     packages: tuple[str, ...] = ()
@@ -113,7 +113,7 @@ def load(name: str) -> tuple[str, Device]:
 def is_remote(device: Device) -> bool:
     """Must it be reached first? A board that is given by ssh and turns out to be this very machine is not remote."""
     reach = device.reach
-    if reach.ssh is None or device.recognise == Recognise():
+    if reach.ssh is None or device.recognize == Recognize():
         return bool(reach.ssh or reach.command or reach.sshd)
     return bool(differences(device, machine.facts()))
 
@@ -122,10 +122,10 @@ def differences(device: Device, facts: dict[str, Any]) -> list[str]:
     """In what a machine is not that device."""
     found = []
     for field in ("device_tree_model", "device_tree_compatible", "cpu", "gpu", "arch"):
-        wanted = getattr(device.recognise, field)
+        wanted = getattr(device.recognize, field)
         if wanted is not None and wanted not in (facts[field] or ""):
             found.append(f"its {field} is '{facts[field]}', not '{wanted}'")
-    least = device.recognise.memory_mib
+    least = device.recognize.memory_mib
     if least is not None and (facts["memory_mib"] or 0) < least:
         found.append(f"it has {facts['memory_mib']} MiB of memory, less than {least}")
     return found

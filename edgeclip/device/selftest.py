@@ -1,7 +1,7 @@
 """`edgeclip selftest`: everything that a machine without a GPU or a board could not try, tried on yours, in one file.
 
 Each step stands alone: it passes, fails with its reason, or cannot be tried here. The report is made to be attached to an
-issue: what the machine is, versions, every step's outcome; no picture, no path outside the bundle, no name of a user.
+issue: what the machine is, versions, every step's outcome; no image, no path outside the bundle, no name of a user.
 """
 
 import re
@@ -17,14 +17,14 @@ from edgeclip import __version__, disk
 from edgeclip.device import energy, machine
 from edgeclip.device.bench import run_scenario, summary
 from edgeclip.device.bundle import Bundle
-from edgeclip.device.preprocess import normalise
+from edgeclip.device.preprocess import normalize
 from edgeclip.device.profile import Device, differences
 from edgeclip.device.validate import judge, observe
 from edgeclip.errors import EdgeclipError
 
 QUERIES = 200
 ALIKE = 0.999
-"""cosine of one picture's features in batches of different sizes"""
+"""cosine of one image's features in batches of different sizes"""
 
 
 def selftest(bundle: Bundle, device: Device) -> dict[str, Any]:
@@ -61,8 +61,8 @@ def selftest(bundle: Bundle, device: Device) -> dict[str, Any]:
     )
     if steps[-1]["status"] == "pass":
         step("open it again (TensorRT: take the kept engine)", lambda: _again(bundle, opened))
-        step("golden pictures and texts", lambda: _golden(bundle, facts))
-        step("one picture in batches of 1, 3, 8 and 11", lambda: _batches(bundle))
+        step("golden images and texts", lambda: _golden(bundle, facts))
+        step("one image in batches of 1, 3, 8 and 11", lambda: _batches(bundle))
         step(
             f"{QUERIES} queries",
             lambda: summary(
@@ -113,7 +113,7 @@ def _golden(bundle: Bundle, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _golden_input(bundle: Bundle) -> np.ndarray:
-    return normalise(np.load(bundle.folder / "golden" / "pixels.npy"), bundle.preprocess)
+    return normalize(np.load(bundle.folder / "golden" / "pixels.npy"), bundle.preprocess)
 
 
 def _batches(bundle: Bundle) -> dict[str, float]:

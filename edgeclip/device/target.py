@@ -24,18 +24,18 @@ TEXT_PRECISIONS = {
 
 
 class Calibration(Config):
-    """Pictures that give the ranges, and the candidates that are tried on this machine: of those that hold the tolerance the fastest ships."""
+    """Images that give the ranges, and the candidates that are tried on this machine: of those that hold the tolerance the fastest ships."""
 
-    pictures: Annotated[int, Meta(ge=8)] = 256
+    images: Annotated[int, Meta(ge=8)] = 256
     """from the training part only, picked by `seed`"""
     seed: int = 0
     judged_on: Annotated[int, Meta(ge=0)] = 128
-    """so many further training pictures, none of which gave ranges, are what candidates are judged on; 0: the pictures of the ranges"""
+    """so many further training images, none of which gave ranges, are what candidates are judged on; 0: the images of the ranges"""
     judged_cosine_p1: Fraction = 0.0
-    """what the search asks of the centred cosine on those pictures where it is more than the tolerance: pictures that training has
+    """what the search asks of the centered cosine on those images where it is more than the tolerance: images that training has
     seen are answered with a wider lead than new ones, so their answers survive a rounding that costs new ones theirs"""
     methods: tuple[Literal["minmax", "mean", "percentile", "entropy"], ...] = ("minmax", "mean")
-    """how ranges are taken: over everything; the mean of each picture's; a histogram's 99.999 %; by least entropy loss"""
+    """how ranges are taken: over everything; the mean of each image's; a histogram's 99.999 %; by least entropy loss"""
     smoothing: tuple[Fraction | None, ...] = (None, 0.5)
     """SmoothQuant's alpha, how far outlier channels behind a LayerNorm are moved into the weights; null: not at all"""
     layers: tuple[Literal["all", "dense", "residual"], ...] = ("all",)
@@ -44,9 +44,9 @@ class Calibration(Config):
     model_types: tuple[Literal["transformer"] | None, ...] = (None,)
     """openvino only: NNCF's pattern sets; transformer suits ViT towers, null convolutional ones"""
     probe_layers: Annotated[int, Meta(ge=0)] = 12
-    """so many first and last layers are quantised alone to see what each costs"""
+    """so many first and last layers are quantized alone to see what each costs"""
     layer_cosine: Fraction = 0.998
-    """a probed layer that alone leaves less centred cosine than this stays in float"""
+    """a probed layer that alone leaves less centered cosine than this stays in float"""
     min_int8_share: Fraction = 0.7
     """of the multiply-accumulates; with less an int8 target is refused"""
     min_speedup: Annotated[float, Meta(ge=0.0)] = 1.0
@@ -54,18 +54,18 @@ class Calibration(Config):
 
 
 class Tolerance(Config, kw_only=True):
-    """Limits on error, each against the fp32 torch student on the same pictures."""
+    """Limits on error, each against the fp32 torch student on the same images."""
 
-    centred_cosine_p1: Fraction
+    centered_cosine_p1: Fraction
     """first percentile of the cosine after the mean feature is taken away"""
     top1_agreement: Fraction
-    """share of pictures with the same first answer"""
+    """share of images with the same first answer"""
     agreement_where_right: Fraction | None = None
-    """the same over the pictures that the student answers rightly, which needs labels; null: not asked for"""
+    """the same over the images that the student answers rightly, which needs labels; null: not asked for"""
     accuracy_drop_pp: Annotated[float, Meta(ge=0.0)]
     """margin in percentage points; the one-sided 95 % limit of the paired drop must lie below it"""
-    optimisation_agreement: Fraction | None = None
-    """ONNX Runtime only: top-1 agreement of the graph optimisations BASIC and ALL; null: not compared"""
+    optimization_agreement: Fraction | None = None
+    """ONNX Runtime only: top-1 agreement of the graph optimizations BASIC and ALL; null: not compared"""
 
 
 class Target(Config, kw_only=True):
@@ -129,9 +129,9 @@ def load(name: str) -> tuple[str, Target]:
             "belongs to activations: uint8, and only to it",
             "say never, always or as_host, or remove it",
         )
-    if target.tolerance.optimisation_agreement is not None and target.runtime != "onnxruntime":
+    if target.tolerance.optimization_agreement is not None and target.runtime != "onnxruntime":
         raise EdgeclipError(
-            f"{path}: tolerance.optimisation_agreement",
+            f"{path}: tolerance.optimization_agreement",
             "belongs to onnxruntime: elsewhere there is no BASIC and ALL",
             "remove it",
         )

@@ -17,11 +17,11 @@ def load(text: str, context_length: int) -> Tokenizer:
 
 
 def encode(
-    tokenizer: Tokenizer, texts: list[str], context_length: int, cut: bool = False
+    tokenizer: Tokenizer, texts: list[str], context_length: int, truncate: bool = False
 ) -> np.ndarray:
-    """int64 [N, L], padded with 0. A text that is longer than the context is refused; cut: loses its end, as CLIP's captions do."""
+    """int64 [N, L], padded with 0. A text that is longer than the context is refused; truncate: loses its end, as CLIP's captions do."""
     ids = [e.ids for e in tokenizer.encode_batch(texts)]
-    if cut:
+    if truncate:
         ids = [
             row if len(row) <= context_length else [*row[: context_length - 1], row[-1]]
             for row in ids

@@ -1,14 +1,14 @@
 """`edgeclip validate`: is the bundle on this device still the model that was trained?
 
-Same pictures, same preprocess, two systems: the fp32 torch student, whose features the run kept, and the bundle.
+Same images, same preprocess, two systems: the fp32 torch student, whose features the run kept, and the bundle.
 `observe` runs the bundle on the device, which may be a board far away; `judge` compares on the host, in the order in
-which things go wrong: names, shapes and dtypes of the graph; the golden pictures that ship in the bundle
-(preprocessing first, then values); then over the run's evaluation pictures cosine, decisions and accuracy. Every
+which things go wrong: names, shapes and dtypes of the graph; the golden images that ship in the bundle
+(preprocessing first, then values); then over the run's evaluation images cosine, decisions and accuracy. Every
 failed tolerance is listed, not only the first.
 
-How to read it: the raw cosine flatters, since embeddings share a large mean; the centred one does not. Accuracy is
-paired, and `upper_pp` is the largest drop (one-sided 95 %) that these pictures do not exclude: where it exceeds the
-margin although the measured drop does not, there are too few pictures to tell, and that is the verdict.
+How to read it: the raw cosine flatters, since embeddings share a large mean; the centered one does not. Accuracy is
+paired, and `upper_pp` is the largest drop (one-sided 95 %) that these images do not exclude: where it exceeds the
+margin although the measured drop does not, there are too few images to tell, and that is the verdict.
 """
 
 import math
@@ -20,9 +20,9 @@ import numpy as np
 
 from edgeclip import disk
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.images import index_tar, read, stream
 from edgeclip.device.metrics import accuracy_drop, agreement, cosine, hits
-from edgeclip.device.pictures import index_tar, read, stream
-from edgeclip.device.preprocess import normalise, open_picture
+from edgeclip.device.preprocess import normalize, open_image
 from edgeclip.device.target import Tolerance
 from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
@@ -32,7 +32,7 @@ BATCH = 16
 TIE = 1e-5
 """two processors may order scores that are closer than this differently"""
 GOLDEN_COSINE = 0.9
-"""of the golden pictures, raw: only a broken bundle or preprocess falls below; the tolerances judge the rest"""
+"""of the golden images, raw: only a broken bundle or preprocess falls below; the tolerances judge the rest"""
 
 
 class Evaluation(NamedTuple):
@@ -44,13 +44,13 @@ class Evaluation(NamedTuple):
     labels: np.ndarray
     sets: list[dict[str, Any]]
     chosen: list[int]
-    """[n], which of the folder's pictures take part"""
+    """[n], which of the folder's images take part"""
     class_names: list[str] | None = None
     """what labels and classes number; None: a run that is older than this field"""
 
 
-def load_evaluation(folder: Path, pictures: int | None = None) -> Evaluation:
-    """pictures: so many of them, always the same ones, for a board that is slow. None: all."""
+def load_evaluation(folder: Path, images: int | None = None) -> Evaluation:
+    """images: so many of them, always the same ones, for a board that is slow. None: all."""
     disk.verify(folder, disk.read_manifest(folder, "evaluation"))
     description = disk.read_json(folder / "evaluation.json")
     features, labels, sets = (
@@ -59,8 +59,8 @@ def load_evaluation(folder: Path, pictures: int | None = None) -> Evaluation:
         description["sets"],
     )
     chosen = list(range(len(labels)))
-    if pictures is not None and pictures < len(chosen):
-        chosen = sorted(random.Random(0).sample(chosen, pictures))
+    if images is not None and images < len(chosen):
+        chosen = sorted(random.Random(0).sample(chosen, images))
         place = {row: i for i, row in enumerate(chosen)}
         sets = [{**s, "rows": [place[r] for r in s["rows"] if r in place]} for s in sets]
     return Evaluation(
@@ -69,7 +69,7 @@ def load_evaluation(folder: Path, pictures: int | None = None) -> Evaluation:
 
 
 def not_compared(bundle: Bundle, evaluation: Evaluation | None) -> str | None:
-    """Why the evaluation pictures cannot be asked of this bundle; None: they can. Their labels are numbers in the run's class list."""
+    """Why the evaluation images cannot be asked of this bundle; None: they can. Their labels are numbers in the run's class list."""
     if evaluation is None:
         return "no run beside this bundle"
     names = evaluation.class_names
@@ -85,14 +85,14 @@ class Observed(NamedTuple):
     facts: dict[str, Any]
     """JSON-able: ran, ports"""
     arrays: dict[str, np.ndarray]
-    """golden_features, and where there is something of it: golden_pixels, text_features; of the evaluation pictures
+    """golden_features, and where there is something of it: golden_pixels, text_features; of the evaluation images
     features_all, features_basic [n, D] and answers [n], the device's own first answers"""
 
 
 def validate(
     bundle: Bundle, evaluation: Evaluation | None, machine: dict[str, Any]
 ) -> dict[str, Any]:
-    """The parity report, JSON-able. Without an evaluation folder of the bundle's own labels only the golden pictures are compared."""
+    """The parity report, JSON-able. Without an evaluation folder of the bundle's own labels only the golden images are compared."""
     return judge(bundle, evaluation, observe(bundle, evaluation), machine)
 
 
@@ -106,8 +106,8 @@ def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
         "ran": {**encoder.facts, "precision": bundle.precision},
         "ports": [encoder.input, encoder.output],
     }
-    if pictures := bundle.manifest["golden"]["pictures"]:
-        arrays["golden_pixels"] = np.stack([bundle.pixels(bundle.folder / p) for p in pictures])
+    if images := bundle.manifest["golden"]["images"]:
+        arrays["golden_pixels"] = np.stack([bundle.pixels(bundle.folder / p) for p in images])
     if bundle.manifest["text"]:
         arrays["text_features"] = bundle.encode_text(
             disk.read_json(bundle.folder / "golden" / "texts.json")
@@ -118,8 +118,8 @@ def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
         and not _interface(bundle, facts["ports"])
     ):
         sessions = {"features_all": encoder}
-        if Tolerance(**bundle.manifest["target"]["tolerance"]).optimisation_agreement is not None:
-            sessions["features_basic"] = bundle.open_image_encoder(optimisation="basic")
+        if Tolerance(**bundle.manifest["target"]["tolerance"]).optimization_agreement is not None:
+            sessions["features_basic"] = bundle.open_image_encoder(optimization="basic")
         arrays |= _features(bundle, evaluation, sessions)
         if np.isfinite(arrays["features_all"]).all():
             arrays["answers"] = np.concatenate(
@@ -144,15 +144,15 @@ def judge(
         "tolerance": bundle.manifest["target"]["tolerance"],
         "golden": _golden(bundle, observed.arrays, failures),
         "not_compared": not_compared(bundle, evaluation),
-        "pictures": 0,
+        "images": 0,
         "cosine": None,
         "top1_agreement": None,
         "agreement_where_right": None,
         "accuracy": None,
         "sets": [],
-        "optimisation": None,
+        "optimization": None,
     }
-    verdict = "golden pictures only"
+    verdict = "golden images only"
     if evaluation is not None and not report["not_compared"] and runs:
         verdict = _compare(bundle, evaluation, observed.arrays, tolerance, report, failures)
     precision, layers = bundle.manifest["target"]["precision"], observed.facts["ran"].get("layers")
@@ -197,7 +197,7 @@ def _golden(bundle: Bundle, found: dict[str, np.ndarray], failures: list[str]) -
         np.load(folder / "image_features.npy"),
     )
     result: dict[str, Any] = {
-        "pictures": len(expected),
+        "images": len(expected),
         "largest_pixel_difference": None,
         "text_cosine_min": None,
     }
@@ -208,14 +208,14 @@ def _golden(bundle: Bundle, found: dict[str, np.ndarray], failures: list[str]) -
         result["largest_pixel_difference"] = difference
         if difference:
             failures.append(
-                f"preprocess: golden pictures differ by up to {difference} of 255 from the host's"
+                f"preprocess: golden images differ by up to {difference} of 255 from the host's"
             )
     if not np.isfinite(found["golden_features"]).all():
-        failures.append("values: not finite on the golden pictures")
+        failures.append("values: not finite on the golden images")
     similarity = float((found["golden_features"] * expected).sum(axis=1).min())
     result["cosine_min"] = similarity
     if not similarity >= GOLDEN_COSINE:
-        failures.append(f"golden pictures: cosine {similarity:.3f}, below {GOLDEN_COSINE}")
+        failures.append(f"golden images: cosine {similarity:.3f}, below {GOLDEN_COSINE}")
     if "text_features" in found:
         similarity = float(
             (found["text_features"] * np.load(folder / "text_features.npy")).sum(axis=1).min()
@@ -229,25 +229,25 @@ def _golden(bundle: Bundle, found: dict[str, np.ndarray], failures: list[str]) -
 def _features(
     bundle: Bundle, evaluation: Evaluation, sessions: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-    """[n, D] of every evaluation picture from each session; every picture is decoded once."""
-    every = index_tar(evaluation.folder / "pictures.tar")
-    pictures = [every[i] for i in evaluation.chosen]
+    """[n, D] of every evaluation image from each session; every image is decoded once."""
+    every = index_tar(evaluation.folder / "images.tar")
+    images = [every[i] for i in evaluation.chosen]
     skipped: list[str] = []
     out: dict[str, list[np.ndarray]] = {name: [] for name in sessions}
     batches = stream(
-        range(len(pictures)),
-        lambda i: bundle.pixels(open_picture(read(pictures[i]), pictures[i].key)),
+        range(len(images)),
+        lambda i: bundle.pixels(open_image(read(images[i]), images[i].key)),
         BATCH,
         skipped,
     )
     for _, pixels in track(
-        batches, f"validate {bundle.manifest['target']['name']}", math.ceil(len(pictures) / BATCH)
+        batches, f"validate {bundle.manifest['target']['name']}", math.ceil(len(images) / BATCH)
     ):
-        x = normalise(pixels, bundle.preprocess)
+        x = normalize(pixels, bundle.preprocess)
         for name, session in sessions.items():
             out[name].append(session.run(x))
     if skipped:  # the run wrote them: a single one is wrong
-        what = f"{len(skipped)} of {len(pictures)} pictures are unreadable (first: {skipped[0]})"
+        what = f"{len(skipped)} of {len(images)} images are unreadable (first: {skipped[0]})"
         raise EdgeclipError(evaluation.folder, what, "copy the run again, or make it anew")
     return {name: np.concatenate(rows) for name, rows in out.items()}
 
@@ -262,7 +262,7 @@ def _compare(
 ) -> str:
     reference, features = evaluation.reference, found["features_all"]
     if not np.isfinite(features).all():
-        failures.append("values: not finite on the evaluation pictures")
+        failures.append("values: not finite on the evaluation images")
         return "fail"
     every = {
         "reference": reference,
@@ -275,18 +275,18 @@ def _compare(
     margin = np.concatenate([m for _, _, m in decisions["all"]])
     if unlike := int(((answers["all"] != found["answers"]) & (margin > TIE)).sum()):
         failures.append(
-            f"head: the device's own answers are not those of its features on {unlike} pictures"
+            f"head: the device's own answers are not those of its features on {unlike} images"
         )
 
-    report["pictures"] = len(features)
+    report["images"] = len(features)
     report["cosine"] = cosine(features, reference)
     report["top1_agreement"] = agreement(answers["all"], answers["reference"])
     report["agreement_where_right"] = agreement(
         answers["all"], answers["reference"], right["reference"]
     )
     report["accuracy"] = {
-        "reference_r1": float(right["reference"].mean()),
-        "bundle_r1": float(right["all"].mean()),
+        "reference_top1": float(right["reference"].mean()),
+        "bundle_top1": float(right["all"].mean()),
         **accuracy_drop(right["reference"], right["all"]),
     }
     for s, (_, before, _), (_, after, _) in zip(
@@ -297,21 +297,21 @@ def _compare(
                 "name": s["name"],
                 "note": s["note"],
                 "classes": len(s["classes"]),
-                "reference_r1": float(before.mean()),
-                "bundle_r1": float(after.mean()),
+                "reference_top1": float(before.mean()),
+                "bundle_top1": float(after.mean()),
             }
             report["sets"].append(row | accuracy_drop(before, after))
     if "basic" in every:
         same = agreement(answers["all"], answers["basic"])
-        report["optimisation"] = {"top1_agreement": same, **cosine(features, every["basic"])}
-        if same is not None and same < (tolerance.optimisation_agreement or 0):
+        report["optimization"] = {"top1_agreement": same, **cosine(features, every["basic"])}
+        if same is not None and same < (tolerance.optimization_agreement or 0):
             failures.append(
-                f"graph optimisations BASIC and ALL agree on {same:.4f} of the answers, below {tolerance.optimisation_agreement}"
+                f"graph optimizations BASIC and ALL agree on {same:.4f} of the answers, below {tolerance.optimization_agreement}"
             )
 
-    p1, accuracy = report["cosine"]["centred_p1"], report["accuracy"]
-    if p1 < tolerance.centred_cosine_p1:
-        failures.append(f"centred cosine p1 {p1:.4f}, below {tolerance.centred_cosine_p1}")
+    p1, accuracy = report["cosine"]["centered_p1"], report["accuracy"]
+    if p1 < tolerance.centered_cosine_p1:
+        failures.append(f"centered cosine p1 {p1:.4f}, below {tolerance.centered_cosine_p1}")
     failures += short_of_agreement(
         tolerance, report["top1_agreement"], report["agreement_where_right"]
     )
@@ -319,7 +319,7 @@ def _compare(
         failures.append(
             f"accuracy drop {accuracy['drop_pp']:.2f} pp, above {tolerance.accuracy_drop_pp}"
         )
-    return "pass" if accuracy["upper_pp"] <= tolerance.accuracy_drop_pp else "too few pictures"
+    return "pass" if accuracy["upper_pp"] <= tolerance.accuracy_drop_pp else "too few images"
 
 
 def short_of_agreement(

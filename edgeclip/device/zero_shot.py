@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgeclip.device.metrics import l2_normalise
+from edgeclip.device.metrics import l2_normalize
 
 
 class EduAttention(NamedTuple):
@@ -25,7 +25,7 @@ class EduAttention(NamedTuple):
     """C in equation 6"""
     fc: str = "query"
     """where it sits: query, key_value, output, none"""
-    normalise: bool = True
+    normalize: bool = True
     """A10: unit rows before the class scores"""
 
 
@@ -49,14 +49,14 @@ def class_scores(
         if head.fc == "output":
             f_att = f_att @ head.weight.T + head.bias
         image_features = image_features + head.alpha * f_att
-        if head.normalise:
-            image_features = l2_normalise(image_features)
+        if head.normalize:
+            image_features = l2_normalize(image_features)
     return image_features @ class_features.T
 
 
 def ensemble(text_features: np.ndarray) -> np.ndarray:
-    """Class features [N, D] from text features [N, T, D] of T prompt templates: normalise, average, normalise."""
-    return l2_normalise(l2_normalise(text_features).mean(axis=1))
+    """Class features [N, D] from text features [N, T, D] of T prompt templates: normalize, average, normalize."""
+    return l2_normalize(l2_normalize(text_features).mean(axis=1))
 
 
 def prompts(labels: Sequence[str], templates: Sequence[str]) -> list[str]:

@@ -26,5 +26,5 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(
         M_TRIM_THRESHOLD, -1
-    )  # never; the largest int would be 2 GiB, which a step of 128 pictures exceeds
+    )  # never; the largest int would be 2 GiB, which a step of 128 images exceeds
     libc.mallopt(M_TOP_PAD, 64 << 20)

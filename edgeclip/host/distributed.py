@@ -45,51 +45,51 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def size() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if size() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all are here."""
-    if size() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
 @contextlib.contextmanager
-def first_alone() -> Iterator[None]:
+def rank_zero_first() -> Iterator[None]:
     """What is inside is done by the first process, and then by the others, who find it done on disk."""
     if rank():
-        wait()
+        barrier()
     yield
     if not rank():
-        wait()
+        barrier()
 
 
-def share(count: int, of: int | None = None) -> list[int]:
+def split_sizes(count: int, of: int | None = None) -> list[int]:
     """How many of `count` rows each process has (the first ones have one more where it does not divide); of: other parts than these."""
-    n = of or size()
+    n = of or world_size()
     return [count // n + (i < count % n) for i in range(n)]
 
 
-def own_rows(count: int) -> slice:
+def local_slice(count: int) -> slice:
     """This process's share of `count` rows."""
-    shares = share(count)
+    shares = split_sizes(count)
     start = sum(shares[: rank()])
     return slice(start, start + shares[rank()])
 
 
-def gather(rows: Tensor, counts: list[int] | None = None) -> Tensor:
+def all_gather(rows: Tensor, counts: list[int] | None = None) -> Tensor:
     """[b, ...] of each process to [B, ...] of all, in the order of ranks, everywhere; no gradient passes.
 
     counts: rows of each process, where they are not as many everywhere.
     """
-    if size() == 1:
+    if world_size() == 1:
         return rows
-    counts = counts or [len(rows)] * size()
+    counts = counts or [len(rows)] * world_size()
     longest = max(counts)
     padded = torch.cat([rows, rows.new_zeros((longest - len(rows), *rows.shape[1:]))]).contiguous()
     parts = [torch.empty_like(padded) for _ in counts]
@@ -97,9 +97,9 @@ def gather(rows: Tensor, counts: list[int] | None = None) -> Tensor:
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
-def greatest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The greatest of the values that the processes give."""
-    if size() == 1:
+    if world_size() == 1:
         return value
     box = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(box, dist.ReduceOp.MAX)

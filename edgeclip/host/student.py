@@ -101,7 +101,7 @@ class EduAttentionHead(nn.Module):
         if spec.fc == "output":
             attention = self.fc(attention)
         u, added = image_features if residual is None else residual, self.alpha * attention
-        if not spec.normalise:
+        if not spec.normalize:
             return u + added
         # u has norm 1, so the sum's norm is known without it: at alpha = 0 this is u bit for bit, which is PromptKD
         square = (
@@ -112,7 +112,7 @@ class EduAttentionHead(nn.Module):
         return (u + added) * square.clamp(min=1e-12).rsqrt()
 
     def numpy(self) -> EduAttention | None:
-        """The same head for the device layer; None for a reading that needs more than one picture's unit feature."""
+        """The same head for the device layer; None for a reading that needs more than one image's unit feature."""
         if self.spec.query == "raw" or self.spec.axis == "batch":
             return None
         weight, bias = (p.detach().float().cpu().numpy() for p in (self.fc.weight, self.fc.bias))
@@ -122,7 +122,7 @@ class EduAttentionHead(nn.Module):
             self.alpha.item(),
             self.log_temperature.exp().item(),
             self.spec.fc,
-            self.spec.normalise,
+            self.spec.normalize,
         )
 
 
@@ -141,7 +141,7 @@ class StudentText(nn.Module):
 def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
     """A student with its tower's weights and a fresh projector; its width is asked of the tower by one dry run.
 
-    Raises `EdgeclipError` for a tower that does not take pictures of the asked size.
+    Raises `EdgeclipError` for a tower that does not take images of the asked size.
     """
     tower, preprocess = image_tower(spec.tower)
     if spec.inherit:
@@ -159,7 +159,7 @@ def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
         with torch.inference_mode():
             width = tower.eval()(torch.zeros(1, 3, preprocess.size, preprocess.size)).shape[1]
     except (AssertionError, RuntimeError) as e:  # windows or positions of another size
-        what = f"does not take pictures of {preprocess.size} px ({str(e).splitlines()[0]})"
+        what = f"does not take images of {preprocess.size} px ({str(e).splitlines()[0]})"
         raise EdgeclipError(
             f"student.tower: {spec.tower.model}",
             what,
@@ -214,7 +214,7 @@ def build_text(spec: R.OpenClip, embed_dim: int) -> TextTower:
     )
 
 
-def token_ids(text: TextTower, texts: list[str], cut: bool = False) -> Int[Tensor, "N L"]:
+def token_ids(text: TextTower, texts: list[str], truncate: bool = False) -> Int[Tensor, "N L"]:
     """Raises `EdgeclipError` for a text that is longer than the context; cut: it loses its end, as captions do."""
     return torch.from_numpy(
         tokenizer.encode(

@@ -1,7 +1,7 @@
 """Several boards, or several bundles of one, in one table: what each costs, and which of them nothing else beats.
 
 A row is on the Pareto front when no other row is at least as good on every axis and better on one. An axis takes part only where
-every row has been measured on it, on the same terms: accuracy on as many pictures, energy of the same scope (a chip, a module, all
+every row has been measured on it, on the same terms: accuracy on as many images, energy of the same scope (a chip, a module, all
 that a meter sees). What takes no part is named with the reason: not measured is neither good nor bad.
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 
 AXES = {"accuracy": 1, "latency_ms_p90": -1, "energy_mj_per_image": -1, "image_encoder_bytes": -1}
 """what counts, and whether more (1) or less (-1) of it is better"""
-TERMS = {"accuracy": "pictures", "energy_mj_per_image": "energy_scope"}
+TERMS = {"accuracy": "images", "energy_mj_per_image": "energy_scope"}
 """what must agree before an axis compares like with like"""
 DOT_PRODUCT = {"aarch64": ("asimddp",), "x86_64": ("avx512_vnni", "avx_vnni", "amx_int8")}
 
@@ -23,7 +23,7 @@ def rows(
         counts = p is not None and p["bundle"] == b["bundle"] and p["accuracy"] is not None
         energy, r1 = (
             b["energy_mj_per_image"],
-            p["accuracy"]["bundle_r1"] if p is not None and counts else None,
+            p["accuracy"]["bundle_top1"] if p is not None and counts else None,
         )
         out.append(
             {
@@ -31,8 +31,8 @@ def rows(
                 "target": b["target"],
                 "accuracy": r1,
                 "latency_ms_p90": (b["single_stream"] or {}).get("latency_ms_p90"),
-                "pictures_per_second": (b["offline"] or {}).get("pictures_per_second"),
-                "pictures": p["pictures"] if p is not None and counts else None,
+                "images_per_second": (b["offline"] or {}).get("images_per_second"),
+                "images": p["images"] if p is not None and counts else None,
                 "energy_mj_per_image": energy,
                 "energy_scope": None if energy is None else scope(b["energy"]["source"]),
                 "energy_mj_per_correct": None if energy is None or not r1 else energy / r1,

@@ -57,7 +57,7 @@ def collect(run: Path) -> list[dict[str, Any]]:
     rows = []
     for folder in sorted(p.parent for p in (run / "bundles").glob(f"*/{disk.MANIFEST}")):
         manifest, digest = bundle.read_manifest(folder), disk.sha256(folder / disk.MANIFEST)
-        if manifest["quantisation"] and "judged_on" not in manifest["quantisation"]:
+        if manifest["quantization"] and "judged_on" not in manifest["quantization"]:
             raise EdgeclipError(folder, bundle.OLD, "export it anew")
         found: dict[str, dict[str, Any]] = {}
         for kind in ("parity", "bench"):
@@ -76,7 +76,7 @@ def collect(run: Path) -> list[dict[str, Any]]:
                     "parity": parity,
                     "bench": bench,
                     "bytes": manifest["image_encoder_bytes"],
-                    "quantisation": manifest["quantisation"],
+                    "quantization": manifest["quantization"],
                     "lint": manifest["lint"],
                     "verdict": verdict(parity, bench),
                 }
@@ -107,22 +107,22 @@ def verdict(parity: dict[str, Any] | None, bench: dict[str, Any] | None) -> str:
         return f"do not ship: {'; '.join(reasons)}"
     assert parity is not None and bench is not None
     a, latency = parity["accuracy"], bench["single_stream"]["latency_ms_p90"]
-    return f"ship: accuracy drop {a['drop_pp']:.2f} pp (at most {a['upper_pp']:.2f}) on {parity['pictures']} pictures, p90 {latency:.2f} ms"
+    return f"ship: accuracy drop {a['drop_pp']:.2f} pp (at most {a['upper_pp']:.2f}) on {parity['images']} images, p90 {latency:.2f} ms"
 
 
 def waterfall(results: dict[str, Any], targets: list[dict[str, Any]]) -> dict[str, Any]:
-    """R@1 of each step, and on how many pictures: {"sets": names, "steps": [(step, [(R@1 or None, pictures)])]}.
+    """R@1 of each step, and on how many images: {"sets": names, "steps": [(step, [(R@1 or None, images)])]}.
 
-    A bundle is compared on a part of the pictures, so what it lost stands in its parity report, not between two rows of this.
+    A bundle is compared on a part of the images, so what it lost stands in its parity report, not between two rows of this.
     """
     names = [s["name"] for s in results["sets"]]
     steps = [
-        (model, [((s[model] or {}).get("r1"), s["pictures"]) for s in results["sets"]])
+        (model, [((s[model] or {}).get("top1"), s["images"]) for s in results["sets"]])
         for model in ("teacher", "student")
     ]
     for t in targets:
         if t["parity"] and t["parity"]["sets"]:
-            of = {s["name"]: (s["bundle_r1"], s["pictures"]) for s in t["parity"]["sets"]}
+            of = {s["name"]: (s["bundle_top1"], s["images"]) for s in t["parity"]["sets"]}
             steps.append((t["row"], [of.get(n, (None, 0)) for n in names]))
     return {"sets": names, "steps": steps}
 
@@ -167,7 +167,7 @@ def _plots(results: dict[str, Any], targets: list[dict[str, Any]]) -> list[tuple
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(steps["sets"]))], steps["sets"])
     axes.set_ylabel("R@1")
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    plots.append(("Accuracy of each step; a bundle's on a part of the pictures", _svg(figure)))
+    plots.append(("Accuracy of each step; a bundle's on a part of the images", _svg(figure)))
 
     measured = [
         t
@@ -179,20 +179,20 @@ def _plots(results: dict[str, Any], targets: list[dict[str, Any]]) -> list[tuple
         for t in measured:
             x, y = (
                 t["bench"]["single_stream"]["latency_ms_p90"],
-                t["parity"]["accuracy"]["bundle_r1"],
+                t["parity"]["accuracy"]["bundle_top1"],
             )
             axes.scatter(x, y, clip_on=False, s=t["bytes"] / 2**20 * 12 + 20)
             axes.annotate(t["row"], (x, y), textcoords="offset points", xytext=(8, 4), fontsize=8)
         axes.margins(x=0.3, y=0.3)
         axes.set_xlim(left=0)
         axes.set_xlabel("p90 latency, ms (batch 1)")
-        axes.set_ylabel("R@1 over all parity pictures")
+        axes.set_ylabel("R@1 over all parity images")
         plots.append(
             ("Accuracy against latency; the area grows with the encoder's bytes", _svg(figure))
         )
 
     for t in targets:
-        frontier = (t["quantisation"] or {}).get("frontier", [])
+        frontier = (t["quantization"] or {}).get("frontier", [])
         timed = [c for c in frontier if c["latency_ms"] is not None]
         if not timed:
             continue
@@ -201,24 +201,24 @@ def _plots(results: dict[str, Any], targets: list[dict[str, Any]]) -> list[tuple
             chosen = c["verdict"] == "chosen"
             axes.scatter(
                 c["latency_ms"],
-                c["centred_cosine_p1"],
+                c["centered_cosine_p1"],
                 marker="*" if chosen else "o",
                 s=110 if chosen else 30,
                 color="C1" if chosen else "C0",
             )
             axes.annotate(
                 form(c),
-                (c["latency_ms"], c["centred_cosine_p1"]),
+                (c["latency_ms"], c["centered_cosine_p1"]),
                 textcoords="offset points",
                 xytext=(7, 3),
                 fontsize=7,
             )
         axes.axvline(
-            t["quantisation"]["latency_ms_float"], color="0.6", linestyle=":", label="float32"
+            t["quantization"]["latency_ms_float"], color="0.6", linestyle=":", label="float32"
         )
         axes.margins(x=0.3, y=0.3)
         axes.set_xlabel("latency on the machine that exported, ms (batch 1, one thread)")
-        axes.set_ylabel("centred cosine p1")
+        axes.set_ylabel("centered cosine p1")
         axes.legend(fontsize=7, frameon=False)
         plots.append(
             (

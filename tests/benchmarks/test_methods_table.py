@@ -18,7 +18,7 @@ def run(base, novel, **fields):
     return {
         "test": {"base": a, "novel": b, "harmonic mean": 2 * a * b / (a + b)},
         "hits": {name: np.packbits(h).tobytes().hex() for name, h in hits.items()},
-        "pictures": {name: len(h) for name, h in hits.items()},
+        "images": {name: len(h) for name, h in hits.items()},
         **fields,
     }
 

@@ -40,10 +40,10 @@ def test_validate_and_bench_through_the_users_own_ssh_setup(a_run, sshd, home, t
     (far,) = json.loads(result.stdout)
     (near,) = json.loads(run("validate", "--run", a_run, "--json").stdout)
     assert far["verdict"] == "pass"
-    assert far["pictures"] == 400
+    assert far["images"] == 400
     assert far["golden"]["largest_pixel_difference"] == 0
     assert (
-        far["cosine"]["centred_min"] == pytest.approx(near["cosine"]["centred_min"], abs=1e-5)
+        far["cosine"]["centered_min"] == pytest.approx(near["cosine"]["centered_min"], abs=1e-5)
         and far["accuracy"] == near["accuracy"]
     )
     assert disk.read_json(a_run / "reports" / "onnx-fp32.toy.parity.json") == far
@@ -116,7 +116,7 @@ def test_the_shipped_loopback_needs_no_setup(shipped_bundle, tmp_path, home):
     bundle = Bundle.load(shipped_bundle("onnx-fp32"))
     with Board(name, device, options=None) as board:
         board.prepare([bundle], None)
-        assert board.validate(bundle, None)["verdict"] == "golden pictures only"
+        assert board.validate(bundle, None)["verdict"] == "golden images only"
         assert board.bench(bundle, Minimum(0.0, 5), ("offline",))["offline"]["queries"] >= 1
 
 

@@ -106,12 +106,12 @@ def test_the_verbs_go_there_and_timings_are_refused(bundles, tmp_path):
     shutil.copytree(bundles["cnn"][1], run_folder / "evaluation")
     shutil.copytree(bundles["cnn"][0][0].folder, run_folder / "bundles" / "onnx-fp32")
     result = run(
-        "validate", "--run", run_folder, "--device", "arm64-emulated", "--pictures", 20, "--json"
+        "validate", "--run", run_folder, "--device", "arm64-emulated", "--images", 20, "--json"
     )
     (report,) = json.loads(result.stdout)
     assert result.exit_code == 4
     assert report["failures"] == []
-    assert report["pictures"] == 20
+    assert report["images"] == 20
     assert report["machine"]["arch"] == "aarch64"
     assert report["machine"]["emulated"] and report["golden"]["largest_pixel_difference"] == 0
     result = run("bench", "--run", run_folder, "--device", "arm64-emulated", "--json")

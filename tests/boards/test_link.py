@@ -252,7 +252,7 @@ def test_a_board_that_rebooted_between_the_build_and_the_run(shipped_bundle, ssh
 
 def test_a_board_that_is_another_one_is_not_measured(a_run, sshd, home, tmp_path):
     write_ssh_config(home, sshd())
-    toy = profile(tmp_path, more="recognise: {device_tree_model: Raspberry Pi 5}\n")
+    toy = profile(tmp_path, more="recognize: {device_tree_model: Raspberry Pi 5}\n")
     error = mistake(
         "bench", "--run", a_run, "--device", toy, says="not 'Raspberry Pi 5'", only_line=False
     )

@@ -9,7 +9,7 @@ from edgeclip import disk
 from edgeclip.device.bundle import Bundle
 from tests.support.command import mistake, run
 from tests.support.files import REPO, snapshot, write
-from tests.support.images import encoded, picture, truncated_jpeg
+from tests.support.images import encoded, toy_image, truncated_jpeg
 from tests.support.tiny_recipe import RECIPE
 
 
@@ -21,7 +21,7 @@ def photos(folder, count=12):
     for name in ("cat", "dog"):
         (folder / name).mkdir(parents=True)
         for i in range(count):
-            (folder / name / f"{i}.png").write_bytes(encoded(picture(i)))
+            (folder / name / f"{i}.png").write_bytes(encoded(toy_image(i)))
     return folder
 
 
@@ -119,10 +119,10 @@ def test_missing_data(here):
     same(here, before)
 
 
-def test_a_truncated_picture(here, shipped_bundle):
+def test_a_truncated_image(here, shipped_bundle):
     truncated_jpeg(here / "half.jpg")
     bundle, before = shipped_bundle("onnx-fp32"), snapshot(here)
-    mistake("classify", "half.jpg", "--bundle", bundle, says="half.jpg: unreadable picture")
+    mistake("classify", "half.jpg", "--bundle", bundle, says="half.jpg: unreadable image")
     mistake(
         "embed",
         "half.jpg",
@@ -130,12 +130,12 @@ def test_a_truncated_picture(here, shipped_bundle):
         "f.npy",
         "--bundle",
         bundle,
-        says="half.jpg: unreadable picture",
+        says="half.jpg: unreadable image",
     )
     same(here, before)
 
 
-def test_a_truncated_picture_in_twenty_fails_the_run(here):
+def test_a_truncated_image_in_twenty_fails_the_run(here):
     truncated_jpeg(photos(here / "photos") / "cat" / "half.jpg")
     write(here, RECIPE.replace("ROOT", "photos"))
     before = snapshot(here)
@@ -342,17 +342,17 @@ def test_a_split_with_an_empty_half(here, half):
     mistake(
         "distill",
         "r.yaml",
-        says=f"its {half} half (1 of 2 classes are base) has no training pictures",
+        says=f"its {half} half (1 of 2 classes are base) has no training images",
         only_line=False,
     )
     same(here, before)
 
 
 @pytest.mark.parametrize("left", [0, 1])
-def test_a_data_set_of_hardly_any_training_pictures(here, left):
+def test_a_data_set_of_hardly_any_training_images(here, left):
     from hashlib import sha256
 
-    from edgeclip.device.pictures import index_folder
+    from edgeclip.device.images import index_folder
 
     drawn = sorted(
         int(sha256(f"{f.name}/{p.key}".encode()).hexdigest()[:8], 16) / 2**32
@@ -366,7 +366,7 @@ def test_a_data_set_of_hardly_any_training_pictures(here, left):
         ),
     )
     before = snapshot(here)
-    mistake("distill", "r.yaml", says=f"the data has {left} training pictures", only_line=False)
+    mistake("distill", "r.yaml", says=f"the data has {left} training images", only_line=False)
     same(here, before)
 
 

@@ -12,7 +12,7 @@ from edgeclip import disk
 from edgeclip.cli import main
 from tests.support.command import mistake, run
 from tests.support.files import REPO, snapshot
-from tests.support.images import encoded, picture, truncated_jpeg
+from tests.support.images import encoded, toy_image, truncated_jpeg
 from tests.support.toy_bundle import write_evaluation
 
 COMMANDS = sorted(
@@ -82,7 +82,7 @@ def test_classify_prints_the_ranked_table(shipped_bundle, cat):
 
 
 def test_embed_writes_unit_rows_in_the_order_given(shipped_bundle, cat):
-    (cat.parent / "b.png").write_bytes(encoded(picture(2)))
+    (cat.parent / "b.png").write_bytes(encoded(toy_image(2)))
     result = run(
         "embed",
         "b.png",
@@ -123,7 +123,7 @@ def test_validate_exits_0_3_and_4_by_the_verdict(shipped_bundle, source, here, e
     }
     disk.write_manifest(bundle, "bundle", content)
     result = run("validate", "--run", "good")
-    assert result.exit_code == 3 and "golden pictures: cosine" in result.stdout
+    assert result.exit_code == 3 and "golden images: cosine" in result.stdout
 
 
 def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_the_rest(
@@ -237,7 +237,7 @@ def test_an_interrupt_exits_130(here):
     assert done.returncode == 130 and "Traceback" not in done.stderr
 
 
-def test_a_truncated_picture_among_many_is_named_by_classify(shipped_bundle, cat):
+def test_a_truncated_image_among_many_is_named_by_classify(shipped_bundle, cat):
     bad = truncated_jpeg(cat.parent / "half.jpg")
     mistake(
         "classify",
@@ -245,5 +245,5 @@ def test_a_truncated_picture_among_many_is_named_by_classify(shipped_bundle, cat
         bad,
         "--bundle",
         shipped_bundle("onnx-fp32"),
-        says="half.jpg: unreadable picture",
+        says="half.jpg: unreadable image",
     )

@@ -21,12 +21,12 @@ def call(*args: str, code: int = 0) -> str:
 
 
 def small_targets(folder: Path) -> None:
-    """The shipped int8 targets for a set of 192 pictures and a tower too small for int8 to pay: a working folder may bring its own."""
+    """The shipped int8 targets for a set of 192 images and a tower too small for int8 to pay: a working folder may bring its own."""
     folder.mkdir()
     for name in ("onnx-int8", "openvino-int8", "tensorrt-int8"):
         text = (REPO / "export" / f"{name}.yaml").read_text()
         text = (
-            text.replace("pictures: 256", "pictures: 96")
+            text.replace("images: 256", "images: 96")
             .replace("judged_on: 256", "judged_on: 64")
             .replace("[minmax, mean]", "[minmax]")
         )
@@ -52,9 +52,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory):
 def test_every_set_is_scored_for_teacher_and_student_with_its_chance_level(workplace):
     _, results = workplace
     (row,) = results["sets"]
-    assert row["pictures"] == shapes.PARTS["test"] and row["classes"] == len(shapes.CLASSES)
-    assert row["chance_r1"] == pytest.approx(1 / 12)
-    assert {"r1", "r5"} <= row["teacher"].keys() & row["student"].keys()
+    assert row["images"] == shapes.PARTS["test"] and row["classes"] == len(shapes.CLASSES)
+    assert row["chance_top1"] == pytest.approx(1 / 12)
+    assert {"top1", "top5"} <= row["teacher"].keys() & row["student"].keys()
 
 
 def test_the_log_has_every_loss_of_the_recipe_and_alpha(workplace):
@@ -79,8 +79,8 @@ def test_the_same_line_again_resumes_and_a_changed_recipe_is_refused(workplace):
 
 def test_the_float_bundle_is_the_student(workplace):
     (report,) = json.loads(call("validate", "--bundle", "runs/smoke/bundles/onnx-fp32", "--json"))
-    assert report["verdict"] == "pass" and report["pictures"] == shapes.PARTS["test"]
-    assert report["cosine"]["centred_min"] > 0.9999 and report["top1_agreement"] == 1.0
+    assert report["verdict"] == "pass" and report["images"] == shapes.PARTS["test"]
+    assert report["cosine"]["centered_min"] > 0.9999 and report["top1_agreement"] == 1.0
     assert report["accuracy"]["drop_pp"] == 0
 
 
@@ -90,7 +90,7 @@ def test_validate_judges_every_bundle_and_its_exit_code_says_so(workplace):
     assert [r["target"] for r in reports] == ["onnx-fp32", "onnx-int8", "openvino-int8"]
     verdicts = {r["verdict"] for r in reports}
     assert result.exit_code == (
-        3 if "fail" in verdicts else 4 if "too few pictures" in verdicts else 0
+        3 if "fail" in verdicts else 4 if "too few images" in verdicts else 0
     )
     assert all(bool(r["failures"]) == (r["verdict"] == "fail") for r in reports)
 
@@ -156,13 +156,13 @@ def test_labels_bakes_words_and_embed_writes_unit_rows(workplace):
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
 
 
-def test_no_held_back_picture_is_among_the_calibration_pictures(workplace):
+def test_no_held_back_image_is_among_the_calibration_images(workplace):
     manifest = Bundle.load("runs/smoke/bundles/onnx-int8").manifest
-    from edgeclip.device.pictures import index_tar, read
+    from edgeclip.device.images import index_tar, read
 
     evaluation = {
         hashlib.sha256(read(p)).hexdigest()
-        for p in index_tar(Path("runs/smoke/evaluation/pictures.tar"))
+        for p in index_tar(Path("runs/smoke/evaluation/images.tar"))
     }
     assert manifest["calibration"] and not evaluation & {
         c["sha256"] for c in manifest["calibration"]

@@ -11,7 +11,7 @@ from edgeclip.cli import tables
 from edgeclip.device import machine
 from edgeclip.device.bench import (
     WARM_UP,
-    _pictures,
+    _images,
     _stages,
     bench,
     check_with,
@@ -123,7 +123,7 @@ def test_every_scenario_reaches_its_minimum(measured):
     assert single["queries"] >= 30
     assert offline["batch"] == 4
     assert 4 * offline["queries"] >= 30
-    assert offline["pictures_per_second"] == pytest.approx(4e3 / offline["latency_ms_mean"])
+    assert offline["images_per_second"] == pytest.approx(4e3 / offline["latency_ms_mean"])
 
 
 def test_percentiles_are_in_order(measured):
@@ -157,7 +157,7 @@ def test_what_was_not_measured_is_null(measured, shipped_bundle):
     assert measured["energy_mj_per_image"] is None
     bundle = Bundle.load(shipped_bundle("onnx-fp32"))
     bundle.labels = []  # one that only embeds
-    assert _stages(bundle, _pictures(bundle, None))["head_ms"] is None
+    assert _stages(bundle, _images(bundle, None))["head_ms"] is None
 
 
 def test_a_meter_that_cannot_be_read_costs_the_energy_alone(shipped_bundle, tmp_path, monkeypatch):

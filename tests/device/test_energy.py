@@ -180,7 +180,7 @@ def samples(start, seconds, watts, noise=0.0, celsius=None, hz=10):
     ]
 
 
-def test_energy_is_power_above_idle_over_pictures():
+def test_energy_is_power_above_idle_over_images():
     every = samples(0, 10, 4.0) + samples(10, 60, 9.0)
     r = per_image(every, every, [0.0, 10.0, 70.0], [(10.0, 0), (70.0, 600)], "s")
     assert r["mj_per_image"] == pytest.approx(500) and r[
@@ -219,14 +219,14 @@ def test_the_half_width_is_welchs():
     assert half_width([4.0] * 10, [9.0] * 10) == 0
 
 
-def test_pictures_count_from_the_moment_that_the_watts_do():
-    """Slow and thirsty while cold, then 10 pictures a second of 5 W: half a joule each."""
+def test_images_count_from_the_moment_that_the_watts_do():
+    """Slow and thirsty while cold, then 10 images a second of 5 W: half a joule each."""
     warm = samples(0, 30, 4.0) + samples(30, 600, 9.0, celsius=lambda t: 40 + min(t, 100) / 2)
     done = [(30.0 + t, t if t < 100 else 100 + 10 * (t - 100)) for t in range(601)]
     r = per_image(warm, warm, [0.0, 30.0, 630.0], done, "s")
     assert r["steady"] is True
     assert r["mj_per_image"] == pytest.approx(500)
-    assert r["pictures"] == pytest.approx(10 * r["seconds"], abs=1)
+    assert r["images"] == pytest.approx(10 * r["seconds"], abs=1)
 
 
 def test_only_the_part_after_the_board_is_warm_counts():
@@ -272,14 +272,14 @@ def test_a_load_is_sampled_while_it_runs(monkeypatch):
     assert r["load_w"] == pytest.approx(9.0, abs=0.3)
     assert r["samples_load"] >= 20
     assert (
-        r["mj_per_image"] == pytest.approx(5e3 * r["seconds"] / r["pictures"], rel=0.1)
-        and r["pictures"] <= 3.0 / 0.005 + 1
+        r["mj_per_image"] == pytest.approx(5e3 * r["seconds"] / r["images"], rel=0.1)
+        and r["images"] <= 3.0 / 0.005 + 1
     )
 
 
 @pytest.mark.parametrize("ahead", [0.0, 100.0, -7.5])
 def test_a_meter_on_the_hosts_clock_is_read_by_the_boards_marks(tmp_path, ahead):
-    """2 W idle for 10 s, 5 W for 20 s of 400 pictures: 3 W of 50 ms are 150 mJ, whatever the board's clock says."""
+    """2 W idle for 10 s, 5 W for 20 s of 400 images: 3 W of 50 ms are 150 mJ, whatever the board's clock says."""
     rows = [f"{1000 + t / 10},{2 if t < 100 else 5}" for t in range(300)]
     (tmp_path / "m.csv").write_text("timestamp,watts\n" + "\n".join(rows) + "\n")
     marks = {

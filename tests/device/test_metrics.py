@@ -11,14 +11,14 @@ from edgeclip.device.metrics import (
     cosine,
     harmonic_mean,
     hits,
-    l2_normalise,
+    l2_normalize,
     paired_drop,
     recall_both_ways,
 )
 
 
-def test_normalised_rows_have_length_one_and_zero_stays_zero():
-    x = l2_normalise(np.array([[3.0, 4.0], [0.0, 0.0], [-2.0, 0.0]]))
+def test_normalized_rows_have_length_one_and_zero_stays_zero():
+    x = l2_normalize(np.array([[3.0, 4.0], [0.0, 0.0], [-2.0, 0.0]]))
     np.testing.assert_allclose(x, [[0.6, 0.8], [0, 0], [-1, 0]], rtol=1e-6)
     assert x.dtype == np.float32
 
@@ -61,14 +61,14 @@ def test_recall_of_a_permutation_is_one_both_ways():
         assert math.isclose(way["chance_r10"], 0.5)
 
 
-def test_recall_by_hand_with_texts_of_several_pictures():
-    # pictures 0 and 1 share text 0; scores [3 pictures, 2 texts]
+def test_recall_by_hand_with_texts_of_several_images():
+    # images 0 and 1 share text 0; scores [3 images, 2 texts]
     images, texts = np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]), np.eye(2)
     recall = recall_both_ways(images, texts, np.array([0, 0, 1]), np.array([0, 1]), ks=(1, 2))
     assert recall["image_to_text"] == pytest.approx(
         {"r1": 2 / 3, "r2": 1.0, "chance_r1": 1 / 2, "chance_r2": 1.0}
     )
-    # text 0: its picture 0 is first; text 1: picture 2 (.7) comes after picture 1 (.8)
+    # text 0: its image 0 is first; text 1: image 2 (.7) comes after image 1 (.8)
     # chance: 2 of 3 and 1 of 3 at k = 1; 1 and 2/3 at k = 2
     assert recall["text_to_image"] == pytest.approx(
         {"r1": 1 / 2, "r2": 1.0, "chance_r1": 1 / 2, "chance_r2": 5 / 6}
@@ -112,17 +112,17 @@ def test_chance_recall_is_what_random_orders_reach():
 
 
 def test_cosine_of_equal_sets_is_one():
-    x = l2_normalise(np.random.default_rng(0).normal(size=(50, 8)))
+    x = l2_normalize(np.random.default_rng(0).normal(size=(50, 8)))
     assert all(math.isclose(v, 1.0, abs_tol=1e-6) for v in cosine(x, x).values())
 
 
 def test_a_large_shared_mean_flatters_the_raw_cosine_only():
     rng = np.random.default_rng(1)
-    a, b = (l2_normalise(20.0 + rng.normal(size=(500, 32))) for _ in range(2))
+    a, b = (l2_normalize(20.0 + rng.normal(size=(500, 32))) for _ in range(2))
     c = cosine(a, b)
     assert c["raw_min"] > 0.99
-    assert abs(c["centred_p5"]) < 0.6
-    assert c["centred_min"] < 0
+    assert abs(c["centered_p5"]) < 0.6
+    assert c["centered_min"] < 0
 
 
 def test_cosine_by_hand():
@@ -131,7 +131,7 @@ def test_cosine_by_hand():
         cosine(a, b)["raw_p5"], 0.05, rel_tol=1e-5
     )
     one = cosine(a[:1], b[:1])
-    assert one["centred_min"] == one["raw_min"] == 0.0
+    assert one["centered_min"] == one["raw_min"] == 0.0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -140,18 +140,18 @@ def test_the_accuracy_drop_equals_brute_force(seed):
     a, b = rng.random(300) < 0.7, rng.random(300) < 0.65
     drop = accuracy_drop(a, b)
     assert math.isclose(drop["drop_pp"], 100 * (a.mean() - b.mean()), abs_tol=1e-9)
-    assert (drop["lost"], drop["won"], drop["pictures"]) == (
+    assert (drop["lost"], drop["won"], drop["images"]) == (
         sum(x and not y for x, y in zip(a, b, strict=True)),
         sum(y and not x for x, y in zip(a, b, strict=True)),
         300,
     )
 
 
-def test_counts_of_several_sets_pool_to_the_drop_of_their_pictures_together():
+def test_counts_of_several_sets_pool_to_the_drop_of_their_images_together():
     rng = np.random.default_rng(0)
     sets = [(rng.random(n) < 0.8, rng.random(n) < 0.75) for n in (40, 400)]
     drops = [accuracy_drop(a, b) for a, b in sets]
-    lost, won, n = (int(sum(d[k] for d in drops)) for k in ("lost", "won", "pictures"))
+    lost, won, n = (int(sum(d[k] for d in drops)) for k in ("lost", "won", "images"))
     together = accuracy_drop(*(np.concatenate(side) for side in zip(*sets, strict=True)))
     assert paired_drop(lost, won, n) == together
     right = sum(
@@ -170,7 +170,7 @@ def test_the_upper_limit_is_agresti_and_mins():
     assert math.isclose(accuracy_drop(a, b)["upper_pp"], 100 * expected, rel_tol=1e-9)
 
 
-def test_agreement_on_few_pictures_is_no_certainty():
+def test_agreement_on_few_images_is_no_certainty():
     same = np.ones(10, bool)
     assert accuracy_drop(same, same)["drop_pp"] == 0 and accuracy_drop(same, same)["upper_pp"] > 10
     many = np.ones(10_000, bool)

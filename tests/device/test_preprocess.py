@@ -7,13 +7,12 @@ from PIL import Image
 
 from edgeclip.device.preprocess import (
     Preprocess,
-    UnreadablePicture,
-    normalise,
-    open_picture,
+    UnreadableImage,
+    open_image,
     to_pixels,
 )
 from edgeclip.errors import EdgeclipError
-from tests.support.images import encoded, picture, truncated_jpeg
+from tests.support.images import encoded, toy_image, truncated_jpeg
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIZES = [
@@ -36,7 +35,7 @@ def noise(width, height, seed=0):
 
 
 def theirs(image, size, resize, interpolation):
-    """uint8 [H, W, 3] of open_clip's evaluation transform, before it normalises."""
+    """uint8 [H, W, 3] of open_clip's evaluation transform, before it normalizes."""
     from open_clip.transform import image_transform
 
     steps = image_transform(
@@ -68,51 +67,51 @@ def test_odd_crops_are_open_clips_for_every_small_excess():
         assert (to_pixels(image, spec) == theirs(image, 20, "shortest", "bicubic")).all(), width
 
 
-def test_normalising_is_torchvisions():
+def test_normalizing_is_torchvisions():
     from torchvision.transforms.functional import normalize, to_tensor
 
     spec = Preprocess(size=16, mean=MEAN, std=STD)
     images = [noise(16, 16, s) for s in range(3)]
-    ours = normalise(np.stack([np.asarray(i) for i in images]), spec)
+    ours = normalize(np.stack([np.asarray(i) for i in images]), spec)
     expected = torch.stack([normalize(to_tensor(i), MEAN, STD) for i in images]).numpy()
     assert ours.dtype == np.float32 and ours.flags.c_contiguous
     np.testing.assert_array_equal(ours, expected)
 
 
-def test_an_encoded_picture_comes_back_as_rgb(tmp_path):
-    image = picture(0, 30, 20)
+def test_an_encoded_image_comes_back_as_rgb(tmp_path):
+    image = toy_image(0, 30, 20)
     image.save(tmp_path / "p.png")
     assert (
-        open_picture(tmp_path / "p.png").tobytes()
-        == open_picture(encoded(image)).tobytes()
+        open_image(tmp_path / "p.png").tobytes()
+        == open_image(encoded(image)).tobytes()
         == image.tobytes()
     )
     assert (
-        open_picture(encoded(image.convert("L"))).mode
-        == open_picture(encoded(image.convert("P"))).mode
-        == open_picture(encoded(image.convert("RGBA"))).mode
+        open_image(encoded(image.convert("L"))).mode
+        == open_image(encoded(image.convert("P"))).mode
+        == open_image(encoded(image.convert("RGBA"))).mode
         == "RGB"
     )
 
 
 def test_a_truncated_jpeg_is_unreadable_and_never_padded(tmp_path):
     path = truncated_jpeg(tmp_path / "half.jpg")
-    with pytest.raises(UnreadablePicture, match=r"half\.jpg: unreadable picture"):
-        open_picture(path)
+    with pytest.raises(UnreadableImage, match=r"half\.jpg: unreadable image"):
+        open_image(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n"])
-def test_what_is_no_picture_is_unreadable(content):
-    with pytest.raises(UnreadablePicture, match="member 7"):
-        open_picture(content, "member 7")
+@pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n"])
+def test_what_is_no_image_is_unreadable(content):
+    with pytest.raises(UnreadableImage, match="member 7"):
+        open_image(content, "member 7")
 
 
 def test_a_missing_file_is_another_error_than_an_unreadable_one(tmp_path):
     with pytest.raises(EdgeclipError, match="no such file") as e:
-        open_picture(tmp_path / "nothing.jpg")
-    assert not isinstance(e.value, UnreadablePicture)
+        open_image(tmp_path / "nothing.jpg")
+    assert not isinstance(e.value, UnreadableImage)
 
 
-def test_a_folder_is_no_picture(tmp_path):
+def test_a_folder_is_no_image(tmp_path):
     with pytest.raises(EdgeclipError):
-        open_picture(tmp_path)
+        open_image(tmp_path)

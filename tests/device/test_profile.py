@@ -43,7 +43,7 @@ def test_the_shipped_profiles_are_those_of_the_issue():
 def test_a_shipped_profile_loads_and_says_how_it_is_reached(name):
     _, loaded = device.load(str(REPO / "devices" / f"{name}.yaml"))
     assert (loaded.reach.ssh == name) == (name in BOARDS) and loaded.runtimes
-    assert (loaded.recognise != device.Recognise()) == (name in BOARDS | {"arm64-emulated"})
+    assert (loaded.recognize != device.Recognize()) == (name in BOARDS | {"arm64-emulated"})
 
 
 @pytest.mark.parametrize("name", sorted(BOARDS))
@@ -63,7 +63,7 @@ def test_every_hardware_figure_of_a_board_has_its_source_in_a_comment(name):
             assert source and "#" in value, line
 
 
-def test_a_jetson_is_recognised_by_its_device_tree(tmp_path):
+def test_a_jetson_is_recognized_by_its_device_tree(tmp_path):
     _, nano = device.load("jetson-orin-nano")
     _, agx = device.load("jetson-agx-orin")
     facts = machine.facts(fake(tmp_path, JETSON)) | {"arch": "aarch64"}
@@ -74,7 +74,7 @@ def test_a_jetson_is_recognised_by_its_device_tree(tmp_path):
     ]
 
 
-def test_an_rk3588_is_recognised_by_its_chip_and_an_n100_by_its_name():
+def test_an_rk3588_is_recognized_by_its_chip_and_an_n100_by_its_name():
     _, rk = device.load("rk3588")
     assert (
         device.differences(rk, FACTS | {"device_tree_compatible": "radxa,rock-5b rockchip,rk3588"})
@@ -251,7 +251,7 @@ def test_what_would_start_a_boards_python_is_not_left_out_on_the_board_itself():
     here = device.Device(
         runtimes=["onnxruntime"],
         reach=reach,
-        recognise=device.Recognise(arch=machine.facts()["arch"]),
+        recognize=device.Recognize(arch=machine.facts()["arch"]),
     )
     with pytest.raises(
         EdgeclipError,

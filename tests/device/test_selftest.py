@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from edgeclip.device.bundle import Bundle
-from edgeclip.device.profile import Device, Recognise
+from edgeclip.device.profile import Device, Recognize
 from edgeclip.device.selftest import selftest, without_paths
 from tests.support.command import run
 
@@ -20,8 +20,8 @@ def test_a_sound_bundle_passes_each_step_that_this_machine_has(shipped_bundle):
         "this is the device",
         "open the image encoder",
         "open it again",
-        "golden pictures and texts",
-        "one picture in batches of 1, 3, 8 and 11",
+        "golden images and texts",
+        "one image in batches of 1, 3, 8 and 11",
         "200 queries",
     ):
         assert found[step] == "pass", report
@@ -32,7 +32,7 @@ def test_another_device_fails_that_step_only(shipped_bundle):
     found = steps(
         selftest(
             Bundle.load(shipped_bundle("onnx-fp32")),
-            Device(runtimes=["onnxruntime"], recognise=Recognise(device_tree_model="Orin")),
+            Device(runtimes=["onnxruntime"], recognize=Recognize(device_tree_model="Orin")),
         )
     )
     assert [k for k, v in found.items() if v == "fail"] == ["this is the device"]
@@ -45,7 +45,7 @@ def test_without_tensorrt_the_engine_step_fails_and_the_rest_is_still_told(
     report = selftest(Bundle.load(shipped_bundle("tensorrt-fp16")), Device(runtimes=["tensorrt"]))
     found = steps(report)
     assert found["open the image encoder"] == "fail"
-    assert "golden pictures and texts" not in found
+    assert "golden images and texts" not in found
     assert "temperature" in found
 
 
@@ -56,10 +56,10 @@ def test_a_failure_names_no_folder_outside_the_bundle(own_bundle):
     assert "image_encoder.onnx was changed" in text
     assert str(folder.parent) not in text
     assert str(Path.home()) not in text
-    said = f'File "{Path.home()}/venv/lib/x.py", line 3; {folder}/a.onnx: bad; /data/anna/run/b.npy; 3 ms/picture; see https://a.b/c'
+    said = f'File "{Path.home()}/venv/lib/x.py", line 3; {folder}/a.onnx: bad; /data/anna/run/b.npy; 3 ms/image; see https://a.b/c'
     assert (
         without_paths(said, folder)
-        == 'File "x.py", line 3; bundle/a.onnx: bad; b.npy; 3 ms/picture; see https://a.b/c'
+        == 'File "x.py", line 3; bundle/a.onnx: bad; b.npy; 3 ms/image; see https://a.b/c'
     )
 
 

@@ -114,7 +114,9 @@ def test_a_long_text_is_refused_or_loses_its_end_but_for_the_end_token():
     whole = tokenizer.encode(
         tokenizer.load(clip_tokenizer_json("ViT-B-32"), 7), ["one two three four five"], 7
     )[0].tolist()
-    assert tokenizer.encode(words, ["one two three four five", "one"], 6, cut=True)[0].tolist() == [
+    assert tokenizer.encode(words, ["one two three four five", "one"], 6, truncate=True)[
+        0
+    ].tolist() == [
         *whole[:5],
         whole[-1],
     ]

@@ -12,10 +12,10 @@ from edgeclip import disk
 from edgeclip.device.bundle import Bundle, bake_labels
 from edgeclip.device.validate import load_evaluation, validate
 from edgeclip.errors import EdgeclipError
-from tests.support.images import add_member, encoded, picture
+from tests.support.images import add_member, encoded, toy_image
 from tests.support.toy_bundle import LABELS, write_evaluation
 
-TOLERANCES = ("centred cosine p1", "top-1 agreement", "accuracy drop")
+TOLERANCES = ("centered cosine p1", "top-1 agreement", "accuracy drop")
 
 
 def report(folder, evaluation):
@@ -50,15 +50,15 @@ def damage(folder, amount, seed=0):
 
 def test_a_float_bundle_passes_against_its_own_student(shipped_bundle, evaluation):
     r = report(shipped_bundle("onnx-fp32"), evaluation)
-    assert (r["verdict"], r["failures"], r["pictures"]) == ("pass", [], 400)
-    assert r["cosine"]["centred_min"] > 0.9999
+    assert (r["verdict"], r["failures"], r["images"]) == ("pass", [], 400)
+    assert r["cosine"]["centered_min"] > 0.9999
     assert r["top1_agreement"] == 1.0
     assert r["accuracy"]["drop_pp"] == 0
-    assert r["accuracy"]["reference_r1"] == r["accuracy"]["bundle_r1"] == pytest.approx(0.8)
+    assert r["accuracy"]["reference_top1"] == r["accuracy"]["bundle_top1"] == pytest.approx(0.8)
     assert r["golden"]["largest_pixel_difference"] == 0
     assert r["golden"]["cosine_min"] > 0.9999
     assert r["golden"]["text_cosine_min"] > 0.9999
-    assert r["optimisation"]["top1_agreement"] == 1.0 and r["ran"]["runtime"] == "onnxruntime"
+    assert r["optimization"]["top1_agreement"] == 1.0 and r["ran"]["runtime"] == "onnxruntime"
     assert r["bundle"] == disk.sha256(shipped_bundle("onnx-fp32") / disk.MANIFEST)
 
 
@@ -88,17 +88,17 @@ def test_agreement_where_right_is_what_is_left_of_the_right_answers(own_bundle, 
 def test_an_int8_bundle_is_measured_not_taken_for_the_student(shipped_bundle, evaluation, name):
     r = report(shipped_bundle(name), evaluation)
     assert r["failures"] == [] or all(f.startswith((*TOLERANCES, "graph")) for f in r["failures"])
-    assert (0.85 if name == "openvino-int8" else 0.95) < r["cosine"]["centred_p5"] < 0.99999 and r[
+    assert (0.85 if name == "openvino-int8" else 0.95) < r["cosine"]["centered_p5"] < 0.99999 and r[
         "cosine"
-    ]["raw_p1"] >= r["cosine"]["centred_p1"]
-    assert (r["optimisation"] is None) == (name == "openvino-int8")
+    ]["raw_p1"] >= r["cosine"]["centered_p1"]
+    assert (r["optimization"] is None) == (name == "openvino-int8")
 
 
 def test_moderate_damage_lists_each_failed_tolerance(own_bundle, evaluation):
     folder = own_bundle("onnx-fp32")
     resign(folder, target=disk.read_manifest(folder, "bundle")["target"])
     r = report(damage(folder, 0.12), evaluation)
-    assert r["golden"]["cosine_min"] >= 0.9, "meant to be too little to see on the golden pictures"
+    assert r["golden"]["cosine_min"] >= 0.9, "meant to be too little to see on the golden images"
     assert r["verdict"] == "fail" and {
         t for t in TOLERANCES for f in r["failures"] if f.startswith(t)
     } == set(TOLERANCES)
@@ -107,7 +107,7 @@ def test_moderate_damage_lists_each_failed_tolerance(own_bundle, evaluation):
 def test_shuffled_weights_list_each_failed_tolerance(own_bundle, evaluation):
     r = report(damage(own_bundle("onnx-fp32"), 5.0), evaluation)
     assert r["verdict"] == "fail" and any(
-        f.startswith("golden pictures: cosine") for f in r["failures"]
+        f.startswith("golden images: cosine") for f in r["failures"]
     )
     assert {t for t in TOLERANCES for f in r["failures"] if f.startswith(t)} == set(TOLERANCES)
 
@@ -121,11 +121,11 @@ def test_another_resize_is_seen_on_the_golden_pixels(own_bundle, evaluation):
     )
     r = report(folder, evaluation)
     assert r["verdict"] == "fail" and any(
-        f.startswith("preprocess: golden pictures differ") for f in r["failures"]
+        f.startswith("preprocess: golden images differ") for f in r["failures"]
     )
 
 
-def test_another_normalisation_fails(own_bundle, evaluation):
+def test_another_normalization_fails(own_bundle, evaluation):
     folder = own_bundle("onnx-fp32")
     resign(
         folder,
@@ -151,18 +151,18 @@ def test_another_interface_is_named(own_bundle, evaluation):
     )
 
 
-def test_too_few_pictures_is_the_verdict_where_they_cannot_tell(shipped_bundle, source, tmp_path):
+def test_too_few_images_is_the_verdict_where_they_cannot_tell(shipped_bundle, source, tmp_path):
     r = report(shipped_bundle("onnx-fp32"), write_evaluation(tmp_path / "evaluation", source, 20))
-    assert r["failures"] == [] and r["verdict"] == "too few pictures"
+    assert r["failures"] == [] and r["verdict"] == "too few images"
     assert (
         r["accuracy"]["drop_pp"] <= r["tolerance"]["accuracy_drop_pp"] < r["accuracy"]["upper_pp"]
     )
 
 
-def test_without_an_evaluation_folder_only_the_golden_pictures_speak(shipped_bundle):
+def test_without_an_evaluation_folder_only_the_golden_images_speak(shipped_bundle):
     r = report(shipped_bundle("onnx-fp32"), None)
-    assert r["verdict"] == "golden pictures only"
-    assert r["pictures"] == 0
+    assert r["verdict"] == "golden images only"
+    assert r["images"] == 0
     assert r["accuracy"] is None
     assert r["failures"] == []
 
@@ -182,13 +182,13 @@ def test_other_labels_are_not_judged_by_the_runs_numbers(
                 if k != "class_names"
             },
         )
-        disk.write_manifest(evaluation, "evaluation", {"licence": "", "pictures": 400})
+        disk.write_manifest(evaluation, "evaluation", {"license": "", "images": 400})
         assert report(own_bundle("onnx-fp32"), evaluation)["verdict"] == "pass"
         shutil.rmtree(tmp_path / "bundle")
     folder = own_bundle("onnx-fp32")
     r = report(bake_labels(folder, labels, folder), evaluation)
-    assert (r["verdict"], r["pictures"], r["accuracy"], r["failures"]) == (
-        "golden pictures only",
+    assert (r["verdict"], r["images"], r["accuracy"], r["failures"]) == (
+        "golden images only",
         0,
         None,
         [],
@@ -207,7 +207,7 @@ def test_a_set_is_scored_over_its_own_class_list(shipped_bundle, source, evaluat
         for n, c in parts.items()
     ]
     disk.write_json(folder / "evaluation.json", description)
-    disk.write_manifest(folder, "evaluation", {"licence": "", "pictures": 400})
+    disk.write_manifest(folder, "evaluation", {"license": "", "images": 400})
     r = report(shipped_bundle("onnx-fp32"), folder)
     features = np.load(folder / "image_features.npy")
     from edgeclip.device.metrics import hits
@@ -221,32 +221,32 @@ def test_a_set_is_scored_over_its_own_class_list(shipped_bundle, source, evaluat
         ).mean()
         assert row["name"] == name
         assert row["classes"] == 3
-        assert row["reference_r1"] == pytest.approx(expected)
-        assert row["pictures"] == len(rows)
+        assert row["reference_top1"] == pytest.approx(expected)
+        assert row["images"] == len(rows)
 
 
-def test_a_changed_evaluation_picture_is_refused(evaluation, tmp_path):
+def test_a_changed_evaluation_image_is_refused(evaluation, tmp_path):
     folder = tmp_path / "evaluation"
     shutil.copytree(evaluation, folder)
-    content = bytearray((folder / "pictures.tar").read_bytes())
+    content = bytearray((folder / "images.tar").read_bytes())
     content[700] ^= 1
-    (folder / "pictures.tar").write_bytes(content)
-    with pytest.raises(EdgeclipError, match=r"pictures\.tar was changed"):
+    (folder / "images.tar").write_bytes(content)
+    with pytest.raises(EdgeclipError, match=r"images\.tar was changed"):
         load_evaluation(folder)
 
 
-def test_one_unreadable_picture_of_the_runs_own_is_told_as_one(shipped_bundle, source, tmp_path):
+def test_one_unreadable_image_of_the_runs_own_is_told_as_one(shipped_bundle, source, tmp_path):
     folder = write_evaluation(tmp_path / "evaluation", source, 20)
-    with tarfile.open(folder / "pictures.tar", "w") as tar:
+    with tarfile.open(folder / "images.tar", "w") as tar:
         for i in range(20):
-            add_member(tar, f"{i:06d}.png", b"no picture" if i == 7 else encoded(picture(i)))
-    disk.write_manifest(folder, "evaluation", {"licence": "", "pictures": 20})
-    with pytest.raises(EdgeclipError, match=r"1 of 20 pictures are unreadable .*000007"):
+            add_member(tar, f"{i:06d}.png", b"no image" if i == 7 else encoded(toy_image(i)))
+    disk.write_manifest(folder, "evaluation", {"license": "", "images": 20})
+    with pytest.raises(EdgeclipError, match=r"1 of 20 images are unreadable .*000007"):
         report(shipped_bundle("onnx-fp32"), folder)
 
 
 def test_pixels_of_the_toy_are_read_as_they_were_made(shipped_bundle):
     assert (
-        Bundle.load(shipped_bundle("onnx-fp32")).pixels(picture(0, 32, 32))
-        == np.asarray(picture(0, 32, 32))
+        Bundle.load(shipped_bundle("onnx-fp32")).pixels(toy_image(0, 32, 32))
+        == np.asarray(toy_image(0, 32, 32))
     ).all()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip.device.metrics import l2_normalise
+from edgeclip.device.metrics import l2_normalize
 from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, prompts
 from edgeclip.host import recipe as R
 from edgeclip.host.student import EduAttentionHead
@@ -13,7 +13,7 @@ D = 12
 
 
 def unit(seed, *shape):
-    return l2_normalise(np.random.default_rng(seed).normal(size=shape))
+    return l2_normalize(np.random.default_rng(seed).normal(size=shape))
 
 
 @pytest.mark.parametrize("classes", [1, 7, 40])

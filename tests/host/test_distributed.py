@@ -5,40 +5,40 @@ import json
 import pytest
 import torch
 
-from edgeclip.host import distributed as ranks
+from edgeclip.host import distributed
 from tests.support.torchrun import torchrun
 
 TALK = """
 import json, sys, time
 from pathlib import Path
 import torch
-from edgeclip import ranks
+from edgeclip.host import distributed
 
-assert ranks.start(torch.device("cpu")) == torch.device("cpu")
-folder, rank = Path(sys.argv[1]), ranks.rank()
-with ranks.first_alone():
+assert distributed.start(torch.device("cpu")) == torch.device("cpu")
+folder, rank = Path(sys.argv[1]), distributed.rank()
+with distributed.rank_zero_first():
     alone = (folder / "made").exists()
     if not alone:
         time.sleep(0.3)
         (folder / "made").write_text("")
-counts = ranks.share(5)
+counts = distributed.split_sizes(5)
 own = torch.arange(5.0)[:, None].split(counts)[rank]
 found = {
-    "size": ranks.size(),
+    "size": distributed.world_size(),
     "alone": alone,
-    "even": ranks.gather(torch.full((2, 2), rank)).tolist(),
-    "ragged": ranks.gather(own, counts)[:, 0].tolist(),
-    "greatest": ranks.greatest(3 * rank),
+    "even": distributed.all_gather(torch.full((2, 2), rank)).tolist(),
+    "ragged": distributed.all_gather(own, counts)[:, 0].tolist(),
+    "greatest": distributed.all_reduce_max(3 * rank),
 }
 (folder / f"{rank}.json").write_text(json.dumps(found))
-ranks.stop()
+distributed.stop()
 """
 
 
 def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
-    assert ranks.own(torch.device("cuda")) == torch.device("cuda")
+    assert distributed.own(torch.device("cuda")) == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert ranks.own(torch.device("cuda")) == torch.device("cuda", 3) and ranks.own(
+    assert distributed.own(torch.device("cuda")) == torch.device("cuda", 3) and distributed.own(
         torch.device("cpu")
     ) == torch.device("cpu")
 
@@ -59,17 +59,17 @@ def test_two_processes(tmp_path):
 
 def test_one_process():
     x = torch.arange(6).reshape(3, 2)
-    assert ranks.start(torch.device("cpu")) == torch.device("cpu") and (
-        ranks.rank(),
-        ranks.size(),
+    assert distributed.start(torch.device("cpu")) == torch.device("cpu") and (
+        distributed.rank(),
+        distributed.world_size(),
     ) == (0, 1)
-    assert ranks.gather(x) is x and ranks.greatest(7) == 7
-    with ranks.first_alone():
-        ranks.wait()
+    assert distributed.all_gather(x) is x and distributed.all_reduce_max(7) == 7
+    with distributed.rank_zero_first():
+        distributed.barrier()
 
 
 @pytest.mark.parametrize(
     ("count", "of", "expected"), [(5, 2, [3, 2]), (4, 2, [2, 2]), (1, 3, [1, 0, 0])]
 )
 def test_shares_add_up(count, of, expected):
-    assert ranks.share(count, of) == expected
+    assert distributed.split_sizes(count, of) == expected

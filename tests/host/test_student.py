@@ -189,7 +189,7 @@ def test_a_tower_whose_windows_fit_one_size_says_so():
     for model in ("swin_tiny_patch4_window7_224", "levit_128s"):
         with pytest.raises(
             EdgeclipError,
-            match=rf"student.tower: {model}: does not take pictures of 192 px \(.+\); give the image_size",
+            match=rf"student.tower: {model}: does not take images of 192 px \(.+\); give the image_size",
         ):
             students.build(
                 R.Student(tower=R.Timm(model=model, weights="random", image_size=192)), D

@@ -46,19 +46,19 @@ def test_an_axis_that_one_row_lacks_takes_no_part():
 
 
 def test_axes_on_other_terms_take_no_part():
-    """1 mJ of a chip is not less than 2 mJ of a whole board, nor is 0.9 of 10 pictures more than 0.8 of 400."""
+    """1 mJ of a chip is not less than 2 mJ of a whole board, nor is 0.9 of 10 images more than 0.8 of 400."""
     pair = [
         report("n100", "a", 1.0, [], "fp32") | {"energy": {"source": "RAPL: package"}},
         report("pi", "b", 1.0, [], "fp32") | {"energy": {"source": "meter: m.csv"}},
     ]
     parities = [
-        {"bundle": "b", "accuracy": {"bundle_r1": r1}, "pictures": n}
+        {"bundle": "b", "accuracy": {"bundle_top1": r1}, "images": n}
         for r1, n in ((0.9, 10), (0.8, 400))
     ]
     found = rows(pair, parities)[0]
     assert found["axes"] == ["latency_ms_p90", "image_encoder_bytes"]
     assert found["left_out"] == {
-        "accuracy": "pictures differ: 10, 400",
+        "accuracy": "images differ: 10, 400",
         "energy_mj_per_image": "energy scope differ: all that the meter sees, the chip by RAPL",
     }
     same = rows([pair[0], pair[0]], [parities[0], parities[0]])[0]
@@ -96,7 +96,7 @@ def test_int8_is_held_against_fp32_of_the_same_core():
 
 def test_energy_of_a_right_answer_needs_the_parity_report_of_the_same_bundle():
     bench = report("d", "t", 1.0, [], "int8")
-    parity = {"bundle": "b", "accuracy": {"bundle_r1": 0.6}, "pictures": 400}
+    parity = {"bundle": "b", "accuracy": {"bundle_top1": 0.6}, "images": 400}
     assert rows([bench], [parity])[0]["energy_mj_per_correct"] == 5.0
     assert (
         rows([bench], [parity | {"bundle": "old"}])[0]["energy_mj_per_correct"] is None

@@ -9,7 +9,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.reports.html import collect, report, verdict, waterfall
 from tests.support.optional import require
 
-SCORES = {"r1": 0.5, "r5": 0.75}
+SCORES = {"top1": 0.5, "top5": 0.75}
 
 
 def parity(**changes):
@@ -18,13 +18,13 @@ def parity(**changes):
         "upper_pp": 0.75,
         "lost": 3,
         "won": 2,
-        "pictures": 400,
-        "reference_r1": 0.5,
-        "bundle_r1": 0.4975,
+        "images": 400,
+        "reference_top1": 0.5,
+        "bundle_top1": 0.4975,
     }
     fields = {
-        "kind": "parity", "device": "host-cpu", "target": "t", "verdict": "pass", "failures": [], "pictures": 400, "accuracy": accuracy, "top1_agreement": 0.99,
-        "cosine": {"centred_p1": 0.98, "raw_p1": 0.99}, "sets": [{"name": "novel", "bundle_r1": 0.4321, "pictures": 17}],
+        "kind": "parity", "device": "host-cpu", "target": "t", "verdict": "pass", "failures": [], "images": 400, "accuracy": accuracy, "top1_agreement": 0.99,
+        "cosine": {"centered_p1": 0.98, "raw_p1": 0.99}, "sets": [{"name": "novel", "bundle_top1": 0.4321, "images": 17}],
     }  # fmt: skip
     return fields | changes
 
@@ -43,9 +43,9 @@ def make_run(folder, reports=True, sets=("base", "novel")):
         {
             "name": n,
             "note": "a <note> & more",
-            "pictures": 40,
+            "images": 40,
             "classes": 4,
-            "chance_r1": 0.25,
+            "chance_top1": 0.25,
             "teacher": SCORES,
             "student": SCORES,
             "student_without_edu_attention": SCORES,
@@ -54,7 +54,7 @@ def make_run(folder, reports=True, sets=("base", "novel")):
     ]
     model = {"name": "net", "parameters": 1_000_000, "macs": 50_000_000, "input": 64}
     results = {
-        "sets": scored, "data": "toy", "data_licence": "CC0", "models": {"teacher": model, "student": model}, "edu_attention": None, "skipped": [],
+        "sets": scored, "data": "toy", "data_license": "CC0", "models": {"teacher": model, "student": model}, "edu_attention": None, "skipped": [],
         "log": [{"epoch": 0, "loss": 1.0, "kl": 1.0}, {"epoch": 1, "loss": 0.5, "kl": 0.5}], "device": "cpu", "seconds": {}, "peak_memory_mib": 1, "run": "r",
     }  # fmt: skip
     disk.write_json(folder / "results.json", results)
@@ -67,7 +67,7 @@ def make_run(folder, reports=True, sets=("base", "novel")):
             {
                 "format": 1,
                 "image_encoder_bytes": 3 << 20,
-                "quantisation": None,
+                "quantization": None,
                 "lint": None,
                 "target": {"name": "t"},
                 "runtime": "onnxruntime",
@@ -86,7 +86,7 @@ def test_what_passed_and_was_measured_ships():
     assert line.startswith("ship: ")
     assert "0.25 pp" in line
     assert "0.75" in line
-    assert "400 pictures" in line
+    assert "400 images" in line
     assert "2.25 ms" in line
 
 
@@ -105,8 +105,8 @@ def test_what_passed_and_was_measured_ships():
             bench(),
             ["top-1 agreement", "accuracy drop"],
         ),
-        (parity(verdict="too few pictures"), bench(), ["too few pictures"]),
-        (parity(verdict="golden pictures only", accuracy=None), bench(), ["golden pictures only"]),
+        (parity(verdict="too few images"), bench(), ["too few images"]),
+        (parity(verdict="golden images only", accuracy=None), bench(), ["golden images only"]),
         (
             parity(),
             bench(failures=["latency_ms_p90 9.0, budget 5.0"]),
@@ -151,7 +151,7 @@ def test_every_reading_and_every_protocol_of_this_student_is_on_the_page(tmp_pat
     run = make_run(tmp_path / "run")
     results = disk.read_json(run / "results.json")
     results["sets"][0] |= {
-        "student_own_text": {"r1": 0.3125, "r5": 0.4},
+        "student_own_text": {"top1": 0.3125, "top5": 0.4},
         "teacher": None,
     }  # of a teacher without a tower at hand
     results["models"]["teacher"] |= {"parameters": None, "macs": None}
@@ -160,11 +160,11 @@ def test_every_reading_and_every_protocol_of_this_student_is_on_the_page(tmp_pat
         "name": "night",
         "of": "night",
         "note": "a shift",
-        "pictures": 9,
+        "images": 9,
         "classes": 3,
-        "chance_r1": 1 / 3,
+        "chance_top1": 1 / 3,
         "teacher": None,
-        "student": {"r1": 0.8765, "r5": 1.0},
+        "student": {"top1": 0.8765, "top5": 1.0},
     }
     record = {
         "protocol": "zero_shot",
@@ -202,7 +202,7 @@ def test_retrieval_is_on_the_page_both_ways(tmp_path):
         "name": "shop",
         "of": "shop",
         "note": "captions",
-        "pictures": 9,
+        "images": 9,
         "texts": 8,
         "teacher": None,
         "student": {"image_to_text": way, "text_to_image": way},
@@ -241,7 +241,7 @@ def test_a_bundle_of_an_older_edgeclip_is_one_line(tmp_path):
     path = run / "bundles" / "t" / disk.MANIFEST
     manifest = disk.read_json(path)
     for change, says in (
-        ({"quantisation": {"frontier": []}}, "written by an older edgeclip; export it anew"),
+        ({"quantization": {"frontier": []}}, "written by an older edgeclip; export it anew"),
         ({"format": 0}, "is of format 0"),
     ):
         disk.write_json(path, manifest | change)
@@ -290,15 +290,15 @@ def test_an_unfinished_run_is_a_users_error(tmp_path):
 def test_every_form_that_was_tried_is_listed_and_those_that_were_timed_are_drawn(tmp_path):
     run = make_run(tmp_path / "r")
     row = {
-        "method": "minmax", "smoothing": 0.5, "layers": "dense", "model_type": None, "float_layers": 3, "int8_share_of_macs": 0.9, "centred_cosine_p1": 0.99,
+        "method": "minmax", "smoothing": 0.5, "layers": "dense", "model_type": None, "float_layers": 3, "int8_share_of_macs": 0.9, "centered_cosine_p1": 0.99,
         "top1_agreement": None, "bytes": 1 << 20, "latency_ms": 2.0, "verdict": "chosen",
     }  # fmt: skip
     rejected = row | {
         "smoothing": None,
         "latency_ms": None,
-        "verdict": "centred cosine p1 0.5, below 0.9",
+        "verdict": "centered cosine p1 0.5, below 0.9",
     }
-    quantisation = {
+    quantization = {
         "int8_share_of_macs": 0.9,
         "float_layers": {},
         "judged_on": 9,
@@ -308,10 +308,10 @@ def test_every_form_that_was_tried_is_listed_and_those_that_were_timed_are_drawn
     }
     folder = run / "bundles" / "t"
     manifest = disk.read_json(folder / disk.MANIFEST)
-    disk.write_json(folder / disk.MANIFEST, manifest | {"quantisation": quantisation})
+    disk.write_json(folder / disk.MANIFEST, manifest | {"quantization": quantization})
     page = report(run)[0].read_text()
     assert (
         "minmax, dense layers, smoothing 0.5, 3 in float" in page
-        and "centred cosine p1 0.5, below 0.9" in page
+        and "centered cosine p1 0.5, below 0.9" in page
     )
     assert "the star was chosen" in page and page.count("not measured") >= 2

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 
-def picture(seed: int, width: int = 40, height: int = 40) -> Image.Image:
-    """Smooth random colour: neighbouring pixels agree, as in a photo."""
+def toy_image(seed: int, width: int = 40, height: int = 40) -> Image.Image:
+    """Smooth random color: neighboring pixels agree, as in a photo."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -28,6 +28,6 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def truncated_jpeg(path: Path) -> Path:
-    content = encoded(picture(1, 200, 160), "JPEG")
+    content = encoded(toy_image(1, 200, 160), "JPEG")
     path.write_bytes(content[: len(content) // 2])
     return path

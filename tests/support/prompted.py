@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from edgeclip.device.pictures import Picture
+from edgeclip.device.images import ImageRef
 from edgeclip.host import recipe as R
 from tests.support.images import encoded
 from tests.support.toy_bundle import SIZE
@@ -16,20 +16,20 @@ TEACHER = R.OpenClip(model="tiny", weights="random", config=TINY)
 PIXELS = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
 
 
-def pictures_of(folder, count, classes, draw, seed=0):
-    """`count` labelled PNGs that `draw` makes of a class and a random generator, the classes in turn."""
+def images_of(folder, count, classes, draw, seed=0):
+    """`count` labeled PNGs that `draw` makes of a class and a random generator, the classes in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    pictures = [
-        Picture(
+    images = [
+        ImageRef(
             key=f"{folder.name}/{i}", path=str(folder / f"{i}.png"), label=classes[i % len(classes)]
         )
         for i in range(count)
     ]
-    for p in pictures:
+    for p in images:
         with open(p.path, "wb") as f:
             f.write(encoded(draw(p.label, rng)))
-    return pictures
+    return images
 
 
 def onnx_run(model, x):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.images import add_member, encoded, picture
+from tests.support.images import add_member, encoded, toy_image
 
 LABELS = ["cat", "dog", "car", "tree", "house", "apple"]
 SIZE, WIDTH = 32, 16
@@ -35,7 +35,7 @@ def torch_student():
 
 
 def toy_input(seed: int) -> np.ndarray:
-    return ((np.asarray(picture(seed, SIZE, SIZE), np.float32) / 255 - 0.5) / 0.25).transpose(
+    return ((np.asarray(toy_image(seed, SIZE, SIZE), np.float32) / 255 - 0.5) / 0.25).transpose(
         2, 0, 1
     )
 
@@ -93,7 +93,7 @@ def toy_target(name: str):
 
     loaded = target.load(name)[1]
     small = {
-        "pictures": 32,
+        "images": 32,
         "judged_on": 0,
         "probe_layers": 2,
         "layer_cosine": 0.9,
@@ -111,17 +111,17 @@ def write_evaluation(folder: Path, source, count: int) -> Path:
     from edgeclip import disk
     from edgeclip.device.zero_shot import class_scores
 
-    pictures = [picture(5000 + i, SIZE, SIZE) for i in range(count)]
+    images = [toy_image(5000 + i, SIZE, SIZE) for i in range(count)]
     x = np.stack(
-        [((np.asarray(p, np.float32) / 255 - 0.5) / 0.25).transpose(2, 0, 1) for p in pictures]
+        [((np.asarray(p, np.float32) / 255 - 0.5) / 0.25).transpose(2, 0, 1) for p in images]
     )
     with torch.inference_mode():
         features = source.image_encoder(torch.from_numpy(x)).numpy()
     answers = class_scores(features, source.class_features, source.head).argmax(axis=1)
     labels = [int((a + (i % 5 == 0)) % len(LABELS)) for i, a in enumerate(answers)]
     folder.mkdir(parents=True)
-    with tarfile.open(folder / "pictures.tar", "w") as tar:
-        for i, p in enumerate(pictures):
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        for i, p in enumerate(images):
             add_member(tar, f"{i:06d}.png", encoded(p))
     np.save(folder / "image_features.npy", features)
     sets = [
@@ -135,5 +135,5 @@ def write_evaluation(folder: Path, source, count: int) -> Path:
     disk.write_json(
         folder / "evaluation.json", {"labels": labels, "class_names": LABELS, "sets": sets}
     )
-    disk.write_manifest(folder, "evaluation", {"licence": "made up", "pictures": count})
+    disk.write_manifest(folder, "evaluation", {"license": "made up", "images": count})
     return folder

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgeclip.device.pictures import index_folder
+from edgeclip.device.images import index_folder
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.host import cache
 from edgeclip.host.data import Dataset
@@ -28,7 +28,7 @@ def teacher(**changes):
     fields = {"identity": {"is": "toy"}, "preprocess": SPEC} | changes
     return Teacher(
         name="toy",
-        licence="",
+        license="",
         logit_scale=10.0,
         embed_dim=D,
         tower=Tower(),
@@ -39,8 +39,8 @@ def teacher(**changes):
 
 
 def dataset(folder, classes=("cat", "a dog")):
-    pictures = [p._replace(caption=f"caption of {p.key}") for p in index_folder(folder)]
-    return Dataset("toy", "", list(classes), ("a {c}", "the {c}"), [], pictures, [], [])
+    images = [p._replace(caption=f"caption of {p.key}") for p in index_folder(folder)]
+    return Dataset("toy", "", list(classes), ("a {c}", "the {c}"), [], images, [], [])
 
 
 def build(tmp_path, data, t=None, views=Views(count=3), seed=0, captions=False):  # noqa: B008

@@ -1,4 +1,4 @@
-"""A whole training run at toy size on real files: pictures, towers of several kinds, a text tower, a teacher's cache."""
+"""A whole training run at toy size on real files: images, towers of several kinds, a text tower, a teacher's cache."""
 
 import json
 import sys
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from edgeclip.config import convert
-from edgeclip.device.pictures import index_folder
+from edgeclip.device.images import index_folder
 from edgeclip.device.preprocess import Preprocess
-from edgeclip.host import distributed as ranks
+from edgeclip.host import distributed
 from edgeclip.host import recipe as R
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
@@ -20,9 +20,9 @@ from edgeclip.host.distill.step import Step
 from edgeclip.host.distill.text import Texts
 from edgeclip.host.student import EduAttentionHead, Student, StudentText
 from edgeclip.host.teachers import Teacher
-from tests.support.images import picture
+from tests.support.images import toy_image
 
-PICTURES, VIEWS, SIDE, D, N, WIDTH = 40, 2, 8, 8, 6, 16
+IMAGES, VIEWS, SIDE, D, N, WIDTH = 40, 2, 8, 8, 6, 16
 
 
 def unit(rng, *shape):
@@ -72,34 +72,34 @@ def tower(kind):
 def run(folder, losses, kind="plain", text=False, student=None, **schedule):
     """Trains; returns each step's loss, the weights of everything that learns, and the log. schedule: also what `train` takes."""
     folder = Path(folder)
-    with ranks.first_alone():
+    with distributed.rank_zero_first():
         if not (folder / "39.png").exists():
-            for i in range(PICTURES):
-                picture(i, SIDE, SIDE).save(folder / f"{i:02d}.png")
-    pictures = [p._replace(label=i % N) for i, p in enumerate(index_folder(folder))]
+            for i in range(IMAGES):
+                toy_image(i, SIDE, SIDE).save(folder / f"{i:02d}.png")
+    images = [p._replace(label=i % N) for i, p in enumerate(index_folder(folder))]
     rng = np.random.default_rng(0)
-    views = np.tile(np.float32([0, 0, SIDE, SIDE, 0]), (PICTURES, VIEWS, 1))
+    views = np.tile(np.float32([0, 0, SIDE, SIDE, 0]), (IMAGES, VIEWS, 1))
     views[:, 1, 4] = 1
     rows, captions, classes = (
-        unit(rng, PICTURES, VIEWS, D).astype(np.float16),
-        unit(rng, PICTURES, 1, D).astype(np.float16),
+        unit(rng, IMAGES, VIEWS, D).astype(np.float16),
+        unit(rng, IMAGES, 1, D).astype(np.float16),
         unit(rng, N, D),
     )
-    cache = TeacherCache(folder, {}, pictures, rows, views, classes, captions)
+    cache = TeacherCache(folder, {}, images, rows, views, classes, captions)
     data = Dataset(
         "toy",
         "none",
         list("abcdef"),
         ("{c}",),
-        [p for p in pictures if p.label < 3],
-        pictures,
+        [p for p in images if p.label < 3],
+        images,
         list(range(N)),
         [],
     )
     preprocess = Preprocess(size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     teacher = Teacher(
         name="toy",
-        licence="none",
+        license="none",
         identity={},
         preprocess=preprocess,
         logit_scale=10.0,
@@ -139,11 +139,11 @@ def run(folder, losses, kind="plain", text=False, student=None, **schedule):
     head = EduAttentionHead(D, edu, torch.Generator().manual_seed(0)) if edu else None
     texts = None
     if text:
-        words = torch.from_numpy(rng.integers(20, size=(PICTURES + 9, 5)))
+        words = torch.from_numpy(rng.integers(20, size=(IMAGES + 9, 5)))
         texts = Texts(
             StudentText(Words(), 12, D),
-            words[:PICTURES, None],
-            words[PICTURES:],
+            words[:IMAGES, None],
+            words[IMAGES:],
             torch.from_numpy(unit(rng, 9, D)),
         )
     steps, first = [], Step.__call__
@@ -182,7 +182,7 @@ def run(folder, losses, kind="plain", text=False, student=None, **schedule):
 def main():
     """Under torchrun: cases as JSON (name to keyword arguments of `run`) to their curves, and the weights of both processes."""
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    ranks.start(torch.device("cpu"))
+    distributed.start(torch.device("cpu"))
     found = {}
     for name, case in cases.items():
         steps, weights, log = run(folder, **case)
@@ -191,8 +191,8 @@ def main():
             "log": log,
             "weights": {k: v.double().flatten().tolist() for k, v in weights.items()},
         }
-    (folder / f"{ranks.rank()}.json").write_text(json.dumps(found))
-    ranks.stop()
+    (folder / f"{distributed.rank()}.json").write_text(json.dumps(found))
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 import tarfile
 
-from tests.support.images import add_member, encoded, picture
+from tests.support.images import add_member, encoded, toy_image
 
 
 def shard(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for i, (label, caption) in enumerate(rows):
-            add_member(tar, f"{i}.png", encoded(picture(i, 8, 8)))
+            add_member(tar, f"{i}.png", encoded(toy_image(i, 8, 8)))
             if label is not None:
                 add_member(tar, f"{i}.cls", str(label).encode())
             if caption:

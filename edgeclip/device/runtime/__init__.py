@@ -48,10 +48,10 @@ def open_session(
     runtime: str,
     model: Path,
     threads: int,
-    optimisation: str = "all",
+    optimization: str = "all",
     providers: tuple[str, ...] | None = None,
 ) -> Session:
-    """optimisation: 'all' or 'basic', where the runtime knows the difference. providers: ONNX Runtime's; None: its CPU.
+    """optimization: 'all' or 'basic', where the runtime knows the difference. providers: ONNX Runtime's; None: its CPU.
 
     Raises `EdgeclipError` when the runtime is unknown or not installed, or does not do what was asked.
     """
@@ -63,5 +63,5 @@ def open_session(
     except ImportError as e:
         raise EdgeclipError(runtime, f"is not installed ({e})", INSTALL[runtime]) from None
     more = {"providers": providers} if providers and runtime == "onnxruntime" else {}
-    session: Session = module.open_session(model, threads, optimisation, **more)
+    session: Session = module.open_session(model, threads, optimization, **more)
     return session

@@ -96,15 +96,18 @@ def remember(path: Path, parity: dict[str, Any], when: str) -> str | None:
     if "engine" not in ran:
         return None
     history = disk.read_json(path) if path.exists() else []
-    r1, p1 = (parity["accuracy"] or {}).get("bundle_r1"), (parity["cosine"] or {}).get("centred_p1")
+    top1, p1 = (
+        (parity["accuracy"] or {}).get("bundle_top1"),
+        (parity["cosine"] or {}).get("centered_p1"),
+    )
     entry = {
         "when": when,
         "engine": ran["engine"],
         "conditions": ran["conditions"],
         "layers": ran["layers"],
         "verdict": parity["verdict"],
-        "r1": r1,
-        "centred_p1": p1,
+        "top1": top1,
+        "centered_p1": p1,
     }
     last = history[-1] if history else None
     disk.write_json(path, [*history, entry])
@@ -117,8 +120,8 @@ def remember(path: Path, parity: dict[str, Any], when: str) -> str | None:
     ]
     moved = (
         "accuracy not measured"
-        if r1 is None or last["r1"] is None
-        else f"R@1 {last['r1']:.4f} -> {r1:.4f} ({100 * (r1 - last['r1']):+.2f} pp)"
+        if top1 is None or last["top1"] is None
+        else f"top-1 {last['top1']:.4f} -> {top1:.4f} ({100 * (top1 - last['top1']):+.2f} pp)"
     )
     return f"{parity['target']}: a new engine ({', '.join(changed)}): {moved}, {last['verdict']} -> {entry['verdict']}"
 

@@ -8,14 +8,14 @@ import numpy as np
 from edgeclip.device.runtime import Port, Session
 
 
-def open_session(model: Path, threads: int, optimisation: str) -> Session:
+def open_session(model: Path, threads: int, optimization: str) -> Session:
     out = np.ones((1, 1), np.float32)
     facts: dict[str, Any] = {
         "runtime": "null",
         "version": None,
         "providers": [],
         "threads": threads,
-        "optimisation": None,
+        "optimization": None,
     }
     return Session(
         lambda x: out,

@@ -28,14 +28,14 @@ UNSAFE_IN_HALF = ["NchwcTransformer"]
 
 
 def open_session(
-    model: Path, threads: int, optimisation: str, providers: tuple[str, ...] = (CPU,)
+    model: Path, threads: int, optimization: str, providers: tuple[str, ...] = (CPU,)
 ) -> Session:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.graph_optimization_level = LEVELS[optimisation]
+    options.graph_optimization_level = LEVELS[optimization]
     options.log_severity_level = 3
-    # S8S8 is for ARM, and there every quantised convolution is one integer kernel. By default x86 leaves some of them between Q and DQ
+    # S8S8 is for ARM, and there every quantized convolution is one integer kernel. By default x86 leaves some of them between Q and DQ
     # in float, which is faster and rounds otherwise; with this it computes what the board will, bit for bit. U8S8 does not change.
     options.add_session_config_entry("session.qdqisint8allowed", "1")
     if missing := [p for p in providers if p not in ort.get_available_providers()]:
@@ -78,7 +78,7 @@ def open_session(
         "version": ort.__version__,
         "providers": found,
         "threads": used,
-        "optimisation": optimisation,
+        "optimization": optimization,
     }
     return Session(run, _port(i), _port(o), facts)
 

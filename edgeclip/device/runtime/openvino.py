@@ -17,7 +17,7 @@ def _core() -> ov.Core:
     return ov.Core()
 
 
-def open_session(model: Path, threads: int, optimisation: str) -> Session:
+def open_session(model: Path, threads: int, optimization: str) -> Session:
     core = _core()
     asked = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -70,7 +70,7 @@ def open_session(model: Path, threads: int, optimisation: str) -> Session:
         "version": ov.__version__.split("-")[0],
         "providers": devices,
         "threads": used,
-        "optimisation": None,
+        "optimization": None,
     }
     return Session(run, _port(i), _port(o), facts)
 

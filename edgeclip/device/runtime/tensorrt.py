@@ -18,12 +18,12 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
 
 BATCH = (1, 4, 8)
-"""smallest, best and largest batch of the optimisation profile"""
+"""smallest, best and largest batch of the optimization profile"""
 WORKSPACE_MIB = 1024
 OPTIONS = {"batch": list(BATCH), "workspace_mib": WORKSPACE_MIB}
 
 
-def open_session(model: Path, threads: int, optimisation: str) -> Session:
+def open_session(model: Path, threads: int, optimization: str) -> Session:
     """Builds the engine, or takes the kept one that was built under the same conditions."""
     try:
         trt = importlib.import_module("tensorrt")
@@ -117,7 +117,7 @@ def session(trt: Any, cuda: Any, runtime: Any, engine: Any, facts: dict[str, Any
         {
             "runtime": "tensorrt",
             "providers": ["TensorRT"],
-            "optimisation": None,
+            "optimization": None,
             "largest_batch": BATCH[-1],
             **facts,
         },

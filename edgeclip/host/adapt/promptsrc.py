@@ -2,12 +2,12 @@
 
     loss = CE(q, label) + image_weight * |u - u0|_1 + text_weight * |w - w0|_1 + logit_weight * KL(q0 || q) / (B * N)
 
-u [B, D] are the prompted image features and w [N, D] the prompted class features of the N labelled classes, unit rows;
+u [B, D] are the prompted image features and w [N, D] the prompted class features of the N labeled classes, unit rows;
 q = logit_scale * u w^T. u0, w0 and q0 are the frozen teacher's, w0 of its template ensemble; L1 is the mean over
 elements. The prompts that are kept are the Gaussian-weighted average of those after each epoch.
 
 The prompts change the towers, so this runs before the cache is built, and their hash is part of the teacher's
-identity. A class feature is that of the learnt context and the class name; the same holds of captions and, since the
+identity. A class feature is that of the learned context and the class name; the same holds of captions and, since the
 bundle's text encoder carries the context too, of words that are typed on the board.
 
 Source: PromptSRC (arXiv 2307.06948); the values of PromptKD's teacher, METHODS 1.3 and 5.1. It runs in float32.
@@ -29,13 +29,13 @@ from torch.nn import functional as F
 
 from edgeclip import disk
 from edgeclip.device import tokenizer
-from edgeclip.device.pictures import Picture, read, refuse_unreadable, stream
-from edgeclip.device.preprocess import normalise, open_picture
+from edgeclip.device.images import ImageRef, read, refuse_unreadable, stream
+from edgeclip.device.preprocess import normalize, open_image
 from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import teachers
-from edgeclip.host.cache import class_features, draw_views, replay
+from edgeclip.host.cache import apply_view, class_features, draw_views
 from edgeclip.host.data import Dataset
 from edgeclip.host.teachers import Teacher, TextTower
 from edgeclip.host.teachers.open_clip import ImageTower, encoder
@@ -43,7 +43,7 @@ from edgeclip.host.towers.prompt_tokens import PromptedText, PromptedTower
 from edgeclip.progress import say, track
 
 TEMPLATES = ("{c}.",)
-"""what a prompted teacher reads: the learnt context stands before it"""
+"""what a prompted teacher reads: the learned context stands before it"""
 
 
 def with_prompts(
@@ -51,14 +51,14 @@ def with_prompts(
 ) -> Teacher:
     """The teacher with prompts as they start, untrained. data: of stage 1; classes: what it will name afterwards.
 
-    Raises `EdgeclipError` where its towers take none, nothing is labelled, or a class name is too long behind the context.
+    Raises `EdgeclipError` where its towers take none, nothing is labeled, or a class name is too long behind the context.
     """
     torch.manual_seed(seed)
     prompted = _prompted(teacher, spec)
-    if not data.labelled:
+    if not data.labeled:
         raise EdgeclipError(
             data.name,
-            "has no labelled pictures to adapt the teacher on",
+            "has no labeled images to adapt the teacher on",
             "set adapt to null, or label some",
         )
     assert prompted.text is not None
@@ -120,7 +120,7 @@ def adapt(
     """
     spec = recipe.adapt
     assert isinstance(spec, R.Prompts) and prompted.text is not None
-    learnt = {"image": prompted.tower.prompts, "text": prompted.text.module.prompts}
+    learned = {"image": prompted.tower.prompts, "text": prompted.text.module.prompts}
     if (folder / disk.MANIFEST).exists():
         manifest = disk.read_manifest(folder, "adapted teacher")
         disk.verify(folder, manifest)
@@ -130,12 +130,12 @@ def adapt(
                 "holds prompts of another teacher",
                 "use --fresh to start over, or another --out",
             )
-        _set(learnt, load_file(folder / "prompts.safetensors"))
+        _set(learned, load_file(folder / "prompts.safetensors"))
     else:
-        log = _train(learnt, teacher, prompted, data, recipe, spec, device)
+        log = _train(learned, teacher, prompted, data, recipe, spec, device)
         with disk.new_folder(folder) as temporary:
             save_file(
-                {k: p.detach().cpu().contiguous() for k, p in learnt.items()},
+                {k: p.detach().cpu().contiguous() for k, p in learned.items()},
                 temporary / "prompts.safetensors",
             )
             disk.write_manifest(
@@ -150,7 +150,7 @@ def adapt(
 
 
 def load_text(teacher: R.Teacher, spec: R.Prompts, folder: Path) -> TextTower:
-    """The prompted text side alone, for export: words get the context that was learnt in `folder`."""
+    """The prompted text side alone, for export: words get the context that was learned in `folder`."""
     text = _text_with_prompts(teachers.load_text(teacher), spec)
     disk.verify(folder, disk.read_manifest(folder, "adapted teacher"))
     _set({"text": text.module.prompts}, load_file(folder / "prompts.safetensors"))
@@ -204,7 +204,7 @@ def losses(
 
 
 def _train(
-    learnt: dict[str, nn.Parameter],
+    learned: dict[str, nn.Parameter],
     teacher: Teacher,
     prompted: Teacher,
     data: Dataset,
@@ -214,8 +214,8 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Trains the prompts in place; returns the log, a row an epoch."""
     assert prompted.text is not None
-    pictures = _shots(data.labelled, spec.shots, recipe.seed)
-    classes = sorted({p.label for p in pictures})
+    images = _shots(data.labeled, spec.shots, recipe.seed)
+    classes = sorted({p.label for p in images})
     names = [data.classes[c] for c in classes]
     w0 = torch.from_numpy(class_features(teacher, names, data.templates)).to(device)
     text = prompted.text
@@ -223,10 +223,10 @@ def _train(
 
     for module in (prompted.tower, text.module):  # the towers, which teacher and prompted share
         module.to(device).requires_grad_(False)
-    for p in learnt.values():
+    for p in learned.values():
         p.requires_grad_(True)
     optimizer = torch.optim.SGD(
-        learnt.values(), lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
+        learned.values(), lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
     )
     weight = {
         "cross_entropy": 1.0,
@@ -234,7 +234,7 @@ def _train(
         "text": spec.text_weight,
         "logit": spec.logit_weight,
     }
-    average = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in learnt.items()}
+    average = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in learned.items()}
     log = []
     order = np.random.default_rng(recipe.seed)
     for epoch, share in enumerate(
@@ -243,8 +243,8 @@ def _train(
         optimizer.param_groups[0]["lr"] = learning_rate(epoch, spec)
         rows: list[dict[str, Tensor]] = []
         batches = _batches(
-            pictures,
-            order.permutation(len(pictures)).tolist(),
+            images,
+            order.permutation(len(images)).tolist(),
             f"{recipe.seed} {epoch}",
             teacher,
             recipe,
@@ -253,10 +253,10 @@ def _train(
         for index, pixels in track(
             batches,
             f"stage 1: prompts, epoch {epoch + 1} of {spec.epochs}",
-            math.ceil(len(pictures) / spec.batch_size),
+            math.ceil(len(images) / spec.batch_size),
         ):
-            x = torch.from_numpy(normalise(pixels, teacher.preprocess)).to(device)
-            target = torch.tensor([classes.index(pictures[i].label) for i in index], device=device)
+            x = torch.from_numpy(normalize(pixels, teacher.preprocess)).to(device)
+            target = torch.tensor([classes.index(images[i].label) for i in index], device=device)
             with torch.no_grad():
                 u0 = F.normalize(teacher.tower(x), dim=-1)
             parts = losses(
@@ -276,28 +276,28 @@ def _train(
             loss.backward()
             optimizer.step()
             rows.append({"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}})
-        for k, p in learnt.items():
+        for k, p in learned.items():
             average[k] += share * p.detach().double()
         log.append(
             {"epoch": epoch + 1}
             | {k: float(torch.stack([r[k] for r in rows]).mean()) for k in rows[0]}
         )
-    _set(learnt, average)
+    _set(learned, average)
     return log
 
 
-def _set(learnt: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+def _set(learned: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        for k, p in learnt.items():
+        for k, p in learned.items():
             p.copy_(values[k])
 
 
-def _shots(labelled: list[Picture], shots: int | None, seed: int) -> list[Picture]:
-    """At most `shots` pictures of each class."""
+def _shots(labeled: list[ImageRef], shots: int | None, seed: int) -> list[ImageRef]:
+    """At most `shots` images of each class."""
     if shots is None:
-        return labelled
-    of_class: dict[int, list[Picture]] = {}
-    for p in labelled:
+        return labeled
+    of_class: dict[int, list[ImageRef]] = {}
+    for p in labeled:
         of_class.setdefault(p.label, []).append(p)
     return [
         p
@@ -307,21 +307,21 @@ def _shots(labelled: list[Picture], shots: int | None, seed: int) -> list[Pictur
 
 
 def _batches(
-    pictures: list[Picture],
+    images: list[ImageRef],
     order: list[int],
     seed: str,
     teacher: Teacher,
     recipe: R.Recipe,
     batch_size: int,
 ) -> Any:
-    """(indices [B], uint8 pixels [B, H, W, 3]): a fresh random view of every picture, of the kind that the recipe's views are."""
+    """(indices [B], uint8 pixels [B, H, W, 3]): a fresh random view of every image, of the kind that the recipe's views are."""
     views = msgspec.structs.replace(recipe.views, count=2)
 
     def make(i: int) -> np.ndarray:
-        image = open_picture(read(pictures[i]), f"{pictures[i].path} ({pictures[i].key})")
-        return replay(
+        image = open_image(read(images[i]), f"{images[i].path} ({images[i].key})")
+        return apply_view(
             image,
-            draw_views(*image.size, views, random.Random(f"{seed} {pictures[i].key}"))[1],
+            draw_views(*image.size, views, random.Random(f"{seed} {images[i].key}"))[1],
             teacher.preprocess,
         )
 

@@ -1,13 +1,13 @@
-"""ComKD stage 1 for the assembled teacher: learn the domain from labelled classes without losing the others.
+"""ComKD stage 1 for the assembled teacher: learn the domain from labeled classes without losing the others.
 
-The tower stays frozen; a residual head on its pooled features is trained with cross-entropy over the labelled
+The tower stays frozen; a residual head on its pooled features is trained with cross-entropy over the labeled
 classes' text features and pulled toward the unadapted feature, which is all that classes without labels have.
 
     u = norm(conse) + MLP(pooled)        MLP: LayerNorm, ReLU, dropout; last layer from zero
 
-With `self_training` the pictures without labels are learnt as well, from pseudo-labels that the head gives them: its softmax
-over the classes, balanced by Sinkhorn-Knopp so that each class gets its share of the pictures (the labelled ones fill their
-own). Unbalanced, a few classes draw all pictures to themselves, because what the unadapted teacher knows of a class
+With `self_training` the images without labels are learned as well, from pseudo-labels that the head gives them: its softmax
+over the classes, balanced by Sinkhorn-Knopp so that each class gets its share of the images (the labeled ones fill their
+own). Unbalanced, a few classes draw all images to themselves, because what the unadapted teacher knows of a class
 is uneven (SeLa, Asano et al. 2020; SwAV, Caron et al. 2020).
 """
 
@@ -103,26 +103,26 @@ def _train(
     spec: R.ResidualHead,
     seed: int,
 ) -> None:
-    label_of = {p.key: p.label for p in data.labelled}
-    positions = [i for i, p in enumerate(cache.pictures) if p.key in label_of]
+    label_of = {p.key: p.label for p in data.labeled}
+    positions = [i for i, p in enumerate(cache.images) if p.key in label_of]
     if not positions:
         raise EdgeclipError(
             data.name,
-            "has no labelled pictures to adapt the teacher on",
+            "has no labeled images to adapt the teacher on",
             "set adapt to null, or label some",
         )
-    classes = sorted({label_of[cache.pictures[i].key] for i in positions})
-    target = torch.tensor([classes.index(label_of[cache.pictures[i].key]) for i in positions])
+    classes = sorted({label_of[cache.images[i].key] for i in positions})
+    target = torch.tensor([classes.index(label_of[cache.images[i].key]) for i in positions])
     rows = torch.from_numpy(cache.rows[positions].astype("float32"))
     class_features = torch.from_numpy(cache.class_features[classes])
 
     own = spec.self_training
-    unlabelled = [i for i, p in enumerate(cache.pictures) if p.key not in label_of] if own else []
-    if own and not unlabelled:
+    unlabeled = [i for i, p in enumerate(cache.images) if p.key not in label_of] if own else []
+    if own and not unlabeled:
         raise EdgeclipError(
-            "adapt.self_training", f"every picture of {data.name} has a label", "set it to null"
+            "adapt.self_training", f"every image of {data.name} has a label", "set it to null"
         )
-    others = torch.from_numpy(cache.rows[unlabelled].astype("float32")) if own else rows[:0]
+    others = torch.from_numpy(cache.rows[unlabeled].astype("float32")) if own else rows[:0]
     known = F.one_hot(torch.tensor(classes)[target], len(cache.class_features)).float()[
         :, data.train_classes
     ]
@@ -166,7 +166,7 @@ def pseudo_labels(
     logit_scale: float,
     known: Float[Tensor, "m C"],
 ) -> Float[Tensor, "n C"]:
-    """The head's answers on the mean of a picture's views, balanced with `known`, the labels of other pictures."""
+    """The head's answers on the mean of an image's views, balanced with `known`, the labels of other images."""
     head.eval()
     u = F.normalize(
         torch.stack([F.normalize(head(r), dim=-1) for r in rows.unbind(dim=1)]).mean(dim=0), dim=-1

@@ -1,4 +1,4 @@
-"""The teacher cache: what the teacher says of K reproducible views of every picture and of every text, once.
+"""The teacher cache: what the teacher says of K reproducible views of every image and of every text, once.
 
 CLIP-Embed-KD's idea with MobileCLIP's views: an epoch of distillation then costs what the student alone costs. A view
 is its explicit parameters (`views`), not a seed, so that a student of another input size can replay it anywhere. Rows
@@ -6,34 +6,34 @@ are the frozen tower's; an adapted teacher's head is applied to them on the fly.
 
     cache/<fingerprint>/img_emb/img_emb_00.npy        [m, R] float16: unit rows of view 0
                         text_emb/text_emb_00.npy      [m, D] float16: unit features of the captions, where a loss needs them
-                        metadata/metadata_00.parquet  image_path (the picture's key), caption, picture (its place in the data)
+                        metadata/metadata_00.parquet  image_path (the image's key), caption, image (its place in the data)
                         more_views/more_views_00.npy  [m, K - 1, R] float16: unit rows of the other views
-                        more_captions/...             [m, C - 1, D] float16: likewise, where a picture has several captions
-                        records/records_00.npy        [m] records: picture, norm [K] (a row is unit row x norm), view [K, P]
+                        more_captions/...             [m, C - 1, D] float16: likewise, where an image has several captions
+                        records/records_00.npy        [m] records: image, norm [K] (a row is unit row x norm), view [K, P]
                         class_features.npy            [N, D] float32, unit
                         manifest.json                 description, shards, sha256 of every file
 
 The first three are what clip-retrieval writes and embedding-reader reads, so an index can be built of them; the others
-lie beside. Every shard may be shorter than it was planned, by the pictures that could not be read.
+lie beside. Every shard may be shorter than it was planned, by the images that could not be read.
 
-The fingerprint is that of the description: teacher, preprocess, views, texts, data. It knows a picture by its key and
+The fingerprint is that of the description: teacher, preprocess, views, texts, data. It knows an image by its key and
 size, not by its bytes: who repaints a file at equal size deletes the cache.
 """
 
 from edgeclip.host.cache.arrays import Rows, Shards, TeacherCache, open_folder, refuse_other_views
 from edgeclip.host.cache.building import build, class_features, lacking
-from edgeclip.host.cache.views import draw_views, replay, see
+from edgeclip.host.cache.views import apply_view, decode_view, draw_views
 
 __all__ = [
     "Rows",
     "Shards",
     "TeacherCache",
+    "apply_view",
     "build",
     "class_features",
+    "decode_view",
     "draw_views",
     "lacking",
     "open_folder",
     "refuse_other_views",
-    "replay",
-    "see",
 ]

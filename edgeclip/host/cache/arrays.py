@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgeclip import disk
-from edgeclip.device.pictures import Lookup, Picture
+from edgeclip.device.images import ImageRef, Lookup
 from edgeclip.errors import EdgeclipError
 
 KIND = "teacher cache"
@@ -32,7 +32,7 @@ def name(what: str, shard: int, shards: int) -> str:
 
 def record(views: int, parameters: int) -> np.dtype:
     return np.dtype(
-        [("picture", "<i8"), ("norm", "<f4", (views,)), ("view", "<f4", (views, parameters))]
+        [("image", "<i8"), ("norm", "<f4", (views,)), ("view", "<f4", (views, parameters))]
     )
 
 
@@ -188,22 +188,22 @@ class Rows:
 
 
 class Kept(Lookup):
-    """The data set's pictures that have a row, in the rows' order."""
+    """The data set's images that have a row, in the rows' order."""
 
-    def __init__(self, pictures: Sequence[Picture], places: Shards):
-        self.pictures, self.places = pictures, places
+    def __init__(self, images: Sequence[ImageRef], places: Shards):
+        self.images, self.places = images, places
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def at(self, i: int) -> Picture:
-        return self.pictures[int(self.places[i])]
+    def at(self, i: int) -> ImageRef:
+        return self.images[int(self.places[i])]
 
 
 class TeacherCache(NamedTuple):
     folder: Path
     manifest: dict[str, Any]
-    pictures: Sequence[Picture]
+    images: Sequence[ImageRef]
     rows: Rows
     """[n, K, R]"""
     views: Shards
@@ -215,7 +215,7 @@ class TeacherCache(NamedTuple):
 
 
 def refuse_other_views(first: TeacherCache, other: TeacherCache) -> None:
-    """Raises `EdgeclipError` unless row i, view k is of the same picture and the same view in both: teachers are joined by them."""
+    """Raises `EdgeclipError` unless row i, view k is of the same image and the same view in both: teachers are joined by them."""
 
     def refuse(what: str) -> None:
         raise EdgeclipError(
@@ -224,17 +224,17 @@ def refuse_other_views(first: TeacherCache, other: TeacherCache) -> None:
             "leave that teacher out",
         )
 
-    assert isinstance(first.pictures, Kept) and isinstance(other.pictures, Kept)
+    assert isinstance(first.images, Kept) and isinstance(other.images, Kept)
     if first.rows.shape[:2] != other.rows.shape[:2]:
-        refuse(f"holds {other.rows.shape[0]} pictures in {other.rows.shape[1]} views, others")
+        refuse(f"holds {other.rows.shape[0]} images in {other.rows.shape[1]} views, others")
     for start in range(0, len(first.rows), 2**16):
         part = slice(start, start + 2**16)
-        if (first.pictures.places[part] != other.pictures.places[part]).any():
-            refuse("holds other pictures")
+        if (first.images.places[part] != other.images.places[part]).any():
+            refuse("holds other images")
         a, b = first.views[part], other.views[part]
         plain = (a[..., 2] == 0) | (
             b[..., 2] == 0
-        )  # the centre crop has no numbers where nobody looked at the picture
+        )  # the center crop has no numbers where nobody looked at the image
         if a.shape != b.shape or not (plain | (a == b).all(axis=-1)).all():
             refuse("holds other views")
 
@@ -247,11 +247,11 @@ class Embeddings(NamedTuple):
 
 
 def open_folder(
-    folder: Path, pictures: Sequence[Picture], elsewhere: Embeddings | None = None
+    folder: Path, images: Sequence[ImageRef], elsewhere: Embeddings | None = None
 ) -> TeacherCache:
-    """The finished cache in `folder`, of a data set's `pictures`; no file but the manifest is read, each one's size is looked at.
+    """The finished cache in `folder`, of a data set's `images`; no file but the manifest is read, each one's size is looked at.
 
-    elsewhere: of a cache that only joins rows to pictures.
+    elsewhere: of a cache that only joins rows to images.
     Raises `EdgeclipError` when it is not finished, of an older format, or a file is missing or shorter than its index says.
     """
     manifest = disk.read_manifest(folder, KIND)
@@ -302,7 +302,7 @@ def open_folder(
     return TeacherCache(
         folder,
         manifest,
-        Kept(pictures, shards("records", "picture")),
+        Kept(images, shards("records", "image")),
         rows,
         shards("records", "view"),
         class_features,

@@ -105,7 +105,7 @@ def _finish(
         "kind": KIND,
         "format": FORMAT,
         **facts,
-        "pictures": sum(p["rows"] for p in parts),
+        "images": sum(p["rows"] for p in parts),
         "skipped": [line for p in parts for line in p["skipped"]],
         "description": description,
         "shards": [{"rows": p["rows"], "bytes": p["bytes"]} for p in parts],

@@ -1,6 +1,6 @@
 """Building a teacher cache: by running a teacher over the data, or out of what others have computed.
 
-The teacher sees every view of every picture once. Before it starts, one batch tells how long all of it will take and what
+The teacher sees every view of every image once. Before it starts, one batch tells how long all of it will take and what
 the disk must hold; last, views drawn at random are replayed from their stored parameters and put to the live teacher once
 more. How a folder grows, resumes and is shared by processes: `assemble`.
 """
@@ -21,27 +21,27 @@ from torch import nn
 
 from edgeclip import disk
 from edgeclip.device import tokenizer
-from edgeclip.device.pictures import MAX_UNREADABLE, Picture, read, refuse_unreadable, stream
-from edgeclip.device.preprocess import normalise, open_picture
+from edgeclip.device.images import MAX_UNREADABLE, ImageRef, read, refuse_unreadable, stream
+from edgeclip.device.preprocess import normalize, open_image
 from edgeclip.device.zero_shot import ensemble, prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.cache import embeddings, reinforced
 from edgeclip.host.cache.arrays import FORMAT, Embeddings, TeacherCache, name, open_folder, record
 from edgeclip.host.cache.assemble import as_json, assemble, discard, finished, write_shard
-from edgeclip.host.cache.views import draw_views, replay
+from edgeclip.host.cache.views import apply_view, draw_views
 from edgeclip.host.data import Dataset
-from edgeclip.host.data.index import Pictures
+from edgeclip.host.data.index import ImageIndex
 from edgeclip.host.recipe import Views
 from edgeclip.host.teachers import Teacher
 from edgeclip.progress import say, track
 
 SHARD_BYTES = 2**28
 """of one shard's rows, which are held in memory while it is made"""
-SHARD_PICTURES = (2**8, 2**16)
+SHARD_IMAGES = (2**8, 2**16)
 """fewest and most planned for one shard; between them a sixteenth of the data"""
 METADATA_BYTES = 200
-"""estimate of one picture's key and caption, compressed"""
+"""estimate of one image's key and caption, compressed"""
 REPLAYED, SAME = 200, 0.999
 """that many views are put to the live teacher again, and must have at least that cosine with their rows"""
 
@@ -59,7 +59,7 @@ class _Job(NamedTuple):
     threads: int
 
     @property
-    def pictures(self) -> Sequence[Picture]:
+    def images(self) -> Sequence[ImageRef]:
         return self.data.train
 
 
@@ -79,11 +79,11 @@ def build(
     """The cache for these ingredients: the finished one where it exists, else made now. `tower` is the teacher's, folded.
 
     out: a folder of its own instead of `cache`/<fingerprint>.
-    Raises `EdgeclipError` when more than 1 % of the pictures are unreadable, the disk cannot hold it, a stored view does
+    Raises `EdgeclipError` when more than 1 % of the images are unreadable, the disk cannot hold it, a stored view does
     not give its row again, or `out` holds (half of) another cache.
     """
     if not data.train:
-        raise EdgeclipError(data.name, "has no pictures to train on", "check its folder and globs")
+        raise EdgeclipError(data.name, "has no images to train on", "check its folder and globs")
     description = describe(teacher, data, spec, seed, captions)
     folder = out or cache / disk.fingerprint(description)[:16]
     if not out and not (folder / disk.MANIFEST).exists():
@@ -126,14 +126,14 @@ def describe(
         "classes": data.classes,
         "templates": list(data.templates),
         "captions": _digests(data)[1] if captions else None,
-        "pictures": len(data.train),
+        "images": len(data.train),
         "data": _digests(data)[0],
     }
 
 
 def _digests(data: Dataset) -> list[str]:
-    """Of the pictures' keys with their sizes, and of their captions; an index has them."""
-    if isinstance(data.train, Pictures):
+    """Of the images' keys with their sizes, and of their captions; an index has them."""
+    if isinstance(data.train, ImageIndex):
         return data.train.digests
     return [
         _digest(
@@ -174,19 +174,19 @@ def _say_nearest(cache: Path, description: dict[str, Any]) -> None:
 @torch.inference_mode()
 def _plan(job: _Job, partial: Path) -> int:
     """How many shards. Says what the rest of the work takes, judged by one batch, and refuses what the disk cannot hold."""
-    # Texts first: a class name that does not fit is better known before the hours of the pictures.
+    # Texts first: a class name that does not fit is better known before the hours of the images.
     disk.write_array(
         partial / "class_features.npy",
         class_features(job.teacher, job.data.classes, job.data.templates),
     )
-    n, k = len(job.pictures), job.spec.count
+    n, k = len(job.images), job.spec.count
     skipped: list[str] = []
     first = next(_batches(job, range(min(n, 4 * _batch_size(job))), skipped), None)
     if first is None:
         discard(partial)
         raise EdgeclipError(
             job.data.name,
-            f"none of the first pictures can be read (first: {skipped[0]})",
+            f"none of the first images can be read (first: {skipped[0]})",
             "repair the data",
         )
     pixels = first[1][1]
@@ -202,7 +202,7 @@ def _plan(job: _Job, partial: Path) -> int:
         + 2 * job.teacher.embed_dim * job.captions
     )
     need, free = max(0, n - done) * bytes_each, shutil.disk_usage(partial).free
-    rest = f"{n - done:,} of {n:,} pictures" if done else f"{n:,} pictures"
+    rest = f"{n - done:,} of {n:,} images" if done else f"{n:,} images"
     about = _minutes((n - done) * seconds) + (" (captions not counted)" if job.captions else "")
     say(
         f"teacher cache: {rest} x {k} views, about {about} and {need / 2**20:,.1f} MiB of {free / 2**30:,.1f} GiB free"
@@ -217,8 +217,8 @@ def _plan(job: _Job, partial: Path) -> int:
 
 
 def _shard_size(n: int, bytes_each: int) -> int:
-    """Pictures a shard, a power of two."""
-    planned = min(max(SHARD_PICTURES[0], 2 ** math.ceil(math.log2(n / 16))), SHARD_PICTURES[1])
+    """ImageIndex a shard, a power of two."""
+    planned = min(max(SHARD_IMAGES[0], 2 ** math.ceil(math.log2(n / 16))), SHARD_IMAGES[1])
     return min(planned, 2 ** max(0, int(math.log2(SHARD_BYTES / bytes_each))))
 
 
@@ -235,20 +235,20 @@ def _minutes(seconds: float) -> str:
 def _batch_size(job: _Job) -> int:
     return max(
         1, (8 if job.device.type == "cpu" else 256) // job.spec.count
-    )  # a CPU's caches hold a few pictures
+    )  # a CPU's caches hold a few images
 
 
 def _batches(
     job: _Job, places: Sequence[int], skipped: list[str]
 ) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]]:
-    """(places [B], (views [B, K, P], pixels [B * K, H, W, 3])) of the pictures at `places`."""
+    """(places [B], (views [B, K, P], pixels [B * K, H, W, 3])) of the images at `places`."""
     views: dict[int, np.ndarray] = {}
 
     def make(i: int) -> np.ndarray:
-        picture = job.pictures[i]
-        image = open_picture(read(picture), f"{picture.path} ({picture.key})")
-        views[i] = draw_views(*image.size, job.spec, random.Random(f"{job.seed} {picture.key}"))
-        return np.stack([replay(image, v, job.teacher.preprocess) for v in views[i]])
+        ref = job.images[i]
+        image = open_image(read(ref), f"{ref.path} ({ref.key})")
+        views[i] = draw_views(*image.size, job.spec, random.Random(f"{job.seed} {ref.key}"))
+        return np.stack([apply_view(image, v, job.teacher.preprocess) for v in views[i]])
 
     for index, pixels in stream(places, make, _batch_size(job), skipped, job.threads):
         yield (
@@ -259,7 +259,7 @@ def _batches(
 
 def _rows(job: _Job, pixels: np.ndarray) -> np.ndarray:
     """uint8 [B, H, W, 3] to float32 [B, R]."""
-    x = torch.from_numpy(normalise(pixels, job.teacher.preprocess)).to(
+    x = torch.from_numpy(normalize(pixels, job.teacher.preprocess)).to(
         job.device, memory_format=torch.channels_last
     )
     rows: np.ndarray = job.tower(x).float().cpu().numpy()
@@ -268,8 +268,8 @@ def _rows(job: _Job, pixels: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def _make(job: _Job, partial: Path, shard: int, shards: int) -> None:
-    size = math.ceil(len(job.pictures) / shards)
-    places = range(shard * size, min((shard + 1) * size, len(job.pictures)))
+    size = math.ceil(len(job.images) / shards)
+    places = range(shard * size, min((shard + 1) * size, len(job.images)))
     k, batch = job.spec.count, _batch_size(job)
     rows = records = None
     skipped: list[str] = []
@@ -287,7 +287,7 @@ def _make(job: _Job, partial: Path, shard: int, shards: int) -> None:
             )
         here = slice(done, done + len(index))
         rows[here] = made / np.maximum(norm, 1e-12)[:, :, None]
-        records["picture"][here], records["norm"][here], records["view"][here] = index, norm, views
+        records["image"][here], records["norm"][here], records["view"][here] = index, norm, views
         done += len(index)
     found = finished(partial).values()
     before, seen = (
@@ -295,7 +295,7 @@ def _make(job: _Job, partial: Path, shard: int, shards: int) -> None:
         sum(s["rows"] + len(s["skipped"]) for s in found) + len(places),
     )
     if (
-        len(before) + len(skipped) > MAX_UNREADABLE * len(job.pictures)
+        len(before) + len(skipped) > MAX_UNREADABLE * len(job.images)
         or rows is None
         or records is None
     ):
@@ -303,12 +303,12 @@ def _make(job: _Job, partial: Path, shard: int, shards: int) -> None:
         refuse_unreadable([*before, *skipped], seen, job.data.name)
         raise EdgeclipError(
             job.data.name,
-            f"none of the pictures {places.start} to {places.stop - 1} can be read (first: {skipped[0]})",
+            f"none of the images {places.start} to {places.stop - 1} can be read (first: {skipped[0]})",
             "repair the data",
         )
     for line in skipped:
         say(f"skipped: {line}")
-    kept = [job.pictures[int(i)] for i in records["picture"][:done]]
+    kept = [job.images[int(i)] for i in records["image"][:done]]
     arrays = {"img_emb": rows[:done, 0], "records": records[:done]}
     if k > 1:
         arrays["more_views"] = rows[:done, 1:]
@@ -317,7 +317,7 @@ def _make(job: _Job, partial: Path, shard: int, shards: int) -> None:
     metadata = {
         "image_path": [p.key for p in kept],
         "caption": [p.caption for p in kept],
-        "picture": records["picture"][:done],
+        "image": records["image"][:done],
     }
     write_shard(partial, shard, shards, arrays, metadata, skipped)
 
@@ -332,8 +332,8 @@ def _replay(job: _Job, made: TeacherCache) -> dict[str, Any]:
 
     def make(j: int) -> np.ndarray:
         i, view = places[j]
-        return replay(
-            open_picture(read(made.pictures[i]), made.pictures[i].key),
+        return apply_view(
+            open_image(read(made.images[i]), made.images[i].key),
             made.views[i, view],
             job.teacher.preprocess,
         )
@@ -430,13 +430,13 @@ def _of_embeddings(
         places, rows, without = embeddings.join(theirs, spec, data.train)
         missing.extend(without)
         records = np.zeros(len(places), record(1, 5))
-        records["picture"], records["norm"] = places, np.nan
+        records["image"], records["norm"] = places, np.nan
         write_shard(
             partial,
             shard,
             shards,
             {"records": records, "rows": rows},
-            {"picture": places, "row": rows},
+            {"image": places, "row": rows},
             [f"'{k}' has no row" for k in without],
         )
 
@@ -444,7 +444,7 @@ def _of_embeddings(
     assemble(folder, description, known, plan, make, lambda partial: {})
     if missing:
         say(
-            f"{theirs.root}: {len(missing)} of {len(data.train)} pictures have no row and are left out (partial: true)"
+            f"{theirs.root}: {len(missing)} of {len(data.train)} images have no row and are left out (partial: true)"
         )
     return open_folder(folder, data.train, Embeddings(theirs.images, theirs.texts))
 
@@ -463,7 +463,7 @@ def _of_reinforced(
     if len(place_of) < len(data.train):
         raise EdgeclipError(
             data.name,
-            f"two of its pictures have the same key (join: {spec.join})",
+            f"two of its images have the same key (join: {spec.join})",
             "use another teacher.join",
         )
 
@@ -492,7 +492,7 @@ def _of_reinforced(
     made = open_folder(folder, data.train)
     if len(made.rows) < len(data.train):
         say(
-            f"{spec.root}: {len(data.train) - len(made.rows)} of {len(data.train)} pictures have no sample and are left out"
+            f"{spec.root}: {len(data.train) - len(made.rows)} of {len(data.train)} images have no sample and are left out"
         )
     return made
 
@@ -511,7 +511,7 @@ def caption_features(teacher: Teacher, captions: list[str]) -> np.ndarray:
     out, place = [], next(teacher.text.module.parameters()).device
     for start in track(range(0, len(captions), 256), "captions", math.ceil(len(captions) / 256)):
         ids = torch.from_numpy(
-            tokenizer.encode(words, captions[start : start + 256], length, cut=True)
+            tokenizer.encode(words, captions[start : start + 256], length, truncate=True)
         ).to(place)
         out.append(teacher.text.module(ids).cpu().numpy().astype(np.float16))
     return np.concatenate(out)

@@ -5,8 +5,8 @@
     metadata/metadata_0.parquet   a line a row
 
 Files of one kind belong together by their order. The rows stay where they lie: the cache keeps which row belongs to which
-of the data's pictures, found by the recipe's join key, in the data's order. Such rows are of the plain view (CLIP's own
-centre crop) and have lost their norms.
+of the data's images, found by the recipe's join key, in the data's order. Such rows are of the plain view (CLIP's own
+center crop) and have lost their norms.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from edgeclip import disk
-from edgeclip.device.pictures import Picture
+from edgeclip.device.images import ImageRef
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host.cache.arrays import Shards
 from edgeclip.host.recipe import Embeddings
@@ -134,12 +134,12 @@ def identity(spec: Embeddings) -> dict[str, Any]:
 
 
 def join(
-    folder: Folder, spec: Embeddings, pictures: Sequence[Picture]
+    folder: Folder, spec: Embeddings, images: Sequence[ImageRef]
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(places in `pictures` [m], their rows [m], keys of pictures without a row), in the pictures' order.
+    """(places in `images` [m], their rows [m], keys of images without a row), in the images' order.
 
     Keys are compared by 64 bits of their hash; sixteen bytes of memory a row.
-    Raises `EdgeclipError` for a column that is not there, a key that two rows have, and pictures without a row unless
+    Raises `EdgeclipError` for a column that is not there, a key that two rows have, and images without a row unless
     the recipe says `partial`.
     """
     if spec.key not in folder.columns:
@@ -166,16 +166,16 @@ def join(
             "use another key or join",
         )
     places, rows, missing = [], [], []
-    for i, picture in enumerate(pictures):
-        wanted = _hash(of(picture.key))
+    for i, image in enumerate(images):
+        wanted = _hash(of(image.key))
         at = int(np.searchsorted(hashes, wanted))
         if at < len(hashes) and hashes[at] == wanted:
             places.append(i)
             rows.append(int(order[at]))
         else:
-            missing.append(picture.key)
+            missing.append(image.key)
     if missing and (not places or not spec.partial):
-        says = f"{len(missing)} of {len(pictures)} pictures have no row (first: '{missing[0]}'; a row's {spec.key} is '{_key(folder, spec, 0)}')"
+        says = f"{len(missing)} of {len(images)} images have no row (first: '{missing[0]}'; a row's {spec.key} is '{_key(folder, spec, 0)}')"
         raise EdgeclipError(
             folder.root,
             says,

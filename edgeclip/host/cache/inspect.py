@@ -7,8 +7,7 @@ import numpy as np
 
 from edgeclip import disk
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import distributed as ranks
-from edgeclip.host import recipe, teachers
+from edgeclip.host import distributed, recipe, teachers
 from edgeclip.host.cache.arrays import KIND, Embeddings, Joined, Shards, TeacherCache, open_folder
 from edgeclip.host.cache.building import build
 from edgeclip.host.cache.embeddings import open_embeddings
@@ -41,15 +40,15 @@ def build_for(
             "is one folder, and the recipe needs several caches",
             "leave it out: they are found by their fingerprints",
         )
-    dataset, labelled, captions = run.load_data(asked, path)
-    device = ranks.own(run.pick_device(asked.train.device))
+    dataset, labeled, captions = run.load_data(asked, path)
+    device = distributed.own(run.pick_device(asked.train.device))
     found = []
     for spec in (asked.teacher, *asked.other_teachers):
         teacher = teachers.load(spec)
         teachers.check_class_names(teacher, dataset.classes, dataset.templates)
         tower, sets = teachers.folded(teacher), [(dataset, captions)]
-        if own_stage_1 and labelled and isinstance(spec, recipe.Conse):
-            sets.append((labelled._replace(train=labelled.labelled), False))
+        if own_stage_1 and labeled and isinstance(spec, recipe.Conse):
+            sets.append((labeled._replace(train=labeled.labeled), False))
         for data, with_captions in sets:
             made = build(
                 run.CACHE,
@@ -98,7 +97,7 @@ def _embeddings(folder: Path) -> dict[str, Any]:
         "teacher": None,
         "identity": None,
         "data": f"metadata columns: {', '.join(theirs.columns)}",
-        "pictures": len(theirs.images),
+        "images": len(theirs.images),
         "views": 1,
         "view_parameters": 0,
         "width": int(theirs.images.shape[1]),
@@ -124,7 +123,7 @@ def _of(cache: TeacherCache) -> dict[str, Any]:
         "teacher": m["name"],
         "identity": m["teacher"],
         "data": m["data"],
-        "pictures": n,
+        "images": n,
         "views": k,
         "view_parameters": cache.views.shape[2],
         "width": width,

@@ -49,7 +49,7 @@ def load(spec: R.Embeddings | R.Reinforced) -> Teacher:
     name = f"{Path(spec.root).name} (embeddings of others)"
     return Teacher(
         name=name,
-        licence=spec.licence,
+        license=spec.license,
         identity=identity
         | ({"text": text.identity} if text else {})
         | ({"class_features": weights.source(spec.class_features)} if spec.class_features else {}),

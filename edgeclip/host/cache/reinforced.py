@@ -1,6 +1,6 @@
 """MobileCLIP's reinforced shards (DataCompDR, DFNDR) as a teacher cache: views, captions and embeddings of several teachers.
 
-A sample of such a tar, beside the picture or in tars of their own:
+A sample of such a tar, beside the image or in tars of their own:
 
     <uid>.paug.json       {"param_aug": [[[top, left, height, width], [[operation, magnitude], ...]], ...]}, a view each
     <uid>.syn.json        {"syn_text": [...]}: synthetic captions
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from edgeclip import disk
-from edgeclip.device.pictures import MAX_UNREADABLE, Picture, refuse_cut
+from edgeclip.device.images import MAX_UNREADABLE, ImageRef, refuse_cut
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.cache.arrays import record
 from edgeclip.host.cache.assemble import write_shard
@@ -64,14 +64,14 @@ def width(spec: Reinforced) -> int:
 
 def make(
     spec: Reinforced,
-    pictures: Sequence[Picture],
+    images: Sequence[ImageRef],
     place_of: dict[str, int],
     captions: bool,
     folder: Path,
     shard: int,
     shards: int,
 ) -> None:
-    """One tar's samples that have a picture, as a shard of the cache. What is broken is left out and counted.
+    """One tar's samples that have an image, as a shard of the cache. What is broken is left out and counted.
 
     Raises `EdgeclipError` for a corrupt tar, a sample that is there twice, and more than 1 % of broken samples.
     """
@@ -95,7 +95,7 @@ def make(
             image, view = arrays_of["image_emb"], parameters(members["paug.json"], spec.image_size)
             if not isinstance(synthetic := json.loads(members.get("syn.json", b"{}")), dict):
                 raise ValueError("has a syn.json that is no mapping")
-            captioned, text = _captions(pictures[place_of[key]].caption, synthetic, arrays_of)
+            captioned, text = _captions(images[place_of[key]].caption, synthetic, arrays_of)
             if len(view) != len(image):
                 raise ValueError(f"{len(view)} views and {len(image)} rows")
             if texts and text is not None and len(text) != len(texts[0]):
@@ -128,7 +128,7 @@ def make(
     if not rows:
         raise EdgeclipError(
             tar,
-            "has no sample of any picture of the data",
+            "has no sample of any image of the data",
             "check the recipe's teacher.join, or remove the shard",
         )
     if captions and len(texts) != len(rows):
@@ -138,7 +138,7 @@ def make(
             "drop what needs them",
         )
     table = np.empty(len(rows), record(*records[0][2].shape))
-    table["picture"], table["norm"], table["view"] = (
+    table["image"], table["norm"], table["view"] = (
         np.array([r[i] for r in records]) for i in range(3)
     )
     unit = np.stack(rows)
@@ -151,9 +151,9 @@ def make(
         if of_captions.shape[1] > 1:
             arrays["more_captions"] = of_captions[:, 1:]
     metadata = {
-        "image_path": [pictures[i].key for i in places],
+        "image_path": [images[i].key for i in places],
         "caption": [c[0] for c in said],
-        "picture": places,
+        "image": places,
         "more_captions": [c[1:] for c in said],
     }
     write_shard(folder, shard, shards, arrays, metadata, skipped)

@@ -1,8 +1,8 @@
-"""Views: a picture's augmentations as explicit numbers, replayed alike for a teacher and a student of any input size.
+"""Views: an image's augmentations as explicit numbers, replayed alike for a teacher and a student of any input size.
 
 A view is [left, top, width, height in source pixels, flip 0 or 1], and for reinforced data RandAugment's operations after
 the resize, two numbers each: its place in `OPERATIONS` and its magnitude (TranslateX and TranslateY: of the side). Width 0
-is the picture's centre square, for whoever does not know its size. Boxes are drawn in whole pixels, as torchvision and
+is the image's center square, for whoever does not know its size. Boxes are drawn in whole pixels, as torchvision and
 open_clip draw them: then torch's resize, which takes a third of PIL's time, cuts out the same box.
 """
 
@@ -25,7 +25,7 @@ OPERATIONS = (
 
 
 def draw_views(width: int, height: int, spec: Views, rng: random.Random) -> np.ndarray:
-    """[K, 5] view parameters for a picture of width x height pixels: the centre square, then random resized crops."""
+    """[K, 5] view parameters for an image of width x height pixels: the center square, then random resized crops."""
     side = min(width, height)
     views = [[round((width - side) / 2), round((height - side) / 2), side, side, 0]]
     for _ in range(spec.count - 1):
@@ -43,8 +43,8 @@ def draw_views(width: int, height: int, spec: Views, rng: random.Random) -> np.n
     return np.array(views, np.float32)
 
 
-def replay(image: Image.Image, view: np.ndarray, spec: Preprocess) -> np.ndarray:
-    """uint8 [H, W, 3]: one view of a picture at an encoder's size."""
+def apply_view(image: Image.Image, view: np.ndarray, spec: Preprocess) -> np.ndarray:
+    """uint8 [H, W, 3]: one view of an image at an encoder's size."""
     left, top, width, height, flip, *operations = view.tolist()
     if not width:
         width = height = min(image.size)
@@ -60,12 +60,12 @@ def replay(image: Image.Image, view: np.ndarray, spec: Preprocess) -> np.ndarray
     return pixels[:, ::-1] if flip else pixels
 
 
-def see(content: bytes, view: np.ndarray, spec: Preprocess, name: object) -> np.ndarray:
-    """uint8 [H, W, 3]: one view of a picture in a file's bytes, for training: a JPEG is decoded at the smallest of its eighths
-    that still has a pixel of its own for every pixel of the view. `replay` of the whole picture is within resampling of it,
-    and of a picture that is not scaled within one level, but for the rim, where PIL's filter looks beyond the box.
+def decode_view(content: bytes, view: np.ndarray, spec: Preprocess, name: object) -> np.ndarray:
+    """uint8 [H, W, 3]: one view of an image in a file's bytes, for training: a JPEG is decoded at the smallest of its eighths
+    that still has a pixel of its own for every pixel of the view. `apply_view` of the whole image is within resampling of it,
+    and of an image that is not scaled within one level, but for the rim, where PIL's filter looks beyond the box.
 
-    Raises `UnreadablePicture`.
+    Raises `UnreadableImage`.
     """
     width, height = float(view[2]), float(view[3])
 
@@ -79,7 +79,7 @@ def see(content: bytes, view: np.ndarray, spec: Preprocess, name: object) -> np.
         view[[0, 2]] *= image.width / full[0]
         view[[1, 3]] *= image.height / full[1]
     if len(view) > 5 or not view[2] or (view[:4] % 1).any():
-        return replay(image, view, spec)
+        return apply_view(image, view, spec)
     left, top, width, height, flip = view.astype(int).tolist()
     box = torch.from_numpy(np.array(image)[top : top + height, left : left + width]).permute(
         2, 0, 1

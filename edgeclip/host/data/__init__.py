@@ -1,4 +1,4 @@
-"""Data sets: what is labelled, what is only seen, what is scored.
+"""Data sets: what is labeled, what is only seen, what is scored.
 
 `load` gives a `Dataset` whatever the kind. A kind is one function here or in a file of its own, and one line in
 `DATASETS`.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeclip.device.pictures import Picture, index_folder, index_tar
+from edgeclip.device.images import ImageRef, index_folder, index_tar
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host import recipe as R
 from edgeclip.host.data.index import index
@@ -19,7 +19,7 @@ from edgeclip.host.data.shards import find
 
 class EvaluationSet(NamedTuple):
     name: str
-    pictures: list[Picture]
+    images: list[ImageRef]
     classes: list[int]
     """the class list that is active when this set is scored: indices into Dataset.classes"""
     note: str
@@ -29,18 +29,18 @@ class EvaluationSet(NamedTuple):
     shift: bool = False
     """of another style or set than what was trained on"""
     seen: bool = False
-    """its pictures are training pictures, and its figure says so"""
+    """its images are training images, and its figure says so"""
 
 
 class Dataset(NamedTuple):
     name: str
-    licence: str
+    license: str
     classes: list[str]
-    """class names in index order; empty: the pictures have captions only"""
+    """class names in index order; empty: the images have captions only"""
     templates: tuple[str, ...]
-    labelled: list[Picture]
+    labeled: list[ImageRef]
     """what the teacher may be adapted on"""
-    train: Sequence[Picture]
+    train: Sequence[ImageRef]
     """what the student sees, without labels"""
     train_classes: list[int]
     """the class list of the distillation losses: no class that is held out from training"""
@@ -48,7 +48,7 @@ class Dataset(NamedTuple):
 
 
 def load(spec: R.Data, cache: Path) -> Dataset:
-    """Raises `EdgeclipError` where a folder, a class list or every picture is missing, and for a template without a place for the name."""
+    """Raises `EdgeclipError` where a folder, a class list or every image is missing, and for a template without a place for the name."""
     data = DATASETS[type(spec)](spec, cache)
     nameless = next((t for t in data.templates or ("",) if "{c}" not in t), None)
     if data.classes and nameless is not None:  # such a prompt is the same for every class
@@ -57,11 +57,11 @@ def load(spec: R.Data, cache: Path) -> Dataset:
             f"'{nameless}' has no {{c}}",
             "write {c} where the class's name goes: a photo of a {c}",
         )
-    for p in (p for part in (data.labelled, *(s.pictures for s in data.evaluation)) for p in part):
+    for p in (p for part in (data.labeled, *(s.images for s in data.evaluation)) for p in part):
         if not 0 <= p.label < len(data.classes) and (data.classes or p.label >= 0):
             raise EdgeclipError(
                 p.path,
-                f"picture '{p.key}' has class index {p.label}, and there are {len(data.classes)} classes",
+                f"image '{p.key}' has class index {p.label}, and there are {len(data.classes)} classes",
                 "correct the labels or the class list",
             )
     return data
@@ -73,7 +73,7 @@ def _webdataset(spec: R.WebDataset, cache: Path) -> Dataset:
     if spec.classes:
         classes = _lines(root / spec.classes)
         templates = templates or tuple(_lines(root / "zeroshot_classification_templates.txt"))
-    train: Sequence[Picture] = (
+    train: Sequence[ImageRef] = (
         index(find(root, spec.train, spec.pipe, cache), cache, index_tar) if spec.train else []
     )
     test = (
@@ -90,7 +90,7 @@ def _folders(spec: R.Folders, cache: Path) -> Dataset:
         raise EdgeclipError(
             root, "empty class list: it has no sub-folder", "make one sub-folder a class"
         )
-    parts: dict[bool, list[Picture]] = {False: [], True: []}
+    parts: dict[bool, list[ImageRef]] = {False: [], True: []}
     for label, folder in enumerate(folders):
         for p in index_folder(folder):
             p = p._replace(key=f"{folder.name}/{p.key}", label=label)
@@ -105,14 +105,14 @@ def _split(
     spec: R.WebDataset | R.Folders,
     classes: list[str],
     templates: tuple[str, ...],
-    train: Sequence[Picture],
-    test: list[Picture],
+    train: Sequence[ImageRef],
+    test: list[ImageRef],
 ) -> Dataset:
     everything = list(range(len(classes)))
     if spec.protocol == "zero_shot":
-        labelled = [p for p in train if p.label >= 0] if classes else []
+        labeled = [p for p in train if p.label >= 0] if classes else []
         sets = (
-            [EvaluationSet(f"{spec.name} test", test, everything, "test pictures, all classes")]
+            [EvaluationSet(f"{spec.name} test", test, everything, "test images, all classes")]
             if test
             else []
         )
@@ -124,18 +124,18 @@ def _split(
                 "too few classes for base_to_novel",
                 "give at least two, or use protocol: zero_shot",
             )
-        for part, pictures in (("training", train), ("test", test)):
+        for part, images in (("training", train), ("test", test)):
             for name, empty in (
-                ("base", all(p.label >= half for p in pictures)),
-                ("novel", all(p.label < half for p in pictures)),
+                ("base", all(p.label >= half for p in images)),
+                ("novel", all(p.label < half for p in images)),
             ):
-                if pictures and empty:
+                if images and empty:
                     raise EdgeclipError(
                         spec.root,
-                        f"its {name} half ({half} of {len(classes)} classes are base) has no {part} pictures",
+                        f"its {name} half ({half} of {len(classes)} classes are base) has no {part} images",
                         "add some, or use protocol: zero_shot",
                     )
-        labelled = [p for p in train if p.label < half]
+        labeled = [p for p in train if p.label < half]
         note = (
             "test photos; transductive: the student saw this half's training photos without labels"
         )
@@ -148,7 +148,7 @@ def _split(
             ),
             EvaluationSet("novel", [p for p in test if p.label >= half], everything[half:], note),
         ]
-    return Dataset(spec.name, spec.licence, classes, templates, labelled, train, everything, sets)
+    return Dataset(spec.name, spec.license, classes, templates, labeled, train, everything, sets)
 
 
 def shift_sets(data: Dataset, other: Dataset) -> list[EvaluationSet]:
@@ -158,7 +158,7 @@ def shift_sets(data: Dataset, other: Dataset) -> list[EvaluationSet]:
     """
     if not any(s.headline for s in other.evaluation):
         raise EdgeclipError(
-            f"shifts: {other.name}", "has no pictures to evaluate on", "give it a test part"
+            f"shifts: {other.name}", "has no images to evaluate on", "give it a test part"
         )
     if unknown := [c for c in other.classes if c not in data.classes]:
         raise EdgeclipError(
@@ -171,7 +171,7 @@ def shift_sets(data: Dataset, other: Dataset) -> list[EvaluationSet]:
     return [
         EvaluationSet(
             other.name if len(found) == 1 else f"{other.name}, {s.name}",
-            [p._replace(label=index[p.label]) for p in s.pictures],
+            [p._replace(label=index[p.label]) for p in s.images],
             [index[c] for c in s.classes],
             "shift; not transductive",
             shift=True,
@@ -206,10 +206,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def _csv(spec: R.Csv, cache: Path) -> Dataset:
-    """open_clip's own: a line a picture, its path and its caption; no class."""
+    """open_clip's own: a line an image, its path and its caption; no class."""
     root = _root(spec.root, spec.name)
 
-    def rows(path: Path) -> list[Picture]:
+    def rows(path: Path) -> list[ImageRef]:
         try:
             with open(path, encoding="utf-8", newline="") as f:
                 lines = csv.DictReader(f, delimiter=spec.separator)
@@ -229,7 +229,7 @@ def _csv(spec: R.Csv, cache: Path) -> Dataset:
                             "complete or remove it",
                         )
                     found.append(
-                        Picture(
+                        ImageRef(
                             line[spec.image],
                             str(root / line[spec.image]),
                             caption=(line[spec.caption] or "").strip(),
@@ -243,12 +243,12 @@ def _csv(spec: R.Csv, cache: Path) -> Dataset:
                 path, f"is no readable CSV file ({e})", "write UTF-8 text"
             ) from None
 
-    pictures = rows(root / spec.file)
+    images = rows(root / spec.file)
     seen: set[str] = set()
-    for p in pictures:
+    for p in images:
         if p.key in seen:
             raise EdgeclipError(
-                root / spec.file, f"names '{p.key}' twice", "keep one line a picture"
+                root / spec.file, f"names '{p.key}' twice", "keep one line an image"
             )
         seen.add(p.key)
         if not Path(p.path).is_file():
@@ -257,7 +257,7 @@ def _csv(spec: R.Csv, cache: Path) -> Dataset:
                 f"names '{p.key}', and there is no such file below {root}",
                 "remove the line, or check data.root",
             )
-    return Dataset(spec.name, spec.licence, [], (), [], pictures, [], [])
+    return Dataset(spec.name, spec.license, [], (), [], images, [], [])
 
 
 def _openmoji(spec: R.OpenMoji, cache: Path) -> Dataset:

@@ -1,10 +1,10 @@
-"""Where the pictures of a set lie, on disk: a list of millions costs no memory and is made once.
+"""Where the images of a set lie, on disk: a list of millions costs no memory and is made once.
 
-The index of a set of shards is an Arrow file beside the caches, memory-mapped: a picture is looked up when it is asked
+The index of a set of shards is an Arrow file beside the caches, memory-mapped: an image is looked up when it is asked
 for. It is known by its shards' names, sizes and times, so shards that changed are read again.
 
-    cache/index/<fingerprint>.arrow    record batches of `BATCH` pictures: key, shard, offset, size, label, caption
-                             .json     written last: pictures, and digests of keys with sizes and of captions
+    cache/index/<fingerprint>.arrow    record batches of `BATCH` images: key, shard, offset, size, label, caption
+                             .json     written last: images, and digests of keys with sizes and of captions
 """
 
 import functools
@@ -18,13 +18,13 @@ import numpy as np
 import pyarrow as pa
 
 from edgeclip import disk
-from edgeclip.device.pictures import Lookup, Picture
+from edgeclip.device.images import ImageRef, Lookup
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import track
 
 BATCH = 4096
 FORMAT = 2
-"""of an index; higher when `pictures.index_tar` finds what it did not find before, so that no older index is taken"""
+"""of an index; higher when `images.index_tar` finds what it did not find before, so that no older index is taken"""
 SCHEMA = pa.schema(
     {
         "key": pa.string(),
@@ -38,37 +38,39 @@ SCHEMA = pa.schema(
 )
 
 
-class Pictures(Lookup):
-    """The pictures of `shards` as their index has them."""
+class ImageIndex(Lookup):
+    """The images of `shards` as their index has them."""
 
     def __init__(self, path: Path, shards: Sequence[Path]):
         self.shards = shards
         facts = disk.read_json(path.with_suffix(".json"))
-        self._count, self.digests = facts["pictures"], facts["digests"]
+        self._count, self.digests = facts["images"], facts["digests"]
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self._batch: Callable[[int], Any] = functools.lru_cache(64)(self._reader.get_batch)
 
     def __len__(self) -> int:
         return self._count
 
-    def at(self, i: int) -> Picture:
+    def at(self, i: int) -> ImageRef:
         batch, row = divmod(i, BATCH)
         key, shard, offset, size, label, caption = (
             self._batch(batch).column(c)[row].as_py() for c in range(6)
         )
-        return Picture(key, str(self.shards[shard]), offset, size, label, caption)
+        return ImageRef(key, str(self.shards[shard]), offset, size, label, caption)
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[ImageRef]:
         for b in range(self._reader.num_record_batches):
             columns = [c.to_pylist() for c in self._reader.get_batch(b).columns[:6]]
             for key, shard, offset, size, label, caption in zip(*columns, strict=True):
-                yield Picture(key, str(self.shards[shard]), offset, size, label, caption)
+                yield ImageRef(key, str(self.shards[shard]), offset, size, label, caption)
 
 
-def index(shards: Sequence[Path], cache: Path, read: Callable[[Path], list[Picture]]) -> Pictures:
-    """The pictures of `shards`, in their order. read: the pictures of one of them.
+def index(
+    shards: Sequence[Path], cache: Path, read: Callable[[Path], list[ImageRef]]
+) -> ImageIndex:
+    """The images of `shards`, in their order. read: the images of one of them.
 
-    Raises `EdgeclipError` for a key that two pictures have, and what `read` raises.
+    Raises `EdgeclipError` for a key that two images have, and what `read` raises.
     """
     known = [[p.name, s.st_size, s.st_mtime_ns] for p in shards for s in [p.stat()]]
     path = cache / "index" / f"{disk.fingerprint([FORMAT, known])[:16]}.arrow"
@@ -113,18 +115,18 @@ def index(shards: Sequence[Path], cache: Path, read: Callable[[Path], list[Pictu
         disk.write_json(
             path.with_suffix(".json"),
             {
-                "pictures": count,
+                "images": count,
                 "digests": [d.hexdigest() for d in digests],
                 "shards": [p.name for p in shards],
             },
         )
-    return Pictures(path, shards)
+    return ImageIndex(path, shards)
 
 
 def _batches(
-    shards: Sequence[Path], read: Callable[[Path], list[Picture]]
-) -> Iterator[list[tuple[Picture, int]]]:
-    rows: list[tuple[Picture, int]] = []
+    shards: Sequence[Path], read: Callable[[Path], list[ImageRef]]
+) -> Iterator[list[tuple[ImageRef, int]]]:
+    rows: list[tuple[ImageRef, int]] = []
     many: Iterable[tuple[int, Path]] = (
         track(enumerate(shards), "index of shards", len(shards))
         if len(shards) > 100
@@ -141,7 +143,7 @@ def _batches(
 
 
 def _refuse_twice(hashes: list[np.ndarray], shards: Sequence[Path]) -> None:
-    """Eight bytes a picture while an index is made; two keys of one hash are taken for equal (a chance of 3e-4 at 10^8)."""
+    """Eight bytes an image while an index is made; two keys of one hash are taken for equal (a chance of 3e-4 at 10^8)."""
     every = np.sort(np.concatenate(hashes)) if hashes else np.zeros(0, np.uint64)
     if (twice := int((every[1:] == every[:-1]).sum())) > 0:
         stems = [p.stem for p in shards]
@@ -152,6 +154,6 @@ def _refuse_twice(hashes: list[np.ndarray], shards: Sequence[Path]) -> None:
         )  # of relative ones perhaps nothing, which is the working folder
         raise EdgeclipError(
             where,
-            f"{twice} pictures have a key that another has ({what})",
+            f"{twice} images have a key that another has ({what})",
             "rename the shards, or repair them",
         )

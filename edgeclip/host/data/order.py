@@ -1,4 +1,4 @@
-"""The order of an epoch without a list of it: the i-th picture of a shuffled set is computed when it is asked for.
+"""The order of an epoch without a list of it: the i-th image of a shuffled set is computed when it is asked for.
 
 A Feistel network of four rounds permutes the numbers below a power of four; what falls outside the set is sent through
 again until it falls inside (cycle walking; Black and Rogaway 2002), fewer than four times on average. Same seed, same
@@ -39,7 +39,7 @@ class Shuffled:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: every bit of the result depends on every bit of x."""
+    """splitmix64's finalizer: every bit of the result depends on every bit of x."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,8 +1,8 @@
-"""Generated pictures with captions, in WebDataset shards: enough data to run every joint of the chain in seconds.
+"""Generated images with captions, in WebDataset shards: enough data to run every joint of the chain in seconds.
 
     python -m edgeclip.host.data.shapes .data/shapes
 
-A picture is one shape in one colour ("a red circle") at a random place and size; its class is the colour and shape.
+An image is one shape in one color ("a red circle") at a random place and size; its class is the color and shape.
 """
 
 import io
@@ -15,25 +15,25 @@ from PIL import Image, ImageDraw
 
 from edgeclip import disk
 
-COLOURS = ("red", "green", "blue", "black")
+COLORS = ("red", "green", "blue", "black")
 SHAPES = ("circle", "square", "triangle")
-CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+CLASSES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 PARTS = {"train": 192, "test": 384}
 
 
 def draw(label: int, rng: random.Random, size: int = 72) -> Image.Image:
-    colour, shape = CLASSES[label].split()
+    color, shape = CLASSES[label].split()
     image = Image.new("RGB", (size, size), (rng.randint(180, 255),) * 3)
     side = rng.randint(size // 3, size // 2)
     x, y = rng.randint(4, size - side - 4), rng.randint(4, size - side - 4)
     box = (x, y, x + side, y + side)
     pen = ImageDraw.Draw(image)
     if shape == "circle":
-        pen.ellipse(box, fill=colour)
+        pen.ellipse(box, fill=color)
     elif shape == "square":
-        pen.rectangle(box, fill=colour)
+        pen.rectangle(box, fill=color)
     else:
-        pen.polygon([(x, y + side), (x + side // 2, y), (x + side, y + side)], fill=colour)
+        pen.polygon([(x, y + side), (x + side // 2, y), (x + side, y + side)], fill=color)
     return image
 
 

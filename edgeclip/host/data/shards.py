@@ -2,8 +2,8 @@
 
     train/*.tar     {00000..00099}.tar     {a,b}-{0..9}.tar     pipe:aws s3 cp s3://bucket/{00000..00099}.tar -
 
-Two shards of one name are refused, in different folders too: a picture's key is <shard>/<name>. Commands run only where the
-recipe says `pipe: true`. Their output is kept below `cache/shards`, because a picture is read again in every epoch.
+Two shards of one name are refused, in different folders too: an image's key is <shard>/<name>. Commands run only where the
+recipe says `pipe: true`. Their output is kept below `cache/shards`, because an image is read again in every epoch.
 """
 
 import itertools

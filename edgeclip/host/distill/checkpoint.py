@@ -1,6 +1,6 @@
 """Where training stands, on disk, so that a run that is killed goes on as if it had not been.
 
-    runs/<name>/checkpoint/<step>/state.safetensors   weights, optimiser state, random state of each process, this epoch's losses so far
+    runs/<name>/checkpoint/<step>/state.safetensors   weights, optimizer state, random state of each process, this epoch's losses so far
                                   state.json          position, log, random state of the data order, loss scale, seconds so far
                                   manifest.json       last
 
@@ -90,7 +90,7 @@ def load(folder: Path) -> Checkpoint | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """ "<parameter's number>.<name>" to what the optimiser keeps of it; its settings follow from the recipe."""
+    """ "<parameter's number>.<name>" to what the optimizer keeps of it; its settings follow from the recipe."""
     state = optimizer.state_dict()["state"]
     return {
         f"{i}.{name}": value
@@ -113,7 +113,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         if p is None or (name != "step" and value.shape != p.shape):
             raise EdgeclipError(
                 "checkpoint",
-                f"its optimiser state '{key}' is of another weight (an older edgeclip wrote it?)",
+                f"its optimizer state '{key}' is of another weight (an older edgeclip wrote it?)",
                 "begin anew with --fresh",
             )
         state.setdefault(int(number), {})[name] = (

@@ -1,10 +1,10 @@
 """Several teachers made one: their unit features side by side, and one learned linear map into the first one's space.
 
-MST-KD's common space (arXiv 2408.16563; a single layer was often its best adaptor), learnt on cached rows in seconds. The
+MST-KD's common space (arXiv 2408.16563; a single layer was often its best adaptor), learned on cached rows in seconds. The
 first teacher's class features stay what they are, so what is distilled from the fusion takes new words from the first
 teacher's text encoder. The map starts as the first teacher alone, and learns
 
-    KL(average of the teachers' distributions, each with its own logit scale || fused)    on every picture
+    KL(average of the teachers' distributions, each with its own logit scale || fused)    on every image
     cross-entropy                                                                         where there is a label
 
 The average alone (no map) is what `other_teachers` means without `fuse`.
@@ -28,7 +28,7 @@ from edgeclip.progress import track
 
 
 class Fusion(nn.Module):
-    """Unit features [B, D], [B, E], ... side by side to fused features [B, D], not normalised."""
+    """Unit features [B, D], [B, E], ... side by side to fused features [B, D], not normalized."""
 
     def __init__(self, widths: list[int]):
         super().__init__()
@@ -43,7 +43,7 @@ class Fusion(nn.Module):
 def fuse(
     teachers: list[TeacherRows], labels: np.ndarray, spec: R.Fuse, seed: int, folder: Path
 ) -> Fusion:
-    """The map, learnt or read from `folder`. labels [n]: of each cached picture its place among the class features; -1 for none.
+    """The map, learned or read from `folder`. labels [n]: of each cached image its place among the class features; -1 for none.
 
     Raises `EdgeclipError` when the folder holds the map of other teachers.
     """

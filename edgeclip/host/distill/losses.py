@@ -1,6 +1,6 @@
 """ComKD-CLIP and its family: every loss a pure function of one batch, in one visible dict.
 
-Shapes, for the whole file: B pictures, D embedding width, N classes of the training class list. Features are unit
+Shapes, for the whole file: B images, D embedding width, N classes of the training class list. Features are unit
 rows unless they are called raw. Letters as in the papers: v, s are the student's image and text features, V, T the
 teacher's; a student without a text tower classifies with the teacher's text features, so its s is T.
 
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     """V"""
     class_features: Float[Tensor, "N D"]
     caption_features: Float[Tensor, "B D"] | None
-    """T, of each picture's caption"""
+    """T, of each image's caption"""
     logit_scale: float
     """the teacher's, already exponentiated; frozen"""
     text_features: Float[Tensor, "B D"] | None = None
@@ -52,11 +52,11 @@ class Batch(NamedTuple):
     """P(u_s) before its norm was divided out"""
     raw_teacher_features: Float[Tensor, "B D"] | None = None
     masked_features: Float[Tensor, "B D"] | None = None
-    """v of the same pictures with most patches hidden"""
+    """v of the same images with most patches hidden"""
     labels: Int[Tensor, " B"] | None = None
-    """rows of class_features; -1 where a picture has no label"""
+    """rows of class_features; -1 where an image has no label"""
     prototypes: Float[Tensor, "N D"] | None = None
-    """mean teacher feature of each class's labelled pictures; zero rows where there are none"""
+    """mean teacher feature of each class's labeled images; zero rows where there are none"""
     other_teachers: tuple[OtherTeacher, ...] = ()
     learned: nn.ParameterDict | None = None
     """what losses learn beside the student: `learned_parameters`"""
@@ -79,7 +79,7 @@ def kl(batch: Batch, spec: R.KL) -> Float[Tensor, ""]:
 
 def if_align(batch: Batch, spec: R.IFAlign) -> Float[Tensor, ""]:
     """Equations 3 to 5: L1 between the means, plus L1 between the biased variances."""
-    if spec.normalise:
+    if spec.normalize:
         s, t = (
             (batch.head_features if spec.features == "head" else batch.image_features),
             batch.teacher_features,
@@ -103,10 +103,10 @@ def if_align(batch: Batch, spec: R.IFAlign) -> Float[Tensor, ""]:
 
 
 def cross_entropy(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
-    """Hard labels over the labelled classes, of the pictures that have one; 0 for a batch without any."""
-    labels, classes = _labelled(batch)
+    """Hard labels over the labeled classes, of the images that have one; 0 for a batch without any."""
+    labels, classes = _labeled(batch)
     q = batch.logit_scale * batch.head_features @ batch.class_features.T
-    return _mean_over_labelled(
+    return _mean_over_labeled(
         F.cross_entropy(
             q.masked_fill(~classes, -torch.inf), labels, ignore_index=-1, reduction="sum"
         ),
@@ -118,10 +118,10 @@ def cross_entropy(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
 
 
 def prototype(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
-    """CLIP-Embed-KD: cross-entropy against the teacher's class prototypes, of the pictures that have a label."""
-    labels, classes = _labelled(batch)
+    """CLIP-Embed-KD: cross-entropy against the teacher's class prototypes, of the images that have a label."""
+    labels, classes = _labeled(batch)
     q = batch.logit_scale * batch.image_features @ _need(batch, "prototypes").T
-    return _mean_over_labelled(
+    return _mean_over_labeled(
         F.cross_entropy(
             q.masked_fill(~classes, -torch.inf), labels, ignore_index=-1, reduction="sum"
         ),
@@ -130,13 +130,13 @@ def prototype(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
 
 
 def teacher_match(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
-    """CLIP-Embed-KD's live-teacher counterpart: which of the batch's teacher features is this picture's? One direction."""
+    """CLIP-Embed-KD's live-teacher counterpart: which of the batch's teacher features is this image's? One direction."""
     return _info_nce(
         batch.logit_scale * batch.image_features @ batch.teacher_features.T, batch.teacher_features
     )
 
 
-# --- CLIP-KD, TinyCLIP, open_clip, MobileCLIP: pictures with captions
+# --- CLIP-KD, TinyCLIP, open_clip, MobileCLIP: images with captions
 
 
 def contrastive(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
@@ -173,7 +173,7 @@ def feature(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
 
 
 def masked_feature(batch: Batch, spec: R.MaskedFeature) -> Float[Tensor, ""]:
-    """CLIP-KD's MFD: the student saw few patches, the teacher the whole picture."""
+    """CLIP-KD's MFD: the student saw few patches, the teacher the whole image."""
     return _distance(_need(batch, "masked_features"), batch.teacher_features)
 
 
@@ -328,7 +328,7 @@ def learned_parameters(spec: R.Losses, embed_dim: int, seed: int) -> nn.Paramete
 
 
 def _info_nce(q: Float[Tensor, "B B"], captions: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-    """Cross-entropy to the diagonal. Pictures of one and the same caption share the target: none is another's negative."""
+    """Cross-entropy to the diagonal. Images of one and the same caption share the target: none is another's negative."""
     same = (captions @ captions.T > 1 - 1e-5).to(q.dtype)
     return F.cross_entropy(q, same / same.sum(dim=-1, keepdim=True))
 
@@ -365,12 +365,12 @@ def _smoothed(
     return smooth
 
 
-def _labelled(batch: Batch) -> tuple[Int[Tensor, " B"], Tensor]:
-    """(labels, which classes have labelled pictures at all): a class that has none is no candidate."""
+def _labeled(batch: Batch) -> tuple[Int[Tensor, " B"], Tensor]:
+    """(labels, which classes have labeled images at all): a class that has none is no candidate."""
     return _need(batch, "labels"), _need(batch, "prototypes").abs().sum(dim=1) > 0
 
 
-def _mean_over_labelled(total: Float[Tensor, ""], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
+def _mean_over_labeled(total: Float[Tensor, ""], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
     return total / (labels >= 0).sum().clamp(min=1)
 
 

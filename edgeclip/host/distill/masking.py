@@ -1,7 +1,7 @@
-"""Masked pictures for CLIP-KD's MFD: the student sees few patches, without mask tokens in the place of the others.
+"""Masked images for CLIP-KD's MFD: the student sees few patches, without mask tokens in the place of the others.
 
-A ViT drops the tokens, as the paper does, and is the cheaper for it. Another tower gets the picture with squares of the
-mean colour, which is as near as a convolution comes.
+A ViT drops the tokens, as the paper does, and is the cheaper for it. Another tower gets the image with squares of the
+mean color, which is as near as a convolution comes.
 """
 
 import torch
@@ -33,7 +33,7 @@ class _Drop(nn.Module):
 def forward(
     tower: nn.Module, pixels: Float[Tensor, "B 3 H W"], spec: MaskedFeature
 ) -> Float[Tensor, "B T"]:
-    """The tower's features of pictures of which the share `spec.hidden` is not seen. Draws from torch's global generator."""
+    """The tower's features of images of which the share `spec.hidden` is not seen. Draws from torch's global generator."""
     for module in tower.modules():
         for name in DROPS:
             if hasattr(module, name):
@@ -49,7 +49,7 @@ def forward(
 def hide_squares(
     pixels: Float[Tensor, "B 3 H W"], hidden: float, patch: int
 ) -> Float[Tensor, "B 3 H W"]:
-    """round(hidden * squares) squares of each picture become 0, the mean colour of normalised pixels."""
+    """round(hidden * squares) squares of each image become 0, the mean color of normalized pixels."""
     rows, columns = -(-pixels.shape[2] // patch), -(-pixels.shape[3] // patch)
     order = (
         torch.rand(len(pixels), rows * columns, device=pixels.device).argsort(dim=1).argsort(dim=1)

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgeclip.device.pictures import read, stream
-from edgeclip.device.preprocess import Preprocess, UnreadablePicture
+from edgeclip.device.images import read, stream
+from edgeclip.device.preprocess import Preprocess, UnreadableImage
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import distributed as ranks
-from edgeclip.host.cache import TeacherCache, see
+from edgeclip.host import distributed
+from edgeclip.host.cache import TeacherCache, decode_view
 from edgeclip.host.recipe import Recipe
 from edgeclip.host.student import Student
 from edgeclip.progress import track
@@ -24,16 +24,16 @@ def pixels_of(
     batch_size: int,
     threads: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """pairs: a picture and which of its views."""
+    """pairs: an image and which of its views."""
 
     def make(pair: tuple[int, int]) -> np.ndarray:
-        picture = cache.pictures[pair[0]]
+        image = cache.images[pair[0]]
         try:
-            return see(read(picture), cache.views[pair], preprocess, picture.key)
-        except UnreadablePicture as e:  # it was readable when the cache was built
+            return decode_view(read(image), cache.views[pair], preprocess, image.key)
+        except UnreadableImage as e:  # it was readable when the cache was built
             raise EdgeclipError(
                 cache.folder,
-                f"a picture changed since the cache was built ({e})",
+                f"an image changed since the cache was built ({e})",
                 "restore it, or delete this cache",
             ) from None
 
@@ -41,7 +41,7 @@ def pixels_of(
 
 
 def to_input(pixels: np.ndarray, preprocess: Preprocess, device: torch.device) -> Tensor:
-    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in channels_last layout: `preprocess.normalise` bit for bit, without turning pixels twice."""
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in channels_last layout: `preprocess.normalize` bit for bit, without turning pixels twice."""
     b, h, w, c = pixels.shape
     x = (
         torch.from_numpy(pixels)
@@ -50,7 +50,7 @@ def to_input(pixels: np.ndarray, preprocess: Preprocess, device: torch.device) -
         .float()
         .div_(torch.tensor(255.0, device=device))
     )
-    # a whole line's means and deviations at once: over the last three numbers alone nothing is vectorised
+    # a whole line's means and deviations at once: over the last three numbers alone nothing is vectorized
     mean, std = (
         torch.tensor(v, dtype=torch.float32, device=device).repeat(w)
         for v in (preprocess.mean, preprocess.std)
@@ -70,7 +70,7 @@ def frozen_features(
     student.eval()
     n, k = cache.views.shape[:2]
     own, size, threads = (
-        np.arange(n)[ranks.own_rows(n)],
+        np.arange(n)[distributed.local_slice(n)],
         recipe.train.batch_size,
         recipe.train.threads,
     )
@@ -82,4 +82,6 @@ def frozen_features(
     )
     for _, (_, x) in track(parts, "student features", k * math.ceil(len(own) / size)):
         out.append(student.tower(to_input(x, preprocess, device)))
-    return ranks.gather(torch.cat(out).reshape(k, len(own), -1).transpose(0, 1), ranks.share(n))
+    return distributed.all_gather(
+        torch.cat(out).reshape(k, len(own), -1).transpose(0, 1), distributed.split_sizes(n)
+    )

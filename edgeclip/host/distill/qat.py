@@ -1,13 +1,13 @@
-"""Quantisation-aware distillation: the student learns on with exactly the rounding that its int8 target will do.
+"""Quantization-aware distillation: the student learns on with exactly the rounding that its int8 target will do.
 
 After stage 2 the student is folded, and the target's policy says which layers become int8 and with which ranges. Each of
 them then rounds in training as the exported graph does: its input, and for ONNX Runtime most convolutions' outputs, per
-tensor with a scale that is learnt (Esser et al. 2020, LSQ); its weights per output channel. The losses, the cached
-teacher and the views are stage 2's own, so an epoch costs little more than one of stage 2. The learnt scales are what
+tensor with a scale that is learned (Esser et al. 2020, LSQ); its weights per output channel. The losses, the cached
+teacher and the views are stage 2's own, so an epoch costs little more than one of stage 2. The learned scales are what
 `export` writes; nothing is calibrated again.
 
-    run/quantised/quantised.safetensors   the folded student's weights
-                  quantised.json          target, layers, ranges
+    run/quantized/quantized.safetensors   the folded student's weights
+                  quantized.json          target, layers, ranges
                   manifest.json           last
 """
 
@@ -27,23 +27,23 @@ from torch.nn.utils import parametrize
 
 from edgeclip import disk
 from edgeclip.device import target as T
-from edgeclip.device.pictures import read
-from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_pixels
+from edgeclip.device.images import read
+from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pixels
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import distributed as ranks
+from edgeclip.host import distributed
 from edgeclip.host import recipe as R
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.export.onnxruntime import Calibrated, calibrate, rounded_outputs
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
-from edgeclip.host.graph.policy import Form, Quantisation
+from edgeclip.host.graph.policy import Form, Quantization
 from edgeclip.host.towers.fold import fold
 
 SMALLEST = 1e-6
 
 
-class Rounding(nn.Module):
-    """Per tensor, with a learnt scale; the zero point is calibration's. Its gradient passes through the rounding."""
+class FakeQuantize(nn.Module):
+    """Per tensor, with a learned scale; the zero point is calibration's. Its gradient passes through the rounding."""
 
     def __init__(self, low: float, high: float, symmetric: bool):
         super().__init__()
@@ -60,7 +60,7 @@ class Rounding(nn.Module):
         return (q - self.zero_point) * scale
 
     def range(self) -> list[float]:
-        """What ONNX Runtime's quantiser makes the same scale and zero point of: it spreads a symmetric range over 254 steps."""
+        """What ONNX Runtime's quantizer makes the same scale and zero point of: it spreads a symmetric range over 254 steps."""
         scale = self.log_scale.exp().item()
         return (
             [-127 * scale, 127 * scale]
@@ -69,7 +69,7 @@ class Rounding(nn.Module):
         )
 
 
-class RoundedWeight(nn.Module):
+class FakeQuantizeWeight(nn.Module):
     """Symmetric, a scale for each output channel from its largest weight."""
 
     def __init__(self, top: int):
@@ -104,38 +104,40 @@ def traced_modules(folded: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def attach(folded: nn.Module, quantisation: Quantisation, target: T.Target) -> dict[str, Rounding]:
-    """Makes the mapped layers of a folded student round; returns each quantised tensor's rounding.
+def attach(
+    folded: nn.Module, quantization: Quantization, target: T.Target
+) -> dict[str, FakeQuantize]:
+    """Makes the mapped layers of a folded student round; returns each quantized tensor's rounding.
 
     Raises `EdgeclipError` for a layer that is no module of its own (the packed projection of torch's MultiheadAttention).
     """
     modules = traced_modules(folded)
-    found, ranges = dict[str, Rounding](), quantisation.calibrated.ranges
+    found, ranges = dict[str, FakeQuantize](), quantization.calibrated.ranges
     symmetric = target.runtime == "tensorrt"
 
-    def rounding(tensor: str) -> Rounding:
+    def rounding(tensor: str) -> FakeQuantize:
         if tensor not in found:
             low, high = ranges[tensor].range_value
-            found[tensor] = Rounding(np.asarray(low).item(), np.asarray(high).item(), symmetric)
+            found[tensor] = FakeQuantize(np.asarray(low).item(), np.asarray(high).item(), symmetric)
         return found[tensor]
 
     outputs = (
-        rounded_outputs(quantisation.calibrated.model, quantisation.nodes)
+        rounded_outputs(quantization.calibrated.model, quantization.nodes)
         if target.runtime == "onnxruntime"
         else set()
     )
     for node in (
-        n for n in quantisation.calibrated.model.graph.node if n.name in set(quantisation.nodes)
+        n for n in quantization.calibrated.model.graph.node if n.name in set(quantization.nodes)
     ):
         module = modules.get(module_name(node.name))
         if not isinstance(module, nn.Conv2d | nn.Linear):
             raise EdgeclipError(
-                f"distill.quantize: {node.name}",
+                f"qat.target: {node.name}",
                 "is no Conv2d or Linear of the student's own",
                 "use a tower of separate layers, or leave it out",
             )
         parametrize.register_parametrization(
-            module, "weight", RoundedWeight(63 if quantisation.reduce_range else 127)
+            module, "weight", FakeQuantizeWeight(63 if quantization.reduce_range else 127)
         )
         module.input_rounding = rounding(node.input[0])
         module.register_forward_pre_hook(lambda m, x: (m.input_rounding(x[0]), *x[1:]))
@@ -147,7 +149,7 @@ def attach(folded: nn.Module, quantisation: Quantisation, target: T.Target) -> d
 
 def fine_tune(
     student: nn.Module,
-    pictures: np.ndarray,
+    images: np.ndarray,
     path: str,
     folder: Path,
     train: Callable[[nn.Module], list[dict[str, Any]]],
@@ -155,16 +157,16 @@ def fine_tune(
 ) -> list[dict[str, Any]]:
     """Fine-tunes a folded copy of `student` for the target at `path` and writes `folder`; returns the log.
 
-    pictures: float32 [n, 3, H, W], training pictures that give the first ranges. train: trains a student in place.
+    images: float32 [n, 3, H, W], training images that give the first ranges. train: trains a student in place.
     """
     name, target = T.load(path)
-    check(name, target, len(pictures))
+    check(name, target, len(images))
     assert target.calibration is not None
-    folded, model = _traced(student.cpu(), torch.from_numpy(pictures[:1]), target)
+    folded, model = _traced(student.cpu(), torch.from_numpy(images[:1]), target)
     form = Form(target.calibration.methods[0], None, "all", None)
     chosen = policy.choose(
         model,
-        pictures,
+        images,
         form,
         None,
         target.calibration,
@@ -175,7 +177,7 @@ def fine_tune(
     roundings = attach(folded, chosen, target)
     log = train(folded)
     folded.cpu()
-    if ranks.rank():
+    if distributed.rank():
         return log
     modules = dict(folded.named_modules())
     for module in modules.values():
@@ -185,7 +187,7 @@ def fine_tune(
         k: v.detach().contiguous() for k, v in folded.state_dict().items() if "_rounding." not in k
     }
     with disk.new_folder(folder) as temporary:
-        save_file(state, temporary / "quantised.safetensors")
+        save_file(state, temporary / "quantized.safetensors")
         ranges = {tensor: r.range() for tensor, r in roundings.items()}
         record = {
             "target": _what(target),
@@ -196,9 +198,9 @@ def fine_tune(
             "log": log,
         }
         disk.write_json(
-            temporary / "quantised.json", record | {"reduce_range": chosen.reduce_range}
+            temporary / "quantized.json", record | {"reduce_range": chosen.reduce_range}
         )
-        disk.write_manifest(temporary, "quantised student", {"parents": parents})
+        disk.write_manifest(temporary, "quantized student", {"parents": parents})
     return log
 
 
@@ -233,21 +235,21 @@ def after_stage_2(
     parents: dict[str, Any],
     train: Callable[[nn.Module, nn.Module | None, R.Recipe], list[dict[str, Any]]],
 ) -> None:
-    """Stage 2 once more, on a rounding copy of the student: what `distill.quantize` asks for. train: stage 2's own loop."""
-    assert asked.distill is not None
-    target = T.load(asked.distill.quantize)[1]
+    """Stage 2 once more, on a rounding copy of the student: what `qat` asks for. train: stage 2's own loop."""
+    assert asked.qat is not None
+    target = T.load(asked.qat.target)[1]
     assert target.calibration is not None
-    order = np.random.default_rng(target.calibration.seed).permutation(len(cached.pictures))[
-        : target.calibration.pictures
+    order = np.random.default_rng(target.calibration.seed).permutation(len(cached.images))[
+        : target.calibration.images
     ]
-    chosen = [cached.pictures[i] for i in order.tolist()]  # of those that were readable
-    pictures = [to_pixels(open_picture(read(p), p.key), preprocess) for p in chosen]
+    chosen = [cached.images[i] for i in order.tolist()]  # of those that were readable
+    images = [to_pixels(open_image(read(p), p.key), preprocess) for p in chosen]
     again = replace(
         asked.train,
         warmup_steps=0,
-        first=None,
-        epochs=asked.distill.epochs,
-        lr=asked.distill.lr,
+        pretrain=None,
+        epochs=asked.qat.epochs,
+        lr=asked.qat.lr,
         tower_lr_ratio=1.0,
         freeze_batch_norm=False,
     )
@@ -256,34 +258,34 @@ def after_stage_2(
     )
     fine_tune(
         student,
-        normalise(np.stack(pictures), preprocess),
-        asked.distill.quantize,
+        normalize(np.stack(images), preprocess),
+        asked.qat.target,
         folder,
         lambda m: train(m, copy.deepcopy(head), recipe),
         parents,
     )
 
 
-def check(name: str, target: T.Target, pictures: int) -> None:
-    """Raises where `target` takes no learnt scales, or asks for more training pictures than there are."""
+def check(name: str, target: T.Target, images: int) -> None:
+    """Raises where `target` takes no learned scales, or asks for more training images than there are."""
     if target.precision != "int8" or target.runtime == "openvino":
         raise EdgeclipError(
-            f"distill.quantize: {name}",
-            "takes no learnt scales",
+            f"qat.target: {name}",
+            "takes no learned scales",
             "name an int8 target of onnxruntime or tensorrt",
         )
     assert target.calibration is not None
-    if pictures < target.calibration.pictures:
-        asks = f"asks for {target.calibration.pictures} training pictures, and there are {pictures}"
+    if images < target.calibration.images:
+        asks = f"asks for {target.calibration.images} training images, and there are {images}"
         raise EdgeclipError(
-            f"distill.quantize: {name}",
+            f"qat.target: {name}",
             asks,
-            "give more, or lower calibration.pictures in a target of your own",
+            "give more, or lower calibration.images in a target of your own",
         )
 
 
 def _what(target: T.Target) -> dict[str, Any]:
-    """What two targets must share for one's learnt scales to be the other's."""
+    """What two targets must share for one's learned scales to be the other's."""
     return {
         "runtime": target.runtime,
         "activations": target.activations,
@@ -293,37 +295,36 @@ def _what(target: T.Target) -> dict[str, Any]:
 
 
 def load(
-    folder: Path, student: nn.Module, target: T.Target, pictures: np.ndarray
-) -> Quantisation | None:
+    folder: Path, student: nn.Module, target: T.Target, images: np.ndarray
+) -> Quantization | None:
     """The map of a fine-tuned student for `target`; None where there is none, or it was fine-tuned for another."""
     if not (folder / disk.MANIFEST).exists():
         return None
-    disk.verify(folder, disk.read_manifest(folder, "quantised student"))
-    record = disk.read_json(folder / "quantised.json")
+    disk.verify(folder, disk.read_manifest(folder, "quantized student"))
+    record = disk.read_json(folder / "quantized.json")
     if record["target"] != msgspec.to_builtins(_what(target)):
         return None
-    x = torch.from_numpy(pictures[:1])
+    x = torch.from_numpy(images[:1])
     folded = fold(student, x)
-    folded.load_state_dict(load_file(folder / "quantised.safetensors"))
+    folded.load_state_dict(load_file(folder / "quantized.safetensors"))
     calibrated = calibrate(
         graph.to_onnx(folded, x, "pixels", "image_features", target.opset),
-        pictures,
+        images,
         record["form"]["method"],
     )
     ready = Calibrated(calibrated.model, with_ranges(calibrated.ranges, record["ranges"]))
     return policy.of_layers(
-        Form(**record["form"]), pictures, ready, record["float_layers"], record["reduce_range"]
+        Form(**record["form"]), images, ready, record["float_layers"], record["reduce_range"]
     )
 
 
-def with_ranges(ranges: Any, learnt: dict[str, list[float]]) -> Any:
-    """ONNX Runtime's TensorsData with the learnt ranges in the place of the measured ones."""
+def with_ranges(ranges: Any, learned: dict[str, list[float]]) -> Any:
+    """ONNX Runtime's TensorsData with the learned ranges in the place of the measured ones."""
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
 
-    values = {
-        k: tuple(np.asarray(v, np.float32) for v in ranges[k].range_value) for k in ranges.keys()
-    }  # noqa: SIM118  (it has no __iter__)
+    names = ranges.keys()  # it has no __iter__
+    values = {k: tuple(np.asarray(v, np.float32) for v in ranges[k].range_value) for k in names}
     return TensorsData(
         CalibrationMethod.MinMax,
-        values | {k: tuple(np.asarray(v, np.float32) for v in pair) for k, pair in learnt.items()},
+        values | {k: tuple(np.asarray(v, np.float32) for v in pair) for k, pair in learned.items()},
     )

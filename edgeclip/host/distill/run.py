@@ -23,14 +23,13 @@ from edgeclip import __version__, disk
 from edgeclip.device import target
 from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import cache, data, recipe, teachers
-from edgeclip.host import distributed as ranks
+from edgeclip.host import cache, data, distributed, recipe, teachers
 from edgeclip.host import student as students
 from edgeclip.host.adapt import promptsrc
 from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
 from edgeclip.host.distill import losses
-from edgeclip.host.distill import qat as quantised
+from edgeclip.host.distill import qat as quantized
 from edgeclip.host.distill import tensorboard as board
 from edgeclip.host.distill.fuse import Fusion, fuse
 from edgeclip.host.distill.run_folder import check_claim, claim, mark_latest, move_data, place
@@ -65,18 +64,18 @@ def distill(
         mark_latest(run)
         return load_results(run) if first() else {}
     keep_freed_memory()
-    device = ranks.start(pick_device(asked.train.device))
+    device = distributed.start(pick_device(asked.train.device))
     clock = Clock()
     if asked.train.tensorboard:
         board.check()
 
-    dataset, labelled, captions = load_data(asked, path)
+    dataset, labeled, captions = load_data(asked, path)
     clock.lap("data")
 
     teacher = teachers.load(asked.teacher)
-    for d in (dataset, *([labelled] if labelled else [])):
+    for d in (dataset, *([labeled] if labeled else [])):
         teachers.check_class_names(teacher, d.classes, d.templates)
-    stage_1 = labelled or dataset
+    stage_1 = labeled or dataset
     prompted = (
         promptsrc.with_prompts(teacher, stage_1, dataset.classes, asked.adapt, asked.seed)
         if isinstance(asked.adapt, recipe.Prompts)
@@ -84,20 +83,20 @@ def distill(
     )
     if fresh or not (run / "student" / disk.MANIFEST).exists():
         _check_student(dataset, asked, teacher.embed_dim)
-    ranks.wait()
-    with ranks.first_alone():
-        if not ranks.rank():
+    distributed.barrier()
+    with distributed.rank_zero_first():
+        if not distributed.rank():
             claim(
                 run, path, asked, fresh
             )  # only now: a mistake in what was asked leaves no folder behind
     unprompted = dataset
     if prompted:  # prompts change the tower whose rows the cache keeps, so they come first
-        with ranks.first_alone():
+        with distributed.rank_zero_first():
             teacher = promptsrc.adapt(teacher, prompted, stage_1, asked, run / "teacher", device)
         dataset = dataset._replace(templates=promptsrc.TEMPLATES)  # of the prompted teacher alone
         clock.lap("stage 1")
     tower = teachers.folded(teacher)
-    with ranks.first_alone():
+    with distributed.rank_zero_first():
         cached = cache.build(
             CACHE,
             teacher,
@@ -116,11 +115,11 @@ def distill(
     ) -> Teacher:
         if not isinstance(asked.adapt, recipe.ResidualHead):
             return teacher
-        if labelled is None:
+        if labeled is None:
             return adapt(teacher, cached, dataset, asked.adapt, asked.seed, folder)
-        only = labelled._replace(
-            train=labelled.labelled
-        )  # cross-dataset: stage 1 has pictures and classes of its own
+        only = labeled._replace(
+            train=labeled.labeled
+        )  # cross-dataset: stage 1 has images and classes of its own
         rows = cache.build(
             CACHE,
             teacher,
@@ -135,14 +134,14 @@ def distill(
         return adapt(teacher, rows, only, asked.adapt, asked.seed, folder)
 
     if isinstance(asked.adapt, recipe.ResidualHead):
-        with ranks.first_alone():
+        with distributed.rank_zero_first():
             teacher = stage_1_head(teacher, tower, cached, run / "teacher")
         clock.lap("stage 1")
 
     def another(spec: recipe.Teacher, folder: Path) -> tuple[Teacher, cache.TeacherCache]:
         other = teachers.load(spec)
         other_tower = teachers.folded(other)
-        with ranks.first_alone():
+        with distributed.rank_zero_first():
             rows = cache.build(
                 CACHE,
                 other,
@@ -173,12 +172,12 @@ def distill(
         where = f"{path}: student.text"
         raise EdgeclipError(
             where,
-            f"reads the first teacher's captions, and {differ} has another number of them a picture",
+            f"reads the first teacher's captions, and {differ} has another number of them an image",
             "leave that teacher out",
         )
     fusion: Fusion | None = None
     if asked.fuse:
-        with ranks.first_alone():
+        with distributed.rank_zero_first():
             side_by_side = [
                 TeacherRows(t, c, dataset.train_classes, device)
                 for t, c in [(teacher, cached), *others]
@@ -205,7 +204,7 @@ def distill(
             if asked.student.text
             else None
         )
-        learnt = (
+        learned = (
             texts(
                 text,
                 teacher,
@@ -224,7 +223,7 @@ def distill(
             "logit_scale": teacher.logit_scale,
             "labels": dataset.classes,
             "templates": list(dataset.templates),
-            "licences": _licences(asked, dataset, [teacher, *(t for t, _ in others)]),
+            "licenses": _licenses(asked, dataset, [teacher, *(t for t, _ in others)]),
             "parents": {
                 "recipe": disk.fingerprint(recipe.description(asked)),
                 "teacher_cache": disk.sha256(cached.folder / disk.MANIFEST),
@@ -257,13 +256,13 @@ def distill(
             device,
             others=others,
             fusion=fusion,
-            texts=learnt,
+            texts=learned,
             keep=partial(save, run / "student.partial"),
             checkpoints=run / "checkpoint",
             board=run / "tensorboard" if asked.train.tensorboard else None,
             clock=clock,
         )
-        if asked.distill:
+        if asked.qat:
 
             def again(
                 copy: nn.Module, own_head: nn.Module | None, recipe: Recipe
@@ -282,23 +281,23 @@ def distill(
                     clock=clock,
                 )
 
-            quantised.after_stage_2(
+            quantized.after_stage_2(
                 asked,
                 cached,
                 student,
                 head,
                 preprocess,
-                run / "quantised",
+                run / "quantized",
                 description["parents"],
                 again,
             )
-        if not ranks.rank():
+        if not distributed.rank():
             save(run / "student", log)
             for temporary in ("student.partial", "checkpoint"):
                 shutil.rmtree(run / temporary, ignore_errors=True)
-    processes = ranks.size()
-    ranks.wait()
-    ranks.stop()
+    processes = distributed.world_size()
+    distributed.barrier()
+    distributed.stop()
     if not first():
         return {}
     student, head, preprocess, description = students.load(run / "student")
@@ -324,7 +323,7 @@ def distill(
         else None,
         dataset,
         cached.class_features,
-        asked.parity.max_pictures,
+        asked.parity.max_images,
         run / "evaluation",
         device,
         students.class_features(text, dataset.classes, dataset.templates) if text else None,
@@ -334,7 +333,7 @@ def distill(
     results |= {
         "run": str(run),
         "data": dataset.name,
-        "data_licence": dataset.licence,
+        "data_license": dataset.license,
         "models": {
             "teacher": {
                 "name": teacher.name,
@@ -376,7 +375,7 @@ def distill(
 
 
 def load_data(asked: Recipe, path: Path) -> tuple[data.Dataset, data.Dataset | None, bool]:
-    """(what the recipe trains and scores on, stage 1's labelled set where it is another, whether a caption is needed of every picture)."""
+    """(what the recipe trains and scores on, stage 1's labeled set where it is another, whether a caption is needed of every image)."""
     dataset = data.load(asked.data, CACHE)
     if asked.evaluation_data:
         dataset = _with_evaluation(dataset, data.load(asked.evaluation_data, CACHE))
@@ -388,13 +387,13 @@ def load_data(asked: Recipe, path: Path) -> tuple[data.Dataset, data.Dataset | N
     dataset = dataset._replace(
         evaluation=[s._replace(note=note(asked, scored, s)[1]) for s in dataset.evaluation]
     )
-    labelled = data.load(asked.adapt_data, CACHE) if asked.adapt_data else None
+    labeled = data.load(asked.adapt_data, CACHE) if asked.adapt_data else None
     need = any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
     captions = asked.student.text is not None or (need and asked.losses.captions == "data")
     _check(dataset, asked, captions, path)
-    if asked.distill:
-        quantised.check(*target.load(asked.distill.quantize), len(dataset.train))
-    return dataset, labelled, captions
+    if asked.qat:
+        quantized.check(*target.load(asked.qat.target), len(dataset.train))
+    return dataset, labeled, captions
 
 
 def _tower(asked: Recipe, run: Path) -> nn.Module | None:
@@ -432,11 +431,11 @@ def _with_evaluation(dataset: data.Dataset, other: data.Dataset) -> data.Dataset
         templates=other.templates,
         train_classes=everything,
         evaluation=other.evaluation,
-        licence=f"{dataset.licence}; {other.name}: {other.licence}",
+        license=f"{dataset.license}; {other.name}: {other.license}",
     )
 
 
-def _licences(asked: Recipe, dataset: data.Dataset, of: list[Teacher]) -> dict[str, str]:
+def _licenses(asked: Recipe, dataset: data.Dataset, of: list[Teacher]) -> dict[str, str]:
     """Of everything that went into the student and its evaluation."""
     towers = [
         t
@@ -444,17 +443,17 @@ def _licences(asked: Recipe, dataset: data.Dataset, of: list[Teacher]) -> dict[s
         if isinstance(t, recipe.OpenClip)
     ]
     sets = [
-        d.licence
+        d.license
         for d in (asked.adapt_data, *asked.shifts)
         if d and not isinstance(d, recipe.OpenMoji)
     ]
     found = {
-        "teacher": [t.licence for t in of],
-        "data": [dataset.licence, *sets],
-        "student": [f"{t.model}: {t.licence}" for t in towers],
+        "teacher": [t.license for t in of],
+        "data": [dataset.license, *sets],
+        "student": [f"{t.model}: {t.license}" for t in towers],
     }
     return {
-        what: "; ".join(dict.fromkeys(licences)) for what, licences in found.items() if licences
+        what: "; ".join(dict.fromkeys(licenses)) for what, licenses in found.items() if licenses
     }
 
 
@@ -472,10 +471,10 @@ def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> 
             asked, name in losses.NEED_CLASSES, name in losses.NEED_CAPTIONS, bool(dataset.classes)
         ):
             raise EdgeclipError(f"{path}: losses.{name}", *lacks)
-        if name in losses.NEED_LABELS and not dataset.labelled:
+        if name in losses.NEED_LABELS and not dataset.labeled:
             raise EdgeclipError(
                 f"{path}: losses.{name}",
-                "needs labels, and the data has no labelled pictures",
+                "needs labels, and the data has no labeled images",
                 "drop the loss, or label some",
             )
     if asked.fuse and not dataset.classes:
@@ -484,10 +483,10 @@ def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> 
             "needs a class list, and the data has none",
             "give data.classes or evaluation_data",
         )
-    first = asked.train.first
+    first = asked.train.pretrain
     if first and first.labels == "predictions" and not dataset.classes:
         raise EdgeclipError(
-            f"{path}: train.first.labels",
+            f"{path}: train.pretrain.labels",
             "predictions need a class list, and the data has none",
             "use labels: features",
         )
@@ -500,34 +499,34 @@ def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> 
     if dataset.evaluation and not dataset.classes:
         raise EdgeclipError(
             f"{path}: data",
-            "has pictures to evaluate on and no class list",
+            "has images to evaluate on and no class list",
             "give data.classes or evaluation_data, or set data.test to null",
         )
     if captions and any(not p.caption for p in dataset.train):
         missing = next(p for p in dataset.train if not p.caption)
         raise EdgeclipError(
             f"{path}: losses",
-            f"a loss or student.text needs captions, and picture '{missing.key}' of {missing.path} has none",
+            f"a loss or student.text needs captions, and image '{missing.key}' of {missing.path} has none",
             "add .txt files, or drop what needs them",
         )
-    if not dataset.evaluation or not all(s.pictures for s in dataset.evaluation):
-        empty = next((s.name for s in dataset.evaluation if not s.pictures), "")
+    if not dataset.evaluation or not all(s.images for s in dataset.evaluation):
+        empty = next((s.name for s in dataset.evaluation if not s.images), "")
         raise EdgeclipError(
             f"{path}: data",
-            f"has no pictures to evaluate on {empty}".rstrip(),
+            f"has no images to evaluate on {empty}".rstrip(),
             "give a test part or evaluation_data",
         )
     if len(dataset.train) < 2:
         raise EdgeclipError(
             path,
-            f"the data has {len(dataset.train)} training pictures",
-            "give two at least: losses and batch norm compare pictures",
+            f"the data has {len(dataset.train)} training images",
+            "give two at least: losses and batch norm compare images",
         )
-    share = min(asked.train.batch_size, len(dataset.train)) // ranks.size()
+    share = min(asked.train.batch_size, len(dataset.train)) // distributed.world_size()
     if share < asked.train.accumulate:
         raise EdgeclipError(
             f"{path}: train.batch_size",
-            f"gives each of {ranks.size()} processes {share} pictures for {asked.train.accumulate} parts",
+            f"gives each of {distributed.world_size()} processes {share} images for {asked.train.accumulate} parts",
             "raise it, or lower accumulate",
         )
 
@@ -535,8 +534,8 @@ def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> 
 def _check_student(dataset: data.Dataset, asked: Recipe, embed_dim: int) -> None:
     """Builds the student once for nothing: what cannot be built is refused before the teacher has run."""
     student, preprocess = students.build(asked.student, embed_dim)
-    if asked.distill:
-        quantised.check_student(student, preprocess.size, asked.distill.quantize)
+    if asked.qat:
+        quantized.check_student(student, preprocess.size, asked.qat.target)
     if asked.train.gradient_checkpointing:
         students.checkpoint_gradients(student.tower)
     if asked.student.text:

@@ -1,6 +1,6 @@
-"""One step of the optimiser, over every process and every part of its batch.
+"""One step of the optimizer, over every process and every part of its batch.
 
-The towers see pictures and texts one by one, so each process runs its own share through them, in `accumulate` parts.
+The towers see images and texts one by one, so each process runs its own share through them, in `accumulate` parts.
 Everything behind the towers (projector, EduAttention, losses) sees the whole batch: features are gathered, every
 process computes the same loss of all of them, and its gradient with respect to the features goes back into the
 towers, a share and a part at a time:
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import distributed as ranks
+from edgeclip.host import distributed
 from edgeclip.host.distill import losses as L
 from edgeclip.host.distill import masking
 from edgeclip.host.recipe import MaskedFeature, Train
@@ -162,7 +162,8 @@ class Step:
             for name in (found[0] if found else {})
         }
         leaves = {
-            name: ranks.gather(f.detach(), counts[name]).requires_grad_() for name, f in own.items()
+            name: distributed.all_gather(f.detach(), counts[name]).requires_grad_()
+            for name, f in own.items()
         }
         loss, said = self.parallel_layers(features | leaves, known, objective)
         if not math.isfinite(loss.item()):
@@ -183,7 +184,7 @@ class Step:
         self.scaler.scale(loss).backward()
         # The mean over processes, which comes next, is of gradients that each have their own share alone: hence their number.
         share = {
-            name: self._own(leaf.grad, counts[name]) * ranks.size()
+            name: self._own(leaf.grad, counts[name]) * distributed.world_size()
             for name, leaf in leaves.items()
             if leaf.grad is not None
         }
@@ -204,7 +205,7 @@ class Step:
             group["lr"] = group["initial_lr"] * factor
         self.scaler.step(optimizer)
         self.scaler.update()
-        self._lap("optimiser")
+        self._lap("optimizer")
         return {"loss": loss.detach(), **said}
 
     def _run(self, towers: nn.Module, part: Part) -> dict[str, Tensor]:
@@ -223,7 +224,7 @@ class Step:
             last = i == len(parts) - 1
             wait = (
                 contextlib.nullcontext()
-                if last or ranks.size() == 1
+                if last or distributed.world_size() == 1
                 else self.parallel_towers.no_sync()
             )
             self._set_random(random[i])
@@ -245,8 +246,8 @@ class Step:
             torch.autograd.backward([features[n] for n in names], [gradients[n] for n in names])
 
     def _own(self, rows: Tensor, counts: list[int]) -> Tensor:
-        start = sum(counts[: ranks.rank()])
-        return rows[start : start + counts[ranks.rank()]]
+        start = sum(counts[: distributed.rank()])
+        return rows[start : start + counts[distributed.rank()]]
 
     def _random(self) -> tuple[Tensor, ...]:
         if not self.recomputes:
@@ -269,5 +270,7 @@ class Step:
 
 def _parallel(module: nn.Module) -> nn.Module:
     return (
-        DistributedDataParallel(module, find_unused_parameters=True) if ranks.size() > 1 else module
+        DistributedDataParallel(module, find_unused_parameters=True)
+        if distributed.world_size() > 1
+        else module
     )

@@ -1,7 +1,7 @@
 """What the teachers, the captions and the labels say of a batch: the half of `losses.Batch` that no gradient reaches.
 
 Rows come from the cache (a memory map, so nothing is held but the batch) and pass through the adapted head where there
-is one. Further teachers (MobileCLIP, MST-KD) have caches of the same views of the same pictures: `cache.refuse_other_views`.
+is one. Further teachers (MobileCLIP, MST-KD) have caches of the same views of the same images: `cache.refuse_other_views`.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ class Targets:
         self.prototypes = self._prototypes() if (self.labels >= 0).any() else None
 
     def __call__(self, index: np.ndarray, view: np.ndarray) -> dict[str, Any]:
-        """Fields of `losses.Batch` for the pictures `index` [B] in their views `view` [B]."""
+        """Fields of `losses.Batch` for the images `index` [B] in their views `view` [B]."""
         first, *others = self.teachers if self.fusion is None else self.teachers[:1]
         raw = self._features(index, view)
         unit = F.normalize(raw, dim=-1)
@@ -56,7 +56,7 @@ class Targets:
         classes = None
         if (
             self.spec.captions == "classes"
-        ):  # a picture's label where stage 1 had it, else the teacher's own first choice
+        ):  # an image's label where stage 1 had it, else the teacher's own first choice
             first_choice = (unit @ self.class_features.T).argmax(dim=-1)
             classes = (
                 torch.where(labels >= 0, labels, first_choice)
@@ -88,13 +88,13 @@ class Targets:
 
     @torch.no_grad()
     def _features(self, index: np.ndarray, view: np.ndarray) -> Float[Tensor, "B D"]:
-        """The first teacher's, or all of them fused; not normalised."""
+        """The first teacher's, or all of them fused; not normalized."""
         if self.fusion is None:
             return self.teachers[0].features(index, view)
         return self.fusion([F.normalize(t.features(index, view), dim=-1) for t in self.teachers])
 
     def _prototypes(self) -> Float[Tensor, "N D"]:
-        """The unit mean of each class's unit features in the plain view; zero where nothing is labelled."""
+        """The unit mean of each class's unit features in the plain view; zero where nothing is labeled."""
         sums = torch.zeros_like(self.class_features)
         for part in np.array_split(
             np.flatnonzero(self.labels >= 0), max(1, len(self.labels) // 4096)
@@ -105,12 +105,12 @@ class Targets:
 
 
 def labels(cache: TeacherCache, data: Dataset) -> np.ndarray:
-    """[n]: of each cached picture its place in data.train_classes; -1 where it has no label."""
+    """[n]: of each cached image its place in data.train_classes; -1 where it has no label."""
     position = {c: i for i, c in enumerate(data.train_classes)}
-    label_of = {p.key: position.get(p.label, -1) for p in data.labelled}
-    if not label_of:  # then nothing is kept of each picture: there may be a billion
-        return np.broadcast_to(np.int64(-1), len(cache.pictures))
-    return np.array([label_of.get(p.key, -1) for p in cache.pictures])
+    label_of = {p.key: position.get(p.label, -1) for p in data.labeled}
+    if not label_of:  # then nothing is kept of each image: there may be a billion
+        return np.broadcast_to(np.int64(-1), len(cache.images))
+    return np.array([label_of.get(p.key, -1) for p in cache.images])
 
 
 class TeacherRows:
@@ -129,13 +129,13 @@ class TeacherRows:
 
     @torch.no_grad()
     def features(self, index: np.ndarray, view: np.ndarray) -> Float[Tensor, "B D"]:
-        """Not normalised."""
+        """Not normalized."""
         return self.head(
             torch.from_numpy(self.cache.rows[index, view].astype(np.float32)).to(self.device)
         )
 
     def captions(self, index: np.ndarray, view: np.ndarray) -> Float[Tensor, "B D"] | None:
-        """Of a picture with several captions, view v goes with caption v modulo their number."""
+        """Of an image with several captions, view v goes with caption v modulo their number."""
         captions = self.cache.caption_features
         if captions is None:
             return None

@@ -4,8 +4,8 @@ tensorboard --logdir runs/<name>/tensorboard
 
 loss/<name>                    before its weight, of that step
 training/alpha, learning_rate  EduAttention's alpha; the last parameter group's rate (the new layers')
-speed/pictures_per_second      of all processes
-speed/waiting                  share of the time in which the towers waited for pictures: above a few per cent, more threads
+speed/images_per_second      of all processes
+speed/waiting                  share of the time in which the towers waited for images: above a few per cent, more threads
 memory/mib                     peak so far: of the GPU where there is one, else of the process
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import distributed as ranks
+from edgeclip.host import distributed
 from edgeclip.progress import Clock
 
 EVERY = 10
@@ -41,12 +41,12 @@ class Board:
     def __init__(self, folder: Path | None, done: int):
         """folder: None writes none. done: steps of an earlier call; what it wrote beyond them is dropped."""
         self.writer: Any = None
-        if folder is not None and not ranks.rank():
+        if folder is not None and not distributed.rank():
             check()
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(folder), purge_step=done + 1)
-        self.seconds, self.waited, self.pictures, self.note = 0.0, 0.0, 0, ""
+        self.seconds, self.waited, self.images, self.note = 0.0, 0.0, 0, ""
 
     def __enter__(self) -> "Board":
         return self
@@ -63,21 +63,21 @@ class Board:
     def step(
         self,
         done: int,
-        pictures: int,
+        images: int,
         said: dict[str, Tensor],
         others: dict[str, float],
         clock: Clock,
         device: torch.device,
     ) -> None:
         """After step number `done`. said: the losses; others: what else to draw under training/."""
-        self.pictures += pictures
+        self.images += images
         if done % EVERY:
             return
-        seconds, waited = sum(clock.laps.values()), clock.laps.get("waiting for pictures", 0.0)
+        seconds, waited = sum(clock.laps.values()), clock.laps.get("waiting for images", 0.0)
         passed = max(1e-9, seconds - self.seconds)
-        speed, waiting = self.pictures / passed, (waited - self.waited) / passed
-        self.seconds, self.waited, self.pictures = seconds, waited, 0
-        self.note = f"loss {said['loss'].item():.4g}, {speed:.0f} pictures/s, {waiting:.0%} waiting"
+        speed, waiting = self.images / passed, (waited - self.waited) / passed
+        self.seconds, self.waited, self.images = seconds, waited, 0
+        self.note = f"loss {said['loss'].item():.4g}, {speed:.0f} images/s, {waiting:.0%} waiting"
         if self.writer is None:
             return
         peak = (
@@ -88,6 +88,6 @@ class Board:
         values = {f"loss/{k}": v.item() for k, v in said.items()} | {
             f"training/{k}": v for k, v in others.items()
         }
-        values |= {"speed/pictures_per_second": speed, "speed/waiting": waiting, "memory/mib": peak}
+        values |= {"speed/images_per_second": speed, "speed/waiting": waiting, "memory/mib": peak}
         for name, value in values.items():
             self.writer.add_scalar(name, value, done)

@@ -1,6 +1,6 @@
 """What an open-vocabulary student's text tower learns from: captions and class prompts, and the teacher's features of them.
 
-FD on text: 1 - cosine to the teacher's feature of the same words. The captions are those of the batch's pictures, so that
+FD on text: 1 - cosine to the teacher's feature of the same words. The captions are those of the batch's images, so that
 the other losses can see them too (`Batch.text_features`); class prompts, every class name under every template, are
 drawn beside them, because captions alone need not name every class.
 """
@@ -23,7 +23,7 @@ class Texts(NamedTuple):
     tower: nn.Module
     """input_ids [N, L] to the student's unit features [N, D]"""
     captions: Int[Tensor, "n C L"]
-    """ids of every training picture's captions; view v goes with caption v modulo C, as in `targets`"""
+    """ids of every training image's captions; view v goes with caption v modulo C, as in `targets`"""
     prompts: Int[Tensor, "P L"]
     """ids of every class name under every template; P may be 0"""
     prompt_features: Float[Tensor, "P D"]
@@ -40,7 +40,7 @@ def texts(
     """classes: those that training may name. Raises `EdgeclipError` for a text longer than the student's context."""
     named = prompts(classes, templates)
     said = _captions(cache)
-    captions = students.token_ids(text, [c for of_picture in said for c in of_picture], cut=True)
+    captions = students.token_ids(text, [c for of_image in said for c in of_image], truncate=True)
     ids = students.token_ids(text, named) if named else captions[:0]
     features = (
         teacher.encode_text(named) if named else captions.new_zeros((0, teacher.embed_dim)).float()
@@ -49,9 +49,9 @@ def texts(
 
 
 def _captions(cache: TeacherCache) -> list[list[str]]:
-    """Of every picture, the data's own first; a reinforced cache has all of them beside their features."""
+    """Of every image, the data's own first; a reinforced cache has all of them beside their features."""
     if cache.manifest["captions"] == 1:
-        return [[p.caption] for p in cache.pictures]
+        return [[p.caption] for p in cache.images]
     tables = [
         pq.read_table(cache.folder / name("metadata", i, len(cache.manifest["shards"])))
         for i in range(len(cache.manifest["shards"]))

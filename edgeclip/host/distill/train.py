@@ -1,14 +1,14 @@
 """ComKD stage 2: the training loop, top to bottom.
 
-Every picture is seen once an epoch (but for an incomplete last batch) in one of its cached views: the student from pixels,
+Every image is seen once an epoch (but for an incomplete last batch) in one of its cached views: the student from pixels,
 the teacher from the cache.
-First, optionally, the new projector (and EduAttention) are trained on the frozen tower's features, which costs
+Pretrain, optionally, the new projector (and EduAttention) are trained on the frozen tower's features, which costs
 seconds and keeps the fresh layers' noise away from the tower's weights; then, optionally, all of the image side learns the
 teacher's plain answers (Pea-KD's first training); then all weights are trained on the recipe's losses.
 
 What bounds it: the student's own forward and backward. The teacher costs a row read and, when adapted, a small MLP.
 `batch_size` is that of all processes together, so a recipe's outcome does not depend on how many there are: `step.py` says
-how. The order of pictures and views is drawn epoch by epoch from the seed, the same in every process; a resumed run draws
+how. The order of images and views is drawn epoch by epoch from the seed, the same in every process; a resumed run draws
 its epoch again and leaves out what was done.
 """
 
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError, Interrupted
-from edgeclip.host import distributed as ranks
+from edgeclip.host import distributed
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
 from edgeclip.host.data.order import Shuffled
@@ -46,7 +46,7 @@ from edgeclip.host.distill.step import ADVICE, NewLayers, Objective, Part, Step,
 from edgeclip.host.distill.targets import Targets
 from edgeclip.host.distill.tensorboard import Board
 from edgeclip.host.distill.text import Texts, text_feature
-from edgeclip.host.recipe import First, Recipe, Weighted
+from edgeclip.host.recipe import Pretrain, Recipe, Weighted
 from edgeclip.host.student import EduAttentionHead, Student, checkpoint_gradients
 from edgeclip.host.teachers import Teacher
 from edgeclip.progress import Clock, say, track
@@ -59,7 +59,7 @@ class Phase(NamedTuple):
     """an epoch"""
     frozen: bool = False
     """the new layers alone, on the tower's features"""
-    first: First | None = None
+    pretrain: Pretrain | None = None
     """first training's objective in the place of the recipe's losses"""
 
 
@@ -89,7 +89,7 @@ def train(
     tower_features: [n, K, T] of the student's frozen tower for the projector's steps, where they are known; else computed here.
     keep: called with the log after each epoch, when every weight is finite.
     checkpoints: folder where the state is kept, and from which it is taken where it holds one.
-    board: folder for TensorBoard. clock: gets the time of waiting, forward, backward and optimiser.
+    board: folder for TensorBoard. clock: gets the time of waiting, forward, backward and optimizer.
     Raises `EdgeclipError` when a loss or a weight is not finite, `Interrupted` when a signal came and all is saved.
     """
     spec, seed, clock = recipe.train, recipe.seed, clock or Clock()
@@ -105,16 +105,16 @@ def train(
     named = {"student": student, "head": head, "learned": learned, "text": text_tower}
     modules = {name: module for name, module in named.items() if module is not None}
     layers = NewLayers(student.projector, head, learned, recipe.losses.masked_feature is not None)
-    if ranks.rank():
-        torch.manual_seed(seed + ranks.rank())  # masks and dropout of its own
+    if distributed.rank():
+        torch.manual_seed(seed + distributed.rank())  # masks and dropout of its own
     run_step = Step(Towers(student.tower, text_tower), layers, spec, device, clock)
 
-    n, steps = len(cache.pictures), max(1, len(cache.pictures) // spec.batch_size)
+    n, steps = len(cache.images), max(1, len(cache.images) // spec.batch_size)
     phases = [
         *([Phase("projector", 1, spec.warmup_steps, frozen=True)] if spec.warmup_steps else []),
         *(
-            [Phase("first training, epoch", spec.first.epochs, steps, first=spec.first)]
-            if spec.first
+            [Phase("first training, epoch", spec.pretrain.epochs, steps, pretrain=spec.pretrain)]
+            if spec.pretrain
             else []
         ),
         Phase("epoch", spec.epochs, steps),
@@ -147,7 +147,7 @@ def train(
     def batches(
         phase: Phase, done: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-        """An epoch without its first `done` steps: pictures and views of the whole batch, pixels of this process's share."""
+        """An epoch without its first `done` steps: images and views of the whole batch, pixels of this process's share."""
         if phase.frozen:
             size = min(spec.warmup_batch_size, n)
             draws = [
@@ -164,18 +164,24 @@ def train(
                 pair
                 for draw in draws
                 for pair in zip(
-                    *(part[ranks.own_rows(size)].tolist() for part in draw), strict=True
+                    *(part[distributed.local_slice(size)].tolist() for part in draw), strict=True
                 )
             )
             for draw, (_, x) in zip(
                 draws,
-                pixels_of(cache, pairs, preprocess, ranks.share(size)[ranks.rank()], spec.threads),
+                pixels_of(
+                    cache,
+                    pairs,
+                    preprocess,
+                    distributed.split_sizes(size)[distributed.rank()],
+                    spec.threads,
+                ),
                 strict=True,
             ):
                 yield *draw, x
             return
         seed, size = int(order.integers(2**62)), min(spec.batch_size, n)
-        shuffled, own = Shuffled(n, seed), ranks.own_rows(size)
+        shuffled, own = Shuffled(n, seed), distributed.local_slice(size)
 
         def drawn(
             step: int,
@@ -201,22 +207,25 @@ def train(
         pixels: np.ndarray | None,
     ) -> list[Part]:
         """What this process's towers see of the batch, in as many parts as the recipe says."""
-        reads, pixels = texts is not None and phase.first is None, None if phase.frozen else pixels
+        reads, pixels = (
+            texts is not None and phase.pretrain is None,
+            None if phase.frozen else pixels,
+        )
         if pixels is None and not reads:
             return []
-        count = min(spec.accumulate, len(index[ranks.own_rows(len(index))]))
+        count = min(spec.accumulate, len(index[distributed.local_slice(len(index))]))
         found = [Part()] * count
         if pixels is not None:
-            hide = None if phase.first else recipe.losses.masked_feature
+            hide = None if phase.pretrain else recipe.losses.masked_feature
             found = [
                 part._replace(pixels=to_input(x, preprocess, device), hide=hide)
                 for part, x in zip(found, np.array_split(pixels, count), strict=True)
             ]
         if texts is not None and reads:
-            own = ranks.own_rows(len(index))
+            own = distributed.local_slice(len(index))
             ids = (
                 texts.captions[index[own], view[own] % texts.captions.shape[1]],
-                texts.prompts[drawn[ranks.own_rows(len(drawn))]],
+                texts.prompts[drawn[distributed.local_slice(len(drawn))]],
             )
             split = zip(found, *(of.tensor_split(count) for of in ids), strict=True)
             found = [
@@ -232,7 +241,9 @@ def train(
         if tower_features is not None:
             return tower_features[index, view]
         assert pixels is not None
-        features = ranks.gather(student.tower(to_input(pixels, preprocess, device)), counts)
+        features = distributed.all_gather(
+            student.tower(to_input(pixels, preprocess, device)), counts
+        )
         clock.lap("student's frozen features")
         return features
 
@@ -246,8 +257,8 @@ def train(
         return loss + recipe.student.text_weight * text, said | {"text_feature": text.detach()}
 
     def objective(phase: Phase, drawn: np.ndarray) -> Objective:
-        if first := phase.first:
-            return lambda batch, _: _first(batch, first)
+        if pretrain := phase.pretrain:
+            return lambda batch, _: _pretrain_loss(batch, pretrain)
         return partial(full, drawn=drawn)
 
     def keep_state(
@@ -268,13 +279,13 @@ def train(
         state = {
             "log": log,
             "draws": draws,
-            "processes": ranks.size(),
+            "processes": distributed.world_size(),
             "scaler": run_step.scaler.state_dict(),
             "seconds": clock.laps,
         }
-        if checkpoints and not ranks.rank():
+        if checkpoints and not distributed.rank():
             save(checkpoints, Checkpoint(position, tensors, state))
-        ranks.wait()
+        distributed.barrier()
 
     with (
         signals() if checkpoints else contextlib.nullcontext([]) as noted,
@@ -301,11 +312,14 @@ def train(
                 for index, view, pixels in track(
                     batches(phase, at.step), title, phase.steps - at.step, lambda: shown.note
                 ):
-                    clock.lap("waiting for pictures")
-                    counts, own = ranks.share(len(index)), ranks.own_rows(len(index))
+                    clock.lap("waiting for images")
+                    counts, own = (
+                        distributed.split_sizes(len(index)),
+                        distributed.local_slice(len(index)),
+                    )
                     known = _gathered(targets(index[own], view[own]), counts)
                     drawn = np.arange(0)
-                    if texts is not None and phase.first is None:
+                    if texts is not None and phase.pretrain is None:
                         drawn = prompt_order.choice(
                             len(texts.prompts),
                             min(spec.batch_size, len(texts.prompts)),
@@ -319,7 +333,7 @@ def train(
                         {"image": frozen(index, view, pixels, counts)} if phase.frozen else {},
                         known,
                         dict.fromkeys(("image", "masked", "text"), counts)
-                        | {"prompts": ranks.share(len(drawn))},
+                        | {"prompts": distributed.split_sizes(len(drawn))},
                         objective(phase, drawn),
                         f"projector step {position}"
                         if phase.frozen
@@ -331,7 +345,9 @@ def train(
                         {"alpha": head.alpha.item()} if head else {}
                     )
                     shown.step(at.done, len(index), said, rates, clock, device)
-                    stop = ranks.greatest(noted[0] if noted else 0) if checkpoints else 0
+                    stop = (
+                        distributed.all_reduce_max(noted[0] if noted else 0) if checkpoints else 0
+                    )
                     if at.step < phase.steps and (
                         stop or (spec.checkpoint_every and at.done % spec.checkpoint_every == 0)
                     ):
@@ -347,7 +363,7 @@ def train(
                     if phase.frozen
                     else f"end of epoch {log[-1]['epoch']}",
                 )
-                if keep is not None and not ranks.rank():
+                if keep is not None and not distributed.rank():
                     keep(log)
                 ended = epoch + 1 == phase.epochs
                 at = (
@@ -368,7 +384,7 @@ def _gathered(known: dict[str, Any], counts: list[int]) -> dict[str, Any]:
     """The teacher's half of the whole batch, from that of each process."""
 
     def whole(rows: Tensor | None) -> Tensor | None:
-        return None if rows is None else ranks.gather(rows, counts)
+        return None if rows is None else distributed.all_gather(rows, counts)
 
     others = tuple(
         t._replace(features=whole(t.features), caption_features=whole(t.caption_features))
@@ -378,7 +394,7 @@ def _gathered(known: dict[str, Any], counts: list[int]) -> dict[str, Any]:
     return known | {name: whole(known[name]) for name in rows} | {"other_teachers": others}
 
 
-def _first(batch: L.Batch, spec: First) -> tuple[Tensor, dict[str, Tensor]]:
+def _pretrain_loss(batch: L.Batch, spec: Pretrain) -> tuple[Tensor, dict[str, Tensor]]:
     """Pea-KD's first training: FD, or cross-entropy with the class that the teacher itself finds best."""
     if spec.labels == "features":
         loss = L.feature(batch._replace(text_features=None), Weighted())
@@ -387,7 +403,7 @@ def _first(batch: L.Batch, spec: First) -> tuple[Tensor, dict[str, Tensor]]:
         loss = F.cross_entropy(
             batch.logit_scale * batch.image_features @ batch.class_features.T, best
         )
-    return loss, {f"first_{spec.labels}": loss.detach()}
+    return loss, {f"pretrain_{spec.labels}": loss.detach()}
 
 
 def _cosine(step: int, steps: int) -> float:
@@ -415,7 +431,7 @@ def _optimizer(
         towers = [student.tower, *([text.tower] if text else [])]
         weights = [
             p for tower in towers for p in tower.parameters() if p.requires_grad
-        ]  # what is frozen gets no optimiser state
+        ]  # what is frozen gets no optimizer state
         groups.insert(0, {"params": weights, "lr": spec.lr * spec.tower_lr_ratio})
         if stem:
             slower = {
@@ -476,7 +492,9 @@ def _random(device: torch.device) -> dict[str, Tensor]:
     states = {"random.cpu": torch.get_rng_state()} | (
         {"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     )
-    return {name: ranks.gather(state[None].to(device)).cpu() for name, state in states.items()}
+    return {
+        name: distributed.all_gather(state[None].to(device)).cpu() for name, state in states.items()
+    }
 
 
 def _restore(
@@ -496,16 +514,16 @@ def _restore(
         name: found.state["seconds"].get(name, 0.0) + clock.laps.get(name, 0.0)
         for name in found.state["seconds"] | clock.laps
     }
-    if found.state["processes"] != ranks.size():
+    if found.state["processes"] != distributed.world_size():
         say(
-            f"the checkpoint is of {found.state['processes']} processes and these are {ranks.size()}: masks and dropout are drawn otherwise from here on"
+            f"the checkpoint is of {found.state['processes']} processes and these are {distributed.world_size()}: masks and dropout are drawn otherwise from here on"
         )
         return
     torch.set_rng_state(
-        found.tensors["random.cpu"][ranks.rank()].clone()
+        found.tensors["random.cpu"][distributed.rank()].clone()
     )  # a view is read from its storage's start
     if device.type == "cuda" and "random.cuda" in found.tensors:
-        torch.cuda.set_rng_state(found.tensors["random.cuda"][ranks.rank()].clone(), device)
+        torch.cuda.set_rng_state(found.tensors["random.cuda"][distributed.rank()].clone(), device)
 
 
 def _saved(folder: Path | None, at: Position) -> str:

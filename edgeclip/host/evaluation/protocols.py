@@ -1,15 +1,15 @@
 """`edgeclip evaluate`: what a finished run is worth under a protocol, on its own sets or on others.
 
-    zero_shot              every test picture against all classes of its set, each class an ensemble of the set's prompts
+    zero_shot              every test image against all classes of its set, each class an ensemble of the set's prompts
     base_to_novel          the first half of the classes and the second, each scored within itself; their harmonic mean
     cross_dataset          zero_shot on several sets, one table, and the average
-    domain_generalisation  the set of training and its shifts, which have the same class list or a part of it; the
+    domain_generalization  the set of training and its shifts, which have the same class list or a part of it; the
                            average is over the shifts
-    retrieval              captions by picture and pictures by caption. Captions of equal text are one text, which
-                           belongs to every picture that has it; any of a query's own counts as a hit
+    retrieval              captions by image and images by caption. Captions of equal text are one text, which
+                           belongs to every image that has it; any of a query's own counts as a hit
 
-Each table says of each set how many pictures and classes it has, what chance would reach, and whether it is
-transductive, that is whether the student saw training pictures of this very set. A set is known by its name: one that
+Each table says of each set how many images and classes it has, what chance would reach, and whether it is
+transductive, that is whether the student saw training images of this very set. A set is known by its name: one that
 has the name of the recipe's data is taken for it. Protocols that train are recipes (`data.protocol`, `adapt_data`,
 `shifts`); nothing is trained here. Source: METHODS 1.4; PromptKD (CVPR 2024), CLIP_benchmark's retrieval.
 """
@@ -26,7 +26,7 @@ from torch import nn
 
 from edgeclip import config, disk
 from edgeclip.device import metrics
-from edgeclip.device.pictures import Picture
+from edgeclip.device.images import ImageRef
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import ensemble, prompts
 from edgeclip.errors import EdgeclipError
@@ -84,11 +84,11 @@ def evaluate(folder: Path, protocol: str, given: tuple[str, ...] = ()) -> dict[s
     asked = recipe.of_run(folder)
     specs = choose_sets(asked, protocol, given)
     loaded = [(spec, data.load(_for_protocol(spec, protocol), CACHE)) for spec in specs]
-    if protocol == "domain_generalisation":
+    if protocol == "domain_generalization":
         loaded = [_with_shifts(asked, loaded)]
     if isinstance(
         asked.adapt, recipe.Prompts
-    ):  # the learnt context takes the place of the set's templates
+    ):  # the learned context takes the place of the set's templates
         loaded = [
             (spec, dataset._replace(templates=promptsrc.TEMPLATES)) for spec, dataset in loaded
         ]
@@ -124,7 +124,7 @@ def choose_sets(asked: Recipe, protocol: str, given: tuple[str, ...]) -> list[Da
     """The sets that `--data` names, or the run's own."""
     own = asked.evaluation_data or asked.data
     if not given:
-        return [own, *(asked.shifts if protocol == "domain_generalisation" else ())]
+        return [own, *(asked.shifts if protocol == "domain_generalization" else ())]
     known = {d.name: d for d in (*recipe.data_sets(asked).values(), own)}
     found: list[Data] = []
     for value in given:
@@ -153,7 +153,7 @@ def _for_protocol(spec: Data, protocol: str) -> Data:
         if protocol == "base_to_novel":
             raise EdgeclipError(
                 "openmoji",
-                "has a split of its own (held-out, unlabelled and base concepts)",
+                "has a split of its own (held-out, unlabeled and base concepts)",
                 "use --protocol zero_shot",
             )
         return spec
@@ -187,14 +187,14 @@ def _with_shifts(asked: Recipe, loaded: list[tuple[Data, Dataset]]) -> tuple[Dat
 
 
 def _check(spec: Data, dataset: Dataset, protocol: str) -> None:
-    pictures = [p for s in dataset.evaluation if s.headline for p in s.pictures]
-    if not pictures:
-        raise EdgeclipError(f"--data {spec.name}", "has no test pictures", "give it a test part")
+    images = [p for s in dataset.evaluation if s.headline for p in s.images]
+    if not images:
+        raise EdgeclipError(f"--data {spec.name}", "has no test images", "give it a test part")
     if protocol == "retrieval":
-        if missing := [p for p in pictures if not p.caption]:
+        if missing := [p for p in images if not p.caption]:
             raise EdgeclipError(
                 f"--data {spec.name}",
-                f"retrieval needs captions, and picture '{missing[0].key}' of {missing[0].path} has none",
+                f"retrieval needs captions, and image '{missing[0].key}' of {missing[0].path} has none",
                 "add .txt files",
             )
     elif not dataset.classes:
@@ -296,16 +296,14 @@ def _class_features(run: Run, dataset: Dataset) -> tuple[str, np.ndarray, np.nda
 
 
 def _images(
-    run: Run, pictures: list[Picture], what: str
+    run: Run, images: list[ImageRef], what: str
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray] | None]:
     """(kept, features) of the student and of the teacher."""
-    of_student = image_features(
-        run.student, pictures, run.preprocess, f"student: {what}", run.device
-    )
+    of_student = image_features(run.student, images, run.preprocess, f"student: {what}", run.device)
     if run.teacher is None or run.teacher_tower is None:
         return of_student, None
     return of_student, teacher_features(
-        [(run.teacher, run.teacher_tower)], None, pictures, what, run.device
+        [(run.teacher, run.teacher_tower)], None, images, what, run.device
     )
 
 
@@ -319,7 +317,7 @@ def _zero_shot(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, Any]:
         what, for_student, for_teacher = _class_features(run, dataset)
         texts.append(what)
         for s in (s for s in dataset.evaluation if s.headline):
-            of_student, of_teacher = _images(run, s.pictures, s.name)
+            of_student, of_teacher = _images(run, s.images, s.name)
             teacher = (
                 None
                 if of_teacher is None or for_teacher is None
@@ -361,7 +359,7 @@ def _cross_dataset(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, An
     return record | {"average": mean_over(record["sets"], lambda r1: float(np.mean(r1)))}
 
 
-def _domain_generalisation(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, Any]:
+def _domain_generalization(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, Any]:
     record = _zero_shot(run, loaded)
     return record | {
         "average": mean_over(
@@ -374,18 +372,18 @@ def _retrieval(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, Any]:
     text, rows = text_side(run), []
     for spec, dataset in loaded:
         sets = [s for s in dataset.evaluation if s.headline]
-        pictures = [p for s in sets for p in s.pictures]
-        position = {text: i for i, text in enumerate(dict.fromkeys(p.caption for p in pictures))}
+        images = [p for s in sets for p in s.images]
+        position = {text: i for i, text in enumerate(dict.fromkeys(p.caption for p in images))}
         texts = list(position)
-        of_student, of_teacher = _images(run, pictures, spec.name)
+        of_student, of_teacher = _images(run, images, spec.name)
 
         def recall(
-            images: tuple[np.ndarray, np.ndarray], features: np.ndarray
+            found: tuple[np.ndarray, np.ndarray], features: np.ndarray
         ) -> dict[str, dict[str, float]]:
-            kept = [position[pictures[i].caption] for i in images[0]]  # noqa: B023  (called in this turn)
-            present = sorted(set(kept))  # a text whose every picture is unreadable is no query
+            kept = [position[images[i].caption] for i in found[0]]  # noqa: B023  (called in this turn)
+            present = sorted(set(kept))  # a text whose every image is unreadable is no query
             return metrics.recall_both_ways(
-                images[1], features[present], np.array(kept), np.array(present)
+                found[1], features[present], np.array(kept), np.array(present)
             )
 
         transductive, said = note(run.asked, spec, sets[0])
@@ -393,9 +391,9 @@ def _retrieval(run: Run, loaded: list[tuple[Data, Dataset]]) -> dict[str, Any]:
             {
                 "name": f"{spec.name} test",
                 "of": spec.name,
-                "note": f"{said}; {len(texts)} different captions, each belonging to every picture that has it; no class list, so no EduAttention",
+                "note": f"{said}; {len(texts)} different captions, each belonging to every image that has it; no class list, so no EduAttention",
                 "transductive": transductive,
-                "pictures": len(of_student[0]),
+                "images": len(of_student[0]),
                 "texts": len(texts),
                 "student": recall(of_student, text.encode(texts)),
                 "teacher": recall(of_teacher, run.teacher.encode_text(texts).numpy())
@@ -410,6 +408,6 @@ PROTOCOLS: dict[str, Callable[[Run, list[tuple[Data, Dataset]]], dict[str, Any]]
     "zero_shot": _zero_shot,
     "base_to_novel": _base_to_novel,
     "cross_dataset": _cross_dataset,
-    "domain_generalisation": _domain_generalisation,
+    "domain_generalization": _domain_generalization,
     "retrieval": _retrieval,
 }

@@ -1,12 +1,12 @@
-"""Zero-shot accuracy of teacher and student on the same pictures, and what `validate` needs to compare a bundle.
+"""Zero-shot accuracy of teacher and student on the same images, and what `validate` needs to compare a bundle.
 
-Every figure says what it is: how many pictures, how many classes are active, chance, whether the set is transductive.
+Every figure says what it is: how many images, how many classes are active, chance, whether the set is transductive.
 The student is scored as it ships (P(u_s), EduAttention in the head where it is kept), with and without EduAttention,
 and with EduAttention over all classes where fewer are active (A11: it attended over all of them in training).
 
-    evaluation/pictures.tar          the parity pictures' own bytes, in order
+    evaluation/images.tar          the parity images' own bytes, in order
                image_features.npy    [n, D] float32, the fp32 student's unit features of them
-               evaluation.json       labels, each set's name, note, classes and rows, sha256 of every picture that was held out
+               evaluation.json       labels, each set's name, note, classes and rows, sha256 of every image that was held out
 """
 
 import io
@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from edgeclip import disk
 from edgeclip.cli.tables import MODELS
+from edgeclip.device.images import ImageRef, digest, read, refuse_unreadable, stream
 from edgeclip.device.metrics import harmonic_mean, hits
-from edgeclip.device.pictures import Picture, digest, read, refuse_unreadable, stream
-from edgeclip.device.preprocess import Preprocess, normalise, open_picture, to_pixels
+from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pixels
 from edgeclip.device.zero_shot import EduAttention, class_scores
 from edgeclip.host import recipe as R
 from edgeclip.host.data import Dataset, EvaluationSet
@@ -38,30 +38,30 @@ from edgeclip.progress import say, track
 @torch.inference_mode()
 def image_features(
     module: nn.Module,
-    pictures: list[Picture],
+    images: list[ImageRef],
     preprocess: Preprocess,
     what: str,
     device: torch.device,
     batch_size: int = 32,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(indices of the readable pictures [n], module's float32 outputs [n, D]) through the one preprocess."""
+    """(indices of the readable images [n], module's float32 outputs [n, D]) through the one preprocess."""
     skipped: list[str] = []
 
     def make(i: int) -> np.ndarray:
         return to_pixels(
-            open_picture(read(pictures[i]), f"{pictures[i].path} ({pictures[i].key})"), preprocess
+            open_image(read(images[i]), f"{images[i].path} ({images[i].key})"), preprocess
         )
 
     module.to(device)
     indices, out = [], []
-    batches = stream(range(len(pictures)), make, batch_size, skipped)
-    for index, pixels in track(batches, what, math.ceil(len(pictures) / batch_size)):
-        x = torch.from_numpy(normalise(pixels, preprocess)).to(
+    batches = stream(range(len(images)), make, batch_size, skipped)
+    for index, pixels in track(batches, what, math.ceil(len(images) / batch_size)):
+        x = torch.from_numpy(normalize(pixels, preprocess)).to(
             device, memory_format=torch.channels_last
         )
         out.append(module(x).float().cpu().numpy())
         indices.append(index)
-    refuse_unreadable(skipped, len(pictures), what)
+    refuse_unreadable(skipped, len(images), what)
     for line in skipped:
         say(f"skipped: {line}")
     return np.concatenate(indices), np.concatenate(out)
@@ -70,7 +70,7 @@ def image_features(
 def teacher_features(
     teachers: list[tuple[Teacher, nn.Module]],
     fusion: nn.Module | None,
-    pictures: list[Picture],
+    images: list[ImageRef],
     what: str,
     device: torch.device,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -80,13 +80,13 @@ def teacher_features(
         said = f"teacher{f' {i}' if fusion else ''}: {what}"
         kept, own = image_features(
             nn.Sequential(tower, _Features(teacher)),
-            pictures,
+            images,
             teacher.preprocess,
             said,
             device,
             8 if device.type == "cpu" else 64,
         )
-        features.append(own)  # a picture that is readable is so for all of them
+        features.append(own)  # an image that is readable is so for all of them
     if fusion is None:
         return kept, features[0]
     with torch.inference_mode():
@@ -96,18 +96,18 @@ def teacher_features(
 
 
 def note(asked: R.Recipe, spec: R.Data, s: EvaluationSet) -> tuple[bool, str]:
-    """(transductive?, what to know of a set's figure): which of its pictures and labels the run was trained on."""
+    """(transductive?, what to know of a set's figure): which of its images and labels the run was trained on."""
     if isinstance(spec, R.OpenMoji) and isinstance(asked.data, R.OpenMoji):
         return s.note.startswith("transductive"), s.note
     stage_1 = (asked.adapt_data or asked.data) if asked.adapt else None
-    labelled = (
+    labeled = (
         stage_1 is not None
         and stage_1.name == spec.name
         and not (s.name == "novel" and getattr(stage_1, "protocol", "") == "base_to_novel")
     )
     labels = (
-        "the teacher was adapted on labels of its training pictures"
-        if labelled
+        "the teacher was adapted on labels of its training images"
+        if labeled
         else "the teacher was adapted on no label of it"
     )
     if (
@@ -115,7 +115,7 @@ def note(asked: R.Recipe, spec: R.Data, s: EvaluationSet) -> tuple[bool, str]:
         and stage_1.name == spec.name
         and getattr(asked.adapt, "self_training", None)
     ):
-        labels += ", and on its training pictures without labels"
+        labels += ", and on its training images without labels"
     if s.shift:
         return False, "shift; not transductive"
     if spec.name == asked.data.name:
@@ -127,12 +127,12 @@ def note(asked: R.Recipe, spec: R.Data, s: EvaluationSet) -> tuple[bool, str]:
             or (asked.fuse and asked.fuse.labels)
         )
         own = "with the labels that there are" if labels_used else "without labels"
-        return True, f"transductive: the student saw training pictures of this set {own}; {labels}"
-    return False, f"not transductive: the student saw no picture of this set; {labels}"
+        return True, f"transductive: the student saw training images of this set {own}; {labels}"
+    return False, f"not transductive: the student saw no image of this set; {labels}"
 
 
 class Answers(NamedTuple):
-    """What one model says of the pictures of a set."""
+    """What one model says of the images of a set."""
 
     kept: np.ndarray
     """indices of the readable ones [n]"""
@@ -154,20 +154,20 @@ def score(
     def accuracy(
         answers: Answers, head: EduAttention | None, attended: np.ndarray | None = None
     ) -> dict[str, float]:
-        labels = np.array([s.classes.index(s.pictures[i].label) for i in answers.kept])
+        labels = np.array([s.classes.index(s.images[i].label) for i in answers.kept])
         scores = class_scores(answers.features, answers.class_features[s.classes], head, attended)
         return {
-            "r1": float(hits(scores, labels, 1).mean()),
-            "r5": float(hits(scores, labels, 5).mean()),
+            "top1": float(hits(scores, labels, 1).mean()),
+            "top5": float(hits(scores, labels, 5).mean()),
         }
 
     some = head is not None and len(s.classes) < len(student.class_features)
     return {
         "name": s.name,
         "note": s.note,
-        "pictures": len(student.kept),
+        "images": len(student.kept),
         "classes": len(s.classes),
-        "chance_r1": 1 / len(s.classes),
+        "chance_top1": 1 / len(s.classes),
         "teacher": accuracy(teacher, None) if teacher else None,
         "student": accuracy(student, head if keep_head else None),
         "student_with_edu_attention": accuracy(student, head) if head and not keep_head else None,
@@ -181,7 +181,9 @@ def score(
 def mean_over(sets: list[dict[str, Any]], mean: Callable[[list[float]], float]) -> dict[str, float]:
     """Of each model that all `sets` have: one number of its R@1."""
     return {
-        m: mean([s[m]["r1"] for s in sets]) for m in MODELS if sets and all(s.get(m) for s in sets)
+        m: mean([s[m]["top1"] for s in sets])
+        for m in MODELS
+        if sets and all(s.get(m) for s in sets)
     }
 
 
@@ -189,10 +191,10 @@ def evaluate(
     student: Student,
     head: EduAttentionHead | None,
     preprocess: Preprocess,
-    of_teacher: Callable[[list[Picture], str], tuple[np.ndarray, np.ndarray]] | None,
+    of_teacher: Callable[[list[ImageRef], str], tuple[np.ndarray, np.ndarray]] | None,
     data: Dataset,
     class_features: np.ndarray,
-    max_pictures: int,
+    max_images: int,
     folder: Path,
     device: torch.device,
     own_class_features: np.ndarray | None = None,
@@ -200,7 +202,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy of each evaluation set; writes the evaluation folder. class_features: [N, D] over all of data.classes.
 
-    of_teacher: pictures, and their name for the progress line, to what `teacher_features` gives; None: no teacher is at hand.
+    of_teacher: images, and their name for the progress line, to what `teacher_features` gives; None: no teacher is at hand.
     own_class_features: the same of the student's own text tower; the student is then scored with either, and `baked`
     says which of them it ships with.
     """
@@ -212,22 +214,20 @@ def evaluate(
     )
     shipped = either["student_own_text"] if baked == "student" else class_features
     sets: list[dict[str, Any]] = []
-    parity: list[tuple[EvaluationSet, Picture, np.ndarray]] = []
+    parity: list[tuple[EvaluationSet, ImageRef, np.ndarray]] = []
     for s in data.evaluation:
-        kept, features = image_features(
-            student, s.pictures, preprocess, f"student: {s.name}", device
-        )
-        parity += [(s, s.pictures[i], f) for i, f in zip(kept, features, strict=True)]
+        kept, features = image_features(student, s.images, preprocess, f"student: {s.name}", device)
+        parity += [(s, s.images[i], f) for i, f in zip(kept, features, strict=True)]
         if not s.headline:
             continue
-        theirs = Answers(*of_teacher(s.pictures, s.name), class_features) if of_teacher else None
+        theirs = Answers(*of_teacher(s.images, s.name), class_features) if of_teacher else None
         row = score(s, Answers(kept, features, shipped), theirs, edu, keep_head)
         row |= {
             m: score(s, Answers(kept, features, w), None, edu, keep_head)["student"]
             for m, w in either.items()
         }
         sets.append(row)
-    _write(folder, parity, data, max_pictures)
+    _write(folder, parity, data, max_images)
     result: dict[str, Any] = {"sets": sets}
     scored = {s["name"]: s for s in sets}
     if {"base", "novel"} <= scored.keys():
@@ -248,19 +248,19 @@ class _Features(nn.Module):
 
 def _write(
     folder: Path,
-    parity: list[tuple[EvaluationSet, Picture, np.ndarray]],
+    parity: list[tuple[EvaluationSet, ImageRef, np.ndarray]],
     data: Dataset,
-    max_pictures: int,
+    max_images: int,
 ) -> None:
     held_out = sorted({digest(p) for s, p, _ in parity if not s.seen})
-    if len(parity) > max_pictures:
-        keep = sorted(random.Random(0).sample(range(len(parity)), max_pictures))
+    if len(parity) > max_images:
+        keep = sorted(random.Random(0).sample(range(len(parity)), max_images))
         parity = [parity[i] for i in keep]
     with disk.new_folder(folder) as temporary:
-        with tarfile.open(temporary / "pictures.tar", "w") as tar:
-            for i, (_, picture, _) in enumerate(parity):
-                content = read(picture)
-                member = tarfile.TarInfo(f"{i:06d}{Path(picture.key).suffix or '.jpg'}")
+        with tarfile.open(temporary / "images.tar", "w") as tar:
+            for i, (_, image, _) in enumerate(parity):
+                content = read(image)
+                member = tarfile.TarInfo(f"{i:06d}{Path(image.key).suffix or '.jpg'}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
         disk.write_array(temporary / "image_features.npy", np.stack([f for _, _, f in parity]))
@@ -278,5 +278,5 @@ def _write(
         }
         disk.write_json(temporary / "evaluation.json", record)
         disk.write_manifest(
-            temporary, "evaluation", {"licence": data.licence, "pictures": len(parity)}
+            temporary, "evaluation", {"license": data.license, "images": len(parity)}
         )

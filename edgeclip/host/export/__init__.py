@@ -16,9 +16,9 @@ import torch
 
 from edgeclip import __version__, disk
 from edgeclip.device.bundle import FORMAT
-from edgeclip.device.metrics import l2_normalise
-from edgeclip.device.pictures import read
-from edgeclip.device.preprocess import normalise, open_picture, to_pixels
+from edgeclip.device.images import read
+from edgeclip.device.metrics import l2_normalize
+from edgeclip.device.preprocess import normalize, open_image, to_pixels
 from edgeclip.device.target import Target
 from edgeclip.device.zero_shot import class_scores, prompts
 from edgeclip.host.export import calibration, tensorrt
@@ -41,7 +41,7 @@ MAX_EXPORT_ERROR = 1e-5
 def export(source: Source, name: str, target: Target, out: Path) -> Path:
     """Writes the bundle of `source` for `target` to `out`; returns it.
 
-    Raises `EdgeclipError` for too few calibration pictures or a missing runtime, `AssertionError` when the exported
+    Raises `EdgeclipError` for too few calibration images or a missing runtime, `AssertionError` when the exported
     graph does not compute what torch computes.
     """
     if _up_to_date(out, name, target, source):
@@ -51,7 +51,7 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
     exporter = importlib.import_module(EXPORTERS[target.runtime])
     size = source.preprocess.size
     pixels = _golden_pixels(source)
-    golden_input = torch.from_numpy(normalise(pixels, source.preprocess))
+    golden_input = torch.from_numpy(normalize(pixels, source.preprocess))
     with torch.inference_mode():
         golden_features = source.image_encoder(golden_input).numpy()
 
@@ -67,24 +67,24 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
             f"the exported graph differs from torch by {error:.1e} at batch {batch}"
         )
 
-    quantisation, record, used = None, None, list[dict[str, str]]()
+    quantization, record, used = None, None, list[dict[str, str]]()
     if target.calibration:
-        pictures = calibration.draw(source, target.calibration)
-        used = pictures.used
+        images = calibration.draw(source, target.calibration)
+        used = images.used
         say(
-            f"search for the form of {name}: ranges of {len(pictures.ranges)} training pictures, judged on {len(pictures.judged)}"
+            f"search for the form of {name}: ranges of {len(images.ranges)} training images, judged on {len(images.judged)}"
         )
-        learnt = None
-        if source.quantised:
-            from edgeclip.host.distill import qat as quantised  # it imports this package
+        learned = None
+        if source.quantized:
+            from edgeclip.host.distill import qat as quantized  # it imports this package
 
-            learnt = quantised.load(source.quantised, source.image_encoder, target, pictures.ranges)
-        quantisation, record = search(model, pictures, target, exporter, _answers(source), learnt)
+            learned = quantized.load(source.quantized, source.image_encoder, target, images.ranges)
+        quantization, record = search(model, images, target, exporter, _answers(source), learned)
     say(
         f"2/5 write the image encoder as {name}"
         + (
-            f", {quantisation.int8_share:.1%} of the multiply-accumulates in int8"
-            if quantisation
+            f", {quantization.int8_share:.1%} of the multiply-accumulates in int8"
+            if quantization
             else ""
         )
     )
@@ -93,16 +93,16 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
             "format": FORMAT,
             "target": {"name": name, **msgspec.to_builtins(target)},
             "runtime": target.runtime,
-            "image_encoder": exporter.write(model, target, quantisation, folder),
+            "image_encoder": exporter.write(model, target, quantization, folder),
             "preprocess": msgspec.to_builtins(source.preprocess),
             "logit_scale": source.logit_scale,
             "embed_dim": int(golden_features.shape[1]),
             "templates": source.templates,
             "text": None,
-            "licences": source.licences,
+            "licenses": source.licenses,
             "parents": source.parents,
             "calibration": used,
-            "quantisation": record,
+            "quantization": record,
             "versions": _versions(),
         }
         (folder / "golden").mkdir()
@@ -118,20 +118,18 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
                 "alpha": np.float32(h.alpha),
                 "temperature": np.float32(h.temperature),
                 "fc": np.str_(h.fc),
-                "normalise": np.bool_(h.normalise),
+                "normalize": np.bool_(h.normalize),
             }
             np.savez(folder / "head.npz", weight=h.weight, bias=h.bias, **scalars)
-        for i, picture in enumerate(source.golden):
-            (folder / "golden" / f"{i}{Path(picture.key).suffix or '.png'}").write_bytes(
-                read(picture)
-            )
+        for i, image in enumerate(source.golden):
+            (folder / "golden" / f"{i}{Path(image.key).suffix or '.png'}").write_bytes(read(image))
         disk.write_array(folder / "golden" / "pixels.npy", pixels)
         disk.write_array(folder / "golden" / "image_features.npy", golden_features)
         manifest["golden"] = {
-            "pictures": [
+            "images": [
                 f"golden/{i}{Path(p.key).suffix or '.png'}" for i, p in enumerate(source.golden)
             ],
-            "licence": source.golden_licence,
+            "license": source.golden_license,
         }
         manifest["lint"] = None
         if target.runtime == "tensorrt":
@@ -168,18 +166,18 @@ def _up_to_date(out: Path, name: str, target: Target, source: Source) -> bool:
 
 
 def _golden_pixels(source: Source) -> np.ndarray:
-    """uint8 [G, H, W, 3]: the golden pictures, or two synthetic ones where the source has none."""
+    """uint8 [G, H, W, 3]: the golden images, or two synthetic ones where the source has none."""
     if source.golden:
         return np.stack(
-            [to_pixels(open_picture(read(p), p.key), source.preprocess) for p in source.golden]
+            [to_pixels(open_image(read(p), p.key), source.preprocess) for p in source.golden]
         )
     ramp = np.linspace(0, 255, source.preprocess.size).astype(np.uint8)
-    picture = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], ramp[::-1, None]), axis=-1)
-    return np.stack([picture, picture[::-1, ::-1]])
+    image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], ramp[::-1, None]), axis=-1)
+    return np.stack([image, image[::-1, ::-1]])
 
 
 def _answers(source: Source) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Image features [n, D] to each picture's best class; None for a student without labels."""
+    """Image features [n, D] to each image's best class; None for a student without labels."""
     if not source.labels:
         return None
     return lambda features: class_scores(features, source.class_features, source.head).argmax(
@@ -221,7 +219,7 @@ def _write_text(source: Source, target: Target, exporter: Any, folder: Path) -> 
     error = np.abs(_run_float(model, ids.numpy()) - features).max()
     assert error < MAX_EXPORT_ERROR, f"the exported text encoder differs from torch by {error:.1e}"
     disk.write_text(folder / "tokenizer.json", text.tokenizer)
-    disk.write_array(folder / "golden" / "text_features.npy", l2_normalise(features))
+    disk.write_array(folder / "golden" / "text_features.npy", l2_normalize(features))
     disk.write_text(folder / "golden" / "texts.json", json.dumps(GOLDEN_TEXTS))
     return {
         "encoder": exporter.write_text(model, target, folder),

@@ -88,7 +88,7 @@ def rules(model: onnx.ModelProto) -> Iterator[tuple[str, str, str]]:
             yield (
                 n.name,
                 f"{n.domain}.{n.op_type} belongs to another runtime",
-                "export without that runtime's optimisations",
+                "export without that runtime's optimizations",
             )
         elif n.op_type == "Resize" and "antialias" in attributes and attributes["antialias"].i:
             yield (
@@ -112,19 +112,19 @@ def rules(model: onnx.ModelProto) -> Iterator[tuple[str, str, str]]:
                 yield (
                     n.name,
                     "a zero point that is not 0",
-                    "quantise symmetrically to int8 (a tensorrt target does)",
+                    "quantize symmetrically to int8 (a tensorrt target does)",
                 )
             elif (
                 len(n.input) > 2
                 and n.input[2] in constants
                 and constants[n.input[2]].dtype == np.uint8
             ):
-                yield n.name, "uint8", "quantise symmetrically to int8 (a tensorrt target does)"
+                yield n.name, "uint8", "quantize symmetrically to int8 (a tensorrt target does)"
         elif n.op_type in graph.PRODUCTS:
             sides = [makers[i].op_type if i in makers else "" for i in n.input[:2]]
             if sides.count("DequantizeLinear") == 1:
                 yield (
                     n.name,
                     "Q/DQ on one operand only",
-                    "quantise both operands, or leave the node in float",
+                    "quantize both operands, or leave the node in float",
                 )

@@ -2,7 +2,7 @@
 
 x86 with VNNI wants U8S8 (uint8 activations, int8 weights per output channel), ARM wants S8S8; activations are asymmetric in both, so
 that a range behind a ReLU has all 256 steps. The text
-encoder is quantised dynamically, its inputs are a handful of tokens; its embedding table, 40 % of it, is int8 per row.
+encoder is quantized dynamically, its inputs are a handful of tokens; its embedding table, 40 % of it, is int8 per row.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from edgeclip.host.graph.float16 import to_fp16
 from edgeclip.progress import track
 
 if TYPE_CHECKING:
-    from edgeclip.host.graph.policy import Quantisation
+    from edgeclip.host.graph.policy import Quantization
 
 CALIBRATION_BATCH = 16
 
 
 def write(
-    model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path
+    model: onnx.ModelProto, target: Target, quantization: Quantization | None, folder: Path
 ) -> str:
-    """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 targets."""
+    """Writes the image encoder into `folder`, returns its file name. `quantization` is given for int8 targets."""
     path = folder / (
         "image_encoder.fp16.onnx" if target.precision == "fp16" else "image_encoder.onnx"
     )
-    if quantisation is not None:
-        model = quantise(
-            quantisation.calibrated,
-            quantisation.nodes,
+    if quantization is not None:
+        model = quantize(
+            quantization.calibrated,
+            quantization.nodes,
             activations=target.activations or "uint8",
-            reduce_range=quantisation.reduce_range,
+            reduce_range=quantization.reduce_range,
         )
     graph.save(to_fp16(model) if target.precision == "fp16" else model, path)
     return path.name
@@ -72,15 +72,15 @@ def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:
 
 
 class Calibrated(NamedTuple):
-    """A float model ready to be quantised any number of times."""
+    """A float model ready to be quantized any number of times."""
 
     model: onnx.ModelProto
     ranges: Any
-    """ONNX Runtime's TensorsData: the range of every activation over the calibration pictures"""
+    """ONNX Runtime's TensorsData: the range of every activation over the calibration images"""
 
 
 def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> Calibrated:
-    """Runs the calibration pictures [n, 3, H, W] once and keeps each activation's range."""
+    """Runs the calibration images [n, 3, H, W] once and keeps each activation's range."""
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
     from onnxruntime.quantization.calibrate import create_calibrator
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -89,7 +89,7 @@ def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> C
         def __init__(self) -> None:
             size = (
                 CALIBRATION_BATCH if method == "minmax" else 1
-            )  # the mean is over pictures; histograms refuse a last batch of another size
+            )  # the mean is over images; histograms refuse a last batch of another size
             batches = np.split(calibration, range(size, len(calibration), size))
             self.batches = iter(track(batches, "calibration", len(batches)))
             self.name = model.graph.input[0].name
@@ -121,7 +121,7 @@ def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> C
         return Calibrated(onnx.load(prepared), calibrator.compute_data())
 
 
-def quantise(
+def quantize(
     calibrated: Calibrated,
     nodes: list[str],
     *,
@@ -129,7 +129,7 @@ def quantise(
     for_tensorrt: bool = False,
     reduce_range: bool = False,
 ) -> onnx.ModelProto:
-    """A static Q/DQ int8 copy in which `nodes` are quantised: weights per channel and symmetric, activations per tensor.
+    """A static Q/DQ int8 copy in which `nodes` are quantized: weights per channel and symmetric, activations per tensor.
 
     activations: uint8 or int8, asymmetric. for_tensorrt: as it wants them, symmetric, with biases in float and outputs too.
     reduce_range: weights in -64 to 64, whose products with uint8 no 16-bit sum of two overflows.
@@ -141,8 +141,8 @@ def quantise(
     model = copy.deepcopy(calibrated.model)
     if not nodes:  # an empty list means "all" to ONNX Runtime
         return model
-    # Relu and Clip are not among the nodes: had the quantiser removed them, ONNX Runtime's BASIC optimisation would lose the
-    # clipping (a ReLU6 tower fell from a centred cosine of 0.996 to 0.92, and was right again with optimisation off).
+    # Relu and Clip are not among the nodes: had the quantizer removed them, ONNX Runtime's BASIC optimization would lose the
+    # clipping (a ReLU6 tower fell from a centered cosine of 0.996 to 0.92, and was right again with optimization off).
     quantizer = QDQQuantizer(
         model, per_channel=True, reduce_range=reduce_range, weight_qType=QuantType.QInt8, activation_qType=QuantType.QInt8 if int8 else QuantType.QUInt8,
         tensors_range=calibrated.ranges, nodes_to_quantize=nodes, nodes_to_exclude=[], op_types_to_quantize=["Conv", "MatMul", "Gemm"],
@@ -166,7 +166,7 @@ def rounded_outputs(model: onnx.ModelProto, nodes: list[str]) -> set[str]:
     """Which of the convolutions `nodes` of the float `model` have their own output rounded: ONNX Runtime runs a convolution in
     integers only where its output is.
 
-    All but those behind which a Relu or Clip comes that quantised products alone read. That one's output is rounded anyway,
+    All but those behind which a Relu or Clip comes that quantized products alone read. That one's output is rounded anyway,
     to a range without what is cut off, and ONNX Runtime drops an activation that the rounding cuts off by itself; rounded before
     it as well, ReLU6 towers lost two to three times as much and took twice the time.
     """
@@ -194,9 +194,9 @@ def rounded_outputs(model: onnx.ModelProto, nodes: list[str]) -> set[str]:
 def _only_products_read_int8(
     model: onnx.ModelProto, rounded: set[str], nodes: set[str]
 ) -> onnx.ModelProto:
-    """Gives every other reader of a quantised tensor, a residual addition above all, the float tensor back.
+    """Gives every other reader of a quantized tensor, a residual addition above all, the float tensor back.
 
-    ONNX Runtime's quantiser rewires all readers. rounded: the convolutions whose own output stays quantised for whoever reads it.
+    ONNX Runtime's quantizer rewires all readers. rounded: the convolutions whose own output stays quantized for whoever reads it.
     """
     makers = {o: n for n in model.graph.node for o in n.output}
     before: dict[str, str] = {}

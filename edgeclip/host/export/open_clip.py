@@ -90,7 +90,7 @@ def write(run: Path, source: Source, out: Path) -> Path:
         disk.write_manifest(
             folder,
             "open_clip",
-            {"name": out.name, "licences": source.licences, "parents": source.parents},
+            {"name": out.name, "licenses": source.licenses, "parents": source.parents},
         )
     return out
 
@@ -229,11 +229,11 @@ def _timm(
 
 
 def _text_spec(asked: recipe.Recipe) -> OpenClip:
-    """Whose text tower the student's pictures are compared with: its own, or its teacher's."""
+    """Whose text tower the student's images are compared with: its own, or its teacher's."""
     if asked.student.text:
         return asked.student.text
     if not isinstance(asked.teacher, OpenClip) or isinstance(asked.adapt, recipe.Prompts):
-        what = "its text side is a sentence encoder, learnt prompts or stored features, and no open_clip text tower"
+        what = "its text side is a sentence encoder, learned prompts or stored features, and no open_clip text tower"
         raise _no(
             what, "use --layout optimum, or give the student a text tower of its own (student.text)"
         )

@@ -11,25 +11,25 @@ import onnx
 from edgeclip.device.target import Target
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.graph import trace as graph
-from edgeclip.host.graph.policy import Quantisation
+from edgeclip.host.graph.policy import Quantization
 
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 
 
 def write(
-    model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path
+    model: onnx.ModelProto, target: Target, quantization: Quantization | None, folder: Path
 ) -> str:
-    """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 targets."""
-    ov_model = _convert(model if quantisation is None else quantisation.calibrated.model, folder)
+    """Writes the image encoder into `folder`, returns its file name. `quantization` is given for int8 targets."""
+    ov_model = _convert(model if quantization is None else quantization.calibrated.model, folder)
     if target.precision == "int8":
         nncf = _nncf()
-        assert quantisation is not None
-        form = quantisation.form
+        assert quantization is not None
+        form = quantization.form
         with contextlib.redirect_stdout(sys.stderr):  # its progress bars: stdout is data
             ov_model = nncf.quantize(
-                ov_model, nncf.Dataset([row[None] for row in quantisation.calibration]),
-                model_type={"transformer": nncf.ModelType.TRANSFORMER, None: None}[form.model_type], subset_size=len(quantisation.calibration),
-                preset=None if form.model_type else nncf.QuantizationPreset.PERFORMANCE, ignored_scope=_ignored(ov_model, quantisation, nncf),
+                ov_model, nncf.Dataset([row[None] for row in quantization.calibration]),
+                model_type={"transformer": nncf.ModelType.TRANSFORMER, None: None}[form.model_type], subset_size=len(quantization.calibration),
+                preset=None if form.model_type else nncf.QuantizationPreset.PERFORMANCE, ignored_scope=_ignored(ov_model, quantization, nncf),
                 advanced_parameters=nncf.AdvancedQuantizationParameters(
                     smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1),  # ours has been done, and folds
                     activations_range_estimator_params=_ranges(form.method),
@@ -57,13 +57,13 @@ def _ranges(method: str) -> Any:
     )
 
 
-def _ignored(ov_model: Any, quantisation: Quantisation, nncf: Any) -> Any:
+def _ignored(ov_model: Any, quantization: Quantization, nncf: Any) -> Any:
     """What stays in float: residual additions unless the form takes them, and the layers that the policy names, by OpenVINO's
     names, which end in the ONNX node's output name."""
     outputs = {
         n.output[0]: n.name
-        for n in quantisation.calibrated.model.graph.node
-        if n.name in quantisation.float_layers
+        for n in quantization.calibrated.model.graph.node
+        if n.name in quantization.float_layers
     }
     found: dict[str, str] = {}
     for op in ov_model.get_ordered_ops():
@@ -73,7 +73,7 @@ def _ignored(ov_model: Any, quantisation: Quantisation, nncf: Any) -> Any:
                 while op.get_type_name() not in PRODUCTS:
                     op = op.input_value(0).get_node()
                 found[outputs[name]] = op.get_friendly_name()
-    if missing := quantisation.float_layers.keys() - found.keys():
+    if missing := quantization.float_layers.keys() - found.keys():
         raise EdgeclipError(
             "openvino",
             f"layers to keep in float were not found after conversion ({', '.join(sorted(missing))})",
@@ -81,7 +81,7 @@ def _ignored(ov_model: Any, quantisation: Quantisation, nncf: Any) -> Any:
         )
     names = [*found.values(), *_after_last_product(ov_model)]
     # NNCF would put residual additions and pooling into int8 too. validate=False: a tower may have none.
-    types = ["ReduceMean"] if quantisation.form.layers == "residual" else ["Add", "ReduceMean"]
+    types = ["ReduceMean"] if quantization.form.layers == "residual" else ["Add", "ReduceMean"]
     return nncf.IgnoredScope(names=names, types=types, validate=False)
 
 

@@ -61,7 +61,7 @@ def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
             bundle.manifest["text"]["context_length"],
         )
         disk.write_text(folder / "tokenizer.json", words.to_str())
-        same = ("target", "preprocess", "logit_scale", "licences", "versions")
+        same = ("target", "preprocess", "logit_scale", "licenses", "versions")
         parents = {
             **bundle.manifest["parents"],
             "bundle": disk.sha256(bundle_folder / disk.MANIFEST),
@@ -189,7 +189,7 @@ def _scores(
         lines += [
             "added = Mul(alpha, f_att)",
             "sum = Add(u, added)",
-            "v = LpNormalization<axis=1, p=2>(sum)" if head.normalise else "v = Identity(sum)",
+            "v = LpNormalization<axis=1, p=2>(sum)" if head.normalize else "v = Identity(sum)",
         ]
     lines += [
         "w_t = Transpose<perm=[1, 0]>(w)",

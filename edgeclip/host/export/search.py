@@ -1,9 +1,9 @@
 """Search until it holds: the fastest int8 form, measured on this machine, among those that keep the answers.
 
 Every form that the target lists (range method, smoothing, layer set, model type) is written as it would ship, opened in
-its own runtime and compared with the float student on training pictures that gave no ranges. Of those inside the
+its own runtime and compared with the float student on training images that gave no ranges. Of those inside the
 tolerance the fastest is chosen; within 5 % the more exact one. Where none holds, the layers of the best form are ranked
-by the damage that quantising each alone does, and the worst go back to float, by bisection, until the tolerance holds.
+by the damage that quantizing each alone does, and the worst go back to float, by bisection, until the tolerance holds.
 
 A target is refused (exit 3) when it cannot hold the tolerance with `min_int8_share` of the multiply-accumulates left in
 int8, or when it is not `min_speedup` times as fast as float32 in the same runtime. Speed is measured only where this
@@ -28,9 +28,9 @@ from edgeclip.device.runtime import open_session
 from edgeclip.device.target import Calibration, Target
 from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
-from edgeclip.host.export.calibration import Pictures
+from edgeclip.host.export.calibration import CalibrationImages
 from edgeclip.host.graph import policy
-from edgeclip.host.graph.policy import Form, Quantisation
+from edgeclip.host.graph.policy import Form, Quantization
 from edgeclip.progress import say
 
 ROUNDS, QUERIES = 15, 4
@@ -39,7 +39,7 @@ BATCH = 16
 
 
 class Candidate(NamedTuple):
-    quantisation: Quantisation
+    quantization: Quantization
     run: Callable[[np.ndarray], np.ndarray]
     row: dict[str, Any]
     """its line of the frontier, JSON-able"""
@@ -51,26 +51,26 @@ class Task(NamedTuple):
     """What stays the same for all candidates."""
 
     model: onnx.ModelProto
-    pictures: Pictures
+    images: CalibrationImages
     target: Target
     exporter: Any
     answers: Callable[[np.ndarray], np.ndarray] | None
-    """[n, D] features to the class index each picture gets; None where the student has no labels"""
+    """[n, D] features to the class index each image gets; None where the student has no labels"""
     reference: np.ndarray
     folder: Path
 
 
 def search(
     model: onnx.ModelProto,
-    pictures: Pictures,
+    images: CalibrationImages,
     target: Target,
     exporter: Any,
     answers: Callable[[np.ndarray], np.ndarray] | None,
-    learnt: Quantisation | None = None,
-) -> tuple[Quantisation, dict[str, Any]]:
+    learned: Quantization | None = None,
+) -> tuple[Quantization, dict[str, Any]]:
     """The map to ship, and its record with the frontier. Raises `Refused` where no map holds what the target asks.
 
-    learnt: the map of a student that was trained with this target's rounding: it alone is tried, as it is.
+    learned: the map of a student that was trained with this target's rounding: it alone is tried, as it is.
     """
     spec = target.calibration
     assert spec is not None
@@ -78,30 +78,30 @@ def search(
     with tempfile.TemporaryDirectory() as temporary:
         task = Task(
             model,
-            pictures,
+            images,
             target,
             exporter,
             answers,
-            policy.features(model, pictures.judged),
+            policy.features(model, images.judged),
             Path(temporary),
         )
-        tried = [_try(task, learnt, 0)] if learnt else list[Candidate]()
-        if learnt and tried[0].short:
+        tried = [_try(task, learned, 0)] if learned else list[Candidate]()
+        if learned and tried[0].short:
             raise Refused(
-                "distill.quantize",
-                f"the student that learnt with rounding does not hold: {'; '.join(tried[0].short)}",
-                "train it longer (distill.epochs)",
+                "qat",
+                f"the student that learned with rounding does not hold: {'; '.join(tried[0].short)}",
+                "train it longer (qat.epochs)",
             )
         outer: dict[str, float] | None = None
         forms = (
             []
-            if learnt
+            if learned
             else itertools.product(spec.methods, spec.smoothing, spec.layers, spec.model_types)
         )
         for form in (Form(*values) for values in forms):
             found = policy.choose(
                 model,
-                pictures.ranges,
+                images.ranges,
                 form,
                 outer,
                 spec,
@@ -118,7 +118,7 @@ def search(
             raise EdgeclipError("calibration", what, "add null to smoothing, all to layers")
         holding = [c for c in tried if not c.short]
         if not holding:
-            best = max(tried, key=lambda c: c.row["centred_cosine_mean"])
+            best = max(tried, key=lambda c: c.row["centered_cosine_mean"])
             more = _give_back(task, best, spec, len(tried))
             tried += more
             holding = [c for c in more if not c.short][-1:]
@@ -132,64 +132,61 @@ def search(
             or ("slower, or less exact at the same speed" if float_ms else "less exact")
         )
     _refuse(chosen, target, spec, float_ms)
-    record = chosen.quantisation.record() | {
-        "judged_on": len(pictures.judged),
+    record = chosen.quantization.record() | {
+        "judged_on": len(images.judged),
         "judged_in": _judged_in(target),
         "latency_ms_float": float_ms,
-        "learnt": learnt is not None,
+        "learned": learned is not None,
     }
-    return chosen.quantisation, record | {"frontier": [c.row for c in tried]}
+    return chosen.quantization, record | {"frontier": [c.row for c in tried]}
 
 
-def _try(task: Task, quantisation: Quantisation, number: int) -> Candidate:
+def _try(task: Task, quantization: Quantization, number: int) -> Candidate:
     folder = task.folder / str(number)
     folder.mkdir()
-    path = folder / task.exporter.write(task.model, task.target, quantisation, folder)
+    path = folder / task.exporter.write(task.model, task.target, quantization, folder)
     run = _session(task.target, path)
     found = np.concatenate(
-        [
-            run(task.pictures.judged[i : i + BATCH])
-            for i in range(0, len(task.pictures.judged), BATCH)
-        ]
+        [run(task.images.judged[i : i + BATCH]) for i in range(0, len(task.images.judged), BATCH)]
     )
     close, tolerance, spec = (
         cosine(found, task.reference),
         task.target.tolerance,
         task.target.calibration,
     )
-    least = max(tolerance.centred_cosine_p1, spec.judged_cosine_p1 if spec else 0.0)
+    least = max(tolerance.centered_cosine_p1, spec.judged_cosine_p1 if spec else 0.0)
     same, where_right = None, None
     if task.answers is not None:
         answers, reference = task.answers(found), task.answers(task.reference)
         same, where_right = (
             agreement(answers, reference),
-            agreement(answers, reference, reference == task.pictures.labels),
+            agreement(answers, reference, reference == task.images.labels),
         )
     row: dict[str, Any] = {
-        **quantisation.form._asdict(),
-        "float_layers": len(quantisation.float_layers),
-        "int8_share_of_macs": quantisation.int8_share,
-        "centred_cosine_mean": policy.centred_cosine(found, task.reference),
-        "centred_cosine_p1": close["centred_p1"],
+        **quantization.form._asdict(),
+        "float_layers": len(quantization.float_layers),
+        "int8_share_of_macs": quantization.int8_share,
+        "centered_cosine_mean": policy.centered_cosine(found, task.reference),
+        "centered_cosine_p1": close["centered_p1"],
         "top1_agreement": same,
         "agreement_where_right": where_right,
         "bytes": sum(f.stat().st_size for f in folder.iterdir()),
         "latency_ms": None,
     }
     short = []
-    if not close["centred_p1"] >= least:  # not a number is short too
-        short.append(f"centred cosine p1 {close['centred_p1']:.4f}, below {least}")
+    if not close["centered_p1"] >= least:  # not a number is short too
+        short.append(f"centered cosine p1 {close['centered_p1']:.4f}, below {least}")
     short += short_of_agreement(tolerance, same, where_right)
-    form = ", ".join(str(v) for v in quantisation.form if v is not None)
+    form = ", ".join(str(v) for v in quantization.form if v is not None)
     say(
-        f"{form}, {row['float_layers']} layers in float: int8 share {quantisation.int8_share:.3f}, centred cosine p1 {close['centred_p1']:.4f}"
+        f"{form}, {row['float_layers']} layers in float: int8 share {quantization.int8_share:.3f}, centered cosine p1 {close['centered_p1']:.4f}"
         + "".join(
             f", {what} {v:.4f}"
             for what, v in (("top-1 agreement", same), ("where right", where_right))
             if v is not None
         )
     )
-    return Candidate(quantisation, run, row, short)
+    return Candidate(quantization, run, row, short)
 
 
 def _give_back(task: Task, best: Candidate, spec: Calibration, number: int) -> list[Candidate]:
@@ -197,17 +194,17 @@ def _give_back(task: Task, best: Candidate, spec: Calibration, number: int) -> l
 
     The most that the int8 share allows is tried first: where even that fails, nothing between can hold.
     """
-    q = best.quantisation
+    q = best.quantization
     alone = policy.damage(
         q.calibrated,
         q.nodes,
-        task.pictures.ranges[: policy.PROBES],
+        task.images.ranges[: policy.PROBES],
         "damage of each layer",
         q.reduce_range,
     )
     worst = sorted(q.nodes, key=alone.__getitem__)
 
-    def given(count: int) -> Quantisation:
+    def given(count: int) -> Quantization:
         back = {n: round(alone[n], 4) for n in worst[:count]}
         return policy.of_layers(
             q.form, q.calibration, q.calibrated, {**q.float_layers, **back}, q.reduce_range
@@ -220,9 +217,9 @@ def _give_back(task: Task, best: Candidate, spec: Calibration, number: int) -> l
     if tried[0].short:
         raise Refused(
             task.target.runtime,
-            f"int8 does not hold: with the {len(tried[0].quantisation.float_layers)} worst layers in float (int8 share {tried[0].quantisation.int8_share:.3f}) "
+            f"int8 does not hold: with the {len(tried[0].quantization.float_layers)} worst layers in float (int8 share {tried[0].quantization.int8_share:.3f}) "
             + "; ".join(tried[0].short),
-            "take a float16 or float32 target, distil with quantize, or lower the tolerance in a target of your own",
+            "take a float16 or float32 target, distil with `qat`, or lower the tolerance in a target of your own",
         )
     low, high = 0, most  # low fails, high holds
     while high - low > 1:
@@ -247,7 +244,7 @@ def _time(task: Task, candidates: list[Candidate]) -> float | None:
         _session(plain, folder / task.exporter.write(task.model, plain, None, folder)),
         *(c.run for c in candidates),
     ]
-    x = task.pictures.judged[:1]
+    x = task.images.judged[:1]
     laps: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for run, own in zip(runs, laps, strict=True):
@@ -274,11 +271,11 @@ def _pick(holding: list[Candidate], measured: bool) -> Candidate:
     if measured:
         limit = SAME_SPEED * min(c.row["latency_ms"] for c in holding)
         holding = [c for c in holding if c.row["latency_ms"] <= limit]
-    return max(holding, key=lambda c: c.row["centred_cosine_p1"])
+    return max(holding, key=lambda c: c.row["centered_cosine_p1"])
 
 
 def _refuse(chosen: Candidate, target: Target, spec: Calibration, float_ms: float | None) -> None:
-    share = chosen.quantisation.int8_share
+    share = chosen.quantization.int8_share
     do = "take a float16 or float32 target, or lower the limit in a target of your own"
     if share < spec.min_int8_share:
         raise Refused(

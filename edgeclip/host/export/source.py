@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk
-from edgeclip.device.pictures import Picture, digest, index_folder, index_tar
+from edgeclip.device.images import ImageRef, digest, index_folder, index_tar
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
 from edgeclip.errors import EdgeclipError
@@ -37,19 +37,19 @@ class Source(NamedTuple):
     """[N, D], unit rows"""
     head: EduAttention | None
     logit_scale: float
-    calibration: Callable[[], list[Picture]]
-    """training pictures, with the labels that training may know; asked for by int8 targets only"""
+    calibration: Callable[[], list[ImageRef]]
+    """training images, with the labels that training may know; asked for by int8 targets only"""
     evaluation_hashes: Callable[[], set[str]]
-    """sha256 of the pictures that the student is evaluated on and did not see in training"""
-    golden: list[Picture]
-    """pictures that ship with the bundle as its proof"""
-    golden_licence: str
-    licences: dict[str, str]
+    """sha256 of the images that the student is evaluated on and did not see in training"""
+    golden: list[ImageRef]
+    """images that ship with the bundle as its proof"""
+    golden_license: str
+    licenses: dict[str, str]
     parents: dict[str, Any]
     vocabulary: list[str] | None = None
     """texts whose tokens, beside those of labels and templates, are all that the text encoder keeps; None: it keeps all"""
-    quantised: Path | None = None
-    """folder of the copy that learnt with an int8 target's rounding; None: there is none"""
+    quantized: Path | None = None
+    """folder of the copy that learned with an int8 target's rounding; None: there is none"""
 
 
 def from_run(run: Path) -> Source:
@@ -58,7 +58,7 @@ def from_run(run: Path) -> Source:
     student, head, preprocess, description = students.load(run / "student")
     asked = recipe.of_run(run)
 
-    def training_pictures() -> list[Picture]:
+    def training_images() -> list[ImageRef]:
         # As the cache was asked to have them: nothing held out, and no label that stage 1 had not.
         from edgeclip.host.distill.run import CACHE  # it imports this package
 
@@ -69,15 +69,15 @@ def from_run(run: Path) -> Source:
                 spec.root, f"there is no such folder for the data '{spec.name}'", moved
             )
         dataset = data.load(spec, CACHE)
-        labelled = {p.key for p in dataset.labelled}
-        return [p if p.key in labelled else p._replace(label=-1) for p in dataset.train]
+        labeled = {p.key for p in dataset.labeled}
+        return [p if p.key in labeled else p._replace(label=-1) for p in dataset.train]
 
     def load_text() -> TextTower:
         if own := students.load_text(run / "student"):
             return own
         if isinstance(
             asked.adapt, recipe.Prompts
-        ):  # the features were made with its learnt context, so words must get it too
+        ):  # the features were made with its learned context, so words must get it too
             return promptsrc.load_text(asked.teacher, asked.adapt, run / "teacher")
         return teachers.load_text(asked.teacher)
 
@@ -87,12 +87,12 @@ def from_run(run: Path) -> Source:
         record = disk.read_json(evaluation / "evaluation.json")
         if "held_out" in record:
             return set(record["held_out"])
-        pictures = index_tar(evaluation / "pictures.tar")  # a run of before: of those that it kept
-        return {digest(pictures[i]) for s in record["sets"] if not s.get("seen") for i in s["rows"]}
+        images = index_tar(evaluation / "images.tar")  # a run of before: of those that it kept
+        return {digest(images[i]) for s in record["sets"] if not s.get("seen") for i in s["rows"]}
 
     manifest = disk.read_manifest(evaluation, "evaluation")
-    there = (run / "quantised" / disk.MANIFEST).exists()
-    learnt = {"quantised": disk.sha256(run / "quantised" / disk.MANIFEST)} if there else {}
+    there = (run / "quantized" / disk.MANIFEST).exists()
+    learned = {"quantized": disk.sha256(run / "quantized" / disk.MANIFEST)} if there else {}
     return Source(
         image_encoder=student,
         preprocess=preprocess,
@@ -102,21 +102,21 @@ def from_run(run: Path) -> Source:
         class_features=np.load(run / "student" / "class_features.npy"),
         head=head.numpy() if head is not None and head.spec.keep else None,
         logit_scale=description["logit_scale"],
-        calibration=training_pictures,
+        calibration=training_images,
         evaluation_hashes=evaluation_hashes,
-        golden=index_tar(evaluation / "pictures.tar")[:8],
-        golden_licence=manifest["licence"],
-        licences=description["licences"],
+        golden=index_tar(evaluation / "images.tar")[:8],
+        golden_license=manifest["license"],
+        licenses=description["licenses"],
         parents={
             "student": disk.sha256(run / "student" / disk.MANIFEST),
             **description["parents"],
-            **learnt,
+            **learned,
         },
-        quantised=run / "quantised" if learnt else None,
+        quantized=run / "quantized" if learned else None,
     )
 
 
-class _Normalised(nn.Module):
+class _Normalized(nn.Module):
     def __init__(self, tower: nn.Module):
         super().__init__()
         self.tower = tower
@@ -138,9 +138,9 @@ def from_model(
     import open_clip
     import timm
 
-    pictures = index_folder(images) if images else []
-    if images and not pictures:
-        raise EdgeclipError(images, "has no pictures", "give a folder of .jpg, .png or .webp")
+    photos = index_folder(images) if images else []
+    if images and not photos:
+        raise EdgeclipError(images, "has no images", "give a folder of .jpg, .png or .webp")
     load_text: Callable[[], TextTower] | None
     spec: OpenClip | Timm
     if name in open_clip.list_models() or name.endswith(".json"):
@@ -149,7 +149,7 @@ def from_model(
             model=Path(name).stem if config else name, weights=weights_name, config=config
         )
         if not text:
-            return _image_side(spec, labels, pictures)
+            return _image_side(spec, labels, photos)
         teacher = open_clip_teacher.load(spec)
         templates = ["a photo of a {c}"]
         features = (
@@ -189,7 +189,7 @@ def from_model(
         )
         templates, load_text, scale = [], None, 1.0
     return Source(
-        image_encoder=_Normalised(encoder).eval(),
+        image_encoder=_Normalized(encoder).eval(),
         preprocess=preprocess,
         load_text=load_text,
         labels=labels,
@@ -197,23 +197,23 @@ def from_model(
         class_features=class_features,
         head=None,
         logit_scale=scale,
-        calibration=lambda: pictures,
+        calibration=lambda: photos,
         evaluation_hashes=set,
-        golden=pictures[:8],
-        golden_licence="the user's own pictures",
-        licences={"model": "unknown", "data": "none"},
-        parents=_parents(spec, labels, pictures),
+        golden=photos[:8],
+        golden_license="the user's own images",
+        licenses={"model": "unknown", "data": "none"},
+        parents=_parents(spec, labels, photos),
     )
 
 
-def _image_side(spec: OpenClip, labels: list[str], pictures: list[Picture]) -> Source:
+def _image_side(spec: OpenClip, labels: list[str], images: list[ImageRef]) -> Source:
     """An open_clip model's image encoder alone: no labels, no text, for an index or where its tokenizer is not at hand."""
     if labels:
         raise EdgeclipError(
             "--labels", "need the text side to be baked", "drop --image-only, or the labels"
         )
     model, preprocess = weights.open_clip_model(spec)
-    encoder = _Normalised(open_clip_teacher.ImageTower(model)).eval()
+    encoder = _Normalized(open_clip_teacher.ImageTower(model)).eval()
     with torch.inference_mode():
         width = encoder(torch.zeros(1, 3, preprocess.size, preprocess.size)).shape[1]
     return Source(
@@ -225,23 +225,23 @@ def _image_side(spec: OpenClip, labels: list[str], pictures: list[Picture]) -> S
         class_features=np.zeros((0, width), np.float32),
         head=None,
         logit_scale=model.logit_scale.exp().item(),
-        calibration=lambda: pictures,
+        calibration=lambda: photos,
         evaluation_hashes=set,
-        golden=pictures[:8],
-        golden_licence="the user's own pictures",
-        licences={"model": "unknown", "data": "none"},
-        parents=_parents(spec, labels, pictures),
+        golden=images[:8],
+        golden_license="the user's own images",
+        licenses={"model": "unknown", "data": "none"},
+        parents=_parents(spec, labels, images),
     )
 
 
-def _parents(spec: OpenClip | Timm, labels: list[str], pictures: list[Picture]) -> dict[str, Any]:
+def _parents(spec: OpenClip | Timm, labels: list[str], images: list[ImageRef]) -> dict[str, Any]:
     """What the bundle is made of, by content: a file may be rewritten under its name."""
     return {
         "model": spec.model,
         "config": disk.fingerprint(getattr(spec, "config", None)),
         "weights": weights.source(spec.weights),
         "labels": disk.fingerprint(labels),
-        "images": disk.fingerprint([(p.key, digest(p)) for p in pictures]),
+        "images": disk.fingerprint([(p.key, digest(p)) for p in images]),
     }
 
 

@@ -17,25 +17,25 @@ from edgeclip.device.runtime import tensorrt_build
 from edgeclip.device.target import Target
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.export.lint import lint
-from edgeclip.host.export.onnxruntime import quantise
+from edgeclip.host.export.onnxruntime import quantize
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.float16 import to_fp16
-from edgeclip.host.graph.policy import Quantisation
+from edgeclip.host.graph.policy import Quantization
 
 E4M3_MAX = 448.0
 """the largest finite float8 E4M3"""
 
 
 def write(
-    model: onnx.ModelProto, target: Target, quantisation: Quantisation | None, folder: Path
+    model: onnx.ModelProto, target: Target, quantization: Quantization | None, folder: Path
 ) -> str:
-    """Writes the image encoder into `folder`, returns its file name. `quantisation` is given for int8 and fp8 targets."""
-    if quantisation is not None:
-        model = quantise(
-            quantisation.calibrated, quantisation.nodes, activations="int8", for_tensorrt=True
+    """Writes the image encoder into `folder`, returns its file name. `quantization` is given for int8 and fp8 targets."""
+    if quantization is not None:
+        model = quantize(
+            quantization.calibrated, quantization.nodes, activations="int8", for_tensorrt=True
         )
         if target.precision == "fp8":
-            model = to_fp8(model, quantisation.calibrated.model)
+            model = to_fp8(model, quantization.calibrated.model)
     path = folder / "image_encoder.onnx"
     graph.save(to_fp16(model), path)
     return path.name

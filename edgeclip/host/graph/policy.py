@@ -1,9 +1,9 @@
 """Which layers become int8 and how: one policy for ONNX Runtime, OpenVINO and TensorRT.
 
 Only convolutions and linear layers are candidates (`graph.matrix_products`). Residual additions, norms, softmax, GELU,
-the L2 norm and products of two activations stay in float. Of the candidates the first and the last few are quantised one
-at a time on the calibration pictures; a layer that alone moves the features too far goes back to float. Early layers of
-a small tower are the usual case: few channels, flat pictures, and every later layer amplifies the error. The measure is
+the L2 norm and products of two activations stay in float. Of the candidates the first and the last few are quantized one
+at a time on the calibration images; a layer that alone moves the features too far goes back to float. Early layers of
+a small tower are the usual case: few channels, flat images, and every later layer amplifies the error. The measure is
 the mean cosine after the reference's mean feature is taken away, since the raw one hides damage.
 
 Depthwise networks get their biases corrected: rounding a filter of nine weights shifts its output's mean, and nothing
@@ -19,16 +19,16 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.device import machine
-from edgeclip.device.metrics import l2_normalise
+from edgeclip.device.metrics import l2_normalize
 from edgeclip.device.target import Calibration, Target
 from edgeclip.errors import EdgeclipError
-from edgeclip.host.export.onnxruntime import Calibrated, calibrate, quantise
+from edgeclip.host.export.onnxruntime import Calibrated, calibrate, quantize
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.smooth import smooth
 from edgeclip.progress import track
 
 PROBES = 32
-"""calibration pictures a layer is judged on"""
+"""calibration images a layer is judged on"""
 
 
 class Form(NamedTuple):
@@ -40,7 +40,7 @@ class Form(NamedTuple):
     model_type: str | None
 
 
-class Quantisation(NamedTuple):
+class Quantization(NamedTuple):
     """A map that can be written for any runtime."""
 
     form: Form
@@ -50,7 +50,7 @@ class Quantisation(NamedTuple):
     nodes: list[str]
     """the layers that become int8"""
     float_layers: dict[str, float | None]
-    """the candidates that stay in float, with the centred cosine that quantising each alone leaves (null: left by choice of form)"""
+    """the candidates that stay in float, with the centered cosine that quantizing each alone leaves (null: left by choice of form)"""
     int8_share: float
     """of the candidates' multiply-accumulates"""
     reduce_range: bool
@@ -82,9 +82,9 @@ def reduced_range(target: Target) -> bool:
 
 
 def outer_layers(
-    calibrated: Calibrated, pictures: np.ndarray, spec: Calibration, reduce_range: bool = False
+    calibrated: Calibrated, images: np.ndarray, spec: Calibration, reduce_range: bool = False
 ) -> dict[str, float]:
-    """The first and last layers that alone leave less centred cosine than the target allows, each with what it leaves."""
+    """The first and last layers that alone leave less centered cosine than the target allows, each with what it leaves."""
     products = graph.matrix_products(calibrated.model)
     edge = (
         products
@@ -93,24 +93,24 @@ def outer_layers(
     )
     if not spec.probe_layers:
         return {}
-    found = damage(calibrated, edge, pictures[:PROBES], "sensitivity of outer layers", reduce_range)
+    found = damage(calibrated, edge, images[:PROBES], "sensitivity of outer layers", reduce_range)
     return {name: round(cosine, 4) for name, cosine in found.items() if cosine < spec.layer_cosine}
 
 
 def damage(
     calibrated: Calibrated,
     layers: list[str],
-    pictures: np.ndarray,
+    images: np.ndarray,
     what: str,
     reduce_range: bool = False,
 ) -> dict[str, float]:
-    """The centred cosine that quantising each layer alone leaves (U8S8, whatever the target: it ranks layers)."""
-    reference = features(calibrated.model, pictures)
+    """The centered cosine that quantizing each layer alone leaves (U8S8, whatever the target: it ranks layers)."""
+    reference = features(calibrated.model, images)
     return {
-        name: centred_cosine(
+        name: centered_cosine(
             features(
-                quantise(calibrated, [name], activations="uint8", reduce_range=reduce_range),
-                pictures,
+                quantize(calibrated, [name], activations="uint8", reduce_range=reduce_range),
+                images,
             ),
             reference,
         )
@@ -126,7 +126,7 @@ def choose(
     spec: Calibration,
     reduce_range: bool = False,
     own_bias: bool = True,
-) -> Quantisation | None:
+) -> Quantization | None:
     """The map of one form. float_layers: those of `outer_layers`, None to look for them here. calibration: float32 [n, 3, H, W].
 
     own_bias: correct biases here; NNCF does it by itself.
@@ -166,11 +166,11 @@ def of_layers(
     calibrated: Calibrated,
     float_layers: dict[str, float | None],
     reduce_range: bool,
-) -> Quantisation:
+) -> Quantization:
     products = graph.matrix_products(calibrated.model)
     macs = graph.macs(calibrated.model, products, calibration[:1])
     kept = [n for n in products if n not in float_layers]
-    return Quantisation(
+    return Quantization(
         form,
         calibration,
         calibrated,
@@ -184,7 +184,7 @@ def of_layers(
 def correct_bias(
     calibrated: Calibrated, nodes: list[str], calibration: np.ndarray, reduce_range: bool = False
 ) -> Calibrated:
-    """Takes from each convolution's bias what rounding its weights adds to its output's mean over the calibration pictures.
+    """Takes from each convolution's bias what rounding its weights adds to its output's mean over the calibration images.
 
     The shift is that of the layer alone, its input as the float network gives it: beside each convolution runs a second one
     with the rounding errors for weights, and the mean of what it puts out is the shift.
@@ -194,7 +194,7 @@ def correct_bias(
     constants, rounded = (
         graph.initializers(calibrated.model),
         graph.initializers(
-            quantise(calibrated, nodes, activations="int8", reduce_range=reduce_range)
+            quantize(calibrated, nodes, activations="int8", reduce_range=reduce_range)
         ),
     )
     wanted = set(nodes)
@@ -255,8 +255,8 @@ def features(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
     )
 
 
-def centred_cosine(features: np.ndarray, reference: np.ndarray) -> float:
+def centered_cosine(features: np.ndarray, reference: np.ndarray) -> float:
     mean = reference.mean(axis=0)
     return float(
-        (l2_normalise(features - mean) * l2_normalise(reference - mean)).sum(axis=1).mean()
+        (l2_normalize(features - mean) * l2_normalize(reference - mean)).sum(axis=1).mean()
     )

@@ -1,7 +1,7 @@
 """SmoothQuant on the graph, before any runtime sees it: outlier channels behind a LayerNorm move into the weights.
 
 A LayerNorm's scale and bias are divided by s and the rows of every product that reads it are multiplied by s, channel by
-channel, so the float function stays what it was while its activations become easy to quantise per tensor:
+channel, so the float function stays what it was while its activations become easy to quantize per tensor:
 
     s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)         (Xiao et al. 2023, equation 4)
 
@@ -21,7 +21,7 @@ BATCH = 16
 
 
 def smooth(
-    model: onnx.ModelProto, pictures: np.ndarray, alpha: float | None
+    model: onnx.ModelProto, images: np.ndarray, alpha: float | None
 ) -> onnx.ModelProto | None:
     """A smoothed copy (alpha None: the model itself); None where no LayerNorm feeds products alone, so that there is nothing to move."""
     if alpha is None:
@@ -30,7 +30,7 @@ def smooth(
     if not groups:
         return None
     model = copy.deepcopy(model)
-    largest = _largest(model, [norm.output[0] for norm, _ in groups], pictures)
+    largest = _largest(model, [norm.output[0] for norm, _ in groups], images)
     nodes = {n.name: n for n in model.graph.node}
     for norm, readers in groups:
         weights = {r.input[1]: graph.initializers(model)[r.input[1]] for r in readers}
@@ -89,10 +89,8 @@ def _readers(model: onnx.ModelProto, name: str) -> list[onnx.NodeProto]:
     return found
 
 
-def _largest(
-    model: onnx.ModelProto, names: list[str], pictures: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Of each tensor [..., C] its largest magnitude a channel [C] over the pictures."""
+def _largest(model: onnx.ModelProto, names: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
+    """Of each tensor [..., C] its largest magnitude a channel [C] over the images."""
     import onnxruntime as ort
 
     probe = onnx.ModelProto()
@@ -103,10 +101,10 @@ def _largest(
     )
     session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
     best: dict[str, np.ndarray] = {}
-    for at in range(0, len(pictures), BATCH):
+    for at in range(0, len(images), BATCH):
         for name, value in zip(
             names,
-            session.run(names, {session.get_inputs()[0].name: pictures[at : at + BATCH]}),
+            session.run(names, {session.get_inputs()[0].name: images[at : at + BATCH]}),
             strict=True,
         ):
             found = np.abs(value).reshape(-1, value.shape[-1]).max(axis=0)

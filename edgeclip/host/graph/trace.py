@@ -1,6 +1,6 @@
 """torch module to ONNX graph, in the form that every runtime here likes: few nodes, dynamic batch, old IR version.
 
-The legacy exporter is asked for by name: it is several times faster than the new one and honours opset 17. Multi-head
+The legacy exporter is asked for by name: it is several times faster than the new one and honors opset 17. Multi-head
 attention's fast path is switched off, it would leak a torch-only operator into the graph.
 """
 
@@ -87,7 +87,7 @@ def initializers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 def merge_pads(model: onnx.ModelProto) -> None:
     """Moves constant zero padding into the convolution that alone reads it.
 
-    TF-style SAME padding is exported as a Pad node; between quantised layers it would cost a copy of the tensor.
+    TF-style SAME padding is exported as a Pad node; between quantized layers it would cost a copy of the tensor.
     """
     constants = initializers(model)
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -135,7 +135,7 @@ def matrix_products(model: onnx.ModelProto) -> list[str]:
     """Names of the nodes that int8 is for: Conv, Gemm and MatMul with a constant weight.
 
     MatMuls of two activations (attention) stay in float: with asymmetric int8 a small ViT lost its accuracy under ONNX
-    Runtime's full optimisation only. Residual adds, norms, softmax and GELU are no matrix products.
+    Runtime's full optimization only. Residual adds, norms, softmax and GELU are no matrix products.
     """
     constants = initializers(model)
     return [n.name for n in model.graph.node if n.op_type in PRODUCTS and n.input[1] in constants]
@@ -155,7 +155,7 @@ def depthwise(model: onnx.ModelProto) -> list[str]:
 
 
 def macs(model: onnx.ModelProto, products: list[str], x: np.ndarray) -> dict[str, int]:
-    """Multiply-accumulates of one picture in each of `products`; x: an input [1, ...]."""
+    """Multiply-accumulates of one image in each of `products`; x: an input [1, ...]."""
     import onnxruntime as ort
 
     constants = initializers(model)
@@ -202,7 +202,7 @@ def after_last_product(model: onnx.ModelProto) -> list[str]:
 def int8_embeddings(model: onnx.ModelProto, rows: int = 256) -> onnx.ModelProto:
     """A copy in which every embedding table of at least `rows` rows is int8 with a scale for each row.
 
-    A row is dequantised after it is gathered, so nothing is computed in int8 and a token costs one multiplication more.
+    A row is dequantized after it is gathered, so nothing is computed in int8 and a token costs one multiplication more.
     Per row, because rare tokens keep small vectors: under one scale for all they would lose most of their bits.
     """
     constants = initializers(model)

@@ -42,22 +42,23 @@ from edgeclip.host.recipe.ingredients import (
 )
 from edgeclip.host.recipe.training import (
     KL,
+    QAT,
     Affinity,
     Bench,
-    Distill,
     Distribution,
     EduAttention,
-    First,
     IFAlign,
     Losses,
     MaskedFeature,
     Parity,
+    Pretrain,
     Train,
     Weighted,
 )
 
 __all__ = [
     "KL",
+    "QAT",
     "Adapt",
     "Affinity",
     "Bench",
@@ -65,11 +66,9 @@ __all__ = [
     "Csv",
     "Data",
     "DataFile",
-    "Distill",
     "Distribution",
     "EduAttention",
     "Embeddings",
-    "First",
     "Folders",
     "Fuse",
     "IFAlign",
@@ -78,6 +77,7 @@ __all__ = [
     "OpenClip",
     "OpenMoji",
     "Parity",
+    "Pretrain",
     "Prompts",
     "Recipe",
     "Reinforced",
@@ -109,22 +109,22 @@ class Recipe(Config):
     student: Student
     losses: Losses
     other_teachers: tuple[Teacher, ...] = ()
-    """further teachers of the same pictures (MobileCLIP, MST-KD): `kl` and `distribution` average the probabilities of all, each
+    """further teachers of the same images (MobileCLIP, MST-KD): `kl` and `distribution` average the probabilities of all, each
     with its own logit scale; the student lives in the first one's space, and whose classifier is assembled is adapted like it"""
     fuse: Fuse | None = None
     """the teachers' features side by side and one learned linear map into the first one's space, in place of the average"""
     evaluation_data: Data | None = None
     """another set to evaluate on, whose class list the KL uses when `data` has none; null: `data`'s own test part"""
     adapt_data: Data | None = None
-    """the labelled set of stage 1, with classes of its own (cross-dataset); null: `data`'s own labelled part"""
+    """the labeled set of stage 1, with classes of its own (cross-dataset); null: `data`'s own labeled part"""
     shifts: tuple[Data, ...] = ()
-    """further sets to evaluate on whose classes are among those of the evaluation, by name (domain generalisation)"""
+    """further sets to evaluate on whose classes are among those of the evaluation, by name (domain generalization)"""
     adapt: Adapt | None = None
     """null: the teacher is taken as it is"""
     views: Views = Views()
     train: Train = Train()
-    distill: Distill | None = None
-    """null: the student is quantised after training alone"""
+    qat: QAT | None = None
+    """null: the student is quantized after training alone"""
     parity: Parity = Parity()
     bench: Bench | None = None
     """a short run for this recipe's `bench`; null: the device profile's own minimum"""
@@ -253,11 +253,11 @@ def check(recipe: Recipe, where: object) -> None:
             "channels have no statistics that outlive a batch",
             "use axis: batch",
         )
-    if align and align.features == "head" and not align.normalise:
+    if align and align.features == "head" and not align.normalize:
         raise EdgeclipError(
             f"{where}: losses.if_align",
             "EduAttention's output has no raw form",
-            "use normalise: true, or features: image",
+            "use normalize: true, or features: image",
         )
     if losses.captions == "classes" and recipe.student.text:
         raise EdgeclipError(
@@ -269,7 +269,7 @@ def check(recipe: Recipe, where: object) -> None:
     if edu and edu.keep and (edu.query == "raw" or edu.axis == "batch"):
         raise EdgeclipError(
             f"{where}: losses.edu_attention",
-            "this reading needs more than one picture's unit feature",
+            "this reading needs more than one image's unit feature",
             "set keep: false",
         )
     if isinstance(recipe.adapt, ResidualHead) and not isinstance(recipe.teacher, Conse):
@@ -300,11 +300,11 @@ def check(recipe: Recipe, where: object) -> None:
             raise EdgeclipError(
                 f"{where}: {field}", "has both text and class_features", "give one of them"
             )
-        if isinstance(teacher, Embeddings) and losses.if_align and not losses.if_align.normalise:
+        if isinstance(teacher, Embeddings) and losses.if_align and not losses.if_align.normalize:
             raise EdgeclipError(
                 f"{where}: losses.if_align",
                 f"needs the teacher's norms, which {field} (kind: embeddings) has lost",
-                "use normalise: true",
+                "use normalize: true",
             )
     head = recipe.adapt
     if (

@@ -16,13 +16,13 @@ PositiveFloat = Annotated[float, Meta(gt=0.0)]
 
 
 class OpenMoji(Config, tag="openmoji", tag_field="kind"):
-    """OpenMoji's named pictures in two styles, from pip. Concepts are split into base, unlabelled and held out."""
+    """OpenMoji's named images in two styles, from pip. Concepts are split into base, unlabeled and held out."""
 
     name: str = "openmoji"
     size: Positive = 260
-    """pixels a side that the SVGs are rasterised to, once"""
+    """pixels a side that the SVGs are rasterized to, once"""
     split_seed: int = 0
-    unlabelled: Fraction = 0.15
+    unlabeled: Fraction = 0.15
     held_out: Fraction = 0.25
     templates: tuple[str, ...] = ("a photo of a {c}",)
 
@@ -46,7 +46,7 @@ class WebDataset(Config, tag="webdataset", tag_field="kind"):
     """prompt templates, {c} where the class's name goes; empty: those of zeroshot_classification_templates.txt below root"""
     protocol: Literal["zero_shot", "base_to_novel"] = "zero_shot"
     """base_to_novel: labels of the first half of the classes only (ceil(N/2)); both halves are scored apart"""
-    licence: str = "unknown"
+    license: str = "unknown"
 
 
 class Folders(Config, tag="folders", tag_field="kind"):
@@ -57,22 +57,22 @@ class Folders(Config, tag="folders", tag_field="kind"):
     test_fraction: Fraction = 0.2
     templates: tuple[str, ...] = ("a photo of a {c}",)
     protocol: Literal["zero_shot", "base_to_novel"] = "zero_shot"
-    licence: str = "unknown"
+    license: str = "unknown"
 
 
 class Csv(Config, tag="csv", tag_field="kind"):
-    """open_clip's CSV: a line a picture, with its path and its caption. Nothing in it is evaluated on: give evaluation_data."""
+    """open_clip's CSV: a line an image, with its path and its caption. Nothing in it is evaluated on: give evaluation_data."""
 
     name: str
     root: str
-    """folder of the pictures that the lines name, and of `file`"""
+    """folder of the images that the lines name, and of `file`"""
     file: str = "train.csv"
     separator: str = "\t"
     image: str = "filepath"
-    """column of the picture's path below root"""
+    """column of the image's path below root"""
     caption: str = "title"
     """column of its caption"""
-    licence: str = "unknown"
+    license: str = "unknown"
 
 
 Data = OpenMoji | WebDataset | Folders | Csv
@@ -100,7 +100,7 @@ class Conse(Config, tag="conse", tag_field="kind"):
     """of the ImageNet classes' texts; {c} is a class by all its synonyms"""
     temperature: PositiveFloat = 1.0
     """of the softmax over the ImageNet classes"""
-    centre_texts: bool = False
+    center_texts: bool = False
     """true: the anchors' mean is taken from every text as it is from the anchors; texts of one prompt share most of their feature"""
     logit_scale: PositiveFloat = 20.0
     """cosines are multiplied by this before a softmax (1 / temperature)"""
@@ -117,7 +117,7 @@ class OpenClip(Config, tag="open_clip", tag_field="kind"):
     its open_clip_config.json holds (that as model_cfg, and preprocess_cfg)"""
     seed: int = 0
     """of `weights: random`"""
-    licence: str = "unknown"
+    license: str = "unknown"
 
 
 class Embeddings(Config, tag="embeddings", tag_field="kind"):
@@ -127,25 +127,25 @@ class Embeddings(Config, tag="embeddings", tag_field="kind"):
     root: str
     """folder of img_emb/, metadata/ and, where a loss needs captions, text_emb/"""
     key: str = "image_path"
-    """metadata column that names a row's picture"""
+    """metadata column that names a row's image"""
     join: Literal["key", "name", "stem"] = "key"
-    """what of that and of the data's picture key must be equal: all of it, the file name, the file name without suffixes"""
+    """what of that and of the data's image key must be equal: all of it, the file name, the file name without suffixes"""
     partial: bool = False
-    """true: pictures without a row are left out and counted; false: they are an error"""
+    """true: images without a row are left out and counted; false: they are an error"""
     text: OpenClip | None = None
     """the same model, for class names and for the bundle's text encoder; null: class_features, or no class at all"""
     class_features: str | None = None
     """.npy file [N, D] of a feature a class, in the data's class order, instead of `text`'s"""
     logit_scale: PositiveFloat = 100.0
     """the model's, already exponentiated"""
-    licence: str = "unknown"
+    license: str = "unknown"
 
 
 class Reinforced(Config, tag="reinforced", tag_field="kind"):
     """One teacher of MobileCLIP's reinforced shards (DataCompDR, DFNDR): stored views, several captions. No teacher is run."""
 
     root: str
-    """folder of the shards; they may be those of the pictures, or apart"""
+    """folder of the shards; they may be those of the images, or apart"""
     shards: str = "*.tar"
     """glob below root"""
     columns: tuple[int, int] | None = None
@@ -154,21 +154,21 @@ class Reinforced(Config, tag="reinforced", tag_field="kind"):
     image_size: Positive = 224
     """pixels a side of the teacher's input, which TranslateX and TranslateY were measured in"""
     join: Literal["key", "name", "stem"] = "name"
-    """what of a sample's and of a picture's key (<shard>/<uid>) must be equal"""
+    """what of a sample's and of an image's key (<shard>/<uid>) must be equal"""
     text: OpenClip | None = None
     """as of kind: embeddings"""
     class_features: str | None = None
     """as of kind: embeddings"""
     logit_scale: PositiveFloat = 100.0
     """MobileCLIP 100; MobileCLIP2 70 and 60"""
-    licence: str = "unknown"
+    license: str = "unknown"
 
 
 Teacher = Conse | OpenClip | Embeddings | Reinforced
 
 
 class SelfTraining(Config):
-    """Of stage 1: pictures without labels learn from the head's own answers, balanced over the classes that are trained on.
+    """Of stage 1: images without labels learn from the head's own answers, balanced over the classes that are trained on.
 
     What is scored on those classes afterwards is transductive, for the teacher too.
     """
@@ -178,11 +178,11 @@ class SelfTraining(Config):
     start: Positive = 100
     """first step; until then there are labels only"""
     every: Positive = 20
-    """steps between two looks at all pictures"""
+    """steps between two looks at all images"""
 
 
 class ResidualHead(Config, tag="residual_head", tag_field="kind"):
-    """ComKD stage 1 for the assembled teacher: a residual head on its image rows, on labelled classes."""
+    """ComKD stage 1 for the assembled teacher: a residual head on its image rows, on labeled classes."""
 
     hidden: Positive = 512
     dropout: Fraction = 0.0
@@ -193,7 +193,7 @@ class ResidualHead(Config, tag="residual_head", tag_field="kind"):
     toward_unadapted: NonNegative = 1.0
     """weight of 1 - cosine to the unadapted features, which keeps classes without labels from suffering"""
     self_training: SelfTraining | None = None
-    """null: labelled pictures only"""
+    """null: labeled images only"""
 
 
 class Fuse(Config):
@@ -207,7 +207,7 @@ class Fuse(Config):
 
 
 class Prompts(Config, tag="prompts", tag_field="kind"):
-    """ComKD stage 1 for an open_clip ViT teacher: PromptSRC's prompts in both encoders (METHODS 1.3, 5.1), on labelled
+    """ComKD stage 1 for an open_clip ViT teacher: PromptSRC's prompts in both encoders (METHODS 1.3, 5.1), on labeled
     classes. The towers stay frozen. The defaults are PromptKD's configuration of its ViT-L/14 teacher; momentum and weight
     decay are not published with it, they are the usual ones."""
 
@@ -218,7 +218,7 @@ class Prompts(Config, tag="prompts", tag_field="kind"):
     text_init: str = "a photo of a"
     """whose token embeddings the text prompts of the first block start from; all other prompts start random"""
     shots: Positive | None = None
-    """labelled pictures a class, drawn by the recipe's seed; null: all of them"""
+    """labeled images a class, drawn by the recipe's seed; null: all of them"""
     epochs: Positive = 20
     warmup_epochs: Annotated[int, Meta(ge=0)] = 1
     """at warmup_lr throughout; the cosine follows"""
@@ -233,7 +233,7 @@ class Prompts(Config, tag="prompts", tag_field="kind"):
     text_weight: NonNegative = 25.0
     """of the same between prompted class features and the frozen template ensemble"""
     logit_weight: NonNegative = 1.0
-    """of KL(frozen || prompted) over the labelled classes, divided by pictures and classes"""
+    """of KL(frozen || prompted) over the labeled classes, divided by images and classes"""
     average_mean: float = 15.0
     """the prompts that are kept average those after each epoch, with Gaussian weights around this epoch (from 1)"""
     average_std: PositiveFloat = 1.0
@@ -247,12 +247,12 @@ Adapt = ResidualHead | Prompts
 
 
 class Views(Config):
-    """K reproducible views a picture: their explicit parameters are stored, not seeds."""
+    """K reproducible views an image: their explicit parameters are stored, not seeds."""
 
     count: Positive = 2
-    """view 0 is the plain centre square, the others are random resized crops"""
+    """view 0 is the plain center square, the others are random resized crops"""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.0)
-    """of the picture's area"""
+    """of the image's area"""
     ratio: tuple[PositiveFloat, PositiveFloat] = (0.8, 1.25)
     """width by height"""
     flip: Fraction = 0.5
@@ -317,7 +317,7 @@ class Student(Config):
     """a larger ViT that a ViT tower takes its weights from (TinyCLIP): every (L_t // L_s)-th layer, leading slices; of an
     open_clip model the image tower is taken; null: the tower's own weights"""
     stem: Stem | None = None
-    """null: a ViT's own patch embedding; else the tower must be a ViT of timm, and pictures are prepared as the stem's CNN wants them"""
+    """null: a ViT's own patch embedding; else the tower must be a ViT of timm, and images are prepared as the stem's CNN wants them"""
     share: Share | None = None
     """shared blocks for a ViT tower, after it has its weights; null: every block its own"""
     text: OpenClip | None = None

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from edgeclip import config, disk
-from edgeclip.device.pictures import index_folder
+from edgeclip.device.images import index_folder
 from edgeclip.errors import EdgeclipError
 
 TEMPLATE = """\

@@ -1,4 +1,4 @@
-"""How a student is trained and measured: losses, schedule, parity pictures, a short benchmark."""
+"""How a student is trained and measured: losses, schedule, parity images, a short benchmark."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ from edgeclip.host.recipe.ingredients import Fraction, NonNegative, Positive, Po
 
 
 class KL(Config):
-    """Equation 8: KL(softmax(q_t / tau) || softmax(q_s / tau)) over the class list of the training pictures."""
+    """Equation 8: KL(softmax(q_t / tau) || softmax(q_s / tau)) over the class list of the training images."""
 
     weight: NonNegative = 1.0
     temperature: PositiveFloat = 1.0
@@ -22,8 +22,8 @@ class IFAlign(Config):
 
     weight: NonNegative = 100.0
     axis: Literal["batch", "tokens", "channels"] = "batch"
-    """A1: over the batch, a channel each; over the channels, a picture each; tokens are not in a cache, so that reading is refused"""
-    normalise: bool = True
+    """A1: over the batch, a channel each; over the channels, an image each; tokens are not in a cache, so that reading is refused"""
+    normalize: bool = True
     """A2: of unit features; false: of the features before their norm is divided out, on both sides"""
     reduction: Literal["mean", "sum"] = "mean"
     """A3: of the L1 norm over the channels; sum is D times mean"""
@@ -48,7 +48,7 @@ class EduAttention(Config):
     """A7: of the softmax"""
     residual: Literal["student", "teacher"] = "student"
     """A8: what equation 7 adds to in training; at inference it is the student's, for there is no other"""
-    normalise: bool = True
+    normalize: bool = True
     """A10: unit rows before the class scores"""
     learn_alpha: bool = True
     """false: alpha stays 0, which is PromptKD"""
@@ -88,11 +88,11 @@ class Losses(Config):
     if_align: IFAlign | None = None
     edu_attention: EduAttention | None = None
     cross_entropy: Weighted | None = None
-    """hard labels, of the pictures that have one"""
+    """hard labels, of the images that have one"""
     prototype: Weighted | None = None
-    """CLIP-Embed-KD: class prototypes made of the teacher's features of the labelled pictures"""
+    """CLIP-Embed-KD: class prototypes made of the teacher's features of the labeled images"""
     teacher_match: Weighted | None = None
-    """CLIP-Embed-KD's live-teacher counterpart: each picture finds its own teacher feature in the batch"""
+    """CLIP-Embed-KD's live-teacher counterpart: each image finds its own teacher feature in the batch"""
     contrastive: Weighted | None = None
     """InfoNCE"""
     affinity: Affinity | None = None
@@ -114,11 +114,11 @@ class Losses(Config):
     xrd: Weighted | None = None
     """CLIP-RD: cross relational distillation"""
     captions: Literal["data", "classes"] = "data"
-    """the text of a picture for losses that need one: its own caption; or the prompts of its class, of its label where the
+    """the text of an image for losses that need one: its own caption; or the prompts of its class, of its label where the
     teacher had it and of the adapted teacher's first choice elsewhere (so no label is seen that is not to be seen)"""
 
 
-class First(Config):
+class Pretrain(Config):
     """First training (Pea-KD): the whole student learns the teacher's plain answers before the full loss starts."""
 
     epochs: Positive = 1
@@ -131,12 +131,12 @@ class Train(Config):
     """steps on frozen tower features first, so that the new projector's noise does not reach the tower's weights"""
     warmup_batch_size: Positive = 128
     warmup_lr: NonNegative = 2e-3
-    first: First | None = None
-    """after the projector's warm-up, with an optimiser and a learning rate course of its own; null: the full loss at once"""
+    pretrain: Pretrain | None = None
+    """after the projector's warm-up, with an optimizer and a learning rate course of its own; null: the full loss at once"""
     epochs: Annotated[int, Meta(ge=0)] = 1
-    """over all pictures, one view each, all weights trained"""
+    """over all images, one view each, all weights trained"""
     batch_size: Positive = 64
-    """pictures of a step, over all processes and parts"""
+    """images of a step, over all processes and parts"""
     lr: NonNegative = 5e-4
     tower_lr_ratio: NonNegative = 1.0
     """the tower's learning rate (visual prompts included) over the projector's"""
@@ -150,11 +150,11 @@ class Train(Config):
     scales) never decay"""
     freeze_batch_norm: bool = False
     """keep the pretrained tower's batch-norm statistics (its weights are trained all the same): a small set's batches
-    have other statistics than those its filters were learnt with"""
+    have other statistics than those its filters were learned with"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu; which it was is printed and recorded"""
     threads: Positive = 2
-    """that decode pictures, of each process"""
+    """that decode images, of each process"""
     accumulate: Positive = 1
     """parts that a process's share of the batch passes the towers in; the losses see the whole batch all the same, for the price
     of one more forward. Batch norms inside the towers see a part"""
@@ -169,10 +169,10 @@ class Train(Config):
 
 
 class Parity(Config):
-    """What `validate` compares on: pictures that the run keeps, with the fp32 student's features of them."""
+    """What `validate` compares on: images that the run keeps, with the fp32 student's features of them."""
 
-    max_pictures: Positive = 10_000
-    """at most so many of the evaluation pictures, by a fixed seed"""
+    max_images: Positive = 10_000
+    """at most so many of the evaluation images, by a fixed seed"""
 
 
 class Bench(Config):
@@ -180,11 +180,11 @@ class Bench(Config):
     min_query_count: Positive = 1024
 
 
-class Distill(Config):
+class QAT(Config):
     """What follows stage 2."""
 
-    quantize: str
+    target: str
     """an int8 target of onnxruntime or tensorrt, by name or path: a copy of the student learns on with that target's rounding,
-    and `export` to that target writes the copy with its learnt scales; the float student stays what it was"""
+    and `export` to that target writes the copy with its learned scales; the float student stays what it was"""
     epochs: Positive = 1
     lr: NonNegative = 1e-4

@@ -35,7 +35,7 @@ class TextTower:
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
     name: str
-    licence: str
+    license: str
     identity: dict[str, Any]
     """decides the rows: weights and architecture, for the cache's fingerprint"""
     preprocess: Preprocess
@@ -45,11 +45,11 @@ class Teacher:
     tower: Any
     """module, pixels [B, 3, H, W] to rows [B, R]; None: its rows were computed elsewhere"""
     features: Callable[[Float[Tensor, "B R"]], Float[Tensor, "B D"]]
-    """rows to image features, not normalised"""
+    """rows to image features, not normalized"""
     encode_text: Callable[[list[str]], Float[Tensor, "N D"]]
     """texts to unit features"""
     text: TextTower | None = None
-    """the module behind encode_text, where stage 1 can put prompts into it; None: texts are not tokenised here"""
+    """the module behind encode_text, where stage 1 can put prompts into it; None: texts are not tokenized here"""
     source: R.Embeddings | R.Reinforced | None = None
     """where its rows come from when it has no tower"""
     class_features: np.ndarray | None = None

@@ -16,7 +16,7 @@ from edgeclip.host.recipe import Conse, Timm
 from edgeclip.host.teachers import Teacher, TextTower, sentence
 from edgeclip.host.towers import weights
 
-ANCHORS = "all synonyms, centred"
+ANCHORS = "all synonyms, centered"
 """Part of the teacher's identity: change it with the anchors, or an old cache is taken for a new one."""
 
 
@@ -37,16 +37,16 @@ class ConseTower(nn.Module):
         return torch.cat([pooled, probability @ self.anchors], dim=-1)
 
 
-class Centred(nn.Module):
-    """input_ids [N, L] to unit features [N, D] of an encoder, less `centre`."""
+class Centered(nn.Module):
+    """input_ids [N, L] to unit features [N, D] of an encoder, less `center`."""
 
-    def __init__(self, encoder: nn.Module, centre: Float[Tensor, "D"]):
+    def __init__(self, encoder: nn.Module, center: Float[Tensor, "D"]):
         super().__init__()
         self.encoder = encoder
-        self.centre = nn.Buffer(centre)
+        self.center = nn.Buffer(center)
 
     def forward(self, input_ids: Int[Tensor, "N L"]) -> Float[Tensor, "N D"]:
-        return F.normalize(self.encoder(input_ids) - self.centre, dim=-1)
+        return F.normalize(self.encoder(input_ids) - self.center, dim=-1)
 
 
 def load(spec: Conse) -> Teacher:
@@ -56,11 +56,11 @@ def load(spec: Conse) -> Teacher:
     )
     encoder, words = sentence.load(weights.pip_file(spec.text.removeprefix("pip:")))
     anchors = _anchors(spec, encoder, words)
-    centre = anchors.mean(dim=0)
-    text = _text_tower(spec, encoder, words, centre)
+    center = anchors.mean(dim=0)
+    text = _text_tower(spec, encoder, words, center)
     return Teacher(
         name=f"{spec.classifier} + MiniLM joined by ConSE (not CLIP)",
-        licence="EfficientNet-Lite and all-MiniLM-L6-v2: Apache-2.0",
+        license="EfficientNet-Lite and all-MiniLM-L6-v2: Apache-2.0",
         identity={
             "kind": "conse",
             "classifier": spec.classifier,
@@ -69,12 +69,12 @@ def load(spec: Conse) -> Teacher:
             "anchors": ANCHORS,
             "anchor_prompt": spec.anchor_prompt,
             "temperature": spec.temperature,
-            "centre_texts": spec.centre_texts,
+            "center_texts": spec.center_texts,
         },
         preprocess=preprocess,
         logit_scale=spec.logit_scale,
         embed_dim=sentence.WIDTH,
-        tower=ConseTower(classifier, anchors - centre, spec.temperature)
+        tower=ConseTower(classifier, anchors - center, spec.temperature)
         .eval()
         .to(memory_format=torch.channels_last),
         features=lambda rows: rows[:, -sentence.WIDTH :],
@@ -85,14 +85,14 @@ def load(spec: Conse) -> Teacher:
 
 def load_text(spec: Conse) -> TextTower:
     encoder, words = sentence.load(weights.pip_file(spec.text.removeprefix("pip:")))
-    centre = _anchors(spec, encoder, words).mean(dim=0) if spec.centre_texts else None
-    return _text_tower(spec, encoder, words, centre)
+    center = _anchors(spec, encoder, words).mean(dim=0) if spec.center_texts else None
+    return _text_tower(spec, encoder, words, center)
 
 
 def _text_tower(
-    spec: Conse, encoder: nn.Module, words: str, centre: Float[Tensor, "D"] | None
+    spec: Conse, encoder: nn.Module, words: str, center: Float[Tensor, "D"] | None
 ) -> TextTower:
-    module = Centred(encoder, centre) if spec.centre_texts and centre is not None else encoder
+    module = Centered(encoder, center) if spec.center_texts and center is not None else encoder
     return TextTower(module=module.eval(), tokenizer=words, context_length=sentence.CONTEXT_LENGTH)
 
 

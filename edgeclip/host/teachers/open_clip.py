@@ -17,7 +17,7 @@ from edgeclip.host.towers import weights
 
 
 class ImageTower(nn.Module):
-    """open_clip's image tower: pixels [B, 3, H, W] to image features [B, D], not normalised."""
+    """open_clip's image tower: pixels [B, 3, H, W] to image features [B, D], not normalized."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -46,7 +46,7 @@ def load(spec: OpenClip) -> Teacher:
         embed_dim = text.module(torch.zeros(1, text.context_length, dtype=torch.long)).shape[1]
     return Teacher(
         name=f"open_clip {spec.model} ({spec.weights})",
-        licence=spec.licence,
+        license=spec.license,
         identity={
             "kind": "open_clip",
             "model": spec.model,

@@ -1,4 +1,4 @@
-"""Merge what inference does not need apart: re-parameterisable branches, batch norms into what precedes them, and the
+"""Merge what inference does not need apart: re-parameterizable branches, batch norms into what precedes them, and the
 padding that TF-style convolutions compute from their input's size, which is a constant here.
 
 The folded model is another model until it is shown to be the same one, so `fold` compares both before it returns.

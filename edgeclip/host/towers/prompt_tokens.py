@@ -75,7 +75,7 @@ def _embed_timm(vit: nn.Module, pixels: Tensor) -> Tensor:
 
 
 class PromptedTower(nn.Module):
-    """A ViT image tower with prompts [depth, length, W]: pixels [B, 3, H, W] to features [B, D], not normalised.
+    """A ViT image tower with prompts [depth, length, W]: pixels [B, 3, H, W] to features [B, D], not normalized.
 
     Raises `EdgeclipError` for a tower that is no ViT of open_clip or timm, or has fewer than `depth` blocks.
     """

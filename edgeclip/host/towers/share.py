@@ -46,7 +46,7 @@ class SharedBlocks(nn.Module):
         return tokens
 
     def fuse(self) -> nn.Sequential:
-        """The same passes as plain blocks, which a tracer takes; timm's re-parameterisation, and so `fold`, asks for it."""
+        """The same passes as plain blocks, which a tracer takes; timm's re-parameterization, and so `fold`, asks for it."""
         repeated = (
             [_exchanged(block) for block in self.unique] if self.shuffle else list(self.unique)
         )

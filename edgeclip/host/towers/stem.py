@@ -1,8 +1,8 @@
 """Early convolutions: a pretrained CNN's first stages in the place of a ViT's patch embedding.
 
-A vision transformer from random weights needs far more pictures than a small set has: its first layers must find out what
+A vision transformer from random weights needs far more images than a small set has: its first layers must find out what
 edges are. Here a CNN that knows gives a map of features, and the transformer starts from patches of that (timm's
-HybridEmbed; Xiao et al. 2021, arXiv 2106.14881; LeViT). The map is convolutional and is quantised, and its batch norms
+HybridEmbed; Xiao et al. 2021, arXiv 2106.14881; LeViT). The map is convolutional and is quantized, and its batch norms
 folded, like any other; the blocks behind it are the ViT's own.
 """
 

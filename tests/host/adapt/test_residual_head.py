@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from edgeclip.device.pictures import Picture
+from edgeclip.device.images import ImageRef
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.disk import MANIFEST
 from edgeclip.errors import EdgeclipError
@@ -21,7 +21,7 @@ SPEC = R.ResidualHead(
 )
 
 
-def toy(tmp_path, labelled):
+def toy(tmp_path, labeled):
     """A cache whose pooled features tell the class and whose unadapted features do not."""
     rng = np.random.default_rng(0)
     label = np.arange(64) % CLASSES
@@ -32,24 +32,24 @@ def toy(tmp_path, labelled):
         .astype(np.float16)
     )
     class_features = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0][:CLASSES].astype(np.float32)
-    pictures = [Picture(key=str(i), path=str(tmp_path), label=int(label[i])) for i in range(64)]
+    images = [ImageRef(key=str(i), path=str(tmp_path), label=int(label[i])) for i in range(64)]
     folder = tmp_path / "cache"
     cache = TeacherCache(
-        folder, {}, pictures, rows, np.zeros((64, 2, 5), np.float32), class_features, None
+        folder, {}, images, rows, np.zeros((64, 2, 5), np.float32), class_features, None
     )
     data = Dataset(
         name="toy",
-        train=pictures,
-        labelled=pictures if labelled else [],
+        train=images,
+        labeled=images if labeled else [],
         classes=list("abcd"),
         templates=("{c}",),
         train_classes=list(range(CLASSES)),
         evaluation=[],
-        licence="none",
+        license="none",
     )
     teacher = Teacher(
         name="toy",
-        licence="none",
+        license="none",
         identity={"kind": "toy"},
         preprocess=Preprocess(size=8, mean=(0, 0, 0), std=(1, 1, 1)),
         logit_scale=20.0,
@@ -65,9 +65,7 @@ def accuracy(teacher, cache, data):
     u = F.normalize(
         teacher.features(torch.from_numpy(cache.rows[:, 0].astype(np.float32))), dim=-1
     ).numpy()
-    return (
-        np.argmax(u @ cache.class_features.T, axis=1) == [p.label for p in cache.pictures]
-    ).mean()
+    return (np.argmax(u @ cache.class_features.T, axis=1) == [p.label for p in cache.images]).mean()
 
 
 def test_the_head_starts_as_the_unadapted_teacher():
@@ -76,8 +74,8 @@ def test_the_head_starts_as_the_unadapted_teacher():
     torch.testing.assert_close(head(rows), F.normalize(rows[:, -DIM:], dim=-1), rtol=0, atol=0)
 
 
-def test_it_learns_the_labelled_classes_and_the_head_is_read_back(tmp_path):
-    teacher, cache, data = toy(tmp_path, labelled=True)
+def test_it_learns_the_labeled_classes_and_the_head_is_read_back(tmp_path):
+    teacher, cache, data = toy(tmp_path, labeled=True)
     assert accuracy(teacher, cache, data) < 0.6
     adapted = adapt(teacher, cache, data, SPEC, 0, tmp_path / "teacher")
     assert accuracy(adapted, cache, data) == 1.0
@@ -89,7 +87,7 @@ def test_it_learns_the_labelled_classes_and_the_head_is_read_back(tmp_path):
 
 
 def test_a_head_of_other_data_is_refused(tmp_path):
-    teacher, cache, data = toy(tmp_path, labelled=True)
+    teacher, cache, data = toy(tmp_path, labeled=True)
     adapt(teacher, cache, data, SPEC, 0, tmp_path / "teacher")
     with pytest.raises(EdgeclipError, match="of other data"):
         adapt(
@@ -105,7 +103,7 @@ def test_a_head_of_other_data_is_refused(tmp_path):
 def test_the_pull_keeps_it_at_the_unadapted_teacher(tmp_path):
     from msgspec.structs import replace
 
-    teacher, cache, data = toy(tmp_path, labelled=True)
+    teacher, cache, data = toy(tmp_path, labeled=True)
     rows = torch.from_numpy(cache.rows[:, 0].astype(np.float32))
 
     def moved(pull):
@@ -132,7 +130,7 @@ def test_balanced_leaves_a_label_and_a_fair_table_alone():
     skewed = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.9, 0.1], [0.8, 0.2]])
     p = balanced(skewed, rounds=500)
     torch.testing.assert_close(p[0], skewed[0])
-    # three rows share what the labelled one leaves: one unit of the first class, two of the second; odds ratios stay
+    # three rows share what the labeled one leaves: one unit of the first class, two of the second; odds ratios stay
     torch.testing.assert_close(p.sum(dim=0), torch.tensor([2.0, 2.0]), rtol=1e-3, atol=1e-3)
     odds = p[1:, 0] / p[1:, 1]
     torch.testing.assert_close(
@@ -143,22 +141,22 @@ def test_balanced_leaves_a_label_and_a_fair_table_alone():
 def test_self_training_learns_classes_that_have_no_labels(tmp_path):
     from msgspec.structs import replace
 
-    teacher, cache, data = toy(tmp_path, labelled=True)
+    teacher, cache, data = toy(tmp_path, labeled=True)
     # of the two classes without labels the unadapted teacher always prefers the last, though less where it is wrong
     w = cache.class_features
     lean = np.array(
-        [0.3 * w[p.label] + (0.4 * w[3] if p.label > 1 else 0) for p in cache.pictures], np.float16
+        [0.3 * w[p.label] + (0.4 * w[3] if p.label > 1 else 0) for p in cache.images], np.float16
     )
     rows = np.concatenate([cache.rows[..., :WIDTH], np.repeat(lean[:, None], 2, axis=1)], axis=2)
     cache = cache._replace(rows=rows)
-    data = data._replace(labelled=[p for p in data.labelled if p.label < 2])
+    data = data._replace(labeled=[p for p in data.labeled if p.label < 2])
 
     def novel(spec):
         adapted = adapt(teacher, cache, data, spec, 0, tmp_path / str(spec.self_training))
         u = F.normalize(
             adapted.features(torch.from_numpy(rows[:, 0].astype(np.float32))), dim=-1
         ).numpy()
-        label = np.array([p.label for p in cache.pictures])
+        label = np.array([p.label for p in cache.images])
         answers = np.argmax(u @ w.T, axis=1)
         return (answers[label > 1] == label[label > 1]).mean()
 
@@ -167,11 +165,11 @@ def test_self_training_learns_classes_that_have_no_labels(tmp_path):
     assert novel(own) > 0.95 > novel(plain)
 
 
-def test_self_training_without_unlabelled_pictures_is_refused(tmp_path):
+def test_self_training_without_unlabeled_images_is_refused(tmp_path):
     from msgspec.structs import replace
 
-    teacher, cache, data = toy(tmp_path, labelled=True)
-    with pytest.raises(EdgeclipError, match=r"adapt\.self_training.*every picture"):
+    teacher, cache, data = toy(tmp_path, labeled=True)
+    with pytest.raises(EdgeclipError, match=r"adapt\.self_training.*every image"):
         adapt(
             teacher,
             cache,
@@ -183,7 +181,7 @@ def test_self_training_without_unlabelled_pictures_is_refused(tmp_path):
 
 
 def test_without_labels_it_says_so_and_leaves_nothing(tmp_path):
-    teacher, cache, data = toy(tmp_path, labelled=False)
-    with pytest.raises(EdgeclipError, match="no labelled pictures"):
+    teacher, cache, data = toy(tmp_path, labeled=False)
+    with pytest.raises(EdgeclipError, match="no labeled images"):
         adapt(teacher, cache, data, SPEC, 0, tmp_path / "teacher")
     assert not (tmp_path / "teacher" / MANIFEST).exists()

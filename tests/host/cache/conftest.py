@@ -2,12 +2,12 @@
 
 import pytest
 
-from tests.support.images import picture
+from tests.support.images import toy_image
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(12):
-        picture(i, 20 + i, 30 - i).save(tmp_path / "pictures" / f"{i:02d}.png")
-    return tmp_path / "pictures"
+        toy_image(i, 20 + i, 30 - i).save(tmp_path / "images" / f"{i:02d}.png")
+    return tmp_path / "images"

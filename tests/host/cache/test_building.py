@@ -19,13 +19,13 @@ from edgeclip.host import cache
 from edgeclip.host.cache import assemble, building
 from edgeclip.host.recipe import Views
 from tests.support.files import snapshot
-from tests.support.images import encoded, picture
+from tests.support.images import encoded, toy_image
 from tests.support.toy_cache import build, dataset, teacher
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(building, "SHARD_PICTURES", (4, 4))
+    monkeypatch.setattr(building, "SHARD_IMAGES", (4, 4))
 
 
 def partial(tmp_path):
@@ -68,7 +68,7 @@ def test_shards_make_one_array(tmp_path, folder):
         parts.rows[index, view]
         == np.stack([parts.rows[int(i)][v] for i, v in zip(index, view, strict=True)])
     ).all()
-    assert [p.key for p in parts.pictures] == sorted(p.name for p in folder.iterdir())
+    assert [p.key for p in parts.images] == sorted(p.name for p in folder.iterdir())
 
 
 def test_rows_are_unit_and_their_norms_lie_beside(tmp_path, folder):
@@ -92,7 +92,7 @@ def test_an_interrupted_build_goes_on_at_its_first_unfinished_shard(tmp_path, fo
     resumed, fresh = build(tmp_path, dataset(folder)), None
     assert len(made) == 1
     monkeypatch.undo()
-    monkeypatch.setattr(building, "SHARD_PICTURES", (4, 4))
+    monkeypatch.setattr(building, "SHARD_IMAGES", (4, 4))
     fresh = build(tmp_path / "fresh", dataset(folder))
     assert snapshot(resumed.folder) == snapshot(fresh.folder) and [
         p.name for p in (tmp_path / "cache").iterdir()
@@ -318,14 +318,14 @@ def test_a_damaged_cache_is_refused_by_name(tmp_path, folder, damage):
 
 
 def test_stored_views_that_no_longer_give_their_rows_are_refused(tmp_path, folder, monkeypatch):
-    """The pictures are repainted between the last shard and the replay."""
+    """The images are repainted between the last shard and the replay."""
     finish = assemble._finish
 
     def repainted(*arguments):
         for i in range(12):
             path = folder / f"{i:02d}.png"
             size = path.stat().st_size
-            content = encoded(picture(900 + i, 20 + i, 30 - i))
+            content = encoded(toy_image(900 + i, 20 + i, 30 - i))
             path.write_bytes(content + b"\0" * max(0, size - len(content)))
         finish(*arguments)
 
@@ -344,7 +344,7 @@ def test_inspect_says_what_is_inside(tmp_path, folder):
     found = inspect(made.folder, verify=True)
     json.dumps(found)
     assert (
-        found["pictures"],
+        found["images"],
         found["views"],
         found["width"],
         found["shards"],

@@ -10,19 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeclip.device.preprocess import normalise
+from edgeclip.device.preprocess import normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache
 from edgeclip.host.recipe import Views
 from tests.support.files import snapshot
-from tests.support.images import picture, truncated_jpeg
+from tests.support.images import toy_image, truncated_jpeg
 from tests.support.toy_cache import SPEC, D, Tower, build, dataset, encode_text, teacher
 
 SIZES = [(100, 60), (60, 100), (33, 33), (500, 20), (7, 90)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_view_lies_inside_the_picture(size):
+def test_every_view_lies_inside_the_image(size):
     spec = Views(count=50, scale=(0.1, 1.0), ratio=(0.5, 2.0))
     left, top, width, height, flip = cache.draw_views(*size, spec, random.Random(0)).T
     assert (left >= 0).all()
@@ -48,7 +48,7 @@ def test_areas_and_ratios_are_those_asked_for():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_view_0_is_the_centre_square(size):
+def test_view_0_is_the_center_square(size):
     side = min(size)
     assert cache.draw_views(*size, Views(count=2), random.Random(7))[0].tolist() == [
         round((size[0] - side) / 2),
@@ -59,24 +59,24 @@ def test_view_0_is_the_centre_square(size):
     ]
 
 
-def test_replaying_view_0_is_resizing_the_centre_square():
+def test_replaying_view_0_is_resizing_the_center_square():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8))
     spec = msgspec.structs.replace(SPEC, size=15)
-    found = cache.replay(image, cache.draw_views(100, 60, Views(), random.Random(0))[0], spec)
+    found = cache.apply_view(image, cache.draw_views(100, 60, Views(), random.Random(0))[0], spec)
     expected = np.asarray(image.crop((20, 0, 80, 60)).resize((15, 15), Image.Resampling.BICUBIC))
     assert (
         found[:, 3:-3] == expected[:, 3:-3]
     ).all()  # at its rim the filter may look beyond the box
-    square = picture(3, 40, 40)
+    square = toy_image(3, 40, 40)
     assert (
-        cache.replay(square, np.array([0, 0, 40, 40, 0]), SPEC)
+        cache.apply_view(square, np.array([0, 0, 40, 40, 0]), SPEC)
         == np.asarray(square.resize((8, 8), Image.Resampling.BICUBIC))
     ).all()
 
 
 def test_a_flipped_view_is_the_mirror_of_the_plain_one():
-    image, box = picture(1, 50, 30), [3.5, 2.0, 20.25, 17.0]
-    plain, flipped = (cache.replay(image, np.array([*box, f]), SPEC) for f in (0, 1))
+    image, box = toy_image(1, 50, 30), [3.5, 2.0, 20.25, 17.0]
+    plain, flipped = (cache.apply_view(image, np.array([*box, f]), SPEC) for f in (0, 1))
     assert (flipped == plain[:, ::-1]).all() and (flipped != plain).any()
 
 
@@ -84,9 +84,11 @@ def test_rows_are_the_towers_answers_to_the_stored_views(tmp_path, folder):
     made = build(tmp_path, dataset(folder))
     assert made.rows.shape == (12, 3, D) and made.rows.first.dtype == np.float16
     for i in (0, 7):
-        with Image.open(made.pictures[i].path) as image:
-            pixels = np.stack([cache.replay(image.convert("RGB"), v, SPEC) for v in made.views[i]])
-        expected = Tower()(torch.from_numpy(normalise(pixels, SPEC))).numpy()
+        with Image.open(made.images[i].path) as image:
+            pixels = np.stack(
+                [cache.apply_view(image.convert("RGB"), v, SPEC) for v in made.views[i]]
+            )
+        expected = Tower()(torch.from_numpy(normalize(pixels, SPEC))).numpy()
         np.testing.assert_allclose(made.rows[i], expected, atol=1e-3)
 
 
@@ -105,7 +107,7 @@ def test_captions_are_encoded_where_a_loss_needs_them(tmp_path, folder):
     assert build(tmp_path, dataset(folder)).caption_features is None
     made = build(tmp_path, dataset(folder), captions=True)
     np.testing.assert_allclose(
-        made.caption_features[:][:, 0], encode_text([p.caption for p in made.pictures]), atol=1e-3
+        made.caption_features[:][:, 0], encode_text([p.caption for p in made.images]), atol=1e-3
     )
 
 
@@ -161,36 +163,34 @@ def test_changed_captions_are_another_cache(tmp_path, folder):
     assert first.folder != second.folder
 
 
-def test_a_changed_picture_is_another_cache(tmp_path, folder):
+def test_a_changed_image_is_another_cache(tmp_path, folder):
     first = build(tmp_path, dataset(folder))
-    picture(77, 20, 30).save(folder / "00.png")
+    toy_image(77, 20, 30).save(folder / "00.png")
     assert build(tmp_path, dataset(folder)).folder != first.folder
 
 
-def test_one_unreadable_picture_in_a_hundred_is_skipped_and_named(tmp_path, folder):
+def test_one_unreadable_image_in_a_hundred_is_skipped_and_named(tmp_path, folder):
     for i in range(100):
         shutil.copy(folder / "00.png", folder / f"x{i:03d}.png")
     truncated_jpeg(folder / "half.jpg")
     made = build(tmp_path, dataset(folder))
-    assert (
-        len(made.pictures) == len(made.rows) == len(made.views) == made.manifest["pictures"] == 112
-    )
-    assert all(p.key != "half.jpg" for p in made.pictures)
+    assert len(made.images) == len(made.rows) == len(made.views) == made.manifest["images"] == 112
+    assert all(p.key != "half.jpg" for p in made.images)
     assert len(made.manifest["skipped"]) == 1 and "half.jpg" in made.manifest["skipped"][0]
-    with Image.open(made.pictures[-1].path) as image:  # rows still belong to their pictures
-        pixels = cache.replay(image.convert("RGB"), made.views[-1, 0], SPEC)[None]
+    with Image.open(made.images[-1].path) as image:  # rows still belong to their images
+        pixels = cache.apply_view(image.convert("RGB"), made.views[-1, 0], SPEC)[None]
     np.testing.assert_allclose(
-        made.rows[-1, 0], Tower()(torch.from_numpy(normalise(pixels, SPEC)))[0], atol=1e-3
+        made.rows[-1, 0], Tower()(torch.from_numpy(normalize(pixels, SPEC)))[0], atol=1e-3
     )
 
 
 def test_more_than_one_percent_unreadable_is_refused_and_nothing_is_left(tmp_path, folder):
     truncated_jpeg(folder / "half.jpg")
-    with pytest.raises(EdgeclipError, match=r"1 of 13 pictures are unreadable.*half\.jpg"):
+    with pytest.raises(EdgeclipError, match=r"1 of 13 images are unreadable.*half\.jpg"):
         build(tmp_path, dataset(folder))
     assert snapshot(tmp_path / "cache") == {} if (tmp_path / "cache").exists() else True
 
 
-def test_no_picture_at_all_is_a_users_error(tmp_path, folder):
-    with pytest.raises(EdgeclipError, match="no pictures to train on"):
+def test_no_image_at_all_is_a_users_error(tmp_path, folder):
+    with pytest.raises(EdgeclipError, match="no images to train on"):
         build(tmp_path, dataset(folder)._replace(train=[]))

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from edgeclip import disk
-from edgeclip.device.metrics import hits, l2_normalise
-from edgeclip.device.pictures import index_folder
+from edgeclip.device.images import index_folder
+from edgeclip.device.metrics import hits, l2_normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache, teachers
 from edgeclip.host import recipe as R
@@ -24,7 +24,7 @@ from edgeclip.host.data import Dataset
 from tests.support import toy_cache
 from tests.support.command import mistake, run
 from tests.support.files import write
-from tests.support.images import encoded, picture
+from tests.support.images import encoded, toy_image
 from tests.support.tiny_recipe import RECIPE
 
 D, COUNT = 16, 24
@@ -37,7 +37,7 @@ def unit(count, seed=0):
 
 
 def embeddings(root, keys=KEYS, texts=True, shards=3):
-    """A folder in clip-retrieval's layout, rows in another order than the pictures."""
+    """A folder in clip-retrieval's layout, rows in another order than the images."""
     order = np.random.default_rng(1).permutation(len(keys))
     images, captions = unit(len(keys)), unit(len(keys), 2)
     for s, part in enumerate(np.array_split(order, shards)):
@@ -59,7 +59,7 @@ def photos(tmp_path):
     for i in range(COUNT):
         path = tmp_path / "photos" / "part" / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(picture(i)))
+        path.write_bytes(encoded(toy_image(i)))
     return tmp_path / "photos"
 
 
@@ -83,9 +83,9 @@ def build(tmp_path, root, photos, captions=False, classes=(), **fields):
     )
 
 
-def test_every_picture_finds_its_row_and_its_caption(tmp_path, photos):
+def test_every_image_finds_its_row_and_its_caption(tmp_path, photos):
     made = build(tmp_path, embeddings(tmp_path / "theirs"), photos, captions=True)
-    assert made.rows.shape == (COUNT, 1, D) and [p.key for p in made.pictures] == KEYS
+    assert made.rows.shape == (COUNT, 1, D) and [p.key for p in made.images] == KEYS
     index = np.array([5, 0, 23, 11])
     assert (made.rows[index, np.zeros(4, int)] == unit(COUNT)[index]).all()
     assert (made.caption_features[index, np.zeros(4, int)] == unit(COUNT, 2)[index]).all()
@@ -93,11 +93,13 @@ def test_every_picture_finds_its_row_and_its_caption(tmp_path, photos):
     assert again.folder == made.folder
 
 
-def test_its_view_is_the_centre_square_of_whatever_size(tmp_path, photos):
+def test_its_view_is_the_center_square_of_whatever_size(tmp_path, photos):
     made = build(tmp_path, embeddings(tmp_path / "theirs"), photos)
-    image, spec = picture(3, 50, 30), toy_cache.SPEC
-    centre = cache.draw_views(50, 30, R.Views(count=1), random.Random(0))[0]
-    assert (cache.replay(image, made.views[3, 0], spec) == cache.replay(image, centre, spec)).all()
+    image, spec = toy_image(3, 50, 30), toy_cache.SPEC
+    center = cache.draw_views(50, 30, R.Views(count=1), random.Random(0))[0]
+    assert (
+        cache.apply_view(image, made.views[3, 0], spec) == cache.apply_view(image, center, spec)
+    ).all()
 
 
 @pytest.mark.parametrize(
@@ -112,20 +114,20 @@ def test_keys_may_agree_by_name_or_stem(tmp_path, photos, join, keys):
     assert (made.rows[np.arange(COUNT), np.zeros(COUNT, int)] == unit(COUNT)).all()
     with pytest.raises(
         EdgeclipError,
-        match=r"24 of 24 pictures have no row \(first: 'part/00.png'; a row's image_path is '.*'\); set teacher.key and",
+        match=r"24 of 24 images have no row \(first: 'part/00.png'; a row's image_path is '.*'\); set teacher.key and",
     ):
         build(tmp_path, tmp_path / "theirs", photos)
 
 
-def test_pictures_without_a_row_are_left_out_only_when_asked(tmp_path, photos):
+def test_images_without_a_row_are_left_out_only_when_asked(tmp_path, photos):
     root = embeddings(tmp_path / "theirs", KEYS[:20])
-    with pytest.raises(EdgeclipError, match=r"4 of 24 pictures have no row .*or partial: true"):
+    with pytest.raises(EdgeclipError, match=r"4 of 24 images have no row .*or partial: true"):
         build(tmp_path, root, photos)
     made = build(tmp_path, root, photos, partial=True)
-    assert [p.key for p in made.pictures] == KEYS[:20] and len(made.manifest["skipped"]) == 4
+    assert [p.key for p in made.images] == KEYS[:20] and len(made.manifest["skipped"]) == 4
 
 
-def test_teachers_are_joined_only_when_their_rows_are_of_the_same_pictures_and_views(
+def test_teachers_are_joined_only_when_their_rows_are_of_the_same_images_and_views(
     tmp_path, photos
 ):
     whole = build(tmp_path, embeddings(tmp_path / "theirs"), photos)
@@ -134,8 +136,8 @@ def test_teachers_are_joined_only_when_their_rows_are_of_the_same_pictures_and_v
     fewer = build(tmp_path, embeddings(tmp_path / "fewer", KEYS[1:]), photos, partial=True)
     moved = build(tmp_path, embeddings(tmp_path / "moved", KEYS[:-1]), photos, partial=True)
     for first, other, what in (
-        (whole, fewer, r"holds 23 pictures in 1 views, others than"),
-        (moved, fewer, "holds other pictures than"),
+        (whole, fewer, r"holds 23 images in 1 views, others than"),
+        (moved, fewer, "holds other images than"),
     ):
         with pytest.raises(EdgeclipError, match=what):
             cache.refuse_other_views(first, other)
@@ -201,7 +203,7 @@ text_encoder: false
 def shop(here, photos):
     (photos / "other").mkdir()
     for i in range(12):
-        (photos / "other" / f"{i:02d}.png").write_bytes(encoded(picture(50 + i)))
+        (photos / "other" / f"{i:02d}.png").write_bytes(encoded(toy_image(50 + i)))
     photos.rename(here / "photos")
     embeddings(here / "theirs", [*KEYS, *(f"other/{i:02d}.png" for i in range(12))])
     np.save(here / "classes.npy", unit(2, 9))
@@ -219,8 +221,8 @@ def test_a_student_is_distilled_with_no_teacher_ever_run(shop):
         np.array(disk.read_json(Path("runs/r/evaluation/evaluation.json"))["labels"]),
     )
     assert (
-        row["student"]["r1"]
-        == hits(features @ l2_normalise(np.load("classes.npy")).T, truth, 1).mean()
+        row["student"]["top1"]
+        == hits(features @ l2_normalize(np.load("classes.npy")).T, truth, 1).mean()
     )  # with the classes that were given
     assert run("distill", write(shop, TRAINS)).exit_code == 0  # the table says not measured
 
@@ -248,7 +250,7 @@ def test_what_a_loss_lacks_is_refused_by_name(shop):
     )
     mistake(
         "distill",
-        write(shop, TRAINS.replace("kl: {weight: 1}", "if_align: {normalise: false}")),
+        write(shop, TRAINS.replace("kl: {weight: 1}", "if_align: {normalize: false}")),
         says="losses.if_align: needs the teacher's norms",
     )
     (shop / "classes.npy").rename(shop / "other.npy")
@@ -368,7 +370,7 @@ def test_what_clip_retrievals_own_writer_wrote_is_a_teacher(theirs, tmp_path, ph
         tmp_path / "written",
     )
     found = inspect(tmp_path / "written")
-    assert (found["pictures"], found["width"], found["captions"], found["shards"]) == (
+    assert (found["images"], found["width"], found["captions"], found["shards"]) == (
         COUNT,
         D,
         1,
@@ -376,7 +378,7 @@ def test_what_clip_retrievals_own_writer_wrote_is_a_teacher(theirs, tmp_path, ph
     ) and "url" in found["data"]
     made = build(tmp_path, tmp_path / "written", photos, captions=True)
     every = np.arange(COUNT)
-    assert [p.key for p in made.pictures] == KEYS and (
+    assert [p.key for p in made.images] == KEYS and (
         made.rows[every, every * 0] == unit(COUNT)
     ).all()
     assert (made.caption_features[every, every * 0] == unit(COUNT, 2)).all()
@@ -386,10 +388,10 @@ def test_what_clip_retrievals_own_writer_wrote_is_a_teacher(theirs, tmp_path, ph
 def test_embedding_reader_reads_ours(theirs, tmp_path, folder, monkeypatch):
     from edgeclip.host.cache import building
 
-    monkeypatch.setattr(building, "SHARD_PICTURES", (1, 1))  # twelve shards: their names must sort
+    monkeypatch.setattr(building, "SHARD_IMAGES", (1, 1))  # twelve shards: their names must sort
     made = toy_cache.build(tmp_path, toy_cache.dataset(folder))
     width, keys = json.loads(theirs(READ, made.folder, tmp_path / "read.npy"))
-    assert width == toy_cache.D and keys == [p.key for p in made.pictures]
+    assert width == toy_cache.D and keys == [p.key for p in made.images]
     assert (
         np.load(tmp_path / "read.npy") == made.rows.unit(np.arange(12), np.zeros(12, int))
     ).all()

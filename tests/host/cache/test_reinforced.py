@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, RandAugment
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
-from edgeclip.device.pictures import index_tar
+from edgeclip.device.images import index_tar
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache, teachers
@@ -25,7 +25,7 @@ from edgeclip.host.student import token_ids
 from edgeclip.host.teachers.open_clip import clip_tokenizer_json
 from tests.support.command import mistake, run
 from tests.support.files import write
-from tests.support.images import add_member, encoded, picture
+from tests.support.images import add_member, encoded, toy_image
 
 K, SYNTHETIC, WIDTHS = 3, 2, (6, 4)
 
@@ -46,7 +46,7 @@ def sample(i, size=(60, 50)):
     return image, text, views, [f"synthetic {i} {c}" for c in range(SYNTHETIC)]
 
 
-def reinforced(path, ids, kind="npz", pictures=True, change=lambda i, name, content: content):
+def reinforced(path, ids, kind="npz", images=True, change=lambda i, name, content: content):
     """A shard; change: what is written instead of a member (None: nothing)."""
     with tarfile.open(path, "w") as tar:
         for i in ids:
@@ -71,9 +71,9 @@ def reinforced(path, ids, kind="npz", pictures=True, change=lambda i, name, cont
                 kind: rows,
             }
             members |= {"url.txt": b"http://x", "json": json.dumps({"uid": f"u{i}"}).encode()}
-            if pictures:
+            if images:
                 members |= {
-                    "jpg": encoded(picture(i, 60, 50), "JPEG"),
+                    "jpg": encoded(toy_image(i, 60, 50), "JPEG"),
                     "txt": f"caption {i}".encode(),
                 }
             for name, content in members.items():
@@ -120,7 +120,7 @@ def test_each_teacher_is_its_columns_of_every_view_and_caption(tmp_path, kind):
         np.testing.assert_allclose(second.rows[i], image[:, 6:], atol=atol)
         unit = text[:, :6] / np.linalg.norm(text[:, :6], axis=1, keepdims=True)
         np.testing.assert_allclose(first.caption_features[i], unit, atol=atol)
-    assert first.pictures[11].key == "dr1/u11" and first.views.shape == (12, K, 9)
+    assert first.images[11].key == "dr1/u11" and first.views.shape == (12, K, 9)
 
 
 def test_dfndrs_captioners_stand_apart(tmp_path):
@@ -160,15 +160,15 @@ def test_dfndrs_captioners_stand_apart(tmp_path):
         build(tmp_path, dataset(cut), cache_name="another")
 
 
-def test_the_shards_may_lie_apart_from_the_pictures_and_in_another_order(tmp_path):
-    pictures = reinforced(
-        tmp_path / "pictures.tar",
+def test_the_shards_may_lie_apart_from_the_images_and_in_another_order(tmp_path):
+    images = reinforced(
+        tmp_path / "images.tar",
         range(9),
         change=lambda i, name, content: content if name in ("jpg", "txt") else None,
     )
-    reinforced(tmp_path / "dr0.tar", [8, 3, 5, 1, 0, 2, 7], pictures=False)
-    made = build(tmp_path, dataset(pictures))
-    assert [p.key for p in made.pictures] == [f"pictures/u{i}" for i in (8, 3, 5, 1, 0, 2, 7)]
+    reinforced(tmp_path / "dr0.tar", [8, 3, 5, 1, 0, 2, 7], images=False)
+    made = build(tmp_path, dataset(images))
+    assert [p.key for p in made.images] == [f"images/u{i}" for i in (8, 3, 5, 1, 0, 2, 7)]
     np.testing.assert_allclose(made.rows[1], sample(3)[0][:, :6], atol=2e-3)
 
 
@@ -186,12 +186,12 @@ def test_a_view_is_replayed_as_torchvision_made_it():
             expected, OPERATIONS[number], magnitude, InterpolationMode.NEAREST, None
         )
     assert (
-        cache.replay(image, view, Preprocess(size=224, mean=(0,) * 3, std=(1,) * 3))
+        cache.apply_view(image, view, Preprocess(size=224, mean=(0,) * 3, std=(1,) * 3))
         == np.asarray(expected)
     ).all()
-    smaller = cache.replay(image, view, Preprocess(size=112, mean=(0,) * 3, std=(1,) * 3)).astype(
-        float
-    )
+    smaller = cache.apply_view(
+        image, view, Preprocess(size=112, mean=(0,) * 3, std=(1,) * 3)
+    ).astype(float)
     at_half = np.asarray(expected.resize((112, 112), Image.Resampling.BOX)).astype(float)
     assert np.abs(smaller - at_half).mean() < 25 < np.abs(smaller[:, ::-1] - at_half).mean()
 
@@ -287,7 +287,7 @@ def test_damaged_shards_are_named(tmp_path):
     with pytest.raises(EdgeclipError, match=r"has two samples 'u0'"):
         build(tmp_path, data)
     reinforced(tar, range(40, 60))
-    with pytest.raises(EdgeclipError, match="has no sample of any picture of the data"):
+    with pytest.raises(EdgeclipError, match="has no sample of any image of the data"):
         build(tmp_path, data)
     reinforced(tar, range(6), change=lambda i, name, content: content)
     with pytest.raises(
@@ -321,7 +321,7 @@ def test_a_student_learns_from_both_teachers(here):
     for c in range(2):
         (here / "shop" / f"class {c}").mkdir(parents=True)
         for i in range(12):
-            (here / "shop" / f"class {c}" / f"{i}.png").write_bytes(encoded(picture(100 * c + i)))
+            (here / "shop" / f"class {c}" / f"{i}.png").write_bytes(encoded(toy_image(100 * c + i)))
     for name, width in (("first", 6), ("second", 4)):
         np.save(
             here / f"{name}.npy",
@@ -331,7 +331,7 @@ def test_a_student_learns_from_both_teachers(here):
     assert result.exit_code == 0, (result.output, result.exception)
     assert {"distribution", "affinity", "feature"} <= json.loads(result.stdout)["log"][-1].keys()
     found = json.loads(run("cache", "build", write(here, RECIPE), "--json").stdout)
-    assert [(c["pictures"], c["views"], c["width"], c["captions"]) for c in found] == [
+    assert [(c["images"], c["views"], c["width"], c["captions"]) for c in found] == [
         (9, K, 6, 3),
         (9, K, 4, 3),
     ]

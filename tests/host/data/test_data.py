@@ -2,18 +2,18 @@
 
 import pytest
 
-from edgeclip.device import pictures
+from edgeclip.device import images
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import data
 from edgeclip.host import recipe as R
 from tests.support.files import REPO
-from tests.support.images import encoded, picture
+from tests.support.images import encoded, toy_image
 from tests.support.optional import require
 from tests.support.webdataset import shard, webdataset
 
 
 def folders(tmp_path, classes=("apple pie", "b_c", "car", "dog", "egg"), count=40):
-    content = encoded(picture(0, 8, 8))
+    content = encoded(toy_image(0, 8, 8))
     for name in classes:
         (tmp_path / name).mkdir(parents=True)
         for i in range(count):
@@ -26,7 +26,7 @@ def test_folders_are_classes_and_photos_are_split(tmp_path):
     assert found.classes == ["apple pie", "b c", "car", "dog", "egg"] and found.templates == (
         "a photo of a {c}",
     )
-    test = found.evaluation[0].pictures
+    test = found.evaluation[0].images
     train, tested = {p.key for p in found.train}, {p.key for p in test}
     assert not train & tested
     assert len(train | tested) == 200
@@ -41,10 +41,10 @@ def test_a_photo_keeps_its_part_when_others_come(tmp_path):
     spec = R.Folders(name="f", root=str(folders(tmp_path)))
     before = {p.key for p in data.load(spec, tmp_path).train}
     folders(tmp_path, ("fig",))
-    (tmp_path / "car" / "new.png").write_bytes(encoded(picture(9, 8, 8)))
+    (tmp_path / "car" / "new.png").write_bytes(encoded(toy_image(9, 8, 8)))
     after = data.load(spec, tmp_path)
     assert before <= {p.key for p in after.train} and not before & {
-        p.key for p in after.evaluation[0].pictures
+        p.key for p in after.evaluation[0].images
     }
 
 
@@ -57,7 +57,7 @@ def test_a_webdataset_is_read_in_numeric_order_with_labels_captions_and_template
         (1, "a dog"),
         (2, "a car"),
     ]
-    assert [p.label for p in found.evaluation[0].pictures] == [2, 1, 0] and found.evaluation[
+    assert [p.label for p in found.evaluation[0].images] == [2, 1, 0] and found.evaluation[
         0
     ].classes == [0, 1, 2]
 
@@ -97,16 +97,16 @@ def test_prompts_that_would_be_the_same_for_every_class_are_refused(tmp_path, te
 def test_base_to_novel_labels_the_first_half_only(tmp_path, n, base):
     root = folders(tmp_path, tuple("abcde"[:n]))
     found = data.load(R.Folders(name="f", root=str(root), protocol="base_to_novel"), tmp_path)
-    assert {p.label for p in found.labelled} == set(range(base)) and {
+    assert {p.label for p in found.labeled} == set(range(base)) and {
         p.label for p in found.train
     } == set(range(n))
     first, second = found.evaluation
     assert first.name == "base"
     assert first.classes == list(range(base))
-    assert {p.label for p in first.pictures} == set(range(base))
+    assert {p.label for p in first.images} == set(range(base))
     assert second.name == "novel"
     assert second.classes == list(range(base, n))
-    assert {p.label for p in second.pictures} == set(range(base, n))
+    assert {p.label for p in second.images} == set(range(base, n))
     assert "transductive" in second.note and "transductive" not in first.note
 
 
@@ -163,8 +163,8 @@ def test_a_held_out_concept_occurs_in_nothing_that_trains(openmoji):
     held = openmoji.evaluation[0]
     assert held.name == "held-out concepts" and held.headline
     concepts = set(held.classes)
-    assert len(concepts) == len(held.pictures) and {p.label for p in held.pictures} == concepts
-    assert not concepts & {p.label for p in openmoji.labelled}
+    assert len(concepts) == len(held.images) and {p.label for p in held.images} == concepts
+    assert not concepts & {p.label for p in openmoji.labeled}
     assert not concepts & {p.label for p in openmoji.train}
     assert not concepts & set(openmoji.train_classes)
     assert not {openmoji.classes[i] for i in concepts} & {
@@ -172,30 +172,28 @@ def test_a_held_out_concept_occurs_in_nothing_that_trains(openmoji):
     }
 
 
-def test_a_picture_that_is_scored_is_under_no_name_in_training(openmoji):
-    trained = {pictures.read(p) for p in openmoji.train}
+def test_a_image_that_is_scored_is_under_no_name_in_training(openmoji):
+    trained = {images.read(p) for p in openmoji.train}
     for scored in (s for s in openmoji.evaluation if not s.seen):
-        assert not trained & {pictures.read(p) for p in scored.pictures}, scored.name
+        assert not trained & {images.read(p) for p in scored.images}, scored.name
 
 
 def test_concepts_are_split_60_15_25_and_every_one_once(openmoji):
     sets = {s.name: s for s in openmoji.evaluation}
-    held, unlabelled, base = (
-        set(sets[n].classes) for n in ("held-out concepts", "unlabelled concepts", "line drawings")
+    held, unlabeled, base = (
+        set(sets[n].classes) for n in ("held-out concepts", "unlabeled concepts", "line drawings")
     )
     n = len(openmoji.classes)
-    assert n > 1500 and len(held) + len(unlabelled) + len(base) == n == len(
-        held | unlabelled | base
-    )
-    assert abs(len(held) / n - 0.25) < 1e-3 and abs(len(unlabelled) / n - 0.15) < 1e-3
-    assert {p.label for p in openmoji.labelled} <= base and "transductive" in sets[
-        "unlabelled concepts"
+    assert n > 1500 and len(held) + len(unlabeled) + len(base) == n == len(held | unlabeled | base)
+    assert abs(len(held) / n - 0.25) < 1e-3 and abs(len(unlabeled) / n - 0.15) < 1e-3
+    assert {p.label for p in openmoji.labeled} <= base and "transductive" in sets[
+        "unlabeled concepts"
     ].note
 
 
 def test_a_line_drawing_is_in_no_training(openmoji):
-    assert {p.key.split("/")[0] for p in openmoji.train} == {"colour"}
-    assert {p.key.split("/")[0] for p in openmoji.evaluation[2].pictures} == {
+    assert {p.key.split("/")[0] for p in openmoji.train} == {"color"}
+    assert {p.key.split("/")[0] for p in openmoji.evaluation[2].images} == {
         "line"
     } and openmoji.evaluation[2].shift
 
@@ -217,6 +215,6 @@ def test_the_shared_photos_load_base_to_novel(name):
     )
     train, test = (
         {p.path for p in part}
-        for part in (found.train, found.evaluation[0].pictures + found.evaluation[1].pictures)
+        for part in (found.train, found.evaluation[0].images + found.evaluation[1].images)
     )
     assert not train & test

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeclip.device.pictures import Picture, index_tar, read
-from edgeclip.device.preprocess import Preprocess, UnreadablePicture, normalise
+from edgeclip.device.images import ImageRef, index_tar, read
+from edgeclip.device.preprocess import Preprocess, UnreadableImage, normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache, data
 from edgeclip.host import recipe as R
 from edgeclip.host.data.index import index
 from edgeclip.host.data.shards import expand, find
 from tests.support.files import snapshot
-from tests.support.images import add_member, encoded, picture
+from tests.support.images import add_member, encoded, toy_image
 from tests.support.webdataset import shard, webdataset
 
 
@@ -104,7 +104,7 @@ def test_reading_an_index_takes_no_memory_that_grows_with_it(tmp_path):
             [tmp_path],
             tmp_path / str(count),
             lambda _: [
-                Picture(f"{i:09d}", "", i, 1, -1, f"caption of number {i}") for i in range(count)
+                ImageRef(f"{i:09d}", "", i, 1, -1, f"caption of number {i}") for i in range(count)
             ],
         )
         order = np.random.default_rng(0).integers(count, size=2000)
@@ -117,20 +117,20 @@ def test_reading_an_index_takes_no_memory_that_grows_with_it(tmp_path):
     assert peak(200_000) < 1.5 * peak(20_000) + 100_000
 
 
-def test_two_pictures_of_one_key_are_refused(tmp_path, monkeypatch):
+def test_two_images_of_one_key_are_refused(tmp_path, monkeypatch):
     for folder in ("a", "b"):
         shard(tmp_path / folder / "0.tar", [(None, "x")])
     with pytest.raises(
         EdgeclipError,
-        match=r"1 pictures have a key that another has \(two shards are called '0'\); rename the shards",
+        match=r"1 images have a key that another has \(two shards are called '0'\); rename the shards",
     ):
         index([tmp_path / "a" / "0.tar", tmp_path / "b" / "0.tar"], tmp_path / "cache", index_tar)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(EdgeclipError, match=r"^\.: 1 pictures"):
+    with pytest.raises(EdgeclipError, match=r"^\.: 1 images"):
         index([Path("a/0.tar"), Path("b/0.tar")], tmp_path / "cache", index_tar)
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for _ in range(2):
-            add_member(tar, "same.png", encoded(picture(0)))
+            add_member(tar, "same.png", encoded(toy_image(0)))
     with pytest.raises(
         EdgeclipError,
         match=r"0.tar: not a readable WebDataset shard \(two members are called 'same.png'\)",
@@ -148,29 +148,29 @@ def test_a_tar_cut_between_members_or_damaged_inside_is_named(tmp_path):
             index_tar(tmp_path / "0.tar")
 
 
-def test_a_shard_that_became_shorter_than_its_index_is_an_unreadable_picture(tmp_path):
+def test_a_shard_that_became_shorter_than_its_index_is_an_unreadable_image(tmp_path):
     shard(tmp_path / "0.tar", [(0, "x"), (1, "y")])
     last = index_tar(tmp_path / "0.tar")[1]
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[: last.offset + 20])
     with pytest.raises(
-        UnreadablePicture, match=r"0.tar \(0/1\): the shard is shorter than its index says"
+        UnreadableImage, match=r"0.tar \(0/1\): the shard is shorter than its index says"
     ):
         read(last)
     (tmp_path / "0.tar").unlink()
-    with pytest.raises(UnreadablePicture, match="there is no such file"):
+    with pytest.raises(UnreadableImage, match="there is no such file"):
         read(last)
 
 
-def test_open_clips_csv_names_pictures_and_captions(tmp_path):
+def test_open_clips_csv_names_images_and_captions(tmp_path):
     for i in range(3):
-        (tmp_path / f"{i}.png").write_bytes(encoded(picture(i)))
+        (tmp_path / f"{i}.png").write_bytes(encoded(toy_image(i)))
     (tmp_path / "train.csv").write_text(
         "filepath\ttitle\textra\n" + "".join(f"{i}.png\ta caption, {i}\tx\n" for i in range(3))
     )
     found = data.load(R.Csv(name="c", root=str(tmp_path)), tmp_path)
     assert [(p.key, p.caption) for p in found.train] == [
         (f"{i}.png", f"a caption, {i}") for i in range(3)
-    ] and read(found.train[2]) == encoded(picture(2))
+    ] and read(found.train[2]) == encoded(toy_image(2))
     for content, says in (
         ("path\ttitle\n0.png\tx\n", "has no column 'filepath'"),
         ("filepath\ttitle\n0.png\tx\n0.png\ty\n", "names '0.png' twice"),
@@ -194,9 +194,11 @@ SPEC = Preprocess(size=64, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     "view", [[0, 0, 0, 0, 0], [100, 50, 900, 800, 0], [333, 20, 200, 400, 1], [10, 10, 70, 64, 0]]
 )
 def test_a_view_of_a_scaled_jpeg_is_that_of_the_whole_one(view):
-    content, view = encoded(picture(5, 1280, 960), "JPEG"), np.array(view, np.float32)
-    whole = cache.replay(Image.open(io.BytesIO(content)).convert("RGB"), view, SPEC).astype(float)
-    seen = cache.see(content, view, SPEC, "x").astype(float)
+    content, view = encoded(toy_image(5, 1280, 960), "JPEG"), np.array(view, np.float32)
+    whole = cache.apply_view(Image.open(io.BytesIO(content)).convert("RGB"), view, SPEC).astype(
+        float
+    )
+    seen = cache.decode_view(content, view, SPEC, "x").astype(float)
     assert seen.shape == (64, 64, 3)
     assert np.abs(seen - whole).mean() < 1.0
     assert np.abs(seen - whole).max() < 12
@@ -205,27 +207,29 @@ def test_a_view_of_a_scaled_jpeg_is_that_of_the_whole_one(view):
 def test_what_is_no_jpeg_or_no_larger_than_the_view_is_pils_within_a_level():
     view = np.array([3, 5, 60, 58, 1], np.float32)
     for content in (
-        encoded(picture(5, 640, 480)),
-        encoded(picture(5, 70, 66), "JPEG"),
-        encoded(picture(5, 70, 66).convert("L"), "JPEG"),
+        encoded(toy_image(5, 640, 480)),
+        encoded(toy_image(5, 70, 66), "JPEG"),
+        encoded(toy_image(5, 70, 66).convert("L"), "JPEG"),
     ):
         image = Image.open(io.BytesIO(content)).convert("RGB")
-        cut = cache.replay(
+        cut = cache.apply_view(
             image.crop((3, 5, 63, 63)), np.array([0, 0, 60, 58, 1], np.float32), SPEC
         )  # nothing beyond the box
-        seen = cache.see(content, view, SPEC, "x")
+        seen = cache.decode_view(content, view, SPEC, "x")
         assert np.abs(seen.astype(int) - cut).max() <= 1 and (seen == cut).mean() > 0.95
         between = view + np.array(
             [0.5, 0, 0, 0, 0], np.float32
         )  # a box between pixels is PIL's to cut
-        assert (cache.see(content, between, SPEC, "x") == cache.replay(image, between, SPEC)).all()
-    with pytest.raises(UnreadablePicture, match="x: unreadable picture"):
-        cache.see(encoded(picture(5, 640, 480), "JPEG")[:3000], view, SPEC, "x")
+        assert (
+            cache.decode_view(content, between, SPEC, "x") == cache.apply_view(image, between, SPEC)
+        ).all()
+    with pytest.raises(UnreadableImage, match="x: unreadable image"):
+        cache.decode_view(encoded(toy_image(5, 640, 480), "JPEG")[:3000], view, SPEC, "x")
 
 
-def test_normalising_by_table_is_the_same_arithmetic():
+def test_normalizing_by_table_is_the_same_arithmetic():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 9, 7, 3), dtype=np.uint8)[:, :, ::-1]
     plain = (
         pixels.astype(np.float32) / np.float32(255) - np.asarray(SPEC.mean, np.float32)
     ) / np.asarray(SPEC.std, np.float32)
-    assert (normalise(pixels, SPEC) == plain.transpose(0, 3, 1, 2)).all()
+    assert (normalize(pixels, SPEC) == plain.transpose(0, 3, 1, 2)).all()

@@ -35,7 +35,7 @@ CASES = {
         "losses": {"kl": {}},
         "kind": "batch norm",
         "optimizer": "sgd",
-        "first": {"epochs": 1},
+        "pretrain": {"epochs": 1},
     },
     "parts, fp16": {
         "losses": EVERYTHING,

@@ -48,14 +48,14 @@ def test_a_head_with_its_own_generator_leaves_the_global_one_alone():
 
 
 READINGS = [
-    R.EduAttention(fc=fc, normalise=n, temperature=c)
+    R.EduAttention(fc=fc, normalize=n, temperature=c)
     for fc in ("query", "key_value", "output", "none")
     for n in (True, False)
     for c in (0.1, 1.0)
 ]
 
 
-@pytest.mark.parametrize("spec", READINGS, ids=lambda s: f"{s.fc}-{s.normalise}-{s.temperature}")
+@pytest.mark.parametrize("spec", READINGS, ids=lambda s: f"{s.fc}-{s.normalize}-{s.temperature}")
 def test_every_reading_of_edu_attention_is_the_device_layers(spec):
     head = EduAttentionHead(D, spec, torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_edu_attention_over_the_batch_from_a_raw_query_and_on_the_teachers_featu
             residual="teacher",
             fc="none",
             temperature=2.0,
-            normalise=False,
+            normalize=False,
             keep=False,
         ),
     )

@@ -16,7 +16,7 @@ from edgeclip.host.data import shapes
 from edgeclip.host.distill import run
 from edgeclip.host.distill.losses import Batch
 from edgeclip.host.distill.run import distill
-from edgeclip.host.distill.train import _first, train
+from edgeclip.host.distill.train import train
 from edgeclip.host.evaluation.protocols import evaluate
 from edgeclip.host.teachers.open_clip import TextModule
 from tests.support.files import REPO
@@ -45,7 +45,9 @@ def trained(tmp_path_factory):
 def test_first_training_on_features_is_training_on_the_feature_loss_bit_for_bit(trained):
     _, plain = trained("plain", {"feature": {"weight": 1}}, {"epochs": 2})
     _, first = trained(
-        "first", {"kl": {"weight": 1}}, {"epochs": 0, "first": {"epochs": 2, "labels": "features"}}
+        "first",
+        {"kl": {"weight": 1}},
+        {"epochs": 0, "pretrain": {"epochs": 2, "labels": "features"}},
     )
     assert plain.keys() == first.keys() and all(torch.equal(plain[k], first[k]) for k in plain)
 
@@ -54,7 +56,7 @@ def test_its_rows_come_before_the_full_losses_and_its_loss_falls(trained):
     results, _ = trained(
         "both",
         {"kl": {"weight": 1}},
-        {"warmup_steps": 5, "epochs": 1, "first": {"epochs": 3, "labels": "predictions"}},
+        {"warmup_steps": 5, "epochs": 1, "pretrain": {"epochs": 3, "labels": "predictions"}},
     )
     rows = results["log"]
     assert [r["epoch"] for r in rows] == [0, 1, 2, 3, 4]
@@ -67,7 +69,7 @@ def test_closed_forms():
     torch.manual_seed(0)
     t, w = F.normalize(torch.randn(4, 6), dim=-1), F.normalize(torch.randn(3, 6), dim=-1)
     same, opposite = (Batch(s, s, t, w, None, 10.0) for s in (t, -t))
-    features, predictions = (R.First(labels=labels) for labels in ("features", "predictions"))
+    features, predictions = (R.Pretrain(labels=labels) for labels in ("features", "predictions"))
     assert _first(same, features)[0].item() == pytest.approx(0, abs=1e-6)
     assert _first(opposite, features)[0].item() == pytest.approx(2)
     # the teacher's own answer: minus the log of its largest probability
@@ -76,7 +78,9 @@ def test_closed_forms():
 
 
 def test_predictions_need_a_class_list(trained):
-    with pytest.raises(EdgeclipError, match=r"train\.first\.labels: predictions need a class list"):
+    with pytest.raises(
+        EdgeclipError, match=r"train\.pretrain\.labels: predictions need a class list"
+    ):
         data = {
             "kind": "webdataset",
             "name": "shapes",
@@ -88,7 +92,7 @@ def test_predictions_need_a_class_list(trained):
         trained(
             "none",
             {"feature": {"weight": 1}},
-            {"first": {"labels": "predictions"}},
+            {"pretrain": {"labels": "predictions"}},
             data=data,
             evaluation_data=None,
         )

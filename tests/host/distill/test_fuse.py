@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from edgeclip.cli import main
+from edgeclip.device.images import ImageRef
 from edgeclip.device.metrics import hits
-from edgeclip.device.pictures import Picture
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
@@ -41,11 +41,11 @@ def expert(width: int, knows: set[int], seed: int) -> tuple[Teacher, TeacherCach
     hidden = w.mean(axis=0)  # as near to each class
     clean = np.where(np.isin(label, list(knows))[:, None], w[label], hidden)
     rows = (clean[:, None] + 0.05 * rng.normal(size=(N * EACH, VIEWS, width))).astype(np.float16)
-    pictures = [Picture(key=str(i), path="", label=int(c)) for i, c in enumerate(label)]
+    images = [ImageRef(key=str(i), path="", label=int(c)) for i, c in enumerate(label)]
     cache = TeacherCache(
         Path(f"cache-{seed}"),
         {},
-        pictures,
+        images,
         rows,
         np.zeros((len(label), VIEWS, 5), np.float32),
         w,
@@ -54,7 +54,7 @@ def expert(width: int, knows: set[int], seed: int) -> tuple[Teacher, TeacherCach
     preprocess = Preprocess(size=8, mean=(0, 0, 0), std=(1, 1, 1))
     parts = {
         "name": "toy",
-        "licence": "none",
+        "license": "none",
         "identity": {},
         "preprocess": preprocess,
         "logit_scale": 20.0,
@@ -70,14 +70,14 @@ def expert(width: int, knows: set[int], seed: int) -> tuple[Teacher, TeacherCach
 
 def experts():
     pairs = [expert(8, {0, 1}, 0), expert(12, {2, 3}, 1)]
-    pictures = pairs[0][1].pictures
+    images = pairs[0][1].images
     data = Dataset(
         "toy",
         "none",
         list("abcd"),
         ("{c}",),
-        [p for p in pictures if p.label < 2],
-        pictures,
+        [p for p in images if p.label < 2],
+        images,
         list(range(N)),
         [],
     )
@@ -85,7 +85,7 @@ def experts():
 
 
 def accuracy(features: torch.Tensor, rows: TeacherRows) -> float:
-    truth = torch.tensor([p.label for p in rows.cache.pictures])
+    truth = torch.tensor([p.label for p in rows.cache.images])
     return (
         ((F.normalize(features, dim=-1) @ rows.class_features.T).argmax(dim=-1) == truth)
         .float()
@@ -110,11 +110,11 @@ def test_it_learns_without_labels_what_the_other_teacher_knows_and_is_read_back(
     assert accuracy(units(rows)[0], rows[0]) < 0.8 and accuracy(fusion(units(rows)), rows[0]) > 0.95
     again = fuse(
         rows, labels(rows[0].cache, data), SPEC, 1, tmp_path / "fusion"
-    )  # another seed: it is read, not learnt
+    )  # another seed: it is read, not learned
     torch.testing.assert_close(again.linear.weight, fusion.linear.weight, rtol=0, atol=0)
 
 
-def test_labels_are_those_of_the_labelled_pictures_alone():
+def test_labels_are_those_of_the_labeled_images_alone():
     pairs, data, _ = experts()
     own = labels(pairs[0][1], data)
     assert set(own[own >= 0]) == {0, 1} and (own == -1).sum() == 2 * EACH
@@ -145,8 +145,8 @@ TARGET = """
 runtime: onnxruntime
 activations: int8
 precision: int8
-calibration: {pictures: 16, methods: [minmax], smoothing: [null], probe_layers: 0}
-tolerance: {centred_cosine_p1: 0, top1_agreement: 0, accuracy_drop_pp: 1}
+calibration: {images: 16, methods: [minmax], smoothing: [null], probe_layers: 0}
+tolerance: {centered_cosine_p1: 0, top1_agreement: 0, accuracy_drop_pp: 1}
 """
 
 
@@ -163,10 +163,10 @@ def test_a_fused_run_end_to_end_learns_from_and_scores_the_fused_teacher(tmp_pat
     recipe |= {
         "fuse": {"steps": 50, "batch_size": 64, "lr": 1e-2},
         "student": {"tower": tower, "projector_hidden": None},
-        "distill": {"quantize": "t.yaml"},
+        "qat": {"target": "t.yaml"},
     }
     recipe["data"]["classes"] = (
-        "classnames.txt"  # with labels the map learns colours, which random teachers' features have
+        "classnames.txt"  # with labels the map learns colors, which random teachers' features have
     )
     recipe["train"] |= {"epochs": 0, "warmup_steps": 5, "lr": 1e-3}
     Path("fused.yaml").write_text(json.dumps(recipe))
@@ -187,15 +187,15 @@ def test_a_fused_run_end_to_end_learns_from_and_scores_the_fused_teacher(tmp_pat
     fusion = Fusion([64, 32])
     fusion.load_state_dict(load_file("runs/fused/fusion/fusion.safetensors"))
     asked = R.load(Path("fused.yaml"))
-    pictures = load(asked.evaluation_data, Path("cache")).evaluation[0].pictures
+    images = load(asked.evaluation_data, Path("cache")).evaluation[0].images
     units = []
     for teacher in map(teachers.load, (asked.teacher, *asked.other_teachers)):
         kept, features = image_features(
-            torch.nn.Sequential(teacher.tower), pictures, teacher.preprocess, "by hand", CPU
+            torch.nn.Sequential(teacher.tower), images, teacher.preprocess, "by hand", CPU
         )
         units.append(F.normalize(teacher.features(torch.from_numpy(features)), dim=-1))
     truth, w = (
-        np.array([pictures[i].label for i in kept]),
+        np.array([images[i].label for i in kept]),
         np.load("runs/fused/student/class_features.npy"),
     )
 

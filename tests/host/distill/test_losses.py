@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip.device.metrics import l2_normalise
+from edgeclip.device.metrics import l2_normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.distill import losses as L
@@ -25,7 +25,7 @@ SPECS = {name: OWN.get(name, ONE) for name in L.LOSSES}
 
 
 def unit(seed, rows):
-    return l2_normalise(np.random.default_rng(seed).normal(size=(rows, D)))
+    return l2_normalize(np.random.default_rng(seed).normal(size=(rows, D)))
 
 
 S, H, T, W, C = unit(1, B), unit(2, B), unit(3, B), unit(4, N), unit(5, B)
@@ -55,7 +55,7 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.5])
-def test_kl_is_the_mean_over_pictures_of_teacher_against_student(tau):
+def test_kl_is_the_mean_over_images_of_teacher_against_student(tau):
     p, q = softmax(SCALE * T @ W.T / tau), softmax(SCALE * H @ W.T / tau)
     close(L.kl(batch(), R.KL(temperature=tau)), tau**2 * (p * np.log(p / q)).sum() / B)
 
@@ -104,8 +104,8 @@ def cosine(a, b):
 
 def test_several_teachers_are_averaged_as_distributions_each_with_its_own_scale():
     t2, w2 = (
-        l2_normalise(np.random.default_rng(11).normal(size=(B, 5)).astype(np.float32)),
-        l2_normalise(np.random.default_rng(12).normal(size=(N, 5))),
+        l2_normalize(np.random.default_rng(11).normal(size=(B, 5)).astype(np.float32)),
+        l2_normalize(np.random.default_rng(12).normal(size=(N, 5))),
     )
     p = (softmax(SCALE * T @ W.T) + softmax(3.0 * t2 @ w2.T)) / 2
     other = (L.OtherTeacher(torch.from_numpy(t2), torch.from_numpy(w2), None, 3.0),)
@@ -113,7 +113,7 @@ def test_several_teachers_are_averaged_as_distributions_each_with_its_own_scale(
         L.kl(batch()._replace(other_teachers=other), R.KL()),
         (p * (np.log(p) - log_softmax(SCALE * H @ W.T))).sum() / B,
     )
-    c2 = l2_normalise(np.random.default_rng(13).normal(size=(B, 5)).astype(np.float32))
+    c2 = l2_normalize(np.random.default_rng(13).normal(size=(B, 5)).astype(np.float32))
     rows = (softmax(SCALE * T @ C.T) + softmax(3.0 * t2 @ c2.T)) / 2
     columns = (softmax(SCALE * C @ T.T) + softmax(3.0 * c2 @ t2.T)) / 2
     q = 2.0 * S @ X.T
@@ -129,10 +129,10 @@ def test_two_equal_teachers_are_one():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize(("axis", "numpy_axis"), [("batch", 0), ("channels", 1)])
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("features", ["image", "head"])
-def test_if_align_in_every_reading(reduction, axis, numpy_axis, normalise, features):
-    s, t = ((S if features == "image" else H), T) if normalise else (3 * S, 2 * T)
+def test_if_align_in_every_reading(reduction, axis, numpy_axis, normalize, features):
+    s, t = ((S if features == "image" else H), T) if normalize else (3 * S, 2 * T)
     fold = np.mean if reduction == "mean" else np.sum
     expected = fold(np.abs(s.mean(numpy_axis) - t.mean(numpy_axis))) + fold(
         np.abs(s.var(numpy_axis) - t.var(numpy_axis))
@@ -140,7 +140,7 @@ def test_if_align_in_every_reading(reduction, axis, numpy_axis, normalise, featu
     close(
         L.if_align(
             batch(),
-            R.IFAlign(axis=axis, normalise=normalise, reduction=reduction, features=features),
+            R.IFAlign(axis=axis, normalize=normalize, reduction=reduction, features=features),
         ),
         expected,
     )
@@ -157,7 +157,7 @@ def test_if_aligns_moving_average_starts_at_the_first_batch():
     close(second, np.abs(mean - T.mean(0)).mean() + np.abs(variance - T.var(0)).mean())
 
 
-def test_hard_labels_and_prototypes_count_labelled_pictures_and_classes_only():
+def test_hard_labels_and_prototypes_count_labeled_images_and_classes_only():
     rows, classes = LABELS >= 0, P.any(axis=1)
     target = np.eye(N)[LABELS[rows]][:, classes]
     close(L.cross_entropy(batch(), ONE), cross_entropy(SCALE * H[rows] @ W[classes].T, target))
@@ -171,7 +171,7 @@ def test_a_batch_without_labels_has_no_hard_loss_and_a_gradient_of_zero():
     assert loss.item() == 0 and not h.grad.any()
 
 
-def test_teacher_match_is_info_nce_against_the_teachers_pictures_one_way():
+def test_teacher_match_is_info_nce_against_the_teachers_images_one_way():
     close(L.teacher_match(batch(), ONE), info_nce(SCALE * S @ T.T))
 
 
@@ -184,7 +184,7 @@ def test_clip_kds_fd_is_two_over_d_of_feature():
     close(L.feature(batch()._replace(text_features=None), ONE) * 2 / D, ((S - T) ** 2).mean())
 
 
-def test_masked_feature_looks_at_the_masked_pictures():
+def test_masked_feature_looks_at_the_masked_images():
     close(L.masked_feature(batch(), R.MaskedFeature()), (1 - cosine(M, T)).mean())
 
 
@@ -206,7 +206,7 @@ def test_contrastive_is_info_nce_both_ways():
     close(L.contrastive(batch(), ONE), 0.5 * (info_nce(s) + info_nce(s.T)))
 
 
-def test_pictures_of_one_caption_are_not_each_others_negatives():
+def test_images_of_one_caption_are_not_each_others_negatives():
     c = C.copy()
     c[1] = c[0]
     target = np.eye(B)
@@ -259,7 +259,7 @@ def test_interactive_crosses_student_and_teacher():
 
 def test_augmented_feature_is_info_nce_of_fused_features():
     maps = [LEARNED[f"augmented_{side}"].detach().numpy() for side in ("image", "text")]
-    v, s = l2_normalise(np.hstack([S, T]) @ maps[0].T), l2_normalise(np.hstack([X, C]) @ maps[1].T)
+    v, s = l2_normalize(np.hstack([S, T]) @ maps[0].T), l2_normalize(np.hstack([X, C]) @ maps[1].T)
     close(
         L.augmented_feature(batch(), ONE),
         0.5 * (info_nce(SCALE * v @ s.T) + info_nce(SCALE * s @ v.T)),
@@ -296,13 +296,13 @@ def test_affinitys_kl_is_zero_and_its_cross_entropy_least_where_student_equals_t
     t = SCALE * T @ C.T
     close(least, 0.5 * (cross_entropy(t, softmax(t)) + cross_entropy(t.T, softmax(t.T))))
     assert all(
-        float(L.affinity(batch(s=l2_normalise(T + 0.1 * unit(seed, B)), x=C), R.Affinity())) > least
+        float(L.affinity(batch(s=l2_normalize(T + 0.1 * unit(seed, B)), x=C), R.Affinity())) > least
         for seed in range(10, 20)
     )
 
 
 @pytest.mark.parametrize("name", list(L.LOSSES))
-def test_the_order_of_pictures_does_not_matter(name):
+def test_the_order_of_images_does_not_matter(name):
     o = np.random.default_rng(0).permutation(B)
     moved = batch(S[o], H[o], T[o], W, C[o], X[o], M[o], P, LABELS[o])
     close(L.LOSSES[name](moved, SPECS[name]), L.LOSSES[name](batch(), SPECS[name]))

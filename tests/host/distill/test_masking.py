@@ -1,4 +1,4 @@
-"""Masked pictures: how much is hidden, and that what hides it is gone afterwards."""
+"""Masked images: how much is hidden, and that what hides it is gone afterwards."""
 
 import pytest
 import timm
@@ -49,7 +49,7 @@ def test_open_clips_vit_drops_them_too():
     assert not torch.allclose(masking.forward(vit, pixels, MaskedFeature()), vit(pixels))
 
 
-def test_a_convolution_sees_the_hidden_picture():
+def test_a_convolution_sees_the_hidden_image():
     cnn = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
     ).eval()

@@ -35,7 +35,7 @@ SAME: dict[str, dict] = {
         "batch_size": 13,
         "warmup_batch_size": 7,
     },
-    "first training": {"losses": COMKD, "first": {"epochs": 1, "labels": "predictions"}},
+    "first training": {"losses": COMKD, "pretrain": {"epochs": 1, "labels": "predictions"}},
     "a ViT, blocks computed twice": {
         "losses": COMKD,
         "kind": "vit",
@@ -79,8 +79,8 @@ def test_the_loss_curve_is_that_of_one_process_with_the_doubled_batch(both, name
 @pytest.mark.parametrize("name", [*SAME, *OTHER])
 def test_both_processes_hold_the_same_weights(both, name):
     _, (first, second) = both
-    learnt = [k for k in first[name]["weights"] if "running" not in k]
-    assert all(first[name]["weights"][k] == second[name]["weights"][k] for k in learnt)
+    learned = [k for k in first[name]["weights"] if "running" not in k]
+    assert all(first[name]["weights"][k] == second[name]["weights"][k] for k in learned)
 
 
 def test_batch_norms_in_the_tower_see_their_share_so_the_curve_is_another(both):
@@ -148,4 +148,4 @@ def test_the_command_under_torchrun_stopped_and_gone_on(tmp_path):
     assert [r["processes"] for r in results] == [2, 1]
     for row, other in zip(*(r["log"] for r in results), strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
-    assert torch.tensor([r["sets"][0]["student"]["r1"] for r in results]).diff().abs() < 0.02
+    assert torch.tensor([r["sets"][0]["student"]["top1"] for r in results]).diff().abs() < 0.02

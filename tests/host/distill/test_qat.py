@@ -11,22 +11,22 @@ from torch import nn
 from edgeclip import disk
 from edgeclip.device.metrics import cosine
 from edgeclip.errors import EdgeclipError
-from edgeclip.host.distill import qat as quantised
+from edgeclip.host.distill import qat as quantized
 from edgeclip.host.distill.step import Step
-from edgeclip.host.export.onnxruntime import quantise
+from edgeclip.host.export.onnxruntime import quantize
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.towers.fold import fold
 from tests.support.command import mistake
 from tests.support.command import run as cli
 from tests.support.files import write
-from tests.support.images import picture, truncated_jpeg
+from tests.support.images import toy_image, truncated_jpeg
 from tests.support.tiny_recipe import RECIPE
 from tests.support.toy_bundle import torch_student, toy_input, toy_target
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return np.stack([toy_input(i) for i in range(48)])
 
 
@@ -46,12 +46,12 @@ def run(model, x):
     ],
 )
 def test_a_node_is_traced_back_to_its_module(node, module):
-    assert quantised.module_name(node) == module
+    assert quantized.module_name(node) == module
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rounding_is_onnxs_and_its_gradient_passes(symmetric):
-    rounding = quantised.Rounding(-1.0, 3.0, symmetric)
+    rounding = quantized.FakeQuantize(-1.0, 3.0, symmetric)
     x = torch.linspace(-5, 5, 101, requires_grad=True)
     y = rounding(x)
     scale = rounding.log_scale.exp().item()
@@ -70,13 +70,13 @@ def test_rounding_is_onnxs_and_its_gradient_passes(symmetric):
 
 
 @pytest.mark.parametrize("name", ["onnx-int8", "onnx-int8-arm", "tensorrt-int8"])
-def test_the_rounding_student_is_the_exported_graph(pictures, tmp_path, name):
+def test_the_rounding_student_is_the_exported_graph(images, tmp_path, name):
     student, target = torch_student(), toy_target(name)
     trained = {}
 
     def train(folded: nn.Module):
         optimizer = torch.optim.SGD(folded.parameters(), 1e-2)
-        x = torch.from_numpy(pictures)
+        x = torch.from_numpy(images)
         with torch.inference_mode():
             wanted = student(x)
         wanted = wanted.clone()
@@ -91,32 +91,32 @@ def test_the_rounding_student_is_the_exported_graph(pictures, tmp_path, name):
 
     path = tmp_path / "t.yaml"
     path.write_text(_yaml(name))
-    log = quantised.fine_tune(
-        student, pictures, str(path), tmp_path / "quantised", train, {"student": "x"}
+    log = quantized.fine_tune(
+        student, images, str(path), tmp_path / "quantized", train, {"student": "x"}
     )
-    found = quantised.load(tmp_path / "quantised", torch_student(), target, pictures)
+    found = quantized.load(tmp_path / "quantized", torch_student(), target, images)
     assert found is not None
     assert found.float_layers == {}
     assert len(found.nodes) == 5
-    model = quantise(
+    model = quantize(
         found.calibrated,
         found.nodes,
         activations="uint8" if name == "onnx-int8" else "int8",
         for_tensorrt=name == "tensorrt-int8",
     )
-    assert cosine(run(model, pictures), trained["features"])["centred_p1"] > 0.99
-    record = disk.read_json(tmp_path / "quantised" / "quantised.json")
+    assert cosine(run(model, images), trained["features"])["centered_p1"] > 0.99
+    record = disk.read_json(tmp_path / "quantized" / "quantized.json")
     assert record["log"] == log
     scales = graph.initializers(model)
-    for tensor, (low, high) in record["ranges"].items():  # the learnt scale is the exported one
+    for tensor, (low, high) in record["ranges"].items():  # the learned scale is the exported one
         assert scales[f"{tensor}_scale"] == pytest.approx(
             (high - low) / (254 if name == "tensorrt-int8" else 255), rel=1e-5
         )
 
 
 def _yaml(name):
-    limits = "tolerance: {centred_cosine_p1: 0.5, top1_agreement: 0.5, accuracy_drop_pp: 1}"
-    spec = "calibration: {pictures: 32, methods: [minmax], smoothing: [null], probe_layers: 0}"
+    limits = "tolerance: {centered_cosine_p1: 0.5, top1_agreement: 0.5, accuracy_drop_pp: 1}"
+    spec = "calibration: {images: 32, methods: [minmax], smoothing: [null], probe_layers: 0}"
     kind = {
         "onnx-int8": "runtime: onnxruntime\nactivations: uint8\nreduce_range: as_host",
         "onnx-int8-arm": "runtime: onnxruntime\nactivations: int8",
@@ -125,32 +125,31 @@ def _yaml(name):
     return f"{kind}\nprecision: int8\n{spec}\n{limits}\n"
 
 
-def test_learnt_scales_are_of_one_target_only(pictures, tmp_path):
+def test_learned_scales_are_of_one_target_only(images, tmp_path):
     (tmp_path / "t.yaml").write_text(_yaml("onnx-int8"))
-    quantised.fine_tune(
-        torch_student(), pictures, str(tmp_path / "t.yaml"), tmp_path / "q", lambda m: [], {}
+    quantized.fine_tune(
+        torch_student(), images, str(tmp_path / "t.yaml"), tmp_path / "q", lambda m: [], {}
     )
     assert (
-        quantised.load(tmp_path / "q", torch_student(), toy_target("onnx-int8-arm"), pictures)
-        is None
+        quantized.load(tmp_path / "q", torch_student(), toy_target("onnx-int8-arm"), images) is None
     )
     assert (
-        quantised.load(tmp_path / "nothing", torch_student(), toy_target("onnx-int8"), pictures)
+        quantized.load(tmp_path / "nothing", torch_student(), toy_target("onnx-int8"), images)
         is None
     )
     for name in ("openvino-int8", "onnx-fp32"):
-        with pytest.raises(EdgeclipError, match="takes no learnt scales"):
-            quantised.check(name, toy_target(name), 32)
+        with pytest.raises(EdgeclipError, match="takes no learned scales"):
+            quantized.check(name, toy_target(name), 32)
     with pytest.raises(
-        EdgeclipError, match="onnx-int8: asks for 32 training pictures, and there are 31"
+        EdgeclipError, match="onnx-int8: asks for 32 training images, and there are 31"
     ):
-        quantised.check("onnx-int8", toy_target("onnx-int8"), 31)
+        quantized.check("onnx-int8", toy_target("onnx-int8"), 31)
 
 
-def test_fine_tuning_gains_where_a_range_was_spoilt(pictures, tmp_path):
-    """Rounding to a twentieth of the steps costs; sixty steps towards the float features win some of it back."""
+def test_fine_tuning_gains_where_a_range_was_spoilt(images, tmp_path):
+    """FakeQuantize to a twentieth of the steps costs; sixty steps towards the float features win some of it back."""
     student = torch_student()
-    x = torch.from_numpy(pictures)
+    x = torch.from_numpy(images)
     with torch.inference_mode():
         wanted = student(x).clone()
     folded = fold(student, x[:1]).requires_grad_(True)
@@ -158,13 +157,13 @@ def test_fine_tuning_gains_where_a_range_was_spoilt(pictures, tmp_path):
     target = toy_target("onnx-int8")
     chosen = policy.choose(
         model,
-        pictures,
+        images,
         policy.Form("minmax", None, "all", None),
         {},
         target.calibration,
         own_bias=False,
     )
-    roundings = quantised.attach(folded, chosen, target)
+    roundings = quantized.attach(folded, chosen, target)
     with torch.no_grad():
         for r in roundings.values():
             r.log_scale.add_(3.0)
@@ -185,12 +184,14 @@ PACKED = """{kind: open_clip, model: own, weights: random, config: {embed_dim: 8
   text_cfg: {context_length: 12, vocab_size: 49408, width: 8, heads: 2, layers: 1}}}"""
 
 
-def ask(here, each, pictures=32):
+def ask(here, each, images=32):
     """q.yaml: a student for t.yaml's rounding, of `each` photos a class."""
     for label in ("apple", "pear"):
         (here / "photos" / label).mkdir(parents=True)
         for i in range(each):
-            picture(i + 1000 * (label == "pear"), 40, 40).save(here / "photos" / label / f"{i}.png")
+            toy_image(i + 1000 * (label == "pear"), 40, 40).save(
+                here / "photos" / label / f"{i}.png"
+            )
     text = (
         _yaml("onnx-int8")
         .replace(
@@ -198,15 +199,15 @@ def ask(here, each, pictures=32):
         )
         .replace("0.5", "0.0")
     )
-    (here / "t.yaml").write_text(text.replace("pictures: 32", f"pictures: {pictures}"))
+    (here / "t.yaml").write_text(text.replace("images: 32", f"images: {images}"))
     (here / "q.yaml").write_text(
-        RECIPE.replace("ROOT", "photos") + "distill: {quantize: t.yaml, epochs: 2, lr: 1e-5}\n"
+        RECIPE.replace("ROOT", "photos") + "qat: {target: t.yaml, epochs: 2, lr: 1e-5}\n"
     )
 
 
 def test_a_stop_while_it_learns_costs_nothing_of_stage_2(here, monkeypatch):
-    """Nor does a picture that cannot be read: stage 2 had done without it."""
-    ask(here, 70, pictures=READABLE)
+    """Nor does an image that cannot be read: stage 2 had done without it."""
+    ask(here, 70, images=READABLE)
     write(here, (here / "q.yaml").read_text().replace("batch_size: 4", "batch_size: 16"), "q.yaml")
     truncated_jpeg(here / "photos/apple/x.jpg")
     assert cli("distill", "q.yaml", "--out", "runs/whole").exit_code == 0
@@ -215,14 +216,14 @@ def test_a_stop_while_it_learns_costs_nothing_of_stage_2(here, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantised, "fine_tune", stopped)
+        patch.setattr(quantized, "fine_tune", stopped)
         assert cli("distill", "q.yaml").exit_code == 130
     steps, step = [], Step.__call__
     monkeypatch.setattr(Step, "__call__", lambda *a: steps.append(1) or step(*a))
     result = cli("distill", "q.yaml", "--json")
     assert result.exit_code == 0, result.output
     whole, again = (
-        disk.read_manifest(here / "runs" / name / "quantised", "quantised student")["files"]
+        disk.read_manifest(here / "runs" / name / "quantized", "quantized student")["files"]
         for name in ("whole", "q")
     )
     assert whole == again and len(json.loads(result.stdout)["skipped"]) == 1
@@ -247,20 +248,20 @@ def test_a_student_that_cannot_round_is_refused_before_it_is_trained(here):
         only_line=False,
     )
     assert not (here / "runs").exists() and not list(here.glob("cache/*/img_emb"))
-    write(here, (here / "t.yaml").read_text().replace("pictures: 32", "pictures: 320"), "t.yaml")
+    write(here, (here / "t.yaml").read_text().replace("images: 32", "images: 320"), "t.yaml")
     mistake(
-        "distill", "q.yaml", says="asks for 320 training pictures, and there are", only_line=False
+        "distill", "q.yaml", says="asks for 320 training images, and there are", only_line=False
     )
 
 
-def test_from_recipe_to_graph_the_learnt_scales_ship(here):
-    """The real commands: a recipe with distill.quantize, then export to that target, whose graph has the scales that training learnt."""
+def test_from_recipe_to_graph_the_learned_scales_ship(here):
+    """The real commands: a recipe with qat, then export to that target, whose graph has the scales that training learned."""
     import onnx
 
     ask(here, 40)
     result = cli("distill", "q.yaml")
     assert result.exit_code == 0, result.output
-    record = disk.read_json(here / "runs/q/quantised/quantised.json")
+    record = disk.read_json(here / "runs/q/quantized/quantized.json")
     assert len(record["log"]) == 2 and len(record["nodes"]) > 20
 
     result = cli("export", "--run", "runs/q", "--target", "t.yaml", "--json")
@@ -268,11 +269,11 @@ def test_from_recipe_to_graph_the_learnt_scales_ship(here):
     bundle = here / "runs/q/bundles/t"
     manifest = disk.read_manifest(bundle, "bundle")
     assert (
-        manifest["quantisation"]["learnt"] is True
-        and len(manifest["quantisation"]["frontier"]) == 1
+        manifest["quantization"]["learned"] is True
+        and len(manifest["quantization"]["frontier"]) == 1
     )
-    assert manifest["parents"]["quantised"] == disk.sha256(
-        here / "runs/q/quantised" / disk.MANIFEST
+    assert manifest["parents"]["quantized"] == disk.sha256(
+        here / "runs/q/quantized" / disk.MANIFEST
     )
     scales = graph.initializers(onnx.load(bundle / "image_encoder.onnx"))
     found = {
@@ -288,5 +289,5 @@ def test_from_recipe_to_graph_the_learnt_scales_ship(here):
     (here / "u.yaml").write_text((here / "t.yaml").read_text().replace("as_host", "always"))
     assert cli("export", "--run", "runs/q", "--target", "u.yaml").exit_code == 0
     assert (
-        disk.read_manifest(here / "runs/q/bundles/u", "bundle")["quantisation"]["learnt"] is False
+        disk.read_manifest(here / "runs/q/bundles/u", "bundle")["quantization"]["learned"] is False
     )

@@ -1,4 +1,4 @@
-"""A finished run: where it lies, where its data lie now, and what it says of pictures that were held out."""
+"""A finished run: where it lies, where its data lie now, and what it says of images that were held out."""
 
 import json
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from edgeclip import disk
-from edgeclip.device.pictures import digest
+from edgeclip.device.images import digest
 from edgeclip.host import data, recipe
 from edgeclip.host.export.source import from_run
 from tests.support.command import mistake, run
 from tests.support.files import write
-from tests.support.images import picture
+from tests.support.images import toy_image
 from tests.support.tiny_recipe import RECIPE
 
 
@@ -23,8 +23,8 @@ def made(tmp_path_factory):
     for label in ("apple", "pear"):
         (folder / "photos" / label).mkdir(parents=True)
         for i in range(15):
-            picture(i + 1000 * (label == "pear")).save(folder / "photos" / label / f"{i}.png")
-    write(folder, RECIPE.replace("ROOT", "photos") + "parity: {max_pictures: 2}\n")
+            toy_image(i + 1000 * (label == "pear")).save(folder / "photos" / label / f"{i}.png")
+    write(folder, RECIPE.replace("ROOT", "photos") + "parity: {max_images: 2}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         result = run("distill", "r.yaml", "--json")
@@ -82,11 +82,11 @@ def test_fresh_by_the_runs_own_recipe(place):
     assert (place / "runs/r/recipe.yaml").read_text() == (place / "r.yaml").read_text()
 
 
-def test_every_held_out_picture_is_known_however_few_are_kept(place):
+def test_every_held_out_image_is_known_however_few_are_kept(place):
     (test,) = data.load(recipe.load(place / "r.yaml").data, place / "cache").evaluation
     assert (
         len(disk.read_json(place / "runs/r/evaluation/evaluation.json")["labels"])
         == 2
-        < len(test.pictures)
+        < len(test.images)
     )
-    assert from_run(place / "runs/r").evaluation_hashes() == {digest(p) for p in test.pictures}
+    assert from_run(place / "runs/r").evaluation_hashes() == {digest(p) for p in test.images}

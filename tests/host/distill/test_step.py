@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip.device.preprocess import Preprocess, normalise
+from edgeclip.device.preprocess import Preprocess, normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.distill import losses as L
@@ -187,7 +187,7 @@ def test_scalars_never_decay(of, least, frozen):
     )
 
 
-def test_the_optimisers_state_of_other_weights_is_refused():
+def test_the_optimizers_state_of_other_weights_is_refused():
     one, other = (torch.optim.AdamW([torch.nn.Parameter(torch.ones(shape))]) for shape in ((), 3))
     one.param_groups[0]["params"][0].grad = torch.ones(())
     one.step()
@@ -195,12 +195,12 @@ def test_the_optimisers_state_of_other_weights_is_refused():
         restore_optimizer(other, optimizer_tensors(one))
 
 
-def test_pixels_go_in_as_preprocess_normalises_them_bit_for_bit():
+def test_pixels_go_in_as_preprocess_normalizes_them_bit_for_bit():
     spec = Preprocess(
         size=16, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
     )
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     x = to_input(pixels, spec, torch.device("cpu"))
-    assert (x.numpy() == normalise(pixels, spec)).all() and x.is_contiguous(
+    assert (x.numpy() == normalize(pixels, spec)).all() and x.is_contiguous(
         memory_format=torch.channels_last
     )

@@ -27,7 +27,7 @@ def curves(folder):
 
 
 def test_each_curve_is_there_and_a_resumed_run_repeats_no_point(tmp_path, monkeypatch):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     case = {
         "losses": COMKD,
         "epochs": 13,
@@ -46,10 +46,10 @@ def test_each_curve_is_there_and_a_resumed_run_repeats_no_point(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(Step, "__call__", interrupted)
         with pytest.raises(Interrupted):
-            run(tmp_path / "pictures", **case)
-    run(tmp_path / "pictures", **case)
+            run(tmp_path / "images", **case)
+    run(tmp_path / "images", **case)
     steps, _, _ = run(
-        tmp_path / "pictures",
+        tmp_path / "images",
         **{k: v for k, v in case.items() if k not in ("checkpoints", "board")},
     )
     found = curves(tmp_path / "board")
@@ -57,13 +57,13 @@ def test_each_curve_is_there_and_a_resumed_run_repeats_no_point(tmp_path, monkey
     assert found.keys() == losses | {
         "training/alpha",
         "training/learning_rate",
-        "speed/pictures_per_second",
+        "speed/images_per_second",
         "speed/waiting",
         "memory/mib",
     }
     assert found["loss/loss"] == [(n, pytest.approx(steps[n - 1])) for n in (10, 20, 30)]
     assert all(0 <= v <= 1 for _, v in found["speed/waiting"]) and all(
-        v > 0 for _, v in found["speed/pictures_per_second"]
+        v > 0 for _, v in found["speed/images_per_second"]
     )
 
 
@@ -79,10 +79,10 @@ def test_the_clocks_names_add_up_to_the_time_that_passed(tmp_path):
     passed = time.perf_counter() - start
     assert {
         "student's frozen features",
-        "waiting for pictures",
+        "waiting for images",
         "forward",
         "backward",
-        "optimiser",
+        "optimizer",
         "rest of stage 2",
     } == set(clock.laps)
     assert 0 < sum(clock.laps.values()) <= passed

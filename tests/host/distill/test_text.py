@@ -97,12 +97,12 @@ def test_words_that_were_never_baked_are_the_students_own_with_and_without_torch
     image = shapes.draw(0, random.Random(1))
     got = {r["label"]: r["score"] for r in bundle.classify(image, NEW)}
     student = students.load(folder / "runs/open/student")[0]
-    from edgeclip.device.preprocess import normalise
+    from edgeclip.device.preprocess import normalize
     from edgeclip.device.zero_shot import class_scores
 
     with torch.inference_mode():
         feature = student(
-            torch.from_numpy(normalise(bundle.pixels(image)[None], bundle.preprocess))
+            torch.from_numpy(normalize(bundle.pixels(image)[None], bundle.preprocess))
         ).numpy()
     scores = class_scores(
         feature,
@@ -122,7 +122,7 @@ def test_baked_classes_are_the_teachers_and_both_texts_are_scored(workplace):
     (row,) = results["sets"]
     assert (
         row["student"] == row["student_teacher_text"]
-        and {"r1", "r5"} <= row["student_own_text"].keys()
+        and {"top1", "top5"} <= row["student_own_text"].keys()
     )
     own = students.load_text(folder / "runs/open/student")
     assert results["models"]["student"]["text_parameters"] == sum(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from edgeclip.config import convert
-from edgeclip.device.pictures import Picture
+from edgeclip.device.images import ImageRef
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
@@ -27,7 +27,7 @@ from tests.support import toy_training as toys
 from tests.support.files import REPO
 
 GOLDEN = REPO / "tests" / "golden" / "curves.json"
-PICTURES, VIEWS, TOWER, D, N, STEPS = 48, 2, 16, 8, 6, 20
+IMAGES, VIEWS, TOWER, D, N, STEPS = 48, 2, 16, 8, 6, 20
 CLIP_KD = {
     "contrastive": {},
     "affinity": {"form": "kl"},
@@ -49,24 +49,24 @@ def unit(rng, *shape):
 
 def toy():
     rng = np.random.default_rng(0)
-    pictures = [Picture(key=str(i), path="", label=i % N) for i in range(PICTURES)]
-    rows = unit(rng, PICTURES, VIEWS, D).astype(np.float16)
-    captions = unit(rng, PICTURES, 1, D).astype(np.float16)
+    images = [ImageRef(key=str(i), path="", label=i % N) for i in range(IMAGES)]
+    rows = unit(rng, IMAGES, VIEWS, D).astype(np.float16)
+    captions = unit(rng, IMAGES, 1, D).astype(np.float16)
     cache = TeacherCache(
         Path("cache"),
         {},
-        pictures,
+        images,
         rows,
-        np.zeros((PICTURES, VIEWS, 5), np.float32),
+        np.zeros((IMAGES, VIEWS, 5), np.float32),
         unit(rng, N, D),
         captions,
     )
-    labelled = [p for p in pictures if p.label < 3]
-    data = Dataset("toy", "none", list("abcdef"), ("{c}",), labelled, pictures, list(range(N)), [])
+    labeled = [p for p in images if p.label < 3]
+    data = Dataset("toy", "none", list("abcdef"), ("{c}",), labeled, images, list(range(N)), [])
     preprocess = Preprocess(size=8, mean=(0, 0, 0), std=(1, 1, 1))
     teacher = Teacher(
         name="toy",
-        licence="none",
+        license="none",
         identity={},
         preprocess=preprocess,
         logit_scale=10.0,
@@ -80,7 +80,7 @@ def toy():
         cache,
         data,
         preprocess,
-        torch.from_numpy(rng.normal(size=(PICTURES, VIEWS, TOWER)).astype(np.float32)),
+        torch.from_numpy(rng.normal(size=(IMAGES, VIEWS, TOWER)).astype(np.float32)),
     )
 
 
@@ -161,10 +161,10 @@ def test_the_log_has_every_loss_before_its_weight_and_alpha(monkeypatch):
 def test_captions_of_classes_use_no_label_that_is_not_given():
     teacher, cache, data, _, _ = toy()
     spec = R.Losses(contrastive=R.Weighted(), captions="classes")
-    index = np.arange(PICTURES)
+    index = np.arange(IMAGES)
     known = Targets(teacher, cache, data, spec, torch.device("cpu"))(index, np.zeros_like(index))
     first = (known["teacher_features"] @ known["class_features"].T).argmax(dim=1).numpy()
-    labels = np.array([p.label for p in cache.pictures])
+    labels = np.array([p.label for p in cache.images])
     expected = np.where(labels < 3, labels, first)
     assert torch.equal(known["caption_features"], known["class_features"][expected])
     assert known["labels"].tolist() == np.where(labels < 3, labels, -1).tolist()
@@ -172,7 +172,7 @@ def test_captions_of_classes_use_no_label_that_is_not_given():
 
 def test_captions_of_classes_use_no_label_at_all_where_stage_1_had_another_set():
     teacher, cache, data, _, _ = toy()
-    index = np.arange(PICTURES)
+    index = np.arange(IMAGES)
     known = Targets(
         teacher, cache, data, R.Losses(captions="classes"), torch.device("cpu"), adapted_here=False
     )(index, np.zeros_like(index))
@@ -180,11 +180,11 @@ def test_captions_of_classes_use_no_label_at_all_where_stage_1_had_another_set()
     assert torch.equal(known["caption_features"], known["class_features"][first])
 
 
-def test_prototypes_are_unit_means_of_the_labelled_plain_views():
+def test_prototypes_are_unit_means_of_the_labeled_plain_views():
     teacher, cache, data, _, _ = toy()
     found = Targets(teacher, cache, data, R.Losses(), torch.device("cpu")).prototypes.numpy()
     for c in range(N):
-        own = cache.rows[[i for i, p in enumerate(cache.pictures) if p.label == c], 0].astype(
+        own = cache.rows[[i for i, p in enumerate(cache.images) if p.label == c], 0].astype(
             np.float32
         )
         mean = (own / np.linalg.norm(own, axis=1, keepdims=True)).mean(axis=0)

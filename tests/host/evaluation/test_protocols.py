@@ -1,4 +1,4 @@
-"""`edgeclip evaluate` on a run whose teacher is known to be right: it sees a picture's colour, and its texts name colours."""
+"""`edgeclip evaluate` on a run whose teacher is known to be right: it sees an image's color, and its texts name colors."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from PIL import Image
 
 from edgeclip import cli, config, disk
 from edgeclip.cli import tables
-from edgeclip.device.metrics import harmonic_mean, hits, l2_normalise
+from edgeclip.device.metrics import harmonic_mean, hits, l2_normalize
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, class_scores
 from edgeclip.host import recipe, teachers
@@ -23,7 +23,7 @@ from tests.support.command import mistake, run
 from tests.support.files import snapshot
 from tests.support.images import add_member, encoded
 
-COLOURS = {
+COLORS = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),
     "blue": (0, 0, 255),
@@ -47,7 +47,7 @@ train: {warmup_steps: 3, epochs: 1, batch_size: 8, device: cpu}
 STUDENT = {"tower": {"kind": "timm", "model": "x", "weights": "random", "image_size": 32}}
 
 
-class MeanColour(torch.nn.Module):
+class MeanColor(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.scale = torch.nn.Parameter(torch.ones(()))
@@ -57,21 +57,21 @@ class MeanColour(torch.nn.Module):
         return torch.cat([mean, mean], dim=1)  # pooled | feature
 
 
-def colour_teacher(spec):
+def color_teacher(spec):
     def encode_text(texts):
-        names = [next(c for c in COLOURS if c in t) for t in texts]
+        names = [next(c for c in COLORS if c in t) for t in texts]
         return torch.from_numpy(
-            l2_normalise(np.array([COLOURS[n] for n in names], np.float32) / 127.5 - 1)
+            l2_normalize(np.array([COLORS[n] for n in names], np.float32) / 127.5 - 1)
         )
 
     return teachers.Teacher(
-        name="mean colour",
-        licence="none",
-        identity={"kind": "mean colour"},
+        name="mean color",
+        license="none",
+        identity={"kind": "mean color"},
         preprocess=Preprocess(size=16, mean=(0.5,) * 3, std=(0.5,) * 3),
         logit_scale=20.0,
         embed_dim=3,
-        tower=MeanColour().eval(),
+        tower=MeanColor().eval(),
         features=lambda rows: rows[:, -3:],
         encode_text=encode_text,
     )
@@ -84,7 +84,7 @@ def write_set(root, classes, train=4, test=3, dark=0, captions=True):
             for i in range(count * len(classes)):
                 name = classes[i % len(classes)]
                 image = Image.new(
-                    "RGB", (20, 20), tuple(max(0, c - dark - i) for c in COLOURS[name])
+                    "RGB", (20, 20), tuple(max(0, c - dark - i) for c in COLORS[name])
                 )
                 add_member(tar, f"{i:03d}.png", encoded(image))
                 add_member(tar, f"{i:03d}.cls", str(i % len(classes)).encode())
@@ -98,7 +98,7 @@ def write_set(root, classes, train=4, test=3, dark=0, captions=True):
 def workplace(tmp_path_factory):
     """A finished run: adapted on `cars`, distilled on `paint`, with the shift `night` of three of paint's classes in another order."""
     folder = tmp_path_factory.mktemp("protocols")
-    write_set(folder / "paint", list(COLOURS))
+    write_set(folder / "paint", list(COLORS))
     write_set(folder / "cars", ["white", "red", "blue"])
     write_set(folder / "night", ["yellow", "red", "green"], dark=60)
     write_set(folder / "mute", ["red", "blue"], captions=False)
@@ -106,7 +106,7 @@ def workplace(tmp_path_factory):
     (folder / "words.yaml").write_text("data: {kind: csv, name: words, root: paint}")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(teachers, "load", colour_teacher)
+        patch.setattr(teachers, "load", color_teacher)
         result = run("distill", "r.yaml", "--json")
         assert result.exit_code == 0, result.output
         yield folder, json.loads(result.stdout)
@@ -124,7 +124,7 @@ def test_the_command_knows_every_protocol():
     assert tuple(protocols.PROTOCOLS) == cli.PROTOCOLS
 
 
-def test_stage_1_reads_the_pictures_and_classes_of_adapt_data(workplace):
+def test_stage_1_reads_the_images_and_classes_of_adapt_data(workplace):
     folder, _ = workplace
     manifest = disk.read_manifest(folder / "runs/r/teacher", "adapted teacher")
     rows = disk.read_manifest(folder / "cache" / manifest["cache"], "teacher cache")["shards"]
@@ -139,16 +139,16 @@ def test_stage_1_reads_the_pictures_and_classes_of_adapt_data(workplace):
 def test_distill_scores_shifts_beside_its_own_set(workplace):
     _, results = workplace
     paint, night = results["sets"]
-    assert (paint["name"], paint["classes"], paint["pictures"]) == ("paint test", 6, 18) and paint[
+    assert (paint["name"], paint["classes"], paint["images"]) == ("paint test", 6, 18) and paint[
         "note"
     ].startswith("transductive: ")
-    assert (night["name"], night["classes"], night["pictures"]) == (
+    assert (night["name"], night["classes"], night["images"]) == (
         "night",
         3,
         9,
     ) and "not transductive" in night["note"]
     assert (
-        paint["teacher"]["r1"] == night["teacher"]["r1"] == 1.0
+        paint["teacher"]["top1"] == night["teacher"]["top1"] == 1.0
     )  # classes are matched by name: their order differs
     assert (
         paint["student_attending_all_classes"] is None
@@ -161,7 +161,7 @@ def test_zero_shot_on_the_runs_own_set_repeats_what_distill_found(workplace):
     (row,) = evaluate("zero_shot")["sets"]
     for model in tables.MODELS:
         assert row.get(model) == results["sets"][0].get(model)
-    assert row["chance_r1"] == 1 / 6 and row["templates"] == 2
+    assert row["chance_top1"] == 1 / 6 and row["templates"] == 2
     assert row["transductive"] and "adapted on no label of it" in row["note"]
 
 
@@ -169,15 +169,15 @@ def test_zero_shot_on_a_folder_has_class_features_from_its_own_words_and_prompts
     folder, _ = workplace
     record = evaluate("zero_shot", "--data", "cars")
     (row,) = record["sets"]
-    assert row["teacher"]["r1"] == 1.0
-    assert (row["classes"], row["pictures"]) == (3, 9)
+    assert row["teacher"]["top1"] == 1.0
+    assert (row["classes"], row["images"]) == (3, 9)
     assert "text encoder" in record["text_side"]
-    assert not row["transductive"] and "adapted on labels of its training pictures" in row["note"]
+    assert not row["transductive"] and "adapted on labels of its training images" in row["note"]
     (folder / "night.yaml").write_text(
         "data: {kind: webdataset, name: evening, root: night, train: null, templates: ['{c}']}\n"
     )
     (row,) = evaluate("zero_shot", "--data", "night.yaml")["sets"]
-    assert row["teacher"]["r1"] == 1.0
+    assert row["teacher"]["top1"] == 1.0
     assert row["templates"] == 1
     assert not row["transductive"]
 
@@ -185,14 +185,14 @@ def test_zero_shot_on_a_folder_has_class_features_from_its_own_words_and_prompts
 def test_base_to_novel_scores_each_half_within_itself(workplace):
     record = evaluate("base_to_novel")
     base, novel = record["sets"]
-    assert [(s["name"], s["classes"], s["pictures"], s["chance_r1"]) for s in (base, novel)] == [
+    assert [(s["name"], s["classes"], s["images"], s["chance_top1"]) for s in (base, novel)] == [
         ("base", 3, 9, 1 / 3),
         ("novel", 3, 9, 1 / 3),
     ]
     assert record["harmonic_mean"]["teacher"] == 1.0
     for model in ("student", "student_without_edu_attention", "student_attending_all_classes"):
         assert record["harmonic_mean"][model] == harmonic_mean(
-            base[model]["r1"], novel[model]["r1"]
+            base[model]["top1"], novel[model]["top1"]
         )
 
 
@@ -202,7 +202,7 @@ def test_cross_dataset_is_one_table_with_the_average(workplace):
         s["transductive"] for s in record["sets"]
     ] == [True, False]
     assert record["average"]["student"] == pytest.approx(
-        np.mean([s["student"]["r1"] for s in record["sets"]])
+        np.mean([s["student"]["top1"] for s in record["sets"]])
     )
     assert record["report"].endswith("evaluate-cross_dataset-paint+other.json")
     assert (
@@ -210,21 +210,21 @@ def test_cross_dataset_is_one_table_with_the_average(workplace):
     )
 
 
-def test_domain_generalisation_averages_over_the_shifts_only(workplace):
-    record = evaluate("domain_generalisation")
+def test_domain_generalization_averages_over_the_shifts_only(workplace):
+    record = evaluate("domain_generalization")
     assert [(s["name"], s["shift"]) for s in record["sets"]] == [
         ("paint test", False),
         ("night", True),
     ]
-    assert record["average"]["student"] == record["sets"][1]["student"]["r1"]
-    given = evaluate("domain_generalisation", "--data", "night", "--data", "dusk=night")
+    assert record["average"]["student"] == record["sets"][1]["student"]["top1"]
+    given = evaluate("domain_generalization", "--data", "night", "--data", "dusk=night")
     assert [s["name"] for s in given["sets"]] == ["paint test", "night", "dusk"]
 
 
-def test_retrieval_counts_every_picture_that_has_the_caption(workplace):
+def test_retrieval_counts_every_image_that_has_the_caption(workplace):
     record = evaluate("retrieval")
     (row,) = record["sets"]
-    assert (row["pictures"], row["texts"]) == (18, 6)
+    assert (row["images"], row["texts"]) == (18, 6)
     for way in ("image_to_text", "text_to_image"):
         assert row["teacher"][way]["r1"] == 1.0
     assert row["student"]["image_to_text"]["chance_r1"] == pytest.approx(1 / 6)
@@ -277,7 +277,7 @@ def test_the_same_recipe_resumes_and_data_may_be_moved_by_name(workplace):
             ["zero_shot", "--data", "words.yaml"],
             "--data words: is of kind csv, which nothing is evaluated on; name a set with a test part",
         ),
-        (["domain_generalisation", "--data", "paint"], "has no shift"),
+        (["domain_generalization", "--data", "paint"], "has no shift"),
         (["base_to_novel", "--data", "paint", "--data", "cars"], "takes one set"),
     ],
 )
@@ -300,7 +300,7 @@ def test_a_shift_with_an_unknown_class_is_refused(workplace):
         write_set(folder / "odd", ["red", "blue"])
         (folder / "odd" / "classnames.txt").write_text("red\nbleu\n")
     message = mistake(
-        "evaluate", "runs/r", "--protocol", "domain_generalisation", "--data", "odd", says="'bleu'"
+        "evaluate", "runs/r", "--protocol", "domain_generalization", "--data", "odd", says="'bleu'"
     )
     assert "did you mean 'blue'?" in message
     (folder / "odd.yaml").write_text(
@@ -329,15 +329,13 @@ def test_a_typo_inside_a_list_of_sets_is_named(workplace):
 def test_every_reading_of_edu_attention_is_scored_once():
     """Against class_scores by hand: with, without, kept or not, over the active classes or all."""
     rng = np.random.default_rng(0)
-    w, u = l2_normalise(rng.normal(size=(5, 8))), l2_normalise(rng.normal(size=(40, 8)))
+    w, u = l2_normalize(rng.normal(size=(5, 8))), l2_normalize(rng.normal(size=(40, 8)))
     head = EduAttention(
         rng.normal(size=(8, 8)).astype(np.float32), np.zeros(8, np.float32), 3.0, 0.1
     )
     labels, active = rng.integers(0, 3, 40), [1, 3, 4]
-    pictures = [
-        protocols.Picture(str(i), "", label=active[label]) for i, label in enumerate(labels)
-    ]
-    s, student = EvaluationSet("s", pictures, active, ""), Answers(np.arange(40), u, w)
+    images = [protocols.ImageRef(str(i), "", label=active[label]) for i, label in enumerate(labels)]
+    s, student = EvaluationSet("s", images, active, ""), Answers(np.arange(40), u, w)
 
     def r1(head, attended=None):
         return float(hits(class_scores(u, w[active], head, attended), labels).mean())
@@ -347,16 +345,16 @@ def test_every_reading_of_edu_attention_is_scored_once():
         score(s, student, None, head, False),
         score(s, student, None, None, False),
     )
-    assert kept["student"]["r1"] == not_kept["student_with_edu_attention"]["r1"] == r1(head)
+    assert kept["student"]["top1"] == not_kept["student_with_edu_attention"]["top1"] == r1(head)
     assert (
-        kept["student_without_edu_attention"]["r1"]
-        == not_kept["student"]["r1"]
-        == none["student"]["r1"]
+        kept["student_without_edu_attention"]["top1"]
+        == not_kept["student"]["top1"]
+        == none["student"]["top1"]
         == r1(None)
     )
     assert (
-        kept["student_attending_all_classes"]["r1"]
-        == not_kept["student_attending_all_classes"]["r1"]
+        kept["student_attending_all_classes"]["top1"]
+        == not_kept["student_attending_all_classes"]["top1"]
         == r1(head, w)
     )
     assert kept["student_with_edu_attention"] is None
@@ -371,7 +369,7 @@ def test_the_runs_student_is_what_is_scored(workplace):
     features = np.load(folder / "runs/r/evaluation/image_features.npy")
     labels = np.array(disk.read_json(folder / "runs/r/evaluation/evaluation.json")["labels"])
     w = np.load(folder / "runs/r/student/class_features.npy")
-    assert results["sets"][0]["student"]["r1"] == pytest.approx(
+    assert results["sets"][0]["student"]["top1"] == pytest.approx(
         hits(class_scores(features[:18], w, head.numpy()), labels[:18]).mean()
     )
 

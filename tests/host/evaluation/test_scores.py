@@ -30,7 +30,7 @@ def test_what_is_transductive_and_whose_labels_were_seen():
         "data": spec("a", protocol="base_to_novel"),
         "adapt": {"kind": "residual_head"},
     }
-    seen, unseen = "adapted on labels of its training pictures", "adapted on no label of it"
+    seen, unseen = "adapted on labels of its training images", "adapted on no label of it"
     assert [
         (t, seen in n) for t, n in (said(base_to_novel, "a", p) for p in ("base", "novel"))
     ] == [(True, True), (True, False)]

@@ -18,7 +18,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host.export import export
 from edgeclip.host.graph import trace as graph
 from tests.support.files import snapshot
-from tests.support.images import encoded, picture, truncated_jpeg
+from tests.support.images import encoded, toy_image, truncated_jpeg
 from tests.support.optional import require
 from tests.support.toy_bundle import LABELS, SIZE, WIDTH, toy_input, toy_target
 
@@ -31,11 +31,11 @@ RUNNABLE = [
     "openvino-int8",
 ]
 ALL = [*RUNNABLE, "tensorrt-fp16", "tensorrt-int8", "tensorrt-fp8"]
-QUANTISED = ["onnx-int8", "onnx-int8-arm", "openvino-int8", "tensorrt-int8", "tensorrt-fp8"]
+QUANTIZED = ["onnx-int8", "onnx-int8-arm", "openvino-int8", "tensorrt-int8", "tensorrt-fp8"]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_manifest_names_every_file_parents_versions_and_licences(shipped_bundle, source, name):
+def test_the_manifest_names_every_file_parents_versions_and_licenses(shipped_bundle, source, name):
     folder = shipped_bundle(name)
     manifest = Bundle.load(folder).manifest
     on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {
@@ -43,7 +43,7 @@ def test_the_manifest_names_every_file_parents_versions_and_licences(shipped_bun
     }
     assert set(manifest["files"]) == on_disk
     assert manifest["parents"] == source.parents
-    assert manifest["licences"] == source.licences
+    assert manifest["licenses"] == source.licenses
     assert manifest["target"]["name"] == name
     assert {"edgeclip", "torch", "onnx"} <= manifest["versions"].keys()
     assert (manifest["embed_dim"], manifest["preprocess"]["size"], manifest["logit_scale"]) == (
@@ -68,20 +68,20 @@ def test_the_manifest_names_every_file_parents_versions_and_licences(shipped_bun
 )
 def test_image_features_are_the_students_unit_rows(shipped_bundle, student, name, least):
     bundle = Bundle.load(shipped_bundle(name))
-    images = [picture(700 + i, SIZE, SIZE) for i in range(40)]
+    images = [toy_image(700 + i, SIZE, SIZE) for i in range(40)]
     with torch.inference_mode():
         expected = student(
             torch.from_numpy(np.stack([toy_input(700 + i) for i in range(40)]))
         ).numpy()
     found = bundle.encode_image(images)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-4)
-    assert cosine(found, expected)["centred_p5"] > least
+    assert cosine(found, expected)["centered_p5"] > least
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_a_batch_gives_what_single_pictures_give(shipped_bundle, name):
+def test_a_batch_gives_what_single_images_give(shipped_bundle, name):
     bundle = Bundle.load(shipped_bundle(name))
-    pixels = np.stack([bundle.pixels(picture(i)) for i in range(5)])
+    pixels = np.stack([bundle.pixels(toy_image(i)) for i in range(5)])
     within = 1e-3 if "fp16" in name else 1e-5
     np.testing.assert_allclose(
         bundle.encode_pixels(pixels),
@@ -101,7 +101,7 @@ def test_golden_answers_are_torchs_own(shipped_bundle, student, source):
     assert len(pixels) == len(source.golden) == len([p for p in folder.glob("*.png")])
 
 
-def test_calibration_pictures_are_named_by_hash_and_none_is_golden(shipped_bundle, source):
+def test_calibration_images_are_named_by_hash_and_none_is_golden(shipped_bundle, source):
     manifest = disk.read_manifest(shipped_bundle("onnx-int8"), "bundle")
     used = {c["key"]: c["sha256"] for c in manifest["calibration"]}
     pool = {p.key: p for p in source.calibration()}
@@ -112,16 +112,16 @@ def test_calibration_pictures_are_named_by_hash_and_none_is_golden(shipped_bundl
     assert disk.read_manifest(shipped_bundle("onnx-fp32"), "bundle")["calibration"] == []
 
 
-def test_int8_targets_of_every_runtime_quantise_the_same_layers(shipped_bundle):
+def test_int8_targets_of_every_runtime_quantize_the_same_layers(shipped_bundle):
     records = [
-        disk.read_manifest(shipped_bundle(n), "bundle")["quantisation"] for n in QUANTISED[:-1]
+        disk.read_manifest(shipped_bundle(n), "bundle")["quantization"] for n in QUANTIZED[:-1]
     ]  # float8 rounds otherwise, so it may lose others
     assert records[0]["int8_layers"] >= 1 and records[0]["int8_share_of_macs"] > 0
     assert [r["float_layers"] for r in records] == [records[0]["float_layers"]] * len(records)
     assert all(
-        disk.read_manifest(shipped_bundle(n), "bundle")["quantisation"] is None
+        disk.read_manifest(shipped_bundle(n), "bundle")["quantization"] is None
         for n in ALL
-        if n not in QUANTISED
+        if n not in QUANTIZED
     )
 
 
@@ -138,8 +138,10 @@ def test_tensorrts_graph_is_parsed_and_built_by_tensorrt_rtx(shipped_bundle, nam
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_classify_ranks_as_the_head_does(shipped_bundle, source, name):
     bundle = Bundle.load(shipped_bundle(name))
-    rows = bundle.classify(encoded(picture(5)), top=6)
-    scores = class_scores(bundle.encode_image([picture(5)]), source.class_features, source.head)[0]
+    rows = bundle.classify(encoded(toy_image(5)), top=6)
+    scores = class_scores(bundle.encode_image([toy_image(5)]), source.class_features, source.head)[
+        0
+    ]
     assert [r["label"] for r in rows] == [LABELS[i] for i in np.argsort(-scores)]
     np.testing.assert_allclose([r["score"] for r in rows], np.sort(scores)[::-1], atol=1e-5)
     assert abs(sum(r["probability"] for r in rows) - 1) < 1e-6
@@ -151,9 +153,9 @@ def test_baked_labels_need_no_text_encoder_and_new_words_do(own_bundle):
     folder = own_bundle("onnx-fp32")
     (folder / "text_encoder.onnx").write_bytes(b"broken")
     bundle = Bundle.load(folder)
-    assert [r["label"] for r in bundle.classify(picture(1), ["dog"])] == ["dog"]
+    assert [r["label"] for r in bundle.classify(toy_image(1), ["dog"])] == ["dog"]
     with pytest.raises(EdgeclipError, match=r"text_encoder\.onnx was changed"):
-        bundle.classify(picture(1), ["dog", "pear"])
+        bundle.classify(toy_image(1), ["dog", "pear"])
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -180,8 +182,8 @@ def test_baking_labels_keeps_everything_but_the_words(shipped_bundle, tmp_path):
         "class_features.npy",
         disk.MANIFEST,
     }
-    assert [r["label"] for r in bundle.classify(picture(2), ["pear", "cat"])] == [
-        r["label"] for r in before.classify(picture(2), ["pear", "cat"])
+    assert [r["label"] for r in bundle.classify(toy_image(2), ["pear", "cat"])] == [
+        r["label"] for r in before.classify(toy_image(2), ["pear", "cat"])
     ]
 
 
@@ -223,10 +225,10 @@ def test_a_bundle_without_a_text_encoder_knows_its_own_labels_only(source, tmp_p
         )
     )
     assert bundle.manifest["text"] is None
-    assert len(bundle.classify(picture(0))) == 5
+    assert len(bundle.classify(toy_image(0))) == 5
     assert bundle.head is None
     for call in (
-        lambda: bundle.classify(picture(0), ["pear"]),
+        lambda: bundle.classify(toy_image(0), ["pear"]),
         lambda: bake_labels(bundle.folder, ["pear"], tmp_path / "c"),
     ):
         with pytest.raises(EdgeclipError, match="no text encoder"):
@@ -254,7 +256,9 @@ def test_a_changed_file_is_refused_by_name(own_bundle, name):
         Bundle.load(folder, check=True)
     if "golden" not in name:  # and without the check as soon as it is used
         with pytest.raises(EdgeclipError, match=f"{name} was changed"):
-            Bundle.load(folder).classify(picture(0), ["pear"] if name == "tokenizer.json" else None)
+            Bundle.load(folder).classify(
+                toy_image(0), ["pear"] if name == "tokenizer.json" else None
+            )
 
 
 class Breaks(torch.nn.Module):
@@ -278,9 +282,9 @@ def test_an_export_that_fails_midway_leaves_no_folder(source, tmp_path, name):
     assert list(tmp_path.rglob("*")) in ([], [tmp_path / "bundles"])
 
 
-def test_too_few_calibration_pictures_are_a_users_error(source, tmp_path):
+def test_too_few_calibration_images_are_a_users_error(source, tmp_path):
     with pytest.raises(
-        EdgeclipError, match="asks for 32 training pictures and 0 to judge on, and there are 3"
+        EdgeclipError, match="asks for 32 training images and 0 to judge on, and there are 3"
     ):
         export(
             source._replace(calibration=lambda: source.golden[:3]),
@@ -291,11 +295,11 @@ def test_too_few_calibration_pictures_are_a_users_error(source, tmp_path):
     assert snapshot(tmp_path) == {}
 
 
-def test_unreadable_calibration_pictures_fail_the_export(source, tmp_path):
-    from edgeclip.device.pictures import Picture
+def test_unreadable_calibration_images_fail_the_export(source, tmp_path):
+    from edgeclip.device.images import ImageRef
 
-    bad = Picture("half.jpg", str(truncated_jpeg(tmp_path / "half.jpg")))
-    with pytest.raises(EdgeclipError, match=r"1 of 32 pictures are unreadable.*half\.jpg"):
+    bad = ImageRef("half.jpg", str(truncated_jpeg(tmp_path / "half.jpg")))
+    with pytest.raises(EdgeclipError, match=r"1 of 32 images are unreadable.*half\.jpg"):
         export(
             source._replace(calibration=lambda: [*source.calibration()[:31], bad]),
             "onnx-int8",
@@ -328,7 +332,7 @@ def test_an_export_is_reproducible(source, shipped_bundle, tmp_path):
 def test_a_precision_is_given_as_asked_or_refused_never_another(
     source, tmp_path, runtime, precision, text
 ):
-    limits = "{centred_cosine_p1: 0.9, top1_agreement: 0.9, accuracy_drop_pp: 1}"
+    limits = "{centered_cosine_p1: 0.9, top1_agreement: 0.9, accuracy_drop_pp: 1}"
     (tmp_path / "t.yaml").write_text(
         f"runtime: {runtime}\nprecision: {precision}\ntext: {text}\nopset: 19\ntolerance: {limits}\n"
     )

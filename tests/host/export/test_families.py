@@ -16,7 +16,7 @@ from edgeclip.device import target
 from edgeclip.device.metrics import cosine
 from edgeclip.device.runtime.onnxruntime import UNSAFE_IN_HALF
 from edgeclip.host.export.lint import lint
-from edgeclip.host.export.onnxruntime import calibrate, quantise
+from edgeclip.host.export.onnxruntime import calibrate, quantize
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.float16 import to_fp16
 from edgeclip.host.towers.fold import fold
@@ -43,12 +43,12 @@ def written(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return np.random.default_rng(0).normal(size=(8, 3, SIZE, SIZE)).astype(np.float32)
 
 
-def quantised_by(model):
-    """(products whose both operands come out of a DequantizeLinear, {other reader of one: what made the tensor that was quantised})."""
+def quantized_by(model):
+    """(products whose both operands come out of a DequantizeLinear, {other reader of one: what made the tensor that was quantized})."""
     makers = {o: n for n in model.graph.node for o in n.output}
     both, others = [], {}
     for n in model.graph.node:
@@ -65,17 +65,17 @@ def quantised_by(model):
 
 
 @pytest.mark.parametrize("name", IMAGE)
-def test_an_image_tower(name, pictures, written):
+def test_an_image_tower(name, images, written):
     tower = image_tower(name)
-    x = torch.from_numpy(pictures)
+    x = torch.from_numpy(images)
     model = graph.to_onnx(fold(tower, x[:1]), x[:1], "pixels", "image_features", 19)
     with torch.inference_mode():
         expected = tower(x).numpy()
     for batch in (1, 3):
-        assert np.abs(run(model, pictures[:batch]) - expected[:batch]).max() < 1e-5
+        assert np.abs(run(model, images[:batch]) - expected[:batch]).max() < 1e-5
     assert model.ir_version <= 10
 
-    calibrated = calibrate(model, pictures, "minmax")
+    calibrated = calibrate(model, images, "minmax")
     products = graph.matrix_products(calibrated.model)
     wanted = [
         n.name
@@ -84,23 +84,23 @@ def test_an_image_tower(name, pictures, written):
     ]
     assert products == wanted and len(products) >= 8
     forms = {"onnx-fp32": model, "onnx-fp16": to_fp16(model)}
-    forms["onnx-int8"] = quantise(calibrated, products, activations="uint8")
-    forms["onnx-int8-arm"] = quantise(calibrated, products, activations="int8")
-    symmetric = quantise(calibrated, products, activations="int8", for_tensorrt=True)
-    both, others = quantised_by(symmetric)
+    forms["onnx-int8"] = quantize(calibrated, products, activations="uint8")
+    forms["onnx-int8-arm"] = quantize(calibrated, products, activations="int8")
+    symmetric = quantize(calibrated, products, activations="int8", for_tensorrt=True)
+    both, others = quantized_by(symmetric)
     assert (
         sorted(both) == sorted(products) and others == {}
     )  # TensorRT's form: Q/DQ before the products, and nowhere else
-    both, others = quantised_by(forms["onnx-int8"])
+    both, others = quantized_by(forms["onnx-int8"])
     convolutions = {n.name for n in calibrated.model.graph.node if n.op_type == "Conv"}
     assert sorted(both) == sorted(products) and all(
         made <= convolutions for made in others.values()
-    )  # whose outputs ONNX Runtime wants quantised
+    )  # whose outputs ONNX Runtime wants quantized
     forms["tensorrt-int8"] = to_fp16(symmetric)
     for form, m in forms.items():
         graph.save(m, written / f"{name}.{form}.onnx")
         assert m.ir_version <= 10
-        assert cosine(run(m, pictures), expected)["raw_min"] > (
+        assert cosine(run(m, images), expected)["raw_min"] > (
             0.999 if form in ("onnx-fp32", "onnx-fp16") else 0.9
         ), form
 

@@ -17,7 +17,7 @@ from edgeclip.device.bundle import Bundle
 from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.export import optimum
-from tests.support.images import picture
+from tests.support.images import toy_image
 
 TEXTS = ["a photo of a cat", "a car", "red umbrella"]
 PACKAGES = {"optimum-onnx": "optimum-onnx==0.1.0", "optimum-intel": "optimum-intel==2.2.0"}
@@ -99,7 +99,7 @@ def test_optimum_gives_the_bundles_answers(
 ):
     bundle = Bundle.load(shipped_bundle(target))
     folder = optimum.write(bundle.folder, tmp_path / target, head=head)
-    pixels = np.stack([bundle.pixels(picture(i)) for i in range(5)])
+    pixels = np.stack([bundle.pixels(toy_image(i)) for i in range(5)])
     x = ((pixels.astype(np.float32) / 255 - 0.5) / 0.25).transpose(0, 3, 1, 2)
     found = answers(environment(package), package, folder, tmp_path, np.ascontiguousarray(x))
     image, text = bundle.encode_pixels(pixels), bundle.encode_text(TEXTS)
@@ -111,12 +111,12 @@ def test_optimum_gives_the_bundles_answers(
 
 
 @pytest.mark.parametrize("fc", ["query", "key_value", "output", "none"])
-@pytest.mark.parametrize("normalise", [True, False])
-def test_class_scores_as_a_graph_are_the_bundles(source, fc, normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_class_scores_as_a_graph_are_the_bundles(source, fc, normalize):
     import onnxruntime as ort
 
     head = source.head._replace(
-        fc=fc, normalise=normalise, bias=np.linspace(-1, 1, len(source.head.bias), dtype=np.float32)
+        fc=fc, normalize=normalize, bias=np.linspace(-1, 1, len(source.head.bias), dtype=np.float32)
     )
     rng = np.random.default_rng(0)
     u, w = (
@@ -143,7 +143,7 @@ def test_the_folder_says_what_it_is(shipped_bundle, source, tmp_path):
     )
     assert (
         manifest["parents"]["bundle"] == disk.sha256(bundle / disk.MANIFEST)
-        and manifest["licences"] == source.licences
+        and manifest["licenses"] == source.licenses
     )
     assert (
         config["logit_scale_init_value"] == pytest.approx(math.log(20))
@@ -243,7 +243,7 @@ def made(folder, source, tower, hidden, own_text=True, **recipe):
 def test_open_clip_loads_the_student_itself(name, source, tmp_path):
     import open_clip as library
 
-    from edgeclip.device.preprocess import normalise, to_pixels
+    from edgeclip.device.preprocess import normalize, to_pixels
     from edgeclip.host import recipe as R
     from edgeclip.host.export import open_clip
     from edgeclip.host.student import token_ids
@@ -252,12 +252,12 @@ def test_open_clip_loads_the_student_itself(name, source, tmp_path):
     own, text = made(tmp_path / "run", source, *STUDENTS[name])
     folder = open_clip.write(tmp_path / "run", own, tmp_path / "out" / "small-student")
     library.add_model_config(folder / "small-student.json")
-    image, p = picture(3, 300, 280), own.preprocess
+    image, p = toy_image(3, 300, 280), own.preprocess
     plain, _, _ = library.create_model_and_transforms(
         "small-student", pretrained=str(folder / "open_clip_model.safetensors")
     )
     whole, _, transform = library.create_model_and_transforms(f"local-dir:{folder}")
-    x = torch.from_numpy(normalise(to_pixels(image, p)[None], p))
+    x = torch.from_numpy(normalize(to_pixels(image, p)[None], p))
     torch.testing.assert_close(transform(image)[None], x, atol=1e-6, rtol=0)
     with torch.inference_mode():
         for model in (plain.eval(), whole.eval()):

@@ -14,7 +14,7 @@ from edgeclip.device import target
 from edgeclip.device.runtime import tensorrt_build
 from edgeclip.device.runtime.tensorrt_build import BuildError, read_layers
 from edgeclip.host.export.lint import lint, rules
-from edgeclip.host.export.onnxruntime import calibrate, quantise
+from edgeclip.host.export.onnxruntime import calibrate, quantize
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.float16 import to_fp16
 from edgeclip.host.towers.fold import fold
@@ -50,16 +50,16 @@ def found(model):
 
 
 def test_the_exported_form_breaks_no_rule(calibrated, nodes):
-    assert found(to_fp16(quantise(calibrated, nodes, activations="int8", for_tensorrt=True))) == []
+    assert found(to_fp16(quantize(calibrated, nodes, activations="int8", for_tensorrt=True))) == []
 
 
 def test_zero_points_uint8_and_int32_biases_are_named_with_node_and_cure(calibrated, nodes):
-    asymmetric = found(quantise(calibrated, nodes, activations="uint8"))
+    asymmetric = found(quantize(calibrated, nodes, activations="uint8"))
     assert any(
         "zero point that is not 0" in what and "symmetrically" in cure
         for _, what, cure in asymmetric
     )
-    for_arm = quantise(calibrated, nodes, activations="int8")
+    for_arm = quantize(calibrated, nodes, activations="int8")
     kinds = {what: cure for _, what, cure in found(for_arm)}
     assert set(kinds) == {"an int32 bias behind DequantizeLinear", "a zero point that is not 0"}
     assert "biases in float" in kinds["an int32 bias behind DequantizeLinear"]
@@ -106,8 +106,8 @@ def test_each_refusal_names_its_node(model, node, what):
     assert cure
 
 
-def test_a_product_with_one_quantised_operand_is_named(calibrated, nodes):
-    model = quantise(calibrated, nodes, activations="int8", for_tensorrt=True)
+def test_a_product_with_one_quantized_operand_is_named(calibrated, nodes):
+    model = quantize(calibrated, nodes, activations="int8", for_tensorrt=True)
     product = next(n for n in model.graph.node if n.name == nodes[1])
     product.input[0] = next(n for n in model.graph.node if n.output[0] == product.input[0]).input[0]
     product.input[0] = next(n for n in model.graph.node if n.output[0] == product.input[0]).input[0]
@@ -117,9 +117,9 @@ def test_a_product_with_one_quantised_operand_is_named(calibrated, nodes):
 
 
 def test_the_command_exits_3_with_one_line_a_refusal(calibrated, nodes, tmp_path):
-    graph.save(quantise(calibrated, nodes, activations="int8"), tmp_path / "bad.onnx")
+    graph.save(quantize(calibrated, nodes, activations="int8"), tmp_path / "bad.onnx")
     graph.save(
-        to_fp16(quantise(calibrated, nodes, activations="int8", for_tensorrt=True)),
+        to_fp16(quantize(calibrated, nodes, activations="int8", for_tensorrt=True)),
         tmp_path / "good.onnx",
     )
     bad, good = (
@@ -153,7 +153,7 @@ def test_the_builder_builds_with_profile_and_workspace_and_writes_the_engine(
 ):
     trt = require("tensorrt_rtx", "pip install 'edgeclip[lint]'")
     graph.save(
-        to_fp16(quantise(calibrated, nodes, activations="int8", for_tensorrt=True)),
+        to_fp16(quantize(calibrated, nodes, activations="int8", for_tensorrt=True)),
         tmp_path / "m.onnx",
     )
     facts = tensorrt_build.build(
@@ -168,7 +168,7 @@ def test_the_builder_builds_with_profile_and_workspace_and_writes_the_engine(
     assert facts["module"] == "tensorrt_rtx"
     assert facts["batch"] == [1, 2, 3]
     assert facts["workspace_mib"] == 64
-    graph.save(quantise(calibrated, nodes, activations="int8"), tmp_path / "bad.onnx")
+    graph.save(quantize(calibrated, nodes, activations="int8"), tmp_path / "bad.onnx")
     with pytest.raises(BuildError, match=r"bad\.onnx: node '.*' \(DequantizeLinear\): "):
         tensorrt_build.build(tmp_path / "bad.onnx", tmp_path / "bad.plan", trt=trt)
     assert not (tmp_path / "bad.plan").exists()

@@ -11,21 +11,20 @@ import torch
 from onnx import numpy_helper
 
 from edgeclip.device import target
+from edgeclip.device.images import ImageRef
 from edgeclip.device.metrics import cosine
-from edgeclip.device.pictures import Picture
 from edgeclip.device.target import Calibration, Tolerance
 from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
 from edgeclip.host.export import EXPORTERS
-from edgeclip.host.export.calibration import Pictures
-from edgeclip.host.export.onnxruntime import calibrate, quantise
+from edgeclip.host.export.onnxruntime import calibrate, quantize
 from edgeclip.host.export.search import measured_here, search
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.smooth import smooth
 from edgeclip.host.towers.fold import fold
 from tests.support.command import run as cli
-from tests.support.images import picture
+from tests.support.images import toy_image
 from tests.support.toy_bundle import toy_input
 
 
@@ -36,13 +35,13 @@ def run(model, x):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return np.stack([toy_input(i) for i in range(64)])
 
 
 @pytest.fixture(scope="module")
 def vit():
-    """A small vision transformer whose features differ between pictures."""
+    """A small vision transformer whose features differ between images."""
     import timm
     from torch.nn import functional as F
 
@@ -102,43 +101,43 @@ def hard(plain):
     return plant(plain, range(6), by=300.0)
 
 
-def test_planted_outliers_leave_the_function_as_it_was(plain, hard, pictures):
-    np.testing.assert_allclose(run(hard, pictures), run(plain, pictures), atol=2e-5)
+def test_planted_outliers_leave_the_function_as_it_was(plain, hard, images):
+    np.testing.assert_allclose(run(hard, images), run(plain, images), atol=2e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_smoothing_leaves_the_function_as_it_was(hard, pictures, alpha):
-    smoothed = smooth(hard, pictures, alpha)
-    np.testing.assert_allclose(run(smoothed, pictures), run(hard, pictures), atol=2e-5)
+def test_smoothing_leaves_the_function_as_it_was(hard, images, alpha):
+    smoothed = smooth(hard, images, alpha)
+    np.testing.assert_allclose(run(smoothed, images), run(hard, images), atol=2e-5)
     assert [n.name for n in smoothed.graph.node] == [n.name for n in hard.graph.node]
 
 
-def test_smoothing_at_alpha_one_makes_all_channels_of_a_norm_equally_large(hard, pictures):
-    smoothed = smooth(hard, pictures, 1.0)
+def test_smoothing_at_alpha_one_makes_all_channels_of_a_norm_equally_large(hard, images):
+    smoothed = smooth(hard, images, 1.0)
     norms = [n.output[0] for n in smoothed.graph.node if n.op_type == "LayerNormalization"]
     smoothed.graph.output.extend(
         onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in norms[:-1]
     )
     session = ort.InferenceSession(smoothed.SerializeToString(), providers=["CPUExecutionProvider"])
-    for value in session.run(norms[:-1], {"pixels": pictures}):
+    for value in session.run(norms[:-1], {"pixels": images}):
         largest = np.abs(value).reshape(-1, value.shape[-1]).max(axis=0)
         np.testing.assert_allclose(largest, largest[0], rtol=1e-3)
 
 
-def test_a_convolutional_tower_has_nothing_to_smooth(student, pictures):
+def test_a_convolutional_tower_has_nothing_to_smooth(student, images):
     model = to_graph(student)
-    assert smooth(model, pictures, 0.5) is None and smooth(model, pictures, None) is model
+    assert smooth(model, images, 0.5) is None and smooth(model, images, None) is model
 
 
-def test_bias_correction_brings_the_mean_of_every_convolution_back(pictures):
+def test_bias_correction_brings_the_mean_of_every_convolution_back(images):
     import timm
 
     torch.manual_seed(0)
     tower = timm.create_model("mobilenetv4_conv_small_035", num_classes=8).eval()
-    calibrated = calibrate(to_graph(tower), pictures, "minmax")
+    calibrated = calibrate(to_graph(tower), images, "minmax")
     first = graph.depthwise(calibrated.model)[:1]
     assert first
-    corrected = policy.correct_bias(calibrated, first, pictures)
+    corrected = policy.correct_bias(calibrated, first, images)
     output = next(n.output[0] for n in calibrated.model.graph.node if n.name == first[0])
 
     def mean(model):
@@ -147,7 +146,7 @@ def test_bias_correction_brings_the_mean_of_every_convolution_back(pictures):
         model.graph.output.append(
             onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)
         )
-        return run(model, pictures).mean(axis=(0, 2, 3))
+        return run(model, images).mean(axis=(0, 2, 3))
 
     expected = mean(calibrated.model)
     rounded = {
@@ -160,7 +159,7 @@ def test_bias_correction_brings_the_mean_of_every_convolution_back(pictures):
 def weights_only(calibrated, nodes):
     """The float model with the named layers' weights rounded to int8."""
     model = onnx.ModelProto.FromString(calibrated.model.SerializeToString())
-    rounded = graph.initializers(quantise(calibrated, nodes, activations="int8"))
+    rounded = graph.initializers(quantize(calibrated, nodes, activations="int8"))
     for i in model.graph.initializer:
         if f"{i.name}_quantized" in rounded and f"{i.name}_scale" in rounded:
             q = rounded[f"{i.name}_quantized"] * rounded[f"{i.name}_scale"].reshape(
@@ -173,7 +172,7 @@ def weights_only(calibrated, nodes):
 def asked(name="onnx-int8", p1=0.95, **fields):
     loaded = target.load(name)[1]
     spec = {
-        "pictures": 32,
+        "images": 32,
         "judged_on": 32,
         "methods": ("minmax",),
         "smoothing": (None,),
@@ -183,31 +182,31 @@ def asked(name="onnx-int8", p1=0.95, **fields):
     return msgspec.structs.replace(
         loaded,
         calibration=Calibration(**{**spec, **fields}),
-        tolerance=Tolerance(centred_cosine_p1=p1, top1_agreement=0.0, accuracy_drop_pp=1),
+        tolerance=Tolerance(centered_cosine_p1=p1, top1_agreement=0.0, accuracy_drop_pp=1),
     )
 
 
-def look(model, pictures, wanted):
+def look(model, images, wanted):
     return search(
         model,
-        Pictures(pictures[:32], pictures[32:], [], np.full(32, -1)),
+        CalibrationImages(images[:32], images[32:], [], np.full(32, -1)),
         wanted,
         importlib.import_module(EXPORTERS[wanted.runtime]),
         None,
     )
 
 
-def test_right_answers_are_kept_where_labels_tell_which_they_are(plain, pictures):
+def test_right_answers_are_kept_where_labels_tell_which_they_are(plain, images):
     """Labels made of the float answers: all right, none known, and none right."""
     wanted = asked()
     classes = np.random.default_rng(0).normal(size=(40, 24)).astype(np.float32)
     answers = lambda features: (features @ classes.T).argmax(axis=1)  # noqa: E731
-    own = answers(run(plain, pictures[32:]))
+    own = answers(run(plain, images[32:]))
     seen = {}
     for name, labels in (("right", own), ("unknown", np.full(32, -1)), ("wrong", own + 1)):
         record = search(
             plain,
-            Pictures(pictures[:32], pictures[32:], [], labels),
+            CalibrationImages(images[:32], images[32:], [], labels),
             wanted,
             importlib.import_module(EXPORTERS["onnxruntime"]),
             answers,
@@ -219,11 +218,11 @@ def test_right_answers_are_kept_where_labels_tell_which_they_are(plain, pictures
         and seen["wrong"]["agreement_where_right"] is None
     )
     flawed = answers(
-        run(plain, pictures[32:]) + 0.05 * np.random.default_rng(1).normal(size=(32, 24))
+        run(plain, images[32:]) + 0.05 * np.random.default_rng(1).normal(size=(32, 24))
     )
     assert 0 < (kept := float((flawed == own).mean())) < 1
     limits = Tolerance(
-        centred_cosine_p1=0, top1_agreement=0, agreement_where_right=0.98, accuracy_drop_pp=1
+        centered_cosine_p1=0, top1_agreement=0, agreement_where_right=0.98, accuracy_drop_pp=1
     )
     assert short_of_agreement(limits, kept, kept) == [
         f"top-1 agreement where the student is right {kept:.4f}, below 0.98"
@@ -231,27 +230,27 @@ def test_right_answers_are_kept_where_labels_tell_which_they_are(plain, pictures
     assert short_of_agreement(limits, kept, None) == []
 
 
-def test_where_the_first_form_holds_nothing_is_given_back(plain, pictures):
-    found, record = look(plain, pictures, asked())
+def test_where_the_first_form_holds_nothing_is_given_back(plain, images):
+    found, record = look(plain, images, asked())
     assert found.float_layers == {}
     assert found.int8_share == 1.0
     assert [r["verdict"] for r in record["frontier"]] == ["chosen"]
 
 
 @pytest.mark.parametrize("name", ["onnx-int8", "onnx-int8-arm", "tensorrt-int8"])
-def test_a_hard_tower_fails_the_default_and_smoothing_repairs_it(hard, pictures, name):
-    found, record = look(hard, pictures, asked(name, smoothing=(None, 0.5)))
+def test_a_hard_tower_fails_the_default_and_smoothing_repairs_it(hard, images, name):
+    found, record = look(hard, images, asked(name, smoothing=(None, 0.5)))
     failed, held = record["frontier"]
-    assert failed["smoothing"] is None and "centred cosine p1" in failed["verdict"]
+    assert failed["smoothing"] is None and "centered cosine p1" in failed["verdict"]
     assert held["verdict"] == "chosen"
     assert found.form.smoothing == 0.5
     assert found.int8_share == 1.0
-    assert held["centred_cosine_p1"] > 0.95 > failed["centred_cosine_p1"]
+    assert held["centered_cosine_p1"] > 0.95 > failed["centered_cosine_p1"]
 
 
-def test_without_smoothing_the_worst_layers_go_back_to_float_and_no_more(plain, pictures):
+def test_without_smoothing_the_worst_layers_go_back_to_float_and_no_more(plain, images):
     model = plant(plain, (2, 3), by=1000.0)
-    found, record = look(model, pictures, asked(min_int8_share=0.3))
+    found, record = look(model, images, asked(min_int8_share=0.3))
     products = graph.matrix_products(found.calibrated.model)
     planted = [n for n in products if "blocks.1/" in n and ("qkv" in n or "fc1" in n)]
     assert len(planted) == 2
@@ -259,9 +258,9 @@ def test_without_smoothing_the_worst_layers_go_back_to_float_and_no_more(plain, 
     assert len(found.float_layers) <= 4
     assert (
         cosine(
-            run(quantise(found.calibrated, found.nodes, activations="uint8"), pictures),
-            run(plain, pictures),
-        )["centred_p1"]
+            run(quantize(found.calibrated, found.nodes, activations="uint8"), images),
+            run(plain, images),
+        )["centered_p1"]
         > 0.9
     )
     verdicts = [r["verdict"] for r in record["frontier"]]
@@ -269,42 +268,42 @@ def test_without_smoothing_the_worst_layers_go_back_to_float_and_no_more(plain, 
     assert 0.3 <= found.int8_share < 1.0
 
 
-def test_the_search_may_ask_more_of_the_judged_pictures_than_the_tolerance_does(plain, pictures):
-    (loose,) = look(plain, pictures, asked(p1=0.0))[1]["frontier"]
-    least = (loose["centred_cosine_p1"] + 1) / 2
-    strict = look(plain, pictures, asked(p1=0.0, judged_cosine_p1=least, min_int8_share=0))[1][
+def test_the_search_may_ask_more_of_the_judged_images_than_the_tolerance_does(plain, images):
+    (loose,) = look(plain, images, asked(p1=0.0))[1]["frontier"]
+    least = (loose["centered_cosine_p1"] + 1) / 2
+    strict = look(plain, images, asked(p1=0.0, judged_cosine_p1=least, min_int8_share=0))[1][
         "frontier"
     ]
     chosen = next(r for r in strict if r["verdict"] == "chosen")
     assert (
         loose["verdict"] == "chosen"
-        and chosen["centred_cosine_p1"] >= least > loose["centred_cosine_p1"]
+        and chosen["centered_cosine_p1"] >= least > loose["centered_cosine_p1"]
     )
     assert f"below {least}" in strict[0]["verdict"] and chosen["float_layers"] > 0
 
 
-def test_what_cannot_be_repaired_is_refused_with_its_reason(hard, pictures):
+def test_what_cannot_be_repaired_is_refused_with_its_reason(hard, images):
     with pytest.raises(
         Refused,
-        match=r"int8 does not hold: with the \d+ worst layers in float \(int8 share 0\.[78]\d+\) centred cosine p1 0\.\d+, below 0\.95",
+        match=r"int8 does not hold: with the \d+ worst layers in float \(int8 share 0\.[78]\d+\) centered cosine p1 0\.\d+, below 0\.95",
     ):
-        look(hard, pictures, asked())
+        look(hard, images, asked())
 
 
-def test_a_target_none_of_whose_forms_is_one_of_the_student_is_a_clear_error(plain, pictures):
+def test_a_target_none_of_whose_forms_is_one_of_the_student_is_a_clear_error(plain, images):
     with pytest.raises(
         EdgeclipError, match="calibration: none of the target's forms is one of this student"
     ):
-        look(plain, pictures, asked(layers=("dense",)))
+        look(plain, images, asked(layers=("dense",)))
 
 
-def test_int8_that_is_no_faster_is_refused_with_both_times(plain, pictures):
+def test_int8_that_is_no_faster_is_refused_with_both_times(plain, images):
     if not measured_here(asked()):
         pytest.skip("the machine is no x86: onnx-int8 is not timed on it")
     with pytest.raises(
         Refused, match=r"int8 is \d+\.\d\d times as fast as float32 here \(.* ms\), below 1000"
     ):
-        look(plain, pictures, asked(min_speedup=1000))
+        look(plain, images, asked(min_speedup=1000))
 
 
 def test_speed_is_measured_only_where_the_machine_is_of_the_targets_kind(monkeypatch):
@@ -328,46 +327,46 @@ def drawn(source, pool, held_out=(), **fields):
     )
 
 
-def test_pictures_of_ranges_and_pictures_to_judge_on_never_overlap_and_are_all_named(source):
+def test_images_of_ranges_and_images_to_judge_on_never_overlap_and_are_all_named(source):
     pool = source.calibration()
-    found = drawn(source, pool, pictures=20, judged_on=12)
+    found = drawn(source, pool, images=20, judged_on=12)
     assert (len(found.ranges), len(found.judged)) == (20, 12) and len(
         {u["key"] for u in found.used}
     ) == 32
     assert [u["use"] for u in found.used] == ["ranges"] * 20 + ["judged"] * 12
     again, other = (
-        drawn(source, pool, pictures=20, judged_on=12),
-        drawn(source, pool, pictures=20, judged_on=12, seed=1),
+        drawn(source, pool, images=20, judged_on=12),
+        drawn(source, pool, images=20, judged_on=12, seed=1),
     )
     assert again.used == found.used != other.used
-    assert drawn(source, pool, pictures=20, judged_on=0).judged.shape[0] == 20
+    assert drawn(source, pool, images=20, judged_on=0).judged.shape[0] == 20
 
 
-def test_evaluation_pictures_among_the_calibration_pictures_are_refused_by_name(source):
+def test_evaluation_images_among_the_calibration_images_are_refused_by_name(source):
     pool = source.calibration()[:32]
-    leaked = drawn(source, pool, pictures=24, judged_on=8).used[7]
+    leaked = drawn(source, pool, images=24, judged_on=8).used[7]
     with pytest.raises(
-        EdgeclipError, match=f"1 of its pictures are evaluation pictures.*{leaked['key']}"
+        EdgeclipError, match=f"1 of its images are evaluation images.*{leaked['key']}"
     ):
-        drawn(source, pool, held_out=[leaked["sha256"]], pictures=24, judged_on=8)
+        drawn(source, pool, held_out=[leaked["sha256"]], images=24, judged_on=8)
 
 
-def test_pictures_that_are_all_alike_are_refused(source, tmp_path):
-    pool = [Picture(f"{i}.png", str(tmp_path / f"{i}.png")) for i in range(16)]
+def test_images_that_are_all_alike_are_refused(source, tmp_path):
+    pool = [ImageRef(f"{i}.png", str(tmp_path / f"{i}.png")) for i in range(16)]
     for i, p in enumerate(pool):
-        picture(3).point(lambda v, i=i: min(255, v + i % 2)).save(
+        toy_image(3).point(lambda v, i=i: min(255, v + i % 2)).save(
             p.path
-        )  # not the same bytes, yet the same picture
-    with pytest.raises(EdgeclipError, match="8 pictures are all alike"):
-        drawn(source, pool, pictures=8, judged_on=8)
+        )  # not the same bytes, yet the same image
+    with pytest.raises(EdgeclipError, match="8 images are all alike"):
+        drawn(source, pool, images=8, judged_on=8)
 
 
 def test_a_refusal_writes_nothing_and_exits_3(source, tmp_path, monkeypatch):
     from edgeclip.host.export import source as S
 
     monkeypatch.setattr(S, "from_run", lambda folder: source)
-    limits = "tolerance: {centred_cosine_p1: 1.0, top1_agreement: 0.9, accuracy_drop_pp: 1}"
-    spec = "calibration: {pictures: 16, judged_on: 16, methods: [minmax], smoothing: [null]}"
+    limits = "tolerance: {centered_cosine_p1: 1.0, top1_agreement: 0.9, accuracy_drop_pp: 1}"
+    spec = "calibration: {images: 16, judged_on: 16, methods: [minmax], smoothing: [null]}"
     (tmp_path / "strict.yaml").write_text(
         f"runtime: onnxruntime\nprecision: int8\nactivations: uint8\nreduce_range: never\n{spec}\n{limits}\n"
     )

@@ -15,7 +15,7 @@ from edgeclip.device.metrics import cosine
 from edgeclip.device.target import Calibration
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.export import tensorrt
-from edgeclip.host.export.onnxruntime import calibrate, quantise, rounded_outputs
+from edgeclip.host.export.onnxruntime import calibrate, quantize, rounded_outputs
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.float16 import to_fp16
@@ -25,20 +25,20 @@ from tests.support.toy_bundle import toy_input
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return np.stack([toy_input(i) for i in range(40)])
 
 
-def prepare(student, pictures, opset):
-    x = torch.from_numpy(pictures[:1])
+def prepare(student, images, opset):
+    x = torch.from_numpy(images[:1])
     return calibrate(
-        graph.to_onnx(fold(student, x), x, "pixels", "image_features", opset), pictures, "minmax"
+        graph.to_onnx(fold(student, x), x, "pixels", "image_features", opset), images, "minmax"
     )
 
 
 @pytest.fixture(scope="module")
-def calibrated(student, pictures):
-    return prepare(student, pictures, 18)
+def calibrated(student, images):
+    return prepare(student, images, 18)
 
 
 def run(model, x):
@@ -62,11 +62,11 @@ def weights_in_int8(model):
 
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
-def test_exactly_the_listed_layers_are_quantised(calibrated, activations):
+def test_exactly_the_listed_layers_are_quantized(calibrated, activations):
     products = graph.matrix_products(calibrated.model)
     assert len(products) == 5
     for nodes in (products, products[1:], [products[2]]):
-        model = quantise(calibrated, nodes, activations=activations)
+        model = quantize(calibrated, nodes, activations=activations)
         assert weights_in_int8(model) == nodes
         readers = {
             n.name: [m for m in model.graph.node if n.output[0] in m.input]
@@ -84,48 +84,46 @@ def test_exactly_the_listed_layers_are_quantised(calibrated, activations):
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
-def test_int8_answers_are_close_to_the_float_ones(
-    calibrated, pictures, student, activations, method
-):
-    ready = calibrated if method == "minmax" else calibrate(calibrated.model, pictures, method)
-    model = quantise(ready, graph.matrix_products(calibrated.model), activations=activations)
+def test_int8_answers_are_close_to_the_float_ones(calibrated, images, student, activations, method):
+    ready = calibrated if method == "minmax" else calibrate(calibrated.model, images, method)
+    model = quantize(ready, graph.matrix_products(calibrated.model), activations=activations)
     fresh = np.stack([toy_input(900 + i) for i in range(60)])
     with torch.inference_mode():
         expected = student(torch.from_numpy(fresh)).numpy()
     found = cosine(run(model, fresh), expected)
-    assert found["centred_p5"] > 0.98 and not np.array_equal(run(model, fresh), expected)
+    assert found["centered_p5"] > 0.98 and not np.array_equal(run(model, fresh), expected)
 
 
-def test_no_layer_listed_is_the_float_model(calibrated, pictures):
+def test_no_layer_listed_is_the_float_model(calibrated, images):
     np.testing.assert_array_equal(
-        run(quantise(calibrated, [], activations="uint8"), pictures[:4]),
-        run(calibrated.model, pictures[:4]),
+        run(quantize(calibrated, [], activations="uint8"), images[:4]),
+        run(calibrated.model, images[:4]),
     )
 
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
-def test_a_quantised_graph_is_valid_onnx(calibrated, activations):
+def test_a_quantized_graph_is_valid_onnx(calibrated, activations):
     onnx.checker.check_model(
-        quantise(calibrated, graph.matrix_products(calibrated.model), activations=activations)
+        quantize(calibrated, graph.matrix_products(calibrated.model), activations=activations)
     )
 
 
-def test_quantising_leaves_the_calibrated_model_alone(calibrated):
+def test_quantizing_leaves_the_calibrated_model_alone(calibrated):
     before = calibrated.model.SerializeToString()
-    quantise(calibrated, graph.matrix_products(calibrated.model), activations="uint8")
+    quantize(calibrated, graph.matrix_products(calibrated.model), activations="uint8")
     assert calibrated.model.SerializeToString() == before
 
 
 def test_a_weight_has_a_scale_for_each_output_channel_and_is_symmetric(calibrated):
-    model = quantise(calibrated, graph.matrix_products(calibrated.model), activations="uint8")
+    model = quantize(calibrated, graph.matrix_products(calibrated.model), activations="uint8")
     constants = graph.initializers(model)
     float_constants = graph.initializers(calibrated.model)
     makers = {o: n for n in model.graph.node for o in n.output}
     for name in weights_in_int8(model):
         node = next(n for n in model.graph.node if n.name == name)
-        dequantise = makers[node.input[1]]
-        values, scale, zero = (constants[i] for i in dequantise.input)
-        axis = next(a.i for a in dequantise.attribute if a.name == "axis")
+        dequantize = makers[node.input[1]]
+        values, scale, zero = (constants[i] for i in dequantize.input)
+        axis = next(a.i for a in dequantize.attribute if a.name == "axis")
         assert scale.shape == (values.shape[axis],) and not zero.any()
         original = float_constants[
             next(n for n in calibrated.model.graph.node if n.name == name).input[1]
@@ -137,11 +135,11 @@ def test_a_weight_has_a_scale_for_each_output_channel_and_is_symmetric(calibrate
 
 
 def test_a_relu6_stays_in_the_graph_with_its_bounds(calibrated):
-    # Removed by the quantiser, its clipping was lost under ONNX Runtime's BASIC optimisation.
+    # Removed by the quantizer, its clipping was lost under ONNX Runtime's BASIC optimization.
     def clips(model):
         return sorted(n.name for n in model.graph.node if n.op_type in ("Clip", "Relu"))
 
-    model = quantise(calibrated, graph.matrix_products(calibrated.model), activations="uint8")
+    model = quantize(calibrated, graph.matrix_products(calibrated.model), activations="uint8")
     assert clips(model) == clips(calibrated.model) != []
 
 
@@ -151,7 +149,7 @@ def test_what_an_activation_cuts_off_takes_no_step_of_the_rounding(
 ):
     """A convolution behind which a ReLU6 comes is rounded once, behind it; ONNX Runtime then needs no ReLU6 and no float convolution."""
     nodes = graph.matrix_products(calibrated.model)
-    model = quantise(calibrated, nodes, activations=activations)
+    model = quantize(calibrated, nodes, activations=activations)
     makers = {o: n for n in model.graph.node for o in n.output}
     convs = {n.name for n in model.graph.node if n.op_type == "Conv"}
     activated = [
@@ -162,20 +160,20 @@ def test_what_an_activation_cuts_off_takes_no_step_of_the_rounding(
     once = {makers[n.input[0]].name for n in activated} & convs
     assert once == convs - rounded_outputs(calibrated.model, nodes) != set()
     options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
     ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    kinds = [n.op_type for n in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    kinds = [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert kinds.count("QLinearConv") == len(convs) and kinds.count("Clip") + kinds.count(
         "Relu"
     ) <= len(activated) - len(once)
 
 
 @pytest.fixture(scope="module")
-def tensorrt_form(student, pictures):
-    calibrated = prepare(student, pictures, 19)
+def tensorrt_form(student, images):
+    calibrated = prepare(student, images, 19)
     return to_fp16(
-        quantise(
+        quantize(
             calibrated,
             graph.matrix_products(calibrated.model),
             activations="int8",
@@ -224,17 +222,15 @@ def test_tensorrts_form_has_q_and_dq_on_both_operands_of_every_product(tensorrt_
     )
 
 
-def test_tensorrts_form_still_answers_in_onnxruntime(tensorrt_form, pictures, calibrated):
-    assert (
-        cosine(run(tensorrt_form, pictures), run(calibrated.model, pictures))["centred_p5"] > 0.97
-    )
+def test_tensorrts_form_still_answers_in_onnxruntime(tensorrt_form, images, calibrated):
+    assert cosine(run(tensorrt_form, images), run(calibrated.model, images))["centered_p5"] > 0.97
 
 
-def test_float8_stands_where_int8_stood_and_keeps_the_ranges(calibrated, tensorrt_form, pictures):
+def test_float8_stands_where_int8_stood_and_keeps_the_ranges(calibrated, tensorrt_form, images):
     nodes = graph.matrix_products(calibrated.model)
-    symmetric = quantise(calibrated, nodes, activations="int8", for_tensorrt=True)
+    symmetric = quantize(calibrated, nodes, activations="int8", for_tensorrt=True)
     float8 = tensorrt.to_fp8(
-        quantise(calibrated, nodes, activations="int8", for_tensorrt=True), calibrated.model
+        quantize(calibrated, nodes, activations="int8", for_tensorrt=True), calibrated.model
     )
     before, after, floats = (
         graph.initializers(symmetric),
@@ -263,9 +259,9 @@ def test_float8_stands_where_int8_stood_and_keeps_the_ranges(calibrated, tensorr
 
 @pytest.mark.parametrize(("reduce_range", "least", "most"), [(False, 100, 127), (True, 60, 64)])
 def test_a_reduced_range_leaves_a_bit_of_every_weight_unused(
-    calibrated, pictures, reduce_range, least, most
+    calibrated, images, reduce_range, least, most
 ):
-    model = quantise(
+    model = quantize(
         calibrated,
         graph.matrix_products(calibrated.model),
         activations="uint8",
@@ -277,7 +273,7 @@ def test_a_reduced_range_leaves_a_bit_of_every_weight_unused(
         if k.endswith("_quantized") and v.dtype == np.int8
     ]
     assert len(largest) == 5 and least <= min(largest) <= max(largest) <= most
-    assert cosine(run(model, pictures), run(calibrated.model, pictures))["centred_p5"] > 0.97
+    assert cosine(run(model, images), run(calibrated.model, images))["centered_p5"] > 0.97
 
 
 @pytest.mark.parametrize(
@@ -305,28 +301,28 @@ def test_a_machine_saturates_where_it_is_an_x86_without_vnni(monkeypatch, arch, 
 PLAIN = policy.Form("minmax", None, "all", None)
 
 
-def choose(calibrated, pictures, form=PLAIN, float_layers=None, **spec):
+def choose(calibrated, images, form=PLAIN, float_layers=None, **spec):
     return policy.choose(
-        calibrated.model, pictures, form, float_layers, Calibration(pictures=32, **spec)
+        calibrated.model, images, form, float_layers, Calibration(images=32, **spec)
     )
 
 
-def test_a_layer_that_int8_would_ruin_stays_in_float(calibrated, pictures):
-    strict = choose(calibrated, pictures, probe_layers=2, layer_cosine=1.0)
+def test_a_layer_that_int8_would_ruin_stays_in_float(calibrated, images):
+    strict = choose(calibrated, images, probe_layers=2, layer_cosine=1.0)
     products = graph.matrix_products(strict.calibrated.model)
     assert set(strict.float_layers) == {*products[:2], *products[-2:]} and strict.nodes == [
         products[2]
     ]
-    free = choose(calibrated, pictures, probe_layers=2, layer_cosine=0.0)
+    free = choose(calibrated, images, probe_layers=2, layer_cosine=0.0)
     assert free.float_layers == {}
     assert free.nodes == products
     assert free.int8_share == 1.0
-    macs = graph.macs(strict.calibrated.model, products, pictures[:1])
+    macs = graph.macs(strict.calibrated.model, products, images[:1])
     assert abs(strict.int8_share - macs[products[2]] / sum(macs.values())) < 1e-3
 
 
-def test_no_layer_is_probed_twice_or_judged_where_none_is_asked(calibrated, pictures):
-    assert choose(calibrated, pictures, probe_layers=0).float_layers == {}
+def test_no_layer_is_probed_twice_or_judged_where_none_is_asked(calibrated, images):
+    assert choose(calibrated, images, probe_layers=0).float_layers == {}
 
 
 class Residual(nn.Module):
@@ -345,7 +341,7 @@ class Residual(nn.Module):
 
 @pytest.mark.parametrize(("layers", "rounded"), [("all", 0), ("residual", 2)])
 def test_openvino_rounds_a_residual_additions_operands_only_where_the_form_says_so(
-    pictures, tmp_path, layers, rounded
+    images, tmp_path, layers, rounded
 ):
     require("nncf", "pip install 'edgeclip[openvino]'")
     import openvino as ov
@@ -355,11 +351,11 @@ def test_openvino_rounds_a_residual_additions_operands_only_where_the_form_says_
     torch.manual_seed(0)
     asked = target.load("openvino-int8")[1]
     model = graph.to_onnx(
-        Residual().eval(), torch.from_numpy(pictures[:1]), "pixels", "image_features", 18
+        Residual().eval(), torch.from_numpy(images[:1]), "pixels", "image_features", 18
     )
     chosen = policy.choose(
         model,
-        pictures,
+        images,
         policy.Form("minmax", None, layers, None),
         {},
         asked.calibration,

@@ -42,7 +42,7 @@ def test_a_description_reads_back_as_the_same_recipe(tmp_path):
         ("{edu_attention: {}, feature: {}}", "no loss of its own"),
         ("{if_align: {axis: tokens}}", "needs token_features"),
         ("{if_align: {axis: channels, momentum: 0.5}}", "momentum"),
-        ("{if_align: {normalise: false, features: head}}", "no raw form"),
+        ("{if_align: {normalize: false, features: head}}", "no raw form"),
         ("{if_align: {momentum: 1.0}}", "momentum"),
         ("{kl: {}, edu_attention: {query: raw}}", "set keep: false"),
         ("{kl: {}, edu_attention: {axis: batch}}", "set keep: false"),

@@ -21,7 +21,7 @@ from edgeclip.host.teachers import open_clip as teachers
 from edgeclip.host.towers import weights
 from edgeclip.host.towers.fold import fold
 from edgeclip.host.towers.prompt_tokens import PromptedText, PromptedTower
-from tests.support.prompted import PIXELS, TEACHER, TEXT, TINY, VISION, onnx_run, pictures_of
+from tests.support.prompted import PIXELS, TEACHER, TEXT, TINY, VISION, images_of, onnx_run
 from tests.support.toy_bundle import SIZE
 
 INIT = torch.tensor([320, 1125, 539, 320])  # "a photo of a"
@@ -90,7 +90,7 @@ def test_a_text_tower_with_prompts_of_length_0_is_open_clips_bit_for_bit(kind, t
         )
 
 
-def test_text_prompts_of_depth_1_start_as_the_words_they_are_initialised_from():
+def test_text_prompts_of_depth_1_start_as_the_words_they_are_initialized_from():
     model = clip()
     words = torch.cat(
         [ids(8)[:, :1], INIT.expand(2, -1), ids(8)[:, 1:]], dim=1
@@ -216,12 +216,10 @@ def test_a_student_that_is_no_vit_takes_no_prompts():
 @pytest.mark.parametrize("freeze", [True, False])
 def test_training_moves_what_is_not_frozen_and_the_frozen_tower_stays_in_eval(freeze, tmp_path):
     spec = student_spec("open_clip", freeze)
-    pictures = pictures_of(tmp_path / "photos", 8, [0, 1], shapes.draw)
+    images = images_of(tmp_path / "photos", 8, [0, 1], shapes.draw)
     views = np.tile(np.array([0, 0, 72, 72, 0], np.float32), (8, 1, 1))
     rows = np.random.default_rng(0).normal(size=(8, 1, 12)).astype(np.float16)
-    cached = TeacherCache(
-        tmp_path, {}, pictures, rows, views, np.eye(4, 12, dtype=np.float32), None
-    )
+    cached = TeacherCache(tmp_path, {}, images, rows, views, np.eye(4, 12, dtype=np.float32), None)
     student, preprocess = students.build(spec, 12)
     modes = []
     student.tower.vit.ln_post.register_forward_pre_hook(
@@ -236,7 +234,7 @@ def test_training_moves_what_is_not_frozen_and_the_frozen_tower_stays_in_eval(fr
         train=R.Train(batch_size=4, lr=0.1, optimizer="sgd", device="cpu"),
     )
     teacher = dataclasses.replace(teachers.load(TEACHER), embed_dim=12)
-    data = Dataset("toy", "none", list("abcd"), ("{c}",), [], pictures, [0, 1, 2, 3], [])
+    data = Dataset("toy", "none", list("abcd"), ("{c}",), [], images, [0, 1, 2, 3], [])
     train(student, None, teacher, cached, preprocess, data, asked, torch.device("cpu"))
     moved = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
     assert {k for k in moved if k.startswith("tower.vit.")} == (

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from edgeclip.device.bundle import Bundle
-from edgeclip.device.pictures import read
-from edgeclip.device.preprocess import normalise
+from edgeclip.device.images import read
+from edgeclip.device.preprocess import normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
@@ -147,7 +147,7 @@ def test_a_bundle_of_a_shared_student_is_the_student(source, tmp_path, target):
     bundle = Bundle.load(export(shared, target, toy_target(target), tmp_path / "bundle"))
     pixels = np.stack([bundle.pixels(read(p)) for p in shared.golden])
     with torch.inference_mode():
-        expected = student(torch.from_numpy(normalise(pixels, shared.preprocess))).numpy()
+        expected = student(torch.from_numpy(normalize(pixels, shared.preprocess))).numpy()
     assert (bundle.encode_pixels(pixels) * expected).sum(axis=1).min() > (
         1 - 1e-6 if target == "onnx-fp32" else 0.99
     )

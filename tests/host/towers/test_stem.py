@@ -11,8 +11,8 @@ from edgeclip.device.metrics import cosine
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
-from edgeclip.host.distill import qat as quantised
-from edgeclip.host.export.onnxruntime import calibrate, quantise
+from edgeclip.host.distill import qat as quantized
+from edgeclip.host.export.onnxruntime import calibrate, quantize
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.towers import weights
 from edgeclip.host.towers.fold import fold
@@ -62,7 +62,7 @@ def test_it_is_the_cnns_stages_a_projection_and_the_vits_own_blocks(student):
     torch.testing.assert_close(vit(x), vit.norm(tokens)[:, 0])
     left = {k.split(".")[1] for k in own}
     assert not left & {"conv_head", "classifier", "bn2"}, (
-        "what no picture passes is not carried along"
+        "what no image passes is not carried along"
     )
 
 
@@ -121,7 +121,7 @@ def test_folded_and_in_int8_its_attention_stays_float(student):
     model = graph.to_onnx(folded, x[:1], "pixels", "image_features", 18)
     calibrated = calibrate(model, x.numpy(), "minmax")
     products = graph.matrix_products(calibrated.model)
-    assert {quantised.module_name(n) for n in products} <= quantised.traced_modules(
+    assert {quantized.module_name(n) for n in products} <= quantized.traced_modules(
         folded
     ).keys()  # so that it can learn with rounding
     constants = graph.initializers(calibrated.model)
@@ -132,7 +132,7 @@ def test_folded_and_in_int8_its_attention_stays_float(student):
     ]
     assert len(attention) == 2 * 2 and not set(attention) & set(products)
     assert sum(n.op_type == "Conv" for n in calibrated.model.graph.node if n.name in products) > 30
-    rounded = quantise(calibrated, products, activations="uint8")
+    rounded = quantize(calibrated, products, activations="uint8")
     makers = {o: n.op_type for n in rounded.graph.node for o in n.output}
     assert all(
         "DequantizeLinear" not in {makers.get(i) for i in n.input}

@@ -1,6 +1,6 @@
-"""Where pictures lie and how they are read: plain files, or members of uncompressed tar shards (WebDataset).
+"""Where images lie and how they are read: plain files, or members of uncompressed tar shards (WebDataset).
 
-A `Picture` is an address, not pixels, so a list of them is small. `stream` decodes and resizes in threads ahead of
+A `ImageRef` is an address, not pixels, so a list of them is small. `stream` decodes and resizes in threads ahead of
 its consumer (PIL lets go of the interpreter lock for both) and keeps the order it was given, whatever the threads do.
 """
 
@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from edgeclip.device.preprocess import UnreadablePicture
+from edgeclip.device.preprocess import UnreadableImage
 from edgeclip.errors import EdgeclipError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -24,7 +24,7 @@ MAX_UNREADABLE = 0.01
 Index = TypeVar("Index")
 
 
-class Picture(NamedTuple):
+class ImageRef(NamedTuple):
     key: str
     """unique in its data set"""
     path: str
@@ -37,53 +37,53 @@ class Picture(NamedTuple):
     caption: str = ""
 
 
-class Lookup(Sequence[Picture], abc.ABC):
-    """Pictures that are looked up when they are asked for: a subclass knows how many, and which is the i-th, 0 <= i < n."""
+class Lookup(Sequence[ImageRef], abc.ABC):
+    """Images that are looked up when they are asked for: a subclass knows how many, and which is the i-th, 0 <= i < n."""
 
     @abc.abstractmethod
-    def at(self, i: int) -> Picture: ...
+    def at(self, i: int) -> ImageRef: ...
 
     @overload
-    def __getitem__(self, i: int) -> Picture: ...
+    def __getitem__(self, i: int) -> ImageRef: ...
     @overload
-    def __getitem__(self, i: slice) -> Sequence[Picture]: ...
-    def __getitem__(self, i: int | slice) -> Picture | Sequence[Picture]:
+    def __getitem__(self, i: slice) -> Sequence[ImageRef]: ...
+    def __getitem__(self, i: int | slice) -> ImageRef | Sequence[ImageRef]:
         found = range(len(self))[i]  # raises IndexError
         return self.at(found) if isinstance(found, int) else [self.at(j) for j in found]
 
 
-def read(picture: Picture) -> bytes:
-    """Raises `UnreadablePicture` when its file is gone, may not be read or ends before the picture does."""
+def read(image: ImageRef) -> bytes:
+    """Raises `UnreadableImage` when its file is gone, may not be read or ends before the image does."""
     try:
-        with open(picture.path, "rb") as f:
-            f.seek(picture.offset)
-            content = f.read(picture.size)
+        with open(image.path, "rb") as f:
+            f.seek(image.offset)
+            content = f.read(image.size)
     except FileNotFoundError:
-        raise UnreadablePicture(
-            f"{picture.path} ({picture.key})", "there is no such file", "restore it"
+        raise UnreadableImage(
+            f"{image.path} ({image.key})", "there is no such file", "restore it"
         ) from None
     except OSError as e:
-        raise UnreadablePicture(
-            f"{picture.path} ({picture.key})",
+        raise UnreadableImage(
+            f"{image.path} ({image.key})",
             f"cannot be read ({e.strerror})",
             "check its rights and its disk",
         ) from None
-    if len(content) < picture.size:
-        raise UnreadablePicture(
-            f"{picture.path} ({picture.key})",
+    if len(content) < image.size:
+        raise UnreadableImage(
+            f"{image.path} ({image.key})",
             "the shard is shorter than its index says",
             "restore it",
         )
     return content
 
 
-def digest(picture: Picture) -> str:
+def digest(image: ImageRef) -> str:
     """sha256 of its bytes, in hex. Raises as `read`."""
-    return hashlib.sha256(read(picture)).hexdigest()
+    return hashlib.sha256(read(image)).hexdigest()
 
 
-def index_tar(path: Path) -> list[Picture]:
-    """Pictures of one WebDataset shard: `key.jpg` beside optional `key.cls` (class index) and `key.txt` (caption)."""
+def index_tar(path: Path) -> list[ImageRef]:
+    """Images of one WebDataset shard: `key.jpg` beside optional `key.cls` (class index) and `key.txt` (caption)."""
     found: dict[str, dict[str, tarfile.TarInfo]] = collections.defaultdict(dict)
     try:
         with tarfile.open(path, "r:") as tar:
@@ -98,7 +98,7 @@ def index_tar(path: Path) -> list[Picture]:
                         raise tarfile.ReadError(f"two members are called '{member.name}'")
                     found[key]["." + suffix.lower()] = member
             refuse_cut(tar)
-            pictures = []
+            images = []
             for key, members in found.items():
                 image = next((m for s, m in members.items() if s in SUFFIXES), None)
                 if image is None:
@@ -109,8 +109,8 @@ def index_tar(path: Path) -> list[Picture]:
                     if s in members
                 }  # type: ignore[union-attr]  # files, asked above
                 label = int(text.get(".cls", -1))
-                pictures.append(
-                    Picture(
+                images.append(
+                    ImageRef(
                         f"{path.stem}/{key}",
                         str(path),
                         image.offset_data,
@@ -119,7 +119,7 @@ def index_tar(path: Path) -> list[Picture]:
                         text.get(".txt", ""),
                     )
                 )
-            return pictures
+            return images
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
     except (tarfile.TarError, ValueError, OSError) as e:
@@ -137,10 +137,10 @@ def refuse_cut(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError("it was cut off, or is damaged in the middle")
 
 
-def index_folder(folder: Path) -> list[Picture]:
-    """Every picture below `folder`, sorted by path."""
+def index_folder(folder: Path) -> list[ImageRef]:
+    """Every image below `folder`, sorted by path."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
-    return [Picture(str(p.relative_to(folder)), str(p)) for p in files]
+    return [ImageRef(str(p.relative_to(folder)), str(p)) for p in files]
 
 
 def stream(
@@ -152,7 +152,7 @@ def stream(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (indices [B], stacked make(index) [B, ...]) in `order`, the last batch short.
 
-    What `make` raises as `UnreadablePicture` is left out and its message put into `skipped`; `refuse_unreadable`
+    What `make` raises as `UnreadableImage` is left out and its message put into `skipped`; `refuse_unreadable`
     judges the count.
     """
     pending: collections.deque[tuple[Index, concurrent.futures.Future[np.ndarray]]] = (
@@ -171,7 +171,7 @@ def stream(
                 try:
                     arrays.append(future.result())
                     indices.append(i)
-                except UnreadablePicture as e:
+                except UnreadableImage as e:
                     skipped.append(str(e))
                 if len(arrays) == batch_size or (arrays and not pending):
                     yield np.array(indices), np.stack(arrays)
@@ -181,10 +181,10 @@ def stream(
 
 
 def refuse_unreadable(skipped: list[str], total: int, where: object) -> None:
-    """Raises when more than 1 % of `total` pictures could not be read; otherwise they are the caller's to report."""
+    """Raises when more than 1 % of `total` images could not be read; otherwise they are the caller's to report."""
     if len(skipped) > MAX_UNREADABLE * total:
         raise EdgeclipError(
             where,
-            f"{len(skipped)} of {total} pictures are unreadable, more than {MAX_UNREADABLE:.0%} (first: {skipped[0]})",
+            f"{len(skipped)} of {total} images are unreadable, more than {MAX_UNREADABLE:.0%} (first: {skipped[0]})",
             "repair the data",
         )
