@@ -15,8 +15,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from edgeclip.errors import EdgeclipError
+from edgeclip.progress import say
+
 PATIENCE = datetime.timedelta(days=7)
 """for which one process waits for another (a teacher's cache takes hours); torchrun ends them all when one dies"""
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the torch device that a recipe's `train.device` names: cpu, cuda, or auto (a GPU where there is one).
+
+    Raises `EdgeclipError` where CUDA is asked for and torch cannot use it.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise EdgeclipError(
+            "train.device: cuda",
+            "this machine has no CUDA device that torch can use",
+            "use device: cpu, or auto",
+        )
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    say(f"device: {name}")
+    return torch.device(name)
 
 
 def own(device: torch.device) -> torch.device:

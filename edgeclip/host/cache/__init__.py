@@ -20,11 +20,17 @@ The fingerprint is that of the description: teacher, preprocess, views, texts, d
 size, not by its bytes: who repaints a file at equal size deletes the cache.
 """
 
+from pathlib import Path
+
 from edgeclip.host.cache.arrays import Rows, Shards, TeacherCache, open_folder, refuse_other_views
 from edgeclip.host.cache.building import build, class_features, lacking
 from edgeclip.host.cache.views import apply_view, decode_view, draw_views
 
+CACHE = Path("cache")
+"""where caches lie, relative to the working folder"""
+
 __all__ = [
+    "CACHE",
     "Rows",
     "Shards",
     "TeacherCache",

@@ -1,4 +1,4 @@
-"""`edgeclip cache`: builds the caches that a recipe needs, and says what is inside one."""
+"""`edgeclip cache inspect`: says what is inside a cache."""
 
 from pathlib import Path
 from typing import Any
@@ -6,64 +6,11 @@ from typing import Any
 import numpy as np
 
 from edgeclip import disk
-from edgeclip.errors import EdgeclipError
-from edgeclip.host import distributed, recipe, teachers
 from edgeclip.host.cache.arrays import KIND, Embeddings, Joined, Shards, TeacherCache, open_folder
-from edgeclip.host.cache.building import build
 from edgeclip.host.cache.embeddings import open_embeddings
 
 SAMPLE = 4096
 """rows that `inspect` looks at"""
-
-
-def build_for(
-    path: Path, roots: tuple[str, ...] = (), out: Path | None = None
-) -> list[dict[str, Any]]:
-    """Every cache that `distill` would make of the recipe at `path`, before it trains; what `inspect` says of each.
-
-    out: folder of the only teacher's cache, instead of cache/<fingerprint>.
-    Raises `EdgeclipError` where the rows depend on a stage 1 that has not run.
-    """
-    from edgeclip.host.distill import run
-
-    asked = recipe.load(path, roots)
-    if isinstance(asked.adapt, recipe.Prompts):
-        raise EdgeclipError(
-            f"{path}: adapt",
-            "prompts change the rows, and stage 1 makes them",
-            f"use: edgeclip distill {path}",
-        )
-    own_stage_1 = bool(asked.adapt_data and isinstance(asked.adapt, recipe.ResidualHead))
-    if out and (asked.other_teachers or own_stage_1):
-        raise EdgeclipError(
-            f"--out {out}",
-            "is one folder, and the recipe needs several caches",
-            "leave it out: they are found by their fingerprints",
-        )
-    dataset, labeled, captions = run.load_data(asked, path)
-    device = distributed.own(run.pick_device(asked.train.device))
-    found = []
-    for spec in (asked.teacher, *asked.other_teachers):
-        teacher = teachers.load(spec)
-        teachers.check_class_names(teacher, dataset.classes, dataset.templates)
-        tower, sets = teachers.folded(teacher), [(dataset, captions)]
-        if own_stage_1 and labeled and isinstance(spec, recipe.Conse):
-            sets.append((labeled._replace(train=labeled.labeled), False))
-        for data, with_captions in sets:
-            made = build(
-                run.CACHE,
-                teacher,
-                tower,
-                data,
-                asked.views,
-                asked.seed,
-                captions=with_captions,
-                device=device,
-                threads=asked.train.threads,
-                out=out,
-            )
-            found.append(inspect(made.folder))
-    return found
 
 
 def inspect(folder: Path, verify: bool = False) -> dict[str, Any]:

@@ -30,12 +30,12 @@ from edgeclip.device.images import ImageRef
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import ensemble, prompts
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import cache, data, recipe, teachers
+from edgeclip.host import cache, data, distributed, recipe, teachers
 from edgeclip.host import student as students
 from edgeclip.host.adapt import promptsrc
 from edgeclip.host.adapt.residual_head import adapted
+from edgeclip.host.cache import CACHE
 from edgeclip.host.data import Dataset
-from edgeclip.host.distill.run import CACHE, pick_device
 from edgeclip.host.evaluation.scores import (
     Answers,
     image_features,
@@ -237,7 +237,7 @@ def _open(folder: Path, asked: Recipe) -> Run:
         teacher,
         tower,
         missing,
-        pick_device(asked.train.device),
+        distributed.pick_device(asked.train.device),
     )
 
 

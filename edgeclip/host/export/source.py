@@ -19,6 +19,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host import data, recipe, teachers
 from edgeclip.host import student as students
 from edgeclip.host.adapt import promptsrc
+from edgeclip.host.cache import CACHE
 from edgeclip.host.recipe import OpenClip, Timm
 from edgeclip.host.teachers import TextTower
 from edgeclip.host.teachers import open_clip as open_clip_teacher
@@ -60,8 +61,6 @@ def from_run(run: Path) -> Source:
 
     def training_images() -> list[ImageRef]:
         # As the cache was asked to have them: nothing held out, and no label that stage 1 had not.
-        from edgeclip.host.distill.run import CACHE  # it imports this package
-
         spec = asked.data
         if not isinstance(spec, recipe.OpenMoji) and not Path(spec.root).is_dir():
             moved = f"say where it lies: edgeclip distill {run / 'recipe.yaml'} --out {run} --data {spec.name}=DIR"
