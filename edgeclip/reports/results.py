@@ -1,0 +1,326 @@
+"""What a run reached: its results.json, and a record for each protocol of `edgeclip evaluate`.
+
+    RUN/results.json                    `EvaluationResults`, written by `edgeclip distill`
+    RUN/reports/evaluate-<protocol>-<sets>.json        `AccuracyRecord` or `RetrievalRecord`
+
+Accuracies and recalls are fractions from 0 to 1. None means not measured, or that the reading does
+not apply.
+Files of edgeclip 0.1 have no `format`; `_of_first_format` turns them into today's.
+"""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from edgeclip import disk
+from edgeclip.errors import EdgeclipError
+
+FORMAT = 2
+"""format of the files that are written"""
+RESULTS = "results.json"
+"""file name inside a run folder"""
+
+
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
+    """How often one model is right about the images of one set."""
+
+    top1: float
+    """share of images whose label scores best"""
+    top5: float
+    """share of images whose label is among the five best"""
+
+
+class SetScore(msgspec.Struct, frozen=True, kw_only=True):
+    """One evaluation set, classified by the teacher and by every reading of the student."""
+
+    name: str
+    """the set's name, as tables show it"""
+    note: str
+    """what to know of the figures, for people"""
+    images: int
+    """how many images were scored"""
+    classes: int
+    """how many classes an image may be given"""
+    chance_top1: float
+    """top-1 accuracy of a guess"""
+    teacher: Accuracy | None = None
+    """None: the teacher's tower is not at hand"""
+    student: Accuracy
+    """the student as it ships"""
+    student_with_edu_attention: Accuracy | None = None
+    """None: there is no EduAttention, or `student` has it"""
+    student_without_edu_attention: Accuracy | None = None
+    """plain cosines"""
+    student_attending_all_classes: Accuracy | None = None
+    """EduAttention over all classes of the data; None: the set has all of them, or there is none"""
+    student_teacher_text: Accuracy | None = None
+    """the student's images against the teacher's text; None: it has no text tower of its own"""
+    student_own_text: Accuracy | None = None
+    """the student's images against its own text tower; None: it has none"""
+    of: str | None = None
+    """name of the data set that the images are of; None in results.json"""
+    transductive: bool | None = None
+    """whether the student saw training images of this set; None in results.json"""
+    shift: bool | None = None
+    """whether the set is a shift of the training data; None in results.json"""
+    templates: int | None = None
+    """prompts for each class; None in results.json"""
+
+
+class ModelScores(msgspec.Struct, frozen=True, kw_only=True):
+    """One figure for each model of `SetScore`, over several sets; None: not scored on all of them."""
+
+    teacher: float | None = None
+    student: float | None = None
+    student_with_edu_attention: float | None = None
+    student_without_edu_attention: float | None = None
+    student_attending_all_classes: float | None = None
+    student_teacher_text: float | None = None
+    student_own_text: float | None = None
+
+
+MODELS = ModelScores.__struct_fields__
+"""names of the models that a set may be scored with, in the order of tables"""
+
+
+class Network(msgspec.Struct, frozen=True, kw_only=True):
+    """Size of the teacher or of the student."""
+
+    name: str
+    """model and weights"""
+    parameters: int | None
+    """of the image encoder; None: the tower is not at hand"""
+    macs: int | None
+    """multiply-accumulates for one image; None: the tower is not at hand"""
+    input: int
+    """height and width of an image, px"""
+    text_parameters: int | None = None
+    """of the student's own text tower; None: it has none"""
+
+
+class Models(msgspec.Struct, frozen=True, kw_only=True):
+    """Who taught and who learned."""
+
+    teacher: Network
+    student: Network
+
+
+class EduAttentionResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of EduAttention."""
+
+    alpha: float
+    """its weight at the end of training"""
+    kept: bool
+    """whether it ships in the classification head"""
+
+
+class EvaluationResults(msgspec.Struct, frozen=True, kw_only=True):
+    """What `edgeclip distill` reached: RUN/results.json."""
+
+    format: int = FORMAT
+    run: str
+    """the run's folder"""
+    data: str
+    """name of the training data"""
+    data_license: str
+    """license of training and evaluation data"""
+    sets: tuple[SetScore, ...]
+    """the evaluation sets"""
+    harmonic_mean: ModelScores | None = None
+    """of the top-1 accuracies of base and novel classes; None: the sets are others"""
+    models: Models
+    log: tuple[dict[str, int | float], ...]
+    """an epoch each: its number, every loss before its weight, and alpha"""
+    edu_attention: EduAttentionResult | None
+    """None: trained without it"""
+    skipped: tuple[str, ...]
+    """training images that could not be read, with the reason"""
+    device: str
+    """of torch"""
+    processes: int
+    """that trained together"""
+    seconds: dict[str, float]
+    """where the time went, s"""
+    peak_memory_mib: int
+    """of the first process, MiB"""
+
+
+class Recall(msgspec.Struct, frozen=True, kw_only=True):
+    """Retrieval one way: recall at k of all queries, and what a random order would reach."""
+
+    r1: float
+    r5: float
+    r10: float
+    chance_r1: float
+    chance_r5: float
+    chance_r10: float
+
+
+class BothWays(msgspec.Struct, frozen=True, kw_only=True):
+    """Retrieval by one model."""
+
+    image_to_text: Recall
+    """images are the queries"""
+    text_to_image: Recall
+    """texts are the queries"""
+
+
+class RetrievalScore(msgspec.Struct, frozen=True, kw_only=True):
+    """One evaluation set, searched by the teacher and by the student."""
+
+    name: str
+    """the set's name, as tables show it"""
+    of: str
+    """name of the data set that the images are of"""
+    note: str
+    """what to know of the figures, for people"""
+    transductive: bool
+    """whether the student saw training images of this set"""
+    images: int
+    """how many images were scored"""
+    texts: int
+    """how many different captions they have"""
+    teacher: BothWays | None
+    """None: the teacher is not at hand"""
+    student: BothWays
+
+
+class Protocol(msgspec.Struct, frozen=True, kw_only=True):
+    """What the records of all protocols share."""
+
+    format: int = FORMAT
+    run: str
+    """the run's folder"""
+    protocol: str
+    """zero_shot, base_to_novel, cross_dataset, domain_generalization or retrieval"""
+    student: str
+    """sha256 of the student's manifest: a record counts for this very student"""
+    teacher: str | None
+    """its name; None: not at hand"""
+    teacher_missing: str | None
+    """why the teacher was not scored; None: it was"""
+    edu_attention: EduAttentionResult | None
+    """None: trained without it"""
+    text_side: str
+    """what made the class features, for people"""
+    report: str
+    """path of this record"""
+
+
+class AccuracyRecord(Protocol, frozen=True, kw_only=True):
+    """What a student is worth under a protocol that classifies."""
+
+    sets: tuple[SetScore, ...]
+    harmonic_mean: ModelScores | None = None
+    """of the top-1 accuracies of base and novel classes; None: another protocol"""
+    average: ModelScores | None = None
+    """mean top-1 accuracy (of the shifts under domain_generalization); None: another protocol"""
+
+
+class RetrievalRecord(Protocol, frozen=True, kw_only=True):
+    """What a student is worth at retrieval."""
+
+    sets: tuple[RetrievalScore, ...]
+
+
+ProtocolRecord = AccuracyRecord | RetrievalRecord
+Fields = dict[str, Any]
+"""a JSON object as it was read"""
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+def read_results(run: Path) -> EvaluationResults:
+    """Return the results of the finished run in folder `run`.
+
+    Raises `EdgeclipError` where the run is not finished, or its results.json cannot be understood.
+    """
+    disk.read_manifest(run, "run")
+    path = run / RESULTS
+    return _convert(path, disk.read_json(path), EvaluationResults)
+
+
+def write_results(run: Path, results: EvaluationResults) -> None:
+    """Write RUN/results.json."""
+    disk.write_json(run / RESULTS, msgspec.to_builtins(results))
+
+
+def read_protocol(path: Path) -> ProtocolRecord:
+    """Return the record of a protocol.
+
+    Raises `EdgeclipError` where it cannot be understood.
+    """
+    value = disk.read_json(path)
+    if isinstance(value, dict) and value.get("protocol") == "retrieval":
+        return _convert(path, value, RetrievalRecord)
+    return _convert(path, value, AccuracyRecord)
+
+
+def read_protocols(run: Path) -> list[ProtocolRecord]:
+    """Return every record of `edgeclip evaluate` in the run, by file name."""
+    paths = sorted((run / "reports").glob("evaluate-*.json"))
+    return [read_protocol(path) for path in paths]
+
+
+def write_protocol(path: Path, record: ProtocolRecord) -> None:
+    """Write the record of a protocol to `path`."""
+    disk.write_json(path, msgspec.to_builtins(record))
+
+
+def _convert(path: Path, value: Any, kind: type[R]) -> R:
+    if not isinstance(value, dict):
+        raise EdgeclipError(path, "is not a JSON object", "restore the file, or make it again")
+    written = value.get("format", 1)
+    if written == 1:
+        value = _of_first_format(value)
+    elif written != FORMAT:
+        raise EdgeclipError(
+            path,
+            f"has format {written}, and this edgeclip reads formats 1 and {FORMAT}",
+            "use the edgeclip that wrote it",
+        )
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as e:
+        raise EdgeclipError(path, str(e), "restore the file, or make it again") from None
+
+
+RENAMED = {"pictures": "images", "chance_r1": "chance_top1", "data_licence": "data_license"}
+"""fields of edgeclip 0.1"""
+RENAMED_LAPS = {"waiting for pictures": "waiting for images", "optimiser": "optimizer"}
+
+
+def _of_first_format(value: Fields) -> Fields:
+    """Return today's form of a record of edgeclip 0.1, which has other names for a few fields."""
+    new = _renamed(value, RENAMED) | {"format": FORMAT}
+    retrieval = value.get("protocol") == "retrieval"
+    if value.get("protocol") == "domain_generalisation":
+        new["protocol"] = "domain_generalization"
+    if "seconds" in value:
+        new["seconds"] = _renamed(value["seconds"], RENAMED_LAPS)
+    if "log" in value:
+        new["log"] = [_log_row(row) for row in value["log"]]
+    new["sets"] = []
+    for row in value.get("sets", []):
+        new["sets"].append(_set(row, retrieval))
+    return new
+
+
+def _set(row: Fields, retrieval: bool) -> Fields:
+    if retrieval:
+        return _renamed(row, {"pictures": "images"})
+    new = _renamed(row, RENAMED)
+    for model in MODELS:
+        if new.get(model):
+            new[model] = _renamed(new[model], {"r1": "top1", "r5": "top5"})
+    return new
+
+
+def _log_row(row: Fields) -> Fields:
+    # Pea-KD's first training was called `first` in the recipe.
+    names = {"first_features": "pretrain_features", "first_predictions": "pretrain_predictions"}
+    return _renamed(row, names)
+
+
+def _renamed(value: Fields, names: dict[str, str]) -> Fields:
+    return {names.get(name, name): item for name, item in value.items()}
