@@ -17,8 +17,7 @@ from edgeclip.cli import bundle as cli_bundle
 from edgeclip.cli import cache as cli_cache
 from edgeclip.cli import device as cli_device
 from edgeclip.cli import tables
-from edgeclip.cli.device import GATE_FAILED
-from edgeclip.cli.options import json_option, label_file, latest, say
+from edgeclip.cli.options import json_option, label_file, say
 from edgeclip.errors import EdgeclipError, Interrupted, Refused
 from edgeclip.progress import first
 
@@ -33,6 +32,8 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except Refused as e:
+            from edgeclip.reports.store import GATE_FAILED
+
             click.echo(f"Refused: {' '.join(str(e).split())}", err=True)
             sys.exit(GATE_FAILED)
         except EdgeclipError as e:
@@ -216,6 +217,7 @@ def export(
     from edgeclip.host.export import export as write
     from edgeclip.host.export import open_clip, optimum
     from edgeclip.host.export.source import from_model, from_run, with_vocabulary
+    from edgeclip.reports.store import latest_run
 
     if model and weights:
         source = from_model(
@@ -226,7 +228,7 @@ def export(
             for kind in ("bundles", "optimum")
         }
     else:
-        run = latest(run)
+        run = latest_run(run)
         source, home = (
             from_run(run),
             {kind: run / kind for kind in ("bundles", "optimum", "open_clip")},
@@ -290,8 +292,9 @@ def evaluate(run: Path | None, protocol: str, given: tuple[str, ...], as_json: b
         edgeclip evaluate runs/clothing --protocol base_to_novel --data clothing=path/to/clothing
     """
     from edgeclip.host.evaluation.protocols import evaluate as score
+    from edgeclip.reports.store import latest_run
 
-    record = score(latest(run), protocol, given)
+    record = score(latest_run(run), protocol, given)
     if as_json:
         click.echo(json.dumps(record, indent=1))
         return
@@ -309,8 +312,9 @@ def report(run: Path | None, as_json: bool) -> None:
         edgeclip report runs/quickstart
     """
     from edgeclip.reports.html import report as write
+    from edgeclip.reports.store import latest_run
 
-    path, verdicts = write(latest(run))
+    path, verdicts = write(latest_run(run))
     lines = [f"{target}: {verdict}" for target, verdict in verdicts.items()]
     say(as_json, {"report": str(path), "verdicts": verdicts}, "\n".join([*lines, str(path)]))
 
@@ -361,6 +365,7 @@ def lint(file: Path, target_name: str, as_json: bool) -> None:
 
     _, target = T.load(target_name)
     from edgeclip.host.export.lint import lint as check
+    from edgeclip.reports.store import GATE_FAILED
 
     verdict = check(file, target)
     checked = (

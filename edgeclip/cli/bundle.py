@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from edgeclip.cli import tables
-from edgeclip.cli.options import json_option, label_file, one_bundle, say
+from edgeclip.cli.options import json_option, label_file, say
 from edgeclip.errors import EdgeclipError
 
 
@@ -32,6 +32,7 @@ def classify(
         edgeclip classify cat.jpg --labels "a cat, a dog, a car"
     """
     from edgeclip.device.bundle import Bundle
+    from edgeclip.reports.store import one_bundle
 
     loaded = Bundle.load(one_bundle(bundle))
     words = [w.strip() for w in labels.split(",") if w.strip()] if labels is not None else None
@@ -90,6 +91,7 @@ def embed(images: tuple[Path, ...], out: Path, bundle: Path | None, as_json: boo
         raise EdgeclipError(out, "is not a .npy file", "give a name that ends in .npy")
     from edgeclip import disk
     from edgeclip.device.bundle import Bundle
+    from edgeclip.reports.store import one_bundle
 
     features = Bundle.load(one_bundle(bundle)).encode_image(list(images))
     disk.write_array(out, features)

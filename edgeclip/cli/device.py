@@ -11,10 +11,8 @@ from typing import Any
 import click
 
 from edgeclip.cli import tables
-from edgeclip.cli.options import json_option, latest
+from edgeclip.cli.options import json_option
 from edgeclip.errors import EdgeclipError
-
-GATE_FAILED, TOO_FEW = 3, 4
 
 
 def _options(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,9 +42,10 @@ def _bundles(
     """(bundles that the device can run, the run's folder or None); those that it cannot run are named."""
     from edgeclip import disk
     from edgeclip.device.bundle import Bundle
+    from edgeclip.reports.store import latest_run
 
     if bundle is None:
-        run = latest(run)
+        run = latest_run(run)
         folders = sorted(p for p in (run / "bundles").glob("*") if (p / disk.MANIFEST).exists())
         if not folders:
             raise EdgeclipError(
@@ -101,48 +100,6 @@ def _board(name: str, device: Any, clean: bool) -> Iterator[Any]:
             board.clean()
 
 
-def _path(run: Path, bundle: Any, device: str, what: str) -> Path:
-    """Where a report lies: by the bundle's folder, since two bundles may be of one target."""
-    return run / "reports" / f"{bundle.folder.resolve().name}.{device}.{what}.json"
-
-
-def _write_parity(
-    report: dict[str, Any], device: str, run: Path | None, bundle: Any
-) -> dict[str, Any]:
-    """The report, and what it says of an engine in the engines' history."""
-    import datetime
-
-    from edgeclip.device.runtime.engine import remember
-
-    if run is not None:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        if line := remember(_path(run, bundle, device, "engines"), report, now):
-            click.echo(line, err=True)
-    return _write_report(report, device, run, bundle)
-
-
-def _write_report(
-    report: dict[str, Any], device: str, run: Path | None, bundle: Any
-) -> dict[str, Any]:
-    from edgeclip import disk
-
-    report = {"device": device, **report}
-    if run is not None:
-        disk.write_json(_path(run, bundle, device, report["kind"]), report)
-    return report
-
-
-def _earlier(run: Path | None, bundle: Any, device: str, kind: str) -> dict[str, Any] | None:
-    """The report that lies there already, where it is of this very bundle."""
-    from edgeclip import disk
-
-    path = _path(run, bundle, device, kind) if run else None
-    found: dict[str, Any] | None = disk.read_json(path) if path and path.exists() else None
-    return (
-        found if found and found["bundle"] == disk.sha256(bundle.folder / disk.MANIFEST) else None
-    )
-
-
 @click.command()
 @_options
 @click.option(
@@ -177,6 +134,7 @@ def validate(
     from edgeclip.device import profile as D
     from edgeclip.device.validate import load_evaluation
     from edgeclip.device.validate import validate as compare
+    from edgeclip.reports import store
 
     name, device = D.load(device_name)
     bundles, run = _bundles(run, bundle, name, device)
@@ -184,18 +142,15 @@ def validate(
     with _board(name, device, clean) as board:
         if board is None:
             here = D.require_here(name, device)
-            reports = [_write_parity(compare(b, evaluation, here), name, run, b) for b in bundles]
+            reports = [store.write(compare(b, evaluation, here), name, run, b) for b in bundles]
         else:
             board.prepare(bundles, evaluation)
-            reports = [_write_parity(board.validate(b, evaluation), name, run, b) for b in bundles]
+            reports = [store.write(board.validate(b, evaluation), name, run, b) for b in bundles]
     if as_json:
         click.echo(json.dumps(reports, indent=1))
     else:
         tables.parity(reports)
-    sys.exit(
-        max(GATE_FAILED if r["verdict"] == "fail" else 0 for r in reports)
-        or max(TOO_FEW if r["verdict"] == "too few images" else 0 for r in reports)
-    )
+    sys.exit(store.exit_code(reports))
 
 
 @click.command()
@@ -243,7 +198,7 @@ def bench(
     """
     from edgeclip.device import energy
     from edgeclip.device.bench import SCENARIOS
-    from edgeclip.reports import comparison
+    from edgeclip.reports import comparison, store
 
     if meter_csv and len(devices) > 1:
         raise click.UsageError("--meter is one power meter: give one --device")
@@ -270,7 +225,7 @@ def bench(
         )
     elif len(reports) > 1:
         tables.comparison(rows, lines)
-    sys.exit(GATE_FAILED if any(r["failures"] for r in reports) else 0)
+    sys.exit(store.exit_code(reports))
 
 
 def _bench_one(
@@ -288,11 +243,13 @@ def _bench_one(
     from edgeclip.boards.doctor import preflight_here
     from edgeclip.device import profile as D
     from edgeclip.device.bench import bench as measure
-    from edgeclip.device.bench import incomplete, joined
-    from edgeclip.device.runtime.engine import validated
+    from edgeclip.device.bench import incomplete
     from edgeclip.device.validate import load_evaluation
     from edgeclip.device.validate import validate as compare
     from edgeclip.errors import LinkLost
+    from edgeclip.reports import store
+    from edgeclip.reports.engines import validated
+    from edgeclip.reports.store import joined
 
     name, device = D.load(device_name)
     bundles, run = _bundles(run, bundle, name, device)
@@ -312,7 +269,7 @@ def _bench_one(
         else:
             rows = board.prepare(bundles, evaluation)
         for b in bundles:
-            earlier = _earlier(run, b, name, "bench")
+            earlier = store.read(run, b, name, "bench")
             try:
                 if board is None:
                     report = measure(
@@ -331,16 +288,16 @@ def _bench_one(
                 if (
                     earlier is None or "incomplete" in earlier
                 ):  # a whole report of this bundle stays
-                    _write_report(incomplete(b, board.facts, minimum, str(e)), name, run, b)
+                    store.write(incomplete(b, board.facts, minimum, str(e)), name, run, b)
                 raise
             report = (joined(report, earlier, device) if earlier else report) | {
                 "preflight": [r._asdict() for r in rows]
             }
-            parity = _earlier(run, b, name, "parity")
+            parity = store.read(run, b, name, "parity")
             if "engine" in report["ran"] and not validated(
                 parity, report
             ):  # a benchmark of an engine counts once it is known to answer right
-                parity = _write_parity(
+                parity = store.write(
                     compare(b, evaluation, here)
                     if board is None
                     else board.validate(b, evaluation),
@@ -350,7 +307,7 @@ def _bench_one(
                 )
             if "engine" in report["ran"] and parity is not None and parity["verdict"] == "fail":
                 report["failures"] += [f"parity of this engine: {f}" for f in parity["failures"]]
-            reports.append(_write_report(report, name, run, b))
+            reports.append(store.write(report, name, run, b))
             parities.append(parity)
     return reports, parities
 
@@ -383,6 +340,7 @@ def selftest(
     from edgeclip.device import profile as D
     from edgeclip.device.selftest import selftest as examine
     from edgeclip.device.selftest import write
+    from edgeclip.reports import store
 
     name, device = D.load(device_name)
     bundles, _ = _bundles(run, bundle, name, device)
@@ -395,7 +353,7 @@ def selftest(
         click.echo(json.dumps(reports, indent=1))
     else:
         tables.selftest(reports, paths)
-    sys.exit(GATE_FAILED if any(s["status"] == "fail" for r in reports for s in r["steps"]) else 0)
+    sys.exit(store.exit_code(reports))
 
 
 @click.command()
@@ -417,6 +375,7 @@ def doctor(device_name: str | None, clean: bool, as_json: bool) -> None:
     from edgeclip.boards.doctor import doctor as examine
     from edgeclip.boards.doctor import preflight_here
     from edgeclip.device import profile as D
+    from edgeclip.reports.store import GATE_FAILED
 
     if device_name is None:
         found = examine()
@@ -433,4 +392,5 @@ def doctor(device_name: str | None, clean: bool, as_json: bool) -> None:
         "preflight": [r._asdict() for r in rows],
     }
     click.echo(json.dumps(found, indent=1)) if as_json else tables.preflight(found)
-    sys.exit(GATE_FAILED if any(r.status == "fail" for r in rows) else 0)
+    if any(r.status == "fail" for r in rows):
+        sys.exit(GATE_FAILED)

@@ -1,7 +1,6 @@
-"""What the commands share: `--json`, and which run, bundle or labels are meant."""
+"""What the commands share: `--json`, and which labels are meant."""
 
 import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ import click
 
 from edgeclip.errors import EdgeclipError
 
-DEFAULT_RUN = Path("runs/latest")
-
 
 def json_option(f: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(f)
@@ -19,39 +16,6 @@ def json_option(f: Callable[..., Any]) -> Callable[..., Any]:
 
 def say(as_json: bool, value: Any, text: str) -> None:
     click.echo(json.dumps(value, indent=1) if as_json else text)
-
-
-def latest(run: Path | None) -> Path:
-    run = run or DEFAULT_RUN
-    if not run.exists():
-        raise EdgeclipError(
-            run,
-            "there is no such run",
-            "name one with --run, or make one with: edgeclip distill RECIPE",
-        )
-    if run.is_symlink():
-        click.echo(f"run: {run.resolve()}", err=True)
-    return run.resolve()
-
-
-def one_bundle(bundle: Path | None) -> Path:
-    """--bundle, or the newest run's only bundle for this machine's CPU: int8 of its kind before fp32, onnx before others."""
-    if bundle is not None:
-        return bundle
-    run = latest(None)
-    for name in (
-        "onnx-int8-arm" if platform.machine() == "aarch64" else "onnx-int8",
-        "onnx-fp32",
-        "openvino-int8",
-    ):
-        if (run / "bundles" / name).is_dir():
-            click.echo(f"bundle: {run / 'bundles' / name}", err=True)
-            return run / "bundles" / name
-    raise EdgeclipError(
-        run,
-        "has no bundle that classifies on this machine",
-        "name one with --bundle, or make one with: edgeclip export --target onnx-int8",
-    )
 
 
 def label_file(path: Path) -> list[str]:

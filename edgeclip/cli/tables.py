@@ -5,6 +5,9 @@ from typing import Any
 
 import click
 
+from edgeclip.device.machine import processor
+from edgeclip.reports.models import MODELS
+
 NOT_MEASURED = "not measured"
 INERT = 0.01
 """below this alpha EduAttention moves a unit feature by less than a hundredth of its length"""
@@ -20,18 +23,6 @@ def table(rows: Sequence[Sequence[Any]], headers: list[str]) -> None:
             disable_numparse=True,
         )
     )
-
-
-MODELS = {
-    "teacher": "teacher",
-    "student": "student",
-    "student_with_edu_attention": "student with EduAttention",
-    "student_without_edu_attention": "student without EduAttention",
-    "student_attending_all_classes": "student, attending over all classes",
-    "student_teacher_text": "student with the teacher's text features",
-    "student_own_text": "student with its own text tower",
-}
-"""Field of a scored set, to what a table calls it."""
 
 
 def _sets(results: dict[str, Any]) -> None:
@@ -209,16 +200,6 @@ def parity(reports: list[dict[str, Any]]) -> None:
             click.echo(
                 f"{r['target']}: {r['images']} images cannot exclude a drop of {r['accuracy']['upper_pp']:.2f} pp"
             )
-
-
-def processor(machine: dict[str, Any]) -> str:
-    """ARM's kernel names no model: then it is the board."""
-    name: str = (
-        machine["cpu"]
-        or machine.get("device_tree_model")
-        or f"unnamed {machine.get('arch', 'processor')}"
-    )
-    return name
 
 
 def bench(reports: list[dict[str, Any]]) -> None:

@@ -222,26 +222,6 @@ def incomplete(
     }
 
 
-def joined(report: dict[str, Any], earlier: dict[str, Any], device: Device) -> dict[str, Any]:
-    """`report` with what it did not measure and an earlier one of the same bundle, machine and minimum did; `kept` names that."""
-
-    def conditions(r: dict[str, Any]) -> list[Any]:
-        machine = {k: v for k, v in r["machine"].items() if k != "temperature_c"}
-        return [machine, *(r[k] for k in ("bundle", "ran", "min_duration_s", "min_query_count"))]
-
-    if conditions(report) != conditions(earlier):
-        return report
-    kept = [
-        k
-        for k in (*SCENARIOS, "sustained", "energy")
-        if report[k] is None and earlier.get(k) is not None
-    ]
-    whole = {**report, **{k: earlier[k] for k in kept}, "kept": kept}
-    whole["energy_mj_per_image"] = (whole["energy"] or {}).get("mj_per_image")
-    others = [f for f in report["failures"] if f not in over_budget(report, device)]
-    return {**whole, "failures": others + over_budget(whole, device)}
-
-
 def _blank(
     bundle: Bundle, here: dict[str, Any], ran: dict[str, Any], minimum: Minimum
 ) -> dict[str, Any]:

@@ -87,6 +87,12 @@ def state(folder: str, root: Path = ROOT) -> dict[str, Any]:
     }
 
 
+def processor(machine: dict[str, Any]) -> str:
+    """Return the processor's name of these facts; ARM's kernel names no model, so the board's."""
+    model: str | None = machine["cpu"] or machine.get("device_tree_model")
+    return model or f"unnamed {machine.get('arch', 'processor')}"
+
+
 def _isa(root: Path, arch: str, cpuinfo: dict[str, str]) -> list[str] | None:
     if (
         arch == "aarch64"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from edgeclip import __version__, disk
-from edgeclip.cli.tables import MODELS, processor
 from edgeclip.device import bundle
+from edgeclip.device.machine import processor
 from edgeclip.errors import EdgeclipError
+from edgeclip.reports.models import MODELS
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 

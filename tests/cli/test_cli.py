@@ -151,16 +151,6 @@ def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_t
     ]
 
 
-def test_the_bundle_that_is_meant_is_of_this_processor(here, monkeypatch):
-    from edgeclip.cli.options import one_bundle
-
-    for name in ("onnx-int8", "onnx-int8-arm", "onnx-fp32"):
-        (here / "runs/latest/bundles" / name).mkdir(parents=True)
-    for arch, name in (("x86_64", "onnx-int8"), ("aarch64", "onnx-int8-arm")):
-        monkeypatch.setattr("platform.machine", lambda arch=arch: arch)
-        assert one_bundle(None).name == name
-
-
 def test_list_and_doctor_know_what_ships(here):
     rows = json.loads(run("list", "--json").stdout)
     assert {(r["kind"], r["name"]) for r in rows} >= {

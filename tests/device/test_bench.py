@@ -16,7 +16,6 @@ from edgeclip.device.bench import (
     bench,
     check_with,
     cold_start,
-    joined,
     over_budget,
     run_scenario,
     summary,
@@ -213,30 +212,6 @@ def test_a_scenario_that_was_not_asked_for_is_null(shipped_bundle):
     assert r["single_stream"] is None
     assert r["offline"]["queries"] >= 1
     assert r["failures"] == []
-
-
-def test_what_was_not_measured_anew_is_kept_from_the_report_before(measured):
-    new = {
-        **measured,
-        "single_stream": None,
-        "multi_stream": None,
-        "offline": {"queries": 1},
-        "failures": ["latency_ms_p90 not measured, budget 1000.0", "another"],
-    }
-    device = Device(runtimes=["onnxruntime"], budget=Budget(latency_ms_p90=1e3))
-    cool = {**measured, "machine": {**measured["machine"], "temperature_c": 1.0}}
-    whole = joined(new, cool, device)
-    assert whole["single_stream"] == measured["single_stream"] and whole["offline"] == {
-        "queries": 1
-    }
-    assert whole["kept"] == ["single_stream", "multi_stream"] and whole["failures"] == ["another"]
-    for change in (
-        {"bundle": "b"},
-        {"min_query_count": 31},
-        {"ran": {**measured["ran"], "threads": 2}},
-        {"machine": {**measured["machine"], "cpu": "c"}},
-    ):
-        assert joined(new, {**measured, **change}, device) == new
 
 
 def test_sustained_load_is_told_in_tenths(shipped_bundle):

@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgeclip import disk
-from edgeclip.cli.tables import MODELS
 from edgeclip.device.images import ImageRef, digest, read, refuse_unreadable, stream
 from edgeclip.device.metrics import harmonic_mean, hits
 from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pixels
@@ -33,6 +32,7 @@ from edgeclip.host.data import Dataset, EvaluationSet
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.host.teachers import Teacher
 from edgeclip.progress import say, track
+from edgeclip.reports.models import MODELS
 
 
 @torch.inference_mode()

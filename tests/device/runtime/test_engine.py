@@ -4,7 +4,6 @@ TensorRT-RTX builds without a GPU up to the serialized engine. Execution has onl
 of calls and nothing else: no figure of parity or time may come from it.
 """
 
-import json
 import sys
 import types
 
@@ -157,54 +156,6 @@ def test_old_engines_go_when_there_are_too_many():
     for i in range(engine.KEEP + 2):
         last, _ = engine.engine(CONDITIONS | {"power_mode": f"{i} W"}, make())
     assert len(list(last.parent.iterdir())) == engine.KEEP and last.exists()
-
-
-# --- the history
-
-
-def parity(key, r1, jetpack, verdict="pass"):
-    ran = {
-        "runtime": "tensorrt",
-        "engine": key,
-        "conditions": CONDITIONS | {"jetpack": jetpack},
-        "layers": {"Half": 3},
-    }
-    return {
-        "target": "t",
-        "bundle": "b",
-        "ran": ran,
-        "accuracy": {"bundle_top1": r1},
-        "cosine": {"centered_p1": 0.9},
-        "verdict": verdict,
-    }
-
-
-def test_a_jetpack_upgrade_that_moves_accuracy_is_seen(tmp_path):
-    path = tmp_path / "h.json"
-    assert engine.remember(path, parity("k1", 0.716, "6.1"), "monday") is None
-    assert engine.remember(path, parity("k1", 0.716, "6.1"), "tuesday") is None
-    line = engine.remember(path, parity("k2", 0.684, "6.2", "fail"), "friday")
-    assert (
-        line
-        == "t: a new engine (jetpack 6.1 -> 6.2): R@1 0.7160 -> 0.6840 (-3.20 pp), pass -> fail"
-    )
-    assert [e["when"] for e in json.loads(path.read_text())] == ["monday", "tuesday", "friday"]
-
-
-def test_a_benchmark_counts_for_the_engine_that_was_validated():
-    bench = {"bundle": "b", "ran": {"engine": "k1"}}
-    assert engine.validated(parity("k1", 0.7, "6.1"), bench)
-    assert not engine.validated(parity("k2", 0.7, "6.1"), bench) and not engine.validated(
-        None, bench
-    )
-    assert not engine.validated(parity("k1", 0.7, "6.1") | {"bundle": "other"}, bench)
-
-
-def test_a_report_without_an_engine_leaves_no_history(tmp_path):
-    assert (
-        engine.remember(tmp_path / "h.json", {"ran": {"runtime": "onnxruntime"}}, "now") is None
-        and not (tmp_path / "h.json").exists()
-    )
 
 
 # --- the order of calls
