@@ -5,6 +5,7 @@ errors with a did-you-mean, wrong types are errors with the path of the field. m
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,36 @@ from edgeclip.errors import EdgeclipError, did_you_mean
 
 T = TypeVar("T")
 FOLDERS = {"recipe": "recipes", "target": "export", "device": "devices"}
+RENAMED = {
+    "bundle_r1": "bundle_top1",
+    "centre_texts": "center_texts",
+    "centred_cosine_mean": "centered_cosine_mean",
+    "centred_cosine_p1": "centered_cosine_p1",
+    "centred_min": "centered_min",
+    "centred_p1": "centered_p1",
+    "centred_p5": "centered_p5",
+    "learnt": "learned",
+    "licence": "license",
+    "licences": "licenses",
+    "max_pictures": "max_images",
+    "normalise": "normalize",
+    "optimisation": "optimization",
+    "optimisation_agreement": "optimization_agreement",
+    "pictures": "images",
+    "pictures_per_second": "images_per_second",
+    "quantisation": "quantization",
+    "recognise": "recognize",
+    "reference_r1": "reference_top1",
+    "unlabelled": "unlabeled",
+}
+"""field of a YAML or JSON file of edgeclip 0.1, to what it is called now"""
+MOVED = {
+    "distill": "qat: {target: NAME}",
+    "train.first": "train.pretrain",
+}
+"""the same for fields that are elsewhere now, by their whole path"""
+REMOVED = ("memory_bandwidth_gb_s",)
+"""fields of edgeclip 0.1 that nothing reads any more"""
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,14 +123,31 @@ def _refuse_unknown(value: Any, info: Any, where: object, at: str) -> None:
             if key in fields:
                 _refuse_unknown(item, fields[key], where, f"{at}{key}.")
             elif key != info.tag_field:
-                raise EdgeclipError(
-                    f"{where}: {at}{key}", "unknown field", did_you_mean(str(key), fields)
-                )
+                raise _unknown_field(f"{at}{key}", str(key), fields, where)
     elif isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType) and isinstance(
         value, list
     ):
         for i, item in enumerate(value):
             _refuse_unknown(item, info.item_type, where, f"{at}{i}.")
+
+
+def _unknown_field(path: str, key: str, known: Iterable[str], where: object) -> EdgeclipError:
+    """Return the error for a field that is not known: an old name is told the new one."""
+    if key in REMOVED:
+        return EdgeclipError(f"{where}: {path}", "is not used any more", "remove it")
+    new = MOVED.get(path) or RENAMED.get(key)
+    if new is not None:
+        return EdgeclipError(f"{where}: {path}", f"was renamed to `{new}`", "rename it")
+    return EdgeclipError(f"{where}: {path}", "unknown field", did_you_mean(key, known))
+
+
+def renamed(value: Any) -> Any:
+    """Return JSON of edgeclip 0.1 with every field in today's words, at any depth."""
+    if isinstance(value, dict):
+        return {RENAMED.get(key, key): renamed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [renamed(item) for item in value]
+    return value
 
 
 def shipped(kind: str) -> dict[str, Path]:

@@ -11,6 +11,7 @@ from __future__ import (
     annotations,
 )  # an old board's Python must get as far as being told that it is too old
 
+import dataclasses
 import os
 import platform
 import re
@@ -26,6 +27,71 @@ ROOT = Path("/")
 HWCAP, HWCAP2 = 16, 26
 COUNTERS = ("_throttle_count", "_event_cnt")  # since the machine was started
 DPKG = {"jetpack": r"nvidia-jetpack", "tensorrt": r"libnvinfer\d+", "cuda": r"cuda-cudart-\d+-\d+"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a machine is; what cannot be read is None."""
+
+    arch: str
+    """uname's machine"""
+    python: str
+    """version"""
+    os: str
+    """name and version"""
+    emulated: bool = False
+    """does another machine's kernel answer?"""
+    cpu: str | None = None
+    """the processor's model name; ARM's kernel gives none"""
+    cores: int | None = None
+    """that this process may run on"""
+    isa: list[str] | None = None
+    """of `ISA`, the instruction sets that this process has; None: unknown"""
+    memory_mib: int | None = None
+    """as the kernel counts it"""
+    device_tree_model: str | None = None
+    """the board's name"""
+    device_tree_compatible: str | None = None
+    """the chip's names, most exact first"""
+    gpu: str | None = None
+    glibc: str | None = None
+    """version; None: another C library"""
+    temperature_c: float | None = None
+    """of the hottest zone"""
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What changes while a machine runs, or is installed on it; what cannot be read is None."""
+
+    time: float
+    """seconds since 1970, by the machine's own clock"""
+    free_disk_mib: int
+    """where files will go"""
+    available_mib: int | None = None
+    """memory"""
+    swap_mib: int | None = None
+    load_average: float | None = None
+    """of the last minute"""
+    boot_id: str | None = None
+    temperature_c: float | None = None
+    """of the hottest zone"""
+    critical_c: float | None = None
+    """where a zone shuts the machine down"""
+    throttled: dict[str, int] | None = None
+    """as `throttled` reads it"""
+    governors: list[str] | None = None
+    """of the processor's clocks"""
+    clocks_locked: bool | None = None
+    """do all clocks run between equal limits?"""
+    power_mode: str | None = None
+    """of a Jetson"""
+    l4t: str | None = None
+    """version of Jetson Linux"""
+    jetpack: str | None = None
+    """version; so below"""
+    tensorrt: str | None = None
+    cuda: str | None = None
 
 
 def facts(root: Path = ROOT) -> dict[str, Any]:

@@ -85,6 +85,13 @@ class Target(Config, kw_only=True):
     """weights of the text encoder, whose embedding table is most of its bytes"""
 
 
+class NamedTarget(Target, kw_only=True):
+    """A target as a bundle's manifest names it."""
+
+    name: str
+    """of the target's YAML"""
+
+
 def load(name: str) -> tuple[str, Target]:
     """(name, target) for a bare name or a path; raises `EdgeclipError` with a did-you-mean."""
     path = config.find("target", name)

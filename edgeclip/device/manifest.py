@@ -1,0 +1,180 @@
+"""A bundle's manifest: what ships, how it was made, and the sha256 of every file. docs/bundle.md describes it."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from edgeclip import disk
+from edgeclip.device.preprocess import Preprocess
+from edgeclip.device.records import FORMAT, Record, from_json, to_json
+from edgeclip.device.target import NamedTarget
+
+
+class VocabularyRecord(Record):
+    """What `export --vocabulary` kept of the text encoder's embedding table."""
+
+    kept: int
+    """tokens"""
+    lost: int
+    """tokens"""
+    table_bytes: int
+    """of the whole table in float32"""
+    table_bytes_kept: int
+    texts: int
+    """how many texts asked for them"""
+
+
+class TextRecord(Record):
+    encoder: str
+    """file name"""
+    context_length: int
+    """tokens; a longer text is refused"""
+    vocabulary: VocabularyRecord | None = None
+    """null: every token"""
+
+
+class Golden(Record):
+    images: list[str] = []
+    """file names; empty where the golden pixels are synthetic"""
+    license: str | None = None
+    """of those images"""
+
+
+class CalibrationImage(Record):
+    """A training image that the quantization has seen."""
+
+    key: str
+    sha256: str
+    use: Literal["ranges", "judged"]
+
+
+class CandidateRow(Record):
+    """One int8 candidate of the search, as it would ship."""
+
+    method: str
+    """how ranges were taken"""
+    smoothing: float | None
+    """SmoothQuant's alpha; null: none"""
+    layers: str
+    """which layers were candidates: all, dense or residual"""
+    model_type: str | None
+    """NNCF's pattern set"""
+    float_layers: int
+    """layers that stay in float"""
+    int8_share_of_macs: float
+    """0..1"""
+    centered_cosine_mean: float | None
+    """null: not finite; so below"""
+    centered_cosine_p1: float | None
+    """first percentile"""
+    top1_agreement: float | None
+    """0..1; null: no labels"""
+    agreement_where_right: float | None
+    """0..1; null: no labels"""
+    bytes: int
+    """of its files"""
+    latency_ms: float | None = None
+    """median of one image; null: not measured on this machine"""
+    verdict: str = ""
+    """chosen, or why not"""
+
+
+class SearchRecord(Record):
+    """How the image encoder was quantized."""
+
+    method: str
+    """how ranges were taken: minmax, mean, percentile or entropy"""
+    smoothing: float | None
+    """SmoothQuant's alpha; null: none"""
+    layers: str
+    """which layers were candidates: all, dense or residual"""
+    model_type: str | None
+    """NNCF's pattern set; null: the plain one, or another runtime"""
+    reduce_range: bool
+    """true: weights of 7 bits, for an x86 without VNNI"""
+    float_layers: dict[str, float | None]
+    """name to the centered cosine that quantizing this layer alone leaves; null: in float by choice of candidate"""
+    int8_layers: int
+    int8_nodes: list[str]
+    """the layers in int8, by name"""
+    int8_share_of_macs: float
+    """0..1, of the candidates' multiply-accumulates"""
+    judged_on: int
+    """training images"""
+    judged_in: str
+    """the runtime that answered; for tensorrt ONNX Runtime, a proxy"""
+    latency_ms_float: float | None
+    """ms an image of the float32 graph on the exporting machine; null: not measured there"""
+    learned: bool
+    """true: the scales come from training with the rounding (`qat:`)"""
+    frontier: list[CandidateRow]
+    """every candidate that was tried"""
+
+
+class LintRecord(Record):
+    """What TensorRT's rules, and TensorRT-RTX where it is installed, say of the graph."""
+
+    checked_by: str | None
+    """null: by our rules alone"""
+    parses: bool | None
+    """null: not asked; so below"""
+    builds: bool | None
+    errors: list[str]
+    """a line each"""
+
+
+class BundleManifest(Record, kw_only=True):
+    """manifest.json of a bundle, format 2."""
+
+    kind: Literal["bundle"] = "bundle"
+    """which of edgeclip's folders this is"""
+    format: int = FORMAT
+    """a reader refuses a number that it does not know"""
+    target: NamedTarget
+    """the target's name, and every field of its YAML"""
+    runtime: Literal["onnxruntime", "openvino", "tensorrt"]
+    """who opens the graphs"""
+    image_encoder: str
+    """file name"""
+    image_encoder_bytes: int
+    """of all files of the image encoder"""
+    preprocess: Preprocess
+    logit_scale: float
+    """already exponentiated"""
+    embed_dim: int
+    """D"""
+    templates: list[str]
+    """prompts with `{c}`; empty: the label alone"""
+    text: TextRecord | None = None
+    """null: baked labels only"""
+    golden: Golden
+    licenses: dict[str, str | None]
+    """of the models and the data, by what they are"""
+    parents: dict[str, Any]
+    """what this was made of, by sha256"""
+    calibration: list[CalibrationImage] = []
+    """empty for float targets"""
+    quantization: SearchRecord | None = None
+    """null for float targets"""
+    lint: LintRecord | None = None
+    """tensorrt only"""
+    versions: dict[str, str]
+    """of edgeclip and of the libraries that wrote the bundle"""
+    files: dict[str, str] = {}
+    """relative path to sha256, of every file but the manifest; filled in by `write_manifest`"""
+
+
+def read_manifest(folder: Path) -> BundleManifest:
+    """Return the manifest of the bundle at `folder`, of format 2, or of format 1 of edgeclip 0.1.
+
+    Raises `EdgeclipError` for an unfinished bundle, and for one of another format.
+    """
+    return from_json(disk.read_manifest(folder, "bundle"), BundleManifest, folder)
+
+
+def write_manifest(folder: Path, manifest: BundleManifest) -> None:
+    """Write the manifest with the sha256 of every file in `folder`: the last step of a bundle."""
+    content = to_json(msgspec.structs.replace(manifest, files={}))
+    del content["kind"], content["files"]
+    disk.write_manifest(folder, "bundle", content)

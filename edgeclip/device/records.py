@@ -1,0 +1,419 @@
+"""What the verbs report: frozen structs with a unit under each field, JSON only on disk and at `--json`.
+
+A reader of format 2 meets these names as the keys of the file. Reports of edgeclip 0.1 used other words and had no
+`format`; `read` renames them, and refuses a format that it does not know.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from edgeclip import disk
+from edgeclip.config import renamed
+from edgeclip.device.machine import Facts, State
+from edgeclip.device.target import NamedTarget, Tolerance
+from edgeclip.errors import EdgeclipError
+
+FORMAT = 2
+VERDICTS = {
+    "golden pictures only": "golden images only",
+    "too few pictures": "too few images",
+}
+"""of parity reports of edgeclip 0.1"""
+
+T = TypeVar("T")
+
+
+class Record(msgspec.Struct, frozen=True):
+    """Immutable; what a file of the same format has besides is passed over."""
+
+
+class EngineConditions(Record):
+    """Everything that a TensorRT engine depends on; another value of any of them is another engine."""
+
+    onnx: str
+    """sha256 of the ONNX file"""
+    tensorrt: str
+    """version"""
+    sm: str
+    """the GPU's compute capability, as "8.7\""""
+    jetpack: str | None
+    """version; null: not a Jetson, or not known"""
+    l4t: str | None
+    """version of Jetson Linux"""
+    power_mode: str | None
+    """nvpmodel's name"""
+    options: dict[str, Any]
+    """of the build: `batch` (minimum, optimum, maximum) and `workspace_mib`"""
+
+
+class Ran(Record):
+    """What really ran, read back from the runtime after loading."""
+
+    runtime: str
+    version: str | None
+    """of the runtime; null: it was never opened"""
+    threads: int
+    providers: list[str] = []
+    """ONNX Runtime's execution providers, OpenVINO's devices, or TensorRT"""
+    precision: str | None = None
+    """what is stored, and where it differs what is computed"""
+    optimization: str | None = None
+    """ONNX Runtime only: graph optimizations `basic` or `all`"""
+    largest_batch: int | None = None
+    """images; TensorRT only: more are cut into batches of this size"""
+    engine: str | None = None
+    """TensorRT only: the key of the engine, named by its conditions"""
+    conditions: EngineConditions | None = None
+    """TensorRT only"""
+    layers: dict[str, int] | None = None
+    """TensorRT only: how many layers that compute something take each precision"""
+
+
+# --- validate
+
+
+class Closeness(Record):
+    """Row-wise cosine of a bundle's features with the float32 student's."""
+
+    raw_p1: float
+    """first percentile"""
+    raw_p5: float
+    """fifth percentile"""
+    raw_min: float
+    centered_p1: float
+    """first percentile after the reference's mean is subtracted from both: embeddings share a large mean that hides damage"""
+    centered_p5: float
+    centered_min: float
+
+
+class PairedDrop(Record):
+    """Top-1 accuracy lost from one system to another on the same images."""
+
+    drop_pp: float
+    """percentage points; negative: it gained"""
+    upper_pp: float
+    """percentage points: the one-sided 95 % limit of the drop"""
+    lost: int
+    """images that were right before and are wrong after"""
+    won: int
+    """the other way round"""
+    images: int
+
+
+class Accuracy(PairedDrop):
+    reference_top1: float
+    """of the float32 student, 0..1"""
+    bundle_top1: float
+    """0..1"""
+
+
+class SetAccuracy(Accuracy):
+    """One evaluation set over its own class list."""
+
+    name: str
+    note: str
+    classes: int
+
+
+class GoldenAnswers(Record):
+    """The images and texts that ship in the bundle, against the float32 student's answers beside them."""
+
+    images: int
+    largest_pixel_difference: int | None = None
+    """0..255, of the preprocessed images; null: the bundle has pixels only"""
+    cosine_min: float | None = None
+    """null: features are not finite"""
+    text_cosine_min: float | None = None
+    """null: no text encoder, or features are not finite"""
+
+
+class OptimizationAgreement(Closeness):
+    """ONNX Runtime's graph optimizations `all` against `basic`, over the evaluation images."""
+
+    top1_agreement: float | None
+    """share of equal answers, 0..1"""
+
+
+class ParityReport(Record, kw_only=True):
+    """`edgeclip validate`: is the bundle on this device still the model that was trained?"""
+
+    kind: Literal["parity"] = "parity"
+    format: int = FORMAT
+    device: str | None = None
+    """the profile's name"""
+    target: str
+    """the target's name"""
+    bundle: str
+    """sha256 of the bundle's manifest"""
+    machine: Facts
+    ran: Ran
+    tolerance: Tolerance
+    golden: GoldenAnswers
+    not_compared: str | None
+    """why the evaluation images cannot be asked of this bundle; null: they were"""
+    images: int = 0
+    """evaluation images that were compared"""
+    cosine: Closeness | None = None
+    """null: not compared"""
+    top1_agreement: float | None = None
+    """share of images with the same first answer, 0..1"""
+    agreement_where_right: float | None = None
+    """the same over the images that the float32 student answers rightly; null: there is none of them"""
+    accuracy: Accuracy | None = None
+    """null: not compared"""
+    sets: list[SetAccuracy] = []
+    optimization: OptimizationAgreement | None = None
+    """null: not asked for by the target"""
+    failures: list[str] = []
+    """every tolerance that failed, a line each"""
+    verdict: Literal["pass", "fail", "golden images only", "too few images"]
+
+
+# --- bench
+
+
+class Scenario(Record):
+    """Latencies of one of MLPerf's scenarios."""
+
+    queries: int
+    seconds: float
+    """sum of all latencies"""
+    batch: int
+    """images of one query"""
+    images_per_second: float
+    latency_ms_min: float
+    latency_ms_mean: float
+    latency_ms_p50: float
+    latency_ms_p90: float
+    latency_ms_p95: float
+    latency_ms_p99: float | None
+    """null: fewer than 1,000 queries"""
+
+
+class Stages(Record):
+    """Median milliseconds of each stage of one `classify`, measured apart."""
+
+    decode_ms: float
+    preprocess_ms: float
+    model_ms: float
+    head_ms: float | None
+    """null: the bundle has no labels"""
+
+
+class ColdStart(Record):
+    """Medians over fresh processes that open the bundle and answer one query."""
+
+    runs: int
+    process_ms: float
+    """from the process's start to its end"""
+    load_ms: float
+    """imports, and opening the bundle"""
+    first_inference_ms: float
+    peak_memory_mib: int
+    """resident"""
+
+
+class Window(Record):
+    """A tenth of the sustained load."""
+
+    queries: int
+    latency_ms_p50: float
+    latency_ms_p90: float
+    temperature_c: float | None
+    """at its end, the hottest zone; null: cannot be read"""
+    throttled: list[str] | None
+    """what held a clock down in it; null: unknown"""
+
+
+class Sustained(Record):
+    minutes: float
+    windows: list[Window]
+    p90_drift: float
+    """p90 of the last window, as a multiple of the first's"""
+    throttled: list[str] | None
+    """what held a clock down in any window; null: unknown"""
+    throttled_before: bool = False
+    """a Raspberry Pi has throttled since it was started, and will not say so again"""
+
+
+class Energy(Record, kw_only=True):
+    """Energy an image above idle, in the single-stream scenario."""
+
+    source: str
+    """sensor and rails, or the meter's file"""
+    samples_idle: int
+    samples_load: int
+    rate_hz: float | None = None
+    """samples a second under load; null: too few samples for any figure"""
+    idle_w: float | None = None
+    load_w: float | None = None
+    steady: bool | None
+    """had the temperature come to rest? null: unknown"""
+    mj_per_image: float | None = None
+    """millijoules"""
+    mj_per_image_half_width: float | None = None
+    """millijoules: 95 %, from the scatter of the samples"""
+    images: int
+    """answered in the time that counts"""
+    seconds: float
+    """the time that counts: from steady to the end of the load"""
+    sensor_error: str = "not known: the half-width is that of the samples only"
+    clock_offset_s: float | None = None
+    """the board's clock less the host's; null: one clock"""
+    clock_half_width_s: float | None = None
+    """bound of the offset's error"""
+
+
+class Reading(Record):
+    """One moment of a power measurement."""
+
+    time: float
+    """seconds since 1970"""
+    watts: float
+    """over all rails; of a counter the mean since the reading before"""
+    celsius: float | None
+    """null: cannot be read"""
+
+
+class EnergyMarks(Record):
+    """What a board notes while the host reads the meter: its clock at each step, and its temperatures."""
+
+    times: tuple[float, float, float]
+    """idle from, load from, load to; seconds since 1970 by the board's clock"""
+    done: list[tuple[float, int]]
+    """time and images answered until then"""
+    temperatures: list[Reading]
+
+
+class PreflightRow(Record):
+    """One question about the machine's fitness to be measured."""
+
+    check: str
+    status: Literal["pass", "warn", "fail"]
+    found: str
+    need: str
+
+
+class BenchReport(Record, kw_only=True):
+    """`edgeclip bench`: latency, throughput, stages, cold start, memory and energy of a bundle on a device."""
+
+    kind: Literal["bench"] = "bench"
+    format: int = FORMAT
+    device: str | None = None
+    """the profile's name"""
+    target: str
+    """the target's name"""
+    bundle: str
+    """sha256 of the bundle's manifest"""
+    machine: Facts
+    ran: Ran
+    warm_up: int
+    """untimed queries before each scenario"""
+    min_duration_s: float
+    min_query_count: int
+    short_run: bool
+    """shorter than MLPerf's 60 s or fewer than its 1,024 queries"""
+    single_stream: Scenario | None = None
+    """null: not measured; so below"""
+    multi_stream: Scenario | None = None
+    offline: Scenario | None = None
+    sustained: Sustained | None = None
+    energy: Energy | None = None
+    marks: EnergyMarks | None = None
+    """of a board whose meter the host reads; null once it is read"""
+    stages: Stages | None = None
+    cold_start: ColdStart | None = None
+    peak_memory_mib: int | None = None
+    """resident, of a fresh process"""
+    temperature_end_c: float | None = None
+    image_encoder_bytes: int
+    """of all files of the image encoder"""
+    energy_mj_per_image: float | None = None
+    """millijoules above idle"""
+    kept: list[str] = []
+    """fields that an earlier report of the same bundle, machine and minimum measured, and this one did not"""
+    check_with: str
+    """the command line of the runtime's own tool that measures the same"""
+    incomplete: str | None = None
+    """why the benchmark broke off; null: it did not"""
+    preflight: list[PreflightRow] = []
+    failures: list[str] = []
+    """budgets exceeded, timings refused, a line each"""
+
+
+# --- selftest
+
+
+class SelftestStep(Record, kw_only=True):
+    step: str
+    status: Literal["pass", "fail", "not possible here"]
+    detail: Any = None
+    """JSON: what was found, or the reason of the failure; null: not possible here"""
+    seconds: float
+
+
+class SelftestReport(Record, kw_only=True):
+    """`edgeclip selftest`: made to be attached to an issue; holds no image, no path and no name of a user."""
+
+    kind: Literal["selftest"] = "selftest"
+    format: int = FORMAT
+    device: str | None = None
+    """the profile's name"""
+    edgeclip: str
+    """version"""
+    machine: Facts
+    state: State
+    target: NamedTarget
+    bundle: str
+    """sha256 of the bundle's manifest"""
+    steps: list[SelftestStep]
+
+
+# --- to and from JSON
+
+
+def to_json(record: Any) -> Any:
+    """Return the record, or a list of records, as dicts, lists, strings and numbers."""
+    return msgspec.to_builtins(record)
+
+
+def from_json(value: Any, kind: type[T], where: object) -> T:
+    """Return the record of type `kind` that was written as `value`, by this edgeclip or by 0.1.
+
+    Raises `EdgeclipError` that names `where` for another format and for what is no such record.
+    """
+    found = value.get("format", 1) if isinstance(value, dict) else None
+    if found not in (1, FORMAT):
+        raise EdgeclipError(
+            where,
+            f"is of format {found}, and this edgeclip reads 1 and {FORMAT}",
+            "update edgeclip, or write it again with the command that made it",
+        )
+    if found == 1:
+        value = _from_format_1(value)
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as e:
+        raise EdgeclipError(
+            where, f"is not what it should be ({e})", "write it again with the command that made it"
+        ) from None
+
+
+def read(path: Path, kind: type[T]) -> T:
+    """Return the record of type `kind` at `path`. Raises `EdgeclipError` as `from_json`."""
+    return from_json(disk.read_json(path), kind, path)
+
+
+def write(path: Path, record: Record) -> None:
+    """Write the record as JSON to `path`."""
+    disk.write_json(path, to_json(record))
+
+
+def _from_format_1(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a report of edgeclip 0.1 in the words of format 2."""
+    new: dict[str, Any] = {**renamed(value), "format": FORMAT}
+    if new.get("verdict") in VERDICTS:
+        new["verdict"] = VERDICTS[new["verdict"]]
+    return new
