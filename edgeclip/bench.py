@@ -270,4 +270,4 @@ def over_budget(report: dict[str, Any], device: Device) -> list[str]:
         "energy_mj_per_image": report["energy_mj_per_image"],
     }
     limits = {k: getattr(device.budget, k) for k in found if getattr(device.budget, k) is not None}
-    return [f"{k} {'not measured' if found[k] is None else f'{found[k]:.2f}'}, budget {v}" for k, v in limits.items() if found[k] is None or found[k] > v]
+    return [f"{k} {'not measured' if found[k] is None else f'{found[k]:.2f}'}, budget {v}" for k, v in limits.items() if found[k] is None or not found[k] <= v]

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+NEVER = np.iinfo(np.int64).max
+"""the rank of a query whose own score is not finite: beyond every k"""
+
 
 def l2_normalise(x: np.ndarray) -> np.ndarray:
     """Unit rows, float32; a zero row stays zero."""
@@ -13,9 +16,14 @@ def l2_normalise(x: np.ndarray) -> np.ndarray:
 
 
 def hits(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
-    """bool [B]: is the label among the k best of scores [B, N]? Ties count against: a constant score is no answer."""
+    """bool [B]: is the label among the k best of scores [B, N]?
+
+    Ties count against: a constant score is no answer. So does another's score that is not a number, and an own score that is not finite
+    is no hit whatever k is.
+    """
     own = scores[np.arange(len(labels)), labels][:, None]
-    return (scores >= own).sum(axis=1) <= k
+    not_below = (~(scores < own)).sum(axis=1)
+    return np.isfinite(own[:, 0]) & (not_below <= k)
 
 
 def agreement(answers: np.ndarray, reference: np.ndarray, where: np.ndarray | None = None) -> float | None:
@@ -35,7 +43,8 @@ def recall_both_ways(
 
     A picture and a text belong together when their groups ([B] and [T], integers) are equal, so one text may belong to
     several pictures and the other way round. A query is a hit at k when any of its own is among the k best; what is
-    not its own and ties with it counts against, as in `hits`. Every query must have at least one of its own.
+    not its own and ties with it or is not a number counts against, as in `hits`, and a query whose best own score is not
+    finite is a miss. Every query must have at least one of its own.
     """
     ways = {
         "image_to_text": (image_features, text_features, image_groups, text_groups),
@@ -48,7 +57,8 @@ def recall_both_ways(
             scores = queries[at : at + 512] @ candidates.T
             own = query_groups[at : at + 512, None] == candidate_groups[None]
             best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True)
-            ranks.append((~own & (scores >= best)).sum(axis=1))
+            rank = (~own & ~(scores < best)).sum(axis=1)
+            ranks.append(np.where(np.isfinite(best[:, 0]), rank, NEVER))
             positives.append(own.sum(axis=1))
         rank, positive = np.concatenate(ranks), np.concatenate(positives)
         out[name] = {f"r{k}": float((rank < k).mean()) for k in ks}

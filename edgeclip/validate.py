@@ -219,14 +219,14 @@ def _compare(bundle: Bundle, evaluation: Evaluation, found: dict[str, np.ndarray
     if "basic" in every:
         same = agreement(answers["all"], answers["basic"])
         report["optimisation"] = {"top1_agreement": same, **cosine(features, every["basic"])}
-        if same is not None and same < (tolerance.optimisation_agreement or 0):
+        if same is not None and not same >= (tolerance.optimisation_agreement or 0):
             failures.append(f"graph optimisations BASIC and ALL agree on {same:.4f} of the answers, below {tolerance.optimisation_agreement}")
 
     p1, accuracy = report["cosine"]["centred_p1"], report["accuracy"]
-    if p1 < tolerance.centred_cosine_p1:
+    if not p1 >= tolerance.centred_cosine_p1:  # not a number is short too
         failures.append(f"centred cosine p1 {p1:.4f}, below {tolerance.centred_cosine_p1}")
     failures += short_of_agreement(tolerance, report["top1_agreement"], report["agreement_where_right"])
-    if accuracy["drop_pp"] > tolerance.accuracy_drop_pp:
+    if not accuracy["drop_pp"] <= tolerance.accuracy_drop_pp:
         failures.append(f"accuracy drop {accuracy['drop_pp']:.2f} pp, above {tolerance.accuracy_drop_pp}")
     return "pass" if accuracy["upper_pp"] <= tolerance.accuracy_drop_pp else "too few pictures"
 
@@ -237,7 +237,7 @@ def short_of_agreement(tolerance: Tolerance, same: float | None, where_right: fl
         ("top-1 agreement", same, tolerance.top1_agreement),
         ("top-1 agreement where the student is right", where_right, tolerance.agreement_where_right),
     )
-    return [f"{what} {value:.4f}, below {limit}" for what, value, limit in measured if value is not None and limit is not None and value < limit]
+    return [f"{what} {value:.4f}, below {limit}" for what, value, limit in measured if value is not None and limit is not None and not value >= limit]
 
 
 def decide(bundle: Bundle, evaluation: Evaluation, features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -271,7 +271,7 @@ def _replay(job: _Job, made: TeacherCache) -> dict[str, Any]:
         stored = made.rows[np.array([places[j][0] for j in index]), np.array([places[j][1] for j in index])]
         cosines.append((live * stored).sum(axis=1) / np.maximum(np.linalg.norm(live, axis=1) * np.linalg.norm(stored, axis=1), 1e-12))
     lowest = float(np.concatenate(cosines).min()) if cosines else 0.0
-    if skipped or lowest < SAME:
+    if skipped or not lowest >= SAME:  # not a number is another row
         what = f"is unreadable now ({skipped[0]})" if skipped else f"gives another row (cosine {lowest:.4f}, at least {SAME} is needed)"
         raise EdgeclipError(job.data.name, f"a stored view of {count} replayed {what}", "let the data lie still while the cache is built")
     return {"views": count, "cosine_min": round(lowest, 6)}

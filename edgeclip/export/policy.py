@@ -84,7 +84,7 @@ def outer_layers(calibrated: Calibrated, pictures: np.ndarray, spec: Calibration
     if not spec.probe_layers:
         return {}
     found = damage(calibrated, edge, pictures[:PROBES], "sensitivity of outer layers", reduce_range)
-    return {name: round(cosine, 4) for name, cosine in found.items() if cosine < spec.layer_cosine}
+    return {name: round(cosine, 4) for name, cosine in found.items() if not cosine >= spec.layer_cosine}
 
 
 def damage(calibrated: Calibrated, layers: list[str], pictures: np.ndarray, what: str, reduce_range: bool = False) -> dict[str, float]:
