@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import require
 from families import IMAGE, SIZE, TEXT, TEXTS, image_tower, text_tower
-from onnx import TensorProto
 
 from edgeclip import target
 from edgeclip.export import graph
@@ -21,14 +20,14 @@ from edgeclip.export.lint import lint
 from edgeclip.export.onnxruntime import calibrate, quantise
 from edgeclip.fold import fold
 from edgeclip.metrics import cosine
-from edgeclip.runtime.onnxruntime import UNSAFE_IN_HALF
+from edgeclip.runtime.onnxruntime import disabled_optimizers
 
 OLD = "1.23.2"
 
 
 def run(model, x):
-    half = any(i.data_type == TensorProto.FLOAT16 for i in model.graph.initializer)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"], disabled_optimizers=UNSAFE_IN_HALF if half else None)
+    content = model.SerializeToString()
+    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"], disabled_optimizers=disabled_optimizers(content))
     return session.run(None, {model.graph.input[0].name: x})[0]
 
 
@@ -119,20 +118,21 @@ def test_the_runtime_of_jetpack_6_loads_every_form_of_every_family(written, tmp_
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         if subprocess.run([folder / "bin" / "pip", "install", "--quiet", f"onnxruntime=={OLD}", "numpy"]).returncode:
             pytest.skip(f"no onnxruntime {OLD}: pip install onnxruntime=={OLD} numpy, in an environment of its own that EDGECLIP_ORT_OLD names")
-    files = sorted(str(f) for f in written.glob("*.onnx"))
+    files = {str(f): disabled_optimizers(f) for f in sorted(written.glob("*.onnx"))}
     if not files:
         pytest.skip("data: the families were not exported in this run")
     code = (
         "import json, sys, onnxruntime as ort\n"
+        "disabled = json.loads(sys.argv[1])\n"
         f"assert ort.__version__ == '{OLD}', ort.__version__\n"
         "bad = {}\n"
-        "for f in sys.argv[1:]:\n"
-        f"    try: ort.InferenceSession(f, providers=['CPUExecutionProvider'], disabled_optimizers={UNSAFE_IN_HALF} if '16' in f or 'tensorrt' in f else None)\n"
+        "for f in disabled:\n"
+        "    try: ort.InferenceSession(f, providers=['CPUExecutionProvider'], disabled_optimizers=disabled[f])\n"
         "    except Exception as e: bad[f] = str(e)\n"
         "print(json.dumps(bad))"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    done = subprocess.run([folder / "bin" / "python", "-c", code, *files], capture_output=True, text=True, env=environment)
+    done = subprocess.run([folder / "bin" / "python", "-c", code, json.dumps(files)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {}
 

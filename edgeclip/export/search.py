@@ -244,13 +244,13 @@ def _session(target: Target, path: Path) -> Callable[[np.ndarray], np.ndarray]:
         return open_session(target.runtime, path, 1).run
     import onnxruntime as ort
 
-    from edgeclip.runtime.onnxruntime import UNSAFE_IN_HALF
+    from edgeclip.runtime.onnxruntime import disabled_optimizers
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     if target.precision == "fp8":  # ONNX Runtime's rewriting of Q/DQ takes float8 for int8
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=UNSAFE_IN_HALF)
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled_optimizers(path))
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})[0]
