@@ -142,6 +142,16 @@ def test_what_an_activation_cuts_off_takes_no_step_of_the_rounding(calibrated, a
     assert kinds.count("QLinearConv") == len(convs) and kinds.count("Clip") + kinds.count("Relu") <= len(activated) - len(once)
 
 
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+@pytest.mark.parametrize("for_tensorrt", [False, True])
+def test_every_initializer_is_read_and_a_bare_session_has_nothing_to_warn_of(pictures, tmp_path, capfd, activations, for_tensorrt):
+    ready = prepare(Residual().eval(), pictures, 19)  # its addition gets the float tensors back
+    model = quantise(ready, graph.matrix_products(ready.model), activations=activations, for_tensorrt=for_tensorrt)
+    assert {i.name for i in model.graph.initializer} <= {name for n in model.graph.node for name in n.input}
+    ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert "not used by any node" not in capfd.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def tensorrt_form(student, pictures):
     calibrated = prepare(student, pictures, 19)

@@ -176,4 +176,5 @@ def _only_products_read_int8(model: onnx.ModelProto, rounded: set[str], nodes: s
         read = {name for n in model.graph.node for name in n.input} | {o.name for o in model.graph.output}
         for n in [n for n in model.graph.node if n.op_type == op and n.output[0] not in read]:
             model.graph.node.remove(n)
+    graph.drop_unread(model)  # the scales and zero points of those pairs
     return model
