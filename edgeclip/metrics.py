@@ -89,6 +89,20 @@ def cosine(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     return {k: float(v) for k, v in out.items()}
 
 
+def median_interval(values: np.ndarray, confidence: float = 0.99) -> tuple[float, float, float]:
+    """Return the median of [n] values, and the low and high end of its interval, whatever the values' distribution is.
+
+    The ends are order statistics: so many values lie below the true median as heads fall in n tosses of a coin (Conover, Practical
+    Nonparametric Statistics, section 3.2). Of fewer values than the confidence needs (8 for 99 %) the ends are the least and the largest.
+    """
+    ordered = np.sort(values)
+    n, outside, cut = len(ordered), 0.0, 0
+    while (outside := outside + math.comb(n, cut) / 2**n) <= (1 - confidence) / 2:
+        cut += 1
+    below = max(cut - 1, 0)
+    return float(np.median(ordered)), float(ordered[below]), float(ordered[n - 1 - below])
+
+
 def accuracy_drop(reference: np.ndarray, candidate: np.ndarray) -> dict[str, float]:
     """Paired comparison of two bool [B] hit vectors over the same pictures, in percentage points: `paired_drop`."""
     return paired_drop(int((reference & ~candidate).sum()), int((~reference & candidate).sum()), len(reference))

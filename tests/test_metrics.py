@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from edgeclip.metrics import accuracy_drop, chance_recall, cosine, harmonic_mean, hits, l2_normalise, paired_drop, recall_both_ways
+from edgeclip.metrics import accuracy_drop, chance_recall, cosine, harmonic_mean, hits, l2_normalise, median_interval, paired_drop, recall_both_ways
 
 
 def test_normalised_rows_have_length_one_and_zero_stays_zero():
@@ -170,3 +170,14 @@ def test_anothers_score_that_is_no_number_counts_against():
     images = np.array([[1.0, 0.0], [np.nan, 0.0]])
     recall = recall_both_ways(images, np.eye(2)[:1], np.array([0, 1]), np.array([0]), ks=(1, 2))["text_to_image"]
     assert (recall["r1"], recall["r2"]) == (0.0, 1.0)
+
+
+def test_the_interval_of_a_median_is_two_of_its_values_and_holds_the_true_one():
+    assert median_interval(np.arange(31.0)[::-1]) == (15.0, 7.0, 23.0)  # of 31 tosses 7 heads or fewer come in 0.17 %, 8 in 0.53 %
+    assert median_interval(np.array([3.0, 1.0, 2.0])) == (2.0, 1.0, 3.0)  # too few for the confidence: all of them
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(2000):
+        _, low, high = median_interval(rng.lognormal(size=31), 0.95)
+        inside += low <= 1.0 <= high
+    assert 0.94 <= inside / 2000 <= 0.985
