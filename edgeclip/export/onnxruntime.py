@@ -47,7 +47,9 @@ def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:
             graph.save(graph.int8_embeddings(model), Path(temporary) / "float.onnx")
             logging.disable(logging.WARNING)  # it advises a preprocessing that folding has done
             try:
-                quantize_dynamic(Path(temporary) / "float.onnx", path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8)
+                # 7-bit weights: inputs are uint8 on every machine, and where x86 has no VNNI two full products overflow the sum of 16 bits
+                how = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
+                quantize_dynamic(Path(temporary) / "float.onnx", path, op_types_to_quantize=["MatMul", "Gemm"], **how)
             finally:
                 logging.disable(logging.NOTSET)
         graph.save(onnx.load(path), path)
