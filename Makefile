@@ -15,7 +15,7 @@ RUN = runs/quickstart
 
 demo: .venv/installed
 	$(BIN)/edgeclip distill recipes/quickstart.yaml
-	$(BIN)/edgeclip export --run $(RUN) --target onnx-fp32 --target onnx-int8 --target openvino-int8
+	$(BIN)/edgeclip export --run $(RUN) --target onnx-fp32 --target onnx-int8 --target onnx-int8-arm --target openvino-int8 --target tensorrt-int8
 	$(BIN)/edgeclip validate --run $(RUN) --device host-cpu
 	$(BIN)/edgeclip bench --run $(RUN) --device host-cpu
 	$(BIN)/edgeclip report $(RUN)

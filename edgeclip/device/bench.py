@@ -341,5 +341,5 @@ def over_budget(report: dict[str, Any], device: Device) -> list[str]:
     return [
         f"{k} {'not measured' if found[k] is None else f'{found[k]:.2f}'}, budget {v}"
         for k, v in limits.items()
-        if found[k] is None or found[k] > v
+        if found[k] is None or not found[k] <= v
     ]

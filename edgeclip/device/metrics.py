@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+NEVER = np.iinfo(np.int64).max
+"""the rank of a query whose own score is not finite: beyond every k"""
+
 
 def l2_normalize(x: np.ndarray) -> np.ndarray:
     """Unit rows, float32; a zero row stays zero."""
@@ -13,9 +16,14 @@ def l2_normalize(x: np.ndarray) -> np.ndarray:
 
 
 def hits(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
-    """bool [B]: is the label among the k best of scores [B, N]? Ties count against: a constant score is no answer."""
+    """bool [B]: is the label among the k best of scores [B, N]?
+
+    Ties count against: a constant score is no answer. So does another's score that is not a number, and an own score that is not finite
+    is no hit whatever k is.
+    """
     own = scores[np.arange(len(labels)), labels][:, None]
-    return (scores >= own).sum(axis=1) <= k
+    not_below = (~(scores < own)).sum(axis=1)
+    return np.isfinite(own[:, 0]) & (not_below <= k)
 
 
 def agreement(
@@ -41,7 +49,8 @@ def recall_both_ways(
 
     An image and a text belong together when their groups ([B] and [T], integers) are equal, so one text may belong to
     several images and the other way round. A query is a hit at k when any of its own is among the k best; what is
-    not its own and ties with it counts against, as in `hits`. Every query must have at least one of its own.
+    not its own and ties with it or is not a number counts against, as in `hits`, and a query whose best own score is not
+    finite is a miss. Every query must have at least one of its own.
     """
     ways = {
         "image_to_text": (image_features, text_features, image_groups, text_groups),
@@ -54,7 +63,8 @@ def recall_both_ways(
             scores = queries[at : at + 512] @ candidates.T
             own = query_groups[at : at + 512, None] == candidate_groups[None]
             best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True)
-            ranks.append((~own & (scores >= best)).sum(axis=1))
+            rank = (~own & ~(scores < best)).sum(axis=1)
+            ranks.append(np.where(np.isfinite(best[:, 0]), rank, NEVER))
             positives.append(own.sum(axis=1))
         rank, positive = np.concatenate(ranks), np.concatenate(positives)
         out[name] = {f"r{k}": float((rank < k).mean()) for k in ks}
@@ -89,6 +99,20 @@ def cosine(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
             f"{name}_min": c.min(),
         }
     return {k: float(v) for k, v in out.items()}
+
+
+def median_interval(values: np.ndarray, confidence: float = 0.99) -> tuple[float, float, float]:
+    """Return the median of [n] values, and the low and high end of its interval, whatever the values' distribution is.
+
+    The ends are order statistics: so many values lie below the true median as heads fall in n tosses of a coin (Conover, Practical
+    Nonparametric Statistics, section 3.2). Of fewer values than the confidence needs (8 for 99 %) the ends are the least and the largest.
+    """
+    ordered = np.sort(values)
+    n, outside, cut = len(ordered), 0.0, 0
+    while (outside := outside + math.comb(n, cut) / 2**n) <= (1 - confidence) / 2:
+        cut += 1
+    below = max(cut - 1, 0)
+    return float(np.median(ordered)), float(ordered[below]), float(ordered[n - 1 - below])
 
 
 def accuracy_drop(reference: np.ndarray, candidate: np.ndarray) -> dict[str, float]:

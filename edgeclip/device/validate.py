@@ -304,18 +304,18 @@ def _compare(
     if "basic" in every:
         same = agreement(answers["all"], answers["basic"])
         report["optimization"] = {"top1_agreement": same, **cosine(features, every["basic"])}
-        if same is not None and same < (tolerance.optimization_agreement or 0):
+        if same is not None and not same >= (tolerance.optimization_agreement or 0):
             failures.append(
                 f"graph optimizations BASIC and ALL agree on {same:.4f} of the answers, below {tolerance.optimization_agreement}"
             )
 
     p1, accuracy = report["cosine"]["centered_p1"], report["accuracy"]
-    if p1 < tolerance.centered_cosine_p1:
+    if not p1 >= tolerance.centered_cosine_p1:  # not a number is short too
         failures.append(f"centered cosine p1 {p1:.4f}, below {tolerance.centered_cosine_p1}")
     failures += short_of_agreement(
         tolerance, report["top1_agreement"], report["agreement_where_right"]
     )
-    if accuracy["drop_pp"] > tolerance.accuracy_drop_pp:
+    if not accuracy["drop_pp"] <= tolerance.accuracy_drop_pp:
         failures.append(
             f"accuracy drop {accuracy['drop_pp']:.2f} pp, above {tolerance.accuracy_drop_pp}"
         )
@@ -337,7 +337,7 @@ def short_of_agreement(
     return [
         f"{what} {value:.4f}, below {limit}"
         for what, value, limit in measured
-        if value is not None and limit is not None and value < limit
+        if value is not None and limit is not None and not value >= limit
     ]
 
 

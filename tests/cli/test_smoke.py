@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from edgeclip import disk
 from edgeclip.cli import main
 from edgeclip.device.bundle import Bundle
 from edgeclip.host.data import shapes
@@ -169,7 +170,19 @@ def test_no_held_back_image_is_among_the_calibration_images(workplace):
     }
 
 
-def test_tensorrt_bundle_is_checked_by_the_real_parser_and_builder(workplace):
-    pytest.importorskip("tensorrt_rtx", reason="pip install 'edgeclip[lint]'")
+def test_tensorrt_int8_is_exported_to_the_end_and_validate_names_it_as_not_run_here(workplace):
     (row,) = json.loads(call("export", "--target", "tensorrt-int8", "--json"))
+    folder = Path("runs/smoke/bundles/tensorrt-int8")
+    made = disk.read_manifest(folder, "bundle")
+    disk.verify(folder, made)
+    assert (
+        made["quantization"]["int8_share_of_macs"] >= 0.3
+        and made["quantization"]["latency_ms_float"] is None
+    )
+    result = CliRunner().invoke(main, ["validate", "--json"])
+    assert "tensorrt-int8: not run, host-cpu has no tensorrt" in result.stderr
+    assert "tensorrt-int8" not in {
+        r["target"] for r in json.loads(result.stdout)
+    } and result.exit_code in (0, 3, 4)
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'edgeclip[lint]'")
     assert row["lint"]["parses"] and row["lint"]["builds"]

@@ -12,6 +12,7 @@ from edgeclip.device.metrics import (
     harmonic_mean,
     hits,
     l2_normalize,
+    median_interval,
     paired_drop,
     recall_both_ways,
 )
@@ -191,3 +192,47 @@ def test_the_upper_limit_covers_the_true_drop_in_about_95_of_100():
             >= 3.0
         )
     assert 0.93 <= covered / 2000 <= 0.98
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_an_own_score_that_is_not_finite_is_no_hit_whatever_k_is(bad):
+    scores = np.array([[bad, 0.5, 0.1], [0.9, 0.5, 0.1]])
+    for k in (1, 2, 3):
+        assert hits(scores, np.array([0, 0]), k).tolist() == [False, True]
+
+
+def test_features_that_are_no_numbers_hit_nothing():
+    assert not hits(np.full((4, 3), np.nan), np.arange(4) % 3, 3).any()
+    recall = recall_both_ways(
+        np.full((4, 2), np.nan), np.eye(2), np.array([0, 0, 1, 1]), np.array([0, 1]), ks=(1, 10)
+    )
+    assert {way[k] for way in recall.values() for k in ("r1", "r10")} == {0.0}
+
+
+def test_anothers_score_that_is_no_number_counts_against():
+    scores = np.array([[0.9, np.nan, 0.1]])
+    assert not hits(scores, np.array([0]), 1).any() and hits(scores, np.array([0]), 2).all()
+    images = np.array([[1.0, 0.0], [np.nan, 0.0]])
+    recall = recall_both_ways(images, np.eye(2)[:1], np.array([0, 1]), np.array([0]), ks=(1, 2))[
+        "text_to_image"
+    ]
+    assert (recall["r1"], recall["r2"]) == (0.0, 1.0)
+
+
+def test_the_interval_of_a_median_is_two_of_its_values_and_holds_the_true_one():
+    assert median_interval(np.arange(31.0)[::-1]) == (
+        15.0,
+        7.0,
+        23.0,
+    )  # of 31 tosses 7 heads or fewer come in 0.17 %, 8 in 0.53 %
+    assert median_interval(np.array([3.0, 1.0, 2.0])) == (
+        2.0,
+        1.0,
+        3.0,
+    )  # too few for the confidence: all of them
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(2000):
+        _, low, high = median_interval(rng.lognormal(size=31), 0.95)
+        inside += low <= 1.0 <= high
+    assert 0.94 <= inside / 2000 <= 0.985

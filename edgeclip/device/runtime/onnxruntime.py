@@ -3,6 +3,8 @@
 Of providers without the CPU's among them no node may run on the CPU; with it, those may that the others refuse.
 """
 
+import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,73 @@ LEVELS = {
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
 }
 
-UNSAFE_IN_HALF = ["NchwcTransformer"]
-"""ends the process on some float16 vision transformers (1.31, x86, a MatMul behind a Transpose); such files are called *.fp16.onnx"""
+UNSAFE_IN_HALF = ("NchwcTransformer", "WeightBiasQuantization")
+"""What ONNX Runtime 1.31 does wrongly to float16 graphs (docs/targets.md, Known).
+
+NchwcTransformer ends the process on some vision transformers (x86, a MatMul behind a Transpose). WeightBiasQuantization, of the basic
+level, rounds the float16 biases of a Q/DQ graph to rubbish.
+"""
+GRAPH, INITIALIZER, DATA_TYPE, FLOAT16 = 7, 5, 2, 10
+"""of onnx.proto: ModelProto.graph, GraphProto.initializer, TensorProto.data_type and its value for float16"""
+VARINT, LENGTH, FIXED = 0, 2, {1: 8, 5: 4}
+"""protobuf's wire types; FIXED: to the bytes that a value takes"""
+
+
+def disabled_optimizers(model: Path | bytes) -> list[str]:
+    """Return the graph transformers that ONNX Runtime must leave out for this ONNX file, or its content.
+
+    Every session takes its `disabled_optimizers` from here. What the graph holds decides, not what it is called: one float16 initializer
+    makes it a float16 graph.
+    """
+    if isinstance(model, bytes):
+        return _disabled(io.BytesIO(model), len(model))
+    with model.open("rb") as file:
+        return _disabled(file, model.stat().st_size)
+
+
+def _disabled(file: io.BufferedIOBase, size: int) -> list[str]:
+    for graph_end in _fields(file, size, GRAPH):
+        for initializer_end in _fields(file, graph_end, INITIALIZER):
+            if FLOAT16 in _fields(file, initializer_end, DATA_TYPE):
+                return list(UNSAFE_IN_HALF)
+    return []
+
+
+def _fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
+    """Yield the value of each field `wanted` of the protobuf message from here to `end`; of one with a length where it ends, the file at its start.
+
+    Everything else is stepped over, so that a model is looked through in a millisecond, and without onnx, which no board has. What is no protobuf
+    has no fields: the runtime says what is wrong with it.
+    """
+    at = file.tell()
+    while at < end:
+        file.seek(at)
+        key = _varint(file)
+        kind = key & 7
+        if kind == LENGTH:
+            length = _varint(file)
+            value = at = file.tell() + length
+        elif kind == VARINT:
+            value = _varint(file)
+            at = file.tell()
+        elif kind in FIXED:
+            value = at = file.tell() + FIXED[kind]
+        else:
+            return
+        if at > end:
+            return
+        if key >> 3 == wanted:
+            yield value
+
+
+def _varint(file: io.BufferedIOBase) -> int:
+    value = shift = 0
+    while byte := file.read(1):
+        value |= (byte[0] & 127) << shift
+        shift += 7
+        if byte[0] < 128:
+            break
+    return value
 
 
 def open_session(
@@ -47,9 +114,11 @@ def open_session(
     if CPU not in providers:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        unsafe = UNSAFE_IN_HALF if ".fp16" in model.suffixes else None
         session = ort.InferenceSession(
-            str(model), options, providers=list(providers), disabled_optimizers=unsafe
+            str(model),
+            options,
+            providers=list(providers),
+            disabled_optimizers=disabled_optimizers(model),
         )
     except Exception as e:  # pybind raises a different type for every failure
         raise EdgeclipError(

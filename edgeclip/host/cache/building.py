@@ -353,7 +353,7 @@ def _replay(job: _Job, made: TeacherCache) -> dict[str, Any]:
             / np.maximum(np.linalg.norm(live, axis=1) * np.linalg.norm(stored, axis=1), 1e-12)
         )
     lowest = float(np.concatenate(cosines).min()) if cosines else 0.0
-    if skipped or lowest < SAME:
+    if skipped or not lowest >= SAME:  # not a number is another row
         what = (
             f"is unreadable now ({skipped[0]})"
             if skipped

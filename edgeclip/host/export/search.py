@@ -2,8 +2,10 @@
 
 Every form that the target lists (range method, smoothing, layer set, model type) is written as it would ship, opened in
 its own runtime and compared with the float student on training images that gave no ranges. Of those inside the
-tolerance the fastest is chosen; within 5 % the more exact one. Where none holds, the layers of the best form are ranked
-by the damage that quantizing each alone does, and the worst go back to float, by bisection, until the tolerance holds.
+tolerance the fastest is chosen; within 5 % the more exact one. Times are noise, so they are compared in pairs, and what lies
+within the interval of a comparison decides nothing: equal inputs make equal bundles. Where none holds, the layers of the best
+form are ranked by the damage that quantizing each alone does, and the worst go back to float, by bisection, until the
+tolerance holds.
 
 A target is refused (exit 3) when it cannot hold the tolerance with `min_int8_share` of the multiply-accumulates left in
 int8, or when it is not `min_speedup` times as fast as float32 in the same runtime. Speed is measured only where this
@@ -23,7 +25,7 @@ import numpy as np
 import onnx
 
 from edgeclip.device import machine
-from edgeclip.device.metrics import agreement, cosine
+from edgeclip.device.metrics import agreement, cosine, median_interval
 from edgeclip.device.runtime import open_session
 from edgeclip.device.target import Calibration, Target
 from edgeclip.device.validate import short_of_agreement
@@ -33,8 +35,9 @@ from edgeclip.host.graph import policy
 from edgeclip.host.graph.policy import Form, Quantization
 from edgeclip.progress import say
 
-ROUNDS, QUERIES = 15, 4
+ROUNDS, QUERIES = 31, 4
 SAME_SPEED = 1.05
+"""a form is slower than another when the whole interval of their paired times lies above this ratio"""
 BATCH = 16
 
 
@@ -122,16 +125,27 @@ def search(
             more = _give_back(task, best, spec, len(tried))
             tried += more
             holding = [c for c in more if not c.short][-1:]
-        float_ms = _time(task, holding)
-        chosen = _pick(holding, measured=float_ms is not None)
+        laps = _time(task, holding)
+    as_fast = (
+        holding
+        if laps is None
+        else [c for i, c in enumerate(holding) if not slower(laps[:, 1:], i)]
+    )
+    chosen = max(
+        as_fast, key=lambda c: c.row["centered_cosine_p1"]
+    )  # the first of equals: the target's order
+    float_ms = None if laps is None else _milliseconds(laps[:, 0])
+    if laps is not None:
+        for c, own in zip(holding, laps.T[1:], strict=True):
+            c.row["latency_ms"] = _milliseconds(own)
+            c.row["times_as_fast"] = _rounded(median_interval(laps[:, 0] / own))
     for c in tried:
         c.row["verdict"] = (
             "chosen"
             if c is chosen
-            else "; ".join(c.short)
-            or ("slower, or less exact at the same speed" if float_ms else "less exact")
+            else "; ".join(c.short) or ("less exact" if any(c is a for a in as_fast) else "slower")
         )
-    _refuse(chosen, target, spec, float_ms)
+    _refuse(chosen, target, spec)
     record = chosen.quantization.record() | {
         "judged_on": len(images.judged),
         "judged_in": _judged_in(target),
@@ -172,6 +186,7 @@ def _try(task: Task, quantization: Quantization, number: int) -> Candidate:
         "agreement_where_right": where_right,
         "bytes": sum(f.stat().st_size for f in folder.iterdir()),
         "latency_ms": None,
+        "times_as_fast": None,
     }
     short = []
     if not close["centered_p1"] >= least:  # not a number is short too
@@ -233,30 +248,52 @@ def _give_back(task: Task, best: Candidate, spec: Calibration, number: int) -> l
     return tried
 
 
-def _time(task: Task, candidates: list[Candidate]) -> float | None:
-    """Puts the median latency (batch 1, one thread, interleaved) into the rows; returns float32's. None: not this machine's kind."""
+def _time(task: Task, candidates: list[Candidate]) -> np.ndarray | None:
+    """[ROUNDS, 1 + candidates] milliseconds of float32 and of each candidate (batch 1, one thread). None: not this machine's kind."""
     if not measured_here(task.target):
         return None
     folder = task.folder / "float"
     folder.mkdir()
     plain = msgspec.structs.replace(task.target, precision="fp32", calibration=None)
-    runs = [
-        _session(plain, folder / task.exporter.write(task.model, plain, None, folder)),
-        *(c.run for c in candidates),
-    ]
-    x = task.images.judged[:1]
-    laps: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS):
-        for run, own in zip(runs, laps, strict=True):
-            run(x)  # its caches were emptied by the others
+    in_float = _session(plain, folder / task.exporter.write(task.model, plain, None, folder))
+    return interleaved([in_float, *(c.run for c in candidates)], task.images.judged[:1])
+
+
+def interleaved(runs: list[Callable[[np.ndarray], np.ndarray]], x: np.ndarray) -> np.ndarray:
+    """Run all of `runs` on `x` in rounds; return [ROUNDS, runs], the least milliseconds of each in each round.
+
+    What the machine does meanwhile falls on all of a round alike, so that their ratios within it are comparable; the order rotates, so
+    that none always follows the same one. The least of a round, since what disturbs a run only adds to it.
+    """
+    laps = np.empty((ROUNDS, len(runs)))
+    for turn in range(ROUNDS):
+        for k in range(len(runs)):
+            i = (turn + k) % len(runs)
+            runs[i](x)  # its caches were emptied by the others
+            found = []
             for _ in range(QUERIES):
                 before = time.perf_counter()
-                run(x)
-                own.append(1e3 * (time.perf_counter() - before))
-    medians = [round(float(np.median(own)), 4) for own in laps]
-    for c, ms in zip(candidates, medians[1:], strict=True):
-        c.row["latency_ms"] = ms
-    return medians[0]
+                runs[i](x)
+                found.append(1e3 * (time.perf_counter() - before))
+            laps[turn, i] = min(found)
+    return laps
+
+
+def slower(laps: np.ndarray, i: int) -> bool:
+    """Is candidate `i` of laps [ROUNDS, candidates] resolved as slower than the fastest, by more than what counts as the same speed?"""
+    fastest = laps[:, np.median(laps, axis=0).argmin()]
+    _, low, _ = median_interval(laps[:, i] / fastest)
+    return low > SAME_SPEED
+
+
+def _milliseconds(own: np.ndarray) -> float:
+    return round(float(np.median(own)), 4)
+
+
+def _rounded(values: tuple[float, float, float]) -> dict[str, float]:
+    return {
+        name: round(value, 4) for name, value in zip(("median", "low", "high"), values, strict=True)
+    }
 
 
 def measured_here(target: Target) -> bool:
@@ -267,15 +304,9 @@ def measured_here(target: Target) -> bool:
     return target.runtime == "openvino" and arch == "x86_64"
 
 
-def _pick(holding: list[Candidate], measured: bool) -> Candidate:
-    if measured:
-        limit = SAME_SPEED * min(c.row["latency_ms"] for c in holding)
-        holding = [c for c in holding if c.row["latency_ms"] <= limit]
-    return max(holding, key=lambda c: c.row["centered_cosine_p1"])
-
-
-def _refuse(chosen: Candidate, target: Target, spec: Calibration, float_ms: float | None) -> None:
-    share = chosen.quantization.int8_share
+def _refuse(chosen: Candidate, target: Target, spec: Calibration) -> None:
+    """Raises `Refused` for too small an int8 share, and for a speed that the interval of its measurement excludes."""
+    share, speed = chosen.quantization.int8_share, chosen.row["times_as_fast"]
     do = "take a float16 or float32 target, or lower the limit in a target of your own"
     if share < spec.min_int8_share:
         raise Refused(
@@ -283,13 +314,9 @@ def _refuse(chosen: Candidate, target: Target, spec: Calibration, float_ms: floa
             f"only {share:.3f} of the multiply-accumulates stay in int8, below {spec.min_int8_share}",
             do,
         )
-    if float_ms is not None and float_ms < spec.min_speedup * chosen.row["latency_ms"]:
-        ms = chosen.row["latency_ms"]
-        raise Refused(
-            target.runtime,
-            f"int8 is {float_ms / ms:.2f} times as fast as float32 here ({ms:.2f} and {float_ms:.2f} ms), below {spec.min_speedup:g}",
-            do,
-        )
+    if speed is not None and not speed["high"] >= spec.min_speedup:
+        what = f"int8 is {speed['median']:.2f} times as fast as float32 here ({speed['low']:.2f} to {speed['high']:.2f}; {chosen.row['latency_ms']:.2f} ms)"
+        raise Refused(target.runtime, f"{what}, below {spec.min_speedup:g}", do)
 
 
 def _judged_in(target: Target) -> str:
@@ -305,7 +332,7 @@ def _session(target: Target, path: Path) -> Callable[[np.ndarray], np.ndarray]:
         return open_session(target.runtime, path, 1).run
     import onnxruntime as ort
 
-    from edgeclip.device.runtime.onnxruntime import UNSAFE_IN_HALF
+    from edgeclip.device.runtime.onnxruntime import disabled_optimizers
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -313,7 +340,10 @@ def _session(target: Target, path: Path) -> Callable[[np.ndarray], np.ndarray]:
     if target.precision == "fp8":  # ONNX Runtime's rewriting of Q/DQ takes float8 for int8
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(
-        str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=UNSAFE_IN_HALF
+        str(path),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=disabled_optimizers(path),
     )
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})[0]

@@ -94,7 +94,9 @@ def outer_layers(
     if not spec.probe_layers:
         return {}
     found = damage(calibrated, edge, images[:PROBES], "sensitivity of outer layers", reduce_range)
-    return {name: round(cosine, 4) for name, cosine in found.items() if cosine < spec.layer_cosine}
+    return {
+        name: round(cosine, 4) for name, cosine in found.items() if not cosine >= spec.layer_cosine
+    }
 
 
 def damage(

@@ -337,6 +337,22 @@ def test_stored_views_that_no_longer_give_their_rows_are_refused(tmp_path, folde
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_a_replay_that_is_not_a_number_is_refused(tmp_path, folder, monkeypatch):
+    """The teacher's rows become NaN between the last shard and the replay."""
+    finish, rows = assemble._finish, building._rows
+
+    def spoilt(*arguments):
+        monkeypatch.setattr(
+            building, "_rows", lambda job, pixels: rows(job, pixels) * np.float32(np.nan)
+        )
+        finish(*arguments)
+
+    monkeypatch.setattr(assemble, "_finish", spoilt)
+    with pytest.raises(EdgeclipError, match=r"replayed gives another row \(cosine nan"):
+        build(tmp_path, dataset(folder))
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_inspect_says_what_is_inside(tmp_path, folder):
     from edgeclip.host.cache.inspect import inspect
 

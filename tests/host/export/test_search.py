@@ -27,6 +27,9 @@ from tests.support.command import run as cli
 from tests.support.images import toy_image
 from tests.support.toy_bundle import toy_input
 
+S = importlib.import_module("edgeclip.host.export.search")
+"""the module: the package has a function of that name"""
+
 
 def run(model, x):
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
@@ -228,6 +231,7 @@ def test_right_answers_are_kept_where_labels_tell_which_they_are(plain, images):
         f"top-1 agreement where the student is right {kept:.4f}, below 0.98"
     ]
     assert short_of_agreement(limits, kept, None) == []
+    assert len(short_of_agreement(limits, float("nan"), float("nan"))) == 2
 
 
 def test_where_the_first_form_holds_nothing_is_given_back(plain, images):
@@ -256,15 +260,13 @@ def test_without_smoothing_the_worst_layers_go_back_to_float_and_no_more(plain, 
     assert len(planted) == 2
     assert set(planted) <= set(found.float_layers)
     assert len(found.float_layers) <= 4
-    assert (
-        cosine(
-            run(quantize(found.calibrated, found.nodes, activations="uint8"), images),
-            run(plain, images),
-        )["centered_p1"]
-        > 0.9
+    shipped = quantize(
+        found.calibrated, found.nodes, activations="uint8", reduce_range=found.reduce_range
     )
+    assert cosine(run(shipped, images), run(plain, images))["centered_p1"] > 0.9
     verdicts = [r["verdict"] for r in record["frontier"]]
-    assert verdicts.count("chosen") == 1 and "below 0.95" in verdicts[0]
+    assert verdicts.count("chosen") == 1
+    assert "below 0.95" in verdicts[0]
     assert 0.3 <= found.int8_share < 1.0
 
 
@@ -301,9 +303,73 @@ def test_int8_that_is_no_faster_is_refused_with_both_times(plain, images):
     if not measured_here(asked()):
         pytest.skip("the machine is no x86: onnx-int8 is not timed on it")
     with pytest.raises(
-        Refused, match=r"int8 is \d+\.\d\d times as fast as float32 here \(.* ms\), below 1000"
+        Refused,
+        match=r"int8 is \d+\.\d\d times as fast as float32 here \(\d+\.\d\d to \d+\.\d\d; .* ms\), below 1000",
     ):
         look(plain, images, asked(min_speedup=1000))
+
+
+def timed(monkeypatch, *ratios, noise=0.0):
+    """Searches that read these times in place of a clock: float32's and each candidate's, in milliseconds."""
+    rng = np.random.default_rng(0)
+    laps = np.array([1.0, *ratios]) * np.exp(noise * rng.normal(size=(S.ROUNDS, 1 + len(ratios))))
+    monkeypatch.setattr(S, "_time", lambda task, candidates: laps)
+
+
+TWO = {"p1": 0.0, "smoothing": (None, 0.5)}
+
+
+def chosen(plain, images, **fields):
+    found, record = look(plain, images, asked(**TWO, **fields))
+    return found.form.smoothing, {r["smoothing"]: r for r in record["frontier"]}
+
+
+def test_the_more_exact_form_is_chosen_unless_it_is_resolved_as_slower(plain, images, monkeypatch):
+    timed(monkeypatch, 0.5, 0.5)
+    exact, rows = chosen(plain, images)
+    other = next(k for k in rows if k != exact)
+    assert (
+        rows[exact]["centered_cosine_p1"] > rows[other]["centered_cosine_p1"]
+        and rows[other]["verdict"] == "less exact"
+    )
+
+    def among(exact_ms, noise):
+        timed(
+            monkeypatch, *(exact_ms if form == exact else 0.5 for form in (None, 0.5)), noise=noise
+        )
+        return chosen(plain, images)
+
+    assert among(0.52, noise=0.0)[0] == exact  # 4 % is the same speed
+    slow = among(0.6, noise=0.01)  # 20 %, and times that say so
+    assert slow[0] == other and slow[1][exact]["verdict"] == "slower"
+    assert among(0.54, noise=0.3)[0] == exact  # 8 %, and times that cannot tell
+
+
+def test_equal_forms_are_decided_by_the_targets_order(plain, images, monkeypatch):
+    for ratios in ((0.5, 0.49), (0.49, 0.5)):
+        timed(monkeypatch, *ratios)
+        _, record = look(plain, images, asked(p1=0.0, methods=("minmax", "minmax")))
+        assert [r["verdict"] for r in record["frontier"]] == ["chosen", "less exact"]
+
+
+def test_a_speed_is_refused_only_where_its_interval_excludes_the_limit(plain, images, monkeypatch):
+    timed(monkeypatch, 1.02, noise=0.2)
+    row = look(plain, images, asked(p1=0.0, min_speedup=1.0))[1]["frontier"][0]["times_as_fast"]
+    assert row["low"] < row["median"] < 1.0 < row["high"]
+    timed(monkeypatch, 1.02, noise=0.001)
+    with pytest.raises(
+        Refused,
+        match=r"int8 is 0\.98 times as fast as float32 here \(0\.98 to 0\.98; 1\.02 ms\), below 1",
+    ):
+        look(plain, images, asked(p1=0.0, min_speedup=1.0))
+
+
+def test_every_run_is_timed_in_every_round_and_none_always_follows_the_same(images):
+    calls = []
+    laps = S.interleaved([lambda x, i=i: calls.append(i) for i in range(3)], images[:1])
+    turns = calls[:: 1 + S.QUERIES]  # one that warms up, and those that are timed
+    assert laps.shape == (S.ROUNDS, 3) and (laps >= 0).all()
+    assert turns[:9] == [0, 1, 2, 1, 2, 0, 2, 0, 1] and len(turns) == 3 * S.ROUNDS
 
 
 def test_speed_is_measured_only_where_the_machine_is_of_the_targets_kind(monkeypatch):
