@@ -164,9 +164,8 @@ def test_no_held_back_image_is_among_the_calibration_images(workplace):
         hashlib.sha256(read(p)).hexdigest()
         for p in index_tar(Path("runs/smoke/evaluation/images.tar"))
     }
-    assert manifest["calibration"] and not evaluation & {
-        c["sha256"] for c in manifest["calibration"]
-    }
+    assert manifest.calibration
+    assert not evaluation & {c.sha256 for c in manifest.calibration}
 
 
 def test_tensorrt_bundle_is_checked_by_the_real_parser_and_builder(workplace):

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from edgeclip import __version__, disk
-from edgeclip.device.bundle import FORMAT
 from edgeclip.device.images import read
 from edgeclip.device.metrics import l2_normalize
 from edgeclip.device.preprocess import normalize, open_image, to_pixels
+from edgeclip.device.records import FORMAT
 from edgeclip.device.target import Target
 from edgeclip.device.zero_shot import class_scores, prompts
 from edgeclip.host.export import calibration, tensorrt
