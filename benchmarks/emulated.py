@@ -60,7 +60,7 @@ def measure(run: Path, options: Any) -> None:
         name, n = bundle.folder.name, len(evaluation.chosen)
         fa, fb = a.arrays["features_all"], b.arrays["features_all"]
         assert (
-            fa.shape == fb.shape == (n, bundle.manifest["embed_dim"])
+            fa.shape == fb.shape == (n, bundle.manifest.embed_dim)
             and a.facts["ran"]["version"] == b.facts["ran"]["version"] == VERSION.split("==")[1]
         )
         cosine = (

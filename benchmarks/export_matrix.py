@@ -115,9 +115,10 @@ def measure(name: str) -> dict[str, Any]:
     from edgeclip.device import target
     from edgeclip.device.metrics import cosine
     from edgeclip.host.export.lint import lint
-    from edgeclip.host.export.onnxruntime import calibrate, quantize, write_text
+    from edgeclip.host.export.onnxruntime import write_text
     from edgeclip.host.graph import trace as graph
     from edgeclip.host.graph.float16 import to_fp16
+    from edgeclip.host.graph.qdq import calibrate, quantize
     from edgeclip.host.towers.fold import fold
 
     image, text, size, context = towers(FAMILIES[name])

@@ -31,7 +31,7 @@ PLATFORMS = {
 }
 CODE = {
     "import": "import edgeclip.device.bundle",
-    "one classification": "import sys; from edgeclip.device.bundle import Bundle; b = Bundle.load(sys.argv[1]); b.classify(b.folder / b.manifest['golden']['images'][0])",
+    "one classification": "import sys; from edgeclip.device.bundle import Bundle; b = Bundle.load(sys.argv[1]); b.classify(b.folder / b.manifest.golden.images[0])",
 }
 PEAK = "\nimport re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 

@@ -99,7 +99,7 @@ def benchmark_app(bundle: Bundle, queries: int) -> float:
     tool = [
         str(Path(sys.executable).with_name("benchmark_app")),
         "-m",
-        str((bundle.folder / bundle.manifest["image_encoder"]).resolve()),
+        str((bundle.folder / bundle.manifest.image_encoder).resolve()),
         "-d",
         "CPU",
     ]
@@ -193,7 +193,7 @@ def measure(run: Path, options: Any) -> None:
         bare = [
             sys.executable,
             str(folder / "bare.py"),
-            str(ort.folder / ort.manifest["image_encoder"]),
+            str(ort.folder / ort.manifest.image_encoder),
             str(folder / "x.npy"),
         ]
         with compare.workers({**commands, "bare loop": bare}) as ask:

@@ -102,17 +102,18 @@ def work(engine: str, run: Path) -> None:
 def encoder_bytes(run: Path) -> dict[str, int]:
     """Of each bundle's image encoder. Stops where a bundle is missing or was made from another student."""
     from edgeclip import disk
+    from edgeclip.device.manifest import read_manifest
 
     disk.read_manifest(run, "run")
     student = disk.sha256(run / "student" / disk.MANIFEST)
     found = {}
     for name in BUNDLES:
-        manifest = disk.read_manifest(run / "bundles" / name, "bundle")
-        if manifest["parents"].get("student") != student:
+        manifest = read_manifest(run / "bundles" / name)
+        if manifest.parents.get("student") != student:
             sys.exit(
                 f"{run / 'bundles' / name}: is not of this run's student; edgeclip export --run {run} --target {name}"
             )
-        found[name] = manifest["image_encoder_bytes"]
+        found[name] = manifest.image_encoder_bytes
     return found
 
 

@@ -170,10 +170,18 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def verify(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raises `EdgeclipError` that names every file whose bytes are not those the manifest was written for."""
+    """Compare every file of a folder with its manifest. Raises as `verify_files`."""
+    verify_files(folder, manifest["files"], manifest["kind"])
+
+
+def verify_files(folder: Path, files: dict[str, str], kind: str) -> None:
+    """Compare files {relative path: sha256} of a folder with what lies there.
+
+    Raises `EdgeclipError` that names every file that is missing or has other bytes.
+    """
     wrong = []
     root = folder.resolve()
-    for name, digest in manifest["files"].items():
+    for name, digest in files.items():
         file = (root / name).resolve()
         if not file.is_relative_to(root):
             raise EdgeclipError(
@@ -184,9 +192,7 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
         elif sha256(file) != digest:
             wrong.append(f"{name} was changed")
     if wrong:
-        raise EdgeclipError(
-            folder, ", ".join(wrong), f"make the {manifest['kind']} anew or copy it again"
-        )
+        raise EdgeclipError(folder, ", ".join(wrong), f"make the {kind} again or copy it again")
 
 
 def _sync(path: Path) -> None:

@@ -118,7 +118,7 @@ class Board:
     def preflight(self, bundles: list[Bundle], evaluation: Evaluation | None) -> list[P.Row]:
         """Asks anew, so that temperature and load are those of now."""
         self._wait(self._look())
-        files = [f for b in bundles for f in self._files(b.folder, b.manifest).values()]
+        files = [f for b in bundles for f in self._files(b.folder, b.manifest.files).values()]
         files += self._files(evaluation.folder).values() if evaluation else []
         need = ROOM * sum(f.stat().st_size for f in files) / 2**20
         names = engine.names(b.manifest for b in bundles)
@@ -132,18 +132,18 @@ class Board:
         rows = self.preflight(bundles, evaluation)
         P.require(self.name, rows)
         self.runner = self._install()
-        self.places = {b.folder: self._tree(b.folder, b.manifest) for b in bundles}
+        self.places = {b.folder: self._tree(b.folder, b.manifest.files) for b in bundles}
         self.evaluation = self._tree(evaluation.folder) if evaluation else None
         return rows
 
-    def _files(self, folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Path]:
+    def _files(self, folder: Path, listed: dict[str, str] | None = None) -> dict[str, Path]:
         """Name to path of what a folder's manifest lists, and the manifest itself."""
-        manifest = manifest or disk.read_json(folder / disk.MANIFEST)
-        return {**{n: folder / n for n in manifest["files"]}, disk.MANIFEST: folder / disk.MANIFEST}
+        listed = listed or disk.read_json(folder / disk.MANIFEST)["files"]
+        return {**{n: folder / n for n in listed}, disk.MANIFEST: folder / disk.MANIFEST}
 
-    def _tree(self, folder: Path, manifest: dict[str, Any] | None = None) -> str:
+    def _tree(self, folder: Path, listed: dict[str, str] | None = None) -> str:
         """The folder as it lies on the board: named by its manifest, whose hashes name everything in it."""
-        files = self._files(folder, manifest)
+        files = self._files(folder, listed)
         hashes = {n: disk.sha256(f) for n, f in files.items()}
         self.send({hashes[n]: f for n, f in files.items()}, folder.name)
         return str(

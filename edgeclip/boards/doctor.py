@@ -10,6 +10,7 @@ from typing import Any
 from edgeclip import __version__, config
 from edgeclip.boards.preflight import Row, preflight
 from edgeclip.device import machine
+from edgeclip.device.manifest import BundleManifest
 from edgeclip.device.profile import Device
 
 # what -> (module that must be importable, distribution whose version counts, install line)
@@ -49,7 +50,7 @@ def doctor() -> dict[str, Any]:
 
 
 def preflight_here(
-    device: Device, manifests: Iterable[dict[str, Any]] = ()
+    device: Device, manifests: Iterable[BundleManifest] = ()
 ) -> tuple[dict[str, Any], list[Row]]:
     """(this machine's facts, what a benchmark of bundles with these manifests on it as `device` would meet)"""
     from edgeclip.device.runtime import engine  # brings numpy, which `list` need not wait for

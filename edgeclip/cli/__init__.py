@@ -210,8 +210,9 @@ def export(
         raise click.UsageError("--no-head belongs to --layout optimum")
     if vocabulary and layout != "bundle":
         raise click.UsageError("--vocabulary belongs to --layout bundle")
-    from edgeclip import disk
     from edgeclip.device import target as T
+    from edgeclip.device.manifest import read_manifest
+    from edgeclip.device.records import to_json
 
     loaded = [T.load(t) for t in targets]
     from edgeclip.host.export import export as write
@@ -253,15 +254,15 @@ def export(
         path = write(
             source, name, target, (out if out and layout == "bundle" else home["bundles"]) / name
         )
-        manifest = disk.read_manifest(path, "bundle")
+        manifest = read_manifest(path)
         if layout == "optimum":
             path = optimum.write(path, (out or home[layout]) / name, head=not no_head)
         rows.append(
             {
                 "target": name,
-                "image_encoder_mib": manifest["image_encoder_bytes"] / 2**20,
+                "image_encoder_mib": manifest.image_encoder_bytes / 2**20,
                 layout: str(path),
-                "lint": manifest["lint"],
+                "lint": to_json(manifest.lint),
             }
         )
     if as_json:

@@ -60,12 +60,10 @@ def _bundles(
     bundles = []
     for folder in folders:
         loaded = Bundle.load(folder, threads=device.threads, check=True, providers=device.providers)
-        if loaded.manifest["runtime"] in device.runtimes:
+        if loaded.manifest.runtime in device.runtimes:
             bundles.append(loaded)
         else:
-            click.echo(
-                f"{folder.name}: not run, {name} has no {loaded.manifest['runtime']}", err=True
-            )
+            click.echo(f"{folder.name}: not run, {name} has no {loaded.manifest.runtime}", err=True)
     if not bundles:
         raise EdgeclipError(
             name,

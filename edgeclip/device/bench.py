@@ -97,7 +97,7 @@ def bench(
     without it. metered: such a meter is the host's, which will read it (`energy.by_the_hosts_meter`). python: what starts a
     fresh process here.
     """
-    name = bundle.manifest["target"]["name"]
+    name = bundle.manifest.target.name
     session = bundle.image_encoder
     report = _blank(bundle, here, {**session.facts, "precision": bundle.precision}, minimum)
     if here["emulated"] or device.reach.emulate:
@@ -185,16 +185,16 @@ def sustained(query: Callable[[Any], Any], samples: list[Any], seconds: float) -
 def check_with(bundle: Bundle, minimum: Minimum) -> str:
     """The command line of the runtime's own tool by which a sceptic can check single_stream, where the bundle lies."""
     model, size, threads = (
-        bundle.folder / bundle.manifest["image_encoder"],
+        bundle.folder / bundle.manifest.image_encoder,
         bundle.preprocess.size,
         bundle.threads,
     )
     shape, count = f"1x3x{size}x{size}", minimum.min_query_count
-    if bundle.manifest["runtime"] == "openvino":  # its -nthreads excludes -hint
+    if bundle.manifest.runtime == "openvino":  # its -nthreads excludes -hint
         limit = f"""echo '{{"CPU": {{"INFERENCE_NUM_THREADS": {threads}}}}}' > threads.json"""
         how = f"-hint latency -api sync -nireq 1 -infer_precision f32 -load_config threads.json -data_shape '[1,3,{size},{size}]' -niter {count}"
         return f"{limit}; benchmark_app -m {model} -d CPU {how}"
-    if bundle.manifest["runtime"] == "tensorrt":
+    if bundle.manifest.runtime == "tensorrt":
         return f"trtexec --onnx={model} --stronglyTyped --shapes=pixels:{shape} --iterations={count} --percentile=90"
     providers = "".join(
         {"CUDAExecutionProvider": " -e cuda", "TensorrtExecutionProvider": " -e tensorrt"}.get(
@@ -210,10 +210,10 @@ def incomplete(
 ) -> dict[str, Any]:
     """The report of a benchmark that broke off: no figure of it counts."""
     ran = {
-        "runtime": bundle.manifest["runtime"],
+        "runtime": bundle.manifest.runtime,
         "version": None,
         "threads": bundle.threads,
-        "precision": bundle.manifest["target"]["precision"],
+        "precision": bundle.manifest.target.precision,
     }
     return {
         **_blank(bundle, here, ran, minimum),
@@ -228,7 +228,7 @@ def _blank(
     """A report with nothing measured."""
     return {
         "kind": "bench",
-        "target": bundle.manifest["target"]["name"],
+        "target": bundle.manifest.target.name,
         "bundle": disk.sha256(bundle.folder / disk.MANIFEST),
         "machine": here,
         "ran": ran,
@@ -248,7 +248,7 @@ def _blank(
                 "temperature_end_c",
             )
         ),
-        "image_encoder_bytes": bundle.manifest["image_encoder_bytes"],
+        "image_encoder_bytes": bundle.manifest.image_encoder_bytes,
         "energy_mj_per_image": None,
         "kept": [],
         "check_with": check_with(bundle, minimum),
@@ -258,7 +258,7 @@ def _blank(
 def _images(bundle: Bundle, evaluation: Path | None) -> list[bytes]:
     if evaluation is not None:
         return [read(p) for p in index_tar(evaluation / "images.tar")[:SAMPLES]]
-    found = [(bundle.folder / p).read_bytes() for p in bundle.manifest["golden"]["images"]]
+    found = [(bundle.folder / p).read_bytes() for p in bundle.manifest.golden.images]
     if not found:
         raise EdgeclipError(
             bundle.folder, "has no golden images to measure with", "export it with --images DIR"

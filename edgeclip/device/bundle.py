@@ -1,70 +1,60 @@
-"""A bundle: what ships. A folder that needs no torch, knows where it came from, and can prove that it still works.
+"""A bundle: what ships. A folder that needs no torch and can prove that it still answers as it did.
 
-image_encoder.onnx | .xml + .bin    float32 [B, 3, H, W] to unit image_features [B, D]: P(u_s)
-class_features.npy, labels.json     [N, D] baked words; the head is a matrix product
-head.npz                            EduAttention over the active class matrix, where it was kept
-text_encoder.*, tokenizer.json      optional; opened only for words that were never baked
-vocabulary.npy                      [K] ids of the tokens that the text encoder has, where it was exported with some alone
-golden/                             images and texts, with the fp32 torch student's own answers
-manifest.json                       last: preprocess, runtime, target, parents, versions, licenses, sha256 of every file
+    bundle = Bundle.load("runs/latest/bundles/onnx-int8")
+    bundle.classify("cat.jpg", ["a cat", "a dog"])
 
-bundle = Bundle.load("runs/latest/bundles/onnx-int8")
-bundle.classify("cat.jpg", ["a cat", "a dog"])
+docs/bundle.md lists its files and the fields of its manifest.
 """
 
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import msgspec
 import numpy as np
 from PIL import Image
 
 from edgeclip import disk
+from edgeclip.device.manifest import BundleManifest, TextRecord, read_manifest, write_manifest
 from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pixels
 from edgeclip.device.runtime import Session, open_session
 from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, prompts
 from edgeclip.errors import EdgeclipError
 
-FORMAT = 1
-"""of the manifest and what it lists"""
-OLD = "was written by an older edgeclip"
 TEXT_BATCH = 32
+ImageSource = str | Path | bytes | Image.Image
+"""a path, an encoded image, or a PIL image"""
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises `EdgeclipError` for an unfinished bundle, and for one of another format."""
-    manifest = disk.read_manifest(folder, "bundle")
-    if manifest.get("format") != FORMAT:
-        raise EdgeclipError(
-            folder,
-            f"is of format {manifest.get('format')}, and this edgeclip reads {FORMAT}",
-            "export it anew",
-        )
-    return manifest
+class RankedLabel(TypedDict):
+    label: str
+    score: float
+    """cosine, or what EduAttention makes of it"""
+    probability: float
+    """among the active labels, 0..1"""
 
 
 class Bundle:
-    """Opens what it needs when it is needed. Not safe to share between threads."""
+    """Opens each file when it is needed. Not safe to share between threads.
+
+    Every file is compared with the manifest's sha256 when it is opened.
+    """
 
     def __init__(
         self,
         folder: Path,
-        manifest: dict[str, Any],
+        manifest: BundleManifest,
         threads: int,
         providers: tuple[str, ...] | None = None,
     ):
-        self.folder, self.manifest, self.threads, self.providers = (
-            folder,
-            manifest,
-            threads,
-            providers,
-        )
-        self.preprocess = msgspec.convert(manifest["preprocess"], Preprocess)
-        self.logit_scale: float = manifest["logit_scale"]
+        self.folder = folder
+        self.manifest = manifest
+        self.threads = threads
+        self.providers = providers
 
     @classmethod
     def load(
@@ -74,31 +64,48 @@ class Bundle:
         check: bool = False,
         providers: tuple[str, ...] | None = None,
     ) -> "Bundle":
-        """Raises `EdgeclipError` for an unfinished bundle. providers: ONNX Runtime's, all of which must take part; None: its CPU.
+        """Return the bundle at `folder`.
 
-        Every file is compared with the manifest's sha256 when it is opened; check: compare all of them now.
+        check: compare every file with its sha256 now. providers: ONNX Runtime's execution
+        providers, all of which must take part; None: the CPU. Raises `EdgeclipError` for an
+        unfinished bundle, and for one of a format that this edgeclip does not read.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
         if check:
-            disk.verify(folder, manifest)
+            disk.verify_files(folder, manifest.files, "bundle")
         return cls(folder, manifest, threads, providers)
 
+    @property
+    def preprocess(self) -> Preprocess:
+        return self.manifest.preprocess
+
+    @property
+    def logit_scale(self) -> float:
+        return self.manifest.logit_scale
+
     def file(self, name: str) -> Path:
-        """A file of the bundle that is what the manifest says. OpenVINO's .bin goes with its .xml."""
-        names = [
-            n for n in (name, str(Path(name).with_suffix(".bin"))) if n in self.manifest["files"]
-        ]
-        disk.verify(
-            self.folder,
-            {**self.manifest, "files": {n: self.manifest["files"][n] for n in names or [name]}},
-        )
+        """Return the path of a file whose bytes are what the manifest says.
+
+        OpenVINO's .bin is checked with its .xml. Raises `EdgeclipError` for a file that was changed
+        or that the bundle does not have.
+        """
+        files = self.manifest.files
+        if name not in files:
+            raise EdgeclipError(self.folder, f"has no {name}", "export the bundle again")
+
+        checked = {name: files[name]}
+        weights = str(Path(name).with_suffix(".bin"))
+        if weights in files:
+            checked[weights] = files[weights]
+        disk.verify_files(self.folder, checked, "bundle")
         return self.folder / name
 
     def open_image_encoder(self, threads: int | None = None, optimization: str = "all") -> Session:
+        """Return a new session of the image encoder. optimization: 'all' or 'basic'."""
         return open_session(
-            self.manifest["runtime"],
-            self.file(self.manifest["image_encoder"]),
+            self.manifest.runtime,
+            self.file(self.manifest.image_encoder),
             threads or self.threads,
             optimization,
             self.providers,
@@ -110,145 +117,184 @@ class Bundle:
 
     @property
     def precision(self) -> str:
-        """What is stored and what is computed. Of CPUs ONNX Runtime alone has fp16 kernels, of some versions, operations and ARM cores."""
-        stored: str = self.manifest["target"]["precision"]
+        """What is stored, and where it may differ what is computed.
+
+        Of CPU runtimes only ONNX Runtime has fp16 kernels: some versions, operators and ARM cores.
+        """
+        stored = self.manifest.target.precision
         providers = self.image_encoder.facts["providers"]
         if stored != "fp16" or providers not in (["CPUExecutionProvider"], ["CPU"]):
             return stored
-        unknown = providers == ["CPUExecutionProvider"] and platform.machine() == "aarch64"
-        return f"fp16 stored, {'fp16 or fp32' if unknown else 'fp32'} computed"
+        if providers == ["CPUExecutionProvider"] and platform.machine() == "aarch64":
+            return "fp16 stored, fp16 or fp32 computed"
+        return "fp16 stored, fp32 computed"
 
     @cached_property
     def text_encoder(self) -> Session:
-        if not self.manifest["text"]:
-            raise EdgeclipError(
-                self.folder,
-                "this bundle has no text encoder, so it knows its baked labels only",
-                "export it with one (recipe: text_encoder: true)",
-            )
+        """Raises `EdgeclipError` where the bundle has baked labels only."""
         return open_session(
-            self.manifest["runtime"],
-            self.file(self.manifest["text"]["encoder"]),
+            self.manifest.runtime,
+            self.file(self._text().encoder),
             self.threads,
             "all",
             self.providers,
         )
 
+    def _text(self) -> TextRecord:
+        if self.manifest.text is None:
+            raise EdgeclipError(
+                self.folder,
+                "this bundle has no text encoder, so it knows its baked labels only",
+                "export it with one (recipe: text_encoder: true)",
+            )
+        return self.manifest.text
+
     @cached_property
     def labels(self) -> list[str]:
+        """The baked labels; empty where there are none."""
         labels: list[str] = json.loads(self.file("labels.json").read_text(encoding="utf-8"))
         return labels
 
     @cached_property
     def class_features(self) -> np.ndarray:
-        """[N, D], unit rows."""
-        return np.load(self.file("class_features.npy"))
+        """[N, D] unit rows, in the order of `labels`."""
+        features: np.ndarray = np.load(self.file("class_features.npy"))
+        return features
 
     @cached_property
     def head(self) -> EduAttention | None:
-        if "head.npz" not in self.manifest["files"]:
+        if "head.npz" not in self.manifest.files:
             return None
-        with np.load(self.file("head.npz"), allow_pickle=False) as z:
-            if "fc" not in z:
-                raise EdgeclipError(self.folder, OLD, "export it anew")
+        with np.load(self.file("head.npz"), allow_pickle=False) as arrays:
+            normalizes = "normalize"
+            if "normalise" in arrays:  # edgeclip 0.1
+                normalizes = "normalise"
+            if "fc" not in arrays or normalizes not in arrays:
+                raise EdgeclipError(
+                    self.folder,
+                    "was written by an edgeclip before 0.1",
+                    "export it again from its run",
+                )
             return EduAttention(
-                z["weight"],
-                z["bias"],
-                float(z["alpha"]),
-                float(z["temperature"]),
-                str(z["fc"]),
-                bool(z["normalize"]),
+                arrays["weight"],
+                arrays["bias"],
+                float(arrays["alpha"]),
+                float(arrays["temperature"]),
+                str(arrays["fc"]),
+                bool(arrays[normalizes]),
             )
 
-    def pixels(self, image: str | Path | bytes | Image.Image) -> np.ndarray:
-        """uint8 [H, W, 3]. Raises `EdgeclipError` for an image that cannot be read."""
+    # --- images
+
+    def pixels(self, image: ImageSource) -> np.ndarray:
+        """Return uint8 [H, W, 3]. Raises `EdgeclipError` for an image that cannot be read."""
+        if isinstance(image, str):
+            image = Path(image)
         if not isinstance(image, Image.Image):
-            image = open_image(Path(image) if isinstance(image, str) else image)
+            image = open_image(image)
         return to_pixels(image.convert("RGB"), self.preprocess)
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """[B, D] unit rows from uint8 [B, H, W, 3]."""
+        """Return unit rows [B, D] of uint8 [B, H, W, 3]."""
         return self.image_encoder.run(normalize(pixels, self.preprocess))
 
-    def encode_image(self, images: list[Any]) -> np.ndarray:
-        """[B, D] unit rows from paths, encoded bytes or PIL images."""
+    def encode_image(self, images: Sequence[ImageSource]) -> np.ndarray:
+        """Return unit rows [B, D] of paths, encoded bytes or PIL images."""
         return np.concatenate([self.encode_pixels(self.pixels(i)[None]) for i in images])
 
+    # --- words
+
     def encode_text(self, texts: list[str]) -> np.ndarray:
-        """[N, D] unit rows, of texts as they are: no prompt template is put around them.
+        """Return unit rows [N, D] of texts as they are: no prompt template is put around them.
 
-        Raises `EdgeclipError` for a text that is too long, or has a token that the bundle was exported without.
+        Raises `EdgeclipError` for a text that is too long or has a token that the bundle was
+        exported without, and where the bundle has no text encoder.
         """
-        from edgeclip.device import tokenizer  # the library is needed for new words only
+        from edgeclip.device import tokenizer  # its library is needed for new words only
 
-        text = self.manifest["text"]
+        text = self._text()
         encoder = self.text_encoder
         words = tokenizer.load(
-            self.file("tokenizer.json").read_text(encoding="utf-8"), text["context_length"]
+            self.file("tokenizer.json").read_text(encoding="utf-8"), text.context_length
         )
-        ids = tokenizer.encode(words, texts, text["context_length"])
-        if text.get("vocabulary"):
+        ids = tokenizer.encode(words, texts, text.context_length)
+        if text.vocabulary is not None:
             ids = tokenizer.renumber(words, ids, np.load(self.file("vocabulary.npy")), texts)
         ids = ids.astype(encoder.input.dtype)
-        return np.concatenate(
-            [encoder.run(ids[i : i + TEXT_BATCH]) for i in range(0, len(ids), TEXT_BATCH)]
-        )
+        starts = range(0, len(ids), TEXT_BATCH)
+        return np.concatenate([encoder.run(ids[i : i + TEXT_BATCH]) for i in starts])
 
     def bake(self, labels: list[str]) -> np.ndarray:
-        """[N, D] class features of any labels, through the bundle's own prompt templates."""
+        """Return class features [N, D] of any labels, through the bundle's prompt templates.
+
+        Raises `EdgeclipError` for no labels, for one that is given twice, and as `encode_text`.
+        """
         if not labels:
             raise EdgeclipError("labels", "the list is empty", "give at least one")
-        if repeated := sorted({x for x in labels if labels.count(x) > 1}):
-            raise EdgeclipError(
-                "labels", f"'{repeated[0]}' occurs more than once", "give each label once"
-            )
-        templates = self.manifest["templates"] or ["{c}"]
-        return ensemble(
-            self.encode_text(prompts(labels, templates)).reshape(len(labels), len(templates), -1)
-        )
+        seen = set()
+        for label in labels:
+            if label in seen:
+                raise EdgeclipError(
+                    "labels", f"'{label}' occurs more than once", "give each label once"
+                )
+            seen.add(label)
+
+        templates = self.manifest.templates or ["{c}"]
+        features = self.encode_text(prompts(labels, templates))
+        return ensemble(features.reshape(len(labels), len(templates), -1))
 
     def classify(
-        self, image: str | Path | bytes | Image.Image, labels: list[str] | None = None, top: int = 5
-    ) -> list[dict[str, Any]]:
-        """The `top` best labels, best first: label, cosine score, and probability among the active labels."""
-        if labels is None:
-            labels, active = self.labels, self.class_features
-            if not labels:
-                raise EdgeclipError(self.folder, "this bundle has no baked labels", "give --labels")
-        else:
-            known = {label: i for i, label in enumerate(self.labels)}
-            baked = all(label in known for label in labels) and labels
-            active = (
-                self.class_features[[known[label] for label in labels]]
-                if baked
-                else self.bake(labels)
-            )
-        scores = class_scores(self.encode_pixels(self.pixels(image)[None]), active, self.head)[0]
+        self, image: ImageSource, labels: list[str] | None = None, top: int = 5
+    ) -> list[RankedLabel]:
+        """Return the `top` best labels of an image, best first.
+
+        labels: the active ones; None: the baked ones. Labels that are baked need no text encoder.
+        Raises `EdgeclipError` for an image that cannot be read, and as `bake`.
+        """
+        active_labels, active = self._active(labels)
+        features = self.encode_pixels(self.pixels(image)[None])
+        scores = class_scores(features, active, self.head)[0]
+
         logits = self.logit_scale * (scores - scores.max())
         probability = np.exp(logits) / np.exp(logits).sum()
-        best = np.argsort(-scores, kind="stable")[:top]
-        return [
-            {"label": labels[i], "score": float(scores[i]), "probability": float(probability[i])}
-            for i in best
-        ]
+
+        ranked: list[RankedLabel] = []
+        for i in np.argsort(-scores, kind="stable")[:top]:
+            ranked.append(
+                {
+                    "label": active_labels[i],
+                    "score": float(scores[i]),
+                    "probability": float(probability[i]),
+                }
+            )
+        return ranked
+
+    def _active(self, labels: list[str] | None) -> tuple[list[str], np.ndarray]:
+        """Return the labels to choose from, and their class features [N, D]."""
+        if labels is None:
+            if not self.labels:
+                raise EdgeclipError(self.folder, "this bundle has no baked labels", "give --labels")
+            return self.labels, self.class_features
+
+        row = {label: i for i, label in enumerate(self.labels)}
+        if labels and all(label in row for label in labels):
+            return labels, self.class_features[[row[label] for label in labels]]
+        return labels, self.bake(labels)
 
 
 def bake_labels(bundle_folder: Path, labels: list[str], out: Path) -> Path:
-    """A copy of a bundle at `out` with other baked labels, no retraining; its parent is the old bundle.
+    """Write a copy of a bundle with other baked labels to `out`, without training; return `out`.
 
-    Raises `EdgeclipError` when the bundle has no text encoder or the list is empty or repeats a label.
+    The old bundle is its parent. Raises `EdgeclipError` when the bundle has no text encoder, or the
+    list is empty or repeats a label.
     """
     bundle = Bundle.load(bundle_folder, check=True)
     features = bundle.bake(labels)
+    parents = {**bundle.manifest.parents, "bundle": disk.sha256(bundle_folder / disk.MANIFEST)}
     with disk.new_folder(out) as folder:
         shutil.copytree(bundle_folder, folder, dirs_exist_ok=True)
         (folder / disk.MANIFEST).unlink()
         disk.write_json(folder / "labels.json", labels)
         disk.write_array(folder / "class_features.npy", features)
-        content = {k: v for k, v in bundle.manifest.items() if k not in ("kind", "files")}
-        content["parents"] = {
-            **content["parents"],
-            "bundle": disk.sha256(bundle_folder / disk.MANIFEST),
-        }
-        disk.write_manifest(folder, "bundle", content)
+        write_manifest(folder, msgspec.structs.replace(bundle.manifest, parents=parents))
     return out

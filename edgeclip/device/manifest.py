@@ -35,7 +35,7 @@ class TextRecord(Record):
 
 
 class Golden(Record):
-    images: list[str] = []
+    images: list[str] = msgspec.field(default_factory=list)
     """file names; empty where the golden pixels are synthetic"""
     license: str | None = None
     """of those images"""
@@ -153,7 +153,7 @@ class BundleManifest(Record, kw_only=True):
     """of the models and the data, by what they are"""
     parents: dict[str, Any]
     """what this was made of, by sha256"""
-    calibration: list[CalibrationImage] = []
+    calibration: list[CalibrationImage] = msgspec.field(default_factory=list)
     """empty for float targets"""
     quantization: SearchRecord | None = None
     """null for float targets"""
@@ -161,7 +161,7 @@ class BundleManifest(Record, kw_only=True):
     """tensorrt only"""
     versions: dict[str, str]
     """of edgeclip and of the libraries that wrote the bundle"""
-    files: dict[str, str] = {}
+    files: dict[str, str] = msgspec.field(default_factory=dict)
     """relative path to sha256, of every file but the manifest; filled in by `write_manifest`"""
 
 

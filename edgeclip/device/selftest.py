@@ -19,6 +19,7 @@ from edgeclip.device.bench import run_scenario, summary
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.preprocess import normalize
 from edgeclip.device.profile import Device, differences
+from edgeclip.device.records import to_json
 from edgeclip.device.validate import judge, observe
 from edgeclip.errors import EdgeclipError
 
@@ -73,7 +74,7 @@ def selftest(bundle: Bundle, device: Device) -> dict[str, Any]:
     step("temperature", machine.temperature_c)
     step("throttling counters", machine.throttled)
     manifest = {
-        "target": bundle.manifest["target"],
+        "target": to_json(bundle.manifest.target),
         "bundle": disk.sha256(bundle.folder / disk.MANIFEST),
     }
     return {

@@ -23,6 +23,7 @@ from edgeclip.device.bundle import Bundle
 from edgeclip.device.images import index_tar, read, stream
 from edgeclip.device.metrics import accuracy_drop, agreement, cosine, hits
 from edgeclip.device.preprocess import normalize, open_image
+from edgeclip.device.records import to_json
 from edgeclip.device.target import Tolerance
 from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
@@ -74,7 +75,7 @@ def not_compared(bundle: Bundle, evaluation: Evaluation | None) -> str | None:
         return "no run beside this bundle"
     names = evaluation.class_names
     other = (
-        "bundle" in bundle.manifest["parents"] if names is None else names != bundle.labels
+        "bundle" in bundle.manifest.parents if names is None else names != bundle.labels
     )  # parents: `edgeclip labels` was here
     return "its labels are not the run's classes" if other else None
 
@@ -106,9 +107,9 @@ def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
         "ran": {**encoder.facts, "precision": bundle.precision},
         "ports": [encoder.input, encoder.output],
     }
-    if images := bundle.manifest["golden"]["images"]:
+    if images := bundle.manifest.golden.images:
         arrays["golden_pixels"] = np.stack([bundle.pixels(bundle.folder / p) for p in images])
-    if bundle.manifest["text"]:
+    if bundle.manifest.text:
         arrays["text_features"] = bundle.encode_text(
             disk.read_json(bundle.folder / "golden" / "texts.json")
         )
@@ -118,7 +119,7 @@ def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
         and not _interface(bundle, facts["ports"])
     ):
         sessions = {"features_all": encoder}
-        if Tolerance(**bundle.manifest["target"]["tolerance"]).optimization_agreement is not None:
+        if bundle.manifest.target.tolerance.optimization_agreement is not None:
             sessions["features_basic"] = bundle.open_image_encoder(optimization="basic")
         arrays |= _features(bundle, evaluation, sessions)
         if np.isfinite(arrays["features_all"]).all():
@@ -132,16 +133,16 @@ def judge(
     bundle: Bundle, evaluation: Evaluation | None, observed: Observed, machine: dict[str, Any]
 ) -> dict[str, Any]:
     """The parity report of what a device observed: on the host. Opens no session."""
-    tolerance = Tolerance(**bundle.manifest["target"]["tolerance"])
+    tolerance = bundle.manifest.target.tolerance
     failures = _interface(bundle, observed.facts["ports"])
     runs = not failures
     report: dict[str, Any] = {
         "kind": "parity",
-        "target": bundle.manifest["target"]["name"],
+        "target": bundle.manifest.target.name,
         "bundle": disk.sha256(bundle.folder / disk.MANIFEST),
         "machine": machine,
         "ran": observed.facts["ran"],
-        "tolerance": bundle.manifest["target"]["tolerance"],
+        "tolerance": to_json(bundle.manifest.target.tolerance),
         "golden": _golden(bundle, observed.arrays, failures),
         "not_compared": not_compared(bundle, evaluation),
         "images": 0,
@@ -155,7 +156,7 @@ def judge(
     verdict = "golden images only"
     if evaluation is not None and not report["not_compared"] and runs:
         verdict = _compare(bundle, evaluation, observed.arrays, tolerance, report, failures)
-    precision, layers = bundle.manifest["target"]["precision"], observed.facts["ran"].get("layers")
+    precision, layers = bundle.manifest.target.precision, observed.facts["ran"].get("layers")
     if layers is not None and not layers.get(precision):
         failures.append(
             f"engine: no layer takes {precision} (found {layers}): it is not what it is called"
@@ -167,7 +168,7 @@ def judge(
 
 def _interface(bundle: Bundle, ports: list[Any]) -> list[str]:
     """Names, shapes and dtypes of the image encoder's ports against the manifest."""
-    size, width = bundle.preprocess.size, bundle.manifest["embed_dim"]
+    size, width = bundle.preprocess.size, bundle.manifest.embed_dim
     wanted = [
         ("pixels", [None, 3, size, size], "float32"),
         ("image_features", [None, width], "float32"),
@@ -241,7 +242,7 @@ def _features(
         skipped,
     )
     for _, pixels in track(
-        batches, f"validate {bundle.manifest['target']['name']}", math.ceil(len(images) / BATCH)
+        batches, f"validate {bundle.manifest.target.name}", math.ceil(len(images) / BATCH)
     ):
         x = normalize(pixels, bundle.preprocess)
         for name, session in sessions.items():

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from edgeclip import __version__, disk
-from edgeclip.device import bundle
 from edgeclip.device.machine import processor
-from edgeclip.errors import EdgeclipError
+from edgeclip.device.manifest import read_manifest
+from edgeclip.device.records import to_json
 from edgeclip.reports.models import MODELS
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -57,9 +57,7 @@ def collect(run: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for folder in sorted(p.parent for p in (run / "bundles").glob(f"*/{disk.MANIFEST}")):
-        manifest, digest = bundle.read_manifest(folder), disk.sha256(folder / disk.MANIFEST)
-        if manifest["quantization"] and "judged_on" not in manifest["quantization"]:
-            raise EdgeclipError(folder, bundle.OLD, "export it anew")
+        manifest, digest = read_manifest(folder), disk.sha256(folder / disk.MANIFEST)
         found: dict[str, dict[str, Any]] = {}
         for kind in ("parity", "bench"):
             for path in sorted((run / "reports").glob(f"{folder.name}.*.{kind}.json")):
@@ -76,9 +74,9 @@ def collect(run: Path) -> list[dict[str, Any]]:
                     "row": folder.name if device is None else f"{folder.name} on {device}",
                     "parity": parity,
                     "bench": bench,
-                    "bytes": manifest["image_encoder_bytes"],
-                    "quantization": manifest["quantization"],
-                    "lint": manifest["lint"],
+                    "bytes": manifest.image_encoder_bytes,
+                    "quantization": to_json(manifest.quantization),
+                    "lint": to_json(manifest.lint),
                     "verdict": verdict(parity, bench),
                 }
             )

@@ -172,7 +172,7 @@ def test_an_engine_that_is_kept_needs_no_memory_for_its_build(shipped_bundle, tm
                 tmp_path
                 / "b"
                 / "engines"
-                / disk.sha256(bundle.folder / bundle.manifest["image_encoder"])[:16]
+                / disk.sha256(bundle.folder / bundle.manifest.image_encoder)[:16]
             ).mkdir(parents=True, exist_ok=True)
 
 

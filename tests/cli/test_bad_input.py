@@ -205,7 +205,7 @@ def test_a_bundle_of_another_format(cat, own_bundle):
         cat,
         "--bundle",
         bundle,
-        says="is of format 99, and this edgeclip reads 1; export it anew",
+        says="is of format 99, and this edgeclip reads 1 and 2",
     )
     with np.load(bundle / "head.npz") as z:
         np.savez(bundle / "head.npz", **{k: z[k] for k in z.files if k != "fc"})
@@ -214,7 +214,11 @@ def test_a_bundle_of_another_format(cat, own_bundle):
         manifest | {"files": manifest["files"] | {"head.npz": disk.sha256(bundle / "head.npz")}},
     )
     mistake(
-        "classify", cat, "--bundle", bundle, says="was written by an older edgeclip; export it anew"
+        "classify",
+        cat,
+        "--bundle",
+        bundle,
+        says="was written by an edgeclip before 0.1; export it again from its run",
     )
 
 

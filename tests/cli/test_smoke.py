@@ -165,9 +165,8 @@ def test_no_held_back_image_is_among_the_calibration_images(workplace):
         hashlib.sha256(read(p)).hexdigest()
         for p in index_tar(Path("runs/smoke/evaluation/images.tar"))
     }
-    assert manifest["calibration"] and not evaluation & {
-        c["sha256"] for c in manifest["calibration"]
-    }
+    assert manifest.calibration
+    assert not evaluation & {c.sha256 for c in manifest.calibration}
 
 
 def test_tensorrt_int8_is_exported_to_the_end_and_validate_names_it_as_not_run_here(workplace):

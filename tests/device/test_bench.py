@@ -104,7 +104,7 @@ def test_a_report_says_what_ran_and_where(measured, shipped_bundle):
     assert (
         measured["machine"]["arch"]
         and measured["image_encoder_bytes"]
-        == Bundle.load(shipped_bundle("onnx-fp32")).manifest["image_encoder_bytes"]
+        == Bundle.load(shipped_bundle("onnx-fp32")).manifest.image_encoder_bytes
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from edgeclip import disk
 from edgeclip.errors import EdgeclipError
 from edgeclip.reports.html import collect, report, verdict, waterfall
+from tests.support.manifests import candidate_row, manifest_fields, search_record
 from tests.support.optional import require
 
 SCORES = {"top1": 0.5, "top5": 0.75}
@@ -61,18 +62,7 @@ def make_run(folder, reports=True, sets=("base", "novel")):
     disk.write_text(folder / "recipe.yaml", "# a recipe <script>alert(1)</script>\nseed: 0\n")
     with disk.new_folder(folder / "bundles" / "t") as b:
         disk.write_text(b / "image_encoder.onnx", "x")
-        disk.write_manifest(
-            b,
-            "bundle",
-            {
-                "format": 1,
-                "image_encoder_bytes": 3 << 20,
-                "quantization": None,
-                "lint": None,
-                "target": {"name": "t"},
-                "runtime": "onnxruntime",
-            },
-        )
+        disk.write_manifest(b, "bundle", manifest_fields())
     digest = disk.sha256(folder / "bundles" / "t" / disk.MANIFEST)
     if reports:
         disk.write_json(folder / "reports" / "t.host-cpu.parity.json", parity(bundle=digest))
@@ -241,7 +231,7 @@ def test_a_bundle_of_an_older_edgeclip_is_one_line(tmp_path):
     path = run / "bundles" / "t" / disk.MANIFEST
     manifest = disk.read_json(path)
     for change, says in (
-        ({"quantization": {"frontier": []}}, "written by an older edgeclip; export it anew"),
+        ({"quantization": {"frontier": []}}, "missing required field `method`"),
         ({"format": 0}, "is of format 0"),
     ):
         disk.write_json(path, manifest | change)
@@ -289,23 +279,13 @@ def test_an_unfinished_run_is_a_users_error(tmp_path):
 
 def test_every_form_that_was_tried_is_listed_and_those_that_were_timed_are_drawn(tmp_path):
     run = make_run(tmp_path / "r")
-    row = {
-        "method": "minmax", "smoothing": 0.5, "layers": "dense", "model_type": None, "float_layers": 3, "int8_share_of_macs": 0.9, "centered_cosine_p1": 0.99,
-        "top1_agreement": None, "bytes": 1 << 20, "latency_ms": 2.0, "verdict": "chosen",
-    }  # fmt: skip
+    row = candidate_row(smoothing=0.5, layers="dense")
     rejected = row | {
         "smoothing": None,
         "latency_ms": None,
         "verdict": "centered cosine p1 0.5, below 0.9",
     }
-    quantization = {
-        "int8_share_of_macs": 0.9,
-        "float_layers": {},
-        "judged_on": 9,
-        "judged_in": "onnxruntime",
-        "latency_ms_float": 5.0,
-        "frontier": [row, rejected],
-    }
+    quantization = search_record(frontier=[row, rejected])
     folder = run / "bundles" / "t"
     manifest = disk.read_json(folder / disk.MANIFEST)
     disk.write_json(folder / disk.MANIFEST, manifest | {"quantization": quantization})

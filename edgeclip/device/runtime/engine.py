@@ -17,6 +17,7 @@ from typing import Any
 
 from edgeclip import disk
 from edgeclip.device import machine
+from edgeclip.device.manifest import BundleManifest
 
 KEEP = 3
 """engines of one ONNX file; each is about as large as that file"""
@@ -28,9 +29,9 @@ def folder() -> Path:
     return Path(os.environ.get("EDGECLIP_ENGINES") or cache / "edgeclip" / "engines")
 
 
-def names(manifests: Iterable[dict[str, Any]]) -> list[str]:
+def names(manifests: Iterable[BundleManifest]) -> list[str]:
     """What the engines of bundles with these manifests are kept under, below `folder`."""
-    return [m["files"][m["image_encoder"]][:16] for m in manifests if m["runtime"] == "tensorrt"]
+    return [m.files[m.image_encoder][:16] for m in manifests if m.runtime == "tensorrt"]
 
 
 def conditions(

@@ -5,10 +5,7 @@ them then rounds in training as the exported graph does: its input, and for ONNX
 tensor with a scale that is learned (Esser et al. 2020, LSQ); its weights per output channel. The losses, the cached
 teacher and the views are stage 2's own, so an epoch costs little more than one of stage 2. The learned scales are what
 `export` writes; nothing is calibrated again.
-
-    run/quantized/quantized.safetensors   the folded student's weights
-                  quantized.json          target, layers, ranges
-                  manifest.json           last
+`graph.learned` has their files and reads them.
 """
 
 import copy
@@ -21,7 +18,7 @@ import numpy as np
 import onnx
 import torch
 from msgspec.structs import replace
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -33,10 +30,10 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host import distributed
 from edgeclip.host import recipe as R
 from edgeclip.host.cache import TeacherCache
-from edgeclip.host.export.onnxruntime import Calibrated, calibrate, rounded_outputs
-from edgeclip.host.graph import policy
+from edgeclip.host.graph import learned, policy
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.policy import Form, Quantization
+from edgeclip.host.graph.qdq import calibrate, rounded_outputs
 from edgeclip.host.towers.fold import fold
 
 SMALLEST = 1e-6
@@ -59,14 +56,12 @@ class FakeQuantize(nn.Module):
         q = (q + (q.round() - q).detach() + self.zero_point).clamp(self.bottom, self.top)
         return (q - self.zero_point) * scale
 
-    def range(self) -> list[float]:
+    def range(self) -> tuple[float, float]:
         """What ONNX Runtime's quantizer makes the same scale and zero point of: it spreads a symmetric range over 254 steps."""
         scale = self.log_scale.exp().item()
-        return (
-            [-127 * scale, 127 * scale]
-            if self.bottom
-            else [-self.zero_point * scale, (255 - self.zero_point) * scale]
-        )
+        if self.bottom:
+            return -127 * scale, 127 * scale
+        return -self.zero_point * scale, (255 - self.zero_point) * scale
 
 
 class FakeQuantizeWeight(nn.Module):
@@ -187,19 +182,17 @@ def fine_tune(
         k: v.detach().contiguous() for k, v in folded.state_dict().items() if "_rounding." not in k
     }
     with disk.new_folder(folder) as temporary:
-        save_file(state, temporary / "quantized.safetensors")
-        ranges = {tensor: r.range() for tensor, r in roundings.items()}
-        record = {
-            "target": _what(target),
-            "form": form._asdict(),
-            "nodes": chosen.nodes,
-            "float_layers": chosen.float_layers,
-            "ranges": ranges,
-            "log": log,
-        }
-        disk.write_json(
-            temporary / "quantized.json", record | {"reduce_range": chosen.reduce_range}
+        save_file(state, temporary / learned.WEIGHTS)
+        record = learned.LearnedScales(
+            target=learned.rounding_of(target),
+            form=form._asdict(),
+            nodes=chosen.nodes,
+            float_layers=chosen.float_layers,
+            ranges={tensor: r.range() for tensor, r in roundings.items()},
+            log=log,
+            reduce_range=chosen.reduce_range,
         )
+        disk.write_json(temporary / learned.RECORD, msgspec.to_builtins(record))
         disk.write_manifest(temporary, "quantized student", {"parents": parents})
     return log
 
@@ -282,49 +275,3 @@ def check(name: str, target: T.Target, images: int) -> None:
             asks,
             "give more, or lower calibration.images in a target of your own",
         )
-
-
-def _what(target: T.Target) -> dict[str, Any]:
-    """What two targets must share for one's learned scales to be the other's."""
-    return {
-        "runtime": target.runtime,
-        "activations": target.activations,
-        "reduce_range": target.reduce_range,
-        "opset": target.opset,
-    }
-
-
-def load(
-    folder: Path, student: nn.Module, target: T.Target, images: np.ndarray
-) -> Quantization | None:
-    """The map of a fine-tuned student for `target`; None where there is none, or it was fine-tuned for another."""
-    if not (folder / disk.MANIFEST).exists():
-        return None
-    disk.verify(folder, disk.read_manifest(folder, "quantized student"))
-    record = disk.read_json(folder / "quantized.json")
-    if record["target"] != msgspec.to_builtins(_what(target)):
-        return None
-    x = torch.from_numpy(images[:1])
-    folded = fold(student, x)
-    folded.load_state_dict(load_file(folder / "quantized.safetensors"))
-    calibrated = calibrate(
-        graph.to_onnx(folded, x, "pixels", "image_features", target.opset),
-        images,
-        record["form"]["method"],
-    )
-    ready = Calibrated(calibrated.model, with_ranges(calibrated.ranges, record["ranges"]))
-    return policy.of_layers(
-        Form(**record["form"]), images, ready, record["float_layers"], record["reduce_range"]
-    )
-
-
-def with_ranges(ranges: Any, learned: dict[str, list[float]]) -> Any:
-    """ONNX Runtime's TensorsData with the learned ranges in the place of the measured ones."""
-    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
-
-    names = ranges.keys()  # it has no __iter__
-    values = {k: tuple(np.asarray(v, np.float32) for v in ranges[k].range_value) for k in names}
-    return TensorsData(
-        CalibrationMethod.MinMax,
-        values | {k: tuple(np.asarray(v, np.float32) for v in pair) for k, pair in learned.items()},
-    )

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 
 from edgeclip import __version__, disk
-from edgeclip.device.bundle import FORMAT
 from edgeclip.device.images import read
 from edgeclip.device.metrics import l2_normalize
 from edgeclip.device.preprocess import normalize, open_image, to_pixels
+from edgeclip.device.records import FORMAT
 from edgeclip.device.target import Target
 from edgeclip.device.zero_shot import class_scores, prompts
 from edgeclip.host.export import calibration, tensorrt
 from edgeclip.host.export.search import search
 from edgeclip.host.export.source import Source
 from edgeclip.host.export.vocabulary import prune
+from edgeclip.host.graph import learned
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.towers.fold import fold
 from edgeclip.progress import say
@@ -74,12 +75,10 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
         say(
             f"search for the form of {name}: ranges of {len(images.ranges)} training images, judged on {len(images.judged)}"
         )
-        learned = None
+        scales = None
         if source.quantized:
-            from edgeclip.host.distill import qat as quantized  # it imports this package
-
-            learned = quantized.load(source.quantized, source.image_encoder, target, images.ranges)
-        quantization, record = search(model, images, target, exporter, _answers(source), learned)
+            scales = learned.load(source.quantized, source.image_encoder, target, images.ranges)
+        quantization, record = search(model, images, target, exporter, _answers(source), scales)
     say(
         f"2/5 write the image encoder as {name}"
         + (

@@ -29,6 +29,7 @@ from onnx import compose, numpy_helper
 from edgeclip import disk
 from edgeclip.device import tokenizer
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.records import to_json
 from edgeclip.device.zero_shot import EduAttention
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.graph import trace as graph
@@ -41,8 +42,8 @@ def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
     """
     bundle = Bundle.load(bundle_folder, check=True)
     edu_attention = bundle.head if head else None
-    check(bundle.manifest["runtime"], bool(bundle.manifest["text"]), edu_attention, bundle_folder)
-    if bundle.manifest["text"].get("vocabulary"):
+    check(bundle.manifest.runtime, bool(bundle.manifest.text), edu_attention, bundle_folder)
+    if bundle.manifest.text.vocabulary:
         raise EdgeclipError(
             "--layout optimum",
             "a tokenizer.json cannot refuse the tokens that --vocabulary leaves out",
@@ -50,7 +51,7 @@ def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
         )
     with disk.new_folder(out) as folder:
         config = _config(bundle)
-        if bundle.manifest["runtime"] == "openvino":
+        if bundle.manifest.runtime == "openvino":
             _write_openvino(bundle, folder)
             disk.write_json(folder / "open_clip_config.json", config)
         else:
@@ -58,17 +59,16 @@ def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
             disk.write_json(folder / "config.json", config)
         words = tokenizer.load(
             bundle.file("tokenizer.json").read_text(encoding="utf-8"),
-            bundle.manifest["text"]["context_length"],
+            bundle.manifest.text.context_length,
         )
         disk.write_text(folder / "tokenizer.json", words.to_str())
+        content = to_json(bundle.manifest)
         same = ("target", "preprocess", "logit_scale", "licenses", "versions")
         parents = {
-            **bundle.manifest["parents"],
+            **bundle.manifest.parents,
             "bundle": disk.sha256(bundle_folder / disk.MANIFEST),
         }
-        disk.write_manifest(
-            folder, "optimum", {k: bundle.manifest[k] for k in same} | {"parents": parents}
-        )
+        disk.write_manifest(folder, "optimum", {k: content[k] for k in same} | {"parents": parents})
     return out
 
 
@@ -97,17 +97,17 @@ def check(runtime: str, text: bool, head: EduAttention | None, where: object) ->
 
 def _config(bundle: Bundle) -> dict[str, Any]:
     """transformers' CLIPConfig as far as it is true here, and open_clip's preprocessing, which is edgeclip's."""
-    p, text = bundle.preprocess, bundle.manifest["text"]
+    p, text = bundle.preprocess, bundle.manifest.text
     return {
         "model_type": "clip",
-        "projection_dim": bundle.manifest["embed_dim"],
+        "projection_dim": bundle.manifest.embed_dim,
         "logit_scale_init_value": math.log(bundle.logit_scale),
         "model_cfg": {
             "vision_cfg": {"image_size": p.size},
-            "text_cfg": {"context_length": text["context_length"]},
+            "text_cfg": {"context_length": text.context_length},
         },
         "vision_config": {"image_size": p.size},
-        "text_config": {"max_position_embeddings": text["context_length"]},
+        "text_config": {"max_position_embeddings": text.context_length},
         "preprocess_cfg": {
             "size": p.size,
             "mean": p.mean,
@@ -136,14 +136,14 @@ def _write_openvino(bundle: Bundle, folder: Path) -> None:
 
 def _two_towers(bundle: Bundle, head: EduAttention | None) -> onnx.ModelProto:
     """One graph of both encoders and the class scores."""
-    image = onnx.load(bundle.file(bundle.manifest["image_encoder"]))
-    text = compose.add_prefix(onnx.load(bundle.file(bundle.manifest["text"]["encoder"])), "text/")
+    image = onnx.load(bundle.file(bundle.manifest.image_encoder))
+    text = compose.add_prefix(onnx.load(bundle.file(bundle.manifest.text.encoder)), "text/")
     for model, axis in ((image, "images"), (text, "texts")):
         del model.graph.value_info[:]
         for port in (*model.graph.input, *model.graph.output):
             port.type.tensor_type.shape.dim[0].dim_param = axis
     opset = next(o.version for o in image.opset_import if o.domain in ("", "ai.onnx"))
-    scores = _scores(head, bundle.logit_scale, bundle.manifest["embed_dim"], opset)
+    scores = _scores(head, bundle.logit_scale, bundle.manifest.embed_dim, opset)
     scores.ir_version = text.ir_version = image.ir_version
     towers = compose.merge_models(image, text, io_map=[])
     whole = compose.merge_models(

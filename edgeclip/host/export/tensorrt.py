@@ -17,10 +17,10 @@ from edgeclip.device.runtime import tensorrt_build
 from edgeclip.device.target import Target
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.export.lint import lint
-from edgeclip.host.export.onnxruntime import quantize
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.float16 import to_fp16
 from edgeclip.host.graph.policy import Quantization
+from edgeclip.host.graph.qdq import quantize
 
 E4M3_MAX = 448.0
 """the largest finite float8 E4M3"""

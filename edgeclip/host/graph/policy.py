@@ -22,8 +22,8 @@ from edgeclip.device import machine
 from edgeclip.device.metrics import l2_normalize
 from edgeclip.device.target import Calibration, Target
 from edgeclip.errors import EdgeclipError
-from edgeclip.host.export.onnxruntime import Calibrated, calibrate, quantize
 from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.qdq import Calibrated, calibrate, quantize
 from edgeclip.host.graph.smooth import smooth
 from edgeclip.progress import track
 

@@ -13,9 +13,9 @@ from edgeclip.device.metrics import cosine
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.distill import qat as quantized
 from edgeclip.host.distill.step import Step
-from edgeclip.host.export.onnxruntime import quantize
-from edgeclip.host.graph import policy
+from edgeclip.host.graph import learned, policy
 from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.qdq import quantize
 from edgeclip.host.towers.fold import fold
 from tests.support.command import mistake
 from tests.support.command import run as cli
@@ -94,7 +94,7 @@ def test_the_rounding_student_is_the_exported_graph(images, tmp_path, name):
     log = quantized.fine_tune(
         student, images, str(path), tmp_path / "quantized", train, {"student": "x"}
     )
-    found = quantized.load(tmp_path / "quantized", torch_student(), target, images)
+    found = learned.load(tmp_path / "quantized", torch_student(), target, images)
     assert found is not None
     assert found.float_layers == {}
     assert len(found.nodes) == 5
@@ -131,11 +131,10 @@ def test_learned_scales_are_of_one_target_only(images, tmp_path):
         torch_student(), images, str(tmp_path / "t.yaml"), tmp_path / "q", lambda m: [], {}
     )
     assert (
-        quantized.load(tmp_path / "q", torch_student(), toy_target("onnx-int8-arm"), images) is None
+        learned.load(tmp_path / "q", torch_student(), toy_target("onnx-int8-arm"), images) is None
     )
     assert (
-        quantized.load(tmp_path / "nothing", torch_student(), toy_target("onnx-int8"), images)
-        is None
+        learned.load(tmp_path / "nothing", torch_student(), toy_target("onnx-int8"), images) is None
     )
     for name in ("openvino-int8", "onnx-fp32"):
         with pytest.raises(EdgeclipError, match="takes no learned scales"):

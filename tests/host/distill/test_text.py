@@ -90,7 +90,7 @@ def test_words_that_were_never_baked_are_the_students_own_with_and_without_torch
     np.testing.assert_allclose(bundle.encode_text(NEW), expected, atol=1e-4)
     np.testing.assert_allclose(
         bundle.bake(NEW),
-        students.class_features(text, NEW, tuple(bundle.manifest["templates"])),
+        students.class_features(text, NEW, tuple(bundle.manifest.templates)),
         atol=1e-4,
     )
 
@@ -106,7 +106,7 @@ def test_words_that_were_never_baked_are_the_students_own_with_and_without_torch
         ).numpy()
     scores = class_scores(
         feature,
-        students.class_features(text, NEW, tuple(bundle.manifest["templates"])),
+        students.class_features(text, NEW, tuple(bundle.manifest.templates)),
         bundle.head,
     )[0]
     np.testing.assert_allclose([got[label] for label in NEW], scores, atol=1e-4)

@@ -41,18 +41,18 @@ def test_the_manifest_names_every_file_parents_versions_and_licenses(shipped_bun
     on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {
         disk.MANIFEST
     }
-    assert set(manifest["files"]) == on_disk
-    assert manifest["parents"] == source.parents
-    assert manifest["licenses"] == source.licenses
-    assert manifest["target"]["name"] == name
-    assert {"edgeclip", "torch", "onnx"} <= manifest["versions"].keys()
-    assert (manifest["embed_dim"], manifest["preprocess"]["size"], manifest["logit_scale"]) == (
+    assert set(manifest.files) == on_disk
+    assert manifest.parents == source.parents
+    assert manifest.licenses == source.licenses
+    assert manifest.target.name == name
+    assert {"edgeclip", "torch", "onnx"} <= manifest.versions.keys()
+    assert (manifest.embed_dim, manifest.preprocess.size, manifest.logit_scale) == (
         WIDTH,
         SIZE,
         20.0,
     )
     encoder = [p for p in folder.glob("image_encoder.*")]
-    assert manifest["image_encoder_bytes"] == sum(p.stat().st_size for p in encoder) > 0
+    assert manifest.image_encoder_bytes == sum(p.stat().st_size for p in encoder) > 0
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,8 @@ def test_baking_labels_keeps_everything_but_the_words(shipped_bundle, tmp_path):
     bundle, before = Bundle.load(new), Bundle.load(old)
     assert bundle.labels == ["pear", "plum", "cat"] and bundle.class_features.shape == (3, WIDTH)
     np.testing.assert_allclose(bundle.class_features[2], before.class_features[0], atol=1e-5)
-    assert bundle.manifest["parents"] == {
-        **before.manifest["parents"],
+    assert bundle.manifest.parents == {
+        **before.manifest.parents,
         "bundle": disk.sha256(old / disk.MANIFEST),
     }
     a, b = snapshot(new), snapshot(old)
@@ -224,7 +224,7 @@ def test_a_bundle_without_a_text_encoder_knows_its_own_labels_only(source, tmp_p
             tmp_path / "b",
         )
     )
-    assert bundle.manifest["text"] is None
+    assert bundle.manifest.text is None
     assert len(bundle.classify(toy_image(0))) == 5
     assert bundle.head is None
     for call in (

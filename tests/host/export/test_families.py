@@ -15,9 +15,9 @@ from edgeclip.device import target
 from edgeclip.device.metrics import cosine
 from edgeclip.device.runtime.onnxruntime import disabled_optimizers
 from edgeclip.host.export.lint import lint
-from edgeclip.host.export.onnxruntime import calibrate, quantize
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.float16 import to_fp16
+from edgeclip.host.graph.qdq import calibrate, quantize
 from edgeclip.host.towers.fold import fold
 from tests.support.families import IMAGE, SIZE, TEXT, TEXTS, image_tower, text_tower
 from tests.support.optional import require

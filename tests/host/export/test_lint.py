@@ -14,9 +14,9 @@ from edgeclip.device import target
 from edgeclip.device.runtime import tensorrt_build
 from edgeclip.device.runtime.tensorrt_build import BuildError, read_layers
 from edgeclip.host.export.lint import lint, rules
-from edgeclip.host.export.onnxruntime import calibrate, quantize
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.float16 import to_fp16
+from edgeclip.host.graph.qdq import calibrate, quantize
 from edgeclip.host.towers.fold import fold
 from tests.support.command import mistake
 from tests.support.command import run as cli

@@ -17,10 +17,10 @@ from edgeclip.device.target import Calibration, Tolerance
 from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
 from edgeclip.host.export import EXPORTERS
-from edgeclip.host.export.onnxruntime import calibrate, quantize
 from edgeclip.host.export.search import measured_here, search
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.qdq import calibrate, quantize
 from edgeclip.host.graph.smooth import smooth
 from edgeclip.host.towers.fold import fold
 from tests.support.command import run as cli

@@ -97,11 +97,11 @@ def test_a_bundle_answers_as_the_whole_one_does(shipped_bundle, source, tmp_path
     with pytest.raises(EdgeclipError, match=r"exported without \('plum'\)"):
         small.encode_text(["a plum"])
     assert whole.encode_text(["a plum"]).shape == (1, 16)
-    told = small.manifest["text"]["vocabulary"]
-    assert told["kept"] == len(np.load(folder / "vocabulary.npy"))
-    assert told["lost"] > 0
-    assert whole.manifest["text"]["vocabulary"] is None
-    assert small.manifest["parents"].items() - whole.manifest["parents"].items() == {
+    told = small.manifest.text.vocabulary
+    assert told.kept == len(np.load(folder / "vocabulary.npy"))
+    assert told.lost > 0
+    assert whole.manifest.text.vocabulary is None
+    assert small.manifest.parents.items() - whole.manifest.parents.items() == {
         ("vocabulary", disk.fingerprint(["a red pear"]))
     }
     if name == "onnx-fp32":
@@ -145,7 +145,7 @@ def test_from_the_command_line(here):
     bundle = Bundle.load(here / "bundles" / "tiny" / "onnx-fp32")
     assert (
         bundle.encode_text(["ripe dog"]).shape == (1, 16)
-        and bundle.manifest["text"]["vocabulary"]["kept"] < 60
+        and bundle.manifest.text.vocabulary.kept < 60
     )
     mistake(
         *same, "--image-only", says="there is no text encoder to keep words of", only_line=False

@@ -17,10 +17,10 @@ from edgeclip.device.runtime.onnxruntime import LEVELS, disabled_optimizers
 from edgeclip.device.target import Calibration
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.export import tensorrt
-from edgeclip.host.export.onnxruntime import calibrate, quantize, rounded_outputs
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.float16 import to_fp16
+from edgeclip.host.graph.qdq import calibrate, quantize, rounded_outputs
 from edgeclip.host.towers.fold import fold
 from tests.support.optional import require
 from tests.support.toy_bundle import toy_input

@@ -151,7 +151,7 @@ def test_a_bundle_of_a_shared_student_is_the_student(source, tmp_path, target):
     assert (bundle.encode_pixels(pixels) * expected).sum(axis=1).min() > (
         1 - 1e-6 if target == "onnx-fp32" else 0.99
     )
-    print(target, bundle.manifest["image_encoder_bytes"], weights.parameters(student))
+    print(target, bundle.manifest.image_encoder_bytes, weights.parameters(student))
 
 
 def test_more_blocks_than_there_are_and_a_cnn_are_refused():

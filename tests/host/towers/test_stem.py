@@ -12,8 +12,8 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.host.distill import qat as quantized
-from edgeclip.host.export.onnxruntime import calibrate, quantize
 from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.qdq import calibrate, quantize
 from edgeclip.host.towers import weights
 from edgeclip.host.towers.fold import fold
 from tests.support.families import lively

@@ -1,0 +1,99 @@
+"""The scales that a student has learned with its int8 target's rounding, as they lie on disk between distill and export.
+
+run/quantized/quantized.safetensors   the folded student's weights
+              quantized.json          `LearnedScales`
+              manifest.json           last
+"""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from edgeclip import disk
+from edgeclip.device.target import Target
+from edgeclip.host.graph import policy
+from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.policy import Form, Quantization
+from edgeclip.host.graph.qdq import Calibrated, calibrate
+from edgeclip.host.towers.fold import fold
+
+WEIGHTS = "quantized.safetensors"
+RECORD = "quantized.json"
+
+
+class Rounding(msgspec.Struct, frozen=True):
+    """What two targets must share for the scales learned for one to be right for the other."""
+
+    runtime: str
+    activations: str | None
+    reduce_range: str | None
+    opset: int
+
+
+class LearnedScales(msgspec.Struct, frozen=True):
+    """quantized.json: which layers round, and in which ranges."""
+
+    target: Rounding
+    form: dict[str, Any]
+    nodes: list[str]
+    """the layers in int8, by the name of their node in the folded student's graph"""
+    float_layers: dict[str, float | None]
+    """the other candidates, with the centered cosine that quantizing each alone leaves"""
+    ranges: dict[str, tuple[float, float]]
+    """tensor to the lowest and highest value that its learned scale covers"""
+    log: list[dict[str, Any]]
+    """the training's log, a row an epoch"""
+    reduce_range: bool
+    """true: weights of 7 bits"""
+
+
+def rounding_of(target: Target) -> Rounding:
+    """Return what decides how the graph of `target` rounds."""
+    return Rounding(target.runtime, target.activations, target.reduce_range, target.opset)
+
+
+def load(
+    folder: Path, student: nn.Module, target: Target, images: np.ndarray
+) -> Quantization | None:
+    """Return the map of the fine-tuned copy in `folder` for `target`; None where there is none, or none for this target.
+
+    student: the module that was folded and fine-tuned. images: float32 [n, 3, H, W]; they give the ranges that were not
+    learned. Raises `EdgeclipError` where a file of the folder was changed.
+    """
+    if not (folder / disk.MANIFEST).exists():
+        return None
+    disk.verify(folder, disk.read_manifest(folder, "quantized student"))
+    record = msgspec.convert(disk.read_json(folder / RECORD), LearnedScales)
+    if record.target != rounding_of(target):
+        return None
+
+    x = torch.from_numpy(images[:1])
+    folded = fold(student, x)
+    folded.load_state_dict(load_file(folder / WEIGHTS))
+    model = graph.to_onnx(folded, x, "pixels", "image_features", target.opset)
+
+    form = Form(**record.form)
+    calibrated = calibrate(model, images, form.method)
+    ready = Calibrated(calibrated.model, with_ranges(calibrated.ranges, record.ranges))
+    return policy.of_layers(form, images, ready, record.float_layers, record.reduce_range)
+
+
+def with_ranges(ranges: Any, learned: dict[str, tuple[float, float]]) -> Any:
+    """Return ONNX Runtime's TensorsData with the learned ranges in the place of the measured ones."""
+    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
+
+    names = ranges.keys()  # it has no __iter__
+    pairs = {}
+    for name in names:
+        pairs[name] = ranges[name].range_value
+    pairs.update(learned)
+
+    values = {}
+    for name, (low, high) in pairs.items():
+        values[name] = (np.asarray(low, np.float32), np.asarray(high, np.float32))
+    return TensorsData(CalibrationMethod.MinMax, values)
