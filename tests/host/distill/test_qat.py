@@ -103,6 +103,7 @@ def test_the_rounding_student_is_the_exported_graph(images, tmp_path, name):
         found.nodes,
         activations="uint8" if name == "onnx-int8" else "int8",
         for_tensorrt=name == "tensorrt-int8",
+        reduce_range=found.reduce_range,
     )
     assert cosine(run(model, images), trained["features"])["centered_p1"] > 0.99
     record = disk.read_json(tmp_path / "quantized" / "quantized.json")
