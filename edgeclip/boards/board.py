@@ -16,20 +16,20 @@ import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 
 from edgeclip import disk
-from edgeclip.boards import loopback as own_sshd
+from edgeclip.boards import loopback, runner
 from edgeclip.boards import preflight as P
-from edgeclip.boards import runner
 from edgeclip.boards.link import AGAIN, Link, connect
 from edgeclip.device import energy
 from edgeclip.device.bench import over_budget
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Device, Minimum, Reach
+from edgeclip.device.records import PreflightRow
 from edgeclip.device.runtime import engine
 from edgeclip.device.validate import Evaluation, Observed, judge
 from edgeclip.errors import EdgeclipError, LinkLost
@@ -41,6 +41,17 @@ ROOM = 1.2
 """of the files' own size, packed and unpacked: whole blocks, and a copy on its way"""
 BLOCK = 1 << 18
 TRIPS = 5
+
+
+class Load(NamedTuple):
+    """What a benchmark measures."""
+
+    minimum: Minimum
+    scenarios: tuple[str, ...]
+    minutes: float = 0.0
+    """of sustained load besides"""
+    meter_csv: Path | None = None
+    """a power meter's file, written on the host meanwhile; None: the device's own rails"""
 
 
 class Board:
@@ -88,13 +99,13 @@ class Board:
         reach = self.device.reach
         if reach.sshd:
             if reach.emulate:
-                self.python = own_sshd.emulated_python(self.name, reach, self.cache)
+                self.python = loopback.emulated_python(self.name, reach, self.cache)
             if (
                 self.folder == Reach().folder
             ):  # the user's own machine: two such devices must not share one
                 self.folder = str((self.cache or runner.cache_folder()) / self.name)
             self.options = self.options or await self.exits.enter_async_context(
-                own_sshd.sshd(self.name)
+                loopback.sshd(self.name)
             )
         self.link: Link = await self.exits.enter_async_context(
             connect(self.name, reach, self.options)
@@ -115,20 +126,31 @@ class Board:
 
     # --- before
 
-    def preflight(self, bundles: list[Bundle], evaluation: Evaluation | None) -> list[P.Row]:
-        """Asks anew, so that temperature and load are those of now."""
+    def preflight(self, bundles: list[Bundle], evaluation: Evaluation | None) -> list[PreflightRow]:
+        """Return the checks of the board's state as of now."""
         self._wait(self._look())
-        files = [f for b in bundles for f in self._files(b.folder, b.manifest.files).values()]
-        files += self._files(evaluation.folder).values() if evaluation else []
-        need = ROOM * sum(f.stat().st_size for f in files) / 2**20
-        names = engine.names(b.manifest for b in bundles)
-        builds = not all(self.ask("exists", name=f"engines/{n}")["exists"] for n in names)
-        return P.preflight(
-            self.device, self.facts, self.state, need, bool(names), builds, self.host_time
-        )
+        files: list[Path] = []
+        for bundle in bundles:
+            files += self._files(bundle.folder, bundle.manifest.files).values()
+        if evaluation is not None:
+            files += self._files(evaluation.folder).values()
 
-    def prepare(self, bundles: list[Bundle], evaluation: Evaluation | None) -> list[P.Row]:
-        """Preflight, then everything that is missing there. Raises `EdgeclipError` for what failed."""
+        names = engine.names(b.manifest for b in bundles)
+        kept = [self.ask("exists", name=f"engines/{name}")["exists"] for name in names]
+        needs = P.Needs(
+            mib=ROOM * sum(f.stat().st_size for f in files) / 2**20,
+            engines=bool(names),
+            builds=not all(kept),
+        )
+        return P.preflight(self.device, self.facts, self.state, needs, self.host_time)
+
+    def prepare(
+        self, bundles: list[Bundle], evaluation: Evaluation | None, verb: str = "bench"
+    ) -> list[PreflightRow]:
+        """Run the preflight, then copy what is missing on the board, whatever the verb.
+
+        Raises `EdgeclipError` when a check failed.
+        """
         rows = self.preflight(bundles, evaluation)
         P.require(self.name, rows)
         self.runner = self._install()
@@ -197,23 +219,19 @@ class Board:
         with np.load(io.BytesIO(payload), allow_pickle=False) as z:
             return Observed(facts, {k: z[k] for k in z.files})
 
-    def bench(
-        self,
-        bundle: Bundle,
-        minimum: Minimum,
-        scenarios: tuple[str, ...],
-        minutes: float = 0.0,
-        meter_csv: Path | None = None,
-    ) -> dict[str, Any]:
-        """meter_csv: of a power meter that the host reads, on the host's clock."""
-        before = self.clock() if meter_csv else None
-        asked = {
-            "minimum": msgspec.to_builtins(minimum),
-            "scenarios": scenarios,
-            "minutes": minutes,
+    def bench(self, bundle: Bundle, load: Load) -> dict[str, Any]:
+        """Return the bench report; a power meter is read by the host, on the host's clock."""
+        meter_csv = load.meter_csv
+        before = None
+        if meter_csv is not None:
+            before = self.clock()
+        work = {
+            "minimum": msgspec.to_builtins(load.minimum),
+            "scenarios": load.scenarios,
+            "minutes": load.minutes,
             "metered": meter_csv is not None,
         }
-        report = self._run("bench", bundle, **asked)[0]
+        report = self._run("bench", bundle, **work)[0]
         if meter_csv and before and report["energy"]:
             marks, unread = report.pop("energy"), []
             try:

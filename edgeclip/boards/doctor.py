@@ -2,16 +2,10 @@
 
 import importlib.metadata
 import importlib.util
-import os
-import time
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgeclip import __version__, config
-from edgeclip.boards.preflight import Row, preflight
 from edgeclip.device import machine
-from edgeclip.device.manifest import BundleManifest
-from edgeclip.device.profile import Device
 
 # what -> (module that must be importable, distribution whose version counts, install line)
 NEEDS = {
@@ -49,23 +43,23 @@ def doctor() -> dict[str, Any]:
     }
 
 
-def preflight_here(
-    device: Device, manifests: Iterable[BundleManifest] = ()
-) -> tuple[dict[str, Any], list[Row]]:
-    """(this machine's facts, what a benchmark of bundles with these manifests on it as `device` would meet)"""
-    from edgeclip.device.runtime import engine  # brings numpy, which `list` need not wait for
+class Purpose(NamedTuple):
+    """A recipe, target or device that ships."""
 
-    facts, names = machine.facts(), engine.names(manifests)
-    builds = not all((engine.folder() / n).exists() for n in names)
-    return facts, preflight(
-        device, facts, machine.state(os.getcwd()), 0.0, bool(names), builds, time.time()
-    )
+    kind: str
+    name: str
+    purpose: str
+    """the first line of its header"""
+    path: str
 
 
-def purpose(kind: str) -> list[tuple[str, str, str]]:
-    """(name, first line of its header, path) of every YAML of a kind."""
+def purposes(kind: str) -> list[Purpose]:
+    """Return every YAML file of a kind ('recipe', 'target' or 'device') within reach, by name."""
     rows = []
     for name, path in sorted(config.shipped(kind).items()):
         first = path.read_text(encoding="utf-8").splitlines()[0]
-        rows.append((name, first.lstrip("# ") if first.startswith("#") else "", str(path)))
+        purpose = ""
+        if first.startswith("#"):
+            purpose = first.lstrip("# ")
+        rows.append(Purpose(kind, name, purpose, str(path)))
     return rows

@@ -17,14 +17,14 @@ INSTALL = "apt install openssh-server"
 def sshd():
     """start(extra configuration) -> asyncssh's options; each is stopped at the end."""
     require("asyncssh", "pip install 'edgeclip[ssh]'")
-    from edgeclip.boards import loopback as own_sshd
+    from edgeclip.boards import loopback
 
-    if own_sshd.SSHD is None:
+    if loopback.SSHD is None:
         pytest.skip(f"sshd is not installed: {INSTALL}")
     loop, stack = asyncio.new_event_loop(), contextlib.AsyncExitStack()
 
     def start(extra=""):
-        return loop.run_until_complete(stack.enter_async_context(own_sshd.sshd("test", extra)))
+        return loop.run_until_complete(stack.enter_async_context(loopback.sshd("test", extra)))
 
     yield start
     loop.run_until_complete(stack.aclose())

@@ -12,8 +12,8 @@ import pytest
 
 from edgeclip import disk
 from edgeclip.boards import runner
-from edgeclip.boards.board import Board
-from edgeclip.cli import device as cli_device
+from edgeclip.boards.board import Board, Load
+from edgeclip.boards.measure import open_measurer
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Minimum
 from edgeclip.device.profile import load as load_device
@@ -117,7 +117,7 @@ def test_the_shipped_loopback_needs_no_setup(shipped_bundle, tmp_path, home):
     with Board(name, device, options=None) as board:
         board.prepare([bundle], None)
         assert board.validate(bundle, None)["verdict"] == "golden images only"
-        assert board.bench(bundle, Minimum(0.0, 5), ("offline",))["offline"]["queries"] >= 1
+        assert board.bench(bundle, Load(Minimum(0.0, 5), ("offline",)))["offline"]["queries"] >= 1
 
 
 def test_a_command_prefix_is_a_way_too(shipped_bundle, tmp_path):
@@ -232,7 +232,7 @@ def test_it_is_cleaned_when_something_went_wrong_too(tmp_path, linked):
 
     with (
         pytest.raises(EdgeclipError, match="no: good"),
-        cli_device._board(*load_device(str(tmp_path / "d.yaml")), True) as board,
+        open_measurer(*load_device(str(tmp_path / "d.yaml")), clean=True) as board,
     ):
         board.send({disk.sha256(tmp_path / "file"): tmp_path / "file"}, "file")
         board.link = board.link if linked else board.link._replace(start=broken)

@@ -14,7 +14,7 @@ import pytest
 
 from edgeclip import disk
 from edgeclip.boards import runner
-from edgeclip.boards.board import Board
+from edgeclip.boards.board import Board, Load
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import load as load_device
 from edgeclip.errors import EdgeclipError, LinkLost
@@ -163,9 +163,7 @@ def test_a_meters_file_that_is_gone_after_the_load_costs_the_energy_alone(shippe
     board.clock, board._run = lambda: (0.0, 0.1), lambda *_, **__: (dict(measured), b"")
     report = board.bench(
         Bundle.load(shipped_bundle("onnx-fp32")),
-        board.device.bench,
-        ("single_stream",),
-        meter_csv=tmp_path / "gone.csv",
+        Load(board.device.bench, ("single_stream",), meter_csv=tmp_path / "gone.csv"),
     )
     assert report["single_stream"] == measured["single_stream"] and report["energy"] is None
     assert [f.split(":")[0] for f in report["failures"]] == ["energy not measured"]
@@ -256,7 +254,7 @@ def test_a_board_that_is_another_one_is_not_measured(a_run, sshd, home, tmp_path
     error = mistake(
         "bench", "--run", a_run, "--device", toy, says="not 'Raspberry Pi 5'", only_line=False
     )
-    assert "not fit for it" in error and not (tmp_path / "on-board" / "runner").exists()
+    assert "not fit to be measured" in error and not (tmp_path / "on-board" / "runner").exists()
     assert run("doctor", "--device", toy).exit_code == 3
 
 

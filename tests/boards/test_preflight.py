@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from edgeclip.boards.preflight import preflight
+from edgeclip.boards.preflight import Needs, preflight
 from edgeclip.device import machine
 from edgeclip.device import profile as device
 from tests.support.command import mistake, run
@@ -22,10 +22,9 @@ NANO = FACTS | {
 
 
 def status(state, facts=NANO, need=100.0, engines=True, builds=True, name="jetson-orin-nano"):
-    return {
-        r.check: r.status
-        for r in preflight(device.load(name)[1], facts, state, need, engines, builds, 1000.0)
-    }
+    needs = Needs(need, engines, builds)
+    rows = preflight(device.load(name)[1], facts, state, needs, 1000.0)
+    return {row.check: row.status for row in rows}
 
 
 def test_a_board_that_is_well_passes_throughout():
@@ -117,6 +116,6 @@ def test_a_benchmark_on_the_board_itself_keeps_its_state_too(shipped_bundle, tmp
     state |= {"available_mib": 10, "swap_mib": 0}
     mistake(
         *ask,
-        says="d: not fit for it (memory: 10 MiB free, 0 MiB swap, needs 300 MiB",
+        says="d: not fit to be measured (memory: 10 MiB free, 0 MiB swap, needs 300 MiB",
         only_line=False,
     )

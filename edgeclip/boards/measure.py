@@ -1,0 +1,342 @@
+"""Measure bundles on a device: this machine or a board, with the same verbs.
+
+    with open_measurer(name, device) as measurer:
+        measurer.prepare(bundles, evaluation, "bench")
+        report = measurer.bench(bundle, load)
+
+`validate`, `bench`, `selftest` and `preflight` below do the whole of a command: they choose the
+bundles that the device can run, measure each, and keep the reports with the run (reports/store.py).
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from edgeclip import disk
+from edgeclip.boards import preflight as P
+from edgeclip.boards.board import Board, Load
+from edgeclip.device import energy, machine
+from edgeclip.device import profile as D
+from edgeclip.device.bench import SCENARIOS, incomplete
+from edgeclip.device.bench import bench as bench_here
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.profile import Device, Minimum
+from edgeclip.device.records import PreflightRow, to_json
+from edgeclip.device.runtime import engine
+from edgeclip.device.selftest import selftest as selftest_here
+from edgeclip.device.validate import Evaluation, load_evaluation
+from edgeclip.device.validate import validate as validate_here
+from edgeclip.errors import EdgeclipError, LinkLost
+from edgeclip.progress import say
+from edgeclip.reports import store
+from edgeclip.reports.engines import validated
+
+Report = dict[str, Any]
+
+
+@runtime_checkable
+class Measurer(Protocol):
+    """A device that is ready to be measured: `Here`, or a `Board`."""
+
+    facts: dict[str, Any]
+    """machine.facts() of the device"""
+
+    def preflight(self, bundles: list[Bundle], evaluation: Evaluation | None) -> list[PreflightRow]:
+        """Return the checks of the device's state as of now."""
+
+    def prepare(
+        self, bundles: list[Bundle], evaluation: Evaluation | None, verb: str
+    ) -> list[PreflightRow]:
+        """Make ready for `verb`; raise `EdgeclipError` when the device is not fit for it.
+
+        verb: "validate", "bench" or "selftest". Returns the preflight's rows; [] where none ran.
+        """
+
+    def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> Report:
+        """Return the parity report."""
+
+    def bench(self, bundle: Bundle, load: Load) -> Report:
+        """Return the bench report."""
+
+    def selftest(self, bundle: Bundle) -> Report:
+        """Return the self-test's report."""
+
+
+class Here:
+    """This machine, measured as `device`."""
+
+    def __init__(self, name: str, device: Device):
+        self.name, self.device = name, device
+        self.facts = machine.facts()
+        self.evaluation: Evaluation | None = None
+
+    def preflight(self, bundles: list[Bundle], evaluation: Evaluation | None) -> list[PreflightRow]:
+        self.facts = machine.facts()
+        names = engine.names(b.manifest for b in bundles)
+        kept = engine.folder()
+        needs = P.Needs(
+            mib=0.0,
+            engines=bool(names),
+            builds=not all((kept / n).exists() for n in names),
+        )
+        state = machine.state(os.getcwd())
+        return P.preflight(self.device, self.facts, state, needs, time.time())
+
+    def prepare(
+        self, bundles: list[Bundle], evaluation: Evaluation | None, verb: str
+    ) -> list[PreflightRow]:
+        """Check this machine; nothing has to be copied.
+
+        A self-test judges the machine itself, and parity does not depend on clocks or load, so
+        only `bench` runs the preflight.
+        """
+        self.evaluation = evaluation
+        if verb == "selftest":
+            return []
+        self.facts = D.require_here(self.name, self.device)
+        if verb != "bench":
+            return []
+        rows = self.preflight(bundles, evaluation)
+        P.require(self.name, rows)
+        return rows
+
+    def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> Report:
+        return validate_here(bundle, evaluation, self.facts)
+
+    def bench(self, bundle: Bundle, load: Load) -> Report:
+        images = None
+        if self.evaluation is not None:
+            images = self.evaluation.folder
+        return bench_here(bundle, self.device, self.facts, images, *load)
+
+    def selftest(self, bundle: Bundle) -> Report:
+        return selftest_here(bundle, self.device)
+
+
+@contextlib.contextmanager
+def open_measurer(name: str, device: Device, clean: bool = False) -> Iterator[Measurer]:
+    """Yield a measurer of the device: `Here`, pinned to its processors, or an open `Board`.
+
+    clean: at the end everything that edgeclip left on the board is removed, after a failure too.
+    """
+    if not D.is_remote(device):
+        with D.pinned(device):
+            yield Here(name, device)
+        return
+
+    with Board(name, device) as board:
+        try:
+            yield board
+        except Exception:
+            if clean:
+                with contextlib.suppress(EdgeclipError):  # the first failure is what the user sees
+                    board.clean()
+            raise
+        if clean:
+            board.clean()
+
+
+# --- what is measured
+
+
+class Selection(NamedTuple):
+    """What the user chose to measure, and where."""
+
+    device: str
+    """a name among the device profiles, or a YAML file"""
+    run: Path | None = None
+    """every bundle of this run; None: of the latest run"""
+    bundle: Path | None = None
+    """this bundle alone"""
+    clean: bool = False
+    """remove afterwards what edgeclip left on the board"""
+
+
+class Chosen(NamedTuple):
+    """A selection, loaded."""
+
+    name: str
+    """the device's name"""
+    device: Device
+    bundles: list[Bundle]
+    """those that the device can run"""
+    run: Path | None
+    """the run that they belong to; None: a bundle without a run"""
+
+
+def choose(selection: Selection) -> Chosen:
+    """Load a selection, and name the bundles that the device cannot run.
+
+    Raises `EdgeclipError` when there is no bundle, or none that the device can run.
+    """
+    name, device = D.load(selection.device)
+    folders, run = _folders(selection)
+    bundles = []
+    for folder in folders:
+        loaded = Bundle.load(folder, threads=device.threads, check=True, providers=device.providers)
+        runtime = loaded.manifest.runtime
+        if runtime in device.runtimes:
+            bundles.append(loaded)
+        else:
+            say(f"{folder.name}: skipped, {name} has no {runtime}")
+    if not bundles:
+        what = f"can run none of these bundles (it has {', '.join(device.runtimes)})"
+        raise EdgeclipError(name, what, "choose another --device or --bundle")
+    return Chosen(name, device, bundles, run)
+
+
+def _folders(selection: Selection) -> tuple[list[Path], Path | None]:
+    """(the folders of the selected bundles, their run)"""
+    if selection.bundle is not None:
+        return [selection.bundle], _run_of(selection.bundle)
+
+    run = store.latest_run(selection.run)
+    manifests = sorted((run / "bundles").glob(f"*/{disk.MANIFEST}"))
+    if not manifests:
+        do = "make one with: edgeclip export --target onnx-int8"
+        raise EdgeclipError(run, "has no bundle", do)
+    return [manifest.parent for manifest in manifests], run
+
+
+def _run_of(bundle: Path) -> Path | None:
+    for parent in bundle.resolve().parents:
+        if (parent / "evaluation" / disk.MANIFEST).exists():
+            return parent
+    return None
+
+
+def _evaluation(run: Path | None, images: int | None = None) -> Evaluation | None:
+    if run is None:
+        return None
+    return load_evaluation(run / "evaluation", images)
+
+
+def _minimum(chosen: Chosen) -> Minimum:
+    """The recipe's shorter run, where the run has one; else the device profile's."""
+    if chosen.run is None or not (chosen.run / "recipe.json").exists():
+        return chosen.device.bench
+    short = disk.read_json(chosen.run / "recipe.json").get("bench")
+    if short is None:
+        return chosen.device.bench
+    return Minimum(**short)
+
+
+# --- the commands
+
+
+def validate(selection: Selection, images: int | None = None) -> list[Report]:
+    """Return the parity report of each bundle, and keep it with the run.
+
+    images: validate on a fixed random subset of so many; None: on all.
+    """
+    chosen = choose(selection)
+    evaluation = _evaluation(chosen.run, images)
+    reports = []
+    with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
+        measurer.prepare(chosen.bundles, evaluation, "validate")
+        for bundle in chosen.bundles:
+            report = measurer.validate(bundle, evaluation)
+            reports.append(store.write(report, chosen.name, chosen.run, bundle))
+    return reports
+
+
+class Benched(NamedTuple):
+    """The reports of one device, in the order of its bundles."""
+
+    reports: list[Report]
+    parities: list[Report | None]
+    """the parity report that counts for each; None: not validated there"""
+
+
+def bench(
+    selection: Selection,
+    scenarios: tuple[str, ...] = SCENARIOS,
+    minutes: float = 0.0,
+    meter_csv: Path | None = None,
+) -> Benched:
+    """Benchmark each bundle, and keep its report with the run.
+
+    minutes: of sustained load besides. meter_csv: a power meter's file, in place of the rails.
+    """
+    if meter_csv is not None:
+        energy.meter(meter_csv)  # is it readable? before hours of measurement
+    chosen = choose(selection)
+    evaluation = _evaluation(chosen.run)
+    load = Load(_minimum(chosen), scenarios, minutes, meter_csv)
+    out = Benched([], [])
+    with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
+        rows = measurer.prepare(chosen.bundles, evaluation, "bench")
+        for bundle in chosen.bundles:
+            report = _bench_one(measurer, chosen, bundle, load)
+            report = {**report, "preflight": to_json(rows)}
+            parity = _parity(measurer, chosen, bundle, evaluation, report)
+            if "engine" in report["ran"] and parity is not None and parity["verdict"] == "fail":
+                report["failures"] += [f"parity of this engine: {f}" for f in parity["failures"]]
+            out.reports.append(store.write(report, chosen.name, chosen.run, bundle))
+            out.parities.append(parity)
+    return out
+
+
+def _bench_one(measurer: Measurer, chosen: Chosen, bundle: Bundle, load: Load) -> Report:
+    """One bundle's bench report, joined with what an earlier one of it measured.
+
+    When the link breaks, a report that says so is kept, unless there is a whole one already.
+    """
+    earlier = store.read(chosen.run, bundle, chosen.name, "bench")
+    try:
+        report = measurer.bench(bundle, load)
+    except LinkLost as e:
+        if earlier is None or "incomplete" in earlier:
+            broken = incomplete(bundle, measurer.facts, load.minimum, str(e))
+            store.write(broken, chosen.name, chosen.run, bundle)
+        raise
+    if earlier is None:
+        return report
+    return store.joined(report, earlier, chosen.device)
+
+
+def _parity(
+    measurer: Measurer,
+    chosen: Chosen,
+    bundle: Bundle,
+    evaluation: Evaluation | None,
+    report: Report,
+) -> Report | None:
+    """The parity report that counts for a benchmark.
+
+    An engine is built on the device, so its benchmark counts only once it is known to answer right:
+    where the very engine that ran was not validated yet, it is validated now.
+    """
+    parity = store.read(chosen.run, bundle, chosen.name, "parity")
+    if "engine" not in report["ran"] or validated(parity, report):
+        return parity
+    fresh = measurer.validate(bundle, evaluation)
+    return store.write(fresh, chosen.name, chosen.run, bundle)
+
+
+def selftest(selection: Selection) -> list[Report]:
+    """Return the self-test's report of each bundle."""
+    chosen = choose(selection)
+    with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
+        measurer.prepare(chosen.bundles, None, "selftest")
+        return [measurer.selftest(bundle) for bundle in chosen.bundles]
+
+
+class Preflight(NamedTuple):
+    """The state of a device, without any bundle."""
+
+    name: str
+    remote: bool
+    facts: dict[str, Any]
+    rows: list[PreflightRow]
+
+
+def preflight(name: str, clean: bool = False) -> Preflight:
+    """Look at a device: is it reached, is it the one of the profile, is it fit to be measured?"""
+    name, device = D.load(name)
+    with open_measurer(name, device, clean) as measurer:
+        rows = measurer.preflight([], None)
+        return Preflight(name, D.is_remote(device), measurer.facts, rows)
