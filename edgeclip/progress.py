@@ -17,7 +17,7 @@ def track(
 ) -> Iterator[T]:
     """Passes `items` on while it draws; without a terminal it writes one line at the end. note: what else to show."""
     start = time.perf_counter()
-    if sys.stderr.isatty() and first():
+    if sys.stderr.isatty() and is_rank_zero():
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -47,11 +47,11 @@ def track(
 
 
 def say(line: str) -> None:
-    if first():
+    if is_rank_zero():
         print(line, file=sys.stderr, flush=True)
 
 
-def first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this is the process that speaks."""
     return os.environ.get("RANK", "0") == "0"
 

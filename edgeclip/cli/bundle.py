@@ -1,26 +1,24 @@
 """The commands that use one bundle: classify, labels, embed. They need no torch."""
 
-import json
 from pathlib import Path
 
 import click
 
-from edgeclip.cli import tables
-from edgeclip.cli.options import json_option, label_file, say
+from edgeclip.cli import complete, tables
+from edgeclip.cli.group import command
+from edgeclip.cli.options import PATH, bundle_option, json_option, label_file, print_json, say
 from edgeclip.errors import EdgeclipError
 
 
-@click.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@command()
+@click.argument("images", nargs=-1, required=True, type=PATH)
+@bundle_option
 @click.option(
-    "--bundle",
-    type=click.Path(path_type=Path),
-    help="Bundle folder.  [default: one of runs/latest]",
+    "--labels",
+    help='Comma-separated, for example "a cat, a dog".  [default: the baked labels]',
+    shell_complete=complete.labels,
 )
-@click.option(
-    "--labels", help='Comma-separated, for example "a cat, a dog".  [default: the baked labels]'
-)
-@click.option("--top", default=5, show_default=True, help="How many labels to print.")
+@click.option("--top", default=5, show_default=True, help="How many labels to print per image.")
 @json_option
 def classify(
     images: tuple[Path, ...], bundle: Path | None, labels: str | None, top: int, as_json: bool
@@ -35,25 +33,29 @@ def classify(
     from edgeclip.reports.store import one_bundle
 
     loaded = Bundle.load(one_bundle(bundle))
-    words = [w.strip() for w in labels.split(",") if w.strip()] if labels is not None else None
+    words = _words(labels)
     results = {str(image): loaded.classify(image, words, top) for image in images}
     if as_json:
-        click.echo(json.dumps(results, indent=1))
-        return
-    tables.ranking(results)
+        print_json(results)
+    else:
+        tables.ranking(results)
 
 
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Folder of the new bundle.  [default: in place of BUNDLE]",
-)
+def _words(labels: str | None) -> list[str] | None:
+    """The labels between the commas; None: none were given."""
+    if labels is None:
+        return None
+    words = [word.strip() for word in labels.split(",")]
+    return [word for word in words if word]
+
+
+@command()
+@click.argument("bundle", type=PATH)
+@click.argument("file", type=PATH)
+@click.option("--out", type=PATH, help="Folder of the new bundle.  [default: replace BUNDLE]")
 @json_option
 def labels(bundle: Path, file: Path, out: Path | None, as_json: bool) -> None:
-    """Bake the labels in FILE (one a line) into BUNDLE, without retraining.
+    """Give BUNDLE the labels in FILE (one per line); no retraining.
 
     \b
     Example:
@@ -66,19 +68,15 @@ def labels(bundle: Path, file: Path, out: Path | None, as_json: bool) -> None:
     say(as_json, {"bundle": str(path), "labels": words}, f"{path}: {len(words)} labels")
 
 
-@click.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@command()
+@click.argument("images", nargs=-1, required=True, type=PATH)
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
-    help="A .npy file: float32 [n, D], unit rows in the order given.",
+    type=PATH,
+    help="A .npy file: float32 [n, D], unit rows in the order of IMAGES.",
 )
-@click.option(
-    "--bundle",
-    type=click.Path(path_type=Path),
-    help="Bundle folder.  [default: one of runs/latest]",
-)
+@bundle_option
 @json_option
 def embed(images: tuple[Path, ...], out: Path, bundle: Path | None, as_json: bool) -> None:
     """Write the image features of IMAGES, for an index.
@@ -95,8 +93,5 @@ def embed(images: tuple[Path, ...], out: Path, bundle: Path | None, as_json: boo
 
     features = Bundle.load(one_bundle(bundle)).encode_image(list(images))
     disk.write_array(out, features)
-    say(
-        as_json,
-        {"out": str(out), "shape": list(features.shape)},
-        f"{out}: {features.shape[0]} x {features.shape[1]}",
-    )
+    rows, width = features.shape
+    say(as_json, {"out": str(out), "shape": [rows, width]}, f"{out}: {rows} x {width}")

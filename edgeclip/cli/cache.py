@@ -1,57 +1,54 @@
-"""`edgeclip cache`: the teacher's answers on disk. The host layer is imported inside."""
+"""`edgeclip cache`: the teachers' answers on disk."""
 
-import json
 from pathlib import Path
 
 import click
 
 from edgeclip.cli import tables
-from edgeclip.cli.options import json_option
+from edgeclip.cli.group import Command
+from edgeclip.cli.options import PATH, data_option, json_option, print_json, recipe_argument
 
 
 @click.group()
 def cache() -> None:
-    """Build a teacher cache, or say what is inside one."""
+    """Build a teacher cache, or describe one."""
 
 
-@cache.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    "roots",
-    multiple=True,
-    metavar="[NAME=]DIR",
-    help="Where the data lies on this machine; may be repeated.",
-)
+@cache.command(cls=Command)
+@recipe_argument
+@data_option
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
-    help="Folder of the cache.  [default: cache/<fingerprint>, where distill finds it]",
+    type=PATH,
+    help="Cache folder.  [default: cache/<fingerprint>, where distill finds it]",
 )
 @json_option
 def build(recipe: Path, roots: tuple[str, ...], out: Path | None, as_json: bool) -> None:
-    """Build the teacher caches that RECIPE needs. The same line again resumes; so do other processes, which share the work.
+    """Build the teacher caches that RECIPE needs.
+
+    RECIPE is a name from `edgeclip list recipes`, or a YAML file. The same command resumes an
+    interrupted build; run it in several processes, and they share the work.
 
     \b
-    Example:
-        edgeclip cache build recipes/quickstart.yaml
+    Examples:
+        edgeclip cache build quickstart
         torchrun --nproc-per-node 8 -m edgeclip cache build recipes/mobile.yaml
     """
-    from edgeclip.host.distill.prepare import build_for
+    from edgeclip.host.cache.inspect import build_for
 
     found = build_for(recipe, roots, out)
     if as_json:
-        click.echo(json.dumps(found, indent=1))
-        return
-    tables.caches(found)
+        print_json(found)
+    else:
+        tables.caches(found)
 
 
-@cache.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@cache.command(cls=Command)
+@click.argument("folder", type=PATH)
 @click.option("--verify", is_flag=True, help="Also hash every file and compare with the manifest.")
 @json_option
 def inspect(folder: Path, verify: bool, as_json: bool) -> None:
-    """Say what is inside the cache in FOLDER.
+    """Describe the cache in FOLDER.
 
     \b
     Example:
@@ -61,6 +58,6 @@ def inspect(folder: Path, verify: bool, as_json: bool) -> None:
 
     found = examine(folder, verify)
     if as_json:
-        click.echo(json.dumps(found, indent=1))
-        return
-    tables.caches([found])
+        print_json(found)
+    else:
+        tables.caches([found])

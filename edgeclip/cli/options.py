@@ -1,4 +1,4 @@
-"""What the commands share: `--json`, and which labels are meant."""
+"""Options and arguments that several commands share."""
 
 import json
 from collections.abc import Callable
@@ -7,34 +7,99 @@ from typing import Any
 
 import click
 
+from edgeclip.cli import complete
 from edgeclip.errors import EdgeclipError
 
+PATH = click.Path(path_type=Path)
+F = Callable[..., Any]
 
-def json_option(f: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(f)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+run_argument = click.argument("run", type=PATH, required=False)
+recipe_argument = click.argument(
+    "recipe",
+    callback=lambda _, __, name: recipe_path(name),
+    shell_complete=complete.names("recipe"),
+)
+data_option = click.option(
+    "--data",
+    "roots",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="Where the data is on this machine; may be repeated.",
+)
+bundle_option = click.option(
+    "--bundle", type=PATH, help="Bundle folder.  [default: the latest run's for this CPU]"
+)
 
 
-def say(as_json: bool, value: Any, text: str) -> None:
-    click.echo(json.dumps(value, indent=1) if as_json else text)
+def target_option(name: str, help: str, **more: Any) -> Callable[[F], F]:
+    return click.option(
+        "--target", name, help=help, shell_complete=complete.names("target"), **more
+    )
+
+
+def device_option(name: str, help: str, **more: Any) -> Callable[[F], F]:
+    return click.option(
+        "--device", name, help=help, shell_complete=complete.names("device"), **more
+    )
+
+
+class Choice(click.Choice):  # type: ignore[type-arg]
+    """A choice that names the new word for an old one."""
+
+    def __init__(self, choices: tuple[str, ...], renamed: dict[str, str]):
+        super().__init__(choices)
+        self.renamed = renamed
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in self.renamed:
+            self.fail(f"'{value}' was renamed to '{self.renamed[value]}'", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def recipe_path(name: str) -> Path:
+    """Return the path of a recipe: a YAML file as it is, a bare name among the shipped ones.
+
+    Raises `EdgeclipError` with a did-you-mean for an unknown name.
+    """
+    from edgeclip import config
+
+    return config.find("recipe", name)
 
 
 def label_file(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank, stripped.
+
+    Raises `EdgeclipError` when it is missing, unreadable, not UTF-8, or empty.
+    """
     try:
-        labels = [
-            line.strip()
-            for line in path.read_text(encoding="utf-8-sig").splitlines()
-            if line.strip()
-        ]
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
     except OSError as e:
-        raise EdgeclipError(
-            path, f"cannot be read ({e.strerror})", "give a text file, one label a line"
-        ) from None
+        do = "give a text file with one label per line"
+        raise EdgeclipError(path, f"cannot be read ({e.strerror})", do) from None
     except UnicodeDecodeError:
-        raise EdgeclipError(
-            path, "is not UTF-8", "save it as UTF-8 (iconv -f cp1252 -t utf-8)"
-        ) from None
+        do = "save it as UTF-8 (iconv -f cp1252 -t utf-8)"
+        raise EdgeclipError(path, "is not UTF-8", do) from None
+
+    labels = [line.strip() for line in text.splitlines()]
+    labels = [label for label in labels if label]
     if not labels:
-        raise EdgeclipError(path, "empty class list", "write one label a line")
+        raise EdgeclipError(path, "empty class list", "write one label per line")
     return labels
+
+
+def print_json(value: Any) -> None:
+    """Print a record, or what JSON knows, as JSON."""
+    import msgspec
+
+    click.echo(json.dumps(msgspec.to_builtins(value), indent=1))
+
+
+def say(as_json: bool, value: Any, text: str) -> None:
+    """Print `value` as JSON, or `text` instead."""
+    if as_json:
+        print_json(value)
+    else:
+        click.echo(text)

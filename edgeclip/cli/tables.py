@@ -1,10 +1,12 @@
 """What the commands print: tables for people, from the same records that `--json` prints."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
+from edgeclip.cli.options import say
 from edgeclip.device.machine import processor
 from edgeclip.reports.models import MODELS
 
@@ -141,16 +143,40 @@ def accuracy(results: dict[str, Any]) -> None:
     click.echo(f"run: {results['run']}")
 
 
-def bundles(rows: list[dict[str, Any]], layout: str = "bundle") -> None:
-    table(
-        [[r["target"], f"{r['image_encoder_mib']:.1f}", r[layout]] for r in rows],
-        ["target", "image encoder MiB", layout],
-    )
-    for r in rows:
-        if lint := r["lint"]:
+def bundles(rows: Sequence[Any], layout: str) -> None:
+    """Print what `export` wrote, a row per target."""
+    cells = [[row.target, f"{row.image_encoder_mib:.1f}", row.path] for row in rows]
+    table(cells, ["target", "image encoder MiB", layout])
+    for row in rows:
+        if row.lint:
+            checked = row.lint.checked_by or "not checked with TensorRT-RTX"
+            parses = f"parses {row.lint.parses}, builds {row.lint.builds}"
             click.echo(
-                f"{r['target']}: {lint['checked_by'] or 'not checked'}: parses {lint['parses']}, builds {lint['builds']}; the engine itself is built on the board"
+                f"{row.target}: {checked}: {parses}; the engine itself is built on the board"
             )
+
+
+def open_clip(path: Path, as_json: bool) -> None:
+    """Print how to load the folder that `export --layout open_clip` wrote."""
+    text = f'open_clip.create_model_and_transforms("local-dir:{path}")'
+    say(as_json, {"open_clip": str(path)}, text)
+
+
+def lint(file: Path, verdict: Any) -> None:
+    """Print what TensorRT would refuse in an ONNX file."""
+    for error in verdict["errors"]:
+        click.echo(error)
+    if not verdict["errors"]:
+        click.echo(f"{file}: accepted; validate and bench it on the board")
+    by = verdict["checked_by"]
+    if by is None:
+        by = "edgeclip's rules alone; for TensorRT's own parser: pip install 'edgeclip[lint]'"
+    click.echo(f"checked by {by}")
+
+
+def purposes(rows: Sequence[Any]) -> None:
+    """Print what ships, a line each."""
+    table([[row.kind, row.name, row.purpose] for row in rows], ["kind", "name", "purpose"])
 
 
 def parity(reports: list[dict[str, Any]]) -> None:
@@ -391,8 +417,7 @@ def doctor(found: dict[str, Any]) -> None:
         click.echo(f"{kind}: {', '.join(found[kind])}")
 
 
-def preflight(record: dict[str, Any]) -> None:
-    table(
-        [[r["check"], r["status"], r["found"], r["need"]] for r in record["preflight"]],
-        [record["device"], "", "found", "should be"],
-    )
+def preflight(device: str, rows: Sequence[Any]) -> None:
+    """Print the checks of a device."""
+    cells = [[row.check, row.status, row.found, row.need] for row in rows]
+    table(cells, [device, "", "found", "should be"])

@@ -4,12 +4,17 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from click.shell_completion import ShellComplete
 
 from edgeclip import disk
 from edgeclip.cli import main
+from edgeclip.cli.group import SECTIONS
+from edgeclip.cli.options import recipe_path
+from edgeclip.device.bundle import Bundle
 from tests.support.command import mistake, run
 from tests.support.files import REPO, snapshot
 from tests.support.images import encoded, toy_image, truncated_jpeg
@@ -20,23 +25,93 @@ COMMANDS = sorted(
 )
 
 
-def test_the_commands_are_those_of_the_design():
-    assert {
-        "distill",
-        "export",
-        "validate",
-        "bench",
-        "report",
-        "evaluate",
-        "classify",
-        "labels",
-        "embed",
-        "init",
-        "list",
-        "doctor",
-        "cache build",
-        "cache inspect",
-    } <= set(COMMANDS)
+def test_the_commands_are_those_of_the_design_in_the_order_of_work():
+    designed = [name for section in SECTIONS.values() for name in section]
+    lines = [line.split() for line in run("--help").output.splitlines() if line.startswith("  ")]
+    assert [words[0] for words in lines if words[0] in designed] == designed
+    assert sorted(main.commands) == sorted(designed)
+    assert sorted(main.commands["cache"].commands) == ["build", "inspect"]
+
+
+def test_no_summary_is_cut_at_80_columns():
+    lines = run("--help", terminal_width=80).output.splitlines()
+    assert not [line for line in lines[1:] if line.endswith("...")]
+    assert max(map(len, lines)) <= 80
+    for name, command in main.commands.items():
+        summary = command.get_short_help_str(limit=1000)
+        assert any(summary in line for line in lines), name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_options_help_has_no_old_word(command):
+    text = run(*command.split(), "--help").output
+    assert "picture" not in text.lower()
+
+
+def test_an_old_option_is_refused_with_the_new_name():
+    for arguments in (["validate", "--pictures", "3"], ["export", "--pictures", "x"]):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert result.stderr.splitlines()[-1] == "Error: --pictures was renamed to --images"
+
+
+def test_an_old_protocol_is_refused_with_the_new_name():
+    result = run("evaluate", "--protocol", "domain_generalisation")
+    assert result.exit_code == 2
+    assert "was renamed to 'domain_generalization'" in result.stderr.splitlines()[-1]
+
+
+def test_a_recipe_has_a_name_as_targets_and_devices_have(here):
+    mistake("distill", "quickstrat", says="unknown recipe; did you mean 'quickstart'?")
+    mistake("cache", "build", "quickstrat", says="unknown recipe; did you mean 'quickstart'?")
+    assert recipe_path("quickstart").name == "quickstart.yaml"
+    assert recipe_path("mine.yaml") == Path("mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word", "completed"),
+    [
+        (["distill"], "quick", {"quickstart"}),
+        (["cache", "build"], "quick", {"quickstart"}),
+        (["export", "--target"], "tensorrt-i", {"tensorrt-int8"}),
+        (["lint", "--target"], "tensorrt-i", {"tensorrt-int8"}),
+        (["validate", "--device"], "jetson-orin", {"jetson-orin-nano", "jetson-orin-nx"}),
+        (["doctor", "--device"], "host", {"host-cpu"}),
+    ],
+)
+def test_the_shell_completes_names(here, arguments, word, completed):
+    found = {item.value for item in completions(arguments, word)}
+    assert completed & found
+    assert all(name.startswith(word) for name in found)
+
+
+def test_the_shell_completes_files_where_no_name_begins_so(here):
+    (item,) = completions(["distill"], "mine.y")
+    assert (item.value, item.type) == ("mine.y", "file")
+
+
+def test_the_shell_completes_the_labels_of_a_bundle(shipped_bundle):
+    bundle = shipped_bundle("onnx-fp32")
+    first = Bundle.load(bundle).labels[0]
+    arguments = ["classify", "a.png", "--bundle", str(bundle), "--labels"]
+    assert first in [item.value for item in completions(arguments, first[:2])]
+    assert f"dog, {first}" in [item.value for item in completions(arguments, f"dog, {first[:2]}")]
+    assert completions(["classify", "a.png", "--bundle", "nothing", "--labels"], "p") == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_names_the_program(shell):
+    result = run("completion", shell)
+    assert result.exit_code == 0, result.output
+    assert "_EDGECLIP_COMPLETE" in result.stdout
+    assert json.loads(run("completion", shell, "--json").stdout)["shell"] == shell
+
+
+def completions(arguments, word):
+    """What the shell offers for `word` behind these arguments."""
+    return ShellComplete(main, {}, "edgeclip", "_EDGECLIP_COMPLETE").get_completions(
+        [str(a) for a in arguments], word
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,13 +1,13 @@
 """The command line, run in this process."""
 
 
-def run(*arguments):
-    """The command line in this process."""
+def run(*arguments, **settings):
+    """The command line in this process. settings: of click's context, as `terminal_width`."""
     from click.testing import CliRunner
 
     from edgeclip.cli import main
 
-    return CliRunner().invoke(main, [str(a) for a in arguments])
+    return CliRunner().invoke(main, [str(a) for a in arguments], **settings)
 
 
 def mistake(*arguments, says, only_line=True):

@@ -39,7 +39,7 @@ from edgeclip.host.evaluation.scores import evaluate, teacher_features
 from edgeclip.host.recipe import Recipe
 from edgeclip.host.teachers import Teacher
 from edgeclip.host.towers import weights
-from edgeclip.progress import Clock, first, say
+from edgeclip.progress import Clock, is_rank_zero, say
 
 
 def distill(
@@ -56,10 +56,10 @@ def distill(
     check_claim(run, asked, fresh)
     if (run / disk.MANIFEST).exists() and not fresh:
         say(f"{run}: finished already (--fresh starts over)")
-        if roots and first():
+        if roots and is_rank_zero():
             move_data(run, asked)
         mark_latest(run)
-        return load_results(run) if first() else {}
+        return load_results(run) if is_rank_zero() else {}
     keep_freed_memory()
     device = distributed.start(distributed.pick_device(asked.train.device))
     clock = Clock()
@@ -295,7 +295,7 @@ def distill(
     processes = distributed.world_size()
     distributed.barrier()
     distributed.stop()
-    if not first():
+    if not is_rank_zero():
         return {}
     student, head, preprocess, description = students.load(run / "student")
     text = students.load_text(run / "student")

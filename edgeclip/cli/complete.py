@@ -1,0 +1,53 @@
+"""What the shell completes: names of recipes, targets and devices, and the labels of a bundle."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def names(kind: str) -> Completer:
+    """Return a completer for the shipped names of a kind ('recipe', 'target' or 'device').
+
+    Where no name begins so, files are completed: each of them may be a YAML file of one's own.
+    """
+
+    def complete(ctx: click.Context, param: click.Parameter, word: str) -> list[CompletionItem]:
+        from edgeclip import config
+
+        known = [name for name in sorted(config.shipped(kind)) if name.startswith(word)]
+        if not known:
+            return [CompletionItem(word, type="file")]
+        return [CompletionItem(name) for name in known]
+
+    return complete
+
+
+def labels(ctx: click.Context, param: click.Parameter, word: str) -> list[CompletionItem]:
+    """Complete the last of several comma-separated labels from the bundle's baked ones."""
+    from edgeclip.errors import EdgeclipError
+    from edgeclip.reports.store import one_bundle
+
+    try:
+        bundle = one_bundle(_path(ctx.params.get("bundle")))
+        known = json.loads((bundle / "labels.json").read_text(encoding="utf-8"))
+    except (EdgeclipError, OSError, ValueError):
+        return []
+    before, comma, last = word.rpartition(",")
+    start = f"{before}{comma}"
+    space = last[: len(last) - len(last.lstrip())]
+    items = []
+    for label in known:
+        if label.startswith(last.strip()):
+            items.append(CompletionItem(f"{start}{space}{label}"))
+    return items
+
+
+def _path(value: str | Path | None) -> Path | None:
+    if value is None:
+        return None
+    return Path(value)

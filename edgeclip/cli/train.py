@@ -1,0 +1,66 @@
+"""`edgeclip init` and `edgeclip distill`: from a folder of photos to a trained student."""
+
+from pathlib import Path
+
+import click
+
+from edgeclip.cli import tables
+from edgeclip.cli.group import command
+from edgeclip.cli.options import (
+    PATH,
+    data_option,
+    json_option,
+    print_json,
+    recipe_argument,
+    say,
+)
+
+
+@command()
+@click.argument("folder", type=PATH)
+@click.option("--out", type=PATH, help="Path of the recipe.  [default: <folder name>.yaml]")
+@json_option
+def init(folder: Path, out: Path | None, as_json: bool) -> None:
+    """Write a recipe for FOLDER, a folder of photos by class.
+
+    FOLDER has one sub-folder per class; its name is the label.
+
+    \b
+    Example:
+        edgeclip init ~/photos && edgeclip distill photos.yaml
+    """
+    from edgeclip.host.recipe.starter import write_recipe
+
+    path, classes = write_recipe(folder, out)
+    text = f"{path}: {classes} classes; next: edgeclip distill {path}"
+    say(as_json, {"recipe": str(path), "classes": classes}, text)
+
+
+@command()
+@recipe_argument
+@data_option
+@click.option("--out", type=PATH, help="Run folder.  [default: runs/<recipe name>]")
+@click.option("--fresh", is_flag=True, help="Start over instead of resuming.")
+@json_option
+def distill(
+    recipe: Path, roots: tuple[str, ...], out: Path | None, fresh: bool, as_json: bool
+) -> None:
+    """Distill a teacher into a student, as RECIPE describes.
+
+    RECIPE is a name from `edgeclip list recipes`, or a YAML file. A run that was interrupted is
+    resumed by the same command.
+
+    \b
+    Examples:
+        edgeclip distill quickstart
+        torchrun --nproc-per-node 8 -m edgeclip distill recipes/mobile.yaml
+    """
+    from edgeclip.host.distill import run as host
+
+    results = host.distill(recipe, roots, out, fresh)
+    if not results:
+        return  # one of several processes; rank 0 prints
+    if as_json:
+        print_json(results)
+    else:
+        tables.accuracy(results)
