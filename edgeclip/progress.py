@@ -1,6 +1,6 @@
-"""A progress bar with an estimate for every step that may take over two seconds, on stderr; stdout is data.
+"""Progress on stderr: a bar for every step that may take over two seconds. stdout is for results.
 
-Of several processes only the first one speaks (torchrun gives each its RANK).
+Of several processes only rank 0 prints (torchrun gives each its RANK).
 """
 
 import os
@@ -10,59 +10,65 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
+BAR = "{desc:<28} {bar} {n_fmt}/{total_fmt} {remaining}{postfix}"
 
 
 def track(
     items: Iterable[T], what: str, total: int, note: Callable[[], str] | None = None
 ) -> Iterator[T]:
-    """Passes `items` on while it draws; without a terminal it writes one line at the end. note: what else to show."""
+    """Yield `items` while drawing a bar; at the end write one line with the time taken.
+
+    what: the step's name. total: the number of items. note: what else to show. Without a terminal
+    only the line is written.
+    """
     start = time.perf_counter()
     if sys.stderr.isatty() and is_rank_zero():
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            TextColumn(f"{what:<28}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task(what, total=total, note="")
-            for item in items:
-                yield item
-                progress.update(bar, advance=1, note=note() if note else "")
+        yield from _bar(items, what, total, note)
     else:
         yield from items
-    say(
-        f"{what:<28} {total} in {time.perf_counter() - start:.1f} s{f', {said}' if note and (said := note()) else ''}"
-    )
+
+    line = f"{what:<28} {total} in {time.perf_counter() - start:.1f} s"
+    last = ""
+    if note is not None:
+        last = note()
+    if last:
+        line = f"{line}, {last}"
+    say(line)
+
+
+def _bar(
+    items: Iterable[T], what: str, total: int, note: Callable[[], str] | None
+) -> Iterator[T]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, file=sys.stderr, leave=False, bar_format=BAR) as bar:
+        for item in items:
+            yield item
+            if note is not None:
+                bar.set_postfix_str(note(), refresh=False)
+            bar.update()
 
 
 def say(line: str) -> None:
+    """Print a line to stderr, at rank 0."""
     if is_rank_zero():
         print(line, file=sys.stderr, flush=True)
 
 
 def is_rank_zero() -> bool:
-    """Whether this is the process that speaks."""
+    """Return whether this is the process that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class Clock:
-    """Where the time went: each lap adds the seconds since the one before it to a name, so the names add up to all of it."""
+    """Where the time went: each lap adds the seconds since the last one to a name."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """Add the seconds since the last lap to `name`; so all laps add up to all of the time."""
         now = time.perf_counter()
-        self.laps[name], self.last = self.laps.get(name, 0.0) + now - self.last, now
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
+        self.last = now

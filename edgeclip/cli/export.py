@@ -1,18 +1,13 @@
 """`edgeclip export`: a run's student, or any checkpoint, to one or more targets."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
 from edgeclip.cli import tables
 from edgeclip.cli.group import command
-from edgeclip.cli.options import PATH, json_option, label_file, print_json, target_option
-
-if TYPE_CHECKING:
-    from edgeclip.device.manifest import LintRecord
-    from edgeclip.device.target import Target
-    from edgeclip.host.export.source import Source
+from edgeclip.cli.options import PATH, json_option, print_json, target_option
 
 LAYOUTS = ("bundle", "optimum", "open_clip")
 
@@ -31,17 +26,6 @@ class Request(NamedTuple):
     images: Path | None
     image_only: bool
     out: Path | None
-
-
-class Exported(NamedTuple):
-    """What became of one target."""
-
-    target: str
-    image_encoder_mib: float
-    path: str
-    """the bundle, or the folder of another layout"""
-    lint: "LintRecord | None"
-    """what TensorRT's checks said; None: not a TensorRT target"""
 
 
 @command()
@@ -99,24 +83,16 @@ def export(as_json: bool, **options: Any) -> None:
     """
     request = Request(**options)
     check(request)
+    from edgeclip.cli import exporting
+
     if request.layout == "open_clip":
-        path = write_open_clip(request)
-        tables.open_clip(path, as_json)
+        tables.open_clip(exporting.write_open_clip(request), as_json)
         return
-    rows = write(request)
+    rows = exporting.write(request)
     if as_json:
-        print_json([_as_json(row, request.layout) for row in rows])
+        print_json([row.as_json(request.layout) for row in rows])
     else:
         tables.bundles(rows, request.layout)
-
-
-def _as_json(row: Exported, layout: str) -> dict[str, Any]:
-    return {
-        "target": row.target,
-        "image_encoder_mib": row.image_encoder_mib,
-        layout: row.path,
-        "lint": row.lint,
-    }
 
 
 def check(request: Request) -> None:
@@ -154,83 +130,3 @@ def _check_layout(request: Request) -> None:
         raise click.UsageError("--no-head needs --layout optimum")
     if request.vocabulary and request.layout != "bundle":
         raise click.UsageError("--vocabulary needs --layout bundle")
-
-
-def write_open_clip(request: Request) -> Path:
-    """Write the run's student as a folder that open_clip loads, and return it."""
-    from edgeclip.host.export import open_clip
-    from edgeclip.host.export.source import from_run
-    from edgeclip.reports.store import latest_run
-
-    run = latest_run(request.run)
-    folder = request.out or run / "open_clip"
-    return open_clip.write(run, from_run(run), folder / run.name)
-
-
-def write(request: Request) -> list[Exported]:
-    """Export to every target. Raises `EdgeclipError` and `Refused` as `host.export` does."""
-    from edgeclip.device import target as T
-
-    targets = [T.load(name) for name in request.targets]
-    source, home = _source(request)
-    if request.layout == "optimum":
-        _check_optimum(request, source, targets)
-    return [_write_one(request, source, home, name, target) for name, target in targets]
-
-
-def _source(request: Request) -> "tuple[Source, Path]":
-    """(what is exported, the folder that holds a folder for each layout)"""
-    from edgeclip.host.export.source import from_model, from_run, with_vocabulary
-    from edgeclip.reports.store import latest_run
-
-    if request.model and request.weights:
-        labels: list[str] = []
-        if request.labels:
-            labels = label_file(request.labels)
-        text = not request.image_only
-        source = from_model(request.model, request.weights, labels, request.images, text=text)
-        home = Path()
-    else:
-        home = latest_run(request.run)
-        source = from_run(home)
-
-    if request.vocabulary:
-        source = with_vocabulary(source, label_file(request.vocabulary))
-    return source, home
-
-
-def _check_optimum(request: Request, source: "Source", targets: "list[tuple[str, Target]]") -> None:
-    """Before anything is written: can each target be written in this layout?"""
-    from edgeclip.host.export import optimum
-
-    head = source.head
-    if request.no_head:
-        head = None
-    for name, target in targets:
-        optimum.check(target.runtime, source.load_text is not None, head, name)
-
-
-def _write_one(
-    request: Request, source: "Source", home: Path, name: str, target: "Target"
-) -> Exported:
-    from edgeclip.device.manifest import read_manifest
-    from edgeclip.host.export import export as write_bundle
-    from edgeclip.host.export import optimum
-
-    bundles = _folder(request, home, "bundles")
-    if request.out and request.layout == "bundle":
-        bundles = request.out
-    path = write_bundle(source, name, target, bundles / name)
-    manifest = read_manifest(path)
-    if request.layout == "optimum":
-        folder = request.out or _folder(request, home, "optimum")
-        path = optimum.write(path, folder / name, head=not request.no_head)
-    mib = manifest.image_encoder_bytes / 2**20
-    return Exported(name, mib, str(path), manifest.lint)
-
-
-def _folder(request: Request, home: Path, kind: str) -> Path:
-    """RUN/bundles of a run; bundles/MODEL of a model."""
-    if request.model is None:
-        return home / kind
-    return home / kind / request.model.removesuffix(".json").replace("/", "_")

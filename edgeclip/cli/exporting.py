@@ -1,0 +1,96 @@
+"""What `edgeclip export` does between parsing and printing. It imports the host layer."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from edgeclip.cli.export import Request
+from edgeclip.cli.options import label_file
+from edgeclip.device.manifest import LintRecord, read_manifest
+from edgeclip.device.target import Target
+from edgeclip.device.target import load as load_target
+from edgeclip.host.export import export as write_bundle
+from edgeclip.host.export import open_clip, optimum
+from edgeclip.host.export.source import Source, from_model, from_run, with_vocabulary
+from edgeclip.reports.store import latest_run
+
+
+class Exported(NamedTuple):
+    """What became of one target."""
+
+    target: str
+    image_encoder_mib: float
+    path: str
+    """the bundle, or the folder of another layout"""
+    lint: LintRecord | None
+    """what TensorRT's checks said; None: not a TensorRT target"""
+
+    def as_json(self, layout: str) -> dict[str, object]:
+        return {
+            "target": self.target,
+            "image_encoder_mib": self.image_encoder_mib,
+            layout: self.path,
+            "lint": self.lint,
+        }
+
+
+def write_open_clip(request: Request) -> Path:
+    """Write the run's student as a folder that open_clip loads, and return it."""
+    run = latest_run(request.run)
+    folder = request.out or run / "open_clip"
+    return open_clip.write(run, from_run(run), folder / run.name)
+
+
+def write(request: Request) -> list[Exported]:
+    """Export to every target. Raises `EdgeclipError` and `Refused` as `host.export` does."""
+    targets = [load_target(name) for name in request.targets]
+    source, home = _source(request)
+    if request.layout == "optimum":
+        _check_optimum(request, source, targets)
+    return [_write_one(request, source, home, name, target) for name, target in targets]
+
+
+def _source(request: Request) -> tuple[Source, Path]:
+    """(what is exported, the folder that holds a folder for each layout)"""
+    if request.model and request.weights:
+        labels: list[str] = []
+        if request.labels:
+            labels = label_file(request.labels)
+        text = not request.image_only
+        source = from_model(request.model, request.weights, labels, request.images, text=text)
+        home = Path()
+    else:
+        home = latest_run(request.run)
+        source = from_run(home)
+
+    if request.vocabulary:
+        source = with_vocabulary(source, label_file(request.vocabulary))
+    return source, home
+
+
+def _check_optimum(request: Request, source: Source, targets: list[tuple[str, Target]]) -> None:
+    """Before anything is written: can each target be written in this layout?"""
+    head = source.head
+    if request.no_head:
+        head = None
+    for name, target in targets:
+        optimum.check(target.runtime, source.load_text is not None, head, name)
+
+
+def _write_one(request: Request, source: Source, home: Path, name: str, target: Target) -> Exported:
+    bundles = _folder(request, home, "bundles")
+    if request.out and request.layout == "bundle":
+        bundles = request.out
+    path = write_bundle(source, name, target, bundles / name)
+    manifest = read_manifest(path)
+    if request.layout == "optimum":
+        folder = request.out or _folder(request, home, "optimum")
+        path = optimum.write(path, folder / name, head=not request.no_head)
+    mib = manifest.image_encoder_bytes / 2**20
+    return Exported(name, mib, str(path), manifest.lint)
+
+
+def _folder(request: Request, home: Path, kind: str) -> Path:
+    """RUN/bundles of a run; bundles/MODEL of a model."""
+    if request.model is None:
+        return home / kind
+    return home / kind / request.model.removesuffix(".json").replace("/", "_")
