@@ -132,7 +132,7 @@ def attach(
                 "use a tower of separate layers, or leave it out",
             )
         parametrize.register_parametrization(
-            module, "weight", FakeQuantizeWeight(63 if quantization.reduce_range else 127)
+            module, "weight", FakeQuantizeWeight(64 if quantization.reduce_range else 127)
         )
         module.input_rounding = rounding(node.input[0])
         module.register_forward_pre_hook(lambda m, x: (m.input_rounding(x[0]), *x[1:]))
