@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 
 TEACHERS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
@@ -153,14 +154,14 @@ def worker(way: str, model: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--teacher", action="append", default=[], choices=TEACHERS, help="only this one; may be repeated  [default: all three]")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(options.worker[0], options.worker[1], Path(options.worker[2]))
         return
-    here = compare.this_machine()
+    here = common.this_machine()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     models = tuple(options.teacher) or (TEACHERS[:1] if options.quick else TEACHERS)
     with tempfile.TemporaryDirectory() as name:
@@ -192,7 +193,7 @@ def report(rounds: list[dict[str, Any]], models: tuple[str, ...], here: dict[str
             shown[5:] = [str(ratio), f"{cost:.0f}", f"{even:.1f}"]
         rows.append(shown)
         figures[n] = row
-    compare.table(rows, ["way", "s/1000", "CPU s/1000", "memory MiB", "beyond (c)", "/ (b), wall", "cache, s/1000", "break-even"])
+    common.table(rows, ["way", "s/1000", "CPU s/1000", "memory MiB", "beyond (c)", "/ (b), wall", "cache, s/1000", "break-even"])
     over = compare.interval(compare.ratios(rounds, "cache", "none", "wall"))
     print(f"(b)/(c) in wall time: {over}")
     required = [compare.judge("(b)/(c), CPU seconds", compare.ratios(rounds, "cache", "none", "cpu"), at_most=1.08)]
@@ -202,7 +203,7 @@ def report(rounds: list[dict[str, Any]], models: tuple[str, ...], here: dict[str
             compare.judge(f"(a)/(b), wall time, {LARGEST}", compare.ratios(rounds, large, "cache", "wall"), at_least=8),
             compare.exact(f"memory beyond (c), (a)/(b), {LARGEST}", (memory[large] - memory["none"]) / b, at_least=9),
         ]
-    compare.finish({"benchmark": "cache", "ways": figures, "cache_over_none_wall": over._asdict()}, required, here, options)
+    common.finish({"benchmark": "cache", "ways": figures, "cache_over_none_wall": over._asdict()}, required, here, options)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 
 MODEL = "MobileCLIP2-S0"
@@ -104,7 +105,7 @@ def commands(work: Path) -> dict[str, list[str]]:
 
 
 def measure(work: Path, options: Any) -> None:
-    here = compare.this_machine()
+    here = common.this_machine()
     sides = commands(work)
     first = {name: run(command) for name, command in sides.items()}
     ranked = {name: ranking(result["answer"]) for name, result in first.items()}
@@ -120,8 +121,8 @@ def measure(work: Path, options: Any) -> None:
         figures[name] = {f: compare.interval(compare.column(rounds, name, f))._asdict() for f in ("seconds", "seconds_to_exit", "memory_mib")}
         seconds, ended, memory = (compare.interval(compare.column(rounds, name, f)) for f in ("seconds", "seconds_to_exit", "memory_mib"))
         rows.append([name, str(seconds), f"{ended.median:.3g}", f"{memory.median:.0f}", seconds.n, ", ".join(ranked[name][:2])])
-    compare.table(rows, ["cold start", "s to the answer (95 %)", "s to exit", "peak MiB", "runs", "first answers"])
-    small = compare.this_process_mib()
+    common.table(rows, ["cold start", "s to the answer (95 %)", "s to exit", "peak MiB", "runs", "first answers"])
+    small = common.this_process_mib()
     assert all(figures[name]["memory_mib"]["median"] > small for name in sides), f"this process ({small:.0f} MiB) hides its children's memory"
     required = [
         compare.judge("times as fast as open_clip", compare.ratios(rounds, torch_, ours, "seconds"), at_least=12),
@@ -129,13 +130,13 @@ def measure(work: Path, options: Any) -> None:
         compare.judge("of the bare script's time", compare.ratios(rounds, ours, bare, "seconds"), at_most=1.4),
         compare.judge("of the bare script's memory", compare.ratios(rounds, ours, bare, "memory_mib"), at_most=1.4),
     ]
-    compare.finish(
+    common.finish(
         {"benchmark": "cold_start", "cold_start": figures, "same_first_answer_as_open_clip": ranked[ours][0] == ranked[torch_][0]}, required, here, options
     )
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--work", type=Path, help="folder that keeps checkpoint and bundle  [default: a temporary one]")
     parser.add_argument("--prepare", type=Path, help="internal: only make pictures, labels and checkpoint in this folder")
     options = parser.parse_args()

@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 
 SIZES = {"224 px": (224, 224), "12 megapixels": (4000, 3000)}
@@ -155,13 +156,13 @@ def threads(name: str, files: list[bytes], count: int, n: int) -> dict[str, floa
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--peer", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:
         worker(options.peer[0], Path(options.peer[1]))
         return
-    here = compare.this_machine()
+    here = common.this_machine()
     with tempfile.TemporaryDirectory() as folder:
         for name, size in SIZES.items():
             (Path(folder) / name).mkdir()
@@ -189,16 +190,16 @@ def measure(folder: Path, here: dict[str, Any], options: argparse.Namespace) -> 
         least = 4.0 if size == "12 megapixels" else 1.0
         for p in DEFAULTS:
             required.append(compare.judge(f"{size}: edgeclip / {p}", compare.ratios(rounds, "edgeclip", p, "per_second"), at_least=least))
-    compare.table(rows, ["JPEG", "pipeline", "images a second and core (95 %)", "edgeclip / this (95 %)", "most: an eighth / this (95 %)"])
+    common.table(rows, ["JPEG", "pipeline", "images a second and core (95 %)", "edgeclip / this (95 %)", "most: an eighth / this (95 %)"])
     files = load(folder)
     bits = {size: 8 * sum(map(len, files[size])) / (len(files[size]) * SIZES[size][0] * SIZES[size][1]) for size in SIZES}
     print("bits a pixel:", ", ".join(f"{size} {b:.2f}" for size, b in bits.items()), end="\n\n")
     both = {size: {n: threads(size, files[size], 20 * counts[size], n) for n in (1, 2)} for size in SIZES}
-    compare.table(
+    common.table(
         [[size, n, f"{found['per_second']:.4g}", f"{found['cores']:.2f}"] for size, of in both.items() for n, found in of.items()],
         ["JPEG, through training's stream", "threads", "images a second, wall time", "cores busy"],
     )
-    compare.finish({"benchmark": "data", "bits_per_pixel": bits, **figures, "threads": both}, required, here, options)
+    common.finish({"benchmark": "data", "bits_per_pixel": bits, **figures, "threads": both}, required, here, options)
 
 
 if __name__ == "__main__":

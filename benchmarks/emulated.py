@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 import msgspec
 import numpy as np
@@ -45,7 +46,7 @@ def observed(name: str, cpu: str | None, bundles: list[Bundle], evaluation: Eval
 
 
 def measure(run: Path, options: Any) -> None:
-    here = compare.this_machine()
+    here = common.this_machine()
     evaluation = load_evaluation(run / "evaluation", QUICK if options.quick else PHOTOS)
     bundles = [Bundle.load(run / "bundles" / t, check=True) for t in TARGETS]
     x86, _ = observed("loopback", None, bundles, evaluation)
@@ -64,7 +65,7 @@ def measure(run: Path, options: Any) -> None:
             "other_answer": int(unlike.sum()), "other_answer_by_margin": int((unlike & (margin >= MARGIN)).sum()), "closer_than_margin": int((margin < MARGIN).sum()),
         }  # fmt: skip
         rows.append([name, *(figures[name][k] for k in figures[name])])
-    compare.table(
+    common.table(
         rows,
         [
             "bundle",
@@ -82,11 +83,11 @@ def measure(run: Path, options: Any) -> None:
         compare.exact("onnx-int8-arm: other answers by 1e-3 or more", figures["onnx-int8-arm"]["other_answer_by_margin"], at_most=0),
         compare.exact("dot-product seen on cortex-a76, not on cortex-a72", float("asimddp" in facts["isa"] and "asimddp" not in without["isa"]), at_least=1),
     ]
-    compare.finish({"benchmark": "emulated", "bundles": figures, "isa": {"cortex-a76": facts["isa"], "cortex-a72": without["isa"]}}, required, here, options)
+    common.finish({"benchmark": "emulated", "bundles": figures, "isa": {"cortex-a76": facts["isa"], "cortex-a72": without["isa"]}}, required, here, options)
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/latest"), help="a finished run with its bundles  [default: runs/latest]")
     options = parser.parse_args()
     try:

@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 
 from edgeclip import device as D
@@ -37,7 +38,7 @@ PEAK = "\nimport re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/statu
 
 
 def measure(run: Path, options: Any) -> None:
-    here = compare.this_machine()
+    here = common.this_machine()
     figures: dict[str, Any] = {}
     rows = []
     for name, facts in PLATFORMS.items():
@@ -53,7 +54,7 @@ def measure(run: Path, options: Any) -> None:
                 ", ".join("-".join(w.name.split("-")[:2]) for w in wheels),
             ]
         )
-    compare.table(rows, ["platform", "wheels", "MiB", "unpacked MiB", ""])
+    common.table(rows, ["platform", "wheels", "MiB", "unpacked MiB", ""])
     own = runner.device_layer()
     print(f"the device layer itself: {len(own) / 1024:.0f} KiB\n")
     folder = next(p for n in ("onnx-int8", "onnx-int8-arm", "onnx-fp32") if (p := run / "bundles" / n).is_dir())
@@ -74,12 +75,12 @@ def measure(run: Path, options: Any) -> None:
             peaks.append(int(done.stdout) / 1024)
         figures[what] = {"seconds": compare.interval(laps)._asdict(), "peak_mib": compare.interval(peaks)._asdict()}
         rows.append([what, str(compare.interval(laps)), f"{compare.interval(peaks).median:.0f}"])
-    compare.table(rows, [f"fresh process, {folder.name}", f"s, median of {RUNS} (95 %)", "peak MiB"])
+    common.table(rows, [f"fresh process, {folder.name}", f"s, median of {RUNS} (95 %)", "peak MiB"])
     print(json.dumps({"benchmark": "footprint", **figures, "device_layer_bytes": len(own), "machine": here}))
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/latest"), help="a finished run with its bundles  [default: runs/latest]")
     options = parser.parse_args()
     measure(options.run, options)

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 import numpy as np
 
@@ -66,7 +67,7 @@ def harness_alone(options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         all_in.append(1e6 * (time.perf_counter() - before) / (len(latencies) + WARM_UP))
         seen.append(1e6 * float(np.median(latencies)))
     figures = {"query_us": compare.interval(all_in), "latency_us": compare.interval(seen)}
-    compare.table(
+    common.table(
         [["a query, all in", str(figures["query_us"])], ["seen as latency", str(figures["latency_us"])]],
         ["harness", f"microseconds, median of {RUNS} runs of {queries:,} queries (95 %)"],
     )
@@ -112,7 +113,7 @@ def within(what: str, ratios: list[float], share: float) -> list[dict[str, Any]]
 
 
 def measure(run: Path, options: Any) -> None:
-    here = compare.this_machine()
+    here = common.this_machine()
     figures, required = harness_alone(options)
     queries = QUICK if options.quick else QUERIES
     names = ["onnx-fp32", next(n for n in ("openvino-fp16", "openvino-int8") if (run / "bundles" / n).is_dir())]
@@ -156,12 +157,12 @@ def measure(run: Path, options: Any) -> None:
         rows.append([ours, theirs, str(ms[0]), str(ms[1]), str(compare.interval(ratios))])
         figures[f"{ours} / {theirs}"] = compare.interval(ratios)._asdict()
         required += within(f"{ours} / {theirs}", ratios, share)
-    compare.table(rows, ["bench", "beside", "p50 ms (95 %)", "its p50 ms (95 %)", "ratio within a round (95 %)"])
-    compare.finish({"benchmark": "harness", "queries": queries, **figures}, required, here, options)
+    common.table(rows, ["bench", "beside", "p50 ms (95 %)", "its p50 ms (95 %)", "ratio within a round (95 %)"])
+    common.finish({"benchmark": "harness", "queries": queries, **figures}, required, here, options)
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/latest"), help="a finished run with its bundles  [default: runs/latest]")
     parser.add_argument("--worker", type=Path, metavar="BUNDLE", help="internal: be the process of one bundle")
     options = parser.parse_args()

@@ -32,6 +32,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 import numpy as np
 
@@ -251,7 +252,7 @@ def measure(name: str, photos: list[Any], options: Any) -> tuple[dict[str, Any],
             rows.append([e, *times, f"{f['bytes'] / 2**20:.1f}", f"{f['centred_cosine_p1']:.4f}", same, right])
         heads = [h for t in options.threads for h in (f"ms, {t} thread(s)", "times torch")]
         print(f"{label}, batch 1")
-        compare.table(rows, ["engine", *heads, "MiB", "centred cosine p1", "top-1 agreement", "R@1"])
+        common.table(rows, ["engine", *heads, "MiB", "centred cosine p1", "top-1 agreement", "R@1"])
     return figures, required
 
 
@@ -259,7 +260,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         work(Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
         return
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--pictures", type=Path, required=True, help="a folder of photos, or a WebDataset shard, for calibration and closeness")
     parser.add_argument("--model", action="append", default=[], help="an open_clip model with random weights; may be repeated")
     parser.add_argument("--run", action="append", default=[], type=Path, help="a finished run; may be repeated")
@@ -269,13 +270,13 @@ def main() -> None:
     options.threads = options.threads or [1]
     from edgeclip.pictures import index_folder, index_tar
 
-    here = compare.this_machine()
+    here = common.this_machine()
     photos = index_tar(options.pictures) if options.pictures.suffix == ".tar" else index_folder(options.pictures)
     figures, required = {}, []
     for name in [*options.model, *map(str, options.run)]:
         figures[Path(name).name], more = measure(name, photos, options)
         required += more
-    compare.finish({"benchmark": "int8", "models": figures}, required, here, options)
+    common.finish({"benchmark": "int8", "models": figures}, required, here, options)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 
 from edgeclip.errors import EdgeclipError
@@ -108,7 +109,7 @@ def encoder_bytes(run: Path) -> dict[str, int]:
 
 
 def measure(run: Path, options: Any) -> None:
-    here = compare.this_machine()
+    here = common.this_machine()
     sizes = encoder_bytes(run)
     rounds, queries = (compare.MIN_PAIRS, 5) if options.quick else (2 * compare.MIN_PAIRS, 20)
     engines = (TORCH, CHANNELS_LAST, *BUNDLES)
@@ -140,15 +141,15 @@ def measure(run: Path, options: Any) -> None:
                 None if size is None else f"{size / sizes['onnx-fp32']:.3f}",
             ]
         )
-    compare.table(rows, ["engine", "version", "ms (95 %)", "times as fast as torch", "cosine", "encoder bytes", "of onnx-fp32's"])
+    common.table(rows, ["engine", "version", "ms (95 %)", "times as fast as torch", "cosine", "encoder bytes", "of onnx-fp32's"])
     print(f"batch 1, one thread, {rounds} rounds of {queries} queries an engine after {WARM_UP} for warm-up; run {run.resolve()}\n")
     required = [compare.judge(f"{e}: times as fast as {TORCH}", compare.ratios(results, TORCH, e), at_least=1.3) for e in INT8]
     required += [compare.exact(f"{e}: of onnx-fp32's image encoder bytes", sizes[e] / sizes["onnx-fp32"], at_most=0.3) for e in INT8]
-    compare.finish({"benchmark": "latency", "run": str(run.resolve()), "engines": figures}, required, here, options)
+    common.finish({"benchmark": "latency", "run": str(run.resolve()), "engines": figures}, required, here, options)
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/latest"), help="a finished run with its bundles  [default: runs/latest]")
     parser.add_argument("--worker", metavar="ENGINE", help="internal: be one engine's process")
     options = parser.parse_args()

@@ -35,6 +35,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import common
 import compare
 import methods_table
 import msgspec
@@ -272,7 +273,7 @@ def quick(roots: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--frozen", action="store_true", help="the rows on frozen tower features")
     parser.add_argument("--full", action="store_true", help="the rows with every weight trained")
     parser.add_argument("--small", action="store_true", help="the same with the student at 80 px")
@@ -284,7 +285,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     parser.add_argument("--write", action="store_true", help="put the log's tables into docs/results.md")
     options = parser.parse_args()
-    here = compare.this_machine()
+    here = common.this_machine()
     roots = tuple(options.data)
     required = quick(roots, options.cache) if options.quick else []
     for regime in EPOCHS:
@@ -296,7 +297,7 @@ def main() -> None:
         print(text)
         if options.write:
             methods_table.put(text, LOG.parent / "results.md")
-    compare.finish({}, required, here, options)
+    common.finish({}, required, here, options)
 
 
 if __name__ == "__main__":

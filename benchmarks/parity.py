@@ -12,6 +12,7 @@ agreement on those is 1 - lost / right. A run counts by its headline sets only: 
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 
 from edgeclip import disk
@@ -28,11 +29,11 @@ def counted(name: str, target: str, reports: list[dict[str, Any]]) -> dict[str, 
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--run", action="append", type=Path, required=True, help="a run that was exported and validated; several are pooled")
     parser.add_argument("--device", default="host-cpu")
     options = parser.parse_args()
-    here = compare.this_machine()
+    here = common.this_machine()
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for run in options.run:
         for path in sorted((run / "reports").glob(f"*.{options.device}.parity.json")):
@@ -46,14 +47,14 @@ def main() -> None:
             rows.append(counted("pooled", target, list(reports.values())))
     shown = {"target": "", "runs": "", "pictures": "", "float32_r1": ".4f", "target_r1": ".4f", "drop_pp": ".2f", "upper_pp": ".2f", "kept": ".4f"}
     cells = [[format(row[c], form) for c, form in shown.items()] for row in rows]
-    compare.table(cells, ["target", "run", "pictures", "R@1 float32", "R@1 target", "drop, pp", "95 % limit, pp", "same answer where float32 is right"])
+    common.table(cells, ["target", "run", "pictures", "R@1 float32", "R@1 target", "drop, pp", "95 % limit, pp", "same answer where float32 is right"])
     required = []
     for row in rows:
         if row["runs"] == "pooled" or len(options.run) == 1:
             required.append(compare.exact(f"{row['target']}, {row['runs']}: drop, pp", row["drop_pp"], n=row["pictures"], at_most=0.5))
             required.append(compare.exact(f"{row['target']}, {row['runs']}: its 95 % limit, pp", row["upper_pp"], n=row["pictures"], at_most=1.0))
             required.append(compare.exact(f"{row['target']}, {row['runs']}: kept where float32 is right", row["kept"], n=row["pictures"], at_least=0.98))
-    compare.finish({"rows": rows}, required, here, options)
+    common.finish({"rows": rows}, required, here, options)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -81,10 +82,10 @@ def score(results: dict[str, Any], name: str, model: str, k: str) -> float:
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--reuse", action="store_true", help="take or resume the runs that lie there")
     options = parser.parse_args()
-    here = compare.this_machine()
+    here = common.this_machine()
     seeds = SEEDS[:1] if options.quick else SEEDS
     with latest_kept():
         runs = {seed: distilled(seed, not options.reuse) for seed in seeds}
@@ -94,7 +95,7 @@ def main() -> None:
             scores = {k: [score(r, name, model, k) for r in runs.values()] for k in ("r1", "r5")}
             means[f"{name}, {model}"] = {k: statistics.mean(v) for k, v in scores.items()}
             rows.append([name, model, *(f"{v:.3f}" for v in scores["r1"]), *(f"{statistics.mean(scores[k]):.3f}" for k in ("r1", "r5"))])
-    compare.table(rows, ["set", "model", *(f"R@1 seed {s}" for s in seeds), "mean R@1", "mean R@5"])
+    common.table(rows, ["set", "model", *(f"R@1 seed {s}" for s in seeds), "mean R@1", "mean R@5"])
     each = {seed: score(r, HELD_OUT, "student", "r1") / score(r, HELD_OUT, "teacher", "r1") for seed, r in runs.items()}
     ratio = means[f"{HELD_OUT}, student"]["r1"] / means[f"{HELD_OUT}, teacher"]["r1"]
     macs = max(r["models"]["student"]["macs"] / r["models"]["teacher"]["macs"] for r in runs.values())
@@ -105,7 +106,7 @@ def main() -> None:
         required[0]["verdict"] = "not resolved"
     required.append(compare.exact("student's MACs of the teacher's", macs, n=len(seeds), at_most=1 / 6))
     seconds = {seed: sum(r["seconds"].values()) for seed, r in runs.items()}
-    compare.finish(
+    common.finish(
         {
             "benchmark": "quickstart_seeds",
             "seeds": list(seeds),

@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 import methods
 import methods_table
@@ -90,12 +91,12 @@ def gains(name: str, r: str) -> np.ndarray:
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--data", action="append", default=[], help="NAME=DIR")
     parser.add_argument("--sets", nargs="+", choices=CHOOSE, default=list(CHOOSE), help="one of them: its runs alone, without the choice")
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     options = parser.parse_args()
-    here = compare.this_machine()
+    here = common.this_machine()
     names = list(READINGS)[: 3 if options.quick else None]
     for name in options.sets:
         runs(name, names, tuple(options.data), options.cache)
@@ -112,12 +113,12 @@ def main() -> None:
             half = stats.t.ppf(0.975, len(g) - 1) * g.std(ddof=1) / np.sqrt(len(g))
             row.append("" if r == DEFAULT else f"{g.mean():+.1f} ({g.mean() - half:+.1f} to {g.mean() + half:+.1f})")
         rows.append(row)
-    compare.table(rows, ["reading", *(f"{name}, validation: gain over the default, pp (95 % t)" for name in CHOOSE)])
+    common.table(rows, ["reading", *(f"{name}, validation: gain over the default, pp (95 % t)" for name in CHOOSE)])
     check = 100 * gains(CHECK, best)
     print(
         f"best on the two: {best}; on {CHECK}'s held-out concepts it gains {check.mean():+.1f} pp R@1 over the default ({', '.join(f'{g:+.1f}' for g in check)})"
     )
-    compare.finish({"best": best, "check_gain_pp": check.tolist()}, [], here, options)
+    common.finish({"best": best, "check_gain_pp": check.tolist()}, [], here, options)
 
 
 if __name__ == "__main__":

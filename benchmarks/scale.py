@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import common
 import compare
 
 SIZES = (10**4, 10**6, 10**8)
@@ -143,14 +144,14 @@ def warm_rows(folder: Path, n: int) -> list[float]:
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--folder", type=Path, help="where the files go, and are deleted  [default: a temporary folder]")
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.size:
         print(json.dumps(one_size(options.folder, options.size)))
         return
-    here = compare.this_machine()
+    here = common.this_machine()
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))  # the usual one
     try:
@@ -166,11 +167,11 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     rows = [[f"{f['pictures']:,}", f["files"], *(f"{f[k]:.3g}" for k in ("open_s", "batch_ms", "epoch_s", "anonymous_mib"))] for f in found]
-    compare.table(rows, ["pictures x 2 views", "files", "open, s", f"shuffled batch of {BATCH:,}, ms", "epoch's order, s", "anonymous memory, MiB"])
+    common.table(rows, ["pictures x 2 views", "files", "open, s", f"shuffled batch of {BATCH:,}, ms", "epoch's order, s", "anonymous memory, MiB"])
     required = [compare.exact(f"seconds to open {f['pictures']:,}", f["open_s"], at_most=1.0) for f in found]
     required += [compare.exact(f"MiB above imports at {f['pictures']:,}", f["anonymous_mib"], at_most=200.0) for f in found]
     required.append(compare.judge(f"numpy take / cache, time, {n_warm:,} warm rows", ratios, at_least=0.5))
-    compare.finish({"benchmark": "scale", "sizes": found, "take_over_cache": compare.interval(ratios)._asdict()}, required, here, options)
+    common.finish({"benchmark": "scale", "sizes": found, "take_over_cache": compare.interval(ratios)._asdict()}, required, here, options)
 
 
 if __name__ == "__main__":

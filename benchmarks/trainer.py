@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 import numpy as np
 
@@ -215,7 +216,7 @@ WORKERS = {"open_clip": with_open_clip, "edgeclip": with_edgeclip, "cache": lamb
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--teacher", help="an open_clip model  [default: ViT-L-14; ViT-B-32 with --quick]")
     parser.add_argument("--open-clip-python", default=sys.executable, help="the interpreter of an environment that open_clip_train runs in")
     parser.add_argument("--worker", choices=list(WORKERS))
@@ -225,7 +226,7 @@ def main() -> None:
     if options.worker:
         print(json.dumps(WORKERS[options.worker](model, options.folder)))
         return
-    here = compare.this_machine()
+    here = common.this_machine()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_shards(folder / "shards")
@@ -249,7 +250,7 @@ def main() -> None:
         found = {f: compare.interval(compare.column(rounds, who, f)) for f in ("pictures_per_second", "steps_mib", "peak_mib")}
         figures[who] = {f: value._asdict() for f, value in found.items()}
         rows.append([who, f"{found['pictures_per_second'].median:.2f}", *(f"{found[f].median:.0f}" for f in ("steps_mib", "peak_mib"))])
-    compare.table(rows, [f"{model} to {STUDENT}", "pictures/s", "MiB in its steps", "MiB at its peak"])
+    common.table(rows, [f"{model} to {STUDENT}", "pictures/s", "MiB in its steps", "MiB at its peak"])
     faster = compare.interval(compare.ratios(rounds, "edgeclip", "open_clip", "pictures_per_second")).median
     smaller = compare.interval(compare.ratios(rounds, "open_clip", "edgeclip", "steps_mib")).median
     slow, fast = (BATCH * STEPS / figures[who]["pictures_per_second"]["median"] for who in ("open_clip", "edgeclip"))
@@ -258,7 +259,7 @@ def main() -> None:
     print(
         f"edgeclip: {faster:.2f} times as fast, {smaller:.2f} times less memory in its steps; its cache took {built['seconds']:.0f} s and {built['peak_mib']:.0f} MiB, made good after {even and round(even, 2)} epochs"
     )
-    compare.finish(figures, [], here, options)
+    common.finish(figures, [], here, options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""A run of seconds for the smoke forms: generated shapes, a random teacher, a random student, its bundles.
+
+It teaches nothing and its figures mean nothing. It is made by edgeclip's own `distill` and `export`, so that a benchmark
+that runs on it meets the files that it will meet on a real run.
+"""
+
+import io
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from edgeclip import disk
+
+PARTS = {"train": 96, "val": 24, "test": 24}
+RECIPE = """
+data: {kind: webdataset, name: shapes, root: ROOT, licence: generated}
+teacher:
+  kind: open_clip
+  model: tiny
+  weights: random
+  config:
+    embed_dim: 32
+    vision_cfg: {image_size: 32, layers: 1, width: 32, head_width: 16, patch_size: 16}
+    text_cfg: {context_length: 16, vocab_size: 49408, width: 16, heads: 2, layers: 1}
+views: {count: 1}
+student:
+  tower: {kind: timm, model: test_efficientnet, weights: random, image_size: 32}
+  projector_hidden: null
+losses: {kl: {weight: 1}}
+train: {warmup_steps: 0, epochs: 1, batch_size: 32, device: cpu, threads: 1}
+text_encoder: false
+bench: {min_duration_s: 0.1, min_query_count: 10}
+"""
+CHILD = "import sys, toy; from pathlib import Path; toy.distill_and_export(Path(sys.argv[1]), sys.argv[2:])"
+
+
+def write_shards(folder: Path) -> None:
+    """Write shapes in CLIP_benchmark's layout below `folder`: a tar for each of PARTS, class names, templates."""
+    from edgeclip.data import shapes
+
+    rng = random.Random(0)
+    for part, count in PARTS.items():
+        with disk.new_file(folder / part / "0.tar") as temporary, tarfile.open(temporary, "w") as tar:
+            for i in range(count):
+                label = i % len(shapes.CLASSES)
+                jpeg = io.BytesIO()
+                shapes.draw(label, rng).save(jpeg, "JPEG", quality=92)
+                add_member(tar, f"{i:05d}.jpg", jpeg.getvalue())
+                add_member(tar, f"{i:05d}.cls", str(label).encode())
+    disk.write_text(folder / "classnames.txt", "\n".join(shapes.CLASSES) + "\n")
+    disk.write_text(folder / "zeroshot_classification_templates.txt", "a {c}\n")
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Append a file of that name and content to `tar`."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def small_calibration(name: str):
+    """Return the shipped target of that name, for few pictures and a student of random weights.
+
+    What calibration and search ask of a form is let go of: random weights answer every picture almost alike.
+    """
+    import msgspec
+
+    from edgeclip import target as T
+
+    target = T.load(name)[1]
+    if target.calibration is None:
+        return target
+    calibration = T.Calibration(
+        pictures=32, judged_on=16, methods=("minmax",), smoothing=(None,), probe_layers=0, min_int8_share=0.0, min_speedup=0.0
+    )
+    tolerance = T.Tolerance(centred_cosine_p1=0.0, top1_agreement=0.0, accuracy_drop_pp=100.0)
+    return msgspec.structs.replace(target, calibration=calibration, tolerance=tolerance)
+
+
+def distill_and_export(folder: Path, targets: list[str]) -> None:
+    """Distil RECIPE into `folder`/runs/toy and export it to each of `targets`; the working folder becomes `folder`."""
+    from edgeclip.distill.run import distill
+    from edgeclip.export import export
+    from edgeclip.export.source import from_run
+
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    write_shards(folder / "shapes")
+    recipe = folder / "toy.yaml"
+    recipe.write_text(RECIPE.replace("ROOT", str(folder / "shapes")), encoding="utf-8")
+    run = folder / "runs" / "toy"
+    distill(recipe, out=run)
+    source = from_run(run)
+    for name in targets:
+        export(source, name, small_calibration(name), run / "bundles" / name)
+
+
+def run(folder: Path, targets: tuple[str, ...]) -> Path:
+    """Make the toy run below `folder` in a process of its own, so that the measuring one stays small; return its folder."""
+    command = [sys.executable, "-c", CHILD, str(folder.resolve()), *targets]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=Path(__file__).parent, env=environment, check=True, stdout=sys.stderr)
+    return folder.resolve() / "runs" / "toy"
