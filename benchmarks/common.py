@@ -9,16 +9,20 @@ installed, with a line that says how to get it.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import resource
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import compare
+import toy
 from tabulate import tabulate
 
 from edgeclip import disk, machine
@@ -40,16 +44,42 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def run_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --run: the finished run that is measured; the smoke form makes a toy one where it is not given."""
+    what = "a finished run with its bundles  [default: runs/latest; with --smoke a toy run]"
+    parser.add_argument("--run", type=Path, help=what)
+
+
+@contextlib.contextmanager
+def measured_run(options: argparse.Namespace, targets: tuple[str, ...], *, validated: bool = False) -> Iterator[Path]:
+    """Yield the folder of the run that is measured: --run, the newest one, or a toy run exported to `targets`.
+
+    validated: the toy run is to have its parity reports.
+    """
+    if options.run or options.form != SMOKE:
+        yield (options.run or Path("runs/latest")).resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="edgeclip-toy-") as folder:
+        yield toy.run(Path(folder), targets, validated=validated)
+
+
 def require(install: str, *, module: str | None = None, program: str | None = None) -> None:
     """Leave with EXIT_UNAVAILABLE where the optional module or program is not installed; `install` says how to get it."""
     missing = None
     if module and importlib.util.find_spec(module) is None:
         missing = module
-    if program and shutil.which(program) is None:
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    if program and shutil.which(program, path=path) is None:
         missing = program
     if missing:
         print(f"{missing} is not installed: {install}", file=sys.stderr)
         sys.exit(EXIT_UNAVAILABLE)
+
+
+def require_board() -> None:
+    """Leave with EXIT_UNAVAILABLE where a board of edgeclip's own (loopback) cannot be had."""
+    require("apt install openssh-server", program="sshd")
+    require("pip install 'edgeclip[ssh]'", module="asyncssh")
 
 
 def this_machine() -> dict[str, Any]:

@@ -30,7 +30,7 @@ from edgeclip.remote.board import Board
 from edgeclip.validate import Evaluation, Observed, decide, load_evaluation
 
 VERSION = "onnxruntime==1.26.0"
-PHOTOS, QUICK = 200, 24
+PHOTOS = {"whole": 200, "quick": 24, "smoke": 4}
 MARGIN = 1e-3
 TARGETS = ("onnx-fp32", "onnx-int8-arm")
 
@@ -47,7 +47,7 @@ def observed(name: str, cpu: str | None, bundles: list[Bundle], evaluation: Eval
 
 def measure(run: Path, options: Any) -> None:
     here = common.this_machine()
-    evaluation = load_evaluation(run / "evaluation", QUICK if options.quick else PHOTOS)
+    evaluation = load_evaluation(run / "evaluation", PHOTOS[options.form])
     bundles = [Bundle.load(run / "bundles" / t, check=True) for t in TARGETS]
     x86, _ = observed("loopback", None, bundles, evaluation)
     arm, facts = observed("arm64-emulated", "cortex-a76", bundles, evaluation)
@@ -88,10 +88,14 @@ def measure(run: Path, options: Any) -> None:
 
 def main() -> None:
     parser = common.arguments(__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/latest"), help="a finished run with its bundles  [default: runs/latest]")
+    common.run_argument(parser)
     options = parser.parse_args()
+    common.require_board()
+    common.require("apt install qemu-user-static", program="qemu-aarch64-static")
+    common.require("apt install debootstrap", program="debootstrap")
     try:
-        measure(options.run, options)
+        with common.measured_run(options, TARGETS) as run:
+            measure(run, options)
     except EdgeclipError as e:
         sys.exit(f"Error: {e}")
 

@@ -33,8 +33,10 @@ from edgeclip.errors import EdgeclipError
 
 TORCH, CHANNELS_LAST = "torch fp32", "torch fp32, channels_last"
 BUNDLES = ("onnx-fp32", "onnx-int8", "openvino-int8")
-INT8 = BUNDLES[1:]
+SMOKE_BUNDLES = BUNDLES[:2]
 WARM_UP = 30
+ROUNDS = {"whole": 2 * compare.MIN_PAIRS, "quick": compare.MIN_PAIRS, "smoke": 2}
+QUERIES = {"whole": 20, "quick": 5, "smoke": 2}
 
 
 def torch_student(run: Path, channels_last: bool) -> tuple[Callable[[], Any], str]:
@@ -93,14 +95,14 @@ def work(engine: str, run: Path) -> None:
     compare.serve(answer)
 
 
-def encoder_bytes(run: Path) -> dict[str, int]:
+def encoder_bytes(run: Path, bundles: tuple[str, ...]) -> dict[str, int]:
     """Of each bundle's image encoder. Stops where a bundle is missing or was made from another student."""
     from edgeclip import disk
 
     disk.read_manifest(run, "run")
     student = disk.sha256(run / "student" / disk.MANIFEST)
     found = {}
-    for name in BUNDLES:
+    for name in bundles:
         manifest = disk.read_manifest(run / "bundles" / name, "bundle")
         if manifest["parents"].get("student") != student:
             sys.exit(f"{run / 'bundles' / name}: is not of this run's student; edgeclip export --run {run} --target {name}")
@@ -110,9 +112,12 @@ def encoder_bytes(run: Path) -> dict[str, int]:
 
 def measure(run: Path, options: Any) -> None:
     here = common.this_machine()
-    sizes = encoder_bytes(run)
-    rounds, queries = (compare.MIN_PAIRS, 5) if options.quick else (2 * compare.MIN_PAIRS, 20)
-    engines = (TORCH, CHANNELS_LAST, *BUNDLES)
+    bundles = BUNDLES
+    if options.form == common.SMOKE:
+        bundles = SMOKE_BUNDLES
+    sizes = encoder_bytes(run, bundles)
+    rounds, queries = ROUNDS[options.form], QUERIES[options.form]
+    engines = (TORCH, CHANNELS_LAST, *bundles)
     with compare.workers({e: [sys.executable, __file__, "--worker", e, "--run", str(run)] for e in engines}) as ask:
         facts = {e: ask[e]() for e in engines}
 
@@ -143,21 +148,22 @@ def measure(run: Path, options: Any) -> None:
         )
     common.table(rows, ["engine", "version", "ms (95 %)", "times as fast as torch", "cosine", "encoder bytes", "of onnx-fp32's"])
     print(f"batch 1, one thread, {rounds} rounds of {queries} queries an engine after {WARM_UP} for warm-up; run {run.resolve()}\n")
-    required = [compare.judge(f"{e}: times as fast as {TORCH}", compare.ratios(results, TORCH, e), at_least=1.3) for e in INT8]
-    required += [compare.exact(f"{e}: of onnx-fp32's image encoder bytes", sizes[e] / sizes["onnx-fp32"], at_most=0.3) for e in INT8]
+    required = [compare.judge(f"{e}: times as fast as {TORCH}", compare.ratios(results, TORCH, e), at_least=1.3) for e in bundles[1:]]
+    required += [compare.exact(f"{e}: of onnx-fp32's image encoder bytes", sizes[e] / sizes["onnx-fp32"], at_most=0.3) for e in bundles[1:]]
     common.finish({"benchmark": "latency", "run": str(run.resolve()), "engines": figures}, required, here, options)
 
 
 def main() -> None:
     parser = common.arguments(__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/latest"), help="a finished run with its bundles  [default: runs/latest]")
+    common.run_argument(parser)
     parser.add_argument("--worker", metavar="ENGINE", help="internal: be one engine's process")
     options = parser.parse_args()
     if options.worker:
         work(options.worker, options.run)
     else:
         try:
-            measure(options.run, options)
+            with common.measured_run(options, SMOKE_BUNDLES) as run:
+                measure(run, options)
         except EdgeclipError as e:
             sys.exit(f"Error: {e}")
 

@@ -9,6 +9,7 @@ agreement on those is 1 - lost / right. A run counts by its headline sets only: 
     python benchmarks/parity.py --run runs/clothing --run runs/grocery --check
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,10 @@ def counted(name: str, target: str, reports: list[dict[str, Any]]) -> dict[str, 
     return {"runs": name, "target": target, "pictures": n, "float32_r1": right / n, "target_r1": (right - lost + won) / n, **drop, "kept": 1 - lost / right}
 
 
-def main() -> None:
-    parser = common.arguments(__doc__)
-    parser.add_argument("--run", action="append", type=Path, required=True, help="a run that was exported and validated; several are pooled")
-    parser.add_argument("--device", default="host-cpu")
-    options = parser.parse_args()
+def measure(runs: list[Path], options: argparse.Namespace) -> None:
     here = common.this_machine()
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for run in options.run:
+    for run in runs:
         for path in sorted((run / "reports").glob(f"*.{options.device}.parity.json")):
             report = disk.read_json(path)
             if report["accuracy"] is not None:
@@ -43,18 +40,32 @@ def main() -> None:
     rows = []
     for target, reports in found.items():
         rows += [counted(name, target, [report]) for name, report in reports.items()]
-        if len(reports) == len(options.run) > 1:
+        if len(reports) == len(runs) > 1:
             rows.append(counted("pooled", target, list(reports.values())))
     shown = {"target": "", "runs": "", "pictures": "", "float32_r1": ".4f", "target_r1": ".4f", "drop_pp": ".2f", "upper_pp": ".2f", "kept": ".4f"}
     cells = [[format(row[c], form) for c, form in shown.items()] for row in rows]
     common.table(cells, ["target", "run", "pictures", "R@1 float32", "R@1 target", "drop, pp", "95 % limit, pp", "same answer where float32 is right"])
     required = []
     for row in rows:
-        if row["runs"] == "pooled" or len(options.run) == 1:
+        if row["runs"] == "pooled" or len(runs) == 1:
             required.append(compare.exact(f"{row['target']}, {row['runs']}: drop, pp", row["drop_pp"], n=row["pictures"], at_most=0.5))
             required.append(compare.exact(f"{row['target']}, {row['runs']}: its 95 % limit, pp", row["upper_pp"], n=row["pictures"], at_most=1.0))
             required.append(compare.exact(f"{row['target']}, {row['runs']}: kept where float32 is right", row["kept"], n=row["pictures"], at_least=0.98))
-    common.finish({"rows": rows}, required, here, options)
+    common.finish({"benchmark": "parity", "rows": rows}, required, here, options)
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument("--run", action="append", type=Path, help="a run that was exported and validated; several are pooled")
+    parser.add_argument("--device", default="host-cpu")
+    options = parser.parse_args()
+    if options.run:
+        measure(options.run, options)
+    elif options.form == common.SMOKE:
+        with common.measured_run(argparse.Namespace(run=None, form=options.form), ("onnx-int8",), validated=True) as run:
+            measure([run], options)
+    else:
+        parser.error("give --run, once or several times")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ width 768 that the page cache holds: random batches of 1,024 rows from the cache
 
 Required: opening under 1 s and memory under 200 MiB at every size; take's time at least half of the cache's.
 
-    python benchmarks/scale.py --check
+    python benchmarks/scale.py --check            # --quick leaves out 10^8
 """
 
 import argparse
@@ -30,9 +30,12 @@ from pathlib import Path
 import common
 import compare
 
-SIZES = (10**4, 10**6, 10**8)
+SIZES = {"whole": (10**4, 10**6, 10**8), "quick": (10**4, 10**6), "smoke": (10**3, 10**4)}
+WARM_ROWS = {"whole": 10**6, "quick": 10**5, "smoke": 2_000}
 WIDTH, VIEWS, BATCH, SHARD = 768, 2, 1024, 65_536
-ROUNDS, BATCHES = 40, 20
+ROUNDS = {"whole": 40, "quick": 40, "smoke": 2}
+WARM_UPS = {"whole": 150, "quick": 150, "smoke": 2}
+BATCHES = 20
 
 
 def sparse(folder: Path, n: int, views: int = VIEWS) -> None:
@@ -65,53 +68,49 @@ def sparse(folder: Path, n: int, views: int = VIEWS) -> None:
     )
 
 
-def anonymous_mib() -> float:
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith("RssAnon")) / 1024
-
-
 def one_size(folder: Path, n: int) -> dict[str, object]:
     import numpy as np
 
     from edgeclip.cache import open_folder
     from edgeclip.data.order import Shuffled
 
-    base = anonymous_mib()
+    base = common.anonymous_mib()
     start = time.perf_counter()
     cache = open_folder(folder, range(n))  # type: ignore[arg-type]  # as many pictures as rows; none is looked at
     opened = time.perf_counter() - start
-    highest = anonymous_mib()
+    highest = common.anonymous_mib()
     order, rng = Shuffled(n, 0), np.random.default_rng(0)
     start = time.perf_counter()
     for b in range(50):
         index = order[np.arange(b * BATCH, (b + 1) * BATCH) % n]
         view = rng.integers(VIEWS, size=BATCH)
         assert cache.rows[index, view].shape == (BATCH, WIDTH) and cache.views[index, view].shape == (BATCH, 5)
-        highest = max(highest, anonymous_mib())
+        highest = max(highest, common.anonymous_mib())
     shuffled = (time.perf_counter() - start) / 50
     start, seen = time.perf_counter(), 0
     for at in range(0, n, BATCH):
         index = order[np.arange(at, min(at + BATCH, n))]
         seen += len(index) + 0 * int(rng.integers(VIEWS, size=len(index))[0])
         if at % (1000 * BATCH) == 0:
-            highest = max(highest, anonymous_mib())
+            highest = max(highest, common.anonymous_mib())
     epoch = time.perf_counter() - start
     assert seen == n
     files = sum(len(s["bytes"]) for s in cache.manifest["shards"])
     return {"pictures": n, "files": files, "open_s": opened, "batch_ms": 1e3 * shuffled, "epoch_s": epoch, "anonymous_mib": max(0.0, highest - base)}
 
 
-def warm_rows(folder: Path, n: int) -> list[float]:
+def warm_rows(folder: Path, form: str) -> list[float]:
     """Time of numpy's take over that of the cache, pair by pair."""
     import numpy as np
 
     from edgeclip.allocator import keep_freed_memory
     from edgeclip.cache import open_folder
 
+    n = WARM_ROWS[form]
     keep_freed_memory()  # as `distill` does: the pages of a batch are the next batch's
     sparse(folder, n, views=1)
     rng = np.random.default_rng(0)
-    block = rng.normal(size=(SHARD, WIDTH)).astype(np.float16)
+    block = rng.normal(size=(min(SHARD, n), WIDTH)).astype(np.float16)
     for file in sorted((folder / "img_emb").iterdir()):
         rows = np.load(file, mmap_mode="r+")
         rows[:] = block[: len(rows)]
@@ -135,9 +134,10 @@ def warm_rows(folder: Path, n: int) -> list[float]:
     def mapped(index: np.ndarray) -> object:
         return cache.rows.unit(index, zero)
 
-    for _ in range(150):  # every page of both has been used
-        timed(take), timed(mapped)
-    rounds = compare.interleave({"take": lambda: timed(take), "cache": lambda: timed(mapped)}, ROUNDS)
+    for _ in range(WARM_UPS[form]):  # every page of both has been used
+        timed(take)
+        timed(mapped)
+    rounds = compare.interleave({"take": lambda: timed(take), "cache": lambda: timed(mapped)}, ROUNDS[form])
     print("take", compare.interval([1e3 * t / BATCHES for t in compare.column(rounds, "take")]), "ms a batch; cache", file=sys.stderr, end=" ")
     print(compare.interval([1e3 * t / BATCHES for t in compare.column(rounds, "cache")]), "ms", file=sys.stderr)
     return compare.ratios(rounds, "take", "cache")
@@ -156,16 +156,16 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))  # the usual one
     try:
         found = []
-        for n in SIZES:
+        for n in SIZES[options.form]:
             sparse(folder / str(n), n)
             command = [sys.executable, __file__, "--size", str(n), "--folder", str(folder / str(n))]
 
             found.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]))
             shutil.rmtree(folder / str(n))
-        n_warm = 10**5 if options.quick else 10**6
-        ratios = warm_rows(folder / "warm", n_warm)
+        ratios = warm_rows(folder / "warm", options.form)
     finally:
         shutil.rmtree(folder)
+    n_warm = WARM_ROWS[options.form]
     rows = [[f"{f['pictures']:,}", f["files"], *(f"{f[k]:.3g}" for k in ("open_s", "batch_ms", "epoch_s", "anonymous_mib"))] for f in found]
     common.table(rows, ["pictures x 2 views", "files", "open, s", f"shuffled batch of {BATCH:,}, ms", "epoch's order, s", "anonymous memory, MiB"])
     required = [compare.exact(f"seconds to open {f['pictures']:,}", f["open_s"], at_most=1.0) for f in found]

@@ -34,7 +34,10 @@ train: {warmup_steps: 0, epochs: 1, batch_size: 32, device: cpu, threads: 1}
 text_encoder: false
 bench: {min_duration_s: 0.1, min_query_count: 10}
 """
-CHILD = "import sys, toy; from pathlib import Path; toy.distill_and_export(Path(sys.argv[1]), sys.argv[2:])"
+CHILD = (
+    "import sys, toy; from pathlib import Path; "
+    "toy.write_run(Path(sys.argv[1]), sys.argv[3:], validated=sys.argv[2] == 'validated')"
+)
 
 
 def write_shards(folder: Path) -> None:
@@ -80,8 +83,11 @@ def small_calibration(name: str):
     return msgspec.structs.replace(target, calibration=calibration, tolerance=tolerance)
 
 
-def distill_and_export(folder: Path, targets: list[str]) -> None:
-    """Distil RECIPE into `folder`/runs/toy and export it to each of `targets`; the working folder becomes `folder`."""
+def write_run(folder: Path, targets: list[str], *, validated: bool) -> None:
+    """Distil RECIPE into `folder`/runs/toy, export it to each of `targets`, validate it where that is asked for.
+
+    The working folder becomes `folder`.
+    """
     from edgeclip.distill.run import distill
     from edgeclip.export import export
     from edgeclip.export.source import from_run
@@ -96,11 +102,14 @@ def distill_and_export(folder: Path, targets: list[str]) -> None:
     source = from_run(run)
     for name in targets:
         export(source, name, small_calibration(name), run / "bundles" / name)
+    if validated:
+        subprocess.run([sys.executable, "-m", "edgeclip", "validate", "--run", str(run)], stdout=sys.stderr)
 
 
-def run(folder: Path, targets: tuple[str, ...]) -> Path:
+def run(folder: Path, targets: tuple[str, ...], *, validated: bool = False) -> Path:
     """Make the toy run below `folder` in a process of its own, so that the measuring one stays small; return its folder."""
-    command = [sys.executable, "-c", CHILD, str(folder.resolve()), *targets]
+    wanted = "validated" if validated else "exported"
+    command = [sys.executable, "-c", CHILD, str(folder.resolve()), wanted, *targets]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=Path(__file__).parent, env=environment, check=True, stdout=sys.stderr)
     return folder.resolve() / "runs" / "toy"
