@@ -10,6 +10,7 @@ agreement on those is 1 - lost / right. A run counts by its headline sets only: 
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ def counted(name: str, target: str, reports: list[dict[str, Any]]) -> dict[str, 
     sets = [s for r in reports for s in r["sets"]]
     n, lost, won = (int(sum(s[k] for s in sets)) for k in ("pictures", "lost", "won"))
     right = round(sum(s["reference_r1"] * s["pictures"] for s in sets))
+    if right == 0:
+        sys.exit(f"{name}, {target}: float32 answers no picture rightly, so none can be kept; give a trained run")
     drop = paired_drop(lost, won, n)
     return {"runs": name, "target": target, "pictures": n, "float32_r1": right / n, "target_r1": (right - lost + won) / n, **drop, "kept": 1 - lost / right}
 

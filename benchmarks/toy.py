@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edgeclip import disk
 
-PARTS = {"train": 96, "val": 24, "test": 24}
+PARTS = {"train": 96, "val": 24, "test": 48}
 RECIPE = """
 data: {kind: webdataset, name: shapes, root: ROOT, licence: generated}
 teacher:
