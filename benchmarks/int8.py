@@ -20,10 +20,12 @@ What bounds it: with VNNI the int8 products; depthwise convolutions and small ma
 Required: no plain rival of the same runtime is both faster and more exact than edgeclip's target; edgeclip's best is the
 fastest of all whose centred cosine is no worse than its own by more than 0.005.
 
-    python benchmarks/int8.py --pictures DIR --model MobileCLIP2-S0 --model ViT-B-32 --run runs/quickstart --threads 1 --threads 2
+    python benchmarks/int8.py --run runs/quickstart --threads 1 --threads 2      # its own training pictures
+    python benchmarks/int8.py --pictures DIR --model MobileCLIP2-S0 --model ViT-B-32 --threads 1 --threads 2
 """
 
 import argparse
+import contextlib
 import importlib
 import subprocess
 import sys
@@ -35,11 +37,16 @@ from typing import Any
 import common
 import compare
 import numpy as np
+import toy
 
 EDGECLIP = {"edgeclip onnx-int8": "onnx-int8", "edgeclip openvino-int8": "openvino-int8"}
 RIVALS = {"edgeclip onnx-int8": ("ORT dynamic", "ORT static", "ModelOpt"), "edgeclip openvino-int8": ("NNCF", "NNCF as optimum-intel")}
 WARM_UP, QUERIES = 10, 5
 SAME, SCORED = 0.005, 400
+PICTURES = {"whole": 96, "quick": 32, "smoke": 16}
+ROUNDS = {"whole": 2 * compare.MIN_PAIRS, "quick": compare.MIN_PAIRS, "smoke": 2}
+SLOW_TO_MAKE = ("NNCF", "NNCF as optimum-intel", "ModelOpt", "edgeclip openvino-int8")
+"""what the smoke form does without"""
 
 
 def prepare(source: Any, pictures: list[Any], count: int, folder: Path) -> dict[str, np.ndarray]:
@@ -59,7 +66,7 @@ def prepare(source: Any, pictures: list[Any], count: int, folder: Path) -> dict[
     return {"ranges": x[:count], "judged": x[count : 2 * count], "fresh": x[2 * count :]}
 
 
-def rivals(folder: Path, ranges: np.ndarray, modelopt: str | None) -> dict[str, Path]:
+def rivals(folder: Path, ranges: np.ndarray, options: Any) -> dict[str, Path]:
     """Every plain rival's file; what fails is said and left out."""
     import nncf
     import openvino as ov
@@ -87,15 +94,18 @@ def rivals(folder: Path, ranges: np.ndarray, modelopt: str | None) -> dict[str, 
             "import sys, numpy as np\nfrom modelopt.onnx.quantization import quantize\n"
             "quantize(sys.argv[1], quantize_mode='int8', calibration_data={'pixels': np.load(sys.argv[2])}, calibration_eps=['cpu'], output_path=sys.argv[3])"
         )
-        subprocess.run([str(modelopt), "-c", code, str(folder / "float.onnx"), str(folder / "ranges.npy"), str(out)], check=True, capture_output=True)
+        subprocess.run([options.modelopt, "-c", code, str(folder / "float.onnx"), str(folder / "ranges.npy"), str(out)], check=True, capture_output=True)
 
     makers = {
         "ORT dynamic": ("dynamic.onnx", lambda out: quantize_dynamic(folder / "float.onnx", out)),
         "ORT static": ("static.onnx", static),
         "NNCF": ("nncf.xml", by_nncf),
         "NNCF as optimum-intel": ("optimum.xml", lambda out: by_nncf(out, model_type=nncf.ModelType.TRANSFORMER)),
-        **({"ModelOpt": ("modelopt.onnx", by_modelopt)} if modelopt else {}),
     }
+    if options.modelopt:
+        makers["ModelOpt"] = ("modelopt.onnx", by_modelopt)
+    if options.form == common.SMOKE:
+        makers = {name: made for name, made in makers.items() if name not in SLOW_TO_MAKE}
     found = {"ORT fp32": folder / "float.onnx"}
     ov.save_model(ov.convert_model(folder / "float.onnx"), folder / "float.xml", compress_to_fp16=False)
     found["OpenVINO fp32"] = folder / "float.xml"
@@ -111,8 +121,11 @@ def rivals(folder: Path, ranges: np.ndarray, modelopt: str | None) -> dict[str, 
     return found
 
 
-def ours(folder: Path, inputs: dict[str, np.ndarray], answers: Any, trained: bool) -> dict[str, Path]:
-    """What export's search chooses. trained: False asks no closeness of it, because random weights answer every picture almost alike."""
+def ours(folder: Path, inputs: dict[str, np.ndarray], answers: Any, trained: bool, form: str) -> dict[str, Path]:
+    """What export's search chooses. trained: False asks no closeness of it, because random weights answer every picture almost alike.
+
+    In the smoke form it chooses as for a toy.
+    """
     import msgspec
     import onnx
 
@@ -124,10 +137,14 @@ def ours(folder: Path, inputs: dict[str, np.ndarray], answers: Any, trained: boo
 
     found = {}
     for name, target_name in EDGECLIP.items():
+        if form == common.SMOKE and name in SLOW_TO_MAKE:
+            continue
         target = T.load(target_name)[1]
         assert target.calibration is not None
         target = msgspec.structs.replace(target, calibration=msgspec.structs.replace(target.calibration, probe_layers=6))
-        if not trained:
+        if form == common.SMOKE:
+            target = toy.small_calibration(target_name)
+        elif not trained:
             target = msgspec.structs.replace(target, tolerance=msgspec.structs.replace(target.tolerance, centred_cosine_p1=-1.0))
         exporter = importlib.import_module(EXPORTERS[target.runtime])
         model, before = onnx.load(folder / "float.onnx"), time.perf_counter()
@@ -181,7 +198,7 @@ def student(name: str) -> Any:
     return from_run(Path(name)) if Path(name).is_dir() else from_model(name, "random", [], None, text=False)
 
 
-def measure(name: str, photos: list[Any], options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(name: str, photos: list[Any] | None, options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from edgeclip.metrics import cosine
     from edgeclip.pictures import index_tar, read
     from edgeclip.preprocess import normalise, open_picture, to_pixels
@@ -193,7 +210,7 @@ def measure(name: str, photos: list[Any], options: Any) -> tuple[dict[str, Any],
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "student.torch").write_text(name)
-        inputs = prepare(source, pictures, 32 if options.quick else 96, folder)
+        inputs = prepare(source, pictures, PICTURES[options.form], folder)
         np.save(folder / "fresh.npy", inputs["fresh"])
 
         def answers(features: np.ndarray) -> np.ndarray:
@@ -211,8 +228,8 @@ def measure(name: str, photos: list[Any], options: Any) -> tuple[dict[str, Any],
 
         files = {
             "torch fp32": folder / "student.torch",
-            **rivals(folder, inputs["ranges"], options.modelopt),
-            **ours(folder, inputs, labelled, evaluation is not None),
+            **rivals(folder, inputs["ranges"], options),
+            **ours(folder, inputs, labelled, evaluation is not None, options.form),
         }
         figures: dict[str, Any] = {}
         required: list[dict[str, Any]] = []
@@ -228,9 +245,8 @@ def measure(name: str, photos: list[Any], options: Any) -> tuple[dict[str, Any],
                         right = np.concatenate([hit for _, hit, _ in decide(source, evaluation, of(ask[e], "scored"))]).mean() if evaluation else None
                         figures[e] = {"bytes": size, "centred_cosine_p1": cosine(features, reference)["centred_p1"], "top1_agreement": same}
                         figures[e]["accuracy"] = None if right is None else float(right)
-                laps = compare.interleave(
-                    {e: (lambda e=e: float(ask[e](queries=QUERIES)["ms"])) for e in files}, compare.MIN_PAIRS * (1 if options.quick else 2)
-                )
+                turns = {e: (lambda e=e: float(ask[e](queries=QUERIES)["ms"])) for e in files}
+                laps = compare.interleave(turns, ROUNDS[options.form])
             for e in files:
                 figures[e][f"latency_ms_{threads}"] = compare.interval(compare.column(laps, e))._asdict()
                 figures[e][f"times_torch_{threads}"] = compare.interval(compare.ratios(laps, "torch fp32", e))._asdict()
@@ -261,21 +277,34 @@ def main() -> None:
         work(Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
         return
     parser = common.arguments(__doc__)
-    parser.add_argument("--pictures", type=Path, required=True, help="a folder of photos, or a WebDataset shard, for calibration and closeness")
+    parser.add_argument("--pictures", type=Path, help="a folder of photos, or a WebDataset shard, for calibration and closeness: a --model has none")
     parser.add_argument("--model", action="append", default=[], help="an open_clip model with random weights; may be repeated")
     parser.add_argument("--run", action="append", default=[], type=Path, help="a finished run; may be repeated")
     parser.add_argument("--threads", action="append", type=int, help="may be repeated  [default: 1]")
     parser.add_argument("--modelopt", help="the Python of an environment that has nvidia-modelopt")
     options: argparse.Namespace = parser.parse_args()
     options.threads = options.threads or [1]
+    names = [*options.model, *map(str, options.run)]
+    if options.model and options.pictures is None:
+        parser.error("a --model has no training pictures: give --pictures")
+    if not names and options.form != common.SMOKE:
+        parser.error("give --model or --run, once or several times")
     from edgeclip.pictures import index_folder, index_tar
 
     here = common.this_machine()
-    photos = index_tar(options.pictures) if options.pictures.suffix == ".tar" else index_folder(options.pictures)
+    if options.pictures is None:
+        photos = None
+    elif options.pictures.suffix == ".tar":
+        photos = index_tar(options.pictures)
+    else:
+        photos = index_folder(options.pictures)
     figures, required = {}, []
-    for name in [*options.model, *map(str, options.run)]:
-        figures[Path(name).name], more = measure(name, photos, options)
-        required += more
+    with contextlib.ExitStack() as stack:
+        if not names:
+            names.append(str(stack.enter_context(common.measured_run(options, ()))))
+        for name in names:
+            figures[Path(name).name], more = measure(name, photos, options)
+            required += more
     common.finish({"benchmark": "int8", "models": figures}, required, here, options)
 
 

@@ -37,28 +37,29 @@ from typing import Any
 import common
 import compare
 import numpy as np
+import toy
 
-BATCH, STEPS, SKIP, SHARDS, SIDE = 16, 9, 3, 2, 256
+BATCHES = {"whole": 16, "quick": 16, "smoke": 4}
+TEACHERS = {"whole": "ViT-L-14", "quick": "ViT-B-32", "smoke": "ViT-S-32-alt"}
+ROUNDS = {"whole": 3, "quick": 1, "smoke": 1}
+STEPS, SKIP, SHARDS, SIDE = 9, 3, 2, 256
 STUDENT = "ViT-S-32-alt"
-ROUNDS = 3
 
 
-def write_shards(folder: Path) -> None:
-    """BATCH * STEPS JPEGs with captions. Noise of falling amplitude: it takes a decoder as long as a photo."""
+def write_shards(folder: Path, batch: int) -> None:
+    """batch * STEPS JPEGs with captions. Noise of falling amplitude: it takes a decoder as long as a photo."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for i in range(BATCH * STEPS // SHARDS):
+            for i in range(batch * STEPS // SHARDS):
                 pixels = sum(np.kron(rng.normal(0, 3 * s, (SIDE // s, SIDE // s, 3)), np.ones((s, s, 1))) for s in (1, 4, 16))
                 buffer = io.BytesIO()
                 Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
                 for suffix, content in ((".jpg", buffer.getvalue()), (".txt", f"a photo of thing number {shard} {i}".encode())):
-                    member = tarfile.TarInfo(f"{shard}-{i:04d}{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                    toy.add_member(tar, f"{shard}-{i:04d}{suffix}", content)
 
 
 def write_teacher(model: str, path: Path) -> None:
@@ -73,7 +74,7 @@ def write_teacher(model: str, path: Path) -> None:
 # --- the two trainers, each in a process of its own
 
 
-def with_open_clip(model: str, folder: Path) -> dict[str, Any]:
+def with_open_clip(model: str, folder: Path, batch: int) -> dict[str, Any]:
     from open_clip_train.main import main as train
 
     ends: list[float] = []
@@ -95,13 +96,13 @@ def with_open_clip(model: str, folder: Path) -> dict[str, Any]:
     shards = f"{folder}/shards/{{0..{SHARDS - 1}}}.tar"
     train(
         f"--model {STUDENT} --distill-model {model} --distill-pretrained {folder}/teacher.safetensors --dataset-type webdataset --train-data {shards} "
-        f"--train-num-samples {BATCH * STEPS} --batch-size {BATCH} --workers 2 --epochs 1 --precision fp32 --device cpu --warmup 2 "
+        f"--train-num-samples {batch * STEPS} --batch-size {batch} --workers 2 --epochs 1 --precision fp32 --device cpu --warmup 2 "
         f"--log-every-n-steps 1 --logs {tempfile.mkdtemp(dir=folder)}".split()
     )
     return {"ends": ends}
 
 
-def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[str, Any]:
+def with_edgeclip(model: str, folder: Path, batch: int, only_cache: bool = False) -> dict[str, Any]:
     import torch
 
     from edgeclip import cache, data, students, teachers
@@ -129,7 +130,7 @@ def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[st
             "student": {"tower": tower, "text": tower, "text_weight": 0.0, "projector_hidden": None},
             "losses": {"contrastive": {}, "affinity": {}},
             "views": {"count": 1},
-            "train": {"epochs": 1, "batch_size": BATCH, "device": "cpu", "threads": 2},
+            "train": {"epochs": 1, "batch_size": batch, "device": "cpu", "threads": 2},
         },
         R.Recipe,
         "benchmarks/trainer.py",
@@ -186,9 +187,9 @@ def _descends(pid: int, ancestor: int) -> bool:
     return False
 
 
-def measured(who: str, model: str, folder: Path, python: str = sys.executable) -> dict[str, Any]:
+def measured(who: str, model: str, folder: Path, batch: int, python: str = sys.executable) -> dict[str, Any]:
     """One run of a trainer: its answer, pictures a second, peak MiB."""
-    process = subprocess.Popen([python, __file__, "--worker", who, "--teacher", model, "--folder", str(folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([python, __file__, "--worker", who, "--teacher", model, "--folder", str(folder), "--batch", str(batch)], stdout=subprocess.PIPE, text=True)
     seen: list[tuple[float, float]] = []
 
     def watch() -> None:
@@ -208,11 +209,11 @@ def measured(who: str, model: str, folder: Path, python: str = sys.executable) -
         ends = answer.pop("ends")
         # One clock for all processes (Linux's monotonic one), so the samples can be laid beside the steps.
         during = max(mib for when, mib in seen if ends[0] <= when <= ends[-1])
-        answer |= {"pictures_per_second": BATCH * (len(ends) - SKIP) / (ends[-1] - ends[SKIP - 1]), "steps": len(ends), "steps_mib": during}
+        answer |= {"pictures_per_second": batch * (len(ends) - SKIP) / (ends[-1] - ends[SKIP - 1]), "steps": len(ends), "steps_mib": during}
     return answer | {"peak_mib": max(mib for _, mib in seen)}
 
 
-WORKERS = {"open_clip": with_open_clip, "edgeclip": with_edgeclip, "cache": lambda model, folder: with_edgeclip(model, folder, only_cache=True)}
+WORKERS = {"open_clip": with_open_clip, "edgeclip": with_edgeclip, "cache": partial(with_edgeclip, only_cache=True)}
 
 
 def main() -> None:
@@ -221,15 +222,18 @@ def main() -> None:
     parser.add_argument("--open-clip-python", default=sys.executable, help="the interpreter of an environment that open_clip_train runs in")
     parser.add_argument("--worker", choices=list(WORKERS))
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--batch", type=int)
     options = parser.parse_args()
-    model = options.teacher or ("ViT-B-32" if options.quick else "ViT-L-14")
+    model = options.teacher or TEACHERS[options.form]
     if options.worker:
-        print(json.dumps(WORKERS[options.worker](model, options.folder)))
+        print(json.dumps(WORKERS[options.worker](model, options.folder, options.batch)))
         return
-    here = common.this_machine()
+    if options.open_clip_python == sys.executable:
+        common.require("pip install 'webdataset<0.2.87'", module="webdataset")
+    here, batch = common.this_machine(), BATCHES[options.form]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_shards(folder / "shards")
+        write_shards(folder / "shards", batch)
         # In a process of its own: this one must stay small.
         subprocess.run(
             [
@@ -240,11 +244,11 @@ def main() -> None:
             check=True,
             cwd=Path(__file__).parent,
         )
-        built = measured("cache", model, folder)
+        built = measured("cache", model, folder, batch)
         pythons = {"open_clip": options.open_clip_python, "edgeclip": sys.executable}
-        peers = {who: partial(measured, who, model, folder, python) for who, python in pythons.items()}
-        rounds = compare.interleave(peers, 1 if options.quick else ROUNDS)
-    figures: dict[str, Any] = {"benchmark": "trainer", "student": STUDENT, "teacher": model, "batch": BATCH, "pictures": BATCH * STEPS, "cache": built}
+        peers = {who: partial(measured, who, model, folder, batch, python) for who, python in pythons.items()}
+        rounds = compare.interleave(peers, ROUNDS[options.form])
+    figures: dict[str, Any] = {"benchmark": "trainer", "student": STUDENT, "teacher": model, "batch": batch, "pictures": batch * STEPS, "cache": built}
     rows = []
     for who in ("open_clip", "edgeclip"):
         found = {f: compare.interval(compare.column(rounds, who, f)) for f in ("pictures_per_second", "steps_mib", "peak_mib")}
@@ -253,7 +257,7 @@ def main() -> None:
     common.table(rows, [f"{model} to {STUDENT}", "pictures/s", "MiB in its steps", "MiB at its peak"])
     faster = compare.interval(compare.ratios(rounds, "edgeclip", "open_clip", "pictures_per_second")).median
     smaller = compare.interval(compare.ratios(rounds, "open_clip", "edgeclip", "steps_mib")).median
-    slow, fast = (BATCH * STEPS / figures[who]["pictures_per_second"]["median"] for who in ("open_clip", "edgeclip"))
+    slow, fast = (batch * STEPS / figures[who]["pictures_per_second"]["median"] for who in ("open_clip", "edgeclip"))
     even = built["seconds"] / (slow - fast) if slow > fast else None
     figures |= {"times_as_fast": faster, "times_less_memory": smaller, "break_even_epochs": even}
     print(
