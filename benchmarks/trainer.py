@@ -42,19 +42,20 @@ import toy
 BATCHES = {"whole": 16, "quick": 16, "smoke": 4}
 TEACHERS = {"whole": "ViT-L-14", "quick": "ViT-B-32", "smoke": "ViT-S-32-alt"}
 ROUNDS = {"whole": 3, "quick": 1, "smoke": 1}
-STEPS, SKIP, SHARDS, SIDE = 9, 3, 2, 256
+STEPS = {"whole": 9, "quick": 9, "smoke": 5}
+SKIP, SHARDS, SIDE = 3, 2, 256
 STUDENT = "ViT-S-32-alt"
 
 
-def write_shards(folder: Path, batch: int) -> None:
-    """batch * STEPS JPEGs with captions. Noise of falling amplitude: it takes a decoder as long as a photo."""
+def write_shards(folder: Path, pictures: int) -> None:
+    """JPEGs with captions. Noise of falling amplitude: it takes a decoder as long as a photo."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for i in range(batch * STEPS // SHARDS):
+            for i in range(pictures // SHARDS):
                 pixels = sum(np.kron(rng.normal(0, 3 * s, (SIDE // s, SIDE // s, 3)), np.ones((s, s, 1))) for s in (1, 4, 16))
                 buffer = io.BytesIO()
                 Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
@@ -74,7 +75,7 @@ def write_teacher(model: str, path: Path) -> None:
 # --- the two trainers, each in a process of its own
 
 
-def with_open_clip(model: str, folder: Path, batch: int) -> dict[str, Any]:
+def with_open_clip(model: str, folder: Path, batch: int, pictures: int) -> dict[str, Any]:
     from open_clip_train.main import main as train
 
     ends: list[float] = []
@@ -96,13 +97,13 @@ def with_open_clip(model: str, folder: Path, batch: int) -> dict[str, Any]:
     shards = f"{folder}/shards/{{0..{SHARDS - 1}}}.tar"
     train(
         f"--model {STUDENT} --distill-model {model} --distill-pretrained {folder}/teacher.safetensors --dataset-type webdataset --train-data {shards} "
-        f"--train-num-samples {batch * STEPS} --batch-size {batch} --workers 2 --epochs 1 --precision fp32 --device cpu --warmup 2 "
+        f"--train-num-samples {pictures} --batch-size {batch} --workers 2 --epochs 1 --precision fp32 --device cpu --warmup 2 "
         f"--log-every-n-steps 1 --logs {tempfile.mkdtemp(dir=folder)}".split()
     )
     return {"ends": ends}
 
 
-def with_edgeclip(model: str, folder: Path, batch: int, only_cache: bool = False) -> dict[str, Any]:
+def with_edgeclip(model: str, folder: Path, batch: int, pictures: int, only_cache: bool = False) -> dict[str, Any]:
     import torch
 
     from edgeclip import cache, data, students, teachers
@@ -187,9 +188,10 @@ def _descends(pid: int, ancestor: int) -> bool:
     return False
 
 
-def measured(who: str, model: str, folder: Path, batch: int, python: str = sys.executable) -> dict[str, Any]:
-    """One run of a trainer: its answer, pictures a second, peak MiB."""
-    process = subprocess.Popen([python, __file__, "--worker", who, "--teacher", model, "--folder", str(folder), "--batch", str(batch)], stdout=subprocess.PIPE, text=True)
+def measured(who: str, model: str, folder: Path, size: tuple[int, int], python: str = sys.executable) -> dict[str, Any]:
+    """One run of a trainer on `size` (pictures of a batch, of an epoch): its answer, pictures a second, peak MiB."""
+    command = [python, __file__, "--worker", who, "--teacher", model, "--folder", str(folder), "--size", *map(str, size)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     seen: list[tuple[float, float]] = []
 
     def watch() -> None:
@@ -209,7 +211,7 @@ def measured(who: str, model: str, folder: Path, batch: int, python: str = sys.e
         ends = answer.pop("ends")
         # One clock for all processes (Linux's monotonic one), so the samples can be laid beside the steps.
         during = max(mib for when, mib in seen if ends[0] <= when <= ends[-1])
-        answer |= {"pictures_per_second": batch * (len(ends) - SKIP) / (ends[-1] - ends[SKIP - 1]), "steps": len(ends), "steps_mib": during}
+        answer |= {"pictures_per_second": size[0] * (len(ends) - SKIP) / (ends[-1] - ends[SKIP - 1]), "steps": len(ends), "steps_mib": during}
     return answer | {"peak_mib": max(mib for _, mib in seen)}
 
 
@@ -222,18 +224,20 @@ def main() -> None:
     parser.add_argument("--open-clip-python", default=sys.executable, help="the interpreter of an environment that open_clip_train runs in")
     parser.add_argument("--worker", choices=list(WORKERS))
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--batch", type=int)
+    parser.add_argument("--size", nargs=2, type=int)
     options = parser.parse_args()
     model = options.teacher or TEACHERS[options.form]
     if options.worker:
-        print(json.dumps(WORKERS[options.worker](model, options.folder, options.batch)))
+        print(json.dumps(WORKERS[options.worker](model, options.folder, *options.size)))
         return
     if options.open_clip_python == sys.executable:
         common.require("pip install 'webdataset<0.2.87'", module="webdataset")
-    here, batch = common.this_machine(), BATCHES[options.form]
+    here = common.this_machine()
+    batch = BATCHES[options.form]
+    pictures = batch * STEPS[options.form]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_shards(folder / "shards", batch)
+        write_shards(folder / "shards", pictures)
         # In a process of its own: this one must stay small.
         subprocess.run(
             [
@@ -244,11 +248,11 @@ def main() -> None:
             check=True,
             cwd=Path(__file__).parent,
         )
-        built = measured("cache", model, folder, batch)
+        built = measured("cache", model, folder, (batch, pictures))
         pythons = {"open_clip": options.open_clip_python, "edgeclip": sys.executable}
-        peers = {who: partial(measured, who, model, folder, batch, python) for who, python in pythons.items()}
+        peers = {who: partial(measured, who, model, folder, (batch, pictures), python) for who, python in pythons.items()}
         rounds = compare.interleave(peers, ROUNDS[options.form])
-    figures: dict[str, Any] = {"benchmark": "trainer", "student": STUDENT, "teacher": model, "batch": batch, "pictures": batch * STEPS, "cache": built}
+    figures: dict[str, Any] = {"benchmark": "trainer", "student": STUDENT, "teacher": model, "batch": batch, "pictures": pictures, "cache": built}
     rows = []
     for who in ("open_clip", "edgeclip"):
         found = {f: compare.interval(compare.column(rounds, who, f)) for f in ("pictures_per_second", "steps_mib", "peak_mib")}
@@ -257,7 +261,7 @@ def main() -> None:
     common.table(rows, [f"{model} to {STUDENT}", "pictures/s", "MiB in its steps", "MiB at its peak"])
     faster = compare.interval(compare.ratios(rounds, "edgeclip", "open_clip", "pictures_per_second")).median
     smaller = compare.interval(compare.ratios(rounds, "open_clip", "edgeclip", "steps_mib")).median
-    slow, fast = (batch * STEPS / figures[who]["pictures_per_second"]["median"] for who in ("open_clip", "edgeclip"))
+    slow, fast = (pictures / figures[who]["pictures_per_second"]["median"] for who in ("open_clip", "edgeclip"))
     even = built["seconds"] / (slow - fast) if slow > fast else None
     figures |= {"times_as_fast": faster, "times_less_memory": smaller, "break_even_epochs": even}
     print(
