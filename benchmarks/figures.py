@@ -101,6 +101,8 @@ def readings(runs: list[dict[str, Any]]) -> str:
     """Render each reading's gain over the default, the best one on average first."""
     rows = []
     for reading in readings_table.sorted_readings(runs):
+        if reading == readings_table.DEFAULT:
+            continue
         cells = [readings_table.cell(runs, name, reading) for name in readings_table.CHOOSE]
         rows.append([reading, *cells])
     return markdown(["reading", *readings_table.CHOOSE], rows)

@@ -11,18 +11,14 @@ same teacher, data and schedule are paired.
 
 import functools
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import common
 import compare
 import numpy as np
 from scipy import stats
 from tabulate import tabulate
-
-from edgeclip import disk
 
 REGIMES = {
     "full": "Every weight of the student trained from pixels",
@@ -30,7 +26,6 @@ REGIMES = {
     "vit": "A vision transformer as the student, every weight trained",
     "frozen": "Frozen tower features, projector and EduAttention trained (fast, not the reference)",
 }
-MARKS = ("<!-- methods: start -->", "<!-- methods: end -->")
 BOOTSTRAPS = 10_000
 
 
@@ -59,7 +54,7 @@ def figure(run: dict[str, Any], prefix: str = "") -> float:
     return float(test[f"{prefix}harmonic mean"] if f"{prefix}harmonic mean" in test else test[f"{prefix}held-out concepts"])
 
 
-def _mean(of: dict[int, dict[str, Any]], prefix: str = "") -> float:
+def mean(of: dict[int, dict[str, Any]], prefix: str = "") -> float:
     return float(np.mean([figure(run, prefix) for run in of.values()]))
 
 
@@ -127,7 +122,7 @@ def tables(log: list[dict[str, Any]]) -> str:
         for name in sorted({s for r, s, _ in runs if r == regime}):
             own = {"teacher, adapted": runs.get(("teacher", name, "teacher"), {})}
             of_regime = {m: runs[regime, s, m] for r, s, m in runs if r == regime and s == name}
-            own |= dict(sorted(of_regime.items(), key=lambda x: -_mean(x[1])))
+            own |= dict(sorted(of_regime.items(), key=lambda x: -mean(x[1])))
             first = next(iter(next(r for m, r in own.items() if r and m != "teacher, adapted").values()))
             keys = ["base", "novel", "harmonic mean"] if "harmonic mean" in first["test"] else list(first["pictures"]) + [f"{k} R@5" for k in first["pictures"]]
             reference = own.get("PromptKD", {})
@@ -135,7 +130,7 @@ def tables(log: list[dict[str, Any]]) -> str:
             for method, of in own.items():
                 if not of:
                     continue
-                without = _mean(of, "without_edu_attention_") if next(iter(of.values())).get("alpha") is not None else None
+                without = mean(of, "without_edu_attention_") if next(iter(of.values())).get("alpha") is not None else None
                 alpha = [f"{r['alpha']:+.2f}" for r in of.values() if r.get("alpha") is not None]
                 paired = None if method in ("PromptKD", "teacher, adapted") else difference(of, reference)
                 rows.append(
@@ -158,10 +153,10 @@ def judged(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
         teacher, comkd = runs.get(("teacher", name, "teacher"), {}), runs.get(("full", name, "ComKD"), {})
         if teacher:
             goal = {"clothing": 0.89, "grocery": 0.34, "openmoji": 0.24}[name]
-            required.append(compare.exact(f"(a) {name}: adapted teacher", _mean(teacher), n=len(teacher), at_least=goal))
+            required.append(compare.exact(f"(a) {name}: adapted teacher", mean(teacher), n=len(teacher), at_least=goal))
         for regime, at_least in (("full", 1.0), ("small", 0.93)):
             if teacher and (student := runs.get((regime, name, "ComKD"), {})):
-                share = _mean(student) / _mean(teacher)
+                share = mean(student) / mean(teacher)
                 required.append(compare.exact(f"(b) {name}, {regime}: ComKD's student over its teacher", share, n=len(student), at_least=at_least))
         for letter, other, where in (("c", "PromptKD", ("clothing", "grocery")), ("e", "student alone", ("clothing", "grocery", "openmoji"))):
             d = difference(comkd, runs.get(("full", name, other), {}))
@@ -178,12 +173,3 @@ def _above(what: str, d: dict[str, Any]) -> dict[str, Any]:
     """A difference that is to be above 0, judged by its interval over the seeds."""
     verdict = "met" if d["t"][0] > 0 else "missed" if d["t"][1] < 0 else "not resolved"
     return {"what": what, "found": d["mean"], "low": d["t"][0], "high": d["t"][1], "n": d["n"], "at_least": 0.0, "at_most": None, "verdict": verdict}
-
-
-def put(text: str, page: Path) -> None:
-    """Replaces what lies between the two marks of `page`."""
-    whole = page.read_text(encoding="utf-8")
-    new, count = re.subn(f"{MARKS[0]}.*{MARKS[1]}", lambda _: f"{MARKS[0]}\n\n{text}\n{MARKS[1]}", whole, flags=re.DOTALL)
-    if count != 1:
-        raise SystemExit(f"{page}: has no '{MARKS[0]}' and '{MARKS[1]}' to write between")
-    disk.write_text(page, new)
