@@ -39,7 +39,10 @@ BLOCK = re.compile(
 
 def short(value: float, digits: int = 3) -> str:
     """Return a share as the pages write it: .916, not 0.916."""
-    return f"{value:.{digits}f}".replace("0.", ".", 1)
+    text = f"{value:.{digits}f}"
+    if abs(value) < 1:
+        return text.replace("0.", ".", 1)
+    return text
 
 
 def median(interval: dict[str, Any]) -> str:
@@ -162,9 +165,7 @@ def latency(found: dict[str, Any]) -> str:
         size = of["image_encoder_bytes"]
         share = "" if size is None else f"{size / whole:.3f}"
         rows.append([engine, median(of["latency_ms"]), median(of["times_as_fast_as_torch"]), share])
-    return markdown(
-        ["engine", "ms (95 %)", "times as fast as torch fp32 (95 %)", "encoder bytes of onnx-fp32's"], rows
-    )
+    return markdown(["engine", "ms (95 %)", "times as fast as torch fp32 (95 %)", "encoder bytes of onnx-fp32's"], rows)
 
 
 def cold_start(found: dict[str, Any]) -> str:
@@ -184,9 +185,7 @@ def quickstart_seeds(found: dict[str, Any]) -> str:
         sets = [next(s for s in run["sets"] if s["name"] == name) for run in runs]
         each = [short(s[model]["r1"]) for s in sets]
         first = sets[0]
-        rows.append(
-            [name, model, *each, short(means["r1"]), short(means["r5"]), short(first["chance_r1"], 4), first["pictures"]]
-        )
+        rows.append([name, model, *each, short(means["r1"]), short(means["r5"]), short(first["chance_r1"], 4), first["pictures"]])
     seeds = [f"seed {s}" for s in found["seeds"]]
     return markdown(["set", "model", *seeds, "mean top-1", "mean top-5", "chance", "pictures"], rows)
 

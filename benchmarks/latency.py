@@ -150,7 +150,7 @@ def measure(run: Path, options: Any) -> None:
     print(f"batch 1, one thread, {rounds} rounds of {queries} queries an engine after {WARM_UP} for warm-up; run {run.resolve()}\n")
     required = [compare.judge(f"{e}: times as fast as {TORCH}", compare.ratios(results, TORCH, e), at_least=1.3) for e in bundles[1:]]
     required += [compare.exact(f"{e}: of onnx-fp32's image encoder bytes", sizes[e] / sizes["onnx-fp32"], at_most=0.3) for e in bundles[1:]]
-    common.finish({"benchmark": "latency", "run": str(run.resolve()), "engines": figures}, required, here, options)
+    common.finish({"benchmark": "latency", "run": run.name, "engines": figures}, required, here, options)
 
 
 def main() -> None:

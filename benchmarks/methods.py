@@ -265,10 +265,7 @@ def trial_of_seed(
         key |= fingerprints(bench, method, regime)
         if any(all(line.get(k) == v for k, v in key.items()) for line in methods_table.read(log)):
             continue
-        if method == "teacher":
-            result = scored(bench, features, None)
-        else:
-            result = run(bench, METHODS[method], regime, seed, teacher)
+        result = scored(bench, features, None) if method == "teacher" else run(bench, METHODS[method], regime, seed, teacher)
         append(key | {"pictures": counts, "threads": torch.get_num_threads()} | result, log)
         print(f"{name} {method} seed {seed}: {result['test']} ({result.get('seconds', 0)} s)", flush=True)
 

@@ -77,7 +77,7 @@ class Trial(NamedTuple):
     cache: Path
     heads: Path
     roots: tuple[str, ...]
-    recipe: Path | None
+    bench: methods.Bench | None
     """of every set; None: each set's own"""
 
 
@@ -87,9 +87,10 @@ def runs(name: str, readings: list[str], trial: Trial) -> None:
     missing = [(r, s) for s in trial.seeds for r in readings if (name, r, s) not in known]
     if not missing:
         return
-    path = trial.recipe or methods.recipe_of(name, "frozen")
-    roots = tuple(r for r in trial.roots if r.partition("=")[0] == name)
-    bench = methods.prepare(path, "frozen", roots, trial.cache)
+    bench = trial.bench
+    if bench is None:
+        roots = tuple(r for r in trial.roots if r.partition("=")[0] == name)
+        bench = methods.prepare(methods.recipe_of(name, "frozen"), "frozen", roots, trial.cache)
     part = "test" if name == CHECK else "val"
     for r, seed in missing:
         teacher = methods.adapted(bench, seed, trial.heads)
@@ -113,7 +114,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             recipe = toy.write_recipe(folder, toy.TRIAL)
-            trial = Trial(seeds, folder / "log.jsonl", folder / "cache", folder / "heads", (), recipe)
+            bench = methods.prepare(recipe, "frozen", (), folder / "cache")
+            trial = Trial(seeds, folder / "log.jsonl", folder / "cache", folder / "heads", (), bench)
             measure(trial, here, options)
     else:
         measure(Trial(seeds, LOG, options.cache, methods.HEADS, tuple(options.data), None), here, options)

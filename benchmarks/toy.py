@@ -51,10 +51,7 @@ losses: {kl: {}}
 train: {warmup_steps: 4, warmup_batch_size: 32, epochs: 1, batch_size: 32, device: cpu, threads: 1}
 """
 """of methods.py, whose teacher is an assembled one: its weights come with pip"""
-CHILD = (
-    "import sys, toy; from pathlib import Path; "
-    "toy.write_run(Path(sys.argv[1]), sys.argv[3:], validated=sys.argv[2] == 'validated')"
-)
+CHILD = "import sys, toy; from pathlib import Path; toy.write_run(Path(sys.argv[1]), sys.argv[3:], validated=sys.argv[2] == 'validated')"
 
 
 def write_shards(folder: Path) -> None:
@@ -101,9 +98,7 @@ def small_calibration(name: str):
     target = T.load(name)[1]
     if target.calibration is None:
         return target
-    calibration = T.Calibration(
-        pictures=32, judged_on=16, methods=("minmax",), smoothing=(None,), probe_layers=0, min_int8_share=0.0, min_speedup=0.0
-    )
+    calibration = T.Calibration(pictures=32, judged_on=16, methods=("minmax",), smoothing=(None,), probe_layers=0, min_int8_share=0.0, min_speedup=0.0)
     tolerance = T.Tolerance(centred_cosine_p1=0.0, top1_agreement=0.0, accuracy_drop_pp=100.0)
     return msgspec.structs.replace(target, calibration=calibration, tolerance=tolerance)
 
