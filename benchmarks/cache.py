@@ -18,7 +18,7 @@ What bounds (b): decoding. What bounds (a): the teacher.
 Required, with L/14: (a)/(b) at least 8 in wall time; memory beyond (c) at least 9 times smaller in (b) than in (a); CPU of
 (b) at most 1.08 of (c).
 
-    python benchmarks/cache.py --check
+    python benchmarks/cache.py --check            # --quick has ViT-B/32 alone
 """
 
 import argparse
@@ -32,11 +32,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 
 TEACHERS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 LARGEST = TEACHERS[-1]
-IMAGES, BATCH, ROUNDS, VIEWS = 32, 8, 31, 2
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+MODELS = {"whole": TEACHERS, "quick": TEACHERS[:1], "smoke": ("tiny",)}
+SIDE = {"whole": 224, "quick": 224, "smoke": 32}
+ROUNDS = {"whole": 31, "quick": 31, "smoke": 2}
+IMAGES = 32
+BATCH = 8
+VIEWS = 2
 STEPS = {"live": 1, "cache": 2, "none": 2}
 
 
@@ -52,11 +63,13 @@ def load_teacher(model: str) -> Any:
     from edgeclip.host import recipe as R
     from edgeclip.host import teachers
 
-    return teachers.load(R.OpenClip(model=model, weights="random"))
+    return teachers.load(
+        R.OpenClip(model=model, weights="random", config=TINY if model == "tiny" else None)
+    )
 
 
-def build(folder: Path) -> Any:
-    """The cache of (b), by ViT-B/32; a row's width is all that another teacher would change."""
+def build(folder: Path, model: str) -> Any:
+    """The cache of (b), by the smallest teacher; a row's width is all that another teacher would change."""
     import torch
 
     from edgeclip.device.images import index_folder
@@ -64,7 +77,7 @@ def build(folder: Path) -> Any:
     from edgeclip.host.data import Dataset
     from edgeclip.host.recipe import Views
 
-    teacher = load_teacher("ViT-B-32")
+    teacher = load_teacher(model)
     data = Dataset("made", "", [], (), [], index_folder(folder / "images"), [], [])
     views = Views(count=VIEWS)
     return cache.build(
@@ -80,12 +93,7 @@ def build(folder: Path) -> Any:
     )
 
 
-def anonymous_mib() -> float:
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith("RssAnon")) / 1024
-
-
-def worker(way: str, model: str, folder: Path) -> None:
+def worker(way: str, model: str, folder: Path, side: int) -> None:
     import numpy as np
     import torch
     from torch.nn import functional as F
@@ -108,13 +116,13 @@ def worker(way: str, model: str, folder: Path) -> None:
         width, tower = teacher.embed_dim, teachers.folded(teacher).eval()
         del teacher
     student, preprocess = students.build(
-        R.Student(tower=R.Timm(model="vit_tiny_patch16_224", weights="random", image_size=224)),
+        R.Student(tower=R.Timm(model="vit_tiny_patch16_224", weights="random", image_size=side)),
         width,
     )
     student.train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     order = np.random.default_rng(0)
-    preloaded = torch.randn(BATCH, 3, 224, 224), F.normalize(torch.randn(BATCH, width), dim=-1)
+    preloaded = torch.randn(BATCH, 3, side, side), F.normalize(torch.randn(BATCH, width), dim=-1)
     spent = {"teacher": 0.0}
 
     def batches(steps: int) -> Iterator[tuple[Any, Any]]:
@@ -147,7 +155,7 @@ def worker(way: str, model: str, folder: Path) -> None:
 
     def watch() -> None:
         while True:
-            highest[0] = max(highest[0], anonymous_mib())
+            highest[0] = max(highest[0], common.anonymous_mib())
             time.sleep(0.1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -175,38 +183,41 @@ def worker(way: str, model: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument(
         "--teacher",
         action="append",
         default=[],
-        choices=TEACHERS,
+        choices=(*TEACHERS, "tiny"),
         help="only this one; may be repeated  [default: all three]",
     )
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker[0], options.worker[1], Path(options.worker[2]))
+        way, model, folder, side = options.worker
+        worker(way, model, Path(folder), int(side))
         return
-    here = compare.this_machine()
+    here = common.this_machine()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    models = tuple(options.teacher) or (TEACHERS[:1] if options.quick else TEACHERS)
+    models = tuple(options.teacher) or MODELS[options.form]
+    side = str(SIDE[options.form])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "images").mkdir()
         write_images(folder / "images")
-        build(folder)
+        build(folder, MODELS[options.form][0])
         commands = {f"live {m}": ["live", m] for m in models} | {
             "cache": ["cache", "-"],
             "none": ["none", "-"],
         }
         with compare.workers(
-            {n: [sys.executable, __file__, "--worker", *c, name] for n, c in commands.items()}
+            {n: [sys.executable, __file__, "--worker", *c, name, side] for n, c in commands.items()}
         ) as ask:
             for n, c in commands.items():
                 ask[n](steps=STEPS[c[0]])  # warm
             rounds = compare.interleave(
-                {n: lambda n=n, c=c: ask[n](steps=STEPS[c[0]]) for n, c in commands.items()}, ROUNDS
+                {n: lambda n=n, c=c: ask[n](steps=STEPS[c[0]]) for n, c in commands.items()},
+                ROUNDS[options.form],
             )
     report(rounds, models, here, options)
 
@@ -241,7 +252,7 @@ def report(
             shown[5:] = [str(ratio), f"{cost:.0f}", f"{even:.1f}"]
         rows.append(shown)
         figures[n] = row
-    compare.table(
+    common.table(
         rows,
         [
             "way",
@@ -275,7 +286,7 @@ def report(
                 at_least=9,
             ),
         ]
-    compare.finish(
+    common.finish(
         {"benchmark": "cache", "ways": figures, "cache_over_none_wall": over._asdict()},
         required,
         here,

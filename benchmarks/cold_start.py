@@ -13,12 +13,17 @@ resident set of the whole process.
 What bounds it: importing numpy and ONNX Runtime, and ONNX Runtime's optimization of the graph; both are in the bare
 script too. What edgeclip adds is its imports, the command line, and the sha256 of the files it opens.
 
+The bundle's form is the shipped target's first one (every product that the policy allows, minmax): random weights
+answer every image almost alike, so the search could judge nothing.
+
 Required: at least 12 times as fast as open_clip in at most 0.12 of its memory; at most 1.4 times the time and memory
-of the bare script. 30 rounds; with --quick open_clip takes part in three of them only, which judges nothing.
+of the bare script. 30 rounds; with --quick open_clip takes part in three of them only, which judges nothing. --smoke has
+a tiny ViT in place of MobileCLIP2-S0.
 
     python benchmarks/cold_start.py --work /tmp/cold     # keeps checkpoint and bundle there for the next call
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -28,9 +33,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
+import yaml
 
-MODEL = "MobileCLIP2-S0"
+MODELS = {"whole": "MobileCLIP2-S0", "quick": "MobileCLIP2-S0", "smoke": "tiny.json"}
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 256, "layers": 1, "width": 32, "head_width": 16, "patch_size": 64},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
 LABELS = (
     "a cat",
     "a dog",
@@ -43,13 +55,28 @@ LABELS = (
     "a shoe",
     "a clock",
 )
+CALIBRATION = {
+    "images": 24,
+    "judged_on": 16,
+    "methods": ["minmax"],
+    "smoothing": [None],
+    "layers": ["all"],
+}
+CALIBRATION |= {"probe_layers": 0, "min_int8_share": 0.0, "min_speedup": 0.0}
+TOLERANCE = {
+    "centered_cosine_p1": 0.0,
+    "top1_agreement": 0.0,
+    "agreement_where_right": None,
+    "accuracy_drop_pp": 100.0,
+}
 IMAGES = 40
-ROUNDS = 30
+ROUNDS = {"whole": 30, "quick": 30, "smoke": 2}
 PEERS = Path(__file__).parent / "cold_start_peers"
-EDGECLIP = str(Path(sys.executable).with_name("edgeclip"))
+TARGETS = Path(__file__).parent.parent / "export"
+EDGECLIP = (str(Path(sys.executable).with_name("edgeclip")),)
 
 
-def prepare(work: Path) -> None:
+def prepare(work: Path, model: str) -> None:
     """Images, labels and a checkpoint, in a process of its own so that the measuring one stays small."""
     import numpy as np
     import open_clip
@@ -67,32 +94,40 @@ def prepare(work: Path) -> None:
         Image.fromarray(grain.astype(np.uint8)).save(work / "images" / f"{i:02d}.jpg", quality=90)
     (work / "labels.txt").write_text("\n".join(LABELS) + "\n", encoding="utf-8")
     torch.manual_seed(0)
-    save_file(
-        open_clip.create_model(MODEL, pretrained=None).state_dict(), work / "model.safetensors"
-    )
+    if model.endswith(".json"):
+        (work / model).write_text(json.dumps(TINY), encoding="utf-8")
+        open_clip.add_model_config(work / model)
+    built = open_clip.create_model(Path(model).stem, pretrained=None)
+    save_file(built.state_dict(), work / "model.safetensors")
 
 
-def bundle(work: Path) -> Path:
-    """The int8 bundle below `work`, exported by edgeclip itself unless an earlier call left it there."""
+def target(work: Path) -> Path:
+    """Write onnx-int8 as a target of this benchmark's own: one form, few images, nothing asked of random weights."""
+    shipped = yaml.safe_load((TARGETS / "onnx-int8.yaml").read_text(encoding="utf-8"))
+    own = shipped | {"calibration": CALIBRATION, "tolerance": shipped["tolerance"] | TOLERANCE}
+    path = work / "onnx-int8.yaml"
+    path.write_text(yaml.safe_dump(own), encoding="utf-8")
+    return path
+
+
+def model_name(work: Path, form: str) -> str:
+    """Return what open_clip and edgeclip call the model: a name, or the file of its configuration."""
+    name = MODELS[form]
+    if name.endswith(".json"):
+        return str(work / name)
+    return name
+
+
+def bundle(work: Path, form: str) -> Path:
+    """Return the int8 bundle below `work`, exported by edgeclip itself unless an earlier call left it there."""
     folder = work / "bundles" / "onnx-int8"
     if not (folder / "manifest.json").exists():
-        print(f"making a {MODEL} checkpoint and its int8 bundle in {work}", file=sys.stderr)
-        subprocess.run([sys.executable, __file__, "--prepare", str(work)], check=True)
-        source = [
-            "--model",
-            MODEL,
-            "--weights",
-            str(work / "model.safetensors"),
-            "--labels",
-            str(work / "labels.txt"),
-            "--images",
-            str(work / "images"),
-        ]
-        subprocess.run(
-            [EDGECLIP, "export", *source, "--target", "onnx-int8", "--out", str(work / "bundles")],
-            check=True,
-            stdout=sys.stderr,
-        )
+        print(f"making a {MODELS[form]} checkpoint and its int8 bundle in {work}", file=sys.stderr)
+        subprocess.run([sys.executable, __file__, "--prepare", str(work), MODELS[form]], check=True)
+        source = ["--model", model_name(work, form), "--weights", str(work / "model.safetensors")]
+        source += ["--labels", str(work / "labels.txt"), "--images", str(work / "images")]
+        to = ["--target", str(target(work)), "--out", str(work / "bundles")]
+        subprocess.run([*EDGECLIP, "export", *source, *to], check=True, stdout=sys.stderr)
     return folder
 
 
@@ -128,11 +163,11 @@ def ranking(answer: str) -> list[str]:
     return [label for _, label in found]
 
 
-def commands(work: Path) -> dict[str, list[str]]:
-    folder, image = bundle(work), str(work / "images" / "00.jpg")
+def commands(work: Path, form: str) -> dict[str, list[str]]:
+    folder, image = bundle(work, form), str(work / "images" / "00.jpg")
     baked = [str(folder / "class_features.npy"), str(folder / "labels.json"), image]
     return {
-        "edgeclip classify": [EDGECLIP, "classify", image, "--bundle", str(folder)],
+        "edgeclip classify": [*EDGECLIP, "classify", image, "--bundle", str(folder)],
         "bare onnxruntime": [
             sys.executable,
             str(PEERS / "bare_onnxruntime.py"),
@@ -142,7 +177,7 @@ def commands(work: Path) -> dict[str, list[str]]:
         "open_clip": [
             sys.executable,
             str(PEERS / "open_clip_torch.py"),
-            MODEL,
+            model_name(work, form),
             str(work / "model.safetensors"),
             *baked,
         ],
@@ -150,8 +185,8 @@ def commands(work: Path) -> dict[str, list[str]]:
 
 
 def measure(work: Path, options: Any) -> None:
-    here = compare.this_machine()
-    sides = commands(work)
+    here = common.this_machine()
+    sides = commands(work, options.form)
     first = {name: run(command) for name, command in sides.items()}
     ranked = {name: ranking(result["answer"]) for name, result in first.items()}
     ours, bare, torch_ = sides
@@ -162,8 +197,9 @@ def measure(work: Path, options: Any) -> None:
     def cold(name: str) -> Callable[[], dict[str, Any]]:
         return lambda: {k: v for k, v in run(sides[name]).items() if k != "answer"}
 
+    seldom = {torch_: 10} if options.form == common.QUICK else None
     rounds = compare.interleave(
-        {name: cold(name) for name in sides}, ROUNDS, every={torch_: 10} if options.quick else None
+        {name: cold(name) for name in sides}, ROUNDS[options.form], every=seldom
     )
     rows, figures = [], {}
     for name in sides:
@@ -185,11 +221,11 @@ def measure(work: Path, options: Any) -> None:
                 ", ".join(ranked[name][:2]),
             ]
         )
-    compare.table(
+    common.table(
         rows,
         ["cold start", "s to the answer (95 %)", "s to exit", "peak MiB", "runs", "first answers"],
     )
-    small = compare.this_process_mib()
+    small = common.this_process_mib()
     assert all(figures[name]["memory_mib"]["median"] > small for name in sides), (
         f"this process ({small:.0f} MiB) hides its children's memory"
     )
@@ -213,7 +249,7 @@ def measure(work: Path, options: Any) -> None:
             at_most=1.4,
         ),
     ]
-    compare.finish(
+    common.finish(
         {
             "benchmark": "cold_start",
             "cold_start": figures,
@@ -226,7 +262,7 @@ def measure(work: Path, options: Any) -> None:
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument(
         "--work",
         type=Path,
@@ -234,12 +270,13 @@ def main() -> None:
     )
     parser.add_argument(
         "--prepare",
-        type=Path,
-        help="internal: only make images, labels and checkpoint in this folder",
+        nargs=2,
+        help="internal: only make images, labels and checkpoint, of FOLDER and MODEL",
     )
     options = parser.parse_args()
     if options.prepare:
-        prepare(options.prepare)
+        folder, model = options.prepare
+        prepare(Path(folder), model)
     elif options.work:
         measure(options.work.resolve(), options)
     else:

@@ -1,23 +1,21 @@
-"""What every script here shares: peers measured side by side, a median with its interval, and a verdict.
+"""Peers measured side by side, a median with its interval, and a verdict.
 
 Peers take turns, round by round, so that a slow minute of the machine hits all of them; a ratio is formed within a
 round and only then are the rounds summed up. A required ratio is judged by the median over at least 30 rounds and its
 95 % interval (order statistics, so no distribution is assumed):
 
     met           the whole interval lies on the right side of the limit
-    missed        the whole interval lies beyond it; with --check the script then exits 3
+    missed        the whole interval lies beyond it; with --check the script then exits 3 (common.py)
     not resolved  the interval holds the limit, or there are fewer than 30 rounds
 
-Only the standard library and tabulate are used: Linux starts a child's peak memory at that of the process that made it
-(`ru_maxrss` survives exec), so whoever measures small processes must stay smaller than they are.
+Only the standard library is used: Linux starts a child's peak memory at that of the process that made it (`ru_maxrss`
+survives exec), so whoever measures small processes must stay smaller than they are.
 """
 
-import argparse
 import contextlib
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,23 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from tabulate import tabulate
-
-from edgeclip.device import machine
-
 MIN_PAIRS = 30
-EXIT_MISSED = 3
-
-
-def arguments(doc: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="a short form of the same work")
-    parser.add_argument(
-        "--check", action="store_true", help="exit 3 when a required figure is missed"
-    )
-    return parser
 
 
 # --- peers
@@ -214,68 +196,3 @@ def exact(
         "at_most": at_most,
         "verdict": verdict,
     }
-
-
-# --- output
-
-
-def table(rows: list[list[Any]], headers: list[str]) -> None:
-    print(
-        tabulate(
-            [["not measured" if c is None else c for c in row] for row in rows],
-            headers,
-            disable_numparse=True,
-        ),
-        end="\n\n",
-    )
-
-
-def this_machine() -> dict[str, Any]:
-    """Stated with every figure; the load is that before the work began, other people's jobs included."""
-    here = machine.facts()
-    return {k: here[k] for k in ("cpu", "cores", "isa", "os", "python")} | {
-        "load_average": round(os.getloadavg()[0], 2)
-    }
-
-
-def this_process_mib() -> float:
-    """Peak memory of the measuring process: no child of it can be seen to take less."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def finish(
-    figures: dict[str, Any],
-    required: list[dict[str, Any]],
-    here: dict[str, Any],
-    options: argparse.Namespace,
-) -> None:
-    """Prints the required figures and, as the last line, everything as JSON; exits 3 where --check asks for it."""
-    rows = []
-    for r in required:
-        limit = (
-            f"at least {r['at_least']:.3g}"
-            if r["at_least"] is not None
-            else f"at most {r['at_most']:.3g}"
-        )
-        rows.append(
-            [
-                r["what"],
-                str(Interval(r["found"], r["low"], r["high"], r["n"])),
-                r["n"],
-                limit,
-                r["verdict"],
-            ]
-        )
-    table(rows, ["required", "found (95 % interval)", "n", "limit", "verdict"])
-    print(
-        f"{here['cpu']}, {here['cores']} cores, ISA {', '.join(here['isa'] or ['unknown'])}; load average before {here['load_average']}"
-    )
-    if here["load_average"] > 0.5:
-        print(
-            "other work was running on this machine: absolute times are too long, ratios are what counts"
-        )
-    if options.quick:
-        print("short form (--quick)")
-    print(json.dumps({**figures, "required": required, "machine": here, "quick": options.quick}))
-    if options.check and any(r["verdict"] == "missed" for r in required):
-        sys.exit(EXIT_MISSED)

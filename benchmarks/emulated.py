@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 import msgspec
 import numpy as np
@@ -29,7 +30,7 @@ from edgeclip.device.validate import Evaluation, Observed, decide, load_evaluati
 from edgeclip.errors import EdgeclipError
 
 VERSION = "onnxruntime==1.26.0"
-PHOTOS, QUICK = 200, 24
+PHOTOS = {"whole": 200, "quick": 24, "smoke": 4}
 MARGIN = 1e-3
 TARGETS = ("onnx-fp32", "onnx-int8-arm")
 
@@ -49,8 +50,8 @@ def observed(
 
 
 def measure(run: Path, options: Any) -> None:
-    here = compare.this_machine()
-    evaluation = load_evaluation(run / "evaluation", QUICK if options.quick else PHOTOS)
+    here = common.this_machine()
+    evaluation = load_evaluation(run / "evaluation", PHOTOS[options.form])
     bundles = [Bundle.load(run / "bundles" / t, check=True) for t in TARGETS]
     x86, _ = observed("loopback", None, bundles, evaluation)
     arm, facts = observed("arm64-emulated", "cortex-a76", bundles, evaluation)
@@ -75,7 +76,7 @@ def measure(run: Path, options: Any) -> None:
             "other_answer": int(unlike.sum()), "other_answer_by_margin": int((unlike & (margin >= MARGIN)).sum()), "closer_than_margin": int((margin < MARGIN).sum()),
         }  # fmt: skip
         rows.append([name, *(figures[name][k] for k in figures[name])])
-    compare.table(
+    common.table(
         rows,
         [
             "bundle",
@@ -103,7 +104,7 @@ def measure(run: Path, options: Any) -> None:
             at_least=1,
         ),
     ]
-    compare.finish(
+    common.finish(
         {
             "benchmark": "emulated",
             "bundles": figures,
@@ -116,16 +117,15 @@ def measure(run: Path, options: Any) -> None:
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
-    parser.add_argument(
-        "--run",
-        type=Path,
-        default=Path("runs/latest"),
-        help="a finished run with its bundles  [default: runs/latest]",
-    )
+    parser = common.arguments(__doc__)
+    common.run_argument(parser)
     options = parser.parse_args()
+    common.require_board()
+    common.require("apt install qemu-user-static", program="qemu-aarch64-static")
+    common.require("apt install debootstrap", program="debootstrap")
     try:
-        measure(options.run, options)
+        with common.measured_run(options, TARGETS) as run:
+            measure(run, options)
     except EdgeclipError as e:
         sys.exit(f"Error: {e}")
 

@@ -4,18 +4,21 @@ Random weights: what is shown is that the graph exports, that its float form equ
 and that TensorRT-RTX parses and builds both towers; accuracy is for trained students. Forms are the policy's own, without
 the search (8 calibration images, minmax, every candidate layer), so that a family costs a minute or two.
 
-    docs/targets.jsonl     a line a family, appended when it is done; a family that is there is not run again
-    docs/targets.md        the table, between two marks (--write)
+    results/targets.jsonl  a line a family, appended when it is done; a family that is there is not run again
+    docs/targets.md        the table, by benchmarks/figures.py
+
+The short forms leave that file alone.
+
+Required: the float form within 1e-5 of torch; every tower that TensorRT-RTX was asked to build, built.
 
 What bounds it: tracing and building; the latencies are single, on a machine that may be shared, and only their ratio
 within a row means something.
 
     python benchmarks/export_matrix.py                    # all that are missing
     python benchmarks/export_matrix.py --families RN50    # one
-    python benchmarks/export_matrix.py --write
 """
 
-import argparse
+import contextlib
 import json
 import os
 import tempfile
@@ -23,11 +26,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
+import compare
 import numpy as np
 
-DOCS = Path(__file__).parent.parent / "docs"
-LOG, PAGE = DOCS / "targets.jsonl", DOCS / "targets.md"
-START, END = "<!-- matrix -->", "<!-- end of matrix -->"
+LOG = Path(__file__).parent.parent / "results" / "targets.jsonl"
+ROUNDS = {"whole": 25, "quick": 25, "smoke": 2}
+SHOWN = (
+    "image_size",
+    "float_error",
+    "int8_layers",
+    "float_ms",
+    "onnx-int8_ms",
+    "tensorrt_mib",
+    "tensorrt_builds",
+)
 
 
 def tiny(image: dict[str, Any], text: dict[str, Any], embed_dim: int = 512) -> dict[str, Any]:
@@ -59,6 +72,18 @@ FAMILIES: dict[str, Any] = {
     "timm repvit_m0_9": "repvit_m0_9",
     "timm mobilenetv4_conv_small": "mobilenetv4_conv_small",
     "timm efficientnet_lite0": "efficientnet_lite0",
+}
+TINY = {
+    "tiny": tiny(
+        {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        {"context_length": 16, "width": 16, "heads": 2, "layers": 1},
+        32,
+    )
+}
+CHOSEN = {
+    "whole": tuple(FAMILIES),
+    "quick": ("ViT-S-32-alt", "timm mobilenetv4_conv_small", "timm efficientnet_lite0"),
+    "smoke": tuple(TINY),
 }
 
 
@@ -94,7 +119,7 @@ def towers(model: Any) -> tuple[Any, Any, int, int]:
     return Unit().eval(), TextModule(clip).eval(), preprocess.size, int(clip.context_length)
 
 
-def latencies_ms(paths: list[Path], x: np.ndarray, rounds: int = 25) -> list[float]:
+def latencies_ms(paths: list[Path], x: np.ndarray, rounds: int) -> list[float]:
     """Medians over rounds in which each graph runs once, so that other work on the machine meets them alike."""
     from edgeclip.device.runtime import open_session
 
@@ -109,7 +134,7 @@ def latencies_ms(paths: list[Path], x: np.ndarray, rounds: int = 25) -> list[flo
     return [round(v, 2) for v in np.median(laps[3:], axis=0).tolist()]
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, rounds: int) -> dict[str, Any]:
     import torch
 
     from edgeclip.device import target
@@ -121,7 +146,7 @@ def measure(name: str) -> dict[str, Any]:
     from edgeclip.host.graph.qdq import calibrate, quantize
     from edgeclip.host.towers.fold import fold
 
-    image, text, size, context = towers(FAMILIES[name])
+    image, text, size, context = towers((FAMILIES | TINY)[name])
     x = np.random.default_rng(0).normal(size=(8, 3, size, size)).astype(np.float32)
     example = torch.from_numpy(x[:1])
     model = graph.to_onnx(fold(image, example), example, "pixels", "image_features", 19)
@@ -153,7 +178,7 @@ def measure(name: str) -> dict[str, Any]:
         )["raw_min"]
         for n, ms in zip(
             ("float", "onnx-int8"),
-            latencies_ms([paths["float"], paths["onnx-int8"]], x[:1]),
+            latencies_ms([paths["float"], paths["onnx-int8"]], x[:1], rounds),
             strict=True,
         ):
             row[f"{n}_ms"], row[f"{n}_mib"] = ms, round(paths[n].stat().st_size / 2**20, 1)
@@ -176,47 +201,58 @@ def measure(name: str) -> dict[str, Any]:
     return row
 
 
-def table() -> str:
-    rows = [json.loads(line) for line in LOG.read_text().splitlines()]
-    lines = [
-        "| family | input | float error | int8 layers | onnx-fp32 ms / MiB | onnx-int8 ms / MiB | times as fast | tensorrt-int8 MiB, image / text build (s) | text int8 MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        yes = {True: "yes", False: "**no**", None: "not checked"}
-        text = yes[r["text_tensorrt_builds"]] if "text_tensorrt_builds" in r else "no text"
-        lines.append(
-            f"| {r['family']} | {r['image_size']} | {r['float_error']:.0e} | {r['int8_layers']} | {r['float_ms']} / {r['float_mib']} | {r['onnx-int8_ms']} / {r['onnx-int8_mib']} "
-            f"| {r['float_ms'] / r['onnx-int8_ms']:.2f} | {r['tensorrt_mib']}, {yes[r['tensorrt_builds']]} / {text} ({r['tensorrt_s']}) | {r.get('text_mib', '')} |"
-        )
-    return "\n".join(lines)
+def rows_of(log: Path) -> list[dict[str, Any]]:
+    """Return the lines of `log`, a family each; none where there is no such file."""
+    if not log.exists():
+        return []
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+def append(row: dict[str, Any], log: Path) -> None:
+    """Add a line to `log`, and see it on the disk."""
+    with log.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the required figures of the families; a build that was not checked is none."""
+    required = []
+    for row in rows:
+        name = row["family"]
+        required.append(compare.exact(f"{name}: float error", row["float_error"], at_most=1e-5))
+        builds = [
+            row[key]
+            for key in ("tensorrt_builds", "text_tensorrt_builds")
+            if row.get(key) is not None
+        ]
+        if builds:
+            required.append(
+                compare.exact(
+                    f"{name}: of its towers TensorRT builds", sum(builds) / len(builds), at_least=1
+                )
+            )
+    return required
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
-    parser.add_argument("--write", action="store_true", help="put the table into docs/targets.md")
+    parser = common.arguments(__doc__)
+    parser.add_argument("--families", nargs="*", choices=list(FAMILIES), help="only these")
     options = parser.parse_args()
-    if options.write:
-        page = PAGE.read_text()
-        PAGE.write_text(
-            page[: page.index(START) + len(START)] + "\n" + table() + "\n" + page[page.index(END) :]
-        )
-        return
-    done = (
-        {json.loads(line)["family"] for line in LOG.read_text().splitlines()}
-        if LOG.exists()
-        else set()
-    )
-    for name in (f for f in options.families if f not in done):
-        row = measure(name)
-        with open(LOG, "a") as f:
-            f.write(json.dumps(row) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        print(json.dumps(row), flush=True)
+    here = common.this_machine()
+    with contextlib.ExitStack() as stack:
+        log = LOG
+        if options.form != common.WHOLE:
+            log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "targets.jsonl"
+        done = {row["family"] for row in rows_of(log)}
+        for name in options.families or CHOSEN[options.form]:
+            if name not in done:
+                append(measure(name, ROUNDS[options.form]), log)
+        rows = rows_of(log)
+    cells = [[row["family"], *(row[key] for key in SHOWN)] for row in rows]
+    common.table(cells, ["family", *SHOWN])
+    common.finish({"benchmark": "export_matrix", "families": rows}, judged(rows), here, options)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ What bounds it: numpy's and ONNX Runtime's own libraries. Nothing is required; d
     python benchmarks/footprint.py --run runs/quickstart
 """
 
-import json
 import subprocess
 import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 
 from edgeclip.boards import runner
@@ -23,12 +23,13 @@ from edgeclip.boards.board import Board
 from edgeclip.device import profile as D
 from edgeclip.device.bundle import Bundle
 
-RUNS = 7
+RUNS = {"whole": 7, "quick": 7, "smoke": 1}
 PLATFORMS = {
     "Debian 12 aarch64 (Raspberry Pi OS)": {"arch": "aarch64", "python": "3.11.2", "glibc": "2.36"},
     "JetPack 6 aarch64": {"arch": "aarch64", "python": "3.10.12", "glibc": "2.35"},
     "Debian 12 x86-64": {"arch": "x86_64", "python": "3.11.2", "glibc": "2.36"},
 }
+HERE = "Debian 12 x86-64"
 CODE = {
     "import": "import edgeclip.device.bundle",
     "one classification": "import sys; from edgeclip.device.bundle import Bundle; b = Bundle.load(sys.argv[1]); b.classify(b.folder / b.manifest.golden.images[0])",
@@ -37,10 +38,13 @@ PEAK = "\nimport re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/statu
 
 
 def measure(run: Path, options: Any) -> None:
-    here = compare.this_machine()
+    here = common.this_machine()
     figures: dict[str, Any] = {}
     rows = []
-    for name, facts in PLATFORMS.items():
+    platforms = PLATFORMS
+    if options.form == common.SMOKE:
+        platforms = {HERE: PLATFORMS[HERE]}
+    for name, facts in platforms.items():
         wheels = runner.wheels(name, facts, ("onnxruntime",))
         unpacked = sum(i.file_size for w in wheels for i in zipfile.ZipFile(w).infolist())
         figures[name] = {
@@ -57,7 +61,7 @@ def measure(run: Path, options: Any) -> None:
                 ", ".join("-".join(w.name.split("-")[:2]) for w in wheels),
             ]
         )
-    compare.table(rows, ["platform", "wheels", "MiB", "unpacked MiB", ""])
+    common.table(rows, ["platform", "wheels", "MiB", "unpacked MiB", ""])
     own = runner.device_layer()
     print(f"the device layer itself: {len(own) / 1024:.0f} KiB\n")
     folder = next(
@@ -72,7 +76,7 @@ def measure(run: Path, options: Any) -> None:
     rows = []
     for what, code in CODE.items():
         laps, peaks = [], []
-        for _ in range(RUNS):
+        for _ in range(RUNS[options.form]):
             before = time.perf_counter()
             command = ["python3", "-c", code + PEAK, str(folder.resolve())]
             done = subprocess.run(
@@ -93,26 +97,21 @@ def measure(run: Path, options: Any) -> None:
             "peak_mib": compare.interval(peaks)._asdict(),
         }
         rows.append([what, str(compare.interval(laps)), f"{compare.interval(peaks).median:.0f}"])
-    compare.table(
-        rows, [f"fresh process, {folder.name}", f"s, median of {RUNS} (95 %)", "peak MiB"]
+    common.table(
+        rows,
+        [f"fresh process, {folder.name}", f"s, median of {RUNS[options.form]} (95 %)", "peak MiB"],
     )
-    print(
-        json.dumps(
-            {"benchmark": "footprint", **figures, "device_layer_bytes": len(own), "machine": here}
-        )
-    )
+    figures |= {"benchmark": "footprint", "device_layer_bytes": len(own)}
+    common.finish(figures, [], here, options)
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
-    parser.add_argument(
-        "--run",
-        type=Path,
-        default=Path("runs/latest"),
-        help="a finished run with its bundles  [default: runs/latest]",
-    )
+    parser = common.arguments(__doc__)
+    common.run_argument(parser)
     options = parser.parse_args()
-    measure(options.run, options)
+    common.require_board()
+    with common.measured_run(options, ("onnx-int8",)) as run:
+        measure(run, options)
 
 
 if __name__ == "__main__":

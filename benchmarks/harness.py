@@ -10,7 +10,7 @@ What bounds it: a Python call, two readings of the clock and a list append, unde
 far larger. benchmark_app and bench are fresh processes each time, and memory lies differently in each.
 
 Required: a query all in under 50 microseconds; p50 within 3 % of the bare loop, 5 % of benchmark_app and, through loopback, 5 %
-of local, each judged by the median of the pairs and its 95 % interval.
+of local, each judged by the median of the pairs and its 95 % interval. --quick has too few fresh processes to judge the last.
 
     python benchmarks/harness.py --run runs/quickstart --check       # bundles onnx-fp32 and openvino-fp16 or openvino-int8
 """
@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 import numpy as np
 
@@ -35,8 +36,21 @@ from edgeclip.errors import EdgeclipError
 
 INPUT = (1, 3, 256, 256)
 SAMPLES = 32
-RUNS = 30
-QUERIES, QUICK = 100, 40
+RUNS = {"whole": 30, "quick": 30, "smoke": 2}
+NULL_QUERIES = {"whole": 50_000, "quick": 2_000, "smoke": 100}
+QUERIES = {"whole": 100, "quick": 40, "smoke": 2}
+PAIRS = (
+    ("bench, onnxruntime", "bare loop", 0.03, {"whole": 150, "quick": 60, "smoke": 2}),
+    ("bench, openvino", "benchmark_app", 0.05, {"whole": 60, "quick": 30, "smoke": 1}),
+    (
+        "edgeclip bench, loopback",
+        "edgeclip bench, host-cpu",
+        0.05,
+        {"whole": 60, "quick": 10, "smoke": 1},
+    ),
+)
+"""(bench's own path, what it is held against, the share that they may differ by, rounds): a call of microseconds goes more often
+than a fresh process of seconds"""
 BARE = """
 import json, sys, time
 import numpy as np, onnxruntime as ort
@@ -56,22 +70,22 @@ for line in sys.stdin:
 
 
 def harness_alone(options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    queries = 2_000 if options.quick else 50_000
+    queries, runs = NULL_QUERIES[options.form], RUNS[options.form]
     session = open_session("null", Path("null"), threads=1)
     samples = [np.zeros(INPUT, np.float32) for _ in range(SAMPLES)]
     all_in, seen = [], []
-    for _ in range(RUNS):
+    for _ in range(runs):
         before = time.perf_counter()
         latencies = run_scenario(session.run, samples, min_duration_s=0, min_query_count=queries)
         all_in.append(1e6 * (time.perf_counter() - before) / (len(latencies) + WARM_UP))
         seen.append(1e6 * float(np.median(latencies)))
     figures = {"query_us": compare.interval(all_in), "latency_us": compare.interval(seen)}
-    compare.table(
+    common.table(
         [
             ["a query, all in", str(figures["query_us"])],
             ["seen as latency", str(figures["latency_us"])],
         ],
-        ["harness", f"microseconds, median of {RUNS} runs of {queries:,} queries (95 %)"],
+        ["harness", f"microseconds, median of {runs} runs of {queries:,} queries (95 %)"],
     )
     return {k: v._asdict() for k, v in figures.items()}, [
         compare.judge("microseconds a query", all_in, at_most=50)
@@ -164,9 +178,9 @@ def within(what: str, ratios: list[float], share: float) -> list[dict[str, Any]]
 
 
 def measure(run: Path, options: Any) -> None:
-    here = compare.this_machine()
+    here = common.this_machine()
     figures, required = harness_alone(options)
-    queries = QUICK if options.quick else QUERIES
+    queries = QUERIES[options.form]
     names = [
         "onnx-fp32",
         next(n for n in ("openvino-fp16", "openvino-int8") if (run / "bundles" / n).is_dir()),
@@ -206,38 +220,28 @@ def measure(run: Path, options: Any) -> None:
                 "edgeclip bench, loopback": lambda: cli_bench(ort, folder / "far.yaml"),
             }
             sides["edgeclip bench, loopback"]()  # the runner is copied once
-            pairs = (
-                ("bench, onnxruntime", "bare loop", 0.03, 5),
-                ("bench, openvino", "benchmark_app", 0.05, 2),
-                ("edgeclip bench, loopback", "edgeclip bench, host-cpu", 0.05, 2),
-            )
-            # Pair by pair, so that the two of a round are neighbors in time; the quick ones more often.
-            measured = [
-                compare.interleave({a: sides[a], b: sides[b]}, times * compare.MIN_PAIRS)
-                for a, b, _, times in pairs
-            ]
+            # Pair by pair, so that the two of a round are neighbors in time.
+            measured = []
+            for ours, theirs, _, rounds in PAIRS:
+                pair = {ours: sides[ours], theirs: sides[theirs]}
+                measured.append(compare.interleave(pair, rounds[options.form]))
     rows = []
-    for (ours, theirs, share, _), rounds in zip(pairs, measured, strict=True):
+    for (ours, theirs, share, _), rounds in zip(PAIRS, measured, strict=True):
         ratios = compare.ratios(rounds, ours, theirs)
         ms = [compare.interval(compare.column(rounds, side)) for side in (ours, theirs)]
         rows.append([ours, theirs, str(ms[0]), str(ms[1]), str(compare.interval(ratios))])
         figures[f"{ours} / {theirs}"] = compare.interval(ratios)._asdict()
         required += within(f"{ours} / {theirs}", ratios, share)
-    compare.table(
+    common.table(
         rows,
         ["bench", "beside", "p50 ms (95 %)", "its p50 ms (95 %)", "ratio within a round (95 %)"],
     )
-    compare.finish({"benchmark": "harness", "queries": queries, **figures}, required, here, options)
+    common.finish({"benchmark": "harness", "queries": queries, **figures}, required, here, options)
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
-    parser.add_argument(
-        "--run",
-        type=Path,
-        default=Path("runs/latest"),
-        help="a finished run with its bundles  [default: runs/latest]",
-    )
+    parser = common.arguments(__doc__)
+    common.run_argument(parser)
     parser.add_argument(
         "--worker", type=Path, metavar="BUNDLE", help="internal: be the process of one bundle"
     )
@@ -245,8 +249,11 @@ def main() -> None:
     if options.worker:
         worker(options.worker)
     else:
+        common.require_board()
+        common.require("pip install 'edgeclip[openvino]'", module="openvino")
         try:
-            measure(options.run.resolve(), options)
+            with common.measured_run(options, ("onnx-fp32", "openvino-fp16")) as run:
+                measure(run, options)
         except EdgeclipError as e:
             sys.exit(f"Error: {e}")
 

@@ -20,10 +20,12 @@ What bounds it: with VNNI the int8 products; depthwise convolutions and small ma
 Required: no plain rival of the same runtime is both faster and more exact than edgeclip's target; edgeclip's best is the
 fastest of all whose centered cosine is no worse than its own by more than 0.005.
 
-    python benchmarks/int8.py --images DIR --model MobileCLIP2-S0 --model ViT-B-32 --run runs/quickstart --threads 1 --threads 2
+    python benchmarks/int8.py --run runs/quickstart --threads 1 --threads 2      # its own training images
+    python benchmarks/int8.py --images DIR --model MobileCLIP2-S0 --model ViT-B-32 --threads 1 --threads 2
 """
 
 import argparse
+import contextlib
 import importlib
 import subprocess
 import sys
@@ -32,8 +34,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 import numpy as np
+import toy
 
 EDGECLIP = {"edgeclip onnx-int8": "onnx-int8", "edgeclip openvino-int8": "openvino-int8"}
 RIVALS = {
@@ -42,6 +46,10 @@ RIVALS = {
 }
 WARM_UP, QUERIES = 10, 5
 SAME, SCORED = 0.005, 400
+IMAGES = {"whole": 96, "quick": 32, "smoke": 16}
+ROUNDS = {"whole": 2 * compare.MIN_PAIRS, "quick": compare.MIN_PAIRS, "smoke": 2}
+SLOW_TO_MAKE = ("NNCF", "NNCF as optimum-intel", "ModelOpt", "edgeclip openvino-int8")
+"""what the smoke form does without"""
 
 
 def prepare(source: Any, images: list[Any], count: int, folder: Path) -> dict[str, np.ndarray]:
@@ -67,7 +75,7 @@ def prepare(source: Any, images: list[Any], count: int, folder: Path) -> dict[st
     return {"ranges": x[:count], "judged": x[count : 2 * count], "fresh": x[2 * count :]}
 
 
-def rivals(folder: Path, ranges: np.ndarray, modelopt: str | None) -> dict[str, Path]:
+def rivals(folder: Path, ranges: np.ndarray, options: Any) -> dict[str, Path]:
     """Every plain rival's file; what fails is said and left out."""
     import nncf
     import openvino as ov
@@ -101,7 +109,7 @@ def rivals(folder: Path, ranges: np.ndarray, modelopt: str | None) -> dict[str, 
         )
         subprocess.run(
             [
-                str(modelopt),
+                options.modelopt,
                 "-c",
                 code,
                 str(folder / "float.onnx"),
@@ -120,8 +128,11 @@ def rivals(folder: Path, ranges: np.ndarray, modelopt: str | None) -> dict[str, 
             "optimum.xml",
             lambda out: by_nncf(out, model_type=nncf.ModelType.TRANSFORMER),
         ),
-        **({"ModelOpt": ("modelopt.onnx", by_modelopt)} if modelopt else {}),
     }
+    if options.modelopt:
+        makers["ModelOpt"] = ("modelopt.onnx", by_modelopt)
+    if options.form == common.SMOKE:
+        makers = {name: made for name, made in makers.items() if name not in SLOW_TO_MAKE}
     found = {"ORT fp32": folder / "float.onnx"}
     ov.save_model(
         ov.convert_model(folder / "float.onnx"), folder / "float.xml", compress_to_fp16=False
@@ -144,9 +155,12 @@ def rivals(folder: Path, ranges: np.ndarray, modelopt: str | None) -> dict[str, 
 
 
 def ours(
-    folder: Path, inputs: dict[str, np.ndarray], answers: Any, trained: bool
+    folder: Path, inputs: dict[str, np.ndarray], answers: Any, trained: bool, form: str
 ) -> dict[str, Path]:
-    """What export's search chooses. trained: False asks no closeness of it, because random weights answer every image almost alike."""
+    """What export's search chooses. trained: False asks no closeness of it, because random weights answer every image almost alike.
+
+    In the smoke form it chooses as for a toy.
+    """
     import msgspec
     import onnx
 
@@ -157,12 +171,16 @@ def ours(
 
     found = {}
     for name, target_name in EDGECLIP.items():
+        if form == common.SMOKE and name in SLOW_TO_MAKE:
+            continue
         target = T.load(target_name)[1]
         assert target.calibration is not None
         target = msgspec.structs.replace(
             target, calibration=msgspec.structs.replace(target.calibration, probe_layers=6)
         )
-        if not trained:
+        if form == common.SMOKE:
+            target = toy.small_calibration(target_name)
+        elif not trained:
             target = msgspec.structs.replace(
                 target, tolerance=msgspec.structs.replace(target.tolerance, centered_cosine_p1=-1.0)
             )
@@ -243,7 +261,7 @@ def student(name: str) -> Any:
 
 
 def measure(
-    name: str, photos: list[Any], options: Any
+    name: str, photos: list[Any] | None, options: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from edgeclip.device.images import index_tar, read
     from edgeclip.device.metrics import cosine
@@ -256,7 +274,7 @@ def measure(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "student.torch").write_text(name)
-        inputs = prepare(source, images, 32 if options.quick else 96, folder)
+        inputs = prepare(source, images, IMAGES[options.form], folder)
         np.save(folder / "fresh.npy", inputs["fresh"])
 
         def answers(features: np.ndarray) -> np.ndarray:
@@ -281,8 +299,8 @@ def measure(
 
         files = {
             "torch fp32": folder / "student.torch",
-            **rivals(folder, inputs["ranges"], options.modelopt),
-            **ours(folder, inputs, labeled, evaluation is not None),
+            **rivals(folder, inputs["ranges"], options),
+            **ours(folder, inputs, labeled, evaluation is not None, options.form),
         }
         figures: dict[str, Any] = {}
         required: list[dict[str, Any]] = []
@@ -322,10 +340,8 @@ def measure(
                             "top1_agreement": same,
                         }
                         figures[e]["accuracy"] = None if right is None else float(right)
-                laps = compare.interleave(
-                    {e: (lambda e=e: float(ask[e](queries=QUERIES)["ms"])) for e in files},
-                    compare.MIN_PAIRS * (1 if options.quick else 2),
-                )
+                turns = {e: (lambda e=e: float(ask[e](queries=QUERIES)["ms"])) for e in files}
+                laps = compare.interleave(turns, ROUNDS[options.form])
             for e in files:
                 figures[e][f"latency_ms_{threads}"] = compare.interval(
                     compare.column(laps, e)
@@ -382,7 +398,7 @@ def measure(
             )
         heads = [h for t in options.threads for h in (f"ms, {t} thread(s)", "times torch")]
         print(f"{label}, batch 1")
-        compare.table(
+        common.table(
             rows, ["engine", *heads, "MiB", "centered cosine p1", "top-1 agreement", "R@1"]
         )
     return figures, required
@@ -392,12 +408,11 @@ def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         work(Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
         return
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument(
         "--images",
         type=Path,
-        required=True,
-        help="a folder of photos, or a WebDataset shard, for calibration and closeness",
+        help="a folder of photos, or a WebDataset shard, for calibration and closeness: a --model has none",
     )
     parser.add_argument(
         "--model",
@@ -414,19 +429,28 @@ def main() -> None:
     parser.add_argument("--modelopt", help="the Python of an environment that has nvidia-modelopt")
     options: argparse.Namespace = parser.parse_args()
     options.threads = options.threads or [1]
+    names = [*options.model, *map(str, options.run)]
+    if options.model and options.images is None:
+        parser.error("a --model has no training images: give --images")
+    if not names and options.form != common.SMOKE:
+        parser.error("give --model or --run, once or several times")
     from edgeclip.device.images import index_folder, index_tar
 
-    here = compare.this_machine()
-    photos = (
-        index_tar(options.images)
-        if options.images.suffix == ".tar"
-        else index_folder(options.images)
-    )
+    here = common.this_machine()
+    if options.images is None:
+        photos = None
+    elif options.images.suffix == ".tar":
+        photos = index_tar(options.images)
+    else:
+        photos = index_folder(options.images)
     figures, required = {}, []
-    for name in [*options.model, *map(str, options.run)]:
-        figures[Path(name).name], more = measure(name, photos, options)
-        required += more
-    compare.finish({"benchmark": "int8", "models": figures}, required, here, options)
+    with contextlib.ExitStack() as stack:
+        if not names:
+            names.append(str(stack.enter_context(common.measured_run(options, ()))))
+        for name in names:
+            figures[Path(name).name], more = measure(name, photos, options)
+            required += more
+    common.finish({"benchmark": "int8", "models": figures}, required, here, options)
 
 
 if __name__ == "__main__":

@@ -26,14 +26,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 
 from edgeclip.errors import EdgeclipError
 
 TORCH, CHANNELS_LAST = "torch fp32", "torch fp32, channels_last"
 BUNDLES = ("onnx-fp32", "onnx-int8", "openvino-int8")
-INT8 = BUNDLES[1:]
+SMOKE_BUNDLES = BUNDLES[:2]
 WARM_UP = 30
+ROUNDS = {"whole": 2 * compare.MIN_PAIRS, "quick": compare.MIN_PAIRS, "smoke": 2}
+QUERIES = {"whole": 20, "quick": 5, "smoke": 2}
 
 
 def torch_student(run: Path, channels_last: bool) -> tuple[Callable[[], Any], str]:
@@ -99,7 +102,7 @@ def work(engine: str, run: Path) -> None:
     compare.serve(answer)
 
 
-def encoder_bytes(run: Path) -> dict[str, int]:
+def encoder_bytes(run: Path, bundles: tuple[str, ...]) -> dict[str, int]:
     """Of each bundle's image encoder. Stops where a bundle is missing or was made from another student."""
     from edgeclip import disk
     from edgeclip.device.manifest import read_manifest
@@ -107,7 +110,7 @@ def encoder_bytes(run: Path) -> dict[str, int]:
     disk.read_manifest(run, "run")
     student = disk.sha256(run / "student" / disk.MANIFEST)
     found = {}
-    for name in BUNDLES:
+    for name in bundles:
         manifest = read_manifest(run / "bundles" / name)
         if manifest.parents.get("student") != student:
             sys.exit(
@@ -118,10 +121,13 @@ def encoder_bytes(run: Path) -> dict[str, int]:
 
 
 def measure(run: Path, options: Any) -> None:
-    here = compare.this_machine()
-    sizes = encoder_bytes(run)
-    rounds, queries = (compare.MIN_PAIRS, 5) if options.quick else (2 * compare.MIN_PAIRS, 20)
-    engines = (TORCH, CHANNELS_LAST, *BUNDLES)
+    here = common.this_machine()
+    bundles = BUNDLES
+    if options.form == common.SMOKE:
+        bundles = SMOKE_BUNDLES
+    sizes = encoder_bytes(run, bundles)
+    rounds, queries = ROUNDS[options.form], QUERIES[options.form]
+    engines = (TORCH, CHANNELS_LAST, *bundles)
     with compare.workers(
         {e: [sys.executable, __file__, "--worker", e, "--run", str(run)] for e in engines}
     ) as ask:
@@ -157,7 +163,7 @@ def measure(run: Path, options: Any) -> None:
                 None if size is None else f"{size / sizes['onnx-fp32']:.3f}",
             ]
         )
-    compare.table(
+    common.table(
         rows,
         [
             "engine",
@@ -176,15 +182,15 @@ def measure(run: Path, options: Any) -> None:
         compare.judge(
             f"{e}: times as fast as {TORCH}", compare.ratios(results, TORCH, e), at_least=1.3
         )
-        for e in INT8
+        for e in bundles[1:]
     ]
     required += [
         compare.exact(
             f"{e}: of onnx-fp32's image encoder bytes", sizes[e] / sizes["onnx-fp32"], at_most=0.3
         )
-        for e in INT8
+        for e in bundles[1:]
     ]
-    compare.finish(
+    common.finish(
         {"benchmark": "latency", "run": str(run.resolve()), "engines": figures},
         required,
         here,
@@ -193,20 +199,16 @@ def measure(run: Path, options: Any) -> None:
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
-    parser.add_argument(
-        "--run",
-        type=Path,
-        default=Path("runs/latest"),
-        help="a finished run with its bundles  [default: runs/latest]",
-    )
+    parser = common.arguments(__doc__)
+    common.run_argument(parser)
     parser.add_argument("--worker", metavar="ENGINE", help="internal: be one engine's process")
     options = parser.parse_args()
     if options.worker:
         work(options.worker, options.run)
     else:
         try:
-            measure(options.run, options)
+            with common.measured_run(options, SMOKE_BUNDLES) as run:
+                measure(run, options)
         except EdgeclipError as e:
             sys.exit(f"Error: {e}")
 

@@ -16,8 +16,10 @@ CLIP-Embed-KD); KL is a mean over images at weight 1 and IFAlign's lambda 100, t
 tuned on the test parts; how the teacher is assembled and adapted was (docs/results.md). A run scores its validation part
 (OpenMoji: the unlabeled concepts) and its test part once:
 
-    docs/methods.jsonl     a line a run, appended when it is done; a run that is there is not run again
-    docs/results.md        the tables, between two marks (--write)
+    results/methods.jsonl  a line a run, appended when it is done; a run that is there is not run again
+    docs/results.md        the tables, by benchmarks/figures.py
+
+--smoke trains two methods on generated shapes, for a log of its own.
 
 What bounds it: seeds. One run's harmonic mean on 372 photos has a standard error of about two points; the rows are
 paired (same photos, same seed), so their differences are known better than themselves.
@@ -25,21 +27,23 @@ paired (same photos, same seed), so their differences are known better than them
     python benchmarks/methods.py --frozen --data clothing=DIR --data grocery=DIR
     python benchmarks/methods.py --full --sets clothing --methods PromptKD ComKD --data clothing=DIR
     python benchmarks/methods.py --quick --check --data clothing=DIR      # identities and signs
-    python benchmarks/methods.py --write                                  # the tables from the log
 """
 
 import dataclasses
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import common
 import compare
 import methods_table
 import msgspec
 import numpy as np
 import torch
+import toy
 import yaml
 from msgspec.structs import replace
 from torch.nn import functional as F
@@ -57,7 +61,9 @@ from edgeclip.host.distill.train import train
 from edgeclip.host.evaluation.scores import image_features
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-LOG = Path(__file__).parent.parent / "docs" / "methods.jsonl"
+LOG = Path(__file__).parent.parent / "results" / "methods.jsonl"
+HEADS = Path("runs/methods")
+"""where the adapted heads are kept"""
 SETS = {"clothing": "clothing", "grocery": "grocery", "openmoji": "quickstart"}
 SEEDS = range(5)
 EPOCHS = {"full": 3, "small": 3, "vit": 5, "frozen": 0}
@@ -105,6 +111,8 @@ class Part(NamedTuple):
 class Bench(NamedTuple):
     """A data set, its teacher and its student's frozen features: all that runs share."""
 
+    path: Path
+    """of the recipe"""
     recipe: R.Recipe
     dataset: data.Dataset
     teacher: teachers.Teacher
@@ -119,10 +127,10 @@ def recipe_of(name: str, regime: str) -> Path:
     return RECIPES / f"{SETS[name]}{'-vit' if regime == 'vit' else ''}.yaml"
 
 
-def prepare(name: str, regime: str, roots: tuple[str, ...], folder: Path) -> Bench:
-    """Builds or opens the teacher cache and the frozen features of set `name`; `folder`: where the cache lies."""
+def prepare(path: Path, regime: str, roots: tuple[str, ...], folder: Path) -> Bench:
+    """Builds or opens the teacher cache and the frozen features of the recipe at `path`; `folder`: where the cache lies."""
     keep_freed_memory()
-    asked = recipe.load(recipe_of(name, regime), roots)
+    asked = recipe.load(path, roots)
     if regime == "small":
         assert isinstance(asked.student.tower, R.Timm)
         asked = replace(
@@ -172,7 +180,7 @@ def prepare(name: str, regime: str, roots: tuple[str, ...], folder: Path) -> Ben
             parts[which].append(
                 Part(s.name, s.classes, labels, [s.images[i] for i in kept], of_teacher, of_student)
             )
-    return Bench(asked, dataset, teacher, cached, features, parts)
+    return Bench(path, asked, dataset, teacher, cached, features, parts)
 
 
 def described(bench: Bench, losses: dict[str, Any], regime: str, seed: int) -> R.Recipe:
@@ -184,13 +192,13 @@ def described(bench: Bench, losses: dict[str, Any], regime: str, seed: int) -> R
     return asked
 
 
-def fingerprints(bench: Bench, name: str, method: str, regime: str) -> dict[str, str]:
+def fingerprints(bench: Bench, method: str, regime: str) -> dict[str, str]:
     """Of what every method of a set shares, of the schedule, and of the run: only runs that share the first two are paired.
 
     Of the recipe as it is written down, so that a new field with a default makes no old run a stranger; who changes what the
     code computes takes the lines out of the log.
     """
-    written = yaml.safe_load(recipe_of(name, regime).read_text(encoding="utf-8"))
+    written = yaml.safe_load(bench.path.read_text(encoding="utf-8"))
     images = {
         which: [[p.name, [x.key for x in p.images]] for p in parts]
         for which, parts in bench.parts.items()
@@ -214,7 +222,8 @@ def fingerprints(bench: Bench, name: str, method: str, regime: str) -> dict[str,
     return {name: disk.fingerprint(what)[:16] for name, what in whole.items()}
 
 
-def adapted(bench: Bench, seed: int) -> teachers.Teacher:
+def adapted(bench: Bench, seed: int, folder: Path = HEADS) -> teachers.Teacher:
+    """The bench's teacher with the head of this seed, which is kept below `folder`."""
     assert isinstance(bench.recipe.adapt, R.ResidualHead)
     key = disk.fingerprint(
         {
@@ -223,14 +232,7 @@ def adapted(bench: Bench, seed: int) -> teachers.Teacher:
             "seed": seed,
         }
     )[:16]
-    return adapt(
-        bench.teacher,
-        bench.cached,
-        bench.dataset,
-        bench.recipe.adapt,
-        seed,
-        Path("runs/methods") / key,
-    )
+    return adapt(bench.teacher, bench.cached, bench.dataset, bench.recipe.adapt, seed, folder / key)
 
 
 def run(
@@ -338,45 +340,70 @@ def trial(
             print(f"{name}: left out, {recipe_of(name, regime).name} is not there")
             continue
         given = tuple(r for r in roots if r.partition("=")[0] == name)
-        bench = prepare(name, regime, given, folder)
-        counts = {p.name: len(p.labels) for p in bench.parts["test"]}
+        bench = prepare(recipe_of(name, regime), regime, given, folder)
         for seed in seeds:
-            teacher = adapted(bench, seed)
-            for method in ["teacher", *methods]:
-                key = {
-                    "regime": "teacher" if method == "teacher" else regime,
-                    "set": name,
-                    "method": method,
-                    "seed": seed,
-                }
-                key |= fingerprints(bench, name, method, regime)
-                if any(
-                    all(line.get(k) == v for k, v in key.items())
-                    for line in methods_table.read(LOG)
-                ):
-                    continue
-                if method == "teacher":
+            trial_of_seed(bench, name, regime, methods, seed, adapted(bench, seed), LOG)
 
-                    def features(part: Part, teacher: teachers.Teacher = teacher) -> np.ndarray:
-                        with torch.inference_mode():
-                            return F.normalize(
-                                teacher.features(torch.from_numpy(part.teacher_rows)), dim=-1
-                            ).numpy()
 
-                    result = scored(bench, features, None)
-                else:
-                    result = run(bench, METHODS[method], regime, seed, teacher)
-                append(key | {"images": counts, "threads": torch.get_num_threads()} | result, LOG)
-                print(
-                    f"{name} {method} seed {seed}: {result['test']} ({result.get('seconds', 0)} s)",
-                    flush=True,
-                )
+def trial_of_seed(
+    bench: Bench,
+    name: str,
+    regime: str,
+    methods: list[str],
+    seed: int,
+    teacher: teachers.Teacher,
+    log: Path,
+) -> None:
+    """The runs of one set and seed that `log` does not hold yet: the teacher's own score, then each method's."""
+    counts = {p.name: len(p.labels) for p in bench.parts["test"]}
+
+    def features(part: Part) -> np.ndarray:
+        with torch.inference_mode():
+            return F.normalize(
+                teacher.features(torch.from_numpy(part.teacher_rows)), dim=-1
+            ).numpy()
+
+    for method in ["teacher", *methods]:
+        key = {
+            "regime": "teacher" if method == "teacher" else regime,
+            "set": name,
+            "method": method,
+            "seed": seed,
+        }
+        key |= fingerprints(bench, method, regime)
+        if any(all(line.get(k) == v for k, v in key.items()) for line in methods_table.read(log)):
+            continue
+        if method == "teacher":
+            result = scored(bench, features, None)
+        else:
+            result = run(bench, METHODS[method], regime, seed, teacher)
+        append(key | {"images": counts, "threads": torch.get_num_threads()} | result, log)
+        print(
+            f"{name} {method} seed {seed}: {result['test']} ({result.get('seconds', 0)} s)",
+            flush=True,
+        )
+
+
+def smoke() -> list[dict[str, Any]]:
+    """Two methods and two seeds on the toy, frozen and with every weight trained; returns the log's lines."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        log = folder / "methods.jsonl"
+        bench = prepare(toy.write_recipe(folder, toy.TRIAL), "frozen", (), folder / "cache")
+        for seed in (0, 1):
+            teacher = adapted(bench, seed, folder / "heads")
+            for regime in ("frozen", "full"):
+                trial_of_seed(bench, "shapes", regime, ["PromptKD", "ComKD"], seed, teacher, log)
+        return methods_table.read(log)
 
 
 def quick(roots: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:
     """Identities and signs on clothing, frozen features, two seeds; nothing goes to the log."""
     bench = prepare(
-        "clothing", "frozen", tuple(r for r in roots if r.startswith("clothing=")), folder
+        recipe_of("clothing", "frozen"),
+        "frozen",
+        tuple(r for r in roots if r.startswith("clothing=")),
+        folder,
     )
     required = []
     means: dict[str, list[float]] = {}
@@ -404,7 +431,7 @@ def quick(roots: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--frozen", action="store_true", help="the rows on frozen tower features")
     parser.add_argument("--full", action="store_true", help="the rows with every weight trained")
     parser.add_argument("--small", action="store_true", help="the same with the student at 80 px")
@@ -414,23 +441,23 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--data", action="append", default=[], help="NAME=DIR")
     parser.add_argument("--cache", type=Path, default=Path("cache"))
-    parser.add_argument(
-        "--write", action="store_true", help="put the log's tables into docs/results.md"
-    )
     options = parser.parse_args()
-    here = compare.this_machine()
+    here = common.this_machine()
     roots = tuple(options.data)
-    required = quick(roots, options.cache) if options.quick else []
-    for regime in EPOCHS:
-        if getattr(options, regime) and not options.quick:
-            trial(regime, options.sets, options.methods, options.seeds, roots, options.cache)
-    if not options.quick:
-        required = methods_table.judged(methods_table.read(LOG))
-        text = methods_table.tables(methods_table.read(LOG))
-        print(text)
-        if options.write:
-            methods_table.put(text, LOG.parent / "results.md")
-    compare.finish({}, required, here, options)
+    if options.form == common.QUICK:
+        common.finish({"benchmark": "methods"}, quick(roots, options.cache), here, options)
+        return
+    if options.form == common.SMOKE:
+        log = smoke()
+    else:
+        for regime in EPOCHS:
+            if getattr(options, regime):
+                trial(regime, options.sets, options.methods, options.seeds, roots, options.cache)
+        log = methods_table.read(LOG)
+    print(methods_table.tables(log))
+    common.finish(
+        {"benchmark": "methods", "runs": len(log)}, methods_table.judged(log), here, options
+    )
 
 
 if __name__ == "__main__":

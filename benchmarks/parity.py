@@ -9,9 +9,12 @@ agreement on those is 1 - lost / right. A run counts by its headline sets only: 
     python benchmarks/parity.py --run runs/clothing --run runs/grocery --check
 """
 
+import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 
 from edgeclip import disk
@@ -23,6 +26,10 @@ def counted(name: str, target: str, reports: list[dict[str, Any]]) -> dict[str, 
     sets = [s for r in reports for s in r["sets"]]
     n, lost, won = (int(sum(s[k] for s in sets)) for k in ("images", "lost", "won"))
     right = round(sum(s["reference_top1"] * s["images"] for s in sets))
+    if right == 0:
+        sys.exit(
+            f"{name}, {target}: float32 answers no image rightly, so none can be kept; give a trained run"
+        )
     drop = paired_drop(lost, won, n)
     return {
         "runs": name,
@@ -35,20 +42,10 @@ def counted(name: str, target: str, reports: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def main() -> None:
-    parser = compare.arguments(__doc__)
-    parser.add_argument(
-        "--run",
-        action="append",
-        type=Path,
-        required=True,
-        help="a run that was exported and validated; several are pooled",
-    )
-    parser.add_argument("--device", default="host-cpu")
-    options = parser.parse_args()
-    here = compare.this_machine()
+def measure(runs: list[Path], options: argparse.Namespace) -> None:
+    here = common.this_machine()
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for run in options.run:
+    for run in runs:
         for path in sorted((run / "reports").glob(f"*.{options.device}.parity.json")):
             report = disk.read_json(path)
             if report["accuracy"] is not None:
@@ -56,7 +53,7 @@ def main() -> None:
     rows = []
     for target, reports in found.items():
         rows += [counted(name, target, [report]) for name, report in reports.items()]
-        if len(reports) == len(options.run) > 1:
+        if len(reports) == len(runs) > 1:
             rows.append(counted("pooled", target, list(reports.values())))
     shown = {
         "target": "",
@@ -69,7 +66,7 @@ def main() -> None:
         "kept": ".4f",
     }
     cells = [[format(row[c], form) for c, form in shown.items()] for row in rows]
-    compare.table(
+    common.table(
         cells,
         [
             "target",
@@ -84,7 +81,7 @@ def main() -> None:
     )
     required = []
     for row in rows:
-        if row["runs"] == "pooled" or len(options.run) == 1:
+        if row["runs"] == "pooled" or len(runs) == 1:
             required.append(
                 compare.exact(
                     f"{row['target']}, {row['runs']}: drop, pp",
@@ -109,7 +106,28 @@ def main() -> None:
                     at_least=0.98,
                 )
             )
-    compare.finish({"rows": rows}, required, here, options)
+    common.finish({"benchmark": "parity", "rows": rows}, required, here, options)
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument(
+        "--run",
+        action="append",
+        type=Path,
+        help="a run that was exported and validated; several are pooled",
+    )
+    parser.add_argument("--device", default="host-cpu")
+    options = parser.parse_args()
+    if options.run:
+        measure(options.run, options)
+    elif options.form == common.SMOKE:
+        with common.measured_run(
+            argparse.Namespace(run=None, form=options.form), ("onnx-int8",), validated=True
+        ) as run:
+            measure([run], options)
+    else:
+        parser.error("give --run, once or several times")
 
 
 if __name__ == "__main__":

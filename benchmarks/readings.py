@@ -9,24 +9,29 @@ What bounds it: validation parts of 341 and 296 photos. A gain of one seed under
 gives the standard deviation over the seeds and the t-interval of the paired gain, and with two dozen readings one such
 interval excludes 0 by luck.
 
-    docs/readings.jsonl    a line a run, appended when it is done; a run that is there is not run again
+    results/readings.jsonl a line a run, appended when it is done; a run that is there is not run again
 
     python benchmarks/readings.py --data clothing=DIR --data grocery=DIR
 """
 
+import argparse
 import json
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import compare
+import common
 import methods
 import methods_table
 import numpy as np
+import toy
 from scipy import stats
 
-LOG = Path(__file__).parent.parent / "docs" / "readings.jsonl"
+LOG = Path(__file__).parent.parent / "results" / "readings.jsonl"
 CHOOSE, CHECK = ("clothing", "grocery"), "openmoji"
-SEEDS = range(3)
+SEEDS = {"whole": range(3), "quick": range(3), "smoke": range(2)}
+COUNT = {"whole": None, "quick": 3, "smoke": 3}
+"""of the readings, the first so many; None: all"""
 
 
 def reading(
@@ -73,48 +78,70 @@ READINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def runs(name: str, readings: list[str], roots: tuple[str, ...], folder: Path) -> None:
-    """The runs of set `name` that the log lacks."""
-    known = {(line["set"], line["reading"], line["seed"]) for line in methods_table.read(LOG)}
-    missing = [(r, s) for s in SEEDS for r in readings if (name, r, s) not in known]
+class Trial(NamedTuple):
+    """Which runs are asked for, and where they are kept."""
+
+    seeds: range
+    log: Path
+    cache: Path
+    heads: Path
+    roots: tuple[str, ...]
+    recipe: Path | None
+    """of every set; None: each set's own"""
+
+
+def runs(name: str, readings: list[str], trial: Trial) -> None:
+    """Make the runs of set `name` that the log lacks."""
+    known = scores(trial.log)
+    missing = [(r, s) for s in trial.seeds for r in readings if (name, r, s) not in known]
     if not missing:
         return
-    bench = methods.prepare(
-        name, "frozen", tuple(r for r in roots if r.partition("=")[0] == name), folder
-    )
+    path = trial.recipe or methods.recipe_of(name, "frozen")
+    roots = tuple(r for r in trial.roots if r.partition("=")[0] == name)
+    bench = methods.prepare(path, "frozen", roots, trial.cache)
+    part = "test" if name == CHECK else "val"
     for r, seed in missing:
-        result = methods.run(bench, READINGS[r], "frozen", seed, methods.adapted(bench, seed))
+        teacher = methods.adapted(bench, seed, trial.heads)
+        result = methods.run(bench, READINGS[r], "frozen", seed, teacher)
         # A head that needs more than one image's unit feature does not ship (keep: false): its student is scored without it.
-        part = result["test" if name == CHECK else "val"]
-        score = part.get("harmonic mean", part.get("held-out concepts"))
+        score = result[part].get("harmonic mean", result[part].get("held-out concepts"))
         line = {
             "set": name,
             "reading": r,
             "seed": seed,
-            "part": "test" if name == CHECK else "val",
+            "part": part,
             "score": score,
             "alpha": result["alpha"],
         }
-        methods.append(line, LOG)
+        methods.append(line, trial.log)
         print(json.dumps(line), flush=True)
 
 
-def gains(name: str, r: str) -> np.ndarray:
-    log = {
+def scores(log: Path) -> dict[tuple[str, str, int], float]:
+    """Return (set, reading, seed) to the score."""
+    return {
         (line["set"], line["reading"], line["seed"]): line["score"]
-        for line in methods_table.read(LOG)
+        for line in methods_table.read(log)
     }
+
+
+def gains(log: Path, name: str, r: str) -> np.ndarray:
+    """Return the paired gains of reading `r` over the default on set `name`, a seed each, in seeds' order."""
+    found = scores(log)
+    seeds = sorted(seed for set_, reading, seed in found if (set_, reading) == (name, r))
     return np.array(
-        [
-            log[name, r, s] - log[name, DEFAULT, s]
-            for s in SEEDS
-            if (name, r, s) in log and (name, DEFAULT, s) in log
-        ]
+        [found[name, r, s] - found[name, DEFAULT, s] for s in seeds if (name, DEFAULT, s) in found]
     )
 
 
+def interval(gain: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % t-interval of the mean gain."""
+    half = float(stats.t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / np.sqrt(len(gain)))
+    return float(gain.mean()) - half, float(gain.mean()) + half
+
+
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--data", action="append", default=[], help="NAME=DIR")
     parser.add_argument(
         "--sets",
@@ -125,39 +152,61 @@ def main() -> None:
     )
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     options = parser.parse_args()
-    here = compare.this_machine()
-    names = list(READINGS)[: 3 if options.quick else None]
+    here = common.this_machine()
+    seeds = SEEDS[options.form]
+    if options.form == common.SMOKE:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            recipe = toy.write_recipe(folder, toy.TRIAL)
+            trial = Trial(
+                seeds, folder / "log.jsonl", folder / "cache", folder / "heads", (), recipe
+            )
+            measure(trial, here, options)
+    else:
+        measure(
+            Trial(seeds, LOG, options.cache, methods.HEADS, tuple(options.data), None),
+            here,
+            options,
+        )
+
+
+def measure(trial: Trial, here: dict[str, Any], options: argparse.Namespace) -> None:
+    """Make the runs, choose on CHOOSE, check on CHECK."""
+    names = list(READINGS)[: COUNT[options.form]]
     for name in options.sets:
-        runs(name, names, tuple(options.data), options.cache)
-    if set(options.sets) != set(CHOOSE):
-        return  # a part of the log: the choice is made of all of it
-    best = max(names, key=lambda r: np.mean([gains(name, r).mean() for name in CHOOSE]))
-    runs(CHECK, [DEFAULT, best], (), options.cache)
+        runs(name, names, trial)
+    if set(options.sets) != set(CHOOSE):  # a part of the log: the choice is made of all of it
+        common.finish(
+            {"benchmark": "readings", "best": None, "check_gain_pp": None}, [], here, options
+        )
+        return
+    log = trial.log
+    best = max(names, key=lambda r: np.mean([gains(log, name, r).mean() for name in CHOOSE]))
+    runs(CHECK, [DEFAULT, best], trial)
 
     rows = []
     for r in names:
         row = [r]
         for name in CHOOSE:
-            g = 100 * gains(name, r)
-            half = stats.t.ppf(0.975, len(g) - 1) * g.std(ddof=1) / np.sqrt(len(g))
-            row.append(
-                ""
-                if r == DEFAULT
-                else f"{g.mean():+.1f} ({g.mean() - half:+.1f} to {g.mean() + half:+.1f})"
-            )
+            gain = 100 * gains(log, name, r)
+            low, high = interval(gain)
+            row.append("" if r == DEFAULT else f"{gain.mean():+.1f} ({low:+.1f} to {high:+.1f})")
         rows.append(row)
-    compare.table(
+    common.table(
         rows,
         [
             "reading",
             *(f"{name}, validation: gain over the default, pp (95 % t)" for name in CHOOSE),
         ],
     )
-    check = 100 * gains(CHECK, best)
+    check = 100 * gains(log, CHECK, best)
+    each = ", ".join(f"{g:+.1f}" for g in check)
     print(
-        f"best on the two: {best}; on {CHECK}'s held-out concepts it gains {check.mean():+.1f} pp R@1 over the default ({', '.join(f'{g:+.1f}' for g in check)})"
+        f"best on the two: {best}; on {CHECK}'s held-out concepts it gains {check.mean():+.1f} pp R@1 over the default ({each})"
     )
-    compare.finish({"best": best, "check_gain_pp": check.tolist()}, [], here, options)
+    common.finish(
+        {"benchmark": "readings", "best": best, "check_gain_pp": check.tolist()}, [], here, options
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ width 768 that the page cache holds: random batches of 1,024 rows from the cache
 
 Required: opening under 1 s and memory under 200 MiB at every size; take's time at least half of the cache's.
 
-    python benchmarks/scale.py --check
+    python benchmarks/scale.py --check            # --quick leaves out 10^8
 """
 
 import argparse
@@ -27,11 +27,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import common
 import compare
 
-SIZES = (10**4, 10**6, 10**8)
+SIZES = {"whole": (10**4, 10**6, 10**8), "quick": (10**4, 10**6), "smoke": (10**3, 10**4)}
+WARM_ROWS = {"whole": 10**6, "quick": 10**5, "smoke": 2_000}
 WIDTH, VIEWS, BATCH, SHARD = 768, 2, 1024, 65_536
-ROUNDS, BATCHES = 40, 20
+ROUNDS = {"whole": 40, "quick": 40, "smoke": 2}
+WARM_UPS = {"whole": 150, "quick": 150, "smoke": 2}
+BATCHES = 20
 
 
 def sparse(folder: Path, n: int, views: int = VIEWS) -> None:
@@ -78,22 +82,17 @@ def sparse(folder: Path, n: int, views: int = VIEWS) -> None:
     )
 
 
-def anonymous_mib() -> float:
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith("RssAnon")) / 1024
-
-
 def one_size(folder: Path, n: int) -> dict[str, object]:
     import numpy as np
 
     from edgeclip.host.cache import open_folder
     from edgeclip.host.data.order import Shuffled
 
-    base = anonymous_mib()
+    base = common.anonymous_mib()
     start = time.perf_counter()
     cache = open_folder(folder, range(n))  # type: ignore[arg-type]  # as many images as rows; none is looked at
     opened = time.perf_counter() - start
-    highest = anonymous_mib()
+    highest = common.anonymous_mib()
     order, rng = Shuffled(n, 0), np.random.default_rng(0)
     start = time.perf_counter()
     for b in range(50):
@@ -102,14 +101,14 @@ def one_size(folder: Path, n: int) -> dict[str, object]:
         assert cache.rows[index, view].shape == (BATCH, WIDTH) and cache.views[
             index, view
         ].shape == (BATCH, 5)
-        highest = max(highest, anonymous_mib())
+        highest = max(highest, common.anonymous_mib())
     shuffled = (time.perf_counter() - start) / 50
     start, seen = time.perf_counter(), 0
     for at in range(0, n, BATCH):
         index = order[np.arange(at, min(at + BATCH, n))]
         seen += len(index) + 0 * int(rng.integers(VIEWS, size=len(index))[0])
         if at % (1000 * BATCH) == 0:
-            highest = max(highest, anonymous_mib())
+            highest = max(highest, common.anonymous_mib())
     epoch = time.perf_counter() - start
     assert seen == n
     files = sum(len(s["bytes"]) for s in cache.manifest["shards"])
@@ -123,17 +122,18 @@ def one_size(folder: Path, n: int) -> dict[str, object]:
     }
 
 
-def warm_rows(folder: Path, n: int) -> list[float]:
+def warm_rows(folder: Path, form: str) -> list[float]:
     """Time of numpy's take over that of the cache, pair by pair."""
     import numpy as np
 
     from edgeclip.host.allocator import keep_freed_memory
     from edgeclip.host.cache import open_folder
 
+    n = WARM_ROWS[form]
     keep_freed_memory()  # as `distill` does: the pages of a batch are the next batch's
     sparse(folder, n, views=1)
     rng = np.random.default_rng(0)
-    block = rng.normal(size=(SHARD, WIDTH)).astype(np.float16)
+    block = rng.normal(size=(min(SHARD, n), WIDTH)).astype(np.float16)
     for file in sorted((folder / "img_emb").iterdir()):
         rows = np.load(file, mmap_mode="r+")
         rows[:] = block[: len(rows)]
@@ -157,10 +157,11 @@ def warm_rows(folder: Path, n: int) -> list[float]:
     def mapped(index: np.ndarray) -> object:
         return cache.rows.unit(index, zero)
 
-    for _ in range(150):  # every page of both has been used
-        timed(take), timed(mapped)
+    for _ in range(WARM_UPS[form]):  # every page of both has been used
+        timed(take)
+        timed(mapped)
     rounds = compare.interleave(
-        {"take": lambda: timed(take), "cache": lambda: timed(mapped)}, ROUNDS
+        {"take": lambda: timed(take), "cache": lambda: timed(mapped)}, ROUNDS[form]
     )
     print(
         "take",
@@ -178,7 +179,7 @@ def warm_rows(folder: Path, n: int) -> list[float]:
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument(
         "--folder",
         type=Path,
@@ -189,14 +190,14 @@ def main() -> None:
     if options.size:
         print(json.dumps(one_size(options.folder, options.size)))
         return
-    here = compare.this_machine()
+    here = common.this_machine()
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     resource.setrlimit(
         resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     )  # the usual one
     try:
         found = []
-        for n in SIZES:
+        for n in SIZES[options.form]:
             sparse(folder / str(n), n)
             command = [sys.executable, __file__, "--size", str(n), "--folder", str(folder / str(n))]
 
@@ -208,10 +209,10 @@ def main() -> None:
                 )
             )
             shutil.rmtree(folder / str(n))
-        n_warm = 10**5 if options.quick else 10**6
-        ratios = warm_rows(folder / "warm", n_warm)
+        ratios = warm_rows(folder / "warm", options.form)
     finally:
         shutil.rmtree(folder)
+    n_warm = WARM_ROWS[options.form]
     rows = [
         [
             f"{f['images']:,}",
@@ -220,7 +221,7 @@ def main() -> None:
         ]
         for f in found
     ]
-    compare.table(
+    common.table(
         rows,
         [
             "images x 2 views",
@@ -241,7 +242,7 @@ def main() -> None:
     required.append(
         compare.judge(f"numpy take / cache, time, {n_warm:,} warm rows", ratios, at_least=0.5)
     )
-    compare.finish(
+    common.finish(
         {
             "benchmark": "scale",
             "sizes": found,

@@ -34,23 +34,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import compare
 import numpy as np
+import toy
 
-BATCH, STEPS, SKIP, SHARDS, SIDE = 16, 9, 3, 2, 256
+BATCHES = {"whole": 16, "quick": 16, "smoke": 4}
+TEACHERS = {"whole": "ViT-L-14", "quick": "ViT-B-32", "smoke": "ViT-S-32-alt"}
+ROUNDS = {"whole": 3, "quick": 1, "smoke": 1}
+STEPS = {"whole": 9, "quick": 9, "smoke": 5}
+SKIP, SHARDS, SIDE = 3, 2, 256
 STUDENT = "ViT-S-32-alt"
-ROUNDS = 3
 
 
-def write_shards(folder: Path) -> None:
-    """BATCH * STEPS JPEGs with captions. Noise of falling amplitude: it takes a decoder as long as a photo."""
+def write_shards(folder: Path, images: int) -> None:
+    """JPEGs with captions. Noise of falling amplitude: it takes a decoder as long as a photo."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for i in range(BATCH * STEPS // SHARDS):
+            for i in range(images // SHARDS):
                 pixels = sum(
                     np.kron(rng.normal(0, 3 * s, (SIDE // s, SIDE // s, 3)), np.ones((s, s, 1)))
                     for s in (1, 4, 16)
@@ -63,9 +68,7 @@ def write_shards(folder: Path) -> None:
                     (".jpg", buffer.getvalue()),
                     (".txt", f"a photo of thing number {shard} {i}".encode()),
                 ):
-                    member = tarfile.TarInfo(f"{shard}-{i:04d}{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                    toy.add_member(tar, f"{shard}-{i:04d}{suffix}", content)
 
 
 def write_teacher(model: str, path: Path) -> None:
@@ -80,7 +83,7 @@ def write_teacher(model: str, path: Path) -> None:
 # --- the two trainers, each in a process of its own
 
 
-def with_open_clip(model: str, folder: Path) -> dict[str, Any]:
+def with_open_clip(model: str, folder: Path, batch: int, images: int) -> dict[str, Any]:
     from open_clip_train.main import main as train
 
     ends: list[float] = []
@@ -102,13 +105,15 @@ def with_open_clip(model: str, folder: Path) -> dict[str, Any]:
     shards = f"{folder}/shards/{{0..{SHARDS - 1}}}.tar"
     train(
         f"--model {STUDENT} --distill-model {model} --distill-pretrained {folder}/teacher.safetensors --dataset-type webdataset --train-data {shards} "
-        f"--train-num-samples {BATCH * STEPS} --batch-size {BATCH} --workers 2 --epochs 1 --precision fp32 --device cpu --warmup 2 "
+        f"--train-num-samples {images} --batch-size {batch} --workers 2 --epochs 1 --precision fp32 --device cpu --warmup 2 "
         f"--log-every-n-steps 1 --logs {tempfile.mkdtemp(dir=folder)}".split()
     )
     return {"ends": ends}
 
 
-def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[str, Any]:
+def with_edgeclip(
+    model: str, folder: Path, batch: int, images: int, only_cache: bool = False
+) -> dict[str, Any]:
     import torch
 
     from edgeclip.config import convert
@@ -146,7 +151,7 @@ def with_edgeclip(model: str, folder: Path, only_cache: bool = False) -> dict[st
             },
             "losses": {"contrastive": {}, "affinity": {}},
             "views": {"count": 1},
-            "train": {"epochs": 1, "batch_size": BATCH, "device": "cpu", "threads": 2},
+            "train": {"epochs": 1, "batch_size": batch, "device": "cpu", "threads": 2},
         },
         R.Recipe,
         "benchmarks/trainer.py",
@@ -219,13 +224,23 @@ def _descends(pid: int, ancestor: int) -> bool:
     return False
 
 
-def measured(who: str, model: str, folder: Path, python: str = sys.executable) -> dict[str, Any]:
-    """One run of a trainer: its answer, images a second, peak MiB."""
-    process = subprocess.Popen(
-        [python, __file__, "--worker", who, "--teacher", model, "--folder", str(folder)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def measured(
+    who: str, model: str, folder: Path, size: tuple[int, int], python: str = sys.executable
+) -> dict[str, Any]:
+    """One run of a trainer on `size` (images of a batch, of an epoch): its answer, images a second, peak MiB."""
+    command = [
+        python,
+        __file__,
+        "--worker",
+        who,
+        "--teacher",
+        model,
+        "--folder",
+        str(folder),
+        "--size",
+        *map(str, size),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     seen: list[tuple[float, float]] = []
 
     def watch() -> None:
@@ -246,7 +261,7 @@ def measured(who: str, model: str, folder: Path, python: str = sys.executable) -
         # One clock for all processes (Linux's monotonic one), so the samples can be laid beside the steps.
         during = max(mib for when, mib in seen if ends[0] <= when <= ends[-1])
         answer |= {
-            "images_per_second": BATCH * (len(ends) - SKIP) / (ends[-1] - ends[SKIP - 1]),
+            "images_per_second": size[0] * (len(ends) - SKIP) / (ends[-1] - ends[SKIP - 1]),
             "steps": len(ends),
             "steps_mib": during,
         }
@@ -256,12 +271,12 @@ def measured(who: str, model: str, folder: Path, python: str = sys.executable) -
 WORKERS = {
     "open_clip": with_open_clip,
     "edgeclip": with_edgeclip,
-    "cache": lambda model, folder: with_edgeclip(model, folder, only_cache=True),
+    "cache": partial(with_edgeclip, only_cache=True),
 }
 
 
 def main() -> None:
-    parser = compare.arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument(
         "--teacher", help="an open_clip model  [default: ViT-L-14; ViT-B-32 with --quick]"
     )
@@ -272,15 +287,20 @@ def main() -> None:
     )
     parser.add_argument("--worker", choices=list(WORKERS))
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--size", nargs=2, type=int)
     options = parser.parse_args()
-    model = options.teacher or ("ViT-B-32" if options.quick else "ViT-L-14")
+    model = options.teacher or TEACHERS[options.form]
     if options.worker:
-        print(json.dumps(WORKERS[options.worker](model, options.folder)))
+        print(json.dumps(WORKERS[options.worker](model, options.folder, *options.size)))
         return
-    here = compare.this_machine()
+    if options.open_clip_python == sys.executable:
+        common.require("pip install 'webdataset<0.2.87'", module="webdataset")
+    here = common.this_machine()
+    batch = BATCHES[options.form]
+    images = batch * STEPS[options.form]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_shards(folder / "shards")
+        write_shards(folder / "shards", images)
         # In a process of its own: this one must stay small.
         subprocess.run(
             [
@@ -291,18 +311,19 @@ def main() -> None:
             check=True,
             cwd=Path(__file__).parent,
         )
-        built = measured("cache", model, folder)
+        built = measured("cache", model, folder, (batch, images))
         pythons = {"open_clip": options.open_clip_python, "edgeclip": sys.executable}
         peers = {
-            who: partial(measured, who, model, folder, python) for who, python in pythons.items()
+            who: partial(measured, who, model, folder, (batch, images), python)
+            for who, python in pythons.items()
         }
-        rounds = compare.interleave(peers, 1 if options.quick else ROUNDS)
+        rounds = compare.interleave(peers, ROUNDS[options.form])
     figures: dict[str, Any] = {
         "benchmark": "trainer",
         "student": STUDENT,
         "teacher": model,
-        "batch": BATCH,
-        "images": BATCH * STEPS,
+        "batch": batch,
+        "images": images,
         "cache": built,
     }
     rows = []
@@ -319,23 +340,20 @@ def main() -> None:
                 *(f"{found[f].median:.0f}" for f in ("steps_mib", "peak_mib")),
             ]
         )
-    compare.table(
-        rows, [f"{model} to {STUDENT}", "images/s", "MiB in its steps", "MiB at its peak"]
-    )
+    common.table(rows, [f"{model} to {STUDENT}", "images/s", "MiB in its steps", "MiB at its peak"])
     faster = compare.interval(
         compare.ratios(rounds, "edgeclip", "open_clip", "images_per_second")
     ).median
     smaller = compare.interval(compare.ratios(rounds, "open_clip", "edgeclip", "steps_mib")).median
     slow, fast = (
-        BATCH * STEPS / figures[who]["images_per_second"]["median"]
-        for who in ("open_clip", "edgeclip")
+        images / figures[who]["images_per_second"]["median"] for who in ("open_clip", "edgeclip")
     )
     even = built["seconds"] / (slow - fast) if slow > fast else None
     figures |= {"times_as_fast": faster, "times_less_memory": smaller, "break_even_epochs": even}
     print(
         f"edgeclip: {faster:.2f} times as fast, {smaller:.2f} times less memory in its steps; its cache took {built['seconds']:.0f} s and {built['peak_mib']:.0f} MiB, made good after {even and round(even, 2)} epochs"
     )
-    compare.finish(figures, [], here, options)
+    common.finish(figures, [], here, options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,396 @@
+"""Write what was measured into the pages, from the JSON that each command wrote; nothing is measured here.
+
+A table of README.md or docs/*.md stands between two marks, and the first one says where it comes from:
+
+    <!-- figures: results/latency.json table=latency -->
+    ...
+    <!-- end -->
+
+The file is what a benchmark's --json left, or its log (JSON lines). To measure a table anew, run the benchmark with that
+file, then this script.
+
+    python benchmarks/figures.py             # write the tables
+    python benchmarks/figures.py --check     # exit 1 and name each table that is not what its file gives
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import methods_table
+import readings_table
+from compare import Interval
+
+from edgeclip import disk
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(
+    r"(?P<start><!-- figures: (?P<file>\S+) table=(?P<table>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)",
+    re.DOTALL,
+)
+
+
+# --- cells
+
+
+def short(value: float, digits: int = 3) -> str:
+    """Return a share as the pages write it: .916, not 0.916."""
+    return f"{value:.{digits}f}".replace("0.", ".", 1)
+
+
+def median(interval: dict[str, Any]) -> str:
+    """Return a median with its 95 % interval, from an Interval as JSON."""
+    return str(Interval(**interval))
+
+
+def markdown(headers: list[str], rows: list[list[Any]]) -> str:
+    """Return a table of Markdown; None reads "not measured"."""
+    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
+    for row in rows:
+        cells = ["not measured" if cell is None else str(cell) for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# --- tables of logs (JSON lines)
+
+
+def methods(runs: list[dict[str, Any]]) -> str:
+    """Render every table of the trial, a regime and set each."""
+    return "\n" + methods_table.tables(runs) + "\n"
+
+
+def methods_summary(runs: list[dict[str, Any]]) -> str:
+    """Render the trial's reference rows: a method's figure on each set, and its difference to PromptKD."""
+    newest = methods_table.newest(runs)
+    sets = ("clothing", "grocery", "openmoji")
+    names = {method for regime, _, method in newest if regime == "full"} - {"PromptKD"}
+    ordered = sorted(names, key=lambda m: -methods_table.mean(newest["full", "clothing", m]))
+    rows = []
+    teacher = [short(methods_table.mean(newest["teacher", name, "teacher"])) for name in sets]
+    rows.append(["teacher, adapted", *teacher])
+    for method in ["PromptKD", *ordered]:
+        cells = [_beside_promptkd(newest, name, method) for name in sets]
+        rows.append([SHOWN_AS.get(method, method), *cells])
+    return markdown(["", "clothing", "grocery", "OpenMoji"], rows)
+
+
+SHOWN_AS = {"student alone": "hard labels, no teacher"}
+
+
+def _beside_promptkd(newest: dict[tuple[str, str, str], Any], name: str, method: str) -> str:
+    own = newest["full", name, method]
+    figure = short(methods_table.mean(own))
+    if method == "PromptKD":
+        return figure
+    difference = methods_table.difference(own, newest["full", name, "PromptKD"])
+    if difference is None:
+        return figure
+    low, high = difference["t"]
+    cell = f"{figure} ({100 * difference['mean']:+.1f}: {100 * low:+.1f} to {100 * high:+.1f})"
+    if low > 0 or high < 0:
+        return f"**{cell}**"
+    return cell
+
+
+def readings(runs: list[dict[str, Any]]) -> str:
+    """Render each reading's gain over the default, the best one on average first."""
+    rows = []
+    for reading in readings_table.sorted_readings(runs):
+        cells = [readings_table.cell(runs, name, reading) for name in readings_table.CHOOSE]
+        rows.append([reading, *cells])
+    return markdown(["reading", *readings_table.CHOOSE], rows)
+
+
+def families(rows: list[dict[str, Any]]) -> str:
+    """Render a line a family: does it export, does it build, how large and how fast are float32 and int8."""
+    built = {True: "yes", False: "**no**", None: "not checked"}
+    cells = []
+    for r in rows:
+        text = built[r["text_tensorrt_builds"]] if "text_tensorrt_builds" in r else "no text"
+        cells.append(
+            [
+                r["family"],
+                r["image_size"],
+                f"{r['float_error']:.0e}",
+                r["int8_layers"],
+                f"{r['float_ms']} / {r['float_mib']}",
+                f"{r['onnx-int8_ms']} / {r['onnx-int8_mib']}",
+                f"{r['float_ms'] / r['onnx-int8_ms']:.2f}",
+                f"{r['tensorrt_mib']}, {built[r['tensorrt_builds']]} / {text} ({r['tensorrt_s']})",
+                r.get("text_mib", ""),
+            ]
+        )
+    headers = [
+        "family",
+        "input",
+        "float error",
+        "int8 layers",
+        "onnx-fp32 ms / MiB",
+        "onnx-int8 ms / MiB",
+        "times as fast",
+        "tensorrt-int8 MiB, image / text build (s)",
+        "text int8 MiB",
+    ]
+    return markdown(headers, cells)
+
+
+# --- tables of a benchmark's JSON
+
+
+def required(found: dict[str, Any]) -> str:
+    """Render the required figures of any benchmark."""
+    rows = []
+    for r in found["required"]:
+        limit = (
+            f"at most {r['at_most']:.3g}"
+            if r["at_least"] is None
+            else f"at least {r['at_least']:.3g}"
+        )
+        interval = Interval(r["found"], r["low"], r["high"], r["n"])
+        rows.append([r["what"], str(interval), r["n"], limit, r["verdict"]])
+    return markdown(["", "found (95 %)", "n", "required", ""], rows)
+
+
+def latency(found: dict[str, Any]) -> str:
+    """Render benchmarks/latency.py: milliseconds and bytes of each engine."""
+    rows = []
+    whole = found["engines"]["onnx-fp32"]["image_encoder_bytes"]
+    for engine, of in found["engines"].items():
+        size = of["image_encoder_bytes"]
+        share = "" if size is None else f"{size / whole:.3f}"
+        rows.append([engine, median(of["latency_ms"]), median(of["times_as_fast_as_torch"]), share])
+    return markdown(
+        [
+            "engine",
+            "ms (95 %)",
+            "times as fast as torch fp32 (95 %)",
+            "encoder bytes of onnx-fp32's",
+        ],
+        rows,
+    )
+
+
+def cold_start(found: dict[str, Any]) -> str:
+    """Render benchmarks/cold_start.py: seconds to the answer and memory of each side."""
+    rows = []
+    for side, of in found["cold_start"].items():
+        rows.append(
+            [side, median(of["seconds"]), f"{of['memory_mib']['median']:.0f}", of["seconds"]["n"]]
+        )
+    return markdown(["", "s to the answer (95 %)", "peak MiB", "runs"], rows)
+
+
+def quickstart_seeds(found: dict[str, Any]) -> str:
+    """Render benchmarks/quickstart_seeds.py: top-1 accuracy of teacher and student, a column a seed."""
+    runs = list(found["runs"].values())
+    rows = []
+    for label, means in found["means"].items():
+        name, model = label.rsplit(", ", 1)
+        sets = [next(s for s in run["sets"] if s["name"] == name) for run in runs]
+        each = [short(s[model]["r1"]) for s in sets]
+        first = sets[0]
+        rows.append(
+            [
+                name,
+                model,
+                *each,
+                short(means["r1"]),
+                short(means["r5"]),
+                short(first["chance_r1"], 4),
+                first["images"],
+            ]
+        )
+    seeds = [f"seed {s}" for s in found["seeds"]]
+    return markdown(["set", "model", *seeds, "mean top-1", "mean top-5", "chance", "images"], rows)
+
+
+def parity(found: dict[str, Any]) -> str:
+    """Render benchmarks/parity.py: what a target costs in accuracy."""
+    rows = []
+    for r in found["rows"]:
+        both = f"{short(r['float32_r1'], 4)} / {short(r['target_r1'], 4)}"
+        drop = f"{r['drop_pp']:.2f} ({r['upper_pp']:.2f})"
+        rows.append([r["target"], r["runs"], f"{r['images']:,}", both, drop, short(r["kept"])])
+    headers = ["target", "run", "images", "top-1 float32 / target", "drop pp (95 % limit)"]
+    return markdown([*headers, "same answer where float32 is right"], rows)
+
+
+def int8(found: dict[str, Any]) -> str:
+    """Render benchmarks/int8.py: each engine of each model beside torch fp32."""
+    rows = []
+    threads = []
+    for model, engines in found["models"].items():
+        for engine, of in engines.items():
+            threads = [
+                key.removeprefix("times_torch_") for key in of if key.startswith("times_torch_")
+            ]
+            times = [median(of[f"times_torch_{n}"]) for n in threads]
+            accuracy = "" if of["accuracy"] is None else short(of["accuracy"])
+            mib = f"{of['bytes'] / 2**20:.1f}"
+            rows.append([model, engine, *times, mib, short(of["centered_cosine_p1"]), accuracy])
+    heads = [f"times as fast as torch fp32, {n} thread(s) (95 %)" for n in threads]
+    return markdown(["model", "engine", *heads, "MiB", "centered cosine p1", "top-1"], rows)
+
+
+def scale(found: dict[str, Any]) -> str:
+    """Render benchmarks/scale.py: what a cache costs before a row is used, a line a size."""
+    rows = []
+    for r in found["sizes"]:
+        costs = [f"{r[key]:.2g}" for key in ("open_s", "anonymous_mib", "batch_ms", "epoch_s")]
+        rows.append([f"{r['images']:,}", f"{r['files']:,}", *costs])
+    headers = ["images", "files", "opening, s", "anonymous memory above imports, MiB"]
+    return markdown([*headers, "shuffled batch of 1,024, ms", "order of an epoch, s"], rows)
+
+
+def cache(found: dict[str, Any]) -> str:
+    """Render benchmarks/cache.py: a live teacher, the cache and no teacher."""
+    rows = []
+    for way, of in found["ways"].items():
+        row = [way, median(of["wall_s"]), median(of["cpu_s"]), f"{of['beyond_none_mib']:.0f}"]
+        if "over_cache" in of:
+            row += [
+                median(of["over_cache"]),
+                f"{of['cache_s']:.0f}",
+                f"{of['break_even_epochs']:.1f}",
+            ]
+        else:
+            row += ["", "", ""]
+        rows.append(row)
+    headers = ["way", "s / 1,000 (95 %)", "CPU s / 1,000 (95 %)", "MiB beyond no teacher"]
+    return markdown(
+        [*headers, "time over the cache's (95 %)", "building, s / 1,000", "paid after, epochs"],
+        rows,
+    )
+
+
+def data(found: dict[str, Any]) -> str:
+    """Render benchmarks/data.py: images a second and core of each pipeline."""
+    rows = []
+    for size in found["bits_per_pixel"]:
+        for label, of in found.items():
+            if label.startswith(f"{size}, "):
+                rows.append([size, label.removeprefix(f"{size}, "), median(of)])
+    return markdown(["JPEG", "pipeline", "images a second and core (95 %)"], rows)
+
+
+def footprint(found: dict[str, Any]) -> str:
+    """Render benchmarks/footprint.py: the runner's wheels, a line a platform."""
+    rows = []
+    for platform, of in found.items():
+        if isinstance(of, dict) and "wheels" in of:
+            names = ", ".join(" ".join(w.split("-")[:2]) for w in of["wheels"])
+            rows.append(
+                [
+                    platform,
+                    f"{len(of['wheels'])}: {names}",
+                    f"{of['mib']:.1f}",
+                    f"{of['unpacked_mib']:.0f}",
+                ]
+            )
+    return markdown(["platform", "wheels", "MiB", "unpacked MiB"], rows)
+
+
+def emulated(found: dict[str, Any]) -> str:
+    """Render benchmarks/emulated.py: aarch64 against x86-64, a line a bundle."""
+    rows = []
+    for bundle, of in found["bundles"].items():
+        equal = f"{of['identical_photos']} of {of['photos']}"
+        rows.append(
+            [bundle, of["cosine_min"], f"{of['largest_difference']:.1e}", equal, of["other_answer"]]
+        )
+    headers = ["bundle", "smallest cosine", "largest difference of a feature"]
+    return markdown([*headers, "bit for bit equal", "other first answer"], rows)
+
+
+def trainer(found: dict[str, Any]) -> str:
+    """Render benchmarks/trainer.py: open_clip's trainer and edgeclip's."""
+    rows = []
+    for who in ("open_clip", "edgeclip"):
+        of = found[who]
+        memory = [f"{of[key]['median']:,.0f}" for key in ("steps_mib", "peak_mib")]
+        rows.append([who, median(of["images_per_second"]), *memory])
+    return markdown(
+        ["trainer", "images a second (95 %)", "MiB in its steps", "MiB at its peak"], rows
+    )
+
+
+TABLES: dict[str, Callable[[Any], str]] = {
+    "cache": cache,
+    "cold_start": cold_start,
+    "data": data,
+    "emulated": emulated,
+    "families": families,
+    "footprint": footprint,
+    "int8": int8,
+    "latency": latency,
+    "methods": methods,
+    "methods_summary": methods_summary,
+    "parity": parity,
+    "quickstart_seeds": quickstart_seeds,
+    "readings": readings,
+    "required": required,
+    "scale": scale,
+    "trainer": trainer,
+}
+
+
+# --- pages
+
+
+def read(path: Path) -> Any:
+    """Return a benchmark's JSON, or the lines of its log. Exits where there is no such file."""
+    if not path.exists():
+        sys.exit(f"{path}: there is no such file; write it with the benchmark's --json")
+    if path.suffix == ".jsonl":
+        return methods_table.read(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rendered(page: str, root: Path = ROOT) -> str:
+    """Return the page's text with every marked table as its file gives it. Exits for a table that is unknown."""
+
+    def block(found: re.Match[str]) -> str:
+        if found["table"] not in TABLES:
+            sys.exit(f"table={found['table']}: unknown; known are {', '.join(TABLES)}")
+        body = TABLES[found["table"]](read(root / found["file"]))
+        return f"{found['start']}{body}{found['end']}"
+
+    return BLOCK.sub(block, page)
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """Return README.md and every page of docs/."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 where a page differs"
+    )
+    options = parser.parse_args()
+    stale = []
+    for path in pages():
+        before = path.read_text(encoding="utf-8")
+        after = rendered(before)
+        if after != before:
+            stale.append(path)
+            if not options.check:
+                disk.write_text(path, after)
+    for path in stale:
+        print(
+            f"{path.relative_to(ROOT)}: {'differs from its figures' if options.check else 'written'}"
+        )
+    if options.check and stale:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
