@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import common
 import compare
 import numpy as np
 from scipy import stats
