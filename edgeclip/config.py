@@ -52,6 +52,18 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What every description is: immutable, and closed to fields that it does not know."""
 
 
+class BrokenRule(ValueError):
+    """A combination of fields that cannot work, raised by a struct's `__post_init__`.
+
+    `convert` makes of it the one line that a user sees, with the path of the struct before the
+    field.
+    """
+
+    def __init__(self, field: str, what: str, do: str):
+        super().__init__(what)
+        self.field, self.what, self.do = field, what, do
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's floats (PyYAML reads 1e-3 as a string, which nobody means), and no key twice."""
 
@@ -93,11 +105,20 @@ def convert(value: Any, type_: type[T], where: object) -> T:
     try:
         return msgspec.convert(value, type_)
     except msgspec.ValidationError as e:
-        what, _, at = str(e).partition(" - at ")
-        field = at.strip("`").removeprefix("$.") or "the file"
-        raise EdgeclipError(
-            f"{where}: {field}", what[0].lower() + what[1:], "correct the field"
-        ) from None
+        raise _as_mistake(e, where) from None
+
+
+def _as_mistake(error: msgspec.ValidationError, where: object) -> EdgeclipError:
+    """Return a wrong type or a broken rule as a user's mistake, at the path of its field."""
+    what, _, at = str(error).partition(" - at ")
+    path = at.strip("`").removeprefix("$").removeprefix(".")
+    rule = error.__cause__
+    if isinstance(rule, BrokenRule):
+        field = f"{path}.{rule.field}".strip(".")
+        return EdgeclipError(f"{where}: {field}", rule.what, rule.do)
+    return EdgeclipError(
+        f"{where}: {path or 'the file'}", what[0].lower() + what[1:], "correct the field"
+    )
 
 
 def _refuse_unknown(value: Any, info: Any, where: object, at: str) -> None:

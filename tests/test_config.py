@@ -193,3 +193,19 @@ def test_fields_of_a_target_that_do_not_go_together_are_refused(tmp_path, fields
     limits += ", optimization_agreement: 0.9}" if "optimization" in what else "}"
     with pytest.raises(EdgeclipError, match=what):
         target.load(str(write(tmp_path, f"{fields}\n{limits}\n")))
+
+
+def test_a_rule_of_a_struct_is_told_at_its_path(tmp_path):
+    class Part(config.Config):
+        count: int = 0
+
+        def __post_init__(self):
+            if self.count > 3:
+                raise config.BrokenRule("count", "is too large", "lower it")
+
+    class Whole(config.Config):
+        parts: tuple[Part, ...] = ()
+
+    with pytest.raises(EdgeclipError) as e:
+        config.convert({"parts": [{"count": 1}, {"count": 4}]}, Whole, "r.yaml")
+    assert str(e.value) == "r.yaml: parts[1].count: is too large; lower it"

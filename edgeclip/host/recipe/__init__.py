@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from edgeclip import config, disk
-from edgeclip.config import Config
+from edgeclip.config import BrokenRule, Config
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.recipe.ingredients import (
     Adapt,
@@ -93,7 +93,6 @@ __all__ = [
     "VisualPrompts",
     "WebDataset",
     "Weighted",
-    "check",
     "data_sets",
     "description",
     "load",
@@ -132,11 +131,85 @@ class Recipe(Config):
     """ship a text encoder in the bundle, for words that were never baked: the student's where it has one, else the teacher's"""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse combinations that cannot work, each block's after its fields."""
+        self._check_losses()
+        self._check_batch_norm()
+        self._check_teachers()
+        self._check_stage_1()
+
+    def _check_losses(self) -> None:
+        if self.losses.captions == "classes" and self.student.text:
+            raise BrokenRule(
+                "losses.captions",
+                "classes is not possible with student.text, which reads the captions themselves",
+                "use captions: data",
+            )
+        align = self.losses.if_align
+        if align is None or align.normalize:
+            return
+        for field, teacher in self.teachers().items():
+            if isinstance(teacher, Embeddings):
+                raise BrokenRule(
+                    "losses.if_align",
+                    f"needs the teacher's norms, which {field} (kind: embeddings) has lost",
+                    "use normalize: true",
+                )
+
+    def _check_batch_norm(self) -> None:
+        if not self.student.projector_hidden:
+            return
+        for field in ("batch_size", "warmup_batch_size"):
+            if getattr(self.train, field) == 1:
+                raise BrokenRule(
+                    f"train.{field}",
+                    "is 1, and the projector's batch norm needs at least 2 images",
+                    "raise it, or set student.projector_hidden to null",
+                )
+
+    def _check_teachers(self) -> None:
+        if self.fuse and not self.other_teachers:
+            raise BrokenRule(
+                "fuse", "needs several teachers", "add other_teachers, or set fuse to null"
+            )
+        first = self.teacher
+        without_text = isinstance(first, Embeddings | Reinforced) and not first.text
+        if without_text and self.text_encoder and not self.student.text:
+            raise BrokenRule(
+                "text_encoder",
+                "the teacher has no text encoder to ship",
+                "set text_encoder: false, or give teacher.text",
+            )
+
+    def _check_stage_1(self) -> None:
+        if isinstance(self.adapt, ResidualHead) and not isinstance(self.teacher, Conse):
+            raise BrokenRule(
+                "adapt",
+                "a residual_head is for the assembled teacher (kind: conse) only",
+                "use kind: prompts, or set adapt to null",
+            )
+        if isinstance(self.adapt, Prompts) and not isinstance(self.teacher, OpenClip):
+            raise BrokenRule(
+                "adapt",
+                "prompts are for an open_clip teacher only",
+                "use kind: residual_head, or set adapt to null",
+            )
+        if self.adapt_data and not self.adapt:
+            raise BrokenRule(
+                "adapt_data",
+                "is for stage 1, and adapt is null",
+                "add adapt: {kind: residual_head}, or set adapt_data to null",
+            )
+
+    def teachers(self) -> dict[str, Teacher]:
+        """Return every teacher by where the recipe names it: "teacher", "other_teachers.0"."""
+        others = {f"other_teachers.{i}": t for i, t in enumerate(self.other_teachers)}
+        return {"teacher": self.teacher, **others}
+
 
 def load(path: Path, roots: tuple[str, ...] = ()) -> Recipe:
     """The recipe at `path`, with each `--data` value of `roots` (DIR or NAME=DIR) put where it belongs."""
     recipe = config.load(path, Recipe)
-    check(recipe, path)
     for given in roots:
         recipe = _with_root(recipe, given)
     return recipe
@@ -195,150 +268,11 @@ def replace_data(recipe: Recipe, change: Callable[[Data], Data]) -> Recipe:
     new: dict[str, Any] = {}
     for field in DATA_FIELDS:
         value = getattr(recipe, field)
-        new[field] = (
-            tuple(map(change, value))
-            if isinstance(value, tuple)
-            else change(value)
-            if value
-            else None
-        )
+        if isinstance(value, tuple):
+            new[field] = tuple(change(data) for data in value)
+        elif value is not None:
+            new[field] = change(value)
     return msgspec.structs.replace(recipe, **new)
-
-
-def check(recipe: Recipe, where: object) -> None:
-    """What no single field can tell: combinations that cannot work."""
-    losses = recipe.losses
-    if losses.edu_attention and not losses.kl:
-        raise EdgeclipError(
-            f"{where}: losses.edu_attention",
-            "has no loss of its own",
-            "add losses.kl, which trains it",
-        )
-    if not any(
-        isinstance(getattr(losses, f), Config) and f != "edu_attention"
-        for f in losses.__struct_fields__
-    ):
-        raise EdgeclipError(
-            f"{where}: losses", "is empty", "add at least one loss, for example kl: {}"
-        )
-    if recipe.student.inherit and recipe.student.tower.weights != "random":
-        raise EdgeclipError(
-            f"{where}: student.inherit",
-            "would overwrite the weights of student.tower",
-            "give the tower weights: random",
-        )
-    if recipe.student.class_features == "student" and not recipe.student.text:
-        raise EdgeclipError(
-            f"{where}: student.class_features",
-            "the student has no text tower",
-            "give student.text, or take the teacher's",
-        )
-    for field in ("batch_size", "warmup_batch_size"):
-        if recipe.student.projector_hidden and getattr(recipe.train, field) == 1:
-            raise EdgeclipError(
-                f"{where}: train.{field}",
-                "is 1, and the projector's batch norm needs two",
-                "raise it, or set student.projector_hidden to null",
-            )
-    if losses.if_align and losses.if_align.axis == "tokens":
-        raise EdgeclipError(
-            f"{where}: losses.if_align.axis: tokens",
-            "needs token_features, which a teacher cache does not hold",
-            "use axis: batch",
-        )
-    align = losses.if_align
-    if align and align.axis == "channels" and align.momentum:
-        raise EdgeclipError(
-            f"{where}: losses.if_align.momentum",
-            "channels have no statistics that outlive a batch",
-            "use axis: batch",
-        )
-    if align and align.features == "head" and not align.normalize:
-        raise EdgeclipError(
-            f"{where}: losses.if_align",
-            "EduAttention's output has no raw form",
-            "use normalize: true, or features: image",
-        )
-    if losses.captions == "classes" and recipe.student.text:
-        raise EdgeclipError(
-            f"{where}: losses.captions: classes",
-            "a student's text tower reads the captions themselves",
-            "use captions: data",
-        )
-    edu = losses.edu_attention
-    if edu and edu.keep and (edu.query == "raw" or edu.axis == "batch"):
-        raise EdgeclipError(
-            f"{where}: losses.edu_attention",
-            "this reading needs more than one image's unit feature",
-            "set keep: false",
-        )
-    if isinstance(recipe.adapt, ResidualHead) and not isinstance(recipe.teacher, Conse):
-        raise EdgeclipError(
-            f"{where}: adapt",
-            "a residual_head is for the assembled teacher (kind: conse) only",
-            "use kind: prompts, or set adapt to null",
-        )
-    if isinstance(recipe.adapt, Prompts) and not isinstance(recipe.teacher, OpenClip):
-        raise EdgeclipError(
-            f"{where}: adapt",
-            "prompts are for an open_clip teacher only",
-            "use kind: residual_head, or set adapt to null",
-        )
-    for field, teacher in [
-        ("teacher", recipe.teacher),
-        *((f"other_teachers.{i}", t) for i, t in enumerate(recipe.other_teachers)),
-    ]:
-        if isinstance(teacher, Conse) and "{c}" not in teacher.anchor_prompt:
-            raise EdgeclipError(
-                f"{where}: {field}.anchor_prompt",
-                f"'{teacher.anchor_prompt}' has no {{c}}",
-                "write {c} where the class's name goes",
-            )
-        if not isinstance(teacher, Embeddings | Reinforced):
-            continue
-        if teacher.text and teacher.class_features:
-            raise EdgeclipError(
-                f"{where}: {field}", "has both text and class_features", "give one of them"
-            )
-        if isinstance(teacher, Embeddings) and losses.if_align and not losses.if_align.normalize:
-            raise EdgeclipError(
-                f"{where}: losses.if_align",
-                f"needs the teacher's norms, which {field} (kind: embeddings) has lost",
-                "use normalize: true",
-            )
-    head = recipe.adapt
-    if (
-        isinstance(head, ResidualHead)
-        and head.self_training
-        and head.self_training.start >= head.steps
-    ):
-        raise EdgeclipError(
-            f"{where}: adapt.self_training.start",
-            f"is beyond the {head.steps} steps of stage 1",
-            "start earlier, or set it to null",
-        )
-    if recipe.fuse and not recipe.other_teachers:
-        raise EdgeclipError(
-            f"{where}: fuse", "needs several teachers", "add other_teachers, or set fuse to null"
-        )
-    first = recipe.teacher
-    if (
-        isinstance(first, Embeddings | Reinforced)
-        and not first.text
-        and recipe.text_encoder
-        and not recipe.student.text
-    ):
-        raise EdgeclipError(
-            f"{where}: text_encoder",
-            "the teacher has none to ship",
-            "set text_encoder: false, or give teacher.text",
-        )
-    if recipe.adapt_data and not recipe.adapt:
-        raise EdgeclipError(
-            f"{where}: adapt_data",
-            "is for stage 1, and adapt is null",
-            "add adapt: {kind: residual_head}, or set adapt_data to null",
-        )
 
 
 def description(recipe: Recipe) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from edgeclip.config import Config
+from edgeclip.config import BrokenRule, Config
 
 Positive = Annotated[int, Meta(ge=1)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -105,6 +105,14 @@ class Conse(Config, tag="conse", tag_field="kind"):
     logit_scale: PositiveFloat = 20.0
     """cosines are multiplied by this before a softmax (1 / temperature)"""
 
+    def __post_init__(self) -> None:
+        if "{c}" not in self.anchor_prompt:
+            raise BrokenRule(
+                "anchor_prompt",
+                f"'{self.anchor_prompt}' has no {{c}}",
+                "write {c} where the class's name goes",
+            )
+
 
 class OpenClip(Config, tag="open_clip", tag_field="kind"):
     """Any open_clip image-text model."""
@@ -140,6 +148,9 @@ class Embeddings(Config, tag="embeddings", tag_field="kind"):
     """the model's, already exponentiated"""
     license: str = "unknown"
 
+    def __post_init__(self) -> None:
+        _one_text_side(self.text, self.class_features)
+
 
 class Reinforced(Config, tag="reinforced", tag_field="kind"):
     """One teacher of MobileCLIP's reinforced shards (DataCompDR, DFNDR): stored views, several captions. No teacher is run."""
@@ -162,6 +173,14 @@ class Reinforced(Config, tag="reinforced", tag_field="kind"):
     logit_scale: PositiveFloat = 100.0
     """MobileCLIP 100; MobileCLIP2 70 and 60"""
     license: str = "unknown"
+
+    def __post_init__(self) -> None:
+        _one_text_side(self.text, self.class_features)
+
+
+def _one_text_side(text: OpenClip | None, class_features: str | None) -> None:
+    if text and class_features:
+        raise BrokenRule("class_features", "is given beside text", "give one of the two")
 
 
 Teacher = Conse | OpenClip | Embeddings | Reinforced
@@ -195,6 +214,14 @@ class ResidualHead(Config, tag="residual_head", tag_field="kind"):
     self_training: SelfTraining | None = None
     """null: labeled images only"""
 
+    def __post_init__(self) -> None:
+        if self.self_training and self.self_training.start >= self.steps:
+            raise BrokenRule(
+                "self_training.start",
+                f"is beyond the {self.steps} steps of stage 1",
+                "start earlier, or set it to null",
+            )
+
 
 class Fuse(Config):
     """Several teachers made one by a linear map of their features side by side (MST-KD)."""
@@ -207,7 +234,7 @@ class Fuse(Config):
 
 
 class Prompts(Config, tag="prompts", tag_field="kind"):
-    """ComKD stage 1 for an open_clip ViT teacher: PromptSRC's prompts in both encoders (METHODS 1.3, 5.1), on labeled
+    """ComKD stage 1 for an open_clip ViT teacher: PromptSRC's prompts in both encoders (docs/design/methods.md#33-stage-1-by-prompts), on labeled
     classes. The towers stay frozen. The defaults are PromptKD's configuration of its ViT-L/14 teacher; momentum and weight
     decay are not published with it, they are the usual ones."""
 
@@ -286,7 +313,7 @@ class Stem(Config):
 
 
 class VisualPrompts(Config):
-    """Deep prompt tokens in a ViT student; with a frozen tower, the student of PromptKD and ComKD-CLIP (METHODS 1.1)."""
+    """Deep prompt tokens in a ViT student; with a frozen tower, the student of PromptKD and ComKD-CLIP (docs/design/methods.md#21-two-stages)."""
 
     length: Positive = 4
     depth: Positive = 9
@@ -327,3 +354,17 @@ class Student(Config):
     """of 1 - cosine between the student's and the teacher's text features"""
     class_features: Literal["teacher", "student"] = "teacher"
     """whose text features of the class names are baked into the bundle; student: those of `text`"""
+
+    def __post_init__(self) -> None:
+        if self.inherit and self.tower.weights != "random":
+            raise BrokenRule(
+                "inherit",
+                "would overwrite the weights of student.tower",
+                "give the tower weights: random",
+            )
+        if self.class_features == "student" and not self.text:
+            raise BrokenRule(
+                "class_features",
+                "the student has no text tower",
+                "give student.text, or use class_features: teacher",
+            )

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from edgeclip.config import Config
+from edgeclip.config import BrokenRule, Config
 from edgeclip.host.recipe.ingredients import Fraction, NonNegative, Positive, PositiveFloat
 
 
@@ -33,6 +33,24 @@ class IFAlign(Config):
     """A13: of a moving average of the statistics over batches, for small batches; 0: this batch's alone. The gradient is that of
     this batch's share, 1 - momentum, so the weight counts for that much less"""
 
+    def __post_init__(self) -> None:
+        if self.axis == "tokens":
+            raise BrokenRule(
+                "axis",
+                "tokens needs token features, which a teacher cache does not hold",
+                "use axis: batch",
+            )
+        if self.axis == "channels" and self.momentum:
+            raise BrokenRule(
+                "momentum", "channels have no statistics that outlive a batch", "use axis: batch"
+            )
+        if self.features == "head" and not self.normalize:
+            raise BrokenRule(
+                "normalize",
+                "false needs a raw form, which EduAttention's output does not have",
+                "use normalize: true, or features: image",
+            )
+
 
 class EduAttention(Config):
     """Equations 6 and 7: attention of the student's feature over the class matrix, alpha learnable from 0."""
@@ -55,6 +73,14 @@ class EduAttention(Config):
     keep: bool = True
     """keep it in the bundle's classification head, over the class list that is active there (A11: `evaluate` scores both);
     accuracy is reported with and without it either way"""
+
+    def __post_init__(self) -> None:
+        if self.keep and (self.query == "raw" or self.axis == "batch"):
+            raise BrokenRule(
+                "keep",
+                "a bundle has one image's unit feature, and this reading needs more than that",
+                "set keep: false",
+            )
 
 
 class Weighted(Config):
@@ -81,6 +107,10 @@ class MaskedFeature(Config):
     """share of the patches that the student does not see"""
     patch: Positive = 16
     """pixels a side of a hidden square, for a tower that is no ViT; a ViT's own patches are dropped"""
+
+
+NO_LOSS = ("edu_attention", "captions")
+"""fields of `Losses` that are no loss themselves"""
 
 
 class Losses(Config):
@@ -116,6 +146,15 @@ class Losses(Config):
     captions: Literal["data", "classes"] = "data"
     """the text of an image for losses that need one: its own caption; or the prompts of its class, of its label where the
     teacher had it and of the adapted teacher's first choice elsewhere (so no label is seen that is not to be seen)"""
+
+    def __post_init__(self) -> None:
+        if self.edu_attention and not self.kl:
+            raise BrokenRule(
+                "edu_attention", "has no loss of its own", "add losses.kl, which trains it"
+            )
+        blocks = [name for name in self.__struct_fields__ if name not in NO_LOSS]
+        if all(getattr(self, name) is None for name in blocks):
+            raise BrokenRule("", "has no loss", "add at least one, for example kl: {}")
 
 
 class Pretrain(Config):

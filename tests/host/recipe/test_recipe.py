@@ -38,11 +38,11 @@ def test_a_description_reads_back_as_the_same_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("losses", "what"),
     [
-        ("{}", "is empty"),
+        ("{}", "has no loss"),
         ("{edu_attention: {}, feature: {}}", "no loss of its own"),
-        ("{if_align: {axis: tokens}}", "needs token_features"),
+        ("{if_align: {axis: tokens}}", "needs token features"),
         ("{if_align: {axis: channels, momentum: 0.5}}", "momentum"),
-        ("{if_align: {normalize: false, features: head}}", "no raw form"),
+        ("{if_align: {normalize: false, features: head}}", "needs a raw form"),
         ("{if_align: {momentum: 1.0}}", "momentum"),
         ("{kl: {}, edu_attention: {query: raw}}", "set keep: false"),
         ("{kl: {}, edu_attention: {axis: batch}}", "set keep: false"),
@@ -78,7 +78,7 @@ def test_an_anchor_prompt_names_the_class(tmp_path):
     [
         (
             "train: {batch_size: 1}",
-            "train.batch_size: is 1, and the projector's batch norm needs two; raise it, or set student.projector_hidden to null",
+            "train.batch_size: is 1, and the projector's batch norm needs at least 2 images; raise it, or set student.projector_hidden to null",
         ),
         ("train: {warmup_batch_size: 1}", "train.warmup_batch_size: is 1"),
         ("views: {ratio: [0, 1]}", "views.ratio[0]: expected `float` > 0.0"),
