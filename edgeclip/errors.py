@@ -20,6 +20,13 @@ class Refused(EdgeclipError):
     """A gate that `export` itself holds: no bundle is written, and the command exits 3."""
 
 
+class WrongGraph(EdgeclipError):
+    """What was traced, folded or pruned does not compute what the model computes: nothing is written.
+
+    Raised and never asserted, so that it holds under `python -O` too. `what` gives the difference.
+    """
+
+
 class Interrupted(Exception):
     """A signal, after everything that was done has been saved; the message says how to go on."""
 

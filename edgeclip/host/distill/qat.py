@@ -32,7 +32,7 @@ from edgeclip.host import recipe as R
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.graph import learned, policy
 from edgeclip.host.graph import trace as graph
-from edgeclip.host.graph.policy import Form, Quantization
+from edgeclip.host.graph.policy import Candidate, Quantization
 from edgeclip.host.graph.qdq import calibrate, rounded_outputs
 from edgeclip.host.towers.fold import fold
 
@@ -158,11 +158,11 @@ def fine_tune(
     check(name, target, len(images))
     assert target.calibration is not None
     folded, model = _traced(student.cpu(), torch.from_numpy(images[:1]), target)
-    form = Form(target.calibration.methods[0], None, "all", None)
+    candidate = Candidate(target.calibration.methods[0], None, "all", None)
     chosen = policy.choose(
         model,
         images,
-        form,
+        candidate,
         None,
         target.calibration,
         policy.reduced_range(target),
@@ -185,7 +185,7 @@ def fine_tune(
         save_file(state, temporary / learned.WEIGHTS)
         record = learned.LearnedScales(
             target=learned.rounding_of(target),
-            form=form._asdict(),
+            candidate=candidate._asdict(),
             nodes=chosen.nodes,
             float_layers=chosen.float_layers,
             ranges={tensor: r.range() for tensor, r in roundings.items()},
@@ -209,7 +209,7 @@ def check_student(student: nn.Module, size: int, path: str) -> None:
     x = torch.zeros(1, 3, size, size)
     folded, model = _traced(student, x, target)
     every_layer = policy.of_layers(
-        Form("minmax", None, "all", None),
+        Candidate("minmax", None, "all", None),
         x.numpy(),
         calibrate(model, x.numpy(), "minmax"),
         {},

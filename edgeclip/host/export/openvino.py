@@ -24,7 +24,7 @@ def write(
     if target.precision == "int8":
         nncf = _nncf()
         assert quantization is not None
-        form = quantization.form
+        form = quantization.candidate
         with contextlib.redirect_stdout(sys.stderr):  # its progress bars: stdout is data
             ov_model = nncf.quantize(
                 ov_model, nncf.Dataset([row[None] for row in quantization.calibration]),
@@ -81,7 +81,7 @@ def _ignored(ov_model: Any, quantization: Quantization, nncf: Any) -> Any:
         )
     names = [*found.values(), *_after_last_product(ov_model)]
     # NNCF would put residual additions and pooling into int8 too. validate=False: a tower may have none.
-    types = ["ReduceMean"] if quantization.form.layers == "residual" else ["Add", "ReduceMean"]
+    types = ["ReduceMean"] if quantization.candidate.layers == "residual" else ["Add", "ReduceMean"]
     return nncf.IgnoredScope(names=names, types=types, validate=False)
 
 

@@ -32,7 +32,7 @@ from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
 from edgeclip.host.export.calibration import CalibrationImages
 from edgeclip.host.graph import policy
-from edgeclip.host.graph.policy import Form, Quantization
+from edgeclip.host.graph.policy import Quantization
 from edgeclip.progress import say
 
 ROUNDS, QUERIES = 31, 4
@@ -101,7 +101,7 @@ def search(
             if learned
             else itertools.product(spec.methods, spec.smoothing, spec.layers, spec.model_types)
         )
-        for form in (Form(*values) for values in forms):
+        for form in (policy.Candidate(*values) for values in forms):
             found = policy.choose(
                 model,
                 images.ranges,
@@ -146,7 +146,13 @@ def search(
             else "; ".join(c.short) or ("less exact" if any(c is a for a in as_fast) else "slower")
         )
     _refuse(chosen, target, spec)
-    record = chosen.quantization.record() | {
+    record = {
+        **chosen.quantization.candidate._asdict(),
+        "reduce_range": chosen.quantization.reduce_range,
+        "float_layers": chosen.quantization.float_layers,
+        "int8_layers": len(chosen.quantization.nodes),
+        "int8_nodes": chosen.quantization.nodes,
+        "int8_share_of_macs": chosen.quantization.int8_share,
         "judged_on": len(images.judged),
         "judged_in": _judged_in(target),
         "latency_ms_float": float_ms,
@@ -177,7 +183,7 @@ def _try(task: Task, quantization: Quantization, number: int) -> Candidate:
             agreement(answers, reference, reference == task.images.labels),
         )
     row: dict[str, Any] = {
-        **quantization.form._asdict(),
+        **quantization.candidate._asdict(),
         "float_layers": len(quantization.float_layers),
         "int8_share_of_macs": quantization.int8_share,
         "centered_cosine_mean": policy.centered_cosine(found, task.reference),
@@ -192,7 +198,7 @@ def _try(task: Task, quantization: Quantization, number: int) -> Candidate:
     if not close["centered_p1"] >= least:  # not a number is short too
         short.append(f"centered cosine p1 {close['centered_p1']:.4f}, below {least}")
     short += short_of_agreement(tolerance, same, where_right)
-    form = ", ".join(str(v) for v in quantization.form if v is not None)
+    form = ", ".join(str(v) for v in quantization.candidate if v is not None)
     say(
         f"{form}, {row['float_layers']} layers in float: int8 share {quantization.int8_share:.3f}, centered cosine p1 {close['centered_p1']:.4f}"
         + "".join(
@@ -210,7 +216,7 @@ def _give_back(task: Task, best: Candidate, spec: Calibration, number: int) -> l
     The most that the int8 share allows is tried first: where even that fails, nothing between can hold.
     """
     q = best.quantization
-    alone = policy.damage(
+    alone = policy.sensitivity(
         q.calibrated,
         q.nodes,
         task.images.ranges[: policy.PROBES],
@@ -222,7 +228,7 @@ def _give_back(task: Task, best: Candidate, spec: Calibration, number: int) -> l
     def given(count: int) -> Quantization:
         back = {n: round(alone[n], 4) for n in worst[:count]}
         return policy.of_layers(
-            q.form, q.calibration, q.calibrated, {**q.float_layers, **back}, q.reduce_range
+            q.candidate, q.calibration, q.calibrated, {**q.float_layers, **back}, q.reduce_range
         )
 
     most = 0

@@ -1,4 +1,4 @@
-"""The scales that a student has learned with its int8 target's rounding, as they lie on disk between distill and export.
+"""The scales that a student learned with its int8 target's rounding, from distill to export.
 
 run/quantized/quantized.safetensors   the folded student's weights
               quantized.json          `LearnedScales`
@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,7 +19,7 @@ from edgeclip import disk
 from edgeclip.device.target import Target
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
-from edgeclip.host.graph.policy import Form, Quantization
+from edgeclip.host.graph.policy import Candidate, Quantization
 from edgeclip.host.graph.qdq import Calibrated, calibrate
 from edgeclip.host.towers.fold import fold
 
@@ -39,17 +40,18 @@ class LearnedScales(msgspec.Struct, frozen=True):
     """quantized.json: which layers round, and in which ranges."""
 
     target: Rounding
-    form: dict[str, Any]
     nodes: list[str]
     """the layers in int8, by the name of their node in the folded student's graph"""
     float_layers: dict[str, float | None]
-    """the other candidates, with the centered cosine that quantizing each alone leaves"""
+    """the other products, with the centered cosine that quantizing each alone leaves"""
     ranges: dict[str, tuple[float, float]]
     """tensor to the lowest and highest value that its learned scale covers"""
     log: list[dict[str, Any]]
     """the training's log, a row an epoch"""
     reduce_range: bool
     """true: weights of 7 bits"""
+    candidate: dict[str, Any] = msgspec.field(name="form")
+    """how the first ranges were taken: the fields of `policy.Candidate`"""
 
 
 def rounding_of(target: Target) -> Rounding:
@@ -60,10 +62,10 @@ def rounding_of(target: Target) -> Rounding:
 def load(
     folder: Path, student: nn.Module, target: Target, images: np.ndarray
 ) -> Quantization | None:
-    """Return the map of the fine-tuned copy in `folder` for `target`; None where there is none, or none for this target.
+    """Return the map of the fine-tuned copy in `folder`; None where it has none for `target`.
 
-    student: the module that was folded and fine-tuned. images: float32 [n, 3, H, W]; they give the ranges that were not
-    learned. Raises `EdgeclipError` where a file of the folder was changed.
+    student: the module that was folded and fine-tuned. images: float32 [n, 3, H, W]; they give the
+    ranges that were not learned. Raises `EdgeclipError` where a file of the folder was changed.
     """
     if not (folder / disk.MANIFEST).exists():
         return None
@@ -77,16 +79,14 @@ def load(
     folded.load_state_dict(load_file(folder / WEIGHTS))
     model = graph.to_onnx(folded, x, "pixels", "image_features", target.opset)
 
-    form = Form(**record.form)
-    calibrated = calibrate(model, images, form.method)
+    candidate = Candidate(**record.candidate)
+    calibrated = calibrate(model, images, candidate.method)
     ready = Calibrated(calibrated.model, with_ranges(calibrated.ranges, record.ranges))
-    return policy.of_layers(form, images, ready, record.float_layers, record.reduce_range)
+    return policy.of_layers(candidate, images, ready, record.float_layers, record.reduce_range)
 
 
 def with_ranges(ranges: Any, learned: dict[str, tuple[float, float]]) -> Any:
-    """Return ONNX Runtime's TensorsData with the learned ranges in the place of the measured ones."""
-    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
-
+    """Return ONNX Runtime's TensorsData with the learned ranges in place of the measured ones."""
     names = ranges.keys()  # it has no __iter__
     pairs = {}
     for name in names:

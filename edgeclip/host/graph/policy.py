@@ -1,21 +1,21 @@
 """Which layers become int8 and how: one policy for ONNX Runtime, OpenVINO and TensorRT.
 
-Only convolutions and linear layers are candidates (`graph.matrix_products`). Residual additions, norms, softmax, GELU,
-the L2 norm and products of two activations stay in float. Of the candidates the first and the last few are quantized one
-at a time on the calibration images; a layer that alone moves the features too far goes back to float. Early layers of
-a small tower are the usual case: few channels, flat images, and every later layer amplifies the error. The measure is
-the mean cosine after the reference's mean feature is taken away, since the raw one hides damage.
+Only convolutions and linear layers may become int8 (`graph.matrix_products`). Residual additions,
+norms, softmax, GELU, the L2 norm and products of two activations stay in float. Of the products the
+first and the last few are quantized one at a time on the calibration images; a layer that alone
+moves the features too far stays in float. Early layers of a small tower are the usual case: few
+channels, flat images, and every later layer amplifies the error. The measure is the mean cosine
+after the reference's mean feature is taken away, since the raw one hides damage.
 
-Depthwise networks get their biases corrected: rounding a filter of nine weights shifts its output's mean, and nothing
-after it averages that out (Nagel et al. 2019, section 4.2). A `Form` is everything else that a candidate may differ in;
-`search` tries them.
+Depthwise networks get their biases corrected: rounding a filter of nine weights shifts its output's
+mean, and nothing after it averages that out (Nagel et al. 2019, section 4.2). A `Candidate` is
+everything else that may differ; `export.search` tries them.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeclip.device import machine
@@ -25,14 +25,15 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.qdq import Calibrated, calibrate, quantize
 from edgeclip.host.graph.smooth import smooth
+from edgeclip.host.graph.view import GraphView, run_batches
 from edgeclip.progress import track
 
 PROBES = 32
-"""calibration images a layer is judged on"""
+"""calibration images that a layer is judged on"""
 
 
-class Form(NamedTuple):
-    """What candidates differ in; the fields are those of `target.Calibration`, one value each."""
+class Candidate(NamedTuple):
+    """One way to quantize; the fields are those of `target.Calibration`, one value each."""
 
     method: str
     smoothing: float | None
@@ -41,224 +42,229 @@ class Form(NamedTuple):
 
 
 class Quantization(NamedTuple):
-    """A map that can be written for any runtime."""
+    """A map of layers to types that can be written for any runtime."""
 
-    form: Form
+    candidate: Candidate
     calibration: np.ndarray
     """float32 [n, 3, H, W]"""
     calibrated: Calibrated
     nodes: list[str]
     """the layers that become int8"""
     float_layers: dict[str, float | None]
-    """the candidates that stay in float, with the centered cosine that quantizing each alone leaves (null: left by choice of form)"""
+    """the products that stay in float, with the centered cosine that quantizing each alone leaves;
+    None: in float by choice of candidate"""
     int8_share: float
-    """of the candidates' multiply-accumulates"""
+    """of the products' multiply-accumulates"""
     reduce_range: bool
     """7-bit weights, for an x86 without VNNI"""
 
-    def record(self) -> dict[str, Any]:
-        return {
-            **self.form._asdict(),
-            "reduce_range": self.reduce_range,
-            "float_layers": self.float_layers,
-            "int8_layers": len(self.nodes),
-            "int8_nodes": self.nodes,
-            "int8_share_of_macs": self.int8_share,
-        }
-
 
 def reduced_range(target: Target) -> bool:
-    """Do the weights get 7 bits? Raises `EdgeclipError` where the target leaves it to a machine that cannot tell."""
-    if target.reduce_range == "as_host":
-        saturates = machine.saturates(machine.facts())
-        if saturates is None:
-            raise EdgeclipError(
-                "reduce_range: as_host",
-                "this machine's x86 instruction set cannot be read",
-                "say always or never in a target of your own",
-            )
-        return saturates
-    return target.reduce_range == "always"
+    """Return whether the weights get 7 bits.
+
+    Raises `EdgeclipError` where the target leaves it to a machine that cannot tell.
+    """
+    if target.reduce_range != "as_host":
+        return target.reduce_range == "always"
+    saturates = machine.saturates(machine.facts())
+    if saturates is None:
+        raise EdgeclipError(
+            "reduce_range: as_host",
+            "the instruction set of this machine's x86 processor cannot be read",
+            "set it to always or never in a target of your own",
+        )
+    return saturates
 
 
 def outer_layers(
     calibrated: Calibrated, images: np.ndarray, spec: Calibration, reduce_range: bool = False
 ) -> dict[str, float]:
-    """The first and last layers that alone leave less centered cosine than the target allows, each with what it leaves."""
-    products = graph.matrix_products(calibrated.model)
-    edge = (
-        products
-        if len(products) <= 2 * spec.probe_layers
-        else [*products[: spec.probe_layers], *products[-spec.probe_layers :]]
-    )
-    if not spec.probe_layers:
+    """Return the first and last layers that stay in float, each with what int8 leaves of it.
+
+    They are those that alone leave less centered cosine than the target allows.
+    """
+    count = spec.probe_layers
+    if not count:
         return {}
-    found = damage(calibrated, edge, images[:PROBES], "sensitivity of outer layers", reduce_range)
-    return {
-        name: round(cosine, 4) for name, cosine in found.items() if not cosine >= spec.layer_cosine
-    }
+    products = graph.matrix_products(calibrated.model)
+    if len(products) > 2 * count:
+        products = [*products[:count], *products[-count:]]
+
+    what = "sensitivity of outer layers"
+    cosines = sensitivity(calibrated, products, images[:PROBES], what, reduce_range)
+    worst = {}
+    for name, cosine in cosines.items():
+        if not cosine >= spec.layer_cosine:  # not a number is worse too
+            worst[name] = round(cosine, 4)
+    return worst
 
 
-def damage(
+def sensitivity(
     calibrated: Calibrated,
     layers: list[str],
     images: np.ndarray,
     what: str,
     reduce_range: bool = False,
 ) -> dict[str, float]:
-    """The centered cosine that quantizing each layer alone leaves (U8S8, whatever the target: it ranks layers)."""
+    """Return the centered cosine that quantizing each layer alone leaves.
+
+    Activations are uint8 whatever the target: this ranks layers. what: what the progress is called.
+    """
     reference = features(calibrated.model, images)
-    return {
-        name: centered_cosine(
-            features(
-                quantize(calibrated, [name], activations="uint8", reduce_range=reduce_range),
-                images,
-            ),
-            reference,
-        )
-        for name in track(layers, what, len(layers))
-    }
+    cosines = {}
+    for name in track(layers, what, len(layers)):
+        model = quantize(calibrated, [name], activations="uint8", reduce_range=reduce_range)
+        cosines[name] = centered_cosine(features(model, images), reference)
+    return cosines
 
 
 def choose(
     model: onnx.ModelProto,
     calibration: np.ndarray,
-    form: Form,
+    candidate: Candidate,
     float_layers: dict[str, float] | None,
     spec: Calibration,
     reduce_range: bool = False,
     own_bias: bool = True,
 ) -> Quantization | None:
-    """The map of one form. float_layers: those of `outer_layers`, None to look for them here. calibration: float32 [n, 3, H, W].
+    """Return the map of one candidate; None where the candidate is another one's double.
 
-    own_bias: correct biases here; NNCF does it by itself.
+    A double asks for smoothing and there is nothing to smooth, for dense layers and all are, or for
+    residual additions with NNCF's transformer patterns, which leave them in float.
 
-    None where the form is another one's double: it asks for smoothing and there is nothing to smooth, for dense layers and all are,
-    or for residual additions with NNCF's transformer patterns, which leave them in float.
+    calibration: float32 [n, 3, H, W]. float_layers: those of `outer_layers`; None: look for them
+    here. own_bias: correct biases here; NNCF does it by itself.
     """
-    if (form.layers, form.model_type) == ("residual", "transformer"):
+    if candidate.layers == "residual" and candidate.model_type == "transformer":
         return None
-    smoothed = smooth(model, calibration, form.smoothing)
+    smoothed = smooth(model, calibration, candidate.smoothing)
     if smoothed is None:
         return None
-    calibrated = calibrate(smoothed, calibration, form.method)
-    damaged: dict[str, float | None] = dict(
-        outer_layers(calibrated, calibration, spec, reduce_range)
-        if float_layers is None
-        else float_layers
-    )
+
+    calibrated = calibrate(smoothed, calibration, candidate.method)
+    if float_layers is None:
+        float_layers = outer_layers(calibrated, calibration, spec, reduce_range)
+    in_float: dict[str, float | None] = dict(float_layers)
     apart = graph.depthwise(calibrated.model)
-    if form.layers == "dense":
-        if not set(apart) - damaged.keys():
+    if candidate.layers == "dense":
+        if not set(apart) - in_float.keys():
             return None
-        damaged = {**dict.fromkeys(apart), **damaged}
+        in_float = {**dict.fromkeys(apart), **in_float}
+
     if apart and own_bias:
-        calibrated = correct_bias(
-            calibrated,
-            [n for n in graph.matrix_products(calibrated.model) if n not in damaged],
-            calibration,
-            reduce_range,
-        )
-    return of_layers(form, calibration, calibrated, damaged, reduce_range)
+        products = graph.matrix_products(calibrated.model)
+        nodes = [name for name in products if name not in in_float]
+        calibrated = correct_bias(calibrated, nodes, calibration, reduce_range)
+    return of_layers(candidate, calibration, calibrated, in_float, reduce_range)
 
 
 def of_layers(
-    form: Form,
+    candidate: Candidate,
     calibration: np.ndarray,
     calibrated: Calibrated,
     float_layers: dict[str, float | None],
     reduce_range: bool,
 ) -> Quantization:
+    """Return the map in which every product but `float_layers` becomes int8."""
     products = graph.matrix_products(calibrated.model)
     macs = graph.macs(calibrated.model, products, calibration[:1])
-    kept = [n for n in products if n not in float_layers]
+    nodes = [name for name in products if name not in float_layers]
+    in_int8 = sum(macs[name] for name in nodes)
     return Quantization(
-        form,
-        calibration,
-        calibrated,
-        kept,
-        float_layers,
-        round(sum(macs[n] for n in kept) / sum(macs.values()), 4),
-        reduce_range,
+        candidate=candidate,
+        calibration=calibration,
+        calibrated=calibrated,
+        nodes=nodes,
+        float_layers=float_layers,
+        int8_share=round(in_int8 / sum(macs.values()), 4),
+        reduce_range=reduce_range,
     )
 
 
 def correct_bias(
     calibrated: Calibrated, nodes: list[str], calibration: np.ndarray, reduce_range: bool = False
 ) -> Calibrated:
-    """Takes from each convolution's bias what rounding its weights adds to its output's mean over the calibration images.
+    """Return a copy whose convolutions keep their outputs' means when their weights are rounded.
 
-    The shift is that of the layer alone, its input as the float network gives it: beside each convolution runs a second one
-    with the rounding errors for weights, and the mean of what it puts out is the shift.
+    From each bias is taken what rounding the weights adds to the mean over the calibration images,
+    [n, 3, H, W]. The shift is that of the layer alone, its input as the float network gives it.
     """
     if not nodes:
         return calibrated
-    constants, rounded = (
-        graph.initializers(calibrated.model),
-        graph.initializers(
-            quantize(calibrated, nodes, activations="int8", reduce_range=reduce_range)
-        ),
-    )
-    wanted = set(nodes)
-    stored = {i.name for i in calibrated.model.graph.initializer}
-    convolutions = [
-        n
-        for n in calibrated.model.graph.node
-        if n.name in wanted and n.op_type == "Conv" and len(n.input) > 2 and n.input[2] in stored
-    ]
-    probe = onnx.ModelProto()
-    probe.CopyFrom(calibrated.model)
-    del probe.graph.output[:]
-    for n in convolutions:
-        scale = rounded[f"{n.input[1]}_scale"].reshape(-1, 1, 1, 1)
-        error = (rounded[f"{n.input[1]}_quantized"] * scale - constants[n.input[1]]).astype(
-            np.float32
-        )
-        beside = onnx.NodeProto()
-        beside.CopyFrom(n)
-        del beside.input[:], beside.output[:]
-        beside.name, weight, out, mean = (
-            f"{n.name}_{what}" for what in ("beside", "error", "shift", "mean")
-        )
-        beside.input.extend([n.input[0], weight])
-        beside.output.append(out)
-        probe.graph.initializer.append(numpy_helper.from_array(error, weight))
-        probe.graph.node.extend([beside, helper.make_node("GlobalAveragePool", [out], [mean])])
-        probe.graph.output.append(helper.make_tensor_value_info(mean, TensorProto.FLOAT, None))
-    session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
-    shift = [0.0] * len(convolutions)
-    for at in range(0, len(calibration), PROBES):
-        means = session.run(None, {session.get_inputs()[0].name: calibration[at : at + PROBES]})
-        shift = [
-            total + m.sum(axis=(0, 2, 3)) / len(calibration)
-            for total, m in zip(shift, means, strict=True)
-        ]
+    view = GraphView(calibrated.model)
+    stored = {initializer.name for initializer in calibrated.model.graph.initializer}
+    convolutions = []
+    for node in calibrated.model.graph.node:
+        has_bias = len(node.input) > 2 and node.input[2] in stored
+        if node.op_type == "Conv" and node.name in nodes and has_bias:
+            convolutions.append(node)
+
+    rounded = quantize(calibrated, nodes, activations="int8", reduce_range=reduce_range)
+    shifts = _shifts(view, convolutions, GraphView(rounded), calibration)
+
     model = onnx.ModelProto()
     model.CopyFrom(calibrated.model)
-    by_name = {n.name: n for n in model.graph.node}
-    for n, by in zip(
-        convolutions, shift, strict=True
-    ):  # a bias of its own: equal ones may be one constant
-        name = f"{n.name}_bias_corrected"
-        model.graph.initializer.append(
-            numpy_helper.from_array((constants[n.input[2]] - by).astype(np.float32), name)
-        )
-        by_name[n.name].input[2] = name
+    copies = GraphView(model).nodes
+    for node in convolutions:
+        # A bias of its own: equal ones may be one constant.
+        name = f"{node.name}_bias_corrected"
+        bias = (view.value(node.input[2]) - shifts[node.name]).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(bias, name))
+        copies[node.name].input[2] = name
     graph.drop_unread(model)
     return Calibrated(model, calibrated.ranges)
 
 
+def _shifts(
+    view: GraphView,
+    convolutions: list[onnx.NodeProto],
+    rounded: GraphView,
+    calibration: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """What rounding its weights adds to each convolution's mean output, [channels] by its name.
+
+    Beside each convolution runs a second one with the rounding errors for weights; the mean of what
+    it puts out is the shift.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(view.model)
+    del model.graph.output[:]
+    for node in convolutions:
+        weight = node.input[1]
+        scale = rounded.value(f"{weight}_scale").reshape(-1, 1, 1, 1)
+        error = rounded.value(f"{weight}_quantized") * scale - view.value(weight)
+        beside = onnx.NodeProto()
+        beside.CopyFrom(node)
+        del beside.input[:]
+        del beside.output[:]
+        beside.name = f"{node.name}_beside"
+        beside.input.extend([node.input[0], f"{node.name}_error"])
+        beside.output.append(f"{node.name}_shift")
+        mean = f"{node.name}_mean"
+        pool = helper.make_node("GlobalAveragePool", [f"{node.name}_shift"], [mean])
+        model.graph.initializer.append(
+            numpy_helper.from_array(error.astype(np.float32), f"{node.name}_error")
+        )
+        model.graph.node.extend([beside, pool])
+        model.graph.output.append(helper.make_tensor_value_info(mean, TensorProto.FLOAT, None))
+
+    shifts: dict[str, np.ndarray] = {}
+    for means in run_batches(model, calibration, PROBES):
+        for node in convolutions:
+            total = means[f"{node.name}_mean"].sum(axis=(0, 2, 3))
+            shifts[node.name] = shifts.get(node.name, 0.0) + total / len(calibration)
+    return shifts
+
+
 def features(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    """[n, D] of inputs x [n, 3, H, W], in ONNX Runtime."""
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return np.concatenate(
-        [session.run(None, {name: x[i : i + PROBES]})[0] for i in range(0, len(x), PROBES)]
-    )
+    """Return the model's output [n, D] for inputs x [n, 3, H, W]."""
+    output = model.graph.output[0].name
+    rows = [values[output] for values in run_batches(model, x, PROBES)]
+    return np.concatenate(rows)
 
 
 def centered_cosine(features: np.ndarray, reference: np.ndarray) -> float:
+    """Return the mean cosine of rows [n, D] after the reference's mean row is taken from both."""
     mean = reference.mean(axis=0)
-    return float(
-        (l2_normalize(features - mean) * l2_normalize(reference - mean)).sum(axis=1).mean()
-    )
+    products = l2_normalize(features - mean) * l2_normalize(reference - mean)
+    return float(products.sum(axis=1).mean())

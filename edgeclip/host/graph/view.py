@@ -1,6 +1,6 @@
-"""A read-only view of an ONNX graph, so that nobody builds these maps by hand, and one place that runs a graph.
+"""A read-only view of an ONNX graph, so that nobody builds maps of it by hand, and what runs one.
 
-A view is taken of a graph as it is: after surgery on the graph, take a new one.
+A view is of a graph as it is: after surgery on the graph, take a new one.
 """
 
 from collections.abc import Iterator
@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-CPU = ["CPUExecutionProvider"]
+from edgeclip.device.runtime.onnxruntime import disabled_optimizers
 
 
 class GraphView:
-    """The names of a graph: who makes a tensor, who reads it, and the values of those that are constant."""
+    """The names of a graph: who makes a tensor, who reads it, and the values of the constants."""
 
     def __init__(self, model: onnx.ModelProto):
         self.model = model
@@ -37,7 +38,7 @@ class GraphView:
         return name in self._stored
 
     def value(self, name: str) -> np.ndarray:
-        """Return the value of a constant; it is converted once, when first asked for. Raises `KeyError`."""
+        """Return a constant's value, converted once, when first asked for; raises `KeyError`."""
         if name not in self._arrays:
             self._arrays[name] = numpy_helper.to_array(self._stored[name])
         return self._arrays[name]
@@ -50,41 +51,43 @@ class GraphView:
     @cached_property
     def producers(self) -> dict[str, onnx.NodeProto]:
         """Tensor to the node that makes it; inputs and initializers have none."""
-        found: dict[str, onnx.NodeProto] = {}
+        producers: dict[str, onnx.NodeProto] = {}
         for node in self.model.graph.node:
             for name in node.output:
-                found[name] = node
-        return found
+                producers[name] = node
+        return producers
 
     @cached_property
     def consumers(self) -> dict[str, list[onnx.NodeProto]]:
-        """Tensor to the nodes that read it, in the graph's order; a node that reads it twice is there twice."""
-        found: dict[str, list[onnx.NodeProto]] = {}
+        """Tensor to the nodes that read it, in the graph's order, once for each reading input."""
+        consumers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.model.graph.node:
             for name in node.input:
-                found.setdefault(name, []).append(node)
-        return found
+                consumers.setdefault(name, []).append(node)
+        return consumers
 
     @cached_property
     def inputs(self) -> set[str]:
+        """Names of the graph's inputs."""
         return {port.name for port in self.model.graph.input}
 
     @cached_property
     def outputs(self) -> set[str]:
+        """Names of the graph's outputs."""
         return {port.name for port in self.model.graph.output}
 
     @cached_property
     def value_types(self) -> dict[str, int]:
-        """Tensor to its `TensorProto` element type, as shape inference finds it; constants are not in it."""
+        """Input or inner tensor to its `TensorProto` element type, as shape inference finds it."""
         typed = onnx.shape_inference.infer_shapes(self.model).graph
-        found: dict[str, int] = {}
+        types: dict[str, int] = {}
         for port in (*typed.value_info, *typed.input):
-            found[port.name] = port.type.tensor_type.elem_type
-        return found
+            types[port.name] = port.type.tensor_type.elem_type
+        return types
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
-    """Return a node's attribute as a Python value (int, float, bytes, list or `TensorProto`), or `default`."""
+    """Return a node's attribute as a Python value (int, list, `TensorProto`) or `default`."""
     for candidate in node.attribute:
         if candidate.name == name:
             return helper.get_attribute_value(candidate)
@@ -113,9 +116,8 @@ def probe(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
 
 
 def run_model(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return every output of `model` by name, from ONNX Runtime on the CPU with its default settings."""
-    session = _session(model)
-    names = [output.name for output in session.get_outputs()]
+    """Return every output of `model` by name, as ONNX Runtime computes it on the CPU."""
+    session, names = _session(model)
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
@@ -123,15 +125,19 @@ def run_batches(
     model: onnx.ModelProto, x: np.ndarray, size: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the outputs by name for each `size` rows of `x` [n, ...], the one input of `model`."""
-    session = _session(model)
-    names = [output.name for output in session.get_outputs()]
+    session, names = _session(model)
     source = session.get_inputs()[0].name
     for start in range(0, len(x), size):
         values = session.run(names, {source: x[start : start + size]})
         yield dict(zip(names, values, strict=True))
 
 
-def _session(model: onnx.ModelProto) -> Any:
-    import onnxruntime as ort
-
-    return ort.InferenceSession(model.SerializeToString(), providers=CPU)
+def _session(model: onnx.ModelProto) -> tuple[Any, list[str]]:
+    """A session on one model, and the names of its outputs in their order."""
+    content = model.SerializeToString()
+    session = ort.InferenceSession(
+        content,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=disabled_optimizers(content),
+    )
+    return session, [output.name for output in session.get_outputs()]

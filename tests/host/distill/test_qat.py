@@ -162,7 +162,7 @@ def test_fine_tuning_gains_where_a_range_was_spoilt(images, tmp_path):
     chosen = policy.choose(
         model,
         images,
-        policy.Form("minmax", None, "all", None),
+        policy.Candidate("minmax", None, "all", None),
         {},
         target.calibration,
         own_bias=False,

@@ -247,7 +247,7 @@ def test_a_hard_tower_fails_the_default_and_smoothing_repairs_it(hard, images, n
     failed, held = record["frontier"]
     assert failed["smoothing"] is None and "centered cosine p1" in failed["verdict"]
     assert held["verdict"] == "chosen"
-    assert found.form.smoothing == 0.5
+    assert found.candidate.smoothing == 0.5
     assert found.int8_share == 1.0
     assert held["centered_cosine_p1"] > 0.95 > failed["centered_cosine_p1"]
 
@@ -321,7 +321,7 @@ TWO = {"p1": 0.0, "smoothing": (None, 0.5)}
 
 def chosen(plain, images, **fields):
     found, record = look(plain, images, asked(**TWO, **fields))
-    return found.form.smoothing, {r["smoothing"]: r for r in record["frontier"]}
+    return found.candidate.smoothing, {r["smoothing"]: r for r in record["frontier"]}
 
 
 def test_the_more_exact_form_is_chosen_unless_it_is_resolved_as_slower(plain, images, monkeypatch):

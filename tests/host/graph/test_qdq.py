@@ -405,7 +405,7 @@ def test_a_machine_saturates_where_it_is_an_x86_without_vnni(monkeypatch, arch, 
     assert policy.reduced_range(msgspec.structs.replace(shipped, reduce_range="always")) is True
 
 
-PLAIN = policy.Form("minmax", None, "all", None)
+PLAIN = policy.Candidate("minmax", None, "all", None)
 
 
 def choose(calibrated, images, form=PLAIN, float_layers=None, **spec):
@@ -463,7 +463,7 @@ def test_openvino_rounds_a_residual_additions_operands_only_where_the_form_says_
     chosen = policy.choose(
         model,
         images,
-        policy.Form("minmax", None, layers, None),
+        policy.Candidate("minmax", None, layers, None),
         {},
         asked.calibration,
         False,
