@@ -36,9 +36,7 @@ def track(
     say(line)
 
 
-def _bar(
-    items: Iterable[T], what: str, total: int, note: Callable[[], str] | None
-) -> Iterator[T]:
+def _bar(items: Iterable[T], what: str, total: int, note: Callable[[], str] | None) -> Iterator[T]:
     from tqdm import tqdm
 
     with tqdm(total=total, desc=what, file=sys.stderr, leave=False, bar_format=BAR) as bar:

@@ -1,8 +1,9 @@
 """One setting that makes CPU training two to three times as fast.
 
-glibc gives every large tensor fresh pages from the kernel and returns them when it is freed; a training step on a
-small tower then spends most of its time on page faults. Keeping freed memory in the process removes them
-(`benchmarks/` quotes both). Memory is held, not lost: the peak stays near what one step needs.
+glibc gives every large tensor fresh pages from the kernel and returns them when it is freed; a
+training step on a small tower then spends most of its time on page faults. Keeping freed memory in
+the process removes them (`benchmarks/` quotes both). Memory is held, not lost: the peak stays near
+what one step needs.
 """
 
 import ctypes
@@ -13,7 +14,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def give_back_freed_memory() -> None:
-    """What a model that is gone has left behind, once: `keep_freed_memory` would hold it to the end."""
+    """What a model that is gone has left behind, once: `keep_freed_memory` would hold it to the
+    end."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         gc.collect()
         libc.malloc_trim(0)

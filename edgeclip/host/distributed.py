@@ -1,9 +1,11 @@
-"""More than one process, as torchrun starts them: who this one is, and the few things that they tell each other.
+"""More than one process, as torchrun starts them: who this one is, and the few things that they
+tell each other.
 
     torchrun --nproc-per-node 8 -m edgeclip distill recipes/mobile.yaml
 
-Without torchrun there is one process and nothing here does anything. All processes see the same file system: what the
-first one writes, the others read. Transport is torch.distributed's (nccl on GPUs, gloo on CPUs).
+Without torchrun there is one process and nothing here does anything. All processes see the same
+file system: what the first one writes, the others read. Transport is torch.distributed's (nccl on
+GPUs, gloo on CPUs).
 """
 
 import contextlib
@@ -19,11 +21,13 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
 
 PATIENCE = datetime.timedelta(days=7)
-"""for which one process waits for another (a teacher's cache takes hours); torchrun ends them all when one dies"""
+"""for which one process waits for another (a teacher's cache takes hours); torchrun ends them all
+when one dies"""
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the torch device that a recipe's `train.device` names: cpu, cuda, or auto (a GPU where there is one).
+    """Return the torch device that a recipe's `train.device` names: cpu, cuda, or auto (a GPU where
+    there is one).
 
     Raises `EdgeclipError` where CUDA is asked for and torch cannot use it.
     """
@@ -50,7 +54,8 @@ def own(device: torch.device) -> torch.device:
 
 
 def start(device: torch.device) -> torch.device:
-    """Joins the other processes where torchrun started this one; returns the device that is this process's own."""
+    """Joins the other processes where torchrun started this one; returns the device that is this
+    process's own."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return device
     device = own(device)
@@ -82,7 +87,8 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """What is inside is done by the first process, and then by the others, who find it done on disk."""
+    """What is inside is done by the first process, and then by the others, who find it done on
+    disk."""
     if rank():
         barrier()
     yield
@@ -91,7 +97,8 @@ def rank_zero_first() -> Iterator[None]:
 
 
 def split_sizes(count: int, of: int | None = None) -> list[int]:
-    """How many of `count` rows each process has (the first ones have one more where it does not divide); of: other parts than these."""
+    """How many of `count` rows each process has (the first ones have one more where it does not
+    divide); of: other parts than these."""
     n = of or world_size()
     return [count // n + (i < count % n) for i in range(n)]
 
@@ -104,7 +111,8 @@ def local_slice(count: int) -> slice:
 
 
 def all_gather(rows: Tensor, counts: list[int] | None = None) -> Tensor:
-    """[b, ...] of each process to [B, ...] of all, in the order of ranks, everywhere; no gradient passes.
+    """[b, ...] of each process to [B, ...] of all, in the order of ranks, everywhere; no gradient
+    passes.
 
     counts: rows of each process, where they are not as many everywhere.
     """

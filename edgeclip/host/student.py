@@ -1,4 +1,5 @@
-"""The student: an image tower and PromptKD's projector P into the teacher's space; where asked, a text tower beside it.
+"""The student: an image tower and PromptKD's projector P into the teacher's space; where asked, a
+text tower beside it.
 
 On disk it is weights and JSON, and it is rebuilt only from those:
 
@@ -58,10 +59,11 @@ class Student(nn.Module):
 
 
 class EduAttentionHead(nn.Module):
-    """Equations 6 and 7: u + alpha * softmax(FC(u) W^T / C) W, as unit rows, in the reading that the recipe gives.
+    """Equations 6 and 7: u + alpha * softmax(FC(u) W^T / C) W, as unit rows, in the reading that
+    the recipe gives.
 
-    Q is the student's feature, K and V are the class features; alpha starts at 0, so the FC has no gradient until alpha
-    has moved.
+    Q is the student's feature, K and V are the class features; alpha starts at 0, so the FC has no
+    gradient until alpha has moved.
     """
 
     def __init__(
@@ -74,7 +76,8 @@ class EduAttentionHead(nn.Module):
         self.log_temperature = nn.Parameter(
             torch.tensor(spec.temperature).log(), requires_grad=spec.learn_temperature
         )
-        # A generator of its own: with alpha frozen at 0 the rest of the run is bit for bit PromptKD's.
+        # A generator of its own: with alpha frozen at 0 the rest of the run is bit for bit
+        # PromptKD's.
         bound = embed_dim**-0.5
         for p in self.fc.parameters():
             nn.init.uniform_(p, -bound, bound, generator=generator)
@@ -86,7 +89,8 @@ class EduAttentionHead(nn.Module):
         raw: Float[Tensor, "B D"] | None = None,
         residual: Float[Tensor, "B D"] | None = None,
     ) -> Float[Tensor, "B D"]:
-        """raw: P(u_s) before its norm was divided out, for `query: raw`; residual: what equation 7 adds to, image_features if None."""
+        """raw: P(u_s) before its norm was divided out, for `query: raw`; residual: what equation 7
+        adds to, image_features if None."""
         spec, query, key = self.spec, image_features if raw is None else raw, class_features
         if spec.fc == "query":
             query = self.fc(query)
@@ -103,7 +107,8 @@ class EduAttentionHead(nn.Module):
         u, added = image_features if residual is None else residual, self.alpha * attention
         if not spec.normalize:
             return u + added
-        # u has norm 1, so the sum's norm is known without it: at alpha = 0 this is u bit for bit, which is PromptKD
+        # u has norm 1, so the sum's norm is known without it: at alpha = 0 this is u bit for bit,
+        # which is PromptKD
         square = (
             1.0
             + 2.0 * (u * added).sum(dim=-1, keepdim=True)
@@ -112,7 +117,8 @@ class EduAttentionHead(nn.Module):
         return (u + added) * square.clamp(min=1e-12).rsqrt()
 
     def numpy(self) -> EduAttention | None:
-        """The same head for the device layer; None for a reading that needs more than one image's unit feature."""
+        """The same head for the device layer; None for a reading that needs more than one image's
+        unit feature."""
         if self.spec.query == "raw" or self.spec.axis == "batch":
             return None
         weight, bias = (p.detach().float().cpu().numpy() for p in (self.fc.weight, self.fc.bias))
@@ -127,7 +133,8 @@ class EduAttentionHead(nn.Module):
 
 
 class StudentText(nn.Module):
-    """A text tower and a linear projector: input_ids [N, L] to unit features [N, D] in the teacher's space."""
+    """A text tower and a linear projector: input_ids [N, L] to unit features [N, D] in the
+    teacher's space."""
 
     def __init__(self, tower: nn.Module, width: int, embed_dim: int):
         super().__init__()
@@ -139,7 +146,8 @@ class StudentText(nn.Module):
 
 
 def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
-    """A student with its tower's weights and a fresh projector; its width is asked of the tower by one dry run.
+    """A student with its tower's weights and a fresh projector; its width is asked of the tower by
+    one dry run.
 
     Raises `EdgeclipError` for a tower that does not take images of the asked size.
     """
@@ -180,7 +188,8 @@ def image_tower(spec: R.Timm | R.OpenClip) -> tuple[nn.Module, Preprocess]:
 
 
 def checkpoint_gradients(tower: nn.Module) -> None:
-    """Makes the tower keep its blocks' inputs only. Raises `EdgeclipError` where its code has no such thing."""
+    """Makes the tower keep its blocks' inputs only. Raises `EdgeclipError` where its code has no
+    such thing."""
     blocks = [m for m in tower.modules() if hasattr(m, "grad_checkpointing")]
     if not blocks or any(isinstance(m, PromptedTower | SharedBlocks) for m in tower.modules()):
         raise EdgeclipError(
@@ -215,10 +224,14 @@ def build_text(spec: R.OpenClip, embed_dim: int) -> TextTower:
 
 
 def token_ids(text: TextTower, texts: list[str], truncate: bool = False) -> Int[Tensor, "N L"]:
-    """Raises `EdgeclipError` for a text that is longer than the context; cut: it loses its end, as captions do."""
+    """Raises `EdgeclipError` for a text that is longer than the context; truncate: it loses its
+    end, as captions do."""
     return torch.from_numpy(
         tokenizer.encode(
-            tokenizer.load(text.tokenizer, text.context_length), texts, text.context_length, cut
+            tokenizer.load(text.tokenizer, text.context_length),
+            texts,
+            text.context_length,
+            truncate,
         )
     )
 
@@ -231,7 +244,8 @@ def text_features(text: TextTower, texts: list[str]) -> Float[Tensor, "N D"]:
 
 
 def class_features(text: TextTower, classes: list[str], templates: tuple[str, ...]) -> np.ndarray:
-    """[N, D] unit class features of the student's own text tower: the prompt ensemble of each class name."""
+    """[N, D] unit class features of the student's own text tower: the prompt ensemble of each class
+    name."""
     features = text_features(text, prompts(classes, templates)).numpy()
     return ensemble(features.reshape(len(classes), len(templates), -1))
 
@@ -260,11 +274,13 @@ def save(
 
 
 def load(folder: Path) -> tuple[Student, EduAttentionHead | None, Preprocess, dict[str, Any]]:
-    """The student, its EduAttention head if it was trained with one, its preprocess and its description."""
+    """The student, its EduAttention head if it was trained with one, its preprocess and its
+    description."""
     disk.verify(folder, disk.read_manifest(folder, "student"))
     description = disk.read_json(folder / "student.json")
     spec = msgspec.convert(description["architecture"], R.Student)
-    # The weights come from this folder: those that the recipe started from need not be at hand any more.
+    # The weights come from this folder: those that the recipe started from need not be at hand any
+    # more.
     stem = msgspec.structs.replace(spec.stem, weights="random") if spec.stem else None
     spec = msgspec.structs.replace(
         spec, tower=msgspec.structs.replace(spec.tower, weights="random"), inherit=None, stem=stem

@@ -1,16 +1,20 @@
-"""ComKD stage 1 for an open_clip ViT teacher: PromptSRC, learnable prompts in both encoders, towers frozen.
+"""ComKD stage 1 for an open_clip ViT teacher: PromptSRC, learnable prompts in both encoders, towers
+frozen.
 
     loss = CE(q, label) + image_weight * |u - u0|_1 + text_weight * |w - w0|_1 + logit_weight * KL(q0 || q) / (B * N)
 
-u [B, D] are the prompted image features and w [N, D] the prompted class features of the N labeled classes, unit rows;
-q = logit_scale * u w^T. u0, w0 and q0 are the frozen teacher's, w0 of its template ensemble; L1 is the mean over
-elements. The prompts that are kept are the Gaussian-weighted average of those after each epoch.
+u [B, D] are the prompted image features and w [N, D] the prompted class features of the N labeled
+classes, unit rows; q = logit_scale * u w^T. u0, w0 and q0 are the frozen teacher's, w0 of its
+template ensemble; L1 is the mean over elements. The prompts that are kept are the Gaussian-weighted
+average of those after each epoch.
 
-The prompts change the towers, so this runs before the cache is built, and their hash is part of the teacher's
-identity. A class feature is that of the learned context and the class name; the same holds of captions and, since the
-bundle's text encoder carries the context too, of words that are typed on the board.
+The prompts change the towers, so this runs before the cache is built, and their hash is part of the
+teacher's identity. A class feature is that of the learned context and the class name; the same
+holds of captions and, since the bundle's text encoder carries the context too, of words that are
+typed on the board.
 
-Source: PromptSRC (arXiv 2307.06948); the values of PromptKD's teacher, METHODS 1.3 and 5.1. It runs in float32.
+Source: PromptSRC (arXiv 2307.06948); the values of PromptKD's teacher, docs/design/methods.md#33-stage-1-by-prompts. It runs
+in float32.
 """
 
 import dataclasses
@@ -49,9 +53,11 @@ TEMPLATES = ("{c}.",)
 def with_prompts(
     teacher: Teacher, data: Dataset, classes: list[str], spec: R.Prompts, seed: int
 ) -> Teacher:
-    """The teacher with prompts as they start, untrained. data: of stage 1; classes: what it will name afterwards.
+    """The teacher with prompts as they start, untrained. data: of stage 1; classes: what it will
+    name afterwards.
 
-    Raises `EdgeclipError` where its towers take none, nothing is labeled, or a class name is too long behind the context.
+    Raises `EdgeclipError` where its towers take none, nothing is labeled, or a class name is too
+    long behind the context.
     """
     torch.manual_seed(seed)
     prompted = _prompted(teacher, spec)
@@ -115,8 +121,8 @@ def adapt(
 ) -> Teacher:
     """`prompted` with trained prompts; they are kept in `folder` and read from there next time.
 
-    teacher: the same without prompts, which the training holds on to.
-    Raises `EdgeclipError` when the folder holds prompts of another teacher, or the loss is not finite.
+    teacher: the same without prompts, which the training holds on to. Raises `EdgeclipError` when
+    the folder holds prompts of another teacher, or the loss is not finite.
     """
     spec = recipe.adapt
     assert isinstance(spec, R.Prompts) and prompted.text is not None
@@ -150,7 +156,8 @@ def adapt(
 
 
 def load_text(teacher: R.Teacher, spec: R.Prompts, folder: Path) -> TextTower:
-    """The prompted text side alone, for export: words get the context that was learned in `folder`."""
+    """The prompted text side alone, for export: words get the context that was learned in
+    `folder`."""
     text = _text_with_prompts(teachers.load_text(teacher), spec)
     disk.verify(folder, disk.read_manifest(folder, "adapted teacher"))
     _set({"text": text.module.prompts}, load_file(folder / "prompts.safetensors"))
@@ -314,7 +321,8 @@ def _batches(
     recipe: R.Recipe,
     batch_size: int,
 ) -> Any:
-    """(indices [B], uint8 pixels [B, H, W, 3]): a fresh random view of every image, of the kind that the recipe's views are."""
+    """(indices [B], uint8 pixels [B, H, W, 3]): a fresh random view of every image, of the kind
+    that the recipe's views are."""
     views = msgspec.structs.replace(recipe.views, count=2)
 
     def make(i: int) -> np.ndarray:

@@ -1,14 +1,17 @@
-"""ComKD stage 1 for the assembled teacher: learn the domain from labeled classes without losing the others.
+"""ComKD stage 1 for the assembled teacher: learn the domain from labeled classes without losing the
+others.
 
-The tower stays frozen; a residual head on its pooled features is trained with cross-entropy over the labeled
-classes' text features and pulled toward the unadapted feature, which is all that classes without labels have.
+The tower stays frozen; a residual head on its pooled features is trained with cross-entropy over
+the labeled classes' text features and pulled toward the unadapted feature, which is all that
+classes without labels have.
 
     u = norm(conse) + MLP(pooled)        MLP: LayerNorm, ReLU, dropout; last layer from zero
 
-With `self_training` the images without labels are learned as well, from pseudo-labels that the head gives them: its softmax
-over the classes, balanced by Sinkhorn-Knopp so that each class gets its share of the images (the labeled ones fill their
-own). Unbalanced, a few classes draw all images to themselves, because what the unadapted teacher knows of a class
-is uneven (SeLa, Asano et al. 2020; SwAV, Caron et al. 2020).
+With `self_training` the images without labels are learned as well, from pseudo-labels that the head
+gives them: its softmax over the classes, balanced by Sinkhorn-Knopp so that each class gets its
+share of the images (the labeled ones fill their own). Unbalanced, a few classes draw all images to
+themselves, because what the unadapted teacher knows of a class is uneven (SeLa, Asano et al. 2020;
+SwAV, Caron et al. 2020).
 """
 
 import dataclasses
@@ -43,8 +46,9 @@ class ResidualHead(nn.Module):
             nn.Dropout(spec.dropout),
             nn.Linear(spec.hidden, embed_dim),
         )
-        # the unadapted teacher is where it starts: a random residual is longer than the unit feature that it is added to
-        # and drowns what is known of the classes without labels (on clothing novel .51 against .88)
+        # the unadapted teacher is where it starts: a random residual is longer than the unit
+        # feature that it is added to and drowns what is known of the classes without labels (on
+        # clothing novel .51 against .88)
         nn.init.zeros_(self.mlp[-1].weight)
         nn.init.zeros_(self.mlp[-1].bias)
 
@@ -62,7 +66,8 @@ def adapt(
     seed: int,
     folder: Path,
 ) -> Teacher:
-    """The teacher with a trained residual head; the head is kept in `folder` and read from there next time."""
+    """The teacher with a trained residual head; the head is kept in `folder` and read from there
+    next time."""
     if not (folder / disk.MANIFEST).exists():
         torch.manual_seed(seed)
         head = ResidualHead(cache.rows.shape[2] - teacher.embed_dim, teacher.embed_dim, spec)
@@ -166,7 +171,8 @@ def pseudo_labels(
     logit_scale: float,
     known: Float[Tensor, "m C"],
 ) -> Float[Tensor, "n C"]:
-    """The head's answers on the mean of an image's views, balanced with `known`, the labels of other images."""
+    """The head's answers on the mean of an image's views, balanced with `known`, the labels of
+    other images."""
     head.eval()
     u = F.normalize(
         torch.stack([F.normalize(head(r), dim=-1) for r in rows.unbind(dim=1)]).mean(dim=0), dim=-1
@@ -178,7 +184,8 @@ def pseudo_labels(
 
 
 def balanced(probability: Float[Tensor, "n C"], rounds: int = 20) -> Float[Tensor, "n C"]:
-    """Sinkhorn-Knopp: rows that sum to 1 and columns of (nearly) one mass each; a one-hot row stays as it is."""
+    """Sinkhorn-Knopp: rows that sum to 1 and columns of (nearly) one mass each; a one-hot row stays
+    as it is."""
     share = len(probability) / probability.shape[1]
     for _ in range(rounds):
         probability = probability * (share / probability.sum(dim=0).clamp_min(1e-12))

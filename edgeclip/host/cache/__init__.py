@@ -1,8 +1,10 @@
-"""The teacher cache: what the teacher says of K reproducible views of every image and of every text, once.
+"""The teacher cache: what the teacher says of K reproducible views of every image and of every
+text, once.
 
-CLIP-Embed-KD's idea with MobileCLIP's views: an epoch of distillation then costs what the student alone costs. A view
-is its explicit parameters (`views`), not a seed, so that a student of another input size can replay it anywhere. Rows
-are the frozen tower's; an adapted teacher's head is applied to them on the fly.
+CLIP-Embed-KD's idea with MobileCLIP's views: an epoch of distillation then costs what the student
+alone costs. A view is its explicit parameters (`views`), not a seed, so that a student of another
+input size can replay it anywhere. Rows are the frozen tower's; an adapted teacher's head is applied
+to them on the fly.
 
     cache/<fingerprint>/img_emb/img_emb_00.npy        [m, R] float16: unit rows of view 0
                         text_emb/text_emb_00.npy      [m, D] float16: unit features of the captions, where a loss needs them
@@ -13,11 +15,12 @@ are the frozen tower's; an adapted teacher's head is applied to them on the fly.
                         class_features.npy            [N, D] float32, unit
                         manifest.json                 description, shards, sha256 of every file
 
-The first three are what clip-retrieval writes and embedding-reader reads, so an index can be built of them; the others
-lie beside. Every shard may be shorter than it was planned, by the images that could not be read.
+The first three are what clip-retrieval writes and embedding-reader reads, so an index can be built
+of them; the others lie beside. Every shard may be shorter than it was planned, by the images that
+could not be read.
 
-The fingerprint is that of the description: teacher, preprocess, views, texts, data. It knows an image by its key and
-size, not by its bytes: who repaints a file at equal size deletes the cache.
+The fingerprint is that of the description: teacher, preprocess, views, texts, data. It knows an
+image by its key and size, not by its bytes: who repaints a file at equal size deletes the cache.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 """Many `.npy` files as one memory-mapped array, and a cache folder opened as such arrays.
 
-Nothing is read before it is asked for: what a batch costs is its own rows. A map holds a file descriptor, so the process
-takes as many as the system grants, and each array holds its part of them; a file that it let go of costs about 0.1 ms again.
+Nothing is read before it is asked for: what a batch costs is its own rows. A map holds a file
+descriptor, so the process takes as many as the system grants, and each array holds its part of
+them; a file that it let go of costs about 0.1 ms again.
 """
 
 import functools
@@ -25,7 +26,8 @@ MOST_FILES = 2**16
 
 
 def name(what: str, shard: int, shards: int) -> str:
-    """A file's place below a cache folder, in clip-retrieval's manner: numbers of equal length, so that names sort."""
+    """A file's place below a cache folder, in clip-retrieval's manner: numbers of equal length, so
+    that names sort."""
     suffix = ".parquet" if what == "metadata" else ".npy"
     return f"{what}/{what}_{shard:0{len(str(shards))}d}{suffix}"
 
@@ -46,12 +48,14 @@ def _room() -> int:
 
 
 class Shards:
-    """`shards[index]`, `shards[index, more]` as of one array [n, ...]; index: an integer or integers [B]."""
+    """`shards[index]`, `shards[index, more]` as of one array [n, ...]; index: an integer or
+    integers [B]."""
 
     def __init__(self, files: Sequence[Path], counts: Sequence[int], field: str | None = None):
         self.files, self.field = files, field
         self.ends = np.cumsum(counts)
-        # Around a row that is not in memory the system reads 128 KiB: welcome where all rows will fit, a waste of 80 where not.
+        # Around a row that is not in memory the system reads 128 KiB: welcome where all rows will
+        # fit, a waste of 80 where not.
         self.scattered = (
             sum(f.stat().st_size for f in files)
             > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
@@ -97,7 +101,8 @@ class Shards:
             return np.asarray(self._map(shard)[(int(index) - self._start(shard), *more)])
         if len(self.files) == 1 or not len(index):
             return _rows(self._map(0), index, more)
-        # Shard by shard into one array, then back into the order asked for: two plain copies, no scattered writes.
+        # Shard by shard into one array, then back into the order asked for: two plain copies, no
+        # scattered writes.
         order = np.argsort(index, kind="stable")
         of = np.searchsorted(self.ends, index[order], side="right")
         sorted_index = index[order] - np.concatenate([[0], self.ends])[of]
@@ -119,7 +124,8 @@ class Shards:
 def _rows(
     array: np.ndarray, index: np.ndarray, more: list[Any], out: np.ndarray | None = None
 ) -> np.ndarray:
-    """array[index, *more]; of whole rows by `take`, which is three times as fast as indexing. out: where to put them."""
+    """array[index, *more]; of whole rows by `take`, which is three times as fast as indexing. out:
+    where to put them."""
     if array.flags.c_contiguous and len(more) <= 1:
         if more:
             index, array = index * array.shape[1] + more[0], array.reshape(-1, *array.shape[2:])
@@ -147,7 +153,8 @@ class Joined:
 
 
 class Rows:
-    """[n, K, D] in up to two arrays: `rows[index, k]` is [B, D] float32, unit rows times their norms where these are known.
+    """[n, K, D] in up to two arrays: `rows[index, k]` is [B, D] float32, unit rows times their
+    norms where these are known.
 
     A teacher's rows of K views, or its features of K captions.
     """
@@ -215,7 +222,8 @@ class TeacherCache(NamedTuple):
 
 
 def refuse_other_views(first: TeacherCache, other: TeacherCache) -> None:
-    """Raises `EdgeclipError` unless row i, view k is of the same image and the same view in both: teachers are joined by them."""
+    """Raises `EdgeclipError` unless row i, view k is of the same image and the same view in both:
+    teachers are joined by them."""
 
     def refuse(what: str) -> None:
         raise EdgeclipError(
@@ -249,10 +257,11 @@ class Embeddings(NamedTuple):
 def open_folder(
     folder: Path, images: Sequence[ImageRef], elsewhere: Embeddings | None = None
 ) -> TeacherCache:
-    """The finished cache in `folder`, of a data set's `images`; no file but the manifest is read, each one's size is looked at.
+    """The finished cache in `folder`, of a data set's `images`; no file but the manifest is read,
+    each one's size is looked at.
 
-    elsewhere: of a cache that only joins rows to images.
-    Raises `EdgeclipError` when it is not finished, of an older format, or a file is missing or shorter than its index says.
+    elsewhere: of a cache that only joins rows to images. Raises `EdgeclipError` when it is not
+    finished, of an older format, or a file is missing or shorter than its index says.
     """
     manifest = disk.read_manifest(folder, KIND)
     if manifest.get("format") != FORMAT:

@@ -1,9 +1,12 @@
-"""A cache folder grows shard by shard, made by any number of processes; what is interrupted goes on where it stopped.
+"""A cache folder grows shard by shard, made by any number of processes; what is interrupted goes on
+where it stopped.
 
-It grows in `.<name>.partial` beside its final place. A shard's files come first, then `shards/<i>.json` with their sizes
-and hashes; a later call checks what it finds against them and makes anew what does not agree. Every shard is made under a
-file lock that ends with its process, however it ends: each process starts with the shards of its own rank (`torchrun`'s
-RANK of WORLD_SIZE) and then helps with the others'. Last comes the manifest, and one rename makes the folder a cache.
+It grows in `.<name>.partial` beside its final place. A shard's files come first, then
+`shards/<i>.json` with their sizes and hashes; a later call checks what it finds against them and
+makes anew what does not agree. Every shard is made under a file lock that ends with its process,
+however it ends: each process starts with the shards of its own rank (`torchrun`'s RANK of
+WORLD_SIZE) and then helps with the others'. Last comes the manifest, and one rename makes the
+folder a cache.
 """
 
 import contextlib
@@ -35,11 +38,10 @@ def assemble(
 ) -> None:
     """Makes the cache that `description` describes in `folder`, unless it is there.
 
-    facts: what the manifest is to say beside the shards.
-    plan: writes what comes before the shards into the growing folder and says how many shards there are to be.
-    make: makes shard i of n there, with `write_shard`.
-    finish: looks at the growing folder once all shards are whole; further facts.
-    Raises `EdgeclipError` when `folder` holds another cache, or half of one.
+    facts: what the manifest is to say beside the shards. plan: writes what comes before the shards
+    into the growing folder and says how many shards there are to be. make: makes shard i of n
+    there, with `write_shard`. finish: looks at the growing folder once all shards are whole;
+    further facts. Raises `EdgeclipError` when `folder` holds another cache, or half of one.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     if not (folder / disk.MANIFEST).exists():

@@ -1,8 +1,10 @@
-"""Building a teacher cache: by running a teacher over the data, or out of what others have computed.
+"""Building a teacher cache: by running a teacher over the data, or out of what others have
+computed.
 
-The teacher sees every view of every image once. Before it starts, one batch tells how long all of it will take and what
-the disk must hold; last, views drawn at random are replayed from their stored parameters and put to the live teacher once
-more. How a folder grows, resumes and is shared by processes: `assemble`.
+The teacher sees every view of every image once. Before it starts, one batch tells how long all of
+it will take and what the disk must hold; last, views drawn at random are replayed from their stored
+parameters and put to the live teacher once more. How a folder grows, resumes and is shared by
+processes: `assemble`.
 """
 
 import hashlib
@@ -43,7 +45,8 @@ SHARD_IMAGES = (2**8, 2**16)
 METADATA_BYTES = 200
 """estimate of one image's key and caption, compressed"""
 REPLAYED, SAME = 200, 0.999
-"""that many views are put to the live teacher again, and must have at least that cosine with their rows"""
+"""that many views are put to the live teacher again, and must have at least that cosine with their
+rows"""
 
 
 class _Job(NamedTuple):
@@ -76,11 +79,12 @@ def build(
     threads: int,
     out: Path | None = None,
 ) -> TeacherCache:
-    """The cache for these ingredients: the finished one where it exists, else made now. `tower` is the teacher's, folded.
+    """The cache for these ingredients: the finished one where it exists, else made now. `tower` is
+    the teacher's, folded.
 
-    out: a folder of its own instead of `cache`/<fingerprint>.
-    Raises `EdgeclipError` when more than 1 % of the images are unreadable, the disk cannot hold it, a stored view does
-    not give its row again, or `out` holds (half of) another cache.
+    out: a folder of its own instead of `cache`/<fingerprint>. Raises `EdgeclipError` when more than
+    1 % of the images are unreadable, the disk cannot hold it, a stored view does not give its row
+    again, or `out` holds (half of) another cache.
     """
     if not data.train:
         raise EdgeclipError(data.name, "has no images to train on", "check its folder and globs")
@@ -151,7 +155,8 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def _say_nearest(cache: Path, description: dict[str, Any]) -> None:
-    """Hours of a teacher are about to be spent: says what sets these ingredients apart from the nearest cache that there is."""
+    """Hours of a teacher are about to be spent: says what sets these ingredients apart from the
+    nearest cache that there is."""
     others = [
         (p.parent.name, disk.read_json(p).get("description"))
         for p in sorted(cache.glob(f"*/{disk.MANIFEST}"))
@@ -173,7 +178,8 @@ def _say_nearest(cache: Path, description: dict[str, Any]) -> None:
 
 @torch.inference_mode()
 def _plan(job: _Job, partial: Path) -> int:
-    """How many shards. Says what the rest of the work takes, judged by one batch, and refuses what the disk cannot hold."""
+    """How many shards. Says what the rest of the work takes, judged by one batch, and refuses what
+    the disk cannot hold."""
     # Texts first: a class name that does not fit is better known before the hours of the images.
     disk.write_array(
         partial / "class_features.npy",
@@ -324,7 +330,8 @@ def _make(job: _Job, partial: Path, shard: int, shards: int) -> None:
 
 @torch.inference_mode()
 def _replay(job: _Job, made: TeacherCache) -> dict[str, Any]:
-    """Random stored views through the live teacher again: what a student will see is what the rows were made of."""
+    """Random stored views through the live teacher again: what a student will see is what the rows
+    were made of."""
     rng = np.random.default_rng(job.seed)
     count = min(REPLAYED, len(made.rows) * job.spec.count)
     drawn = rng.choice(len(made.rows) * job.spec.count, count, replace=False)
@@ -373,7 +380,8 @@ def _replay(job: _Job, made: TeacherCache) -> dict[str, Any]:
 def lacking(
     asked: R.Recipe, classes: bool, captions: bool, class_list: bool
 ) -> tuple[str, str] | None:
-    """(what, what to do) when a loss needs a tensor that a teacher of the recipe has not; None when they have all.
+    """(what, what to do) when a loss needs a tensor that a teacher of the recipe has not; None when
+    they have all.
 
     classes, captions: what the loss needs; class_list: whether the data has one.
     """
@@ -501,7 +509,8 @@ def _of_reinforced(
 
 
 def caption_features(teacher: Teacher, captions: list[str]) -> np.ndarray:
-    """[n, D] float16, unit. A caption that is longer than the text tower's context loses its end, as in CLIP's own training."""
+    """[n, D] float16, unit. A caption that is longer than the text tower's context loses its end,
+    as in CLIP's own training."""
     if teacher.text is None:
         return teacher.encode_text(captions).numpy().astype(np.float16)
     words, length = (
@@ -518,7 +527,8 @@ def caption_features(teacher: Teacher, captions: list[str]) -> np.ndarray:
 
 
 def class_features(teacher: Teacher, classes: list[str], templates: tuple[str, ...]) -> np.ndarray:
-    """[N, D] unit class features: the prompt ensemble of each class name, or the teacher's own where it has but them."""
+    """[N, D] unit class features: the prompt ensemble of each class name, or the teacher's own
+    where it has but them."""
     if not classes:
         return np.zeros((0, teacher.embed_dim), np.float32)
     if teacher.class_features is not None:

@@ -1,12 +1,13 @@
-"""Embeddings that others computed, as a teacher cache: clip-retrieval's folders, LAION's own among them. No teacher runs.
+"""Embeddings that others computed, as a teacher cache: clip-retrieval's folders, LAION's own among
+them. No teacher runs.
 
     img_emb/img_emb_0.npy         [m, D] unit rows, float16 or float32
     text_emb/text_emb_0.npy       likewise of the captions, where there are any
     metadata/metadata_0.parquet   a line a row
 
-Files of one kind belong together by their order. The rows stay where they lie: the cache keeps which row belongs to which
-of the data's images, found by the recipe's join key, in the data's order. Such rows are of the plain view (CLIP's own
-center crop) and have lost their norms.
+Files of one kind belong together by their order. The rows stay where they lie: the cache keeps
+which row belongs to which of the data's images, found by the recipe's join key, in the data's
+order. Such rows are of the plain view (CLIP's own center crop) and have lost their norms.
 """
 
 import hashlib
@@ -45,7 +46,8 @@ class Folder(NamedTuple):
 
 
 def open_embeddings(root: Path) -> Folder:
-    """Raises `EdgeclipError` where files are missing, broken, or of other lengths than those they belong to."""
+    """Raises `EdgeclipError` where files are missing, broken, or of other lengths than those they
+    belong to."""
     if not root.is_dir():
         raise EdgeclipError(root, "there is no such folder", "check the recipe's teacher.root")
     metadata = sorted((root / "metadata").glob("*.parquet"))
@@ -116,8 +118,9 @@ def _npy_rows(file: Path) -> tuple[int, int]:
 
 
 def identity(spec: Embeddings) -> dict[str, Any]:
-    """What decides the rows: the files by name and size, the first of each kind by its edges too (two models' files are of equal
-    names and sizes, and there may be thousands), and how they are joined."""
+    """What decides the rows: the files by name and size, the first of each kind by its edges too
+    (two models' files are of equal names and sizes, and there may be thousands), and how they are
+    joined."""
     kinds = [
         sorted((Path(spec.root) / what).glob("*.*")) for what in ("img_emb", "text_emb", "metadata")
     ]
@@ -138,9 +141,9 @@ def join(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """(places in `images` [m], their rows [m], keys of images without a row), in the images' order.
 
-    Keys are compared by 64 bits of their hash; sixteen bytes of memory a row.
-    Raises `EdgeclipError` for a column that is not there, a key that two rows have, and images without a row unless
-    the recipe says `partial`.
+    Keys are compared by 64 bits of their hash; sixteen bytes of memory a row. Raises
+    `EdgeclipError` for a column that is not there, a key that two rows have, and images without a
+    row unless the recipe says `partial`.
     """
     if spec.key not in folder.columns:
         raise EdgeclipError(

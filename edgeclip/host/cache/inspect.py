@@ -14,8 +14,8 @@ SAMPLE = 4096
 
 
 def inspect(folder: Path, verify: bool = False) -> dict[str, Any]:
-    """What a cache holds, or a folder of embeddings in clip-retrieval's layout. verify: also hash every file and compare
-    with the manifest.
+    """What a cache holds, or a folder of embeddings in clip-retrieval's layout. verify: also hash
+    every file and compare with the manifest.
 
     Raises `EdgeclipError` for what is neither, or is not what its manifest or metadata say.
     """

@@ -1,7 +1,8 @@
-"""Teachers of whom only the answers are at hand: embeddings in clip-retrieval's layout, or reinforced shards.
+"""Teachers of whom only the answers are at hand: embeddings in clip-retrieval's layout, or
+reinforced shards.
 
-They have no tower, so they are not scored beside the student. Class features come from the recipe's text encoder or from a
-file; where there is neither, what needs them is refused by name.
+They have no tower, so they are not scored beside the student. Class features come from the recipe's
+text encoder or from a file; where there is neither, what needs them is refused by name.
 """
 
 from pathlib import Path
@@ -19,7 +20,8 @@ from edgeclip.host.towers import weights
 
 
 def load(spec: R.Embeddings | R.Reinforced) -> Teacher:
-    """Raises `EdgeclipError` where the text encoder, the class file and the rows are not of one width, or a file is missing."""
+    """Raises `EdgeclipError` where the text encoder, the class file and the rows are not of one
+    width, or a file is missing."""
     if isinstance(spec, R.Embeddings):
         folder = embeddings.open_embeddings(Path(spec.root))
         width, identity, size = int(folder.images.shape[1]), embeddings.identity(spec), 224

@@ -1,4 +1,5 @@
-"""MobileCLIP's reinforced shards (DataCompDR, DFNDR) as a teacher cache: views, captions and embeddings of several teachers.
+"""MobileCLIP's reinforced shards (DataCompDR, DFNDR) as a teacher cache: views, captions and
+embeddings of several teachers.
 
 A sample of such a tar, beside the image or in tars of their own:
 
@@ -7,12 +8,14 @@ A sample of such a tar, beside the image or in tars of their own:
     <uid>.npz             image_emb [K, E], text_emb [C, E]: the data's own caption first, then the synthetic ones;
       or <uid>.pth.gz     the same as a torch file of bfloat16. E: the teachers' widths one after the other
 
-DFNDR's generator writes each captioner's list and features apart: syn_text_a in the JSON, syn_text_a_emb beside a text_emb of
-the data's own caption alone. They are put one after the other by name; a list without features is left out.
+DFNDR's generator writes each captioner's list and features apart: syn_text_a in the JSON,
+syn_text_a_emb beside a text_emb of the data's own caption alone. They are put one after the other
+by name; a list without features is left out.
 
-One tar becomes one shard of the cache, for the part of E that is this teacher's. A view is a crop and then RandAugment's
-operations, by their numbers in torchvision's order; magnitudes of TranslateX and TranslateY are pixels of the teacher's
-input, and kept as fractions of its side. Sources: MobileCLIP arXiv 2311.17049, the cards of apple/DataCompDR-12M, the generator
+One tar becomes one shard of the cache, for the part of E that is this teacher's. A view is a crop
+and then RandAugment's operations, by their numbers in torchvision's order; magnitudes of TranslateX
+and TranslateY are pixels of the teacher's input, and kept as fractions of its side. Sources:
+MobileCLIP arXiv 2311.17049, the cards of apple/DataCompDR-12M, the generator
 apple/ml-mobileclip-dr.
 """
 
@@ -71,9 +74,11 @@ def make(
     shard: int,
     shards: int,
 ) -> None:
-    """One tar's samples that have an image, as a shard of the cache. What is broken is left out and counted.
+    """One tar's samples that have an image, as a shard of the cache. What is broken is left out and
+    counted.
 
-    Raises `EdgeclipError` for a corrupt tar, a sample that is there twice, and more than 1 % of broken samples.
+    Raises `EdgeclipError` for a corrupt tar, a sample that is there twice, and more than 1 % of
+    broken samples.
     """
     tar = shard_files(spec)[shard]
     rows, texts, records = (
@@ -221,7 +226,8 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 def _captions(
     own: str, synthetic: dict[str, list[str]], arrays: dict[str, np.ndarray]
 ) -> tuple[list[str], np.ndarray | None]:
-    """(captions, their features [C, E]; None where there are none): the data's own first, then each captioner's by name."""
+    """(captions, their features [C, E]; None where there are none): the data's own first, then each
+    captioner's by name."""
     lists = {k: v for k, v in sorted(synthetic.items()) if k.startswith("syn_text")}
     everything = [own, *(c for v in lists.values() for c in v)]
     if "text_emb" not in arrays:
@@ -237,7 +243,8 @@ def _captions(
 
 
 def _arrays(members: dict[str, bytes]) -> dict[str, np.ndarray]:
-    """image_emb [K, E] and what there is of text_emb [C, E] and the captioners' own, float32; nothing is unpickled but tensors.
+    """image_emb [K, E] and what there is of text_emb [C, E] and the captioners' own, float32;
+    nothing is unpickled but tensors.
 
     Raises KeyError where image_emb is missing, ValueError where the member is damaged.
     """

@@ -1,9 +1,11 @@
-"""Views: an image's augmentations as explicit numbers, replayed alike for a teacher and a student of any input size.
+"""Views: an image's augmentations as explicit numbers, replayed alike for a teacher and a student
+of any input size.
 
-A view is [left, top, width, height in source pixels, flip 0 or 1], and for reinforced data RandAugment's operations after
-the resize, two numbers each: its place in `OPERATIONS` and its magnitude (TranslateX and TranslateY: of the side). Width 0
-is the image's center square, for whoever does not know its size. Boxes are drawn in whole pixels, as torchvision and
-open_clip draw them: then torch's resize, which takes a third of PIL's time, cuts out the same box.
+A view is [left, top, width, height in source pixels, flip 0 or 1], and for reinforced data
+RandAugment's operations after the resize, two numbers each: its place in `OPERATIONS` and its
+magnitude (TranslateX and TranslateY: of the side). Width 0 is the image's center square, for
+whoever does not know its size. Boxes are drawn in whole pixels, as torchvision and open_clip draw
+them: then torch's resize, which takes a third of PIL's time, cuts out the same box.
 """
 
 import math
@@ -25,7 +27,8 @@ OPERATIONS = (
 
 
 def draw_views(width: int, height: int, spec: Views, rng: random.Random) -> np.ndarray:
-    """[K, 5] view parameters for an image of width x height pixels: the center square, then random resized crops."""
+    """[K, 5] view parameters for an image of width x height pixels: the center square, then random
+    resized crops."""
     side = min(width, height)
     views = [[round((width - side) / 2), round((height - side) / 2), side, side, 0]]
     for _ in range(spec.count - 1):
@@ -61,9 +64,10 @@ def apply_view(image: Image.Image, view: np.ndarray, spec: Preprocess) -> np.nda
 
 
 def decode_view(content: bytes, view: np.ndarray, spec: Preprocess, name: object) -> np.ndarray:
-    """uint8 [H, W, 3]: one view of an image in a file's bytes, for training: a JPEG is decoded at the smallest of its eighths
-    that still has a pixel of its own for every pixel of the view. `apply_view` of the whole image is within resampling of it,
-    and of an image that is not scaled within one level, but for the rim, where PIL's filter looks beyond the box.
+    """uint8 [H, W, 3]: one view of an image in a file's bytes, for training: a JPEG is decoded at
+    the smallest of its eighths that still has a pixel of its own for every pixel of the view.
+    `apply_view` of the whole image is within resampling of it, and of an image that is not scaled
+    within one level, but for the rim, where PIL's filter looks beyond the box.
 
     Raises `UnreadableImage`.
     """

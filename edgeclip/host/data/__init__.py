@@ -1,7 +1,7 @@
 """Data sets: what is labeled, what is only seen, what is scored.
 
-`load` gives a `Dataset` whatever the kind. A kind is one function here or in a file of its own, and one line in
-`DATASETS`.
+`load` gives a `Dataset` whatever the kind. A kind is one function here or in a file of its own, and
+one line in `DATASETS`.
 """
 
 import csv
@@ -48,7 +48,8 @@ class Dataset(NamedTuple):
 
 
 def load(spec: R.Data, cache: Path) -> Dataset:
-    """Raises `EdgeclipError` where a folder, a class list or every image is missing, and for a template without a place for the name."""
+    """Raises `EdgeclipError` where a folder, a class list or every image is missing, and for a
+    template without a place for the name."""
     data = DATASETS[type(spec)](spec, cache)
     nameless = next((t for t in data.templates or ("",) if "{c}" not in t), None)
     if data.classes and nameless is not None:  # such a prompt is the same for every class
@@ -152,9 +153,11 @@ def _split(
 
 
 def shift_sets(data: Dataset, other: Dataset) -> list[EvaluationSet]:
-    """`other`'s evaluation sets over `data`'s class list: a shift has the same classes, or some of them, by name.
+    """`other`'s evaluation sets over `data`'s class list: a shift has the same classes, or some of
+    them, by name.
 
-    Raises `EdgeclipError` for a class that `data` has not, and where there is nothing to evaluate on.
+    Raises `EdgeclipError` for a class that `data` has not, and where there is nothing to evaluate
+    on.
     """
     if not any(s.headline for s in other.evaluation):
         raise EdgeclipError(

@@ -1,7 +1,8 @@
 """Where the images of a set lie, on disk: a list of millions costs no memory and is made once.
 
-The index of a set of shards is an Arrow file beside the caches, memory-mapped: an image is looked up when it is asked
-for. It is known by its shards' names, sizes and times, so shards that changed are read again.
+The index of a set of shards is an Arrow file beside the caches, memory-mapped: an image is looked
+up when it is asked for. It is known by its shards' names, sizes and times, so shards that changed
+are read again.
 
     cache/index/<fingerprint>.arrow    record batches of `BATCH` images: key, shard, offset, size, label, caption
                              .json     written last: images, and digests of keys with sizes and of captions
@@ -24,7 +25,8 @@ from edgeclip.progress import track
 
 BATCH = 4096
 FORMAT = 2
-"""of an index; higher when `images.index_tar` finds what it did not find before, so that no older index is taken"""
+"""of an index; higher when `images.index_tar` finds what it did not find before, so that no older
+index is taken"""
 SCHEMA = pa.schema(
     {
         "key": pa.string(),
@@ -143,7 +145,8 @@ def _batches(
 
 
 def _refuse_twice(hashes: list[np.ndarray], shards: Sequence[Path]) -> None:
-    """Eight bytes an image while an index is made; two keys of one hash are taken for equal (a chance of 3e-4 at 10^8)."""
+    """Eight bytes an image while an index is made; two keys of one hash are taken for equal (a
+    chance of 3e-4 at 10^8)."""
     every = np.sort(np.concatenate(hashes)) if hashes else np.zeros(0, np.uint64)
     if (twice := int((every[1:] == every[:-1]).sum())) > 0:
         stems = [p.stem for p in shards]

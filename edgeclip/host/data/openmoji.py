@@ -1,12 +1,14 @@
 """OpenMoji from pip: 1,900 named images in two styles, a zero-shot test that fits a quickstart.
 
-The color style is OpenMoji's SVG as it is; the line-drawing style is the same SVG with only its `line` groups, which
-is how OpenMoji draws its black set. Skin-tone variants are left out. Both are rasterized once into tar shards.
+The color style is OpenMoji's SVG as it is; the line-drawing style is the same SVG with only its
+`line` groups, which is how OpenMoji draws its black set. Skin-tone variants are left out. Both are
+rasterized once into tar shards.
 
-Concepts, not images, are split by a seed: base (images with their names), unlabeled (images, and names in the
-class list, but not which belongs to which) and held out (neither: in no training, cache or calibration step). Where two
-concepts share a drawing byte for byte, the one that is scored stays out of training. One image a concept and style, so
-accuracy on base color images would be training accuracy: base concepts are scored on their line drawings instead.
+Concepts, not images, are split by a seed: base (images with their names), unlabeled (images, and
+names in the class list, but not which belongs to which) and held out (neither: in no training,
+cache or calibration step). Where two concepts share a drawing byte for byte, the one that is scored
+stays out of training. One image a concept and style, so accuracy on base color images would be
+training accuracy: base concepts are scored on their line drawings instead.
 """
 
 import concurrent.futures
@@ -75,7 +77,8 @@ def load(spec: OpenMoji, cache: Path) -> Dataset:
         return [p for p in styles[style] if p.label in wanted]
 
     everything = list(range(len(classes)))
-    # Some concepts share a drawing ("flag: Norway" and "flag: Svalbard & Jan Mayen"), and some drawings are lines alone.
+    # Some concepts share a drawing ("flag: Norway" and "flag: Svalbard & Jan Mayen"), and some
+    # drawings are lines alone.
     scored = {digest(p) for p in of("color", held)}
     labeled, seen = (
         [p for p in of("color", part) if digest(p) not in scored] for part in (base, unlabeled)

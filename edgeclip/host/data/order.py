@@ -1,9 +1,10 @@
-"""The order of an epoch without a list of it: the i-th image of a shuffled set is computed when it is asked for.
+"""The order of an epoch without a list of it: the i-th image of a shuffled set is computed when it
+is asked for.
 
-A Feistel network of four rounds permutes the numbers below a power of four; what falls outside the set is sent through
-again until it falls inside (cycle walking; Black and Rogaway 2002), fewer than four times on average. Same seed, same
-order, on any machine; any position can be asked for first, so a run goes on where it stopped and each process takes its
-own share.
+A Feistel network of four rounds permutes the numbers below a power of four; what falls outside the
+set is sent through again until it falls inside (cycle walking; Black and Rogaway 2002), fewer than
+four times on average. Same seed, same order, on any machine; any position can be asked for first,
+so a run goes on where it stopped and each process takes its own share.
 """
 
 import numpy as np

@@ -1,8 +1,10 @@
-"""Generated images with captions, in WebDataset shards: enough data to run every joint of the chain in seconds.
+"""Generated images with captions, in WebDataset shards: enough data to run every joint of the chain
+in seconds.
 
     python -m edgeclip.host.data.shapes .data/shapes
 
-An image is one shape in one color ("a red circle") at a random place and size; its class is the color and shape.
+An image is one shape in one color ("a red circle") at a random place and size; its class is the
+color and shape.
 """
 
 import io
@@ -38,7 +40,8 @@ def draw(label: int, rng: random.Random, size: int = 72) -> Image.Image:
 
 
 def write(folder: Path, seed: int = 0) -> None:
-    """CLIP_benchmark's layout below `folder`: train/0.tar, test/0.tar, classnames.txt, zeroshot_classification_templates.txt."""
+    """CLIP_benchmark's layout below `folder`: train/0.tar, test/0.tar, classnames.txt,
+    zeroshot_classification_templates.txt."""
     rng = random.Random(seed)
     for part, count in PARTS.items():
         with (

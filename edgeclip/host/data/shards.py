@@ -2,8 +2,9 @@
 
     train/*.tar     {00000..00099}.tar     {a,b}-{0..9}.tar     pipe:aws s3 cp s3://bucket/{00000..00099}.tar -
 
-Two shards of one name are refused, in different folders too: an image's key is <shard>/<name>. Commands run only where the
-recipe says `pipe: true`. Their output is kept below `cache/shards`, because an image is read again in every epoch.
+Two shards of one name are refused, in different folders too: an image's key is <shard>/<name>.
+Commands run only where the recipe says `pipe: true`. Their output is kept below `cache/shards`,
+because an image is read again in every epoch.
 """
 
 import itertools
@@ -58,7 +59,8 @@ def find(root: Path, pattern: str, pipe: bool, cache: Path) -> list[Path]:
 
 
 def matching(root: Path, glob: str) -> list[Path]:
-    """The shards below `root` that a glob finds, 2.tar before 10.tar. Raises `EdgeclipError` where it finds none, or is no glob."""
+    """The shards below `root` that a glob finds, 2.tar before 10.tar. Raises `EdgeclipError` where
+    it finds none, or is no glob."""
     try:
         found = sorted(root.glob(glob), key=lambda p: (len(p.name), p.name))
     except (

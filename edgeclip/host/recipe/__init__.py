@@ -1,10 +1,12 @@
 """A recipe: the complete description of one training run, and nothing but a description.
 
-Read `recipes/quickstart.yaml` beside this file. Every field has its meaning and unit under it; a field that the
-papers leave open (METHODS ambiguities A1 to A13) is a field here, with the default that was chosen.
+Read `recipes/quickstart.yaml` beside this file. Every field has its meaning and unit under it; a
+field that the papers leave open (METHODS ambiguities A1 to A13) is a field here, with the default
+that was chosen.
 
-Weights are named in one small language, here for teachers and students alike:
-`random` | `pip:PACKAGE` (weights that a Python package ships) | `hub:TAG` (open_clip's or timm's pretrained tag) | a file.
+Weights are named in one small language, here for teachers and students alike: `random` |
+`pip:PACKAGE` (weights that a Python package ships) | `hub:TAG` (open_clip's or timm's pretrained
+tag) | a file.
 """
 
 from collections.abc import Callable
@@ -108,16 +110,21 @@ class Recipe(Config):
     student: Student
     losses: Losses
     other_teachers: tuple[Teacher, ...] = ()
-    """further teachers of the same images (MobileCLIP, MST-KD): `kl` and `distribution` average the probabilities of all, each
-    with its own logit scale; the student lives in the first one's space, and whose classifier is assembled is adapted like it"""
+    """further teachers of the same images (MobileCLIP, MST-KD): `kl` and `distribution` average the
+    probabilities of all, each with its own logit scale; the student lives in the first one's space,
+    and whose classifier is assembled is adapted like it"""
     fuse: Fuse | None = None
-    """the teachers' features side by side and one learned linear map into the first one's space, in place of the average"""
+    """the teachers' features side by side and one learned linear map into the first one's space, in
+    place of the average"""
     evaluation_data: Data | None = None
-    """another set to evaluate on, whose class list the KL uses when `data` has none; null: `data`'s own test part"""
+    """another set to evaluate on, whose class list the KL uses when `data` has none; null: `data`'s
+    own test part"""
     adapt_data: Data | None = None
-    """the labeled set of stage 1, with classes of its own (cross-dataset); null: `data`'s own labeled part"""
+    """the labeled set of stage 1, with classes of its own (cross-dataset); null: `data`'s own
+    labeled part"""
     shifts: tuple[Data, ...] = ()
-    """further sets to evaluate on whose classes are among those of the evaluation, by name (domain generalization)"""
+    """further sets to evaluate on whose classes are among those of the evaluation, by name (domain
+    generalization)"""
     adapt: Adapt | None = None
     """null: the teacher is taken as it is"""
     views: Views = Views()
@@ -128,7 +135,8 @@ class Recipe(Config):
     bench: Bench | None = None
     """a short run for this recipe's `bench`; null: the device profile's own minimum"""
     text_encoder: bool = True
-    """ship a text encoder in the bundle, for words that were never baked: the student's where it has one, else the teacher's"""
+    """ship a text encoder in the bundle, for words that were never baked: the student's where it
+    has one, else the teacher's"""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -208,7 +216,8 @@ class Recipe(Config):
 
 
 def load(path: Path, roots: tuple[str, ...] = ()) -> Recipe:
-    """The recipe at `path`, with each `--data` value of `roots` (DIR or NAME=DIR) put where it belongs."""
+    """The recipe at `path`, with each `--data` value of `roots` (DIR or NAME=DIR) put where it
+    belongs."""
     recipe = config.load(path, Recipe)
     for given in roots:
         recipe = _with_root(recipe, given)

@@ -16,7 +16,8 @@ PositiveFloat = Annotated[float, Meta(gt=0.0)]
 
 
 class OpenMoji(Config, tag="openmoji", tag_field="kind"):
-    """OpenMoji's named images in two styles, from pip. Concepts are split into base, unlabeled and held out."""
+    """OpenMoji's named images in two styles, from pip. Concepts are split into base, unlabeled and
+    held out."""
 
     name: str = "openmoji"
     size: Positive = 260
@@ -35,7 +36,8 @@ class WebDataset(Config, tag="webdataset", tag_field="kind"):
     root: str
     """folder on this machine; `--data` overrides it, and it is never part of a fingerprint"""
     train: str | None = "train/*.tar"
-    """glob or brace range below root, or pipe: and a command whose output is a shard; null: nothing to train on"""
+    """glob or brace range below root, or pipe: and a command whose output is a shard; null: nothing
+    to train on"""
     test: str | None = "test/*.tar"
     """the same; null: nothing to evaluate on"""
     pipe: bool = False
@@ -43,14 +45,17 @@ class WebDataset(Config, tag="webdataset", tag_field="kind"):
     classes: str | None = "classnames.txt"
     """file below root, a class a line in index order; null: captions only"""
     templates: tuple[str, ...] = ()
-    """prompt templates, {c} where the class's name goes; empty: those of zeroshot_classification_templates.txt below root"""
+    """prompt templates, {c} where the class's name goes; empty: those of
+    zeroshot_classification_templates.txt below root"""
     protocol: Literal["zero_shot", "base_to_novel"] = "zero_shot"
-    """base_to_novel: labels of the first half of the classes only (ceil(N/2)); both halves are scored apart"""
+    """base_to_novel: labels of the first half of the classes only (ceil(N/2)); both halves are
+    scored apart"""
     license: str = "unknown"
 
 
 class Folders(Config, tag="folders", tag_field="kind"):
-    """Photos in one sub-folder a class; every fifth or so (by a hash of its name) is kept for evaluation."""
+    """Photos in one sub-folder a class; every fifth or so (by a hash of its name) is kept for
+    evaluation."""
 
     name: str
     root: str
@@ -61,7 +66,8 @@ class Folders(Config, tag="folders", tag_field="kind"):
 
 
 class Csv(Config, tag="csv", tag_field="kind"):
-    """open_clip's CSV: a line an image, with its path and its caption. Nothing in it is evaluated on: give evaluation_data."""
+    """open_clip's CSV: a line an image, with its path and its caption. Nothing in it is evaluated
+    on: give evaluation_data."""
 
     name: str
     root: str
@@ -79,7 +85,8 @@ Data = OpenMoji | WebDataset | Folders | Csv
 
 
 class DataFile(Config):
-    """A YAML file of one set, for `edgeclip evaluate --data FILE`: a recipe's `data` block by itself."""
+    """A YAML file of one set, for `edgeclip evaluate --data FILE`: a recipe's `data` block by
+    itself."""
 
     data: Data
 
@@ -88,7 +95,8 @@ class DataFile(Config):
 
 
 class Conse(Config, tag="conse", tag_field="kind"):
-    """An ImageNet classifier and a sentence encoder joined by ConSE (Norouzi et al. 2014). It is not CLIP."""
+    """An ImageNet classifier and a sentence encoder joined by ConSE (Norouzi et al. 2014). It is
+    not CLIP."""
 
     classifier: str = "tf_efficientnet_lite2"
     """a timm model with the 1,000 ImageNet classes"""
@@ -101,7 +109,8 @@ class Conse(Config, tag="conse", tag_field="kind"):
     temperature: PositiveFloat = 1.0
     """of the softmax over the ImageNet classes"""
     center_texts: bool = False
-    """true: the anchors' mean is taken from every text as it is from the anchors; texts of one prompt share most of their feature"""
+    """true: the anchors' mean is taken from every text as it is from the anchors; texts of one
+    prompt share most of their feature"""
     logit_scale: PositiveFloat = 20.0
     """cosines are multiplied by this before a softmax (1 / temperature)"""
 
@@ -121,27 +130,31 @@ class OpenClip(Config, tag="open_clip", tag_field="kind"):
     """open_clip's model name, or a name of your own for `config`"""
     weights: str
     config: dict[str, Any] | None = None
-    """open_clip's JSON model configuration (embed_dim, vision_cfg, text_cfg) of a model that open_clip does not list, or what
-    its open_clip_config.json holds (that as model_cfg, and preprocess_cfg)"""
+    """open_clip's JSON model configuration (embed_dim, vision_cfg, text_cfg) of a model that
+    open_clip does not list, or what its open_clip_config.json holds (that as model_cfg, and
+    preprocess_cfg)"""
     seed: int = 0
     """of `weights: random`"""
     license: str = "unknown"
 
 
 class Embeddings(Config, tag="embeddings", tag_field="kind"):
-    """Embeddings that others computed, in the folders that clip-retrieval writes and LAION publishes. No teacher is run:
-    one view (the plain one), no norms; the teacher is not scored beside the student."""
+    """Embeddings that others computed, in the folders that clip-retrieval writes and LAION
+    publishes. No teacher is run: one view (the plain one), no norms; the teacher is not scored
+    beside the student."""
 
     root: str
     """folder of img_emb/, metadata/ and, where a loss needs captions, text_emb/"""
     key: str = "image_path"
     """metadata column that names a row's image"""
     join: Literal["key", "name", "stem"] = "key"
-    """what of that and of the data's image key must be equal: all of it, the file name, the file name without suffixes"""
+    """what of that and of the data's image key must be equal: all of it, the file name, the file
+    name without suffixes"""
     partial: bool = False
     """true: images without a row are left out and counted; false: they are an error"""
     text: OpenClip | None = None
-    """the same model, for class names and for the bundle's text encoder; null: class_features, or no class at all"""
+    """the same model, for class names and for the bundle's text encoder; null: class_features, or
+    no class at all"""
     class_features: str | None = None
     """.npy file [N, D] of a feature a class, in the data's class order, instead of `text`'s"""
     logit_scale: PositiveFloat = 100.0
@@ -153,15 +166,16 @@ class Embeddings(Config, tag="embeddings", tag_field="kind"):
 
 
 class Reinforced(Config, tag="reinforced", tag_field="kind"):
-    """One teacher of MobileCLIP's reinforced shards (DataCompDR, DFNDR): stored views, several captions. No teacher is run."""
+    """One teacher of MobileCLIP's reinforced shards (DataCompDR, DFNDR): stored views, several
+    captions. No teacher is run."""
 
     root: str
     """folder of the shards; they may be those of the images, or apart"""
     shards: str = "*.tar"
     """glob below root"""
     columns: tuple[int, int] | None = None
-    """[first, end) of this teacher's part of a row, where rows of several teachers are joined (DataCompDR: [0, 768] and
-    [768, 1536]); null: the whole row"""
+    """[first, end) of this teacher's part of a row, where rows of several teachers are joined
+    (DataCompDR: [0, 768] and [768, 1536]); null: the whole row"""
     image_size: Positive = 224
     """pixels a side of the teacher's input, which TranslateX and TranslateY were measured in"""
     join: Literal["key", "name", "stem"] = "name"
@@ -187,7 +201,8 @@ Teacher = Conse | OpenClip | Embeddings | Reinforced
 
 
 class SelfTraining(Config):
-    """Of stage 1: images without labels learn from the head's own answers, balanced over the classes that are trained on.
+    """Of stage 1: images without labels learn from the head's own answers, balanced over the
+    classes that are trained on.
 
     What is scored on those classes afterwards is transductive, for the teacher too.
     """
@@ -201,7 +216,8 @@ class SelfTraining(Config):
 
 
 class ResidualHead(Config, tag="residual_head", tag_field="kind"):
-    """ComKD stage 1 for the assembled teacher: a residual head on its image rows, on labeled classes."""
+    """ComKD stage 1 for the assembled teacher: a residual head on its image rows, on labeled
+    classes."""
 
     hidden: Positive = 512
     dropout: Fraction = 0.0
@@ -210,7 +226,8 @@ class ResidualHead(Config, tag="residual_head", tag_field="kind"):
     lr: NonNegative = 1e-3
     weight_decay: NonNegative = 1e-2
     toward_unadapted: NonNegative = 1.0
-    """weight of 1 - cosine to the unadapted features, which keeps classes without labels from suffering"""
+    """weight of 1 - cosine to the unadapted features, which keeps classes without labels from
+    suffering"""
     self_training: SelfTraining | None = None
     """null: labeled images only"""
 
@@ -230,20 +247,23 @@ class Fuse(Config):
     batch_size: Positive = 256
     lr: NonNegative = 1e-3
     labels: NonNegative = 1.0
-    """weight of the cross-entropy with the labels that there are, beside the KL to the average of the teachers' distributions"""
+    """weight of the cross-entropy with the labels that there are, beside the KL to the average of
+    the teachers' distributions"""
 
 
 class Prompts(Config, tag="prompts", tag_field="kind"):
-    """ComKD stage 1 for an open_clip ViT teacher: PromptSRC's prompts in both encoders (docs/design/methods.md#33-stage-1-by-prompts), on labeled
-    classes. The towers stay frozen. The defaults are PromptKD's configuration of its ViT-L/14 teacher; momentum and weight
-    decay are not published with it, they are the usual ones."""
+    """ComKD stage 1 for an open_clip ViT teacher: PromptSRC's prompts in both encoders
+    (docs/design/methods.md#33-stage-1-by-prompts), on labeled classes. The towers stay frozen. The
+    defaults are PromptKD's configuration of its ViT-L/14 teacher; momentum and weight decay are not
+    published with it, they are the usual ones."""
 
     length: Positive = 4
     """prompt tokens at each prompted block, in each encoder"""
     depth: Positive = 9
     """prompted blocks, from the first on, in each encoder"""
     text_init: str = "a photo of a"
-    """whose token embeddings the text prompts of the first block start from; all other prompts start random"""
+    """whose token embeddings the text prompts of the first block start from; all other prompts
+    start random"""
     shots: Positive | None = None
     """labeled images a class, drawn by the recipe's seed; null: all of them"""
     epochs: Positive = 20
@@ -262,7 +282,8 @@ class Prompts(Config, tag="prompts", tag_field="kind"):
     logit_weight: NonNegative = 1.0
     """of KL(frozen || prompted) over the labeled classes, divided by images and classes"""
     average_mean: float = 15.0
-    """the prompts that are kept average those after each epoch, with Gaussian weights around this epoch (from 1)"""
+    """the prompts that are kept average those after each epoch, with Gaussian weights around this
+    epoch (from 1)"""
     average_std: PositiveFloat = 1.0
     """epochs"""
 
@@ -298,13 +319,15 @@ class Timm(Config, tag="timm", tag_field="kind"):
 
 
 class Stem(Config):
-    """Early convolutions for a ViT student: a pretrained CNN's first stages in the place of its patch embedding (timm's HybridEmbed)."""
+    """Early convolutions for a ViT student: a pretrained CNN's first stages in the place of its
+    patch embedding (timm's HybridEmbed)."""
 
     model: str
     """a timm CNN"""
     weights: str
     stride: Positive = 16
-    """pixels from one column of the map to the next: the last stage of that stride is the last that is taken"""
+    """pixels from one column of the map to the next: the last stage of that stride is the last that
+    is taken"""
     patch: Positive = 1
     """columns and rows of the map that make one token"""
     lr_ratio: NonNegative = 1.0
@@ -313,7 +336,8 @@ class Stem(Config):
 
 
 class VisualPrompts(Config):
-    """Deep prompt tokens in a ViT student; with a frozen tower, the student of PromptKD and ComKD-CLIP (docs/design/methods.md#21-two-stages)."""
+    """Deep prompt tokens in a ViT student; with a frozen tower, the student of PromptKD and
+    ComKD-CLIP (docs/design/methods.md#21-two-stages)."""
 
     length: Positive = 4
     depth: Positive = 9
@@ -339,17 +363,20 @@ class Student(Config):
     visual_prompts: VisualPrompts | None = None
     """null: none; else the tower must be a ViT"""
     projector_hidden: Positive | None = 768
-    """PromptKD's projector P into the teacher's space: Linear, BatchNorm, ReLU, Linear; null: one Linear"""
+    """PromptKD's projector P into the teacher's space: Linear, BatchNorm, ReLU, Linear; null: one
+    Linear"""
     inherit: Timm | OpenClip | None = None
-    """a larger ViT that a ViT tower takes its weights from (TinyCLIP): every (L_t // L_s)-th layer, leading slices; of an
-    open_clip model the image tower is taken; null: the tower's own weights"""
+    """a larger ViT that a ViT tower takes its weights from (TinyCLIP): every (L_t // L_s)-th layer,
+    leading slices; of an open_clip model the image tower is taken; null: the tower's own weights"""
     stem: Stem | None = None
-    """null: a ViT's own patch embedding; else the tower must be a ViT of timm, and images are prepared as the stem's CNN wants them"""
+    """null: a ViT's own patch embedding; else the tower must be a ViT of timm, and images are
+    prepared as the stem's CNN wants them"""
     share: Share | None = None
     """shared blocks for a ViT tower, after it has its weights; null: every block its own"""
     text: OpenClip | None = None
-    """an open vocabulary: this open_clip model's text tower is distilled too, on the captions (which the data must have)
-    and the class prompts, and ships in the place of the teacher's; null: the student has no text side"""
+    """an open vocabulary: this open_clip model's text tower is distilled too, on the captions
+    (which the data must have) and the class prompts, and ships in the place of the teacher's; null:
+    the student has no text side"""
     text_weight: NonNegative = 1.0
     """of 1 - cosine between the student's and the teacher's text features"""
     class_features: Literal["teacher", "student"] = "teacher"

@@ -9,7 +9,8 @@ from edgeclip.host.recipe.ingredients import Fraction, NonNegative, Positive, Po
 
 
 class KL(Config):
-    """Equation 8: KL(softmax(q_t / tau) || softmax(q_s / tau)) over the class list of the training images."""
+    """Equation 8: KL(softmax(q_t / tau) || softmax(q_s / tau)) over the class list of the training
+    images."""
 
     weight: NonNegative = 1.0
     temperature: PositiveFloat = 1.0
@@ -22,16 +23,19 @@ class IFAlign(Config):
 
     weight: NonNegative = 100.0
     axis: Literal["batch", "tokens", "channels"] = "batch"
-    """A1: over the batch, a channel each; over the channels, an image each; tokens are not in a cache, so that reading is refused"""
+    """A1: over the batch, a channel each; over the channels, an image each; tokens are not in a
+    cache, so that reading is refused"""
     normalize: bool = True
-    """A2: of unit features; false: of the features before their norm is divided out, on both sides"""
+    """A2: of unit features; false: of the features before their norm is divided out, on both
+    sides"""
     reduction: Literal["mean", "sum"] = "mean"
     """A3: of the L1 norm over the channels; sum is D times mean"""
     features: Literal["image", "head"] = "image"
     """A9: P(u_s), or what EduAttention made of it"""
     momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
-    """A13: of a moving average of the statistics over batches, for small batches; 0: this batch's alone. The gradient is that of
-    this batch's share, 1 - momentum, so the weight counts for that much less"""
+    """A13: of a moving average of the statistics over batches, for small batches; 0: this batch's
+    alone. The gradient is that of this batch's share, 1 - momentum, so the weight counts for that
+    much less"""
 
     def __post_init__(self) -> None:
         if self.axis == "tokens":
@@ -53,7 +57,8 @@ class IFAlign(Config):
 
 
 class EduAttention(Config):
-    """Equations 6 and 7: attention of the student's feature over the class matrix, alpha learnable from 0."""
+    """Equations 6 and 7: attention of the student's feature over the class matrix, alpha learnable
+    from 0."""
 
     temperature: PositiveFloat = 0.1
     """A6: C; with `query: raw` sqrt(D) is its usual value"""
@@ -65,14 +70,15 @@ class EduAttention(Config):
     axis: Literal["classes", "batch"] = "classes"
     """A7: of the softmax"""
     residual: Literal["student", "teacher"] = "student"
-    """A8: what equation 7 adds to in training; at inference it is the student's, for there is no other"""
+    """A8: what equation 7 adds to in training; at inference it is the student's, for there is no
+    other"""
     normalize: bool = True
     """A10: unit rows before the class scores"""
     learn_alpha: bool = True
     """false: alpha stays 0, which is PromptKD"""
     keep: bool = True
-    """keep it in the bundle's classification head, over the class list that is active there (A11: `evaluate` scores both);
-    accuracy is reported with and without it either way"""
+    """keep it in the bundle's classification head, over the class list that is active there (A11:
+    `evaluate` scores both); accuracy is reported with and without it either way"""
 
     def __post_init__(self) -> None:
         if self.keep and (self.query == "raw" or self.axis == "batch"):
@@ -90,7 +96,8 @@ class Weighted(Config):
 class Affinity(Config):
     weight: NonNegative = 1.0
     form: Literal["kl", "cross_entropy"] = "cross_entropy"
-    """KL (CLIP-KD's CRD) and soft cross-entropy (TinyCLIP, open_clip) differ by the teacher's entropy, a constant"""
+    """KL (CLIP-KD's CRD) and soft cross-entropy (TinyCLIP, open_clip) differ by the teacher's
+    entropy, a constant"""
     logit_scale: PositiveFloat | None = None
     """of teacher and student alike (TinyCLIP: 50); null: the teacher's own"""
 
@@ -106,7 +113,8 @@ class MaskedFeature(Config):
     hidden: Fraction = 0.75
     """share of the patches that the student does not see"""
     patch: Positive = 16
-    """pixels a side of a hidden square, for a tower that is no ViT; a ViT's own patches are dropped"""
+    """pixels a side of a hidden square, for a tower that is no ViT; a ViT's own patches are
+    dropped"""
 
 
 NO_LOSS = ("edu_attention", "captions")
@@ -122,7 +130,8 @@ class Losses(Config):
     prototype: Weighted | None = None
     """CLIP-Embed-KD: class prototypes made of the teacher's features of the labeled images"""
     teacher_match: Weighted | None = None
-    """CLIP-Embed-KD's live-teacher counterpart: each image finds its own teacher feature in the batch"""
+    """CLIP-Embed-KD's live-teacher counterpart: each image finds its own teacher feature in the
+    batch"""
     contrastive: Weighted | None = None
     """InfoNCE"""
     affinity: Affinity | None = None
@@ -144,8 +153,9 @@ class Losses(Config):
     xrd: Weighted | None = None
     """CLIP-RD: cross relational distillation"""
     captions: Literal["data", "classes"] = "data"
-    """the text of an image for losses that need one: its own caption; or the prompts of its class, of its label where the
-    teacher had it and of the adapted teacher's first choice elsewhere (so no label is seen that is not to be seen)"""
+    """the text of an image for losses that need one: its own caption; or the prompts of its class,
+    of its label where the teacher had it and of the adapted teacher's first choice elsewhere (so no
+    label is seen that is not to be seen)"""
 
     def __post_init__(self) -> None:
         if self.edu_attention and not self.kl:
@@ -158,20 +168,24 @@ class Losses(Config):
 
 
 class Pretrain(Config):
-    """First training (Pea-KD): the whole student learns the teacher's plain answers before the full loss starts."""
+    """First training (Pea-KD): the whole student learns the teacher's plain answers before the full
+    loss starts."""
 
     epochs: Positive = 1
     labels: Literal["features", "predictions"] = "features"
-    """features: 1 - cosine to the teacher's image feature; predictions: cross-entropy with the teacher's own best class"""
+    """features: 1 - cosine to the teacher's image feature; predictions: cross-entropy with the
+    teacher's own best class"""
 
 
 class Train(Config):
     warmup_steps: Annotated[int, Meta(ge=0)] = 0
-    """steps on frozen tower features first, so that the new projector's noise does not reach the tower's weights"""
+    """steps on frozen tower features first, so that the new projector's noise does not reach the
+    tower's weights"""
     warmup_batch_size: Positive = 128
     warmup_lr: NonNegative = 2e-3
     pretrain: Pretrain | None = None
-    """after the projector's warm-up, with an optimizer and a learning rate course of its own; null: the full loss at once"""
+    """after the projector's warm-up, with an optimizer and a learning rate course of its own; null:
+    the full loss at once"""
     epochs: Annotated[int, Meta(ge=0)] = 1
     """over all images, one view each, all weights trained"""
     batch_size: Positive = 64
@@ -185,30 +199,35 @@ class Train(Config):
     """of sgd"""
     weight_decay: NonNegative = 1e-2
     weight_decay_of: Literal["all", "matrices"] = "all"
-    """matrices: of weights with two or more dimensions only, as CLIP was trained; biases and norms keep theirs. Scalars (alpha, log
-    scales) never decay"""
+    """matrices: of weights with two or more dimensions only, as CLIP was trained; biases and norms
+    keep theirs. Scalars (alpha, log scales) never decay"""
     freeze_batch_norm: bool = False
-    """keep the pretrained tower's batch-norm statistics (its weights are trained all the same): a small set's batches
-    have other statistics than those its filters were learned with"""
+    """keep the pretrained tower's batch-norm statistics (its weights are trained all the same): a
+    small set's batches have other statistics than those its filters were learned with"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu; which it was is printed and recorded"""
     threads: Positive = 2
     """that decode images, of each process"""
     accumulate: Positive = 1
-    """parts that a process's share of the batch passes the towers in; the losses see the whole batch all the same, for the price
-    of one more forward. Batch norms inside the towers see a part"""
+    """parts that a process's share of the batch passes the towers in; the losses see the whole
+    batch all the same, for the price of one more forward. Batch norms inside the towers see a
+    part"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the towers' matrix products (autocast; fp16 with a loss scale); new layers, losses and weights stay fp32"""
+    """of the towers' matrix products (autocast; fp16 with a loss scale); new layers, losses and
+    weights stay fp32"""
     gradient_checkpointing: bool = False
-    """keep each block's input only and compute the rest again in the backward pass: less memory, about a third more time"""
+    """keep each block's input only and compute the rest again in the backward pass: less memory,
+    about a third more time"""
     checkpoint_every: Annotated[int, Meta(ge=0)] = 500
-    """steps after which the state is saved, beside the end of each epoch and a signal; 0: only those"""
+    """steps after which the state is saved, beside the end of each epoch and a signal; 0: only
+    those"""
     tensorboard: bool = False
     """write curves to the run's tensorboard folder"""
 
 
 class Parity(Config):
-    """What `validate` compares on: images that the run keeps, with the fp32 student's features of them."""
+    """What `validate` compares on: images that the run keeps, with the fp32 student's features of
+    them."""
 
     max_images: Positive = 10_000
     """at most so many of the evaluation images, by a fixed seed"""
@@ -223,7 +242,8 @@ class QAT(Config):
     """What follows stage 2."""
 
     target: str
-    """an int8 target of onnxruntime or tensorrt, by name or path: a copy of the student learns on with that target's rounding,
-    and `export` to that target writes the copy with its learned scales; the float student stays what it was"""
+    """an int8 target of onnxruntime or tensorrt, by name or path: a copy of the student learns on
+    with that target's rounding, and `export` to that target writes the copy with its learned
+    scales; the float student stays what it was"""
     epochs: Positive = 1
     lr: NonNegative = 1e-4

@@ -1,8 +1,8 @@
 """Teachers: frozen image-text dual encoders behind one small record.
 
-The expensive part of a teacher, its image `tower`, is frozen and gives rows that the cache stores once. `features`
-maps rows to image features: the identity for a CLIP, a residual head for the adapted assembled teacher. So a teacher
-can be re-adapted without running its tower again.
+The expensive part of a teacher, its image `tower`, is frozen and gives rows that the cache stores
+once. `features` maps rows to image features: the identity for a CLIP, a residual head for the
+adapted assembled teacher. So a teacher can be re-adapted without running its tower again.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,8 @@ class Teacher:
     encode_text: Callable[[list[str]], Float[Tensor, "N D"]]
     """texts to unit features"""
     text: TextTower | None = None
-    """the module behind encode_text, where stage 1 can put prompts into it; None: texts are not tokenized here"""
+    """the module behind encode_text, where stage 1 can put prompts into it; None: texts are not
+    tokenized here"""
     source: R.Embeddings | R.Reinforced | None = None
     """where its rows come from when it has no tower"""
     class_features: np.ndarray | None = None
@@ -70,14 +71,16 @@ def load(spec: R.Teacher) -> Teacher:
 
 
 def check_class_names(teacher: Teacher, classes: list[str], templates: tuple[str, ...]) -> None:
-    """Raises `EdgeclipError` for class names that the teacher's text tower cannot tell apart or cannot take whole."""
+    """Raises `EdgeclipError` for class names that the teacher's text tower cannot tell apart or
+    cannot take whole."""
     if teacher.text is not None:
         words = tokenizer.load(teacher.text.tokenizer, teacher.text.context_length)
         tokenizer.check_class_names(words, classes, templates, teacher.text.context_length)
 
 
 def folded(teacher: Teacher) -> nn.Module | None:
-    """The teacher's tower as it is run: batch norms merged, channels last; None where it has none."""
+    """The teacher's tower as it is run: batch norms merged, channels last; None where it has
+    none."""
     if teacher.tower is None:
         return None
     size = teacher.preprocess.size

@@ -1,8 +1,10 @@
-"""An assembled teacher: ImageNet classifier + sentence encoder = zero-shot dual encoder, without a CLIP and a hub.
+"""An assembled teacher: ImageNet classifier + sentence encoder = zero-shot dual encoder, without a
+CLIP and a hub.
 
-ConSE (Norouzi et al. 2014): an image's feature is the mean of the class names' text embeddings, weighted by the
-classifier's softmax. It knows only what lies between ImageNet's classes; stage 1 (`distill/adapt.py`) gives it the
-domain. Wherever its figures are reported it is called what it is: not CLIP.
+ConSE (Norouzi et al. 2014): an image's feature is the mean of the class names' text embeddings,
+weighted by the classifier's softmax. It knows only what lies between ImageNet's classes; stage 1
+(`distill/adapt.py`) gives it the domain. Wherever its figures are reported it is called what it is:
+not CLIP.
 """
 
 import torch
@@ -17,7 +19,8 @@ from edgeclip.host.teachers import Teacher, TextTower, sentence
 from edgeclip.host.towers import weights
 
 ANCHORS = "all synonyms, centered"
-"""Part of the teacher's identity: change it with the anchors, or an old cache is taken for a new one."""
+"""Part of the teacher's identity: change it with the anchors, or an old cache is taken for a new
+one."""
 
 
 class ConseTower(nn.Module):

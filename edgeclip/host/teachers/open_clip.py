@@ -1,4 +1,5 @@
-"""An open_clip model as a teacher, and its text tower in a form that exports and runs without torch."""
+"""An open_clip model as a teacher, and its text tower in a form that exports and runs without
+torch."""
 
 import json
 from collections.abc import Callable
@@ -65,7 +66,8 @@ def load(spec: OpenClip) -> Teacher:
 
 
 def encoder(text: TextTower) -> Callable[[list[str]], Float[Tensor, "N D"]]:
-    """A function from texts to unit features; a text that is longer than the tower's context is refused."""
+    """A function from texts to unit features; a text that is longer than the tower's context is
+    refused."""
     words = tokenizer.load(text.tokenizer, text.context_length)
 
     @torch.inference_mode()
@@ -90,9 +92,11 @@ def _text_tower(model: nn.Module, spec: OpenClip) -> TextTower:
 
 
 def clip_tokenizer_json(model: str) -> str:
-    """open_clip's byte-pair tokenizer as a tokenizer.json; ids are equal (`tests/test_tokenizer.py`).
+    """open_clip's byte-pair tokenizer as a tokenizer.json; ids are equal
+    (`tests/test_tokenizer.py`).
 
-    Its text cleaning (ftfy, HTML entities) stays on the host side of the contract: labels are taken as they are typed.
+    Its text cleaning (ftfy, HTML entities) stays on the host side of the contract: labels are taken
+    as they are typed.
     """
     import open_clip
     from open_clip.tokenizer import SimpleTokenizer

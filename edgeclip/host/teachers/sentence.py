@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2, the sentence encoder that pip brings, as one exportable module.
 
-BERT's six post-norm layers are torch's own `TransformerEncoder`, so the checkpoint's tensors are only renamed.
-Padding is masked with a finite -1e4, not -inf: it must survive fp16 and int8.
+BERT's six post-norm layers are torch's own `TransformerEncoder`, so the checkpoint's tensors are
+only renamed. Padding is masked with a finite -1e4, not -inf: it must survive fp16 and int8.
 """
 
 import io

@@ -1,7 +1,9 @@
-"""Merge what inference does not need apart: re-parameterizable branches, batch norms into what precedes them, and the
-padding that TF-style convolutions compute from their input's size, which is a constant here.
+"""Merge what inference does not need apart: re-parameterizable branches, batch norms into what
+precedes them, and the padding that TF-style convolutions compute from their input's size, which is
+a constant here.
 
-The folded model is another model until it is shown to be the same one, so `fold` compares both before it returns.
+The folded model is another model until it is shown to be the same one, so `fold` compares both
+before it returns.
 """
 
 import torch
@@ -14,7 +16,8 @@ MAX_RELATIVE_ERROR = 1e-4
 
 @torch.no_grad()  # not inference mode: a folded student may be trained on
 def fold(module: nn.Module, example: torch.Tensor) -> nn.Module:
-    """A folded copy of `module` in eval mode; raises `AssertionError` where it does not compute the same.
+    """A folded copy of `module` in eval mode; raises `AssertionError` where it does not compute the
+    same.
 
     example: an input [B, ...] of the module, B at least 1.
     """

@@ -1,12 +1,15 @@
-"""Weight inheritance: a ViT student starts from the weights of a larger ViT (TinyCLIP, arXiv 2309.12314, manual form).
+"""Weight inheritance: a ViT student starts from the weights of a larger ViT (TinyCLIP, arXiv
+2309.12314, manual form).
 
-Student layer i takes teacher layer i * (L_t // L_s), and every tensor takes the leading slice of the teacher's. Of the
-attention that keeps the leading heads, because the query, key and value projections lie stacked in one tensor and each
-of the three is sliced on its own; so the width of a head must be equal on both sides. A positional embedding of
-another grid is resampled. What inherits must be of the teacher's family, timm's VisionTransformer or open_clip's.
+Student layer i takes teacher layer i * (L_t // L_s), and every tensor takes the leading slice of
+the teacher's. Of the attention that keeps the leading heads, because the query, key and value
+projections lie stacked in one tensor and each of the three is sliced on its own; so the width of a
+head must be equal on both sides. A positional embedding of another grid is resampled. What inherits
+must be of the teacher's family, timm's VisionTransformer or open_clip's.
 
-Slicing keeps the function only where the cut channels carried nothing, LayerNorm's mean and variance included: it is a
-start, not a smaller copy. TinyCLIP reports training 1.4 to 7.8 times faster from it.
+Slicing keeps the function only where the cut channels carried nothing, LayerNorm's mean and
+variance included: it is a start, not a smaller copy. TinyCLIP reports training 1.4 to 7.8 times
+faster from it.
 """
 
 import math
@@ -35,7 +38,8 @@ class ViT(NamedTuple):
 
 
 def vision_transformer(tower: nn.Module, where: str) -> ViT:
-    """The ViT in an image tower. Raises `EdgeclipError` where there is none, or one of an unusual kind."""
+    """The ViT in an image tower. Raises `EdgeclipError` where there is none, or one of an unusual
+    kind."""
     import open_clip
     import timm
 
@@ -69,7 +73,8 @@ def vision_transformer(tower: nn.Module, where: str) -> ViT:
 
 
 def inherit_from(student: nn.Module, teacher: nn.Module) -> None:
-    """Gives the student tower the teacher tower's weights, in place. Raises `EdgeclipError` where they do not fit."""
+    """Gives the student tower the teacher tower's weights, in place. Raises `EdgeclipError` where
+    they do not fit."""
     own, larger = (
         vision_transformer(student, "student.tower"),
         vision_transformer(teacher, "student.inherit"),
@@ -95,8 +100,8 @@ def inherit_from(student: nn.Module, teacher: nn.Module) -> None:
 def inherit(student: State, teacher: State, blocks: str, prefix_tokens: int) -> State:
     """The teacher's weights in the student's names and shapes; of `student` only those are read.
 
-    blocks: prefix of the layers' names, for example `transformer.resblocks`. Raises `EdgeclipError` for a tensor that
-    the teacher lacks or has smaller, and for another patch size.
+    blocks: prefix of the layers' names, for example `transformer.resblocks`. Raises `EdgeclipError`
+    for a tensor that the teacher lacks or has smaller, and for another patch size.
     """
     stride = _depth(teacher, blocks) // _depth(student, blocks)
     if not stride:
@@ -139,7 +144,8 @@ def inherit(student: State, teacher: State, blocks: str, prefix_tokens: int) -> 
 def resample(
     positions: Float[Tensor, "*one L W"], length: int, prefix_tokens: int
 ) -> Float[Tensor, "*one M W"]:
-    """A positional embedding of `length` rows: its square grid of patches is interpolated, the prefix rows stay."""
+    """A positional embedding of `length` rows: its square grid of patches is interpolated, the
+    prefix rows stay."""
     if positions.shape[-2] == length:
         return positions
     prefix, grid = positions.reshape(-1, positions.shape[-1]).tensor_split([prefix_tokens])

@@ -1,8 +1,10 @@
-"""Learnable prompt tokens in a frozen transformer: deep, independent visual and text prompts, as in PromptSRC.
+"""Learnable prompt tokens in a frozen transformer: deep, independent visual and text prompts, as in
+PromptSRC.
 
-At each of the first `depth` blocks, `length` learnable tokens take part in the attention; a block's prompts replace
-what became of the block's before, later blocks carry the last ones on. The tower's own weights and code are used as
-they are, so that with length 0 the wrapped tower computes the library's result bit for bit (`tests/test_prompts.py`).
+At each of the first `depth` blocks, `length` learnable tokens take part in the attention; a block's
+prompts replace what became of the block's before, later blocks carry the last ones on. The tower's
+own weights and code are used as they are, so that with length 0 the wrapped tower computes the
+library's result bit for bit (`tests/test_prompts.py`).
 
     image   [class | patches | prompts]           the first block's pass the tower's input norm, as its tokens do
     text    [start | prompts | words . end]       the first block's get positions, as the words they stand for do
@@ -75,9 +77,11 @@ def _embed_timm(vit: nn.Module, pixels: Tensor) -> Tensor:
 
 
 class PromptedTower(nn.Module):
-    """A ViT image tower with prompts [depth, length, W]: pixels [B, 3, H, W] to features [B, D], not normalized.
+    """A ViT image tower with prompts [depth, length, W]: pixels [B, 3, H, W] to features [B, D],
+    not normalized.
 
-    Raises `EdgeclipError` for a tower that is no ViT of open_clip or timm, or has fewer than `depth` blocks.
+    Raises `EdgeclipError` for a tower that is no ViT of open_clip or timm, or has fewer than
+    `depth` blocks.
     """
 
     def __init__(self, vit: nn.Module, length: int, depth: int):
@@ -102,10 +106,12 @@ class PromptedTower(nn.Module):
 
 
 class PromptedText(nn.Module):
-    """open_clip's text tower with prompts [depth, length, W]: input_ids [N, L - length] to unit features [N, D].
+    """open_clip's text tower with prompts [depth, length, W]: input_ids [N, L - length] to unit
+    features [N, D].
 
-    The ids are those of the words alone: the prompts are put in behind the start token here. `init_ids` [I]: tokens
-    whose embeddings the first block's prompts start from; those beyond I, and all of the later blocks', are random.
+    The ids are those of the words alone: the prompts are put in behind the start token here.
+    `init_ids` [I]: tokens whose embeddings the first block's prompts start from; those beyond I,
+    and all of the later blocks', are random.
 
     Raises `EdgeclipError` for a tower that is not CLIP's, or has fewer than `depth` blocks.
     """
@@ -158,7 +164,8 @@ class PromptedText(nn.Module):
         return F.normalize(x, dim=-1)
 
     def without_padding(self, input_ids: Int[Tensor, "N M"]) -> Int[Tensor, "N _"]:
-        """The ids up to the longest text's end where nothing behind it matters, which saves most of the work; else all."""
+        """The ids up to the longest text's end where nothing behind it matters, which saves most of
+        the work; else all."""
         if getattr(self.model, "text", self.model).attn_mask is None or self.pool not in (
             "argmax",
             "eos",

@@ -1,12 +1,14 @@
-"""Shared blocks: n unique transformer blocks stacked m times (Pea-KD's shuffled parameter sharing, arXiv 2009.14822).
+"""Shared blocks: n unique transformer blocks stacked m times (Pea-KD's shuffled parameter sharing,
+arXiv 2009.14822).
 
-The depth of n * m blocks at the weights of n. When shuffled, query and key projections change places in every repeated
-pass, so that the passes differ: their attention logits are each other's transpose. (What Pea-KD itself shuffles was not
-read; swapping query and key is the common reading.)
+The depth of n * m blocks at the weights of n. When shuffled, query and key projections change
+places in every repeated pass, so that the passes differ: their attention logits are each other's
+transpose. (What Pea-KD itself shuffles was not read; swapping query and key is the common reading.)
 
-`fold` unrolls them before a graph is traced. The unrolled passes read one copy of every weight; only the exchanged
-query-key-value weights are a second copy, 3 W^2 + 3 W numbers a block, which all repeated passes share. ViT-Tiny's graph
-is 22.0 MB with 12 blocks of its own, 11.3 MB with 6 passed twice, 14.0 MB when shuffled (int8: 5.8, 3.1, 3.7 MB).
+`fold` unrolls them before a graph is traced. The unrolled passes read one copy of every weight;
+only the exchanged query-key-value weights are a second copy, 3 W^2 + 3 W numbers a block, which all
+repeated passes share. ViT-Tiny's graph is 22.0 MB with 12 blocks of its own, 11.3 MB with 6 passed
+twice, 14.0 MB when shuffled (int8: 5.8, 3.1, 3.7 MB).
 """
 
 import copy
@@ -46,7 +48,8 @@ class SharedBlocks(nn.Module):
         return tokens
 
     def fuse(self) -> nn.Sequential:
-        """The same passes as plain blocks, which a tracer takes; timm's re-parameterization, and so `fold`, asks for it."""
+        """The same passes as plain blocks, which a tracer takes; timm's re-parameterization, and so
+        `fold`, asks for it."""
         repeated = (
             [_exchanged(block) for block in self.unique] if self.shuffle else list(self.unique)
         )
@@ -86,7 +89,8 @@ def _exchanged(block: nn.Module) -> nn.Module:
 
 
 def share(tower: nn.Module, spec: R.Share) -> None:
-    """Puts shared blocks into a ViT tower, in place; block i is the tower's block i * (depth // blocks).
+    """Puts shared blocks into a ViT tower, in place; block i is the tower's block i * (depth //
+    blocks).
 
     Raises `EdgeclipError` for a tower that is no ViT or has fewer blocks than are asked for.
     """

