@@ -104,7 +104,7 @@ def require_board() -> None:
 def this_machine() -> dict[str, Any]:
     """Return what is stated with every figure; the load is that before the work began, other people's jobs included."""
     here = machine.facts()
-    facts = {k: here[k] for k in ("cpu", "cores", "isa", "os", "python")}
+    facts = {k: getattr(here, k) for k in ("cpu", "cores", "isa", "os", "python")}
     return facts | {"load_average": round(os.getloadavg()[0], 2)}
 
 

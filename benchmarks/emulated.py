@@ -26,7 +26,9 @@ import numpy as np
 from edgeclip.boards.board import Board
 from edgeclip.device import profile as D
 from edgeclip.device.bundle import Bundle
-from edgeclip.device.validate import Evaluation, Observed, decide, load_evaluation
+from edgeclip.device.evaluation import Evaluation, decide, load_evaluation
+from edgeclip.device.machine import Facts
+from edgeclip.device.validate import Observed
 from edgeclip.errors import EdgeclipError
 
 VERSION = "onnxruntime==1.26.0"
@@ -37,7 +39,7 @@ TARGETS = ("onnx-fp32", "onnx-int8-arm")
 
 def observed(
     name: str, cpu: str | None, bundles: list[Bundle], evaluation: Evaluation | None
-) -> tuple[list[Observed], dict[str, Any]]:
+) -> tuple[list[Observed], Facts]:
     _, device = D.load(name)
     device = msgspec.structs.replace(
         device, packages=(VERSION,), reach=msgspec.structs.replace(device.reach, emulate=cpu)
@@ -62,14 +64,14 @@ def measure(run: Path, options: Any) -> None:
         fa, fb = a.arrays["features_all"], b.arrays["features_all"]
         assert (
             fa.shape == fb.shape == (n, bundle.manifest.embed_dim)
-            and a.facts["ran"]["version"] == b.facts["ran"]["version"] == VERSION.split("==")[1]
+            and a.ran.version == b.ran.version == VERSION.split("==")[1]
         )
         cosine = (
             (fa.astype(np.float64) * fb).sum(axis=1)
             / np.linalg.norm(fa.astype(np.float64), axis=1)
             / np.linalg.norm(fb.astype(np.float64), axis=1)
         )
-        margin = np.concatenate([m for _, _, m in decide(bundle, evaluation, fa)])
+        margin = decide(bundle, evaluation, fa).lead
         unlike = a.arrays["answers"] != b.arrays["answers"]
         figures[name] = {
             "photos": n, "cosine_min": float(cosine.min()), "largest_difference": float(np.abs(fa - fb).max()), "identical_photos": int((fa == fb).all(axis=1).sum()),
@@ -100,7 +102,7 @@ def measure(run: Path, options: Any) -> None:
         ),
         compare.exact(
             "dot-product seen on cortex-a76, not on cortex-a72",
-            float("asimddp" in facts["isa"] and "asimddp" not in without["isa"]),
+            float("asimddp" in facts.isa and "asimddp" not in without.isa),
             at_least=1,
         ),
     ]
@@ -108,7 +110,7 @@ def measure(run: Path, options: Any) -> None:
         {
             "benchmark": "emulated",
             "bundles": figures,
-            "isa": {"cortex-a76": facts["isa"], "cortex-a72": without["isa"]},
+            "isa": {"cortex-a76": facts.isa, "cortex-a72": without.isa},
         },
         required,
         here,

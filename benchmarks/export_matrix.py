@@ -175,7 +175,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         row["int8_layers"] = len(products)
         row["int8_cosine"] = cosine(
             open_session("onnxruntime", paths["onnx-int8"], 1).run(x[:3]), expected
-        )["raw_min"]
+        ).raw_min
         for n, ms in zip(
             ("float", "onnx-int8"),
             latencies_ms([paths["float"], paths["onnx-int8"]], x[:1], rounds),

@@ -22,12 +22,13 @@ from edgeclip.boards import runner
 from edgeclip.boards.board import Board
 from edgeclip.device import profile as D
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.machine import Facts
 
 RUNS = {"whole": 7, "quick": 7, "smoke": 1}
 PLATFORMS = {
-    "Debian 12 aarch64 (Raspberry Pi OS)": {"arch": "aarch64", "python": "3.11.2", "glibc": "2.36"},
-    "JetPack 6 aarch64": {"arch": "aarch64", "python": "3.10.12", "glibc": "2.35"},
-    "Debian 12 x86-64": {"arch": "x86_64", "python": "3.11.2", "glibc": "2.36"},
+    "Debian 12 aarch64 (Raspberry Pi OS)": Facts("aarch64", "3.11.2", "Debian", glibc="2.36"),
+    "JetPack 6 aarch64": Facts("aarch64", "3.10.12", "Ubuntu", glibc="2.35"),
+    "Debian 12 x86-64": Facts("x86_64", "3.11.2", "Debian", glibc="2.36"),
 }
 HERE = "Debian 12 x86-64"
 CODE = {

@@ -263,10 +263,10 @@ def student(name: str) -> Any:
 def measure(
     name: str, photos: list[Any] | None, options: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    from edgeclip.device.evaluation import decide, load_evaluation
     from edgeclip.device.images import index_tar, read
     from edgeclip.device.metrics import cosine
     from edgeclip.device.preprocess import normalize, open_image, to_pixels
-    from edgeclip.device.validate import decide, load_evaluation
     from edgeclip.device.zero_shot import class_scores
 
     label, source = Path(name).name, student(name)
@@ -323,20 +323,13 @@ def measure(
                             else None
                         )
                         right = (
-                            np.concatenate(
-                                [
-                                    hit
-                                    for _, hit, _ in decide(
-                                        source, evaluation, of(ask[e], "scored")
-                                    )
-                                ]
-                            ).mean()
+                            decide(source, evaluation, of(ask[e], "scored")).right.mean()
                             if evaluation
                             else None
                         )
                         figures[e] = {
                             "bytes": size,
-                            "centered_cosine_p1": cosine(features, reference)["centered_p1"],
+                            "centered_cosine_p1": cosine(features, reference).centered_p1,
                             "top1_agreement": same,
                         }
                         figures[e]["accuracy"] = None if right is None else float(right)

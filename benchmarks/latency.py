@@ -68,7 +68,7 @@ def bundled(run: Path, name: str) -> tuple[Callable[[], Any], str]:
 
     bundle = Bundle.load(run / "bundles" / name, threads=1)
     x, session = normalize(image(run), bundle.preprocess), bundle.image_encoder
-    return lambda: session.run(x), f"{session.facts['runtime']} {session.facts['version']}"
+    return lambda: session.run(x), f"{session.facts.runtime} {session.facts.version}"
 
 
 def image(run: Path) -> Any:

@@ -19,6 +19,7 @@ import compare
 
 from edgeclip import disk
 from edgeclip.device.metrics import paired_drop
+from edgeclip.device.records import to_json
 
 
 def counted(name: str, target: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def counted(name: str, target: str, reports: list[dict[str, Any]]) -> dict[str, 
         "images": n,
         "float32_r1": right / n,
         "target_r1": (right - lost + won) / n,
-        **drop,
+        **to_json(drop),
         "kept": 1 - lost / right,
     }
 

@@ -21,6 +21,12 @@ from edgeclip.errors import EdgeclipError
 MANIFEST = "manifest.json"
 
 
+def cache_folder() -> Path:
+    """Return the user's cache folder for edgeclip: below XDG_CACHE_HOME, or ~/.cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "edgeclip"
+
+
 def edges(path: Path) -> str:
     """sha256 of a file's first and last 64 KiB: tells large ones apart without reading them."""
     edge = 2**16

@@ -79,7 +79,8 @@ def look(request: Request) -> dict[str, Any]:
     """Runs the host's machine.py in the Python that the runner will have: its `facts` and `state`."""
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
     source = (
-        request["source"] + "\nimport json, sys\nprint(json.dumps([facts(), state(sys.argv[1])]))\n"
+        request["source"]
+        + "\nimport json, sys\nprint(json.dumps([vars(facts()), vars(state(sys.argv[1]))]))\n"
     )
     done = subprocess.run(
         [*request["python"], "-", folder], input=source.encode(), capture_output=True

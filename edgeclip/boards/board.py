@@ -25,13 +25,21 @@ from edgeclip import disk
 from edgeclip.boards import loopback, runner
 from edgeclip.boards import preflight as P
 from edgeclip.boards.link import AGAIN, Link, connect
-from edgeclip.device import energy
+from edgeclip.device import energy, machine
 from edgeclip.device.bench import over_budget
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.evaluation import Evaluation
 from edgeclip.device.profile import Device, Minimum, Reach
-from edgeclip.device.records import PreflightRow
+from edgeclip.device.records import (
+    BenchReport,
+    EnergyMarks,
+    ParityReport,
+    PreflightRow,
+    SelftestReport,
+    from_json,
+)
 from edgeclip.device.runtime import engine
-from edgeclip.device.validate import Evaluation, Observed, judge
+from edgeclip.device.validate import Observed, from_answer, judge
 from edgeclip.errors import EdgeclipError, LinkLost
 from edgeclip.progress import say
 
@@ -103,7 +111,7 @@ class Board:
             if (
                 self.folder == Reach().folder
             ):  # the user's own machine: two such devices must not share one
-                self.folder = str((self.cache or runner.cache_folder()) / self.name)
+                self.folder = str((self.cache or disk.cache_folder()) / self.name)
             self.options = self.options or await self.exits.enter_async_context(
                 loopback.sshd(self.name)
             )
@@ -121,7 +129,9 @@ class Board:
         answer, _ = await self.link.ask(
             "look", folder=self.folder, source=source, python=list(self.python)
         )
-        self.folder, self.facts, self.state = answer["folder"], answer["facts"], answer["state"]
+        self.folder = answer["folder"]
+        self.facts = msgspec.convert(answer["facts"], machine.Facts)
+        self.state = msgspec.convert(answer["state"], machine.State)
         self.host_time = time.time()
 
     # --- before
@@ -208,7 +218,7 @@ class Board:
 
     # --- the verbs
 
-    def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> dict[str, Any]:
+    def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> ParityReport:
         return judge(bundle, evaluation, self.observe(bundle, evaluation), self.facts)
 
     def observe(self, bundle: Bundle, evaluation: Evaluation | None) -> Observed:
@@ -217,9 +227,9 @@ class Board:
             "validate", bundle, images=len(evaluation.chosen) if evaluation else None
         )
         with np.load(io.BytesIO(payload), allow_pickle=False) as z:
-            return Observed(facts, {k: z[k] for k in z.files})
+            return from_answer(facts, {k: z[k] for k in z.files}, self.name)
 
-    def bench(self, bundle: Bundle, load: Load) -> dict[str, Any]:
+    def bench(self, bundle: Bundle, load: Load) -> BenchReport:
         """Return the bench report; a power meter is read by the host, on the host's clock."""
         meter_csv = load.meter_csv
         before = None
@@ -231,18 +241,31 @@ class Board:
             "minutes": load.minutes,
             "metered": meter_csv is not None,
         }
-        report = self._run("bench", bundle, **work)[0]
-        if meter_csv and before and report["energy"]:
-            marks, unread = report.pop("energy"), []
-            try:
-                report["energy"] = energy.by_the_hosts_meter(meter_csv, marks, before, self.clock())
-            except LinkLost:
-                raise
-            except EdgeclipError as e:
-                report["energy"], unread = None, [f"energy not measured: {e}"]
-            report["energy_mj_per_image"] = (report["energy"] or {}).get("mj_per_image")
-            report["failures"] = unread + over_budget(report, self.device)
-        return report
+        answer, _ = self._run("bench", bundle, **work)
+        report = from_json(answer, BenchReport, self.name)
+        if meter_csv is None or before is None or report.marks is None:
+            return report
+        return self._metered(report, report.marks, meter_csv, before)
+
+    def _metered(
+        self, report: BenchReport, marks: EnergyMarks, meter_csv: Path, before: tuple[float, float]
+    ) -> BenchReport:
+        """Return the report with the energy by the host's meter."""
+        after = self.clock()
+        measured = None
+        unread = []
+        try:
+            measured = energy.by_the_hosts_meter(meter_csv, marks, before, after)
+        except EdgeclipError as e:
+            unread = [f"energy not measured: {e}"]
+        report = msgspec.structs.replace(
+            report,
+            marks=None,
+            energy=measured,
+            energy_mj_per_image=measured.mj_per_image if measured else None,
+        )
+        failures = unread + over_budget(report, self.device)
+        return msgspec.structs.replace(report, failures=failures)
 
     def clock(self) -> tuple[float, float]:
         """(the board's clock less this one's, half-width), seconds: the middle of the quickest of some round trips. What came back
@@ -256,8 +279,9 @@ class Board:
         half, offset = min(trips)
         return offset, half
 
-    def selftest(self, bundle: Bundle) -> dict[str, Any]:
-        return self._run("selftest", bundle)[0]
+    def selftest(self, bundle: Bundle) -> SelftestReport:
+        answer, _ = self._run("selftest", bundle)
+        return from_json(answer, SelftestReport, self.name)
 
     def _run(self, verb: str, bundle: Bundle, **more: Any) -> tuple[dict[str, Any], bytes]:
         self._same_boot(verb)
@@ -275,9 +299,9 @@ class Board:
         )
 
     def _same_boot(self, verb: str) -> None:
-        before = self.state["boot_id"]
+        before = self.state.boot_id
         self._wait(self._look())
-        if self.state["boot_id"] != before:
+        if self.state.boot_id != before:
             what = f"it was started anew since it was looked at, before {verb}: its clocks and power mode may be others"
             raise LinkLost(self.name, what, AGAIN)
 

@@ -37,7 +37,7 @@ def doctor() -> dict[str, Any]:
         parts.append({"part": part, "version": version, "install": None if there else install})
     return {
         "edgeclip": __version__,
-        "machine": machine.facts(),
+        "machine": vars(machine.facts()),
         "parts": parts,
         **{f"{kind}s": sorted(config.shipped(kind)) for kind in config.FOLDERS},
     }

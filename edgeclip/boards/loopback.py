@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from edgeclip.boards.runner import cache_folder
+from edgeclip import disk
 from edgeclip.device.profile import Reach
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
@@ -87,7 +87,7 @@ def emulated_python(name: str, reach: Reach, cache: Path | None = None) -> tuple
     ):
         if shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
             raise EdgeclipError(name, f"needs {tool}, and there is none", f"apt install {package}")
-    root = (cache or cache_folder()) / f"arm64-{SUITE}"
+    root = (cache or disk.cache_folder()) / f"arm64-{SUITE}"
     if not root.exists():
         say(f"{name}: fetching an aarch64 Debian {SUITE} (about 400 MB in {root}, a minute)")
         temporary = root.with_name(

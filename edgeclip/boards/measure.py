@@ -13,36 +13,37 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import msgspec
 
 from edgeclip import disk
 from edgeclip.boards import preflight as P
 from edgeclip.boards.board import Board, Load
-from edgeclip.device import energy, machine
+from edgeclip.device import machine, power
 from edgeclip.device import profile as D
-from edgeclip.device.bench import SCENARIOS, incomplete
+from edgeclip.device.bench import SCENARIOS, Plan, incomplete
 from edgeclip.device.bench import bench as bench_here
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.evaluation import Evaluation, load_evaluation
+from edgeclip.device.machine import Facts
 from edgeclip.device.profile import Device, Minimum
-from edgeclip.device.records import PreflightRow, to_json
+from edgeclip.device.records import BenchReport, ParityReport, PreflightRow, SelftestReport
 from edgeclip.device.runtime import engine
 from edgeclip.device.selftest import selftest as selftest_here
-from edgeclip.device.validate import Evaluation, load_evaluation
 from edgeclip.device.validate import validate as validate_here
 from edgeclip.errors import EdgeclipError, LinkLost
 from edgeclip.progress import say
 from edgeclip.reports import store
 from edgeclip.reports.engines import validated
 
-Report = dict[str, Any]
-
 
 @runtime_checkable
 class Measurer(Protocol):
     """A device that is ready to be measured: `Here`, or a `Board`."""
 
-    facts: dict[str, Any]
-    """machine.facts() of the device"""
+    facts: Facts
+    """what the device is"""
 
     def preflight(self, bundles: list[Bundle], evaluation: Evaluation | None) -> list[PreflightRow]:
         """Return the checks of the device's state as of now."""
@@ -55,13 +56,13 @@ class Measurer(Protocol):
         verb: "validate", "bench" or "selftest". Returns the preflight's rows; [] where none ran.
         """
 
-    def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> Report:
+    def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> ParityReport:
         """Return the parity report."""
 
-    def bench(self, bundle: Bundle, load: Load) -> Report:
+    def bench(self, bundle: Bundle, load: Load) -> BenchReport:
         """Return the bench report."""
 
-    def selftest(self, bundle: Bundle) -> Report:
+    def selftest(self, bundle: Bundle) -> SelftestReport:
         """Return the self-test's report."""
 
 
@@ -103,16 +104,16 @@ class Here:
         P.require(self.name, rows)
         return rows
 
-    def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> Report:
+    def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> ParityReport:
         return validate_here(bundle, evaluation, self.facts)
 
-    def bench(self, bundle: Bundle, load: Load) -> Report:
+    def bench(self, bundle: Bundle, load: Load) -> BenchReport:
         images = None
         if self.evaluation is not None:
             images = self.evaluation.folder
-        return bench_here(bundle, self.device, self.facts, images, *load)
+        return bench_here(bundle, self.device, self.facts, images, Plan(*load))
 
-    def selftest(self, bundle: Bundle) -> Report:
+    def selftest(self, bundle: Bundle) -> SelftestReport:
         return selftest_here(bundle, self.device)
 
 
@@ -227,7 +228,7 @@ def _minimum(chosen: Chosen) -> Minimum:
 # --- the commands
 
 
-def validate(selection: Selection, images: int | None = None) -> list[Report]:
+def validate(selection: Selection, images: int | None = None) -> list[ParityReport]:
     """Return the parity report of each bundle, and keep it with the run.
 
     images: validate on a fixed random subset of so many; None: on all.
@@ -246,8 +247,8 @@ def validate(selection: Selection, images: int | None = None) -> list[Report]:
 class Benched(NamedTuple):
     """The reports of one device, in the order of its bundles."""
 
-    reports: list[Report]
-    parities: list[Report | None]
+    reports: list[BenchReport]
+    parities: list[ParityReport | None]
     """the parity report that counts for each; None: not validated there"""
 
 
@@ -262,7 +263,7 @@ def bench(
     minutes: of sustained load besides. meter_csv: a power meter's file, in place of the rails.
     """
     if meter_csv is not None:
-        energy.meter(meter_csv)  # is it readable? before hours of measurement
+        power.meter(meter_csv)  # is it readable? before hours of measurement
     chosen = choose(selection)
     evaluation = _evaluation(chosen.run)
     load = Load(_minimum(chosen), scenarios, minutes, meter_csv)
@@ -271,25 +272,27 @@ def bench(
         rows = measurer.prepare(chosen.bundles, evaluation, "bench")
         for bundle in chosen.bundles:
             report = _bench_one(measurer, chosen, bundle, load)
-            report = {**report, "preflight": to_json(rows)}
+            report = msgspec.structs.replace(report, preflight=rows)
             parity = _parity(measurer, chosen, bundle, evaluation, report)
-            if "engine" in report["ran"] and parity is not None and parity["verdict"] == "fail":
-                report["failures"] += [f"parity of this engine: {f}" for f in parity["failures"]]
+            if report.ran.engine is not None and parity is not None and parity.verdict == "fail":
+                of_engine = [f"parity of this engine: {f}" for f in parity.failures]
+                failures = [*report.failures, *of_engine]
+                report = msgspec.structs.replace(report, failures=failures)
             out.reports.append(store.write(report, chosen.name, chosen.run, bundle))
             out.parities.append(parity)
     return out
 
 
-def _bench_one(measurer: Measurer, chosen: Chosen, bundle: Bundle, load: Load) -> Report:
+def _bench_one(measurer: Measurer, chosen: Chosen, bundle: Bundle, load: Load) -> BenchReport:
     """One bundle's bench report, joined with what an earlier one of it measured.
 
     When the link breaks, a report that says so is kept, unless there is a whole one already.
     """
-    earlier = store.read(chosen.run, bundle, chosen.name, "bench")
+    earlier = store.read(chosen.run, bundle, chosen.name, BenchReport)
     try:
         report = measurer.bench(bundle, load)
     except LinkLost as e:
-        if earlier is None or "incomplete" in earlier:
+        if earlier is None or earlier.incomplete is not None:
             broken = incomplete(bundle, measurer.facts, load.minimum, str(e))
             store.write(broken, chosen.name, chosen.run, bundle)
         raise
@@ -303,21 +306,21 @@ def _parity(
     chosen: Chosen,
     bundle: Bundle,
     evaluation: Evaluation | None,
-    report: Report,
-) -> Report | None:
+    report: BenchReport,
+) -> ParityReport | None:
     """The parity report that counts for a benchmark.
 
     An engine is built on the device, so its benchmark counts only once it is known to answer right:
     where the very engine that ran was not validated yet, it is validated now.
     """
-    parity = store.read(chosen.run, bundle, chosen.name, "parity")
-    if "engine" not in report["ran"] or validated(parity, report):
+    parity = store.read(chosen.run, bundle, chosen.name, ParityReport)
+    if report.ran.engine is None or validated(parity, report):
         return parity
     fresh = measurer.validate(bundle, evaluation)
     return store.write(fresh, chosen.name, chosen.run, bundle)
 
 
-def selftest(selection: Selection) -> list[Report]:
+def selftest(selection: Selection) -> list[SelftestReport]:
     """Return the self-test's report of each bundle."""
     chosen = choose(selection)
     with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
@@ -330,7 +333,7 @@ class Preflight(NamedTuple):
 
     name: str
     remote: bool
-    facts: dict[str, Any]
+    facts: Facts
     rows: list[PreflightRow]
 
 

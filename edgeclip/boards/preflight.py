@@ -5,9 +5,9 @@ beside the figures, which then hold for this state of the board alone: an unpinn
 Jetson Nano's p99 from 148 to 9.4 ms. What cannot be read is a warning too.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from edgeclip.device.machine import COUNTERS
+from edgeclip.device.machine import COUNTERS, Facts, State
 from edgeclip.device.profile import Device, differences
 from edgeclip.device.records import PreflightRow
 from edgeclip.errors import EdgeclipError
@@ -45,8 +45,8 @@ class Needs(NamedTuple):
 
 def preflight(
     device: Device,
-    facts: dict[str, Any],
-    state: dict[str, Any],
+    facts: Facts,
+    state: State,
     needs: Needs,
     host_time: float,
 ) -> list[PreflightRow]:
@@ -97,95 +97,97 @@ def _row(
     return PreflightRow(check, otherwise, str(found), need)
 
 
-def _board(device: Device, facts: dict[str, Any]) -> PreflightRow:
+def _board(device: Device, facts: Facts) -> PreflightRow:
     wrong = differences(device, facts)
     if wrong:
         return PreflightRow("board", "fail", "; ".join(wrong), "the profile's")
-    found = facts["device_tree_model"] or facts["cpu"]
+    found = facts.device_tree_model or facts.cpu
     return _row("board", True, found or "unknown", "the profile's")
 
 
-def _processor(device: Device, facts: dict[str, Any]) -> list[PreflightRow]:
+def _processor(device: Device, facts: Facts) -> list[PreflightRow]:
     """A row for an emulated processor; none for a real one."""
-    if not (device.reach.emulate or facts["emulated"]):
+    if not (device.reach.emulate or facts.emulated):
         return []
     found = f"emulated ({device.reach.emulate or 'qemu-user'})"
     return [PreflightRow("processor", "warn", found, "a real one: its timings will be refused")]
 
 
-def _python(facts: dict[str, Any]) -> PreflightRow:
-    version = tuple(int(part) for part in facts["python"].split(".")[:2])
-    return _row("python", version >= OLDEST, facts["python"], "3.10 or newer", "fail")
+def _python(facts: Facts) -> PreflightRow:
+    version = tuple(int(part) for part in facts.python.split(".")[:2])
+    return _row("python", version >= OLDEST, facts.python, "3.10 or newer", "fail")
 
 
-def _disk(state: dict[str, Any], needs: Needs) -> PreflightRow:
-    free = state["free_disk_mib"]
+def _disk(state: State, needs: Needs) -> PreflightRow:
+    free = state.free_disk_mib
     return _row("free disk", free >= needs.mib, f"{free} MiB", f"{needs.mib:.0f} MiB", "fail")
 
 
-def _memory(state: dict[str, Any], needs: Needs) -> PreflightRow:
+def _memory(state: State, needs: Needs) -> PreflightRow:
     least = RUN_MIB
     if needs.builds:
         least = BUILD_MIB
     need = f"{least} MiB with swap"
-    free, swap = state["available_mib"], state["swap_mib"] or 0
+    free, swap = state.available_mib, state.swap_mib or 0
     if free is None:
         return _row("memory", None, None, need)
     return _row("memory", free + swap >= least, f"{free} MiB free, {swap} MiB swap", need, "fail")
 
 
-def _jetpack(state: dict[str, Any], needs: Needs) -> list[PreflightRow]:
+def _jetpack(state: State, needs: Needs) -> list[PreflightRow]:
     """Versions of what JetPack brings, and the power mode. Engines cannot run without TensorRT."""
     rows = []
     for name in ("l4t", "jetpack", "tensorrt", "cuda"):
         otherwise: Literal["warn", "fail"] = "warn"
         if needs.engines and name == "tensorrt":
             otherwise = "fail"
-        rows.append(_row(name, state[name] is not None, state[name], "any", otherwise))
-    mode = state["power_mode"]
+        rows.append(
+            _row(name, getattr(state, name) is not None, getattr(state, name), "any", otherwise)
+        )
+    mode = state.power_mode
     rows.append(_row("power mode", mode is not None, mode, "known (nvpmodel -q)"))
     return rows
 
 
-def _clocks(state: dict[str, Any]) -> PreflightRow:
-    locked = state["clocks_locked"]
+def _clocks(state: State) -> PreflightRow:
+    locked = state.clocks_locked
     word = "free"
     if locked:
         word = "locked"
-    governors = ", ".join(state["governors"] or ["unknown"])
+    governors = ", ".join(state.governors or ["unknown"])
     need = "locked (jetson_clocks, or governor performance and equal limits)"
     return _row("clocks", locked, f"{word}, governor {governors}", need)
 
 
-def _temperature(state: dict[str, Any]) -> PreflightRow:
-    critical = state["critical_c"] or HOT_C + MARGIN_C
+def _temperature(state: State) -> PreflightRow:
+    critical = state.critical_c or HOT_C + MARGIN_C
     limit = min(HOT_C, critical - MARGIN_C)
     need = f"at most {limit:.0f} C"
-    temperature = state["temperature_c"]
+    temperature = state.temperature_c
     if temperature is None:
         return _row("temperature", None, None, need)
     return _row("temperature", temperature <= limit, f"{temperature:.1f} C", need)
 
 
-def _throttling(state: dict[str, Any]) -> PreflightRow:
+def _throttling(state: State) -> PreflightRow:
     """What holds a clock down now; counters since the start say nothing about now."""
-    if state["throttled"] is None:
+    if state.throttled is None:
         return _row("throttling", None, None, "none")
     slowed = {}
-    for name, value in state["throttled"].items():
+    for name, value in state.throttled.items():
         if value and not name.endswith(COUNTERS):
             slowed[name] = value
     return _row("throttling", not slowed, slowed or "none", "none")
 
 
-def _load(state: dict[str, Any]) -> PreflightRow:
-    load = state["load_average"]
+def _load(state: State) -> PreflightRow:
+    load = state.load_average
     if load is None:
         return _row("other load", None, None, f"at most {BUSY}")
     return _row("other load", load <= BUSY, load, f"at most {BUSY}")
 
 
-def _clock(state: dict[str, Any], host_time: float) -> PreflightRow:
-    skew = state["time"] - host_time
+def _clock(state: State, host_time: float) -> PreflightRow:
+    skew = state.time - host_time
     need = f"within {CLOCK_S} s of the host (reports carry the host's time)"
     return _row("clock", abs(skew) <= CLOCK_S, f"{skew:+.0f} s", need)

@@ -7,14 +7,13 @@ named by its wheels and by the text of the device layer: it is copied once, and 
 
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from edgeclip import disk
+from edgeclip.device.machine import Facts
 from edgeclip.errors import EdgeclipError
 
 PACKAGE = Path(__file__).parent.parent
@@ -25,34 +24,30 @@ GROUND = ("__init__.py", "errors.py", "disk.py", "config.py", "progress.py")
 OLDEST = (3, 10)
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "edgeclip"
-
-
 def wheels(
-    name: str, facts: dict[str, Any], packages: tuple[str, ...], cache: Path | None = None
+    name: str, facts: Facts, packages: tuple[str, ...], cache: Path | None = None
 ) -> list[Path]:
     """The wheels for a machine with these facts, fetched once. Raises `EdgeclipError` when there are none for it."""
-    version = tuple(int(x) for x in facts["python"].split(".")[:2])
+    version = tuple(int(x) for x in facts.python.split(".")[:2])
     if version < OLDEST:
         raise EdgeclipError(
             name,
-            f"its python3 is {facts['python']}, and 3.10 is the oldest that will do",
+            f"its python3 is {facts.python}, and 3.10 is the oldest that will do",
             "name a newer one in the profile's reach.python",
         )
-    if not facts["glibc"]:
+    if not facts.glibc:
         raise EdgeclipError(
             name,
             "its C library is not glibc, and there are no wheels for it",
             "use a system with glibc (Debian, Ubuntu, JetPack)",
         )
-    minor = int(facts["glibc"].split(".")[1])
-    platforms = [f"manylinux_2_{m}_{facts['arch']}" for m in range(minor, 16, -1)] + [
-        f"manylinux2014_{facts['arch']}"
+    minor = int(facts.glibc.split(".")[1])
+    platforms = [f"manylinux_2_{m}_{facts.arch}" for m in range(minor, 16, -1)] + [
+        f"manylinux2014_{facts.arch}"
     ]
     names = sorted({*NEEDS, *packages})
     asked = {"packages": names, "python": version, "platforms": platforms}
-    folder = (cache or cache_folder()) / "wheels" / disk.fingerprint(asked)[:16]
+    folder = (cache or disk.cache_folder()) / "wheels" / disk.fingerprint(asked)[:16]
     if not (folder / disk.MANIFEST).exists():
         command = [
             sys.executable,
@@ -86,7 +81,7 @@ def wheels(
                     (line for line in done.stderr.splitlines() if line.startswith("ERROR")),
                     done.stderr[-200:],
                 )
-                what = f"no wheels for {facts['arch']}, Python {facts['python']}, glibc {facts['glibc']} ({' '.join(reason.split())})"
+                what = f"no wheels for {facts.arch}, Python {facts.python}, glibc {facts.glibc} ({' '.join(reason.split())})"
                 raise EdgeclipError(
                     name, what, "look at the profile's packages, and at pip's index"
                 )

@@ -8,6 +8,7 @@ import click
 
 from edgeclip.cli.options import say
 from edgeclip.device.machine import processor
+from edgeclip.device.records import BenchReport, ParityReport, SelftestReport
 from edgeclip.reports.models import MODELS
 
 NOT_MEASURED = "not measured"
@@ -179,26 +180,26 @@ def purposes(rows: Sequence[Any]) -> None:
     table([[row.kind, row.name, row.purpose] for row in rows], ["kind", "name", "purpose"])
 
 
-def parity(reports: list[dict[str, Any]]) -> None:
+def parity(reports: list[ParityReport]) -> None:
     rows = []
     for r in reports:
         numbers: list[str | None] = [None] * 8
-        if r["accuracy"]:
-            a, c = r["accuracy"], r["cosine"]
+        if r.accuracy:
+            a, c = r.accuracy, r.cosine
             values = (
-                c["centered_p1"],
-                c["raw_p1"],
-                r["top1_agreement"],
-                r["agreement_where_right"],
-                a["reference_top1"],
-                a["bundle_top1"],
+                c.centered_p1,
+                c.raw_p1,
+                r.top1_agreement,
+                r.agreement_where_right,
+                a.reference_top1,
+                a.bundle_top1,
             )
             numbers = [
                 *(None if v is None else f"{v:.4f}" for v in values),
-                f"{a['drop_pp']:.2f}",
-                f"{a['upper_pp']:.2f}",
+                f"{a.drop_pp:.2f}",
+                f"{a.upper_pp:.2f}",
             ]
-        rows.append([r["target"], r["images"], *numbers, r["verdict"]])
+        rows.append([r.target, r.images, *numbers, r.verdict])
     table(
         rows,
         [
@@ -216,39 +217,37 @@ def parity(reports: list[dict[str, Any]]) -> None:
         ],
     )
     for r in reports:
-        for failure in r["failures"]:
-            click.echo(f"{r['target']}: {failure}")
-        if r["verdict"] == "golden images only":
+        for failure in r.failures:
+            click.echo(f"{r.target}: {failure}")
+        if r.verdict == "golden images only":
             click.echo(
-                f"{r['target']}: {r['not_compared']}: only its golden images were compared (cosine {r['golden']['cosine_min']:.4f})"
+                f"{r.target}: {r.not_compared}: only its golden images were compared (cosine {r.golden.cosine_min or 0:.4f})"
             )
-        if r["verdict"] == "too few images":
+        if r.verdict == "too few images":
             click.echo(
-                f"{r['target']}: {r['images']} images cannot exclude a drop of {r['accuracy']['upper_pp']:.2f} pp"
+                f"{r.target}: {r.images} images cannot exclude a drop of {r.accuracy.upper_pp:.2f} pp"
             )
 
 
-def bench(reports: list[dict[str, Any]]) -> None:
+def bench(reports: list[BenchReport]) -> None:
     rows = []
     for r in reports:
-        s, m, o, stages, cold = (
-            r[k] or {} for k in ("single_stream", "multi_stream", "offline", "stages", "cold_start")
-        )
-        of_stages = [stages.get(f"{k}_ms") for k in ("decode", "preprocess", "model", "head")]
-        numbers = [s.get(f"latency_ms_{k}") for k in ("p50", "p90", "p99")]
-        numbers += [
-            m.get("latency_ms_p99"),
-            o.get("images_per_second"),
-            *of_stages,
-            cold.get("process_ms"),
-            r["energy_mj_per_image"],
+        single, stages = r.single_stream, r.stages
+        of_stages = ("decode_ms", "preprocess_ms", "model_ms", "head_ms")
+        numbers = [
+            *(getattr(single, f"latency_ms_{k}", None) for k in ("p50", "p90", "p99")),
+            getattr(r.multi_stream, "latency_ms_p99", None),
+            getattr(r.offline, "images_per_second", None),
+            *(getattr(stages, k, None) for k in of_stages),
+            getattr(r.cold_start, "process_ms", None),
+            r.energy_mj_per_image,
         ]
         rows.append(
             [
-                r["target"],
+                r.target,
                 *(None if v is None else f"{v:.2f}" for v in numbers),
-                r["peak_memory_mib"],
-                f"{r['image_encoder_bytes'] / 2**20:.1f}",
+                r.peak_memory_mib,
+                f"{r.image_encoder_bytes / 2**20:.1f}",
             ]
         )
     latency = ["target", "p50 ms", "p90 ms", "p99 ms", "multi p99 ms", "offline /s"]
@@ -268,61 +267,57 @@ def bench(reports: list[dict[str, Any]]) -> None:
     )
     r = reports[0]
     isa = (
-        "unknown"
-        if r["machine"]["isa"] is None
-        else ", ".join(r["machine"]["isa"]) or "none that matters here"
+        "unknown" if r.machine.isa is None else ", ".join(r.machine.isa) or "none that matters here"
     )
     click.echo(
-        f"{r['device']}: {processor(r['machine'])}, ISA {isa}, {r['ran']['threads']} thread(s), warm-up {r['warm_up']} queries"
+        f"{r.device}: {processor(r.machine)}, ISA {isa}, {r.ran.threads} thread(s), warm-up {r.warm_up} queries"
     )
-    if any(x["short_run"] for x in reports):
+    if any(x.short_run for x in reports):
         click.echo(
-            f"short run: at least {r['min_duration_s']:g} s and {r['min_query_count']} queries, where MLPerf asks for 60 s and 1,024"
+            f"short run: at least {r.min_duration_s:g} s and {r.min_query_count} queries, where MLPerf asks for 60 s and 1,024"
         )
     for x in reports:
-        if "stored" in x["ran"]["precision"]:
-            click.echo(f"{x['target']}: {x['ran']['precision']}")
-        if e := x["energy"]:
+        if "stored" in (x.ran.precision or ""):
+            click.echo(f"{x.target}: {x.ran.precision}")
+        if e := x.energy:
             rate = (
                 "too few samples"
-                if e["rate_hz"] is None
-                else f"{e['rate_hz']:.1f} Hz, idle {e['idle_w']:.2f} W, load {e['load_w']:.2f} W"
+                if e.rate_hz is None
+                else f"{e.rate_hz:.1f} Hz, idle {e.idle_w:.2f} W, load {e.load_w:.2f} W"
             )
             half = (
                 ""
-                if e["mj_per_image"] is None
-                else f", {e['mj_per_image']:.2f} +- {e['mj_per_image_half_width']:.2f} mJ (scatter only)"
+                if e.mj_per_image is None
+                else f", {e.mj_per_image:.2f} +- {e.mj_per_image_half_width:.2f} mJ (scatter only)"
             )
             steady = {True: "steady", False: "still warming up", None: "temperature unknown"}[
-                e["steady"]
+                e.steady
             ]
-            click.echo(f"{x['target']}: energy by {e['source']}: {rate}{half}, {steady}")
-        if t := x["sustained"]:
+            click.echo(f"{x.target}: energy by {e.source}: {rate}{half}, {steady}")
+        if t := x.sustained:
             slowed = (
                 "unknown whether throttled"
-                if t["throttled"] is None
-                else f"throttled: {', '.join(t['throttled']) or 'no'}"
+                if t.throttled is None
+                else f"throttled: {', '.join(t.throttled) or 'no'}"
             )
-            slowed += (
-                " (and since the board was started already)" if t.get("throttled_before") else ""
-            )
-            first, last = (t["windows"][i]["temperature_c"] for i in (0, -1))
+            slowed += " (and since the board was started already)" if t.throttled_before else ""
+            first, last = (t.windows[i].temperature_c for i in (0, -1))
             hot = (
                 f"temperature {NOT_MEASURED}"
                 if first is None or last is None
                 else f"{first:.0f} to {last:.0f} degrees C"
             )
             click.echo(
-                f"{x['target']}: {t['minutes']:g} minutes: p90 of the last tenth {t['p90_drift']:.2f} times the first's; {hot}; {slowed}"
+                f"{x.target}: {t.minutes:g} minutes: p90 of the last tenth {t.p90_drift:.2f} times the first's; {hot}; {slowed}"
             )
-        if x["kept"]:
+        if x.kept:
             click.echo(
-                f"{x['target']}: not measured anew, kept from the report before: {', '.join(x['kept'])}"
+                f"{x.target}: not measured anew, kept from the report before: {', '.join(x.kept)}"
             )
-        for failure in x["failures"]:
-            click.echo(f"{x['target']}: {'over budget: ' if 'budget' in failure else ''}{failure}")
+        for failure in x.failures:
+            click.echo(f"{x.target}: {'over budget: ' if 'budget' in failure else ''}{failure}")
     for x in reports:
-        click.echo(f"check {x['target']} with: {x['check_with']}")
+        click.echo(f"check {x.target} with: {x.check_with}")
 
 
 def caches(found: list[dict[str, Any]]) -> None:
@@ -376,18 +371,18 @@ def comparison(rows: list[dict[str, Any]], lines: list[str]) -> None:
         click.echo(line)
 
 
-def selftest(reports: list[dict[str, Any]], paths: list[str]) -> None:
+def selftest(reports: list[SelftestReport], paths: list[str]) -> None:
     for r, path in zip(reports, paths, strict=True):
         rows = [
             [
-                s["step"],
-                s["status"],
-                f"{s['seconds']:.1f}",
-                " ".join(str(s["detail"] or "").split())[:100],
+                s.step,
+                s.status,
+                f"{s.seconds:.1f}",
+                " ".join(str(s.detail or "").split())[:100],
             ]
-            for s in r["steps"]
+            for s in r.steps
         ]
-        table(rows, [r["target"]["name"], "", "s", ""])
+        table(rows, [r.target.name, "", "s", ""])
         click.echo(f"report, to attach to an issue: {path}")
 
 

@@ -1,7 +1,8 @@
 """`python -m edgeclip.device`: what runs on the board for a verb of the host.
 
-One JSON request comes on standard input; the answer, one marked line of JSON and the arrays as .npz behind it, goes to
-standard output. Whatever a library prints goes to standard error, which the host shows.
+One JSON request comes on standard input; the answer, one marked line of JSON and the arrays as .npz
+behind it, goes to standard output. Whatever a library prints goes to standard error, which the host
+shows.
 """
 
 import io
@@ -17,76 +18,90 @@ import numpy as np
 from edgeclip.device import machine
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Device, Minimum, pinned
+from edgeclip.device.records import Record, to_json
 from edgeclip.errors import EdgeclipError
 
 MARK = b"edgeclip-reply "
+Answer = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
-def validate(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    from edgeclip.device.validate import load_evaluation, observe
+class Work(Record):
+    """A request of the host."""
 
-    evaluation = (
-        load_evaluation(Path(work["evaluation"]), work["images"]) if work["evaluation"] else None
-    )
-    facts, arrays = observe(_bundle(work, device), evaluation)
-    return facts, arrays
+    verb: str
+    """one of VERBS"""
+    device: Device
+    bundle: str
+    """its folder on the board"""
+    python: tuple[str, ...]
+    """what starts a fresh process on the board"""
+    evaluation: str | None = None
+    """the run's evaluation folder on the board"""
+    images: int | None = None
+    """of validate: how many of the evaluation images; null: all"""
+    minimum: Minimum = Minimum()
+    """of bench; so below"""
+    scenarios: tuple[str, ...] = ()
+    minutes: float = 0.0
+    metered: bool = False
 
 
-def bench(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def validate(work: Work, bundle: Bundle) -> Answer:
+    """Run the bundle; the host judges."""
+    from edgeclip.device.evaluation import load_evaluation
+    from edgeclip.device.validate import observe, to_answer
+
+    evaluation = None
+    if work.evaluation is not None:
+        evaluation = load_evaluation(Path(work.evaluation), work.images)
+    observed = observe(bundle, evaluation)
+    return to_answer(observed), observed.arrays
+
+
+def bench(work: Work, bundle: Bundle) -> Answer:
+    """Measure the bundle."""
+    from edgeclip.device.bench import Plan
     from edgeclip.device.bench import bench as measure
 
-    evaluation = Path(work["evaluation"]) if work["evaluation"] else None
-    how = {
-        "scenarios": tuple(work["scenarios"]),
-        "minutes": work["minutes"],
-        "python": tuple(work["python"]),
-        "metered": work.get("metered", False),
-    }
-    return measure(
-        _bundle(work, device),
-        device,
-        machine.facts(),
-        evaluation,
-        Minimum(**work["minimum"]),
-        **how,
-    ), {}
+    images = None
+    if work.evaluation is not None:
+        images = Path(work.evaluation)
+    plan = Plan(
+        work.minimum, work.scenarios, work.minutes, metered=work.metered, python=work.python
+    )
+    return to_json(measure(bundle, work.device, machine.facts(), images, plan)), {}
 
 
-def selftest(work: dict[str, Any], device: Device) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def selftest(work: Work, bundle: Bundle) -> Answer:
+    """Try the machine."""
     from edgeclip.device.selftest import selftest as examine
 
-    return examine(_bundle(work, device), device), {}
+    return to_json(examine(bundle, work.device)), {}
 
 
 VERBS = {"validate": validate, "bench": bench, "selftest": selftest}
 
 
-def _bundle(work: dict[str, Any], device: Device) -> Bundle:
-    return Bundle.load(
-        Path(work["bundle"]), threads=device.threads, check=True, providers=device.providers
-    )
-
-
 def main() -> None:
+    """Answer the one request on standard input."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    work = json.load(sys.stdin)
     payload = io.BytesIO()
     arrays: dict[str, Any]
     try:
-        device = msgspec.convert(work["device"], Device)
+        work = msgspec.convert(json.load(sys.stdin), Work)
+        device = work.device
         with pinned(device):
-            answer, arrays = VERBS[work["verb"]](work, device)
+            bundle = Bundle.load(
+                work.bundle, threads=device.threads, check=True, providers=device.providers
+            )
+            answer, arrays = VERBS[work.verb](work, bundle)
         np.savez(payload, allow_pickle=False, **arrays)
     except EdgeclipError as e:
         answer = {"error": str(e)}
-    out.write(
-        b"\n"
-        + MARK
-        + json.dumps({**answer, "bytes": len(payload.getvalue())}).encode()
-        + b"\n"
-        + payload.getvalue()
-    )
+    body = payload.getvalue()
+    line = json.dumps({**answer, "bytes": len(body)}).encode()
+    out.write(b"\n" + MARK + line + b"\n" + body)
     out.flush()
 
 

@@ -122,7 +122,7 @@ class Bundle:
         Of CPU runtimes only ONNX Runtime has fp16 kernels: some versions, operators and ARM cores.
         """
         stored = self.manifest.target.precision
-        providers = self.image_encoder.facts["providers"]
+        providers = self.image_encoder.facts.providers
         if stored != "fp16" or providers not in (["CPUExecutionProvider"], ["CPU"]):
             return stored
         if providers == ["CPUExecutionProvider"] and platform.machine() == "aarch64":

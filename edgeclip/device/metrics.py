@@ -1,10 +1,14 @@
 """The numbers of parity and accuracy, in numpy. Fractions run 0..1; only `_pp` is in percentage points."""
 
 import math
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
 
+from edgeclip.device.records import Closeness, PairedDrop
+
+Z_ONE_SIDED = statistics.NormalDist().inv_cdf(0.95)
 NEVER = np.iinfo(np.int64).max
 """the rank of a query whose own score is not finite: beyond every k"""
 
@@ -82,23 +86,24 @@ def chance_recall(positives: np.ndarray, candidates: int, k: int) -> np.ndarray:
     return 1.0 - missed
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Row-wise cosine of two [B, D] feature sets, raw and centered: {raw,centered}_{p1,p5,min}.
+def cosine(a: np.ndarray, b: np.ndarray) -> Closeness:
+    """Return the row-wise cosine of features a [B, D] with the reference b [B, D], raw and centered.
 
-    Embeddings share a large mean, which alone keeps the raw cosine near 1; what is left after subtracting the
-    reference's mean from both is what decides. Of a single row no mean can be taken: centered values are then NaN-free
-    copies of the raw ones.
+    Embeddings share a large mean, which alone keeps the raw cosine near 1; what is left after
+    subtracting the reference's mean from both is what decides. Of a single row no mean can be
+    taken: its centered values are the raw ones.
     """
     mean = b.mean(axis=0) if len(b) > 1 else 0.0
-    out: dict[str, float] = {}
-    for name, x, y in (("raw", a, b), ("centered", a - mean, b - mean)):
-        c = (l2_normalize(x) * l2_normalize(y)).sum(axis=1)
-        out |= {
-            f"{name}_p1": np.percentile(c, 1),
-            f"{name}_p5": np.percentile(c, 5),
-            f"{name}_min": c.min(),
-        }
-    return {k: float(v) for k, v in out.items()}
+    raw = (l2_normalize(a) * l2_normalize(b)).sum(axis=1)
+    centered = (l2_normalize(a - mean) * l2_normalize(b - mean)).sum(axis=1)
+    return Closeness(
+        raw_p1=float(np.percentile(raw, 1)),
+        raw_p5=float(np.percentile(raw, 5)),
+        raw_min=float(raw.min()),
+        centered_p1=float(np.percentile(centered, 1)),
+        centered_p5=float(np.percentile(centered, 5)),
+        centered_min=float(centered.min()),
+    )
 
 
 def median_interval(values: np.ndarray, confidence: float = 0.99) -> tuple[float, float, float]:
@@ -115,27 +120,29 @@ def median_interval(values: np.ndarray, confidence: float = 0.99) -> tuple[float
     return float(np.median(ordered)), float(ordered[below]), float(ordered[n - 1 - below])
 
 
-def accuracy_drop(reference: np.ndarray, candidate: np.ndarray) -> dict[str, float]:
-    """Paired comparison of two bool [B] hit vectors over the same images, in percentage points: `paired_drop`."""
-    return paired_drop(
-        int((reference & ~candidate).sum()), int((~reference & candidate).sum()), len(reference)
-    )
+def accuracy_drop(reference: np.ndarray, candidate: np.ndarray) -> PairedDrop:
+    """Return the paired comparison of two bool [B] hit vectors over the same images."""
+    lost = int((reference & ~candidate).sum())
+    won = int((~reference & candidate).sum())
+    return paired_drop(lost, won, len(reference))
 
 
-def paired_drop(lost: int, won: int, n: int) -> dict[str, float]:
-    """Of `n` images, `lost` were right before and wrong after, and `won` the other way round.
+def paired_drop(lost: int, won: int, images: int) -> PairedDrop:
+    """Return the drop where `lost` images were right before and wrong after, and `won` the other way.
 
-    `upper_pp` is the one-sided 95 % limit of the drop: Agresti and Min's adjusted Wald interval for paired
-    proportions (2005; half an image added to each of the four cells, so that no discordant pair does not mean
-    certainty). A set whose `upper_pp` exceeds the margin cannot vouch for it, whatever its point estimate.
+    `upper_pp` is the one-sided 95 % limit of the drop: Agresti and Min's adjusted Wald interval for
+    paired proportions (2005; half an image added to each of the four cells, so that no discordant
+    pair does not mean certainty). A set whose `upper_pp` exceeds the margin cannot vouch for it,
+    whatever its point estimate.
     """
-    b, c, m = lost + 0.5, won + 0.5, n + 2
-    se = math.sqrt(b + c - (b - c) ** 2 / m) / m
-    drop = 100 * (lost - won) / n
-    return {
-        "drop_pp": drop,
-        "upper_pp": 100 * ((b - c) / m + 1.645 * se),
-        "lost": lost,
-        "won": won,
-        "images": n,
-    }
+    b = lost + 0.5
+    c = won + 0.5
+    n = images + 2
+    standard_error = math.sqrt(b + c - (b - c) ** 2 / n) / n
+    return PairedDrop(
+        drop_pp=100 * (lost - won) / images,
+        upper_pp=100 * ((b - c) / n + Z_ONE_SIDED * standard_error),
+        lost=lost,
+        won=won,
+        images=images,
+    )

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 from msgspec import Meta
 
@@ -118,16 +118,16 @@ def is_remote(device: Device) -> bool:
     return bool(differences(device, machine.facts()))
 
 
-def differences(device: Device, facts: dict[str, Any]) -> list[str]:
+def differences(device: Device, facts: machine.Facts) -> list[str]:
     """In what a machine is not that device."""
     found = []
     for field in ("device_tree_model", "device_tree_compatible", "cpu", "gpu", "arch"):
         wanted = getattr(device.recognize, field)
-        if wanted is not None and wanted not in (facts[field] or ""):
-            found.append(f"its {field} is '{facts[field]}', not '{wanted}'")
+        if wanted is not None and wanted not in (getattr(facts, field) or ""):
+            found.append(f"its {field} is '{getattr(facts, field)}', not '{wanted}'")
     least = device.recognize.memory_mib
-    if least is not None and (facts["memory_mib"] or 0) < least:
-        found.append(f"it has {facts['memory_mib']} MiB of memory, less than {least}")
+    if least is not None and (facts.memory_mib or 0) < least:
+        found.append(f"it has {facts.memory_mib} MiB of memory, less than {least}")
     return found
 
 
@@ -152,7 +152,7 @@ def pinned(device: Device) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def require_here(name: str, device: Device) -> dict[str, Any]:
+def require_here(name: str, device: Device) -> machine.Facts:
     """This machine's facts; raises `EdgeclipError` when they are not those of the device, or its Python would be started otherwise."""
     here = machine.facts()
     if len(device.reach.python) > 1 and not is_remote(device):

@@ -174,15 +174,12 @@ class ParityReport(Record, kw_only=True):
 # --- bench
 
 
-class Scenario(Record):
-    """Latencies of one of MLPerf's scenarios."""
+class Latency(Record):
+    """Latencies of one query after another."""
 
     queries: int
     seconds: float
     """sum of all latencies"""
-    batch: int
-    """images of one query"""
-    images_per_second: float
     latency_ms_min: float
     latency_ms_mean: float
     latency_ms_p50: float
@@ -190,6 +187,14 @@ class Scenario(Record):
     latency_ms_p95: float
     latency_ms_p99: float | None
     """null: fewer than 1,000 queries"""
+
+
+class Scenario(Latency):
+    """One of MLPerf's scenarios."""
+
+    batch: int
+    """images of one query"""
+    images_per_second: float
 
 
 class Stages(Record):

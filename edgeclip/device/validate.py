@@ -1,31 +1,43 @@
 """`edgeclip validate`: is the bundle on this device still the model that was trained?
 
-Same images, same preprocess, two systems: the fp32 torch student, whose features the run kept, and the bundle.
-`observe` runs the bundle on the device, which may be a board far away; `judge` compares on the host, in the order in
-which things go wrong: names, shapes and dtypes of the graph; the golden images that ship in the bundle
-(preprocessing first, then values); then over the run's evaluation images cosine, decisions and accuracy. Every
-failed tolerance is listed, not only the first.
+Same images, same preprocess, two systems: the fp32 torch student, whose features the run kept, and
+the bundle. `observe` runs the bundle on the device, which may be a board far away; `judge` compares
+on the host, in the order in which things go wrong: names, shapes and dtypes of the graph; the golden
+images that ship in the bundle (preprocessing first, then values); then over the run's evaluation
+images cosine, decisions and accuracy. Every failed tolerance is listed, not only the first.
 
-How to read it: the raw cosine flatters, since embeddings share a large mean; the centered one does not. Accuracy is
-paired, and `upper_pp` is the largest drop (one-sided 95 %) that these images do not exclude: where it exceeds the
-margin although the measured drop does not, there are too few images to tell, and that is the verdict.
+How to read it: the raw cosine flatters, since embeddings share a large mean; the centered one does
+not. Accuracy is paired, and `upper_pp` is the largest drop (one-sided 95 %) that these images do not
+exclude: where it exceeds the margin although the measured drop does not, there are too few images
+to tell, and that is the verdict.
 """
 
 import math
-import random
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 
 from edgeclip import disk
 from edgeclip.device.bundle import Bundle
-from edgeclip.device.images import index_tar, read, stream
-from edgeclip.device.metrics import accuracy_drop, agreement, cosine, hits
+from edgeclip.device.evaluation import Decisions, Evaluation, decide, images_tar
+from edgeclip.device.images import ImageRef, index_tar, read, stream
+from edgeclip.device.machine import Facts
+from edgeclip.device.metrics import accuracy_drop, agreement, cosine
 from edgeclip.device.preprocess import normalize, open_image
-from edgeclip.device.records import to_json
+from edgeclip.device.records import (
+    Accuracy,
+    Closeness,
+    GoldenAnswers,
+    OptimizationAgreement,
+    ParityReport,
+    Ran,
+    SetAccuracy,
+    from_json,
+    to_json,
+)
+from edgeclip.device.runtime import Port, Session
 from edgeclip.device.target import Tolerance
-from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import track
 
@@ -36,297 +48,306 @@ GOLDEN_COSINE = 0.9
 """of the golden images, raw: only a broken bundle or preprocess falls below; the tolerances judge the rest"""
 
 
-class Evaluation(NamedTuple):
-    """What a run keeps for parity: see `distill/evaluate.py`."""
-
-    folder: Path
-    reference: np.ndarray
-    """[n, D], the fp32 student's features"""
-    labels: np.ndarray
-    sets: list[dict[str, Any]]
-    chosen: list[int]
-    """[n], which of the folder's images take part"""
-    class_names: list[str] | None = None
-    """what labels and classes number; None: a run that is older than this field"""
-
-
-def load_evaluation(folder: Path, images: int | None = None) -> Evaluation:
-    """images: so many of them, always the same ones, for a board that is slow. None: all."""
-    disk.verify(folder, disk.read_manifest(folder, "evaluation"))
-    description = disk.read_json(folder / "evaluation.json")
-    features, labels, sets = (
-        np.load(folder / "image_features.npy"),
-        np.array(description["labels"]),
-        description["sets"],
-    )
-    chosen = list(range(len(labels)))
-    if images is not None and images < len(chosen):
-        chosen = sorted(random.Random(0).sample(chosen, images))
-        place = {row: i for i, row in enumerate(chosen)}
-        sets = [{**s, "rows": [place[r] for r in s["rows"] if r in place]} for s in sets]
-    return Evaluation(
-        folder, features[chosen], labels[chosen], sets, chosen, description.get("class_names")
-    )
-
-
 def not_compared(bundle: Bundle, evaluation: Evaluation | None) -> str | None:
-    """Why the evaluation images cannot be asked of this bundle; None: they can. Their labels are numbers in the run's class list."""
+    """Return why the bundle cannot be asked about the evaluation images; None: it can.
+
+    Their labels are numbers in the run's class list.
+    """
     if evaluation is None:
         return "no run beside this bundle"
     names = evaluation.class_names
-    other = (
-        "bundle" in bundle.manifest.parents if names is None else names != bundle.labels
-    )  # parents: `edgeclip labels` was here
+    other = names is not None and names != bundle.labels
+    if names is None:  # a run older than this field: was `edgeclip labels` here?
+        other = "bundle" in bundle.manifest.parents
     return "its labels are not the run's classes" if other else None
+
+
+def validate(bundle: Bundle, evaluation: Evaluation | None, machine: Facts) -> ParityReport:
+    """Run the bundle here and return the parity report.
+
+    Without an evaluation folder of the bundle's own labels only the golden images are compared.
+    """
+    return judge(bundle, evaluation, observe(bundle, evaluation), machine)
+
+
+# --- on the device
 
 
 class Observed(NamedTuple):
     """What a device says of a bundle: all that must come back from a board."""
 
-    facts: dict[str, Any]
-    """JSON-able: ran, ports"""
+    ran: Ran
+    input: Port
+    output: Port
     arrays: dict[str, np.ndarray]
-    """golden_features, and where there is something of it: golden_pixels, text_features; of the evaluation images
-    features_all, features_basic [n, D] and answers [n], the device's own first answers"""
-
-
-def validate(
-    bundle: Bundle, evaluation: Evaluation | None, machine: dict[str, Any]
-) -> dict[str, Any]:
-    """The parity report, JSON-able. Without an evaluation folder of the bundle's own labels only the golden images are compared."""
-    return judge(bundle, evaluation, observe(bundle, evaluation), machine)
+    """golden_features, and where the bundle has them golden_pixels and text_features; of the
+    evaluation images features_all and features_basic [n, D], and answers [n], the device's own"""
 
 
 def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
-    """Runs the bundle: on the device."""
+    """Run the bundle on its golden images and texts, and on the evaluation images.
+
+    Raises `EdgeclipError` for an evaluation image that cannot be read.
+    """
     encoder = bundle.image_encoder
-    arrays = {
-        "golden_features": bundle.encode_pixels(np.load(bundle.folder / "golden" / "pixels.npy"))
-    }
-    facts: dict[str, Any] = {
-        "ran": {**encoder.facts, "precision": bundle.precision},
-        "ports": [encoder.input, encoder.output],
-    }
-    if images := bundle.manifest.golden.images:
-        arrays["golden_pixels"] = np.stack([bundle.pixels(bundle.folder / p) for p in images])
-    if bundle.manifest.text:
-        arrays["text_features"] = bundle.encode_text(
-            disk.read_json(bundle.folder / "golden" / "texts.json")
-        )
-    if (
-        evaluation is not None
-        and not not_compared(bundle, evaluation)
-        and not _interface(bundle, facts["ports"])
-    ):
+    golden = bundle.folder / "golden"
+    arrays = {"golden_features": bundle.encode_pixels(np.load(golden / "pixels.npy"))}
+    images = bundle.manifest.golden.images
+    if images:
+        arrays["golden_pixels"] = np.stack([bundle.pixels(bundle.folder / i) for i in images])
+    if bundle.manifest.text is not None:
+        arrays["text_features"] = bundle.encode_text(disk.read_json(golden / "texts.json"))
+
+    fits = not _interface(bundle, encoder.input, encoder.output)
+    if evaluation is not None and fits and not_compared(bundle, evaluation) is None:
         sessions = {"features_all": encoder}
         if bundle.manifest.target.tolerance.optimization_agreement is not None:
             sessions["features_basic"] = bundle.open_image_encoder(optimization="basic")
         arrays |= _features(bundle, evaluation, sessions)
         if np.isfinite(arrays["features_all"]).all():
-            arrays["answers"] = np.concatenate(
-                [a for a, _, _ in decide(bundle, evaluation, arrays["features_all"])]
-            )
-    return Observed(facts, arrays)
-
-
-def judge(
-    bundle: Bundle, evaluation: Evaluation | None, observed: Observed, machine: dict[str, Any]
-) -> dict[str, Any]:
-    """The parity report of what a device observed: on the host. Opens no session."""
-    tolerance = bundle.manifest.target.tolerance
-    failures = _interface(bundle, observed.facts["ports"])
-    runs = not failures
-    report: dict[str, Any] = {
-        "kind": "parity",
-        "target": bundle.manifest.target.name,
-        "bundle": disk.sha256(bundle.folder / disk.MANIFEST),
-        "machine": machine,
-        "ran": observed.facts["ran"],
-        "tolerance": to_json(bundle.manifest.target.tolerance),
-        "golden": _golden(bundle, observed.arrays, failures),
-        "not_compared": not_compared(bundle, evaluation),
-        "images": 0,
-        "cosine": None,
-        "top1_agreement": None,
-        "agreement_where_right": None,
-        "accuracy": None,
-        "sets": [],
-        "optimization": None,
-    }
-    verdict = "golden images only"
-    if evaluation is not None and not report["not_compared"] and runs:
-        verdict = _compare(bundle, evaluation, observed.arrays, tolerance, report, failures)
-    precision, layers = bundle.manifest.target.precision, observed.facts["ran"].get("layers")
-    if layers is not None and not layers.get(precision):
-        failures.append(
-            f"engine: no layer takes {precision} (found {layers}): it is not what it is called"
-        )
-    report["failures"] = failures
-    report["verdict"] = "fail" if failures else verdict
-    return report
-
-
-def _interface(bundle: Bundle, ports: list[Any]) -> list[str]:
-    """Names, shapes and dtypes of the image encoder's ports against the manifest."""
-    size, width = bundle.preprocess.size, bundle.manifest.embed_dim
-    wanted = [
-        ("pixels", [None, 3, size, size], "float32"),
-        ("image_features", [None, width], "float32"),
-    ]
-    # A runtime may know the last axis of the output only after a run.
-    same = [
-        (
-            name,
-            [w if s is None else s for s, w in zip(found, shape, strict=True)]
-            if len(found) == len(shape)
-            else found,
-            dtype,
-        )
-        for (name, found, dtype), (_, shape, _) in zip(ports, wanted, strict=True)
-    ]
-    return [
-        f"interface: {got} instead of {want}"
-        for got, want in zip(same, wanted, strict=True)
-        if list(got) != list(want)
-    ]
-
-
-def _golden(bundle: Bundle, found: dict[str, np.ndarray], failures: list[str]) -> dict[str, Any]:
-    folder = bundle.folder / "golden"
-    expected_pixels, expected = (
-        np.load(folder / "pixels.npy"),
-        np.load(folder / "image_features.npy"),
-    )
-    result: dict[str, Any] = {
-        "images": len(expected),
-        "largest_pixel_difference": None,
-        "text_cosine_min": None,
-    }
-    if "golden_pixels" in found:
-        difference = int(
-            np.abs(found["golden_pixels"].astype(int) - expected_pixels.astype(int)).max()
-        )
-        result["largest_pixel_difference"] = difference
-        if difference:
-            failures.append(
-                f"preprocess: golden images differ by up to {difference} of 255 from the host's"
-            )
-    if not np.isfinite(found["golden_features"]).all():
-        failures.append("values: not finite on the golden images")
-    similarity = float((found["golden_features"] * expected).sum(axis=1).min())
-    result["cosine_min"] = similarity
-    if not similarity >= GOLDEN_COSINE:
-        failures.append(f"golden images: cosine {similarity:.3f}, below {GOLDEN_COSINE}")
-    if "text_features" in found:
-        similarity = float(
-            (found["text_features"] * np.load(folder / "text_features.npy")).sum(axis=1).min()
-        )
-        result["text_cosine_min"] = similarity
-        if not similarity >= GOLDEN_COSINE:
-            failures.append(f"golden texts: cosine {similarity:.3f}, below {GOLDEN_COSINE}")
-    return result
+            arrays["answers"] = decide(bundle, evaluation, arrays["features_all"]).answers
+    ran = msgspec.structs.replace(encoder.facts, precision=bundle.precision)
+    return Observed(ran, encoder.input, encoder.output, arrays)
 
 
 def _features(
-    bundle: Bundle, evaluation: Evaluation, sessions: dict[str, Any]
+    bundle: Bundle, evaluation: Evaluation, sessions: dict[str, Session]
 ) -> dict[str, np.ndarray]:
-    """[n, D] of every evaluation image from each session; every image is decoded once."""
-    every = index_tar(evaluation.folder / "images.tar")
-    images = [every[i] for i in evaluation.chosen]
+    """Return [n, D] of every evaluation image from each session; every image is decoded once."""
+    every = index_tar(images_tar(evaluation.folder))
+    images: list[ImageRef] = [every[i] for i in evaluation.chosen]
     skipped: list[str] = []
-    out: dict[str, list[np.ndarray]] = {name: [] for name in sessions}
-    batches = stream(
-        range(len(images)),
-        lambda i: bundle.pixels(open_image(read(images[i]), images[i].key)),
-        BATCH,
-        skipped,
-    )
-    for _, pixels in track(
-        batches, f"validate {bundle.manifest.target.name}", math.ceil(len(images) / BATCH)
-    ):
-        x = normalize(pixels, bundle.preprocess)
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in sessions}
+
+    def pixels(i: int) -> np.ndarray:
+        return bundle.pixels(open_image(read(images[i]), images[i].key))
+
+    batches = stream(range(len(images)), pixels, BATCH, skipped)
+    count = math.ceil(len(images) / BATCH)
+    for _, batch in track(batches, f"validate {bundle.manifest.target.name}", count):
+        x = normalize(batch, bundle.preprocess)
         for name, session in sessions.items():
-            out[name].append(session.run(x))
+            rows[name].append(session.run(x))
     if skipped:  # the run wrote them: a single one is wrong
         what = f"{len(skipped)} of {len(images)} images are unreadable (first: {skipped[0]})"
-        raise EdgeclipError(evaluation.folder, what, "copy the run again, or make it anew")
-    return {name: np.concatenate(rows) for name, rows in out.items()}
+        raise EdgeclipError(evaluation.folder, what, "copy the run again, or make it again")
+    return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
-def _compare(
-    bundle: Bundle,
-    evaluation: Evaluation,
-    found: dict[str, np.ndarray],
-    tolerance: Tolerance,
-    report: dict[str, Any],
-    failures: list[str],
-) -> str:
-    reference, features = evaluation.reference, found["features_all"]
+def to_answer(observed: Observed) -> dict[str, Any]:
+    """Return what goes over the link beside the arrays."""
+    return {"ran": to_json(observed.ran), "ports": to_json([observed.input, observed.output])}
+
+
+def from_answer(answer: dict[str, Any], arrays: dict[str, np.ndarray], where: object) -> Observed:
+    """Return what a board observed, from what came over the link."""
+    image, features = msgspec.convert(answer["ports"], tuple[Port, Port])
+    return Observed(from_json(answer["ran"], Ran, where), image, features, arrays)
+
+
+# --- on the host
+
+
+class Compared(NamedTuple):
+    """The evaluation images, as far as they were compared, and what fails there."""
+
+    images: int = 0
+    cosine: Closeness | None = None
+    top1_agreement: float | None = None
+    agreement_where_right: float | None = None
+    accuracy: Accuracy | None = None
+    sets: tuple[SetAccuracy, ...] = ()
+    optimization: OptimizationAgreement | None = None
+    failures: tuple[str, ...] = ()
+    verdict: Literal["pass", "fail", "golden images only", "too few images"] = "golden images only"
+
+
+def judge(
+    bundle: Bundle, evaluation: Evaluation | None, observed: Observed, machine: Facts
+) -> ParityReport:
+    """Return the parity report of what a device observed. Opens no session."""
+    target = bundle.manifest.target
+    interface = _interface(bundle, observed.input, observed.output)
+    golden, failures = _golden(bundle, observed.arrays)
+    failures = interface + failures
+
+    reason = not_compared(bundle, evaluation)
+    compared = Compared()
+    if evaluation is not None and reason is None and not interface:
+        compared = _compare(bundle, evaluation, observed.arrays)
+    failures += compared.failures
+
+    layers = observed.ran.layers
+    if layers is not None and not layers.get(target.precision):
+        what = f"no layer takes {target.precision} (found {layers})"
+        failures.append(f"engine: {what}: it is not what it is called")
+
+    return ParityReport(
+        target=target.name,
+        bundle=disk.sha256(bundle.folder / disk.MANIFEST),
+        machine=machine,
+        ran=observed.ran,
+        tolerance=target.tolerance,
+        golden=golden,
+        not_compared=reason,
+        images=compared.images,
+        cosine=compared.cosine,
+        top1_agreement=compared.top1_agreement,
+        agreement_where_right=compared.agreement_where_right,
+        accuracy=compared.accuracy,
+        sets=list(compared.sets),
+        optimization=compared.optimization,
+        failures=failures,
+        verdict="fail" if failures else compared.verdict,
+    )
+
+
+def _interface(bundle: Bundle, image: Port, features: Port) -> list[str]:
+    """Return where the image encoder's ports differ from the manifest."""
+    size = bundle.preprocess.size
+    wanted = (
+        (image, Port("pixels", [None, 3, size, size], "float32")),
+        (features, Port("image_features", [None, bundle.manifest.embed_dim], "float32")),
+    )
+    wrong = []
+    for port, want in wanted:
+        shape = port.shape
+        if len(shape) == len(want.shape):
+            # A runtime may know the last axis of the output only after a run.
+            shape = [w if s is None else s for s, w in zip(shape, want.shape, strict=True)]
+        found = port._replace(shape=shape)
+        if found != want:
+            wrong.append(f"interface: {tuple(found)} instead of {tuple(want)}")
+    return wrong
+
+
+def _golden(bundle: Bundle, arrays: dict[str, np.ndarray]) -> tuple[GoldenAnswers, list[str]]:
+    """Compare the golden images and texts; return the record and a line for each failure."""
+    folder = bundle.folder / "golden"
+    expected = np.load(folder / "image_features.npy")
+    failures = []
+
+    difference = None
+    if "golden_pixels" in arrays:
+        pixels = arrays["golden_pixels"].astype(int)
+        difference = int(np.abs(pixels - np.load(folder / "pixels.npy").astype(int)).max())
+        if difference:
+            what = f"golden images differ by up to {difference} of 255 from the host's"
+            failures.append(f"preprocess: {what}")
+
+    if not np.isfinite(arrays["golden_features"]).all():
+        failures.append("values: not finite on the golden images")
+    images_cosine = _lowest_cosine(arrays["golden_features"], expected)
+    failures += _too_far("golden images", images_cosine)
+
+    texts_cosine = None
+    if "text_features" in arrays:
+        expected_texts = np.load(folder / "text_features.npy")
+        texts_cosine = _lowest_cosine(arrays["text_features"], expected_texts)
+        failures += _too_far("golden texts", texts_cosine)
+    record = GoldenAnswers(len(expected), difference, images_cosine, texts_cosine)
+    return record, failures
+
+
+def _lowest_cosine(features: np.ndarray, expected: np.ndarray) -> float | None:
+    """Return the lowest cosine of unit rows [n, D]; None where they are not finite."""
+    lowest = float((features * expected).sum(axis=1).min())
+    return lowest if math.isfinite(lowest) else None
+
+
+def _too_far(what: str, lowest: float | None) -> list[str]:
+    if lowest is None:
+        return [f"{what}: cosine not finite"]
+    if lowest < GOLDEN_COSINE:
+        return [f"{what}: cosine {lowest:.3f}, below {GOLDEN_COSINE}"]
+    return []
+
+
+def _compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray]) -> Compared:
+    """Compare the evaluation images: features, answers, accuracy."""
+    tolerance = bundle.manifest.target.tolerance
+    features = arrays["features_all"]
     if not np.isfinite(features).all():
-        failures.append("values: not finite on the evaluation images")
-        return "fail"
-    every = {
-        "reference": reference,
-        "all": features,
-        **({"basic": found["features_basic"]} if "features_basic" in found else {}),
-    }
-    decisions = {name: decide(bundle, evaluation, f) for name, f in every.items()}
-    answers = {name: np.concatenate([a for a, _, _ in d]) for name, d in decisions.items()}
-    right = {name: np.concatenate([h for _, h, _ in d]) for name, d in decisions.items()}
-    margin = np.concatenate([m for _, _, m in decisions["all"]])
-    if unlike := int(((answers["all"] != found["answers"]) & (margin > TIE)).sum()):
-        failures.append(
-            f"head: the device's own answers are not those of its features on {unlike} images"
-        )
+        failure = "values: not finite on the evaluation images"
+        return Compared(failures=(failure,), verdict="fail")
 
-    report["images"] = len(features)
-    report["cosine"] = cosine(features, reference)
-    report["top1_agreement"] = agreement(answers["all"], answers["reference"])
-    report["agreement_where_right"] = agreement(
-        answers["all"], answers["reference"], right["reference"]
-    )
-    report["accuracy"] = {
-        "reference_top1": float(right["reference"].mean()),
-        "bundle_top1": float(right["all"].mean()),
-        **accuracy_drop(right["reference"], right["all"]),
-    }
-    for s, (_, before, _), (_, after, _) in zip(
-        evaluation.sets, decisions["reference"], decisions["all"], strict=True
-    ):
-        if len(before):
-            row = {
-                "name": s["name"],
-                "note": s["note"],
-                "classes": len(s["classes"]),
-                "reference_top1": float(before.mean()),
-                "bundle_top1": float(after.mean()),
-            }
-            report["sets"].append(row | accuracy_drop(before, after))
-    if "basic" in every:
-        same = agreement(answers["all"], answers["basic"])
-        report["optimization"] = {"top1_agreement": same, **cosine(features, every["basic"])}
-        if same is not None and not same >= (tolerance.optimization_agreement or 0):
-            failures.append(
-                f"graph optimizations BASIC and ALL agree on {same:.4f} of the answers, below {tolerance.optimization_agreement}"
-            )
+    reference = decide(bundle, evaluation, evaluation.reference)
+    own = decide(bundle, evaluation, features)
+    failures = []
+    unlike = int(((own.answers != arrays["answers"]) & (own.lead > TIE)).sum())
+    if unlike:
+        what = f"the device's own answers are not those of its features on {unlike} images"
+        failures.append(f"head: {what}")
 
-    p1, accuracy = report["cosine"]["centered_p1"], report["accuracy"]
-    if not p1 >= tolerance.centered_cosine_p1:  # not a number is short too
-        failures.append(f"centered cosine p1 {p1:.4f}, below {tolerance.centered_cosine_p1}")
-    failures += short_of_agreement(
-        tolerance, report["top1_agreement"], report["agreement_where_right"]
+    optimization = None
+    if "features_basic" in arrays:
+        basic = arrays["features_basic"]
+        same = agreement(own.answers, decide(bundle, evaluation, basic).answers)
+        close = to_json(cosine(features, basic))
+        optimization = OptimizationAgreement(top1_agreement=same, **close)
+        failures += _optimizations_differ(tolerance, same)
+
+    close = cosine(features, evaluation.reference)
+    accuracy = _accuracy(reference.right, own.right)
+    top1_agreement = agreement(own.answers, reference.answers)
+    where_right = agreement(own.answers, reference.answers, reference.right)
+    if not close.centered_p1 >= tolerance.centered_cosine_p1:
+        limit = tolerance.centered_cosine_p1
+        failures.append(f"centered cosine p1 {close.centered_p1:.4f}, below {limit}")
+    failures += short_of_agreement(tolerance, top1_agreement, where_right)
+    if not accuracy.drop_pp <= tolerance.accuracy_drop_pp:
+        limit = tolerance.accuracy_drop_pp
+        failures.append(f"accuracy drop {accuracy.drop_pp:.2f} pp, above {limit}")
+
+    enough = accuracy.upper_pp <= tolerance.accuracy_drop_pp
+    return Compared(
+        images=len(features),
+        cosine=close,
+        top1_agreement=top1_agreement,
+        agreement_where_right=where_right,
+        accuracy=accuracy,
+        sets=_sets(evaluation, reference, own),
+        optimization=optimization,
+        failures=tuple(failures),
+        verdict="pass" if enough else "too few images",
     )
-    if not accuracy["drop_pp"] <= tolerance.accuracy_drop_pp:
-        failures.append(
-            f"accuracy drop {accuracy['drop_pp']:.2f} pp, above {tolerance.accuracy_drop_pp}"
-        )
-    return "pass" if accuracy["upper_pp"] <= tolerance.accuracy_drop_pp else "too few images"
+
+
+def _accuracy(before: np.ndarray, after: np.ndarray) -> Accuracy:
+    """Return the accuracies of two bool vectors [n] over the same images, and the paired drop."""
+    return Accuracy(
+        reference_top1=float(before.mean()),
+        bundle_top1=float(after.mean()),
+        **to_json(accuracy_drop(before, after)),
+    )
+
+
+def _sets(evaluation: Evaluation, reference: Decisions, own: Decisions) -> tuple[SetAccuracy, ...]:
+    """Return a row for each evaluation set that has images."""
+    rows = []
+    start = 0
+    for s in evaluation.sets:
+        part = slice(start, start + len(s.rows))
+        start = part.stop
+        if not s.rows:
+            continue
+        accuracy = _accuracy(reference.right[part], own.right[part])
+        about = {"name": s.name, "note": s.note, "classes": len(s.classes)}
+        rows.append(SetAccuracy(**about, **to_json(accuracy)))
+    return tuple(rows)
+
+
+def _optimizations_differ(tolerance: Tolerance, same: float | None) -> list[str]:
+    limit = tolerance.optimization_agreement or 0.0
+    if same is None or same >= limit:  # not a number is short too
+        return []
+    return [f"graph optimizations BASIC and ALL agree on {same:.4f} of the answers, below {limit}"]
 
 
 def short_of_agreement(
     tolerance: Tolerance, same: float | None, where_right: float | None
 ) -> list[str]:
-    """The agreements below their limits, a line each; None: there is nothing to judge."""
+    """Return a line for each agreement below its limit; None: there is nothing to judge."""
     measured = (
         ("top-1 agreement", same, tolerance.top1_agreement),
         (
@@ -335,26 +356,8 @@ def short_of_agreement(
             tolerance.agreement_where_right,
         ),
     )
-    return [
-        f"{what} {value:.4f}, below {limit}"
-        for what, value, limit in measured
-        if value is not None and limit is not None and not value >= limit
-    ]
-
-
-def decide(
-    bundle: Bundle, evaluation: Evaluation, features: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Per evaluation set, each over the set's own class list: answers as class indices [n], right or wrong [n], and by
-    how much the best score leads [n]."""
-    out = []
-    for s in evaluation.sets:
-        rows, classes = np.array(s["rows"], int), np.array(s["classes"], int)
-        if not len(rows):
-            out.append((np.zeros(0, int), np.zeros(0, bool), np.zeros(0)))
-            continue
-        scores = class_scores(features[rows], bundle.class_features[classes], bundle.head)
-        own = np.searchsorted(classes, evaluation.labels[rows])  # class lists are in index order
-        best = np.sort(scores, axis=1)[:, -2:]
-        out.append((classes[scores.argmax(axis=1)], hits(scores, own), best[:, -1] - best[:, 0]))
-    return out
+    short = []
+    for what, value, limit in measured:
+        if value is not None and limit is not None and not value >= limit:
+            short.append(f"{what} {value:.4f}, below {limit}")
+    return short

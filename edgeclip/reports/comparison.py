@@ -7,6 +7,8 @@ that a meter sees). What takes no part is named with the reason: not measured is
 
 from typing import Any
 
+from edgeclip.device.records import BenchReport, ParityReport
+
 AXES = {"accuracy": 1, "latency_ms_p90": -1, "energy_mj_per_image": -1, "image_encoder_bytes": -1}
 """what counts, and whether more (1) or less (-1) of it is better"""
 TERMS = {"accuracy": "images", "energy_mj_per_image": "energy_scope"}
@@ -14,37 +16,36 @@ TERMS = {"accuracy": "images", "energy_mj_per_image": "energy_scope"}
 DOT_PRODUCT = {"aarch64": ("asimddp",), "x86_64": ("avx512_vnni", "avx_vnni", "amx_int8")}
 
 
-def rows(
-    benches: list[dict[str, Any]], parities: list[dict[str, Any] | None]
-) -> list[dict[str, Any]]:
+def rows(benches: list[BenchReport], parities: list[ParityReport | None]) -> list[dict[str, Any]]:
     """One a bench report; a parity report counts when it is of the same bundle and device."""
     out = []
     for b, p in zip(benches, parities, strict=True):
-        counts = p is not None and p["bundle"] == b["bundle"] and p["accuracy"] is not None
-        energy, r1 = (
-            b["energy_mj_per_image"],
-            p["accuracy"]["bundle_top1"] if p is not None and counts else None,
-        )
+        top1 = None
+        images = None
+        if p is not None and p.bundle == b.bundle and p.accuracy is not None:
+            top1 = p.accuracy.bundle_top1
+            images = p.images
+        energy = b.energy_mj_per_image
         out.append(
             {
-                "device": b["device"],
-                "target": b["target"],
-                "accuracy": r1,
-                "latency_ms_p90": (b["single_stream"] or {}).get("latency_ms_p90"),
-                "images_per_second": (b["offline"] or {}).get("images_per_second"),
-                "images": p["images"] if p is not None and counts else None,
+                "device": b.device,
+                "target": b.target,
+                "accuracy": top1,
+                "latency_ms_p90": b.single_stream.latency_ms_p90 if b.single_stream else None,
+                "images_per_second": b.offline.images_per_second if b.offline else None,
+                "images": images,
                 "energy_mj_per_image": energy,
-                "energy_scope": None if energy is None else scope(b["energy"]["source"]),
-                "energy_mj_per_correct": None if energy is None or not r1 else energy / r1,
-                "image_encoder_bytes": b["image_encoder_bytes"],
-                "peak_memory_mib": b["peak_memory_mib"],
+                "energy_scope": scope(b.energy.source) if b.energy and energy is not None else None,
+                "energy_mj_per_correct": None if energy is None or not top1 else energy / top1,
+                "image_encoder_bytes": b.image_encoder_bytes,
+                "peak_memory_mib": b.peak_memory_mib,
             }
         )
     return pareto(out)
 
 
 def scope(source: str) -> str:
-    """What a power reading of `energy.find` or of a meter covers."""
+    """What a power reading of `power.find` or of a meter covers."""
     return {"RAPL": "the chip by RAPL", "meter": "all that the meter sees"}.get(
         source.partition(":")[0], f"the rails {source.partition(': ')[2]}"
     )
@@ -77,27 +78,23 @@ def pareto(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def int8_gain(benches: list[dict[str, Any]]) -> list[str]:
+def int8_gain(benches: list[BenchReport]) -> list[str]:
     """For each int8 bundle of ONNX Runtime beside the fp32 one of the same device: is it faster there, and could it be?"""
     lines = []
-    timed = [b for b in benches if b["single_stream"] and b["ran"]["runtime"] == "onnxruntime"]
+    timed = [b for b in benches if b.single_stream and b.ran.runtime == "onnxruntime"]
     for b in timed:
         base = next(
-            (
-                f
-                for f in timed
-                if f["device"] == b["device"] and f["ran"].get("precision") == "fp32"
-            ),
+            (f for f in timed if f.device == b.device and f.ran.precision == "fp32"),
             None,
         )
-        if base is None or b["ran"].get("precision") != "int8":
+        if base is None or b.ran.precision != "int8":
             continue
-        times = base["single_stream"]["latency_ms_p50"] / b["single_stream"]["latency_ms_p50"]
-        known = DOT_PRODUCT.get(b["machine"]["arch"])
+        times = base.single_stream.latency_ms_p50 / b.single_stream.latency_ms_p50
+        known = DOT_PRODUCT.get(b.machine.arch)
         there = (
             None
-            if known is None or b["machine"]["isa"] is None
-            else bool(set(known) & set(b["machine"]["isa"]))
+            if known is None or b.machine.isa is None
+            else bool(set(known) & set(b.machine.isa))
         )
         dot = (
             "unknown whether this core has dot-product"
@@ -109,5 +106,5 @@ def int8_gain(benches: list[dict[str, Any]]) -> list[str]:
             if times >= 1
             else f"slower than ({times:.2f} times as fast as)"
         )
-        lines.append(f"{b['device']}: {b['target']} is {faster} {base['target']}; {dot}")
+        lines.append(f"{b.device}: {b.target} is {faster} {base.target}; {dot}")
     return lines

@@ -5,60 +5,83 @@ the same graph (TensorRT issue 3908).
 """
 
 from pathlib import Path
-from typing import Any
 
 from edgeclip import disk
+from edgeclip.device.records import (
+    BenchReport,
+    EngineConditions,
+    ParityReport,
+    Record,
+    from_json,
+    to_json,
+)
 
 
-def remember(path: Path, parity: dict[str, Any], when: str) -> str | None:
+class EngineEntry(Record):
+    """One validation of an engine."""
+
+    when: str
+    """the host's time, ISO 8601"""
+    engine: str
+    """the engine's key, named by its conditions"""
+    conditions: EngineConditions
+    layers: dict[str, int] | None
+    """how many layers that compute something take each precision"""
+    verdict: str
+    top1: float | None
+    """accuracy of the bundle, 0..1; null: not measured"""
+    centered_p1: float | None
+    """null: not measured"""
+
+
+def remember(path: Path, parity: ParityReport, when: str) -> str | None:
     """Add a parity report's engine to the history at `path`.
 
     when: the host's time, ISO 8601. Returns a line when the engine differs from the last one;
     None when it does not, or when the report is not of an engine (nothing is written then).
     """
-    ran = parity["ran"]
-    if "engine" not in ran:
+    ran = parity.ran
+    if ran.engine is None or ran.conditions is None:
         return None
 
-    history = []
+    history: list[EngineEntry] = []
     if path.exists():
-        history = disk.read_json(path)
+        for entry in disk.read_json(path):
+            history.append(from_json(entry, EngineEntry, path))
+    entry = EngineEntry(
+        when=when,
+        engine=ran.engine,
+        conditions=ran.conditions,
+        layers=ran.layers,
+        verdict=parity.verdict,
+        top1=parity.accuracy.bundle_top1 if parity.accuracy else None,
+        centered_p1=parity.cosine.centered_p1 if parity.cosine else None,
+    )
+    disk.write_json(path, to_json([*history, entry]))
 
-    entry = {
-        "when": when,
-        "engine": ran["engine"],
-        "conditions": ran["conditions"],
-        "layers": ran["layers"],
-        "verdict": parity["verdict"],
-        "top1": (parity["accuracy"] or {}).get("bundle_top1"),
-        "centered_p1": (parity["cosine"] or {}).get("centered_p1"),
-    }
-    disk.write_json(path, [*history, entry])
-
-    if not history or history[-1]["engine"] == entry["engine"]:
+    if not history or history[-1].engine == entry.engine:
         return None
-    return f"{parity['target']}: {_difference(history[-1], entry)}"
+    return f"{parity.target}: {_difference(history[-1], entry)}"
 
 
-def _difference(last: dict[str, Any], new: dict[str, Any]) -> str:
-    before = last["conditions"]
+def _difference(last: EngineEntry, new: EngineEntry) -> str:
     changed = []
-    for name, value in new["conditions"].items():
-        if before.get(name) != value:
-            changed.append(f"{name} {before.get(name)} -> {value}")
+    before = to_json(last.conditions)
+    for name, value in to_json(new.conditions).items():
+        if before[name] != value:
+            changed.append(f"{name} {before[name]} -> {value}")
 
-    if new["top1"] is None or last["top1"] is None:
+    if new.top1 is None or last.top1 is None:
         moved = "accuracy not measured"
     else:
-        points = 100 * (new["top1"] - last["top1"])
-        moved = f"top-1 {last['top1']:.4f} -> {new['top1']:.4f} ({points:+.2f} pp)"
-    verdicts = f"{last['verdict']} -> {new['verdict']}"
+        points = 100 * (new.top1 - last.top1)
+        moved = f"top-1 {last.top1:.4f} -> {new.top1:.4f} ({points:+.2f} pp)"
+    verdicts = f"{last.verdict} -> {new.verdict}"
     return f"a new engine ({', '.join(changed)}): {moved}, {verdicts}"
 
 
-def validated(parity: dict[str, Any] | None, bench: dict[str, Any]) -> bool:
+def validated(parity: ParityReport | None, bench: BenchReport) -> bool:
     """Return whether the parity report is of the engine and bundle that the benchmark ran."""
     if parity is None:
         return False
-    same_bundle = parity["bundle"] == bench["bundle"]
-    return same_bundle and parity["ran"].get("engine") == bench["ran"].get("engine")
+    return parity.bundle == bench.bundle and parity.ran.engine == bench.ran.engine

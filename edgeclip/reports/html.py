@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from edgeclip import __version__, disk
+from edgeclip.device import records
 from edgeclip.device.machine import processor
 from edgeclip.device.manifest import read_manifest
-from edgeclip.device.records import to_json
+from edgeclip.device.records import BenchReport, ParityReport, to_json
 from edgeclip.reports.models import MODELS
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -59,11 +60,11 @@ def collect(run: Path) -> list[dict[str, Any]]:
     for folder in sorted(p.parent for p in (run / "bundles").glob(f"*/{disk.MANIFEST}")):
         manifest, digest = read_manifest(folder), disk.sha256(folder / disk.MANIFEST)
         found: dict[str, dict[str, Any]] = {}
-        for kind in ("parity", "bench"):
+        for kind, record in (("parity", ParityReport), ("bench", BenchReport)):
             for path in sorted((run / "reports").glob(f"{folder.name}.*.{kind}.json")):
-                content = disk.read_json(path)
-                if content["bundle"] == digest:
-                    found.setdefault(content["device"], {})[kind] = content
+                content: Any = records.read(path, record)
+                if content.bundle == digest:
+                    found.setdefault(content.device, {})[kind] = content
         of_devices: list[tuple[str | None, dict[str, Any]]] = [*sorted(found.items())]
         for device, reports in of_devices or [(None, {})]:
             parity, bench = reports.get("parity"), reports.get("bench")
@@ -89,24 +90,27 @@ def protocols(run: Path, student: str | None) -> list[dict[str, Any]]:
     return [record for record in found if record["student"] == student]
 
 
-def verdict(parity: dict[str, Any] | None, bench: dict[str, Any] | None) -> str:
+def verdict(parity: ParityReport | None, bench: BenchReport | None) -> str:
     """One line: ship, or do not ship and why."""
     reasons = []
     if parity is None:
         reasons.append("not validated")
-    elif parity["verdict"] != "pass":
-        reasons += parity["failures"] or [parity["verdict"]]
+    elif parity.verdict != "pass":
+        reasons += parity.failures or [parity.verdict]
     if bench is None:
         reasons.append("not benchmarked")
     else:
-        reasons += [f"over budget: {f}" if "budget" in f else f for f in bench["failures"]]
-        if not (bench["single_stream"] or bench["failures"]):
+        reasons += [f"over budget: {f}" if "budget" in f else f for f in bench.failures]
+        if not (bench.single_stream or bench.failures):
             reasons.append("single_stream not measured")
     if reasons:
         return f"do not ship: {'; '.join(reasons)}"
-    assert parity is not None and bench is not None
-    a, latency = parity["accuracy"], bench["single_stream"]["latency_ms_p90"]
-    return f"ship: accuracy drop {a['drop_pp']:.2f} pp (at most {a['upper_pp']:.2f}) on {parity['images']} images, p90 {latency:.2f} ms"
+    assert parity is not None
+    assert parity.accuracy is not None
+    assert bench is not None
+    assert bench.single_stream is not None
+    a, latency = parity.accuracy, bench.single_stream.latency_ms_p90
+    return f"ship: accuracy drop {a.drop_pp:.2f} pp (at most {a.upper_pp:.2f}) on {parity.images} images, p90 {latency:.2f} ms"
 
 
 def waterfall(results: dict[str, Any], targets: list[dict[str, Any]]) -> dict[str, Any]:
@@ -120,8 +124,8 @@ def waterfall(results: dict[str, Any], targets: list[dict[str, Any]]) -> dict[st
         for model in ("teacher", "student")
     ]
     for t in targets:
-        if t["parity"] and t["parity"]["sets"]:
-            of = {s["name"]: (s["bundle_top1"], s["images"]) for s in t["parity"]["sets"]}
+        if t["parity"] and t["parity"].sets:
+            of = {s.name: (s.bundle_top1, s.images) for s in t["parity"].sets}
             steps.append((t["row"], [of.get(n, (None, 0)) for n in names]))
     return {"sets": names, "steps": steps}
 
@@ -171,14 +175,14 @@ def _plots(results: dict[str, Any], targets: list[dict[str, Any]]) -> list[tuple
     measured = [
         t
         for t in targets
-        if t["bench"] and t["bench"]["single_stream"] and t["parity"] and t["parity"]["accuracy"]
+        if t["bench"] and t["bench"].single_stream and t["parity"] and t["parity"].accuracy
     ]
     if measured:
         figure, axes = plt.subplots(figsize=(7, 3))
         for t in measured:
             x, y = (
-                t["bench"]["single_stream"]["latency_ms_p90"],
-                t["parity"]["accuracy"]["bundle_top1"],
+                t["bench"].single_stream.latency_ms_p90,
+                t["parity"].accuracy.bundle_top1,
             )
             axes.scatter(x, y, clip_on=False, s=t["bytes"] / 2**20 * 12 + 20)
             axes.annotate(t["row"], (x, y), textcoords="offset points", xytext=(8, 4), fontsize=8)

@@ -8,20 +8,27 @@ A report counts for the bundle that it was made with, by the hash of the bundle'
 a new export it has to be made again.
 """
 
+import dataclasses
 import datetime
 import platform
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from edgeclip import disk
+from edgeclip.device import records
 from edgeclip.device.bench import SCENARIOS, over_budget
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Device
+from edgeclip.device.records import BenchReport, ParityReport, SelftestReport
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
 from edgeclip.reports import engines
 
+Report = TypeVar("Report", ParityReport, BenchReport)
+KINDS: dict[type, str] = {ParityReport: "parity", BenchReport: "bench"}
 DEFAULT_RUN = Path("runs/latest")
 GATE_FAILED = 3
 """exit code: a gate failed"""
@@ -76,44 +83,44 @@ def path(run: Path, bundle: Bundle, device: str, kind: str) -> Path:
     return run / "reports" / f"{bundle.folder.resolve().name}.{device}.{kind}.json"
 
 
-def read(run: Path | None, bundle: Bundle, device: str, kind: str) -> dict[str, Any] | None:
+def read(run: Path | None, bundle: Bundle, device: str, kind: type[Report]) -> Report | None:
     """Return the report that counts for this bundle; None where there is none.
 
-    kind: "parity" or "bench".
+    kind: `ParityReport` or `BenchReport`.
     """
     if run is None:
         return None
-    file = path(run, bundle, device, kind)
+    file = path(run, bundle, device, KINDS[kind])
     if not file.exists():
         return None
-    report: dict[str, Any] = disk.read_json(file)
-    if report["bundle"] != disk.sha256(bundle.folder / disk.MANIFEST):
+    report = records.read(file, kind)
+    if report.bundle != disk.sha256(bundle.folder / disk.MANIFEST):
         return None
     return report
 
 
-def write(report: dict[str, Any], device: str, run: Path | None, bundle: Bundle) -> dict[str, Any]:
+def write(report: Report, device: str, run: Path | None, bundle: Bundle) -> Report:
     """Write a report of `device` beside its run, and return it with the device's name in it.
 
     A bundle without a run (run=None) has no place for reports: then nothing is written. A parity
     report also enters the history of engines.
     """
-    report = {"device": device, **report}
+    report = msgspec.structs.replace(report, device=device)
     if run is None:
         return report
-    if report["kind"] == "parity":
+    if isinstance(report, ParityReport):
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         line = engines.remember(path(run, bundle, device, "engines"), report, now)
         if line:
             say(line)
-    disk.write_json(path(run, bundle, device, report["kind"]), report)
+    records.write(path(run, bundle, device, report.kind), report)
     return report
 
 
 # --- what a report says
 
 
-def joined(report: dict[str, Any], earlier: dict[str, Any], device: Device) -> dict[str, Any]:
+def joined(report: BenchReport, earlier: BenchReport, device: Device) -> BenchReport:
     """Return `report` with what it did not measure and an earlier one did; `kept` names that.
 
     Only of the same bundle, machine, runtime and minimum; otherwise `report` is returned as it is.
@@ -121,40 +128,42 @@ def joined(report: dict[str, Any], earlier: dict[str, Any], device: Device) -> d
     if _conditions(report) != _conditions(earlier):
         return report
 
-    kept = []
-    for key in (*SCENARIOS, "sustained", "energy"):
-        if report[key] is None and earlier.get(key) is not None:
-            kept.append(key)
-    whole = {**report, **{key: earlier[key] for key in kept}, "kept": kept}
-    whole["energy_mj_per_image"] = (whole["energy"] or {}).get("mj_per_image")
+    kept: dict[str, Any] = {}
+    for name in (*SCENARIOS, "sustained", "energy"):
+        before = getattr(earlier, name)
+        if getattr(report, name) is None and before is not None:
+            kept[name] = before
+    whole = msgspec.structs.replace(report, **kept, kept=list(kept))
+    energy = whole.energy.mj_per_image if whole.energy else None
+    whole = msgspec.structs.replace(whole, energy_mj_per_image=energy)
 
     own_budget = over_budget(report, device)
-    others = [f for f in report["failures"] if f not in own_budget]
-    whole["failures"] = others + over_budget(whole, device)
-    return whole
+    others = [f for f in report.failures if f not in own_budget]
+    return msgspec.structs.replace(whole, failures=others + over_budget(whole, device))
 
 
-def _conditions(report: dict[str, Any]) -> list[Any]:
-    machine = {k: v for k, v in report["machine"].items() if k != "temperature_c"}
-    keys = ("bundle", "ran", "min_duration_s", "min_query_count")
-    return [machine, *(report[key] for key in keys)]
+def _conditions(report: BenchReport) -> tuple[Any, ...]:
+    machine = dataclasses.replace(report.machine, temperature_c=None)
+    return machine, report.bundle, report.ran, report.min_duration_s, report.min_query_count
 
 
-def exit_code(reports: Iterable[dict[str, Any]]) -> int:
+def exit_code(reports: Iterable[ParityReport | BenchReport | SelftestReport]) -> int:
     """Return the exit code of a gate: 0 all passed, 3 one failed, 4 too few images to tell.
 
-    Reads parity, bench and self-test reports. A failure outranks "too few images".
+    A failure outranks "too few images".
     """
     code = 0
     for report in reports:
         if _failed(report):
             return GATE_FAILED
-        if report.get("verdict") == "too few images":
+        if isinstance(report, ParityReport) and report.verdict == "too few images":
             code = TOO_FEW
     return code
 
 
-def _failed(report: dict[str, Any]) -> bool:
-    if report["kind"] == "selftest":
-        return any(step["status"] == "fail" for step in report["steps"])
-    return bool(report["failures"]) or report.get("verdict") == "fail"
+def _failed(report: ParityReport | BenchReport | SelftestReport) -> bool:
+    if isinstance(report, SelftestReport):
+        return any(step.status == "fail" for step in report.steps)
+    if isinstance(report, ParityReport) and report.verdict == "fail":
+        return True
+    return bool(report.failures)

@@ -15,9 +15,10 @@ from edgeclip.boards import runner
 from edgeclip.boards.board import Board, Load
 from edgeclip.boards.measure import open_measurer
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.evaluation import load_evaluation
+from edgeclip.device.machine import Facts
 from edgeclip.device.profile import Minimum
 from edgeclip.device.profile import load as load_device
-from edgeclip.device.validate import load_evaluation
 from edgeclip.errors import EdgeclipError
 from tests.support.command import run
 from tests.support.files import REPO
@@ -269,7 +270,7 @@ def test_words_of_a_login_shell_are_not_taken_for_the_answer(tmp_path):
         f"reach: {{command: [{shell}], folder: {tmp_path}/b}}\nruntimes: [onnxruntime]\n"
     )
     with Board(*load_device(str(tmp_path / "d.yaml"))) as board:
-        assert board.facts["python"]
+        assert board.facts.python
 
 
 def test_the_runner_is_the_device_layer_and_nothing_of_the_host(tmp_path):
@@ -313,14 +314,14 @@ def test_the_remote_command_is_one_constant_string():
 )
 def test_a_board_that_cannot_run_it_is_told_so(python, glibc, says):
     with pytest.raises(EdgeclipError, match=says):
-        runner.wheels("old", {"python": python, "glibc": glibc, "arch": "aarch64"}, ())
+        runner.wheels("old", Facts(arch="aarch64", python=python, os="an os", glibc=glibc), ())
 
 
 def test_the_agent_uses_the_standard_library_only_and_an_old_grammar():
     import ast
 
     tree = ast.parse(
-        (REPO / "edgeclip" / "remote" / "agent.py").read_text(), feature_version=(3, 8)
+        (REPO / "edgeclip" / "boards" / "agent.py").read_text(), feature_version=(3, 8)
     )
     imported = {
         n.name.split(".")[0]
@@ -329,4 +330,4 @@ def test_the_agent_uses_the_standard_library_only_and_an_old_grammar():
         for n in node.names
     }
     assert imported <= set(sys.stdlib_module_names)
-    ast.parse((REPO / "edgeclip" / "machine.py").read_text(), feature_version=(3, 8))
+    ast.parse((REPO / "edgeclip" / "device" / "machine.py").read_text(), feature_version=(3, 8))

@@ -9,8 +9,8 @@ import pytest
 
 from edgeclip.boards.board import Board
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.evaluation import load_evaluation
 from edgeclip.device.profile import load as load_device
-from edgeclip.device.validate import load_evaluation
 from tests.support.command import run
 from tests.support.toy_bundle import LABELS, write_evaluation
 
@@ -79,22 +79,16 @@ def test_fp32_and_s8s8_answer_as_on_x86_with_the_same_onnxruntime(bundles, kind)
         observed("loopback", kind, bundles),
         strict=True,
     ):
-        assert arm.facts["ran"]["version"] == x86.facts["ran"]["version"] == "1.26.0"
+        assert arm.ran.version == x86.ran.version == "1.26.0"
         assert (
             arm.arrays["golden_pixels"] == x86.arrays["golden_pixels"]
         ).all()  # PIL's resize is the same on both
         a, b = arm.arrays["features_all"].astype(np.float64), x86.arrays["features_all"]
         assert (a * b).sum(axis=1).min() > (0.99999 if "fp32" in bundle.folder.name else 0.99)
-        from edgeclip.device.validate import decide
+        from edgeclip.device.evaluation import decide
 
-        margin = np.concatenate(
-            [
-                m
-                for _, _, m in decide(
-                    bundle, load_evaluation(bundles[kind][1]), x86.arrays["features_all"]
-                )
-            ]
-        )
+        evaluation = load_evaluation(bundles[kind][1])
+        margin = decide(bundle, evaluation, x86.arrays["features_all"]).lead
         unlike = arm.arrays["answers"] != x86.arrays["answers"]
         assert not (unlike & (margin >= 1e-3)).any()
         assert len(unlike) == 60
@@ -131,5 +125,5 @@ def test_cores_with_and_without_dot_product_are_told_apart(tools, cpu, dot_produ
         device, reach=msgspec.structs.replace(device.reach, emulate=cpu)
     )
     with Board(name, device) as board:
-        assert ("asimddp" in board.facts["isa"]) == dot_product and board.facts["emulated"]
+        assert ("asimddp" in board.facts.isa) == dot_product and board.facts.emulated
         assert "processor" in {r.check for r in board.preflight([], None) if r.status == "warn"}

@@ -1,5 +1,6 @@
 """The preflight says what is known to be well, and calls what is unknown a warning."""
 
+import dataclasses
 import json
 
 import pytest
@@ -13,17 +14,12 @@ from tests.support.machine_files import FACTS, JETSON, fake
 WELL = {"free_disk_mib": 9000, "available_mib": 5000, "swap_mib": 4000, "load_average": 0.1, "time": 1000.0, "temperature_c": 45.0, "critical_c": 105.0,
         "throttled": {"cooling_device1 cpufreq-cpu0": 0, "cpu0/core_throttle_count": 7, "oc1_event_cnt": 3}, "governors": ["performance"], "clocks_locked": True,
         "power_mode": "MAXN_SUPER", "l4t": "36.4.3", "jetpack": "6.2+b77", "tensorrt": "10.3.0", "cuda": "12.6.68"}  # fmt: skip
-NANO = FACTS | {
-    "device_tree_model": "NVIDIA Jetson Orin Nano",
-    "python": "3.10.12",
-    "emulated": False,
-    "glibc": "2.35",
-}
+NANO = dataclasses.replace(FACTS, device_tree_model="NVIDIA Jetson Orin Nano", glibc="2.35")
 
 
 def status(state, facts=NANO, need=100.0, engines=True, builds=True, name="jetson-orin-nano"):
     needs = Needs(need, engines, builds)
-    rows = preflight(device.load(name)[1], facts, state, needs, 1000.0)
+    rows = preflight(device.load(name)[1], facts, machine.State(**state), needs, 1000.0)
     return {row.check: row.status for row in rows}
 
 
@@ -62,12 +58,14 @@ def test_memory_counts_against_what_has_to_be_built():
 
 
 def test_another_board_and_an_old_python_fail():
-    found = status(WELL, NANO | {"device_tree_model": "Raspberry Pi 5", "python": "3.8.10"})
+    found = status(
+        WELL, dataclasses.replace(NANO, device_tree_model="Raspberry Pi 5", python="3.8.10")
+    )
     assert found["board"] == found["python"] == "fail"
 
 
 def test_an_emulated_processor_is_named():
-    assert status(WELL, NANO | {"emulated": True})["processor"] == "warn"
+    assert status(WELL, dataclasses.replace(NANO, emulated=True))["processor"] == "warn"
     assert status(WELL, NANO, name="arm64-emulated")["processor"] == "warn"
 
 
@@ -80,7 +78,7 @@ def test_a_jetson_without_tensorrt_may_still_run_cpu_bundles():
 
 def test_the_rows_come_from_the_machines_own_files(tmp_path):
     state = machine.state(str(tmp_path), fake(tmp_path, JETSON))
-    found = status(state)
+    found = status(vars(state))
     assert found["clocks"] == "warn"
     assert found["temperature"] == "pass"
     assert found["power mode"] == found["tensorrt"] == "pass"
@@ -88,11 +86,12 @@ def test_the_rows_come_from_the_machines_own_files(tmp_path):
 
 
 def test_a_benchmark_on_the_board_itself_keeps_its_state_too(shipped_bundle, tmp_path, monkeypatch):
-    state = machine.state(str(tmp_path)) | {
-        "power_mode": "MAXN_SUPER",
-        "clocks_locked": False,
-        "load_average": 9.5,
-    }
+    state = dataclasses.replace(
+        machine.state(str(tmp_path)),
+        power_mode="MAXN_SUPER",
+        clocks_locked=False,
+        load_average=9.5,
+    )
     monkeypatch.setattr(machine, "state", lambda *_: state)
     (tmp_path / "d.yaml").write_text(
         "runtimes: [onnxruntime, tensorrt]\nbench: {min_duration_s: 0.01, min_query_count: 5}\n"
@@ -113,7 +112,7 @@ def test_a_benchmark_on_the_board_itself_keeps_its_state_too(shipped_bundle, tmp
     assert found["clocks"].startswith("free")
     assert {"jetpack", "throttling"} <= set(found)
     assert "d: warning: other load: 9.5, should be at most 0.5" in result.stderr
-    state |= {"available_mib": 10, "swap_mib": 0}
+    state = dataclasses.replace(state, available_mib=10, swap_mib=0)
     mistake(
         *ask,
         says="d: not fit to be measured (memory: 10 MiB free, 0 MiB swap, needs 300 MiB",

@@ -1,9 +1,11 @@
 """The load generator counts right, stops right and costs next to nothing."""
 
+import dataclasses
 import statistics
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from edgeclip.cli import tables
 from edgeclip.device import machine
 from edgeclip.device.bench import (
     WARM_UP,
+    Plan,
     _images,
     _stages,
     bench,
@@ -23,6 +26,7 @@ from edgeclip.device.bench import (
 )
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Budget, Device, Minimum
+from edgeclip.device.records import to_json
 from edgeclip.device.runtime import open_session
 from edgeclip.errors import EdgeclipError
 
@@ -67,17 +71,17 @@ def test_samples_are_cycled_and_warm_up_queries_are_not_counted():
 
 def test_a_summary_by_hand():
     s = summary([i / 1000 for i in range(1, 101)])
-    assert s["queries"] == 100
-    assert s["latency_ms_min"] == pytest.approx(1)
-    assert s["latency_ms_mean"] == pytest.approx(50.5)
-    assert s["latency_ms_p50"] == pytest.approx(50.5)
-    assert s["latency_ms_p90"] == pytest.approx(90.1)
-    assert s["latency_ms_p95"] == pytest.approx(95.05)
+    assert s.queries == 100
+    assert s.latency_ms_min == pytest.approx(1)
+    assert s.latency_ms_mean == pytest.approx(50.5)
+    assert s.latency_ms_p50 == pytest.approx(50.5)
+    assert s.latency_ms_p90 == pytest.approx(90.1)
+    assert s.latency_ms_p95 == pytest.approx(95.05)
 
 
 def test_p99_is_quoted_from_a_thousand_samples_on():
-    assert summary([0.001] * 999)["latency_ms_p99"] is None
-    assert summary([0.001] * 1000)["latency_ms_p99"] == pytest.approx(1)
+    assert summary([0.001] * 999).latency_ms_p99 is None
+    assert summary([0.001] * 1000).latency_ms_p99 == pytest.approx(1)
 
 
 @pytest.fixture(scope="module")
@@ -92,55 +96,50 @@ def measured(shipped_bundle):
         device,
         machine.facts(),
         None,
-        Minimum(min_duration_s=0.05, min_query_count=30),
+        Plan(Minimum(min_duration_s=0.05, min_query_count=30)),
     )
 
 
 def test_a_report_says_what_ran_and_where(measured, shipped_bundle):
-    assert measured["kind"] == "bench"
-    assert measured["target"] == "onnx-fp32"
-    assert measured["ran"]["threads"] == 1
-    assert measured["short_run"]
+    assert measured.kind == "bench"
+    assert measured.target == "onnx-fp32"
+    assert measured.ran.threads == 1
+    assert measured.short_run
     assert (
-        measured["machine"]["arch"]
-        and measured["image_encoder_bytes"]
+        measured.machine.arch
+        and measured.image_encoder_bytes
         == Bundle.load(shipped_bundle("onnx-fp32")).manifest.image_encoder_bytes
     )
 
 
 def test_every_scenario_reaches_its_minimum(measured):
     single, multi, offline = (
-        measured["single_stream"],
-        measured["multi_stream"],
-        measured["offline"],
+        measured.single_stream,
+        measured.multi_stream,
+        measured.offline,
     )
-    assert multi["batch"] == 8
-    assert multi["queries"] >= 30
-    assert multi["latency_ms_p99"] is None
-    assert measured["sustained"] is None
-    assert single["batch"] == 1
-    assert single["queries"] >= 30
-    assert offline["batch"] == 4
-    assert 4 * offline["queries"] >= 30
-    assert offline["images_per_second"] == pytest.approx(4e3 / offline["latency_ms_mean"])
+    assert multi.batch == 8
+    assert multi.queries >= 30
+    assert multi.latency_ms_p99 is None
+    assert measured.sustained is None
+    assert single.batch == 1
+    assert single.queries >= 30
+    assert offline.batch == 4
+    assert 4 * offline.queries >= 30
+    assert offline.images_per_second == pytest.approx(4e3 / offline.latency_ms_mean)
 
 
 def test_percentiles_are_in_order(measured):
-    s = measured["single_stream"]
-    assert (
-        0 < s["latency_ms_min"] <= s["latency_ms_p50"] <= s["latency_ms_p90"] <= s["latency_ms_p95"]
-    )
-    assert (s["latency_ms_p99"] is None) == (s["queries"] < 1000)
+    s = measured.single_stream
+    assert 0 < s.latency_ms_min <= s.latency_ms_p50 <= s.latency_ms_p90 <= s.latency_ms_p95
+    assert (s.latency_ms_p99 is None) == (s.queries < 1000)
 
 
 def test_stages_and_cold_start_are_measured_apart(measured):
-    assert set(measured["stages"]) == {"decode_ms", "preprocess_ms", "model_ms", "head_ms"} and all(
-        v > 0 for v in measured["stages"].values()
-    )
-    cold = measured["cold_start"]
+    assert all(v > 0 for v in to_json(measured.stages).values())
+    cold = measured.cold_start
     assert (
-        cold["process_ms"] > cold["load_ms"] > 0
-        and measured["peak_memory_mib"] == cold["peak_memory_mib"] > 10
+        cold.process_ms > cold.load_ms > 0 and measured.peak_memory_mib == cold.peak_memory_mib > 10
     )
 
 
@@ -153,28 +152,25 @@ def test_a_fresh_process_runs_where_the_bundle_does(shipped_bundle):
 
 
 def test_what_was_not_measured_is_null(measured, shipped_bundle):
-    assert measured["energy_mj_per_image"] is None
+    assert measured.energy_mj_per_image is None
     bundle = Bundle.load(shipped_bundle("onnx-fp32"))
     bundle.labels = []  # one that only embeds
-    assert _stages(bundle, _images(bundle, None))["head_ms"] is None
+    assert _stages(bundle, _images(bundle, None)).head_ms is None
 
 
 def test_a_meter_that_cannot_be_read_costs_the_energy_alone(shipped_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr("edgeclip.device.energy.IDLE_S", 0.0)
-    device, how = Device(runtimes=["onnxruntime"]), {"meter_csv": tmp_path / "gone.csv"}
     r = bench(
         Bundle.load(shipped_bundle("onnx-fp32")),
-        device,
+        Device(runtimes=["onnxruntime"]),
         machine.facts(),
         None,
-        Minimum(0.0, 5),
-        ("single_stream",),
-        **how,
+        Plan(Minimum(0.0, 5), ("single_stream",), meter_csv=tmp_path / "gone.csv"),
     )
-    assert r["single_stream"]["queries"] >= 5 and r["energy"] is None
-    assert len(r["failures"]) == 1
-    assert r["failures"][0].startswith("energy not measured: ")
-    assert "there is no such file" in r["failures"][0]
+    assert r.single_stream.queries >= 5 and r.energy is None
+    assert len(r.failures) == 1
+    assert r.failures[0].startswith("energy not measured: ")
+    assert "there is no such file" in r.failures[0]
 
 
 @pytest.mark.parametrize(
@@ -186,18 +182,14 @@ def test_a_meter_that_cannot_be_read_costs_the_energy_alone(shipped_bundle, tmp_
     ],
 )
 def test_what_a_core_has_not_is_not_unknown(measured, capsys, isa, says):
-    board = {
-        **measured["machine"],
-        "isa": isa,
-        "cpu": None,
-        "device_tree_model": "Raspberry Pi 4 Model B",
-    }
-    tables.bench([{**measured, "device": "pi", "machine": board}])
+    model = "Raspberry Pi 4 Model B"
+    board = dataclasses.replace(measured.machine, isa=isa, cpu=None, device_tree_model=model)
+    tables.bench([msgspec.structs.replace(measured, device="pi", machine=board)])
     assert f"pi: Raspberry Pi 4 Model B, {says}, 1 thread(s)" in capsys.readouterr().out
 
 
 def test_only_the_exceeded_budget_is_a_failure(measured):
-    assert len(measured["failures"]) == 1 and measured["failures"][0].startswith("latency_ms_p90")
+    assert len(measured.failures) == 1 and measured.failures[0].startswith("latency_ms_p90")
 
 
 def test_a_scenario_that_was_not_asked_for_is_null(shipped_bundle):
@@ -206,12 +198,11 @@ def test_a_scenario_that_was_not_asked_for_is_null(shipped_bundle):
         Device(runtimes=["onnxruntime"]),
         machine.facts(),
         None,
-        Minimum(0.0, 5),
-        ("offline",),
+        Plan(Minimum(0.0, 5), ("offline",)),
     )
-    assert r["single_stream"] is None
-    assert r["offline"]["queries"] >= 1
-    assert r["failures"] == []
+    assert r.single_stream is None
+    assert r.offline.queries >= 1
+    assert r.failures == []
 
 
 def test_sustained_load_is_told_in_tenths(shipped_bundle):
@@ -221,22 +212,18 @@ def test_sustained_load_is_told_in_tenths(shipped_bundle):
         device,
         machine.facts(),
         None,
-        Minimum(0.0, 5),
-        ("single_stream",),
-        minutes=0.01,
-    )["sustained"]
-    assert len(r["windows"]) == 10
-    assert r["minutes"] == pytest.approx(0.01)
-    assert all(w["queries"] >= 1 for w in r["windows"])
-    assert r["p90_drift"] == pytest.approx(
-        r["windows"][-1]["latency_ms_p90"] / r["windows"][0]["latency_ms_p90"]
-    )
+        Plan(Minimum(0.0, 5), ("single_stream",), minutes=0.01),
+    ).sustained
+    assert len(r.windows) == 10
+    assert r.minutes == pytest.approx(0.01)
+    assert all(w.queries >= 1 for w in r.windows)
+    assert r.p90_drift == pytest.approx(r.windows[-1].latency_ms_p90 / r.windows[0].latency_ms_p90)
 
 
 def test_the_drift_is_the_last_tenths_p90_over_the_firsts(monkeypatch):
     runs = iter([[0.002] * 20] * 9 + [[0.006] * 20])
     monkeypatch.setattr("edgeclip.device.bench.run_scenario", lambda *_: next(runs))
-    assert sustained(lambda x: x, [0], 1.0)["p90_drift"] == pytest.approx(3.0)
+    assert sustained(lambda x: x, [0], 1.0).p90_drift == pytest.approx(3.0)
 
 
 def test_a_load_that_throttled_in_its_middle_says_so(monkeypatch):
@@ -246,19 +233,18 @@ def test_a_load_that_throttled_in_its_middle_says_so(monkeypatch):
         "edgeclip.device.machine.throttled", lambda: {"get_throttled": next(readings)}
     )
     found = sustained(lambda x: x, [0], 0.01)
-    assert [w["throttled"] for w in found["windows"]] == [[]] * 3 + [["get_throttled"]] + [[]] * 6
-    assert found["throttled"] == ["get_throttled"] and found["throttled_before"] is True
+    assert [w.throttled for w in found.windows] == [[]] * 3 + [["get_throttled"]] + [[]] * 6
+    assert found.throttled == ["get_throttled"] and found.throttled_before is True
     monkeypatch.setattr("edgeclip.device.machine.throttled", lambda: None)
-    assert sustained(lambda x: x, [0], 0.01)["throttled"] is None
+    assert sustained(lambda x: x, [0], 0.01).throttled is None
 
 
 def test_the_times_of_an_emulated_processor_are_refused(shipped_bundle):
     bundle, device = Bundle.load(shipped_bundle("onnx-fp32")), Device(runtimes=["onnxruntime"])
-    r = bench(
-        bundle, device, machine.facts() | {"emulated": True}, None, Minimum(0.0, 5), minutes=1.0
-    )
+    here = dataclasses.replace(machine.facts(), emulated=True)
+    r = bench(bundle, device, here, None, Plan(Minimum(0.0, 5), minutes=1.0))
     assert [
-        r[k]
+        getattr(r, k)
         for k in (
             "single_stream",
             "multi_stream",
@@ -270,8 +256,8 @@ def test_the_times_of_an_emulated_processor_are_refused(shipped_bundle):
         )
     ] == [None] * 7
     assert (
-        r["failures"][0].startswith("timings refused: the processor is emulated")
-        and r["ran"]["runtime"] == "onnxruntime"
+        r.failures[0].startswith("timings refused: the processor is emulated")
+        and r.ran.runtime == "onnxruntime"
     )
 
 
@@ -281,7 +267,7 @@ def test_a_budget_on_what_was_not_measured_is_not_kept(measured):
     )
     assert failures == ["energy_mj_per_image not measured, budget 5.0"]
     failures = over_budget(
-        measured | {"energy_mj_per_image": 0.94},
+        msgspec.structs.replace(measured, energy_mj_per_image=0.94),
         Device(runtimes=["onnxruntime"], budget=Budget(energy_mj_per_image=0.9)),
     )
     assert failures == ["energy_mj_per_image 0.94, budget 0.9"]
@@ -313,7 +299,7 @@ def test_a_provider_that_is_not_there_is_an_error_not_a_cpu(shipped_bundle):
         ).image_encoder
     assert Bundle.load(
         shipped_bundle("onnx-fp32"), providers=("CPUExecutionProvider",)
-    ).image_encoder.facts["providers"] == ["CPUExecutionProvider"]
+    ).image_encoder.facts.providers == ["CPUExecutionProvider"]
 
 
 @pytest.mark.parametrize(

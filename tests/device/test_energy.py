@@ -8,16 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from edgeclip.device import energy
-from edgeclip.device.energy import (
-    Sample,
-    by_the_hosts_meter,
-    find,
-    half_width,
-    meter,
-    per_image,
-    steady_from,
-)
+from edgeclip.device import energy, power
+from edgeclip.device.energy import by_the_hosts_meter, half_width, per_image, steady_from
+from edgeclip.device.power import find, meter
+from edgeclip.device.records import EnergyMarks, Reading
 from edgeclip.errors import EdgeclipError
 from tests.support.machine_files import fake
 
@@ -78,7 +72,7 @@ def rapl(root, microjoules, package=0):
 
 def test_rapl_is_a_counter_that_wraps(tmp_path, monkeypatch):
     clock = iter([10.0, 12.0, 13.0])
-    monkeypatch.setattr(energy.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(power.time, "perf_counter", lambda: next(clock))
     source = find(("package",), rapl(tmp_path, 262143000000))
     assert source.name == "RAPL: package" and source.read() is None  # one reading is no power
     rapl(tmp_path, 262143328850)
@@ -89,7 +83,7 @@ def test_rapl_is_a_counter_that_wraps(tmp_path, monkeypatch):
 
 def test_rapl_of_two_packages_is_their_sum(tmp_path, monkeypatch):
     clock = iter([0.0, 0.0, 1.0, 1.0])
-    monkeypatch.setattr(energy.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(power.time, "perf_counter", lambda: next(clock))
     rapl(tmp_path, 0)
     source = find(("package",), rapl(tmp_path, 0, 1))
     source.read()
@@ -116,11 +110,11 @@ def test_tegrastats_is_read_as_it_writes_and_ended(tmp_path, monkeypatch):
     program.write_text(TEGRASTATS.format(python=sys.executable, folder=tmp_path))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    source = energy.tegrastats(("VDD_IN", "VDD_SOC"))
+    source = power.tegrastats(("VDD_IN", "VDD_SOC"))
     assert (
         source.name == "tegrastats: VDD_IN + VDD_SOC" and not (tmp_path / "pid").exists()
     )  # nothing runs before it is read
-    with energy.Sampler(source) as sampler:
+    with power.Sampler(source) as sampler:
         while not (tmp_path / "done").exists():
             time.sleep(0.01)
         time.sleep(1)
@@ -175,18 +169,17 @@ def samples(start, seconds, watts, noise=0.0, celsius=None, hz=10):
     rng = np.random.default_rng(0)
     n = int(seconds * hz)
     return [
-        Sample(start + i / hz, watts + noise * rng.normal(), celsius(i / hz) if celsius else None)
+        Reading(start + i / hz, watts + noise * rng.normal(), celsius(i / hz) if celsius else None)
         for i in range(n)
     ]
 
 
 def test_energy_is_power_above_idle_over_images():
     every = samples(0, 10, 4.0) + samples(10, 60, 9.0)
-    r = per_image(every, every, [0.0, 10.0, 70.0], [(10.0, 0), (70.0, 600)], "s")
-    assert r["mj_per_image"] == pytest.approx(500) and r[
-        "mj_per_image_half_width"
-    ] == pytest.approx(0, abs=1e-9)
-    assert (r["idle_w"], r["load_w"], r["rate_hz"], r["steady"]) == (
+    r = per_image(every, EnergyMarks((0.0, 10.0, 70.0), [(10.0, 0), (70.0, 600)], every), "s")
+    assert r.mj_per_image == pytest.approx(500)
+    assert r.mj_per_image_half_width == pytest.approx(0, abs=1e-9)
+    assert (r.idle_w, r.load_w, r.rate_hz, r.steady) == (
         4.0,
         pytest.approx(9.0),
         pytest.approx(10.0),
@@ -223,40 +216,36 @@ def test_images_count_from_the_moment_that_the_watts_do():
     """Slow and thirsty while cold, then 10 images a second of 5 W: half a joule each."""
     warm = samples(0, 30, 4.0) + samples(30, 600, 9.0, celsius=lambda t: 40 + min(t, 100) / 2)
     done = [(30.0 + t, t if t < 100 else 100 + 10 * (t - 100)) for t in range(601)]
-    r = per_image(warm, warm, [0.0, 30.0, 630.0], done, "s")
-    assert r["steady"] is True
-    assert r["mj_per_image"] == pytest.approx(500)
-    assert r["images"] == pytest.approx(10 * r["seconds"], abs=1)
+    r = per_image(warm, EnergyMarks((0.0, 30.0, 630.0), done, warm), "s")
+    assert r.steady is True
+    assert r.mj_per_image == pytest.approx(500)
+    assert r.images == pytest.approx(10 * r.seconds, abs=1)
 
 
 def test_only_the_part_after_the_board_is_warm_counts():
     warm = samples(10, 600, 9.0, celsius=lambda t: 70 - 30 * math.exp(-t / 60))
     every = samples(0, 10, 4.0) + [
-        s._replace(watts=9.0 - 3 * math.exp(-(s.time - 10) / 60)) for s in warm
+        Reading(s.time, 9.0 - 3 * math.exp(-(s.time - 10) / 60), s.celsius) for s in warm
     ]
     begin = steady_from(warm)
     slope = 30 / 60 * math.exp(-(begin - 10) / 60) * 60  # kelvin a minute at that moment
     assert 10 < begin < 400 and slope < 6
-    r = per_image(every, every, [0.0, 10.0, 610.0], [(10.0, 0), (610.0, 6000)], "s")
-    assert r["steady"] is True and 490 < r["mj_per_image"] <= 500
+    r = per_image(every, EnergyMarks((0.0, 10.0, 610.0), [(10.0, 0), (610.0, 6000)], every), "s")
+    assert r.steady is True and 490 < r.mj_per_image <= 500
 
 
 def test_a_board_that_never_comes_to_rest_is_called_so():
     rising = samples(10, 60, 9.0, celsius=lambda t: 40 + t / 10)
     assert math.isinf(steady_from(rising))
-    r = per_image(
-        samples(0, 10, 4.0) + rising, rising, [0.0, 10.0, 70.0], [(10.0, 0), (70.0, 600)], "s"
-    )
-    assert r["steady"] is False and r["mj_per_image"] == pytest.approx(500)
+    marks = EnergyMarks((0.0, 10.0, 70.0), [(10.0, 0), (70.0, 600)], rising)
+    r = per_image(samples(0, 10, 4.0) + rising, marks, "s")
+    assert r.steady is False and r.mj_per_image == pytest.approx(500)
 
 
 def test_too_few_samples_are_no_figure():
-    r = per_image(samples(0, 1, 4.0, hz=1), [], [0.0, 10.0, 70.0], [(10.0, 0), (70.0, 600)], "s")
-    assert r["mj_per_image"] is None and r["idle_w"] is None
-
-
-def test_nothing_to_read_is_not_measured():
-    assert energy.measure(lambda x: x, [0], 0.1, None) is None
+    marks = EnergyMarks((0.0, 10.0, 70.0), [(10.0, 0), (70.0, 600)], [])
+    r = per_image(samples(0, 1, 4.0, hz=1), marks, "s")
+    assert r.mj_per_image is None and r.idle_w is None
 
 
 def test_a_load_is_sampled_while_it_runs(monkeypatch):
@@ -267,13 +256,14 @@ def test_a_load_is_sampled_while_it_runs(monkeypatch):
         busy[0] = True
         energy.time.sleep(0.005)
 
-    r = energy.measure(query, [0], 3.0, energy.Source("toy", lambda: 9.0 if busy[0] else 4.0))
-    assert r["idle_w"] == pytest.approx(4.0)
-    assert r["load_w"] == pytest.approx(9.0, abs=0.3)
-    assert r["samples_load"] >= 20
+    source = power.Source("toy", lambda: 9.0 if busy[0] else 4.0)
+    r = energy.measure(energy.Load(query, [0], 3.0), source)
+    assert r.idle_w == pytest.approx(4.0)
+    assert r.load_w == pytest.approx(9.0, abs=0.3)
+    assert r.samples_load >= 20
     assert (
-        r["mj_per_image"] == pytest.approx(5e3 * r["seconds"] / r["images"], rel=0.1)
-        and r["images"] <= 3.0 / 0.005 + 1
+        r.mj_per_image == pytest.approx(5e3 * r.seconds / r.images, rel=0.1)
+        and r.images <= 3.0 / 0.005 + 1
     )
 
 
@@ -282,19 +272,17 @@ def test_a_meter_on_the_hosts_clock_is_read_by_the_boards_marks(tmp_path, ahead)
     """2 W idle for 10 s, 5 W for 20 s of 400 images: 3 W of 50 ms are 150 mJ, whatever the board's clock says."""
     rows = [f"{1000 + t / 10},{2 if t < 100 else 5}" for t in range(300)]
     (tmp_path / "m.csv").write_text("timestamp,watts\n" + "\n".join(rows) + "\n")
-    marks = {
-        "times": [1000 + ahead, 1010 + ahead, 1030 + ahead],
-        "done": [(1010 + ahead, 0), (1030 + ahead, 400)],
-        "temperatures": [],
-    }
+    marks = EnergyMarks(
+        (1000 + ahead, 1010 + ahead, 1030 + ahead),
+        [(1010 + ahead, 0), (1030 + ahead, 400)],
+        [],
+    )
     found = by_the_hosts_meter(
         tmp_path / "m.csv", marks, (ahead - 0.02, 0.05), (ahead + 0.02, 0.03)
     )
-    assert found["mj_per_image"] == pytest.approx(150) and found["clock_offset_s"] == pytest.approx(
-        ahead
-    )
-    assert found["clock_half_width_s"] == pytest.approx(0.07)
-    assert found["samples_idle"] == 99
-    assert found["samples_load"] == 199
+    assert found.mj_per_image == pytest.approx(150) and found.clock_offset_s == pytest.approx(ahead)
+    assert found.clock_half_width_s == pytest.approx(0.07)
+    assert found.samples_idle == 99
+    assert found.samples_load == 199
     late = by_the_hosts_meter(tmp_path / "m.csv", marks, (ahead + 100, 0.05), (ahead + 100, 0.05))
-    assert late["mj_per_image"] is None  # nothing of the file lies in that time
+    assert late.mj_per_image is None  # nothing of the file lies in that time

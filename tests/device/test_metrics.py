@@ -16,6 +16,7 @@ from edgeclip.device.metrics import (
     paired_drop,
     recall_both_ways,
 )
+from edgeclip.device.records import to_json
 
 
 def test_normalized_rows_have_length_one_and_zero_stays_zero():
@@ -114,25 +115,25 @@ def test_chance_recall_is_what_random_orders_reach():
 
 def test_cosine_of_equal_sets_is_one():
     x = l2_normalize(np.random.default_rng(0).normal(size=(50, 8)))
-    assert all(math.isclose(v, 1.0, abs_tol=1e-6) for v in cosine(x, x).values())
+    assert all(math.isclose(v, 1.0, abs_tol=1e-6) for v in to_json(cosine(x, x)).values())
 
 
 def test_a_large_shared_mean_flatters_the_raw_cosine_only():
     rng = np.random.default_rng(1)
     a, b = (l2_normalize(20.0 + rng.normal(size=(500, 32))) for _ in range(2))
     c = cosine(a, b)
-    assert c["raw_min"] > 0.99
-    assert abs(c["centered_p5"]) < 0.6
-    assert c["centered_min"] < 0
+    assert c.raw_min > 0.99
+    assert abs(c.centered_p5) < 0.6
+    assert c.centered_min < 0
 
 
 def test_cosine_by_hand():
     a, b = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[0.0, 1.0], [0.0, 1.0]])
-    assert math.isclose(cosine(a, b)["raw_min"], 0.0, abs_tol=1e-7) and math.isclose(
-        cosine(a, b)["raw_p5"], 0.05, rel_tol=1e-5
+    assert math.isclose(cosine(a, b).raw_min, 0.0, abs_tol=1e-7) and math.isclose(
+        cosine(a, b).raw_p5, 0.05, rel_tol=1e-5
     )
     one = cosine(a[:1], b[:1])
-    assert one["centered_min"] == one["raw_min"] == 0.0
+    assert one.centered_min == one.raw_min == 0.0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -140,8 +141,8 @@ def test_the_accuracy_drop_equals_brute_force(seed):
     rng = np.random.default_rng(seed)
     a, b = rng.random(300) < 0.7, rng.random(300) < 0.65
     drop = accuracy_drop(a, b)
-    assert math.isclose(drop["drop_pp"], 100 * (a.mean() - b.mean()), abs_tol=1e-9)
-    assert (drop["lost"], drop["won"], drop["images"]) == (
+    assert math.isclose(drop.drop_pp, 100 * (a.mean() - b.mean()), abs_tol=1e-9)
+    assert (drop.lost, drop.won, drop.images) == (
         sum(x and not y for x, y in zip(a, b, strict=True)),
         sum(y and not x for x, y in zip(a, b, strict=True)),
         300,
@@ -152,7 +153,7 @@ def test_counts_of_several_sets_pool_to_the_drop_of_their_images_together():
     rng = np.random.default_rng(0)
     sets = [(rng.random(n) < 0.8, rng.random(n) < 0.75) for n in (40, 400)]
     drops = [accuracy_drop(a, b) for a, b in sets]
-    lost, won, n = (int(sum(d[k] for d in drops)) for k in ("lost", "won", "images"))
+    lost, won, n = (int(sum(getattr(d, k) for d in drops)) for k in ("lost", "won", "images"))
     together = accuracy_drop(*(np.concatenate(side) for side in zip(*sets, strict=True)))
     assert paired_drop(lost, won, n) == together
     right = sum(
@@ -167,15 +168,15 @@ def test_the_upper_limit_is_agresti_and_mins():
     b = a.copy()
     b[:6] = False
     a[6:8] = False
-    expected = (4 + 1.645 * math.sqrt(9 - 16 / 102)) / 102
-    assert math.isclose(accuracy_drop(a, b)["upper_pp"], 100 * expected, rel_tol=1e-9)
+    expected = (4 + 1.6448536269514722 * math.sqrt(9 - 16 / 102)) / 102
+    assert math.isclose(accuracy_drop(a, b).upper_pp, 100 * expected, rel_tol=1e-9)
 
 
 def test_agreement_on_few_images_is_no_certainty():
     same = np.ones(10, bool)
-    assert accuracy_drop(same, same)["drop_pp"] == 0 and accuracy_drop(same, same)["upper_pp"] > 10
+    assert accuracy_drop(same, same).drop_pp == 0 and accuracy_drop(same, same).upper_pp > 10
     many = np.ones(10_000, bool)
-    assert accuracy_drop(many, many)["upper_pp"] < 0.02
+    assert accuracy_drop(many, many).upper_pp < 0.02
 
 
 def test_the_upper_limit_covers_the_true_drop_in_about_95_of_100():
@@ -186,9 +187,9 @@ def test_the_upper_limit_covers_the_true_drop_in_about_95_of_100():
         lost, won = u < 0.06, (u >= 0.06) & (u < 0.09)
         rest = rng.random(200) < 0.7
         covered += (
-            accuracy_drop(np.where(won, False, lost | rest), np.where(lost, False, won | rest))[
-                "upper_pp"
-            ]
+            accuracy_drop(
+                np.where(won, False, lost | rest), np.where(lost, False, won | rest)
+            ).upper_pp
             >= 3.0
         )
     assert 0.93 <= covered / 2000 <= 0.98

@@ -1,5 +1,6 @@
 """A profile says what a board is, and a machine is held against it; the machine's facts come from the kernel's files."""
 
+import dataclasses
 import os
 import struct
 import subprocess
@@ -51,7 +52,6 @@ def test_every_hardware_figure_of_a_board_has_its_source_in_a_comment(name):
     for line in (REPO / "devices" / f"{name}.yaml").read_text().splitlines():
         field, _, value = line.partition(":")
         if field in (
-            "memory_bandwidth_gb_s",
             "rails",
             "threads",
         ):  # "4  # of its 14 cores" repeats the figure and names nothing
@@ -66,10 +66,10 @@ def test_every_hardware_figure_of_a_board_has_its_source_in_a_comment(name):
 def test_a_jetson_is_recognized_by_its_device_tree(tmp_path):
     _, nano = device.load("jetson-orin-nano")
     _, agx = device.load("jetson-agx-orin")
-    facts = machine.facts(fake(tmp_path, JETSON)) | {"arch": "aarch64"}
+    facts = dataclasses.replace(machine.facts(fake(tmp_path, JETSON)), arch="aarch64")
     assert device.differences(nano, facts) == []
     assert "device_tree_model" in device.differences(agx, facts)[0]
-    assert device.differences(nano, facts | {"memory_mib": 3600}) == [
+    assert device.differences(nano, dataclasses.replace(facts, memory_mib=3600)) == [
         "it has 3600 MiB of memory, less than 6500"
     ]
 
@@ -77,43 +77,47 @@ def test_a_jetson_is_recognized_by_its_device_tree(tmp_path):
 def test_an_rk3588_is_recognized_by_its_chip_and_an_n100_by_its_name():
     _, rk = device.load("rk3588")
     assert (
-        device.differences(rk, FACTS | {"device_tree_compatible": "radxa,rock-5b rockchip,rk3588"})
+        device.differences(
+            rk, dataclasses.replace(FACTS, device_tree_compatible="radxa,rock-5b rockchip,rk3588")
+        )
         == []
     )
     _, n100 = device.load("intel-n100")
-    assert device.differences(n100, FACTS | {"arch": "x86_64", "cpu": "Intel(R) N100"}) == []
+    assert (
+        device.differences(n100, dataclasses.replace(FACTS, arch="x86_64", cpu="Intel(R) N100"))
+        == []
+    )
     assert len(device.differences(n100, FACTS)) == 2
 
 
 def test_the_state_of_a_jetson_is_read_from_its_files(tmp_path):
     s = machine.state(str(tmp_path), fake(tmp_path, JETSON))
-    assert (s["l4t"], s["jetpack"], s["tensorrt"], s["cuda"]) == (
+    assert (s.l4t, s.jetpack, s.tensorrt, s.cuda) == (
         "36.4.3",
         "6.2+b77",
         "10.3.0.30-1+cuda12.5",
         None,
     )
-    assert (s["power_mode"], s["clocks_locked"], s["governors"]) == (
+    assert (s.power_mode, s.clocks_locked, s.governors) == (
         "MAXN_SUPER",
         False,
         ["schedutil"],
     )
     assert (
-        s["temperature_c"],
-        s["critical_c"],
-        s["swap_mib"],
-        s["available_mib"],
-        s["load_average"],
+        s.temperature_c,
+        s.critical_c,
+        s.swap_mib,
+        s.available_mib,
+        s.load_average,
     ) == (51.187, 104.5, 3809, 5120, 0.31)
-    assert s["throttled"] == {"oc1_event_cnt": 3, "cooling_device1 cpufreq-cpu0": 0} and s[
-        "boot_id"
-    ].startswith("3f1c0d3e")
-    assert s["free_disk_mib"] > 0
+    assert s.throttled == {
+        "oc1_event_cnt": 3,
+        "cooling_device1 cpufreq-cpu0": 0,
+    } and s.boot_id.startswith("3f1c0d3e")
+    assert s.free_disk_mib > 0
     gpu = tmp_path / "sys/class/devfreq/17000000.gpu"
     (gpu / "min_freq").write_text("1020000000\n")
-    assert (
-        machine.clocks_locked(tmp_path) is True and machine.facts(tmp_path)["gpu"] == "nvidia,ga10b"
-    )
+    assert machine.clocks_locked(tmp_path) is True and machine.facts(tmp_path).gpu == "nvidia,ga10b"
     for limit in ("min_freq", "max_freq"):
         (gpu / limit).unlink()
         (gpu / limit).mkdir()
@@ -122,7 +126,7 @@ def test_the_state_of_a_jetson_is_read_from_its_files(tmp_path):
 
 def test_a_machine_that_shows_nothing_is_unknown_not_well(tmp_path):
     s = machine.state(str(tmp_path), tmp_path)
-    assert {k for k, v in s.items() if v is None} >= {
+    assert {k for k, v in vars(s).items() if v is None} >= {
         "throttled",
         "clocks_locked",
         "power_mode",
@@ -192,7 +196,7 @@ def test_dot_product_is_read_from_the_processs_own_auxiliary_vector(
         },
     )
     facts = machine.facts(tmp_path)
-    assert facts["isa"] == isa and facts["emulated"]
+    assert facts.isa == isa and facts.emulated
 
 
 @pytest.mark.parametrize(
@@ -215,7 +219,7 @@ def test_a_wrong_profile_is_one_line(tmp_path, text, says):
 
 
 def test_a_board_that_is_this_machine_needs_no_link(tmp_path, monkeypatch):
-    facts = machine.facts(fake(tmp_path, JETSON)) | {"arch": "aarch64"}
+    facts = dataclasses.replace(machine.facts(fake(tmp_path, JETSON)), arch="aarch64")
     _, nano = device.load("jetson-orin-nano")
     assert device.is_remote(nano)
     monkeypatch.setattr(machine, "facts", lambda: facts)
@@ -231,8 +235,7 @@ def test_a_run_keeps_to_the_profiles_processors_and_its_children_too():
     ask = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
     with device.pinned(device.Device(runtimes=["onnxruntime"], cpus=(one,))):
         assert (
-            machine.facts()["cores"] == 1
-            and subprocess.check_output(ask, text=True) == f"[{one}]\n"
+            machine.facts().cores == 1 and subprocess.check_output(ask, text=True) == f"[{one}]\n"
         )
     with device.pinned(device.Device(runtimes=["onnxruntime"])):
         assert os.sched_getaffinity(0) == before
@@ -251,7 +254,7 @@ def test_what_would_start_a_boards_python_is_not_left_out_on_the_board_itself():
     here = device.Device(
         runtimes=["onnxruntime"],
         reach=reach,
-        recognize=device.Recognize(arch=machine.facts()["arch"]),
+        recognize=device.Recognize(arch=machine.facts().arch),
     )
     with pytest.raises(
         EdgeclipError,

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Device, Recognize
+from edgeclip.device.records import to_json
 from edgeclip.device.selftest import selftest, without_paths
 from tests.support.command import run
 
 
 def steps(report):
-    return {s["step"].split(" (")[0]: s["status"] for s in report["steps"]}
+    return {s.step.split(" (")[0]: s.status for s in report.steps}
 
 
 def test_a_sound_bundle_passes_each_step_that_this_machine_has(shipped_bundle):
@@ -25,7 +26,7 @@ def test_a_sound_bundle_passes_each_step_that_this_machine_has(shipped_bundle):
         "200 queries",
     ):
         assert found[step] == "pass", report
-    assert found["power rails"] == "not possible here" and json.dumps(report)
+    assert found["power rails"] == "not possible here" and json.dumps(to_json(report))
 
 
 def test_another_device_fails_that_step_only(shipped_bundle):
@@ -52,7 +53,7 @@ def test_without_tensorrt_the_engine_step_fails_and_the_rest_is_still_told(
 def test_a_failure_names_no_folder_outside_the_bundle(own_bundle):
     folder = own_bundle("onnx-fp32")
     (folder / "image_encoder.onnx").write_bytes(b"broken")
-    text = json.dumps(selftest(Bundle.load(folder), Device(runtimes=["onnxruntime"])))
+    text = json.dumps(to_json(selftest(Bundle.load(folder), Device(runtimes=["onnxruntime"]))))
     assert "image_encoder.onnx was changed" in text
     assert str(folder.parent) not in text
     assert str(Path.home()) not in text

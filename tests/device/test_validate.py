@@ -10,9 +10,11 @@ from onnx import numpy_helper
 
 from edgeclip import disk
 from edgeclip.device.bundle import Bundle, bake_labels
-from edgeclip.device.validate import load_evaluation, validate
+from edgeclip.device.evaluation import load_evaluation
+from edgeclip.device.validate import validate
 from edgeclip.errors import EdgeclipError
 from tests.support.images import add_member, encoded, toy_image
+from tests.support.reports import MACHINE
 from tests.support.toy_bundle import LABELS, write_evaluation
 
 TOLERANCES = ("centered cosine p1", "top-1 agreement", "accuracy drop")
@@ -20,7 +22,7 @@ TOLERANCES = ("centered cosine p1", "top-1 agreement", "accuracy drop")
 
 def report(folder, evaluation):
     return validate(
-        Bundle.load(folder), load_evaluation(evaluation) if evaluation else None, {"cpu": "test"}
+        Bundle.load(folder), load_evaluation(evaluation) if evaluation else None, MACHINE
     )
 
 
@@ -50,66 +52,61 @@ def damage(folder, amount, seed=0):
 
 def test_a_float_bundle_passes_against_its_own_student(shipped_bundle, evaluation):
     r = report(shipped_bundle("onnx-fp32"), evaluation)
-    assert (r["verdict"], r["failures"], r["images"]) == ("pass", [], 400)
-    assert r["cosine"]["centered_min"] > 0.9999
-    assert r["top1_agreement"] == 1.0
-    assert r["accuracy"]["drop_pp"] == 0
-    assert r["accuracy"]["reference_top1"] == r["accuracy"]["bundle_top1"] == pytest.approx(0.8)
-    assert r["golden"]["largest_pixel_difference"] == 0
-    assert r["golden"]["cosine_min"] > 0.9999
-    assert r["golden"]["text_cosine_min"] > 0.9999
-    assert r["optimization"]["top1_agreement"] == 1.0 and r["ran"]["runtime"] == "onnxruntime"
-    assert r["bundle"] == disk.sha256(shipped_bundle("onnx-fp32") / disk.MANIFEST)
+    assert (r.verdict, r.failures, r.images) == ("pass", [], 400)
+    assert r.cosine.centered_min > 0.9999
+    assert r.top1_agreement == 1.0
+    assert r.accuracy.drop_pp == 0
+    assert r.accuracy.reference_top1 == r.accuracy.bundle_top1 == pytest.approx(0.8)
+    assert r.golden.largest_pixel_difference == 0
+    assert r.golden.cosine_min > 0.9999
+    assert r.golden.text_cosine_min > 0.9999
+    assert r.optimization.top1_agreement == 1.0 and r.ran.runtime == "onnxruntime"
+    assert r.bundle == disk.sha256(shipped_bundle("onnx-fp32") / disk.MANIFEST)
 
 
 def test_agreement_where_right_is_what_is_left_of_the_right_answers(own_bundle, evaluation):
     folder = own_bundle("onnx-fp32")
     r = report(damage(folder, 0.05), evaluation)
-    a, right = r["accuracy"], 320  # of 400: every fifth label is wrong
+    a, right = r.accuracy, 320  # of 400: every fifth label is wrong
     assert (
-        r["agreement_where_right"] == pytest.approx(1 - a["lost"] / right)
-        and 0.9 < r["agreement_where_right"] < 1
+        r.agreement_where_right == pytest.approx(1 - a.lost / right)
+        and 0.9 < r.agreement_where_right < 1
     )
-    assert any(
-        f.startswith("top-1 agreement where the student is right") for f in r["failures"]
-    ) == (r["agreement_where_right"] < 0.999)
+    assert any(f.startswith("top-1 agreement where the student is right") for f in r.failures) == (
+        r.agreement_where_right < 0.999
+    )
     without = {
         k: v
         for k, v in disk.read_manifest(folder, "bundle")["target"]["tolerance"].items()
         if k != "agreement_where_right"
     }
     resign(folder, target={**disk.read_manifest(folder, "bundle")["target"], "tolerance": without})
-    assert not any(
-        "where the student is right" in f for f in report(folder, evaluation)["failures"]
-    )
+    assert not any("where the student is right" in f for f in report(folder, evaluation).failures)
 
 
 @pytest.mark.parametrize("name", ["onnx-int8", "openvino-int8"])
 def test_an_int8_bundle_is_measured_not_taken_for_the_student(shipped_bundle, evaluation, name):
     r = report(shipped_bundle(name), evaluation)
-    assert r["failures"] == [] or all(f.startswith((*TOLERANCES, "graph")) for f in r["failures"])
-    assert (0.85 if name == "openvino-int8" else 0.95) < r["cosine"]["centered_p5"] < 0.99999 and r[
-        "cosine"
-    ]["raw_p1"] >= r["cosine"]["centered_p1"]
-    assert (r["optimization"] is None) == (name == "openvino-int8")
+    assert r.failures == [] or all(f.startswith((*TOLERANCES, "graph")) for f in r.failures)
+    assert (0.85 if name == "openvino-int8" else 0.95) < r.cosine.centered_p5 < 0.99999
+    assert r.cosine.raw_p1 >= r.cosine.centered_p1
+    assert (r.optimization is None) == (name == "openvino-int8")
 
 
 def test_moderate_damage_lists_each_failed_tolerance(own_bundle, evaluation):
     folder = own_bundle("onnx-fp32")
     resign(folder, target=disk.read_manifest(folder, "bundle")["target"])
     r = report(damage(folder, 0.12), evaluation)
-    assert r["golden"]["cosine_min"] >= 0.9, "meant to be too little to see on the golden images"
-    assert r["verdict"] == "fail" and {
-        t for t in TOLERANCES for f in r["failures"] if f.startswith(t)
+    assert r.golden.cosine_min >= 0.9, "meant to be too little to see on the golden images"
+    assert r.verdict == "fail" and {
+        t for t in TOLERANCES for f in r.failures if f.startswith(t)
     } == set(TOLERANCES)
 
 
 def test_shuffled_weights_list_each_failed_tolerance(own_bundle, evaluation):
     r = report(damage(own_bundle("onnx-fp32"), 5.0), evaluation)
-    assert r["verdict"] == "fail" and any(
-        f.startswith("golden images: cosine") for f in r["failures"]
-    )
-    assert {t for t in TOLERANCES for f in r["failures"] if f.startswith(t)} == set(TOLERANCES)
+    assert r.verdict == "fail" and any(f.startswith("golden images: cosine") for f in r.failures)
+    assert {t for t in TOLERANCES for f in r.failures if f.startswith(t)} == set(TOLERANCES)
 
 
 def test_another_resize_is_seen_on_the_golden_pixels(own_bundle, evaluation):
@@ -120,8 +117,8 @@ def test_another_resize_is_seen_on_the_golden_pixels(own_bundle, evaluation):
         | {"interpolation": "bilinear"},
     )
     r = report(folder, evaluation)
-    assert r["verdict"] == "fail" and any(
-        f.startswith("preprocess: golden images differ") for f in r["failures"]
+    assert r.verdict == "fail" and any(
+        f.startswith("preprocess: golden images differ") for f in r.failures
     )
 
 
@@ -133,8 +130,8 @@ def test_another_normalization_fails(own_bundle, evaluation):
         | {"mean": [0.1, 0.2, 0.9], "std": [1.0, 0.5, 0.1]},
     )
     r = report(folder, evaluation)
-    assert r["verdict"] == "fail" and {
-        t for t in TOLERANCES for f in r["failures"] if f.startswith(t)
+    assert r.verdict == "fail" and {
+        t for t in TOLERANCES for f in r.failures if f.startswith(t)
     } == set(TOLERANCES)
 
 
@@ -147,24 +144,22 @@ def test_another_interface_is_named(own_bundle, evaluation):
     onnx.save(model, folder / "image_encoder.onnx")
     resign(folder)
     assert any(
-        "interface" in f and "image_features" in f for f in report(folder, evaluation)["failures"]
+        "interface" in f and "image_features" in f for f in report(folder, evaluation).failures
     )
 
 
 def test_too_few_images_is_the_verdict_where_they_cannot_tell(shipped_bundle, source, tmp_path):
     r = report(shipped_bundle("onnx-fp32"), write_evaluation(tmp_path / "evaluation", source, 20))
-    assert r["failures"] == [] and r["verdict"] == "too few images"
-    assert (
-        r["accuracy"]["drop_pp"] <= r["tolerance"]["accuracy_drop_pp"] < r["accuracy"]["upper_pp"]
-    )
+    assert r.failures == [] and r.verdict == "too few images"
+    assert r.accuracy.drop_pp <= r.tolerance.accuracy_drop_pp < r.accuracy.upper_pp
 
 
 def test_without_an_evaluation_folder_only_the_golden_images_speak(shipped_bundle):
     r = report(shipped_bundle("onnx-fp32"), None)
-    assert r["verdict"] == "golden images only"
-    assert r["images"] == 0
-    assert r["accuracy"] is None
-    assert r["failures"] == []
+    assert r.verdict == "golden images only"
+    assert r.images == 0
+    assert r.accuracy is None
+    assert r.failures == []
 
 
 @pytest.mark.parametrize("labels", [["apple", "cat"], LABELS[::-1]])
@@ -183,17 +178,17 @@ def test_other_labels_are_not_judged_by_the_runs_numbers(
             },
         )
         disk.write_manifest(evaluation, "evaluation", {"license": "", "images": 400})
-        assert report(own_bundle("onnx-fp32"), evaluation)["verdict"] == "pass"
+        assert report(own_bundle("onnx-fp32"), evaluation).verdict == "pass"
         shutil.rmtree(tmp_path / "bundle")
     folder = own_bundle("onnx-fp32")
     r = report(bake_labels(folder, labels, folder), evaluation)
-    assert (r["verdict"], r["images"], r["accuracy"], r["failures"]) == (
+    assert (r.verdict, r.images, r.accuracy, r.failures) == (
         "golden images only",
         0,
         None,
         [],
     )
-    assert r["not_compared"] == "its labels are not the run's classes"
+    assert r.not_compared == "its labels are not the run's classes"
 
 
 def test_a_set_is_scored_over_its_own_class_list(shipped_bundle, source, evaluation, tmp_path):
@@ -213,16 +208,16 @@ def test_a_set_is_scored_over_its_own_class_list(shipped_bundle, source, evaluat
     from edgeclip.device.metrics import hits
     from edgeclip.device.zero_shot import class_scores
 
-    for row, (name, classes) in zip(r["sets"], parts.items(), strict=True):
+    for row, (name, classes) in zip(r.sets, parts.items(), strict=True):
         rows = [i for i, y in enumerate(labels) if y in classes]
         expected = hits(
             class_scores(features[rows], source.class_features[classes], source.head),
             np.array([classes.index(labels[i]) for i in rows]),
         ).mean()
-        assert row["name"] == name
-        assert row["classes"] == 3
-        assert row["reference_top1"] == pytest.approx(expected)
-        assert row["images"] == len(rows)
+        assert row.name == name
+        assert row.classes == 3
+        assert row.reference_top1 == pytest.approx(expected)
+        assert row.images == len(rows)
 
 
 def test_a_changed_evaluation_image_is_refused(evaluation, tmp_path):

@@ -1,6 +1,9 @@
 """The front holds what nothing else beats, and an axis that was not measured everywhere takes no part."""
 
+from edgeclip.device.machine import Facts
+from edgeclip.device.records import Ran
 from edgeclip.reports.comparison import int8_gain, pareto, rows, scope
+from tests.support.reports import accuracy, bench_report, energy, parity_report, scenario
 
 
 def row(name, accuracy, latency, energy=None, size=10):
@@ -48,12 +51,11 @@ def test_an_axis_that_one_row_lacks_takes_no_part():
 def test_axes_on_other_terms_take_no_part():
     """1 mJ of a chip is not less than 2 mJ of a whole board, nor is 0.9 of 10 images more than 0.8 of 400."""
     pair = [
-        report("n100", "a", 1.0, [], "fp32") | {"energy": {"source": "RAPL: package"}},
-        report("pi", "b", 1.0, [], "fp32") | {"energy": {"source": "meter: m.csv"}},
+        report("n100", "a", 1.0, [], "fp32"),
+        report("pi", "b", 1.0, [], "fp32", energy("meter: m.csv")),
     ]
     parities = [
-        {"bundle": "b", "accuracy": {"bundle_top1": r1}, "images": n}
-        for r1, n in ((0.9, 10), (0.8, 400))
+        parity_report(accuracy=accuracy(top1), images=n) for top1, n in ((0.9, 10), (0.8, 400))
     ]
     found = rows(pair, parities)[0]
     assert found["axes"] == ["latency_ms_p90", "image_encoder_bytes"]
@@ -74,9 +76,17 @@ def test_refused_timings_are_neither_on_the_front_nor_off_it():
     assert [r["on_front"] for r in table] == [True, None]
 
 
-def report(device, target, p50, isa, precision):
-    return {"device": device, "target": target, "bundle": "b", "single_stream": {"latency_ms_p50": p50, "latency_ms_p90": p50}, "offline": None, "energy_mj_per_image": 3.0, "energy": {"source": "RAPL: package"},
-            "image_encoder_bytes": 1, "peak_memory_mib": 1, "machine": {"arch": "aarch64", "isa": isa}, "ran": {"runtime": "onnxruntime", "precision": precision}}  # fmt: skip
+def report(device, target, p50, isa, precision, measured=None):
+    measured = measured or energy()
+    return bench_report(
+        device=device,
+        target=target,
+        single_stream=scenario(p50, p50),
+        energy=measured,
+        energy_mj_per_image=measured.mj_per_image,
+        machine=Facts(arch="aarch64", python="3.11.2", os="an os", isa=isa),
+        ran=Ran(runtime="onnxruntime", version="1", threads=1, precision=precision),
+    )
 
 
 def test_int8_is_held_against_fp32_of_the_same_core():
@@ -96,9 +106,9 @@ def test_int8_is_held_against_fp32_of_the_same_core():
 
 def test_energy_of_a_right_answer_needs_the_parity_report_of_the_same_bundle():
     bench = report("d", "t", 1.0, [], "int8")
-    parity = {"bundle": "b", "accuracy": {"bundle_top1": 0.6}, "images": 400}
+    parity = parity_report(accuracy=accuracy(0.6))
     assert rows([bench], [parity])[0]["energy_mj_per_correct"] == 5.0
     assert (
-        rows([bench], [parity | {"bundle": "old"}])[0]["energy_mj_per_correct"] is None
+        rows([bench], [parity_report(bundle="old")])[0]["energy_mj_per_correct"] is None
         and rows([bench], [None])[0]["accuracy"] is None
     )

@@ -2,26 +2,34 @@
 
 import json
 
-from edgeclip.reports.engines import remember, validated
+import msgspec
 
-CONDITIONS = {"onnx": "o", "tensorrt": "10.3.0", "jetpack": "6.1", "power_mode": "MAXN"}
+from edgeclip.device.records import EngineConditions, Ran
+from edgeclip.reports.engines import remember, validated
+from tests.support.reports import accuracy, bench_report, parity_report
+
+CONDITIONS = EngineConditions(
+    onnx="o",
+    tensorrt="10.3.0",
+    sm="8.7",
+    jetpack="6.1",
+    l4t=None,
+    power_mode="MAXN",
+    options={},
+)
 
 
 def parity(key, top1, jetpack, verdict="pass"):
-    ran = {
-        "runtime": "tensorrt",
-        "engine": key,
-        "conditions": CONDITIONS | {"jetpack": jetpack},
-        "layers": {"Half": 3},
-    }
-    return {
-        "target": "t",
-        "bundle": "b",
-        "ran": ran,
-        "accuracy": {"bundle_top1": top1},
-        "cosine": {"centered_p1": 0.9},
-        "verdict": verdict,
-    }
+    conditions = msgspec.structs.replace(CONDITIONS, jetpack=jetpack)
+    ran = Ran(
+        runtime="tensorrt",
+        version="10.3.0",
+        threads=1,
+        engine=key,
+        conditions=conditions,
+        layers={"fp16": 3},
+    )
+    return parity_report(ran=ran, accuracy=accuracy(top1), verdict=verdict)
 
 
 def test_a_jetpack_upgrade_that_moves_accuracy_is_seen(tmp_path):
@@ -35,13 +43,13 @@ def test_a_jetpack_upgrade_that_moves_accuracy_is_seen(tmp_path):
 
 
 def test_a_benchmark_counts_for_the_engine_that_was_validated():
-    bench = {"bundle": "b", "ran": {"engine": "k1"}}
+    bench = bench_report(ran=Ran(runtime="tensorrt", version="10.3.0", threads=1, engine="k1"))
     assert validated(parity("k1", 0.7, "6.1"), bench)
     assert not validated(parity("k2", 0.7, "6.1"), bench)
     assert not validated(None, bench)
-    assert not validated(parity("k1", 0.7, "6.1") | {"bundle": "other"}, bench)
+    assert not validated(msgspec.structs.replace(parity("k1", 0.7, "6.1"), bundle="other"), bench)
 
 
 def test_a_report_without_an_engine_leaves_no_history(tmp_path):
-    assert remember(tmp_path / "h.json", {"ran": {"runtime": "onnxruntime"}}, "now") is None
+    assert remember(tmp_path / "h.json", parity_report(), "now") is None
     assert not (tmp_path / "h.json").exists()

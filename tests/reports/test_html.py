@@ -3,40 +3,45 @@
 import re
 
 import pytest
+from msgspec.structs import replace
 
 from edgeclip import disk
+from edgeclip.device.records import SetAccuracy, write
 from edgeclip.errors import EdgeclipError
 from edgeclip.reports.html import collect, report, verdict, waterfall
 from tests.support.manifests import candidate_row, manifest_fields, search_record
 from tests.support.optional import require
+from tests.support.reports import accuracy, bench_report, parity_report, scenario
 
 SCORES = {"top1": 0.5, "top5": 0.75}
 
 
+NOVEL = SetAccuracy(
+    name="novel",
+    note="",
+    classes=4,
+    reference_top1=0.44,
+    bundle_top1=0.4321,
+    drop_pp=0.79,
+    upper_pp=2.0,
+    lost=1,
+    won=0,
+    images=17,
+)
+
+
 def parity(**changes):
-    accuracy = {
-        "drop_pp": 0.25,
-        "upper_pp": 0.75,
-        "lost": 3,
-        "won": 2,
-        "images": 400,
-        "reference_top1": 0.5,
-        "bundle_top1": 0.4975,
-    }
     fields = {
-        "kind": "parity", "device": "host-cpu", "target": "t", "verdict": "pass", "failures": [], "images": 400, "accuracy": accuracy, "top1_agreement": 0.99,
-        "cosine": {"centered_p1": 0.98, "raw_p1": 0.99}, "sets": [{"name": "novel", "bundle_top1": 0.4321, "images": 17}],
-    }  # fmt: skip
-    return fields | changes
+        "device": "host-cpu",
+        "accuracy": accuracy(0.4975, drop_pp=0.25, upper_pp=0.75),
+        "sets": [NOVEL],
+    }
+    return parity_report(**fields | changes)
 
 
 def bench(**changes):
-    single = {"latency_ms_p50": 1.5, "latency_ms_p90": 2.25, "latency_ms_p99": None}
-    fields = {
-        "kind": "bench", "device": "host-cpu", "target": "t", "failures": [], "single_stream": single, "offline": None, "cold_start": {"process_ms": 300.0}, "short_run": True,
-        "peak_memory_mib": 90, "energy_mj_per_image": None, "machine": {"cpu": "a cpu", "os": "an os"}, "ran": {"runtime": "onnxruntime", "version": "1", "threads": 1}, "warm_up": 10,
-    }  # fmt: skip
-    return fields | changes
+    single = replace(scenario(p50=1.5, p90=2.25), latency_ms_p99=None)
+    return bench_report(**{"device": "host-cpu", "single_stream": single} | changes)
 
 
 def make_run(folder, reports=True, sets=("base", "novel")):
@@ -65,8 +70,8 @@ def make_run(folder, reports=True, sets=("base", "novel")):
         disk.write_manifest(b, "bundle", manifest_fields())
     digest = disk.sha256(folder / "bundles" / "t" / disk.MANIFEST)
     if reports:
-        disk.write_json(folder / "reports" / "t.host-cpu.parity.json", parity(bundle=digest))
-        disk.write_json(folder / "reports" / "t.host-cpu.bench.json", bench(bundle=digest))
+        write(folder / "reports" / "t.host-cpu.parity.json", parity(bundle=digest))
+        write(folder / "reports" / "t.host-cpu.bench.json", bench(bundle=digest))
     disk.write_json(folder / disk.MANIFEST, {"kind": "run", "student": "this student"})
     return folder
 
@@ -213,7 +218,7 @@ def test_a_run_without_any_report_does_not_ship(tmp_path):
 
 def test_a_report_of_another_bundle_does_not_count(tmp_path):
     run = make_run(tmp_path / "run")
-    disk.write_json(run / "reports" / "t.host-cpu.parity.json", parity(bundle="0" * 64))
+    write(run / "reports" / "t.host-cpu.parity.json", parity(bundle="0" * 64))
     (row,) = collect(run)
     assert row["parity"] is None
     assert row["bench"] is not None
@@ -242,7 +247,7 @@ def test_a_bundle_of_an_older_edgeclip_is_one_line(tmp_path):
 def test_each_device_has_its_own_line(tmp_path):
     run = make_run(tmp_path / "run")
     digest = disk.sha256(run / "bundles" / "t" / disk.MANIFEST)
-    disk.write_json(run / "reports" / "t.board.parity.json", parity(bundle=digest, device="board"))
+    write(run / "reports" / "t.board.parity.json", parity(bundle=digest, device="board"))
     rows = {r["device"]: r["verdict"] for r in collect(run)}
     assert rows["host-cpu"].startswith("ship") and rows["board"] == "do not ship: not benchmarked"
 

@@ -1,69 +1,46 @@
 """Where reports lie, which one counts, what is kept of an earlier one, and the exit code of a gate."""
 
+import dataclasses
+
 import pytest
+from msgspec.structs import replace
 
 from edgeclip.device.profile import Budget, Device
 from edgeclip.reports.store import GATE_FAILED, TOO_FEW, exit_code, joined, one_bundle
-
-LATENCY = {"latency_ms_p90": 2.0}
-
-
-@pytest.fixture
-def measured():
-    """A whole bench report, as far as `joined` reads it."""
-    return {
-        "kind": "bench",
-        "bundle": "a",
-        "machine": {"cpu": "x", "temperature_c": 50.0},
-        "ran": {"runtime": "onnxruntime", "threads": 1},
-        "min_duration_s": 0.05,
-        "min_query_count": 30,
-        "single_stream": LATENCY,
-        "multi_stream": LATENCY,
-        "offline": {"queries": 9},
-        "sustained": None,
-        "energy": None,
-        "energy_mj_per_image": None,
-        "peak_memory_mib": 9,
-        "failures": [],
-    }
+from tests.support.reports import bench_report, parity_report, scenario, selftest_report
 
 
-def test_what_was_not_measured_again_is_kept_from_the_report_before(measured):
-    new = {
-        **measured,
-        "single_stream": None,
-        "multi_stream": None,
-        "offline": {"queries": 1},
-        "failures": ["latency_ms_p90 not measured, budget 1000.0", "another"],
-    }
+def test_what_was_not_measured_again_is_kept_from_the_report_before():
+    measured = bench_report(multi_stream=scenario(batch=8), offline=scenario(batch=9))
+    again = scenario(batch=1, queries=1)
+    budget = ["latency_ms_p90 not measured, budget 1000.0", "another"]
+    new = replace(measured, single_stream=None, multi_stream=None, offline=again, failures=budget)
     device = Device(runtimes=["onnxruntime"], budget=Budget(latency_ms_p90=1e3))
-    cool = {**measured, "machine": {**measured["machine"], "temperature_c": 1.0}}
-    whole = joined(new, cool, device)
-    assert whole["single_stream"] == measured["single_stream"]
-    assert whole["offline"] == {"queries": 1}
-    assert whole["kept"] == ["single_stream", "multi_stream"]
-    assert whole["failures"] == ["another"]
+    cool = dataclasses.replace(measured.machine, temperature_c=1.0)
+    whole = joined(new, replace(measured, machine=cool), device)
+    assert whole.single_stream == measured.single_stream
+    assert whole.offline == again
+    assert whole.kept == ["single_stream", "multi_stream"]
+    assert whole.failures == ["another"]
     for change in (
-        {"bundle": "b"},
+        {"bundle": "another"},
         {"min_query_count": 31},
-        {"ran": {**measured["ran"], "threads": 2}},
-        {"machine": {**measured["machine"], "cpu": "c"}},
+        {"ran": replace(measured.ran, threads=2)},
+        {"machine": dataclasses.replace(measured.machine, cpu="c")},
     ):
-        assert joined(new, {**measured, **change}, device) == new
+        assert joined(new, replace(measured, **change), device) == new
 
 
 def parity(verdict, failures=()):
-    return {"kind": "parity", "verdict": verdict, "failures": list(failures)}
+    return parity_report(verdict=verdict, failures=list(failures))
 
 
 PASS, FEW, GOLDEN = parity("pass"), parity("too few images"), parity("golden images only")
 FAIL = parity("fail", ["accuracy drop 3.00 pp, above 1.0"])
-FAST, SLOW = ({"kind": "bench", "failures": f} for f in ([], ["latency_ms_p90 9.00, budget 5.0"]))
-WELL, ILL = (
-    {"kind": "selftest", "steps": [{"status": "pass"}, {"status": s}]}
-    for s in ("not possible here", "fail")
-)
+FAST = bench_report()
+SLOW = bench_report(failures=["latency_ms_p90 9.00, budget 5.0"])
+WELL = selftest_report("pass", "not possible here")
+ILL = selftest_report("pass", "fail")
 
 
 @pytest.mark.parametrize(

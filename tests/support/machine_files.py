@@ -1,13 +1,8 @@
 """A machine as the kernel's files tell of it."""
 
-FACTS = {
-    "device_tree_model": None,
-    "device_tree_compatible": None,
-    "cpu": None,
-    "gpu": None,
-    "arch": "aarch64",
-    "memory_mib": 8000,
-}
+from edgeclip.device.machine import Facts
+
+FACTS = Facts(arch="aarch64", python="3.10.12", os="an os", memory_mib=8000)
 
 
 def fake(root, files):

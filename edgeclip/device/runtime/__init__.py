@@ -8,10 +8,11 @@ the threads in its session's options; it keeps to them.
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from edgeclip.device.records import Ran
 from edgeclip.errors import EdgeclipError, did_you_mean
 
 RUNTIMES = {
@@ -40,8 +41,8 @@ class Session(NamedTuple):
     """[B, ...] to [B, D]"""
     input: Port
     output: Port
-    facts: dict[str, Any]
-    """what really runs: runtime and version, providers or device, precision, threads"""
+    facts: Ran
+    """what really runs; its precision is the bundle's to say"""
 
 
 def open_session(

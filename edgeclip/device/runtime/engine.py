@@ -1,85 +1,100 @@
-"""Engines that were built on this machine: kept, named by all that they depend on, and never used under other conditions.
+"""TensorRT engines that were built on this machine: kept, and only used under the same conditions.
 
     <folder>/<onnx>/<key>/engine.plan      the engine
                           timing.cache     what TensorRT measured while it built; given to the next build
                           manifest.json    the conditions, in full
 
-A change of the ONNX file, TensorRT, GPU, JetPack, power mode or options is another key, so another build; the old ones stay
-(KEEP of them). What each engine was worth is kept on the host, in RUN/reports/<target>.<device>.engines.json: after a
-JetPack upgrade it shows whether accuracy moved (SigLIP's has: 71.6 to 68.4 with the same graph, TensorRT issue 3908).
+A change of the ONNX file, TensorRT, GPU, JetPack, power mode or options is another key, so another
+build; the old ones stay (KEEP of them). What each engine was worth is kept on the host
+(edgeclip/reports/engines.py).
 """
 
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgeclip import disk
 from edgeclip.device import machine
 from edgeclip.device.manifest import BundleManifest
+from edgeclip.device.records import EngineConditions, from_json, to_json
 
 KEEP = 3
 """engines of one ONNX file; each is about as large as that file"""
 
 
+class Kept(NamedTuple):
+    folder: Path
+    built: dict[str, Any]
+    """what `tensorrt_build.build` said of it"""
+
+
 def folder() -> Path:
-    """EDGECLIP_ENGINES (the runner sets it on a board), or the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return Path(os.environ.get("EDGECLIP_ENGINES") or cache / "edgeclip" / "engines")
+    """Return where engines are kept: EDGECLIP_ENGINES (set on a board), or the user's cache."""
+    named = os.environ.get("EDGECLIP_ENGINES")
+    return Path(named) if named else disk.cache_folder() / "engines"
 
 
 def names(manifests: Iterable[BundleManifest]) -> list[str]:
-    """What the engines of bundles with these manifests are kept under, below `folder`."""
+    """Return what the engines of these bundles are kept under, below `folder`."""
     return [m.files[m.image_encoder][:16] for m in manifests if m.runtime == "tensorrt"]
 
 
 def conditions(
     model: Path, version: str, sm: str, options: dict[str, Any], root: Path = machine.ROOT
-) -> dict[str, Any]:
-    """All that an engine depends on. sm: the GPU's compute capability."""
-    state = machine.state(str(model.parent), root)
-    return {
-        "onnx": disk.sha256(model),
-        "tensorrt": version,
-        "sm": sm,
-        **{k: state[k] for k in ("jetpack", "l4t", "power_mode")},
-        "options": options,
-    }
+) -> EngineConditions:
+    """Return everything that an engine depends on.
 
-
-def engine(
-    conditions: dict[str, Any], make: Callable[[Path], dict[str, Any]]
-) -> tuple[Path, dict[str, Any]]:
-    """(the folder of the engine for these conditions, what its build said of it); `make` builds what is not there.
-
-    make writes engine.plan into the folder that it is given, where a timing.cache may lie; nothing is left where it raises.
+    version: TensorRT's. sm: the GPU's compute capability, as "8.7".
     """
-    own = folder() / conditions["onnx"][:16]
-    kept = own / disk.fingerprint(conditions)[:16]
+    state = machine.state(str(model.parent), root)
+    return EngineConditions(
+        onnx=disk.sha256(model),
+        tensorrt=version,
+        sm=sm,
+        jetpack=state.jetpack,
+        l4t=state.l4t,
+        power_mode=state.power_mode,
+        options=options,
+    )
+
+
+def engine(asked: EngineConditions, make: Callable[[Path], dict[str, Any]]) -> Kept:
+    """Return the engine for these conditions; `make` builds the one that is not there.
+
+    make writes engine.plan into the folder that it is given, where a timing.cache may lie; nothing
+    is left where it raises. Raises `EdgeclipError` for a kept engine whose files were changed.
+    """
+    of_file = folder() / asked.onnx[:16]
+    kept = of_file / disk.fingerprint(to_json(asked))[:16]
     if not (kept / disk.MANIFEST).exists():
-        alike = [
-            p
-            for p in _newest(own)
-            if all(_manifest(p)["conditions"][k] == conditions[k] for k in ("tensorrt", "sm"))
-        ]  # of one GPU and version
-        timings = next((p / "timing.cache" for p in alike if (p / "timing.cache").exists()), None)
+        timings = _timings(of_file, asked)
         with disk.new_folder(kept) as temporary:
-            if timings:
+            if timings is not None:
                 shutil.copyfile(timings, temporary / "timing.cache")
             built = make(temporary)
-            disk.write_manifest(temporary, "engine", {"conditions": conditions, "built": built})
-        for old in _newest(own)[KEEP:]:
+            content = {"conditions": to_json(asked), "built": built}
+            disk.write_manifest(temporary, "engine", content)
+        for old in _newest(of_file)[KEEP:]:
             shutil.rmtree(old)
-    manifest = _manifest(kept)
+    manifest = disk.read_manifest(kept, "engine")
     disk.verify(kept, manifest)
-    return kept, manifest["built"]
+    return Kept(kept, manifest["built"])
 
 
-def _newest(own: Path) -> list[Path]:
-    found = [p.parent for p in own.glob(f"*/{disk.MANIFEST}")]
-    return sorted(found, key=lambda p: (p / disk.MANIFEST).stat().st_mtime_ns, reverse=True)
+def _timings(of_file: Path, asked: EngineConditions) -> Path | None:
+    """Return the newest timing cache of the same GPU and TensorRT version."""
+    for kept in _newest(of_file):
+        manifest = disk.read_manifest(kept, "engine")
+        before = from_json(manifest["conditions"], EngineConditions, kept)
+        timings = kept / "timing.cache"
+        if (before.tensorrt, before.sm) == (asked.tensorrt, asked.sm) and timings.exists():
+            return timings
+    return None
 
 
-def _manifest(kept: Path) -> dict[str, Any]:
-    return disk.read_manifest(kept, "engine")
+def _newest(of_file: Path) -> list[Path]:
+    """Return the folders of one ONNX file's engines, newest first."""
+    found = [path.parent for path in of_file.glob(f"*/{disk.MANIFEST}")]
+    return sorted(found, key=lambda path: (path / disk.MANIFEST).stat().st_mtime_ns, reverse=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from edgeclip.device.records import Ran
 from edgeclip.device.runtime import Port, Session
 from edgeclip.errors import EdgeclipError
 
@@ -142,13 +143,13 @@ def open_session(
         return out
 
     used = session.get_session_options().intra_op_num_threads
-    facts = {
-        "runtime": "onnxruntime",
-        "version": ort.__version__,
-        "providers": found,
-        "threads": used,
-        "optimization": optimization,
-    }
+    facts = Ran(
+        runtime="onnxruntime",
+        version=ort.__version__,
+        threads=used,
+        providers=found,
+        optimization=optimization,
+    )
     return Session(run, _port(i), _port(o), facts)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
+from edgeclip.device.records import Ran
 from edgeclip.device.runtime import Port, Session
 from edgeclip.errors import EdgeclipError
 
@@ -65,13 +66,8 @@ def open_session(model: Path, threads: int, optimization: str) -> Session:
         )  # the request's buffer is used again
         return out
 
-    facts = {
-        "runtime": "openvino",
-        "version": ov.__version__.split("-")[0],
-        "providers": devices,
-        "threads": used,
-        "optimization": None,
-    }
+    version = ov.__version__.split("-")[0]
+    facts = Ran(runtime="openvino", version=version, threads=used, providers=devices)
     return Session(run, _port(i), _port(o), facts)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from edgeclip.device.records import Ran
 from edgeclip.device.runtime import INSTALL, Port, Session, tensorrt_build
-from edgeclip.device.runtime import engine as cache
+from edgeclip.device.runtime import engine as engines
 from edgeclip.device.runtime.cuda import TO_DEVICE, TO_HOST, Cuda
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
@@ -24,101 +25,115 @@ OPTIONS = {"batch": list(BATCH), "workspace_mib": WORKSPACE_MIB}
 
 
 def open_session(model: Path, threads: int, optimization: str) -> Session:
-    """Builds the engine, or takes the kept one that was built under the same conditions."""
+    """Build the engine, or take the kept one that was built under the same conditions; open it.
+
+    Raises `EdgeclipError` where TensorRT or CUDA is missing, or the engine cannot be built.
+    """
     try:
         trt = importlib.import_module("tensorrt")
     except ImportError as e:
         raise EdgeclipError("tensorrt", f"is not installed ({e})", INSTALL["tensorrt"]) from None
     cuda = Cuda()
-    conditions = cache.conditions(model, trt.__version__, cuda.compute_capability(), OPTIONS)
-    kept, built = cache.engine(conditions, lambda folder: make(trt, model, folder))
+    conditions = engines.conditions(model, trt.__version__, cuda.compute_capability(), OPTIONS)
+    kept = engines.engine(conditions, lambda folder: make(trt, model, folder))
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    engine = runtime.deserialize_cuda_engine((kept / "engine.plan").read_bytes())
+    engine = runtime.deserialize_cuda_engine((kept.folder / "engine.plan").read_bytes())
     if engine is None:
         raise EdgeclipError(
-            kept,
+            kept.folder,
             "TensorRT cannot load the engine that it built",
             "remove the folder and run the command again",
         )
-    counts = tensorrt_build.counts(built["layers"] or [])
-    facts = {
-        "version": trt.__version__,
-        "threads": threads,
-        "engine": kept.name,
-        "conditions": conditions,
-        "layers": counts,
-    }
-    return session(trt, cuda, runtime, engine, facts)
+    ran = Ran(
+        runtime="tensorrt",
+        version=trt.__version__,
+        threads=threads,
+        providers=["TensorRT"],
+        largest_batch=BATCH[-1],
+        engine=kept.folder.name,
+        conditions=conditions,
+        layers=tensorrt_build.counts(kept.built["layers"] or []),
+    )
+    return session(trt, cuda, runtime, engine, ran)
 
 
 def make(trt: Any, model: Path, folder: Path) -> dict[str, Any]:
-    """Builds engine.plan in `folder`, with and into its timing.cache; returns what is known of it."""
+    """Build engine.plan in `folder`, with and into its timing.cache; return what is known of it.
+
+    Raises `EdgeclipError` where TensorRT refuses the graph.
+    """
     say(f"building the TensorRT {trt.__version__} engine of {model.name} (minutes)")
     try:
         return tensorrt_build.build(
             model, folder / "engine.plan", BATCH, WORKSPACE_MIB, folder / "timing.cache", trt
         )
     except tensorrt_build.BuildError as e:
-        where, _, what = str(e).partition(": ")
-        raise EdgeclipError(where, *what.rsplit("; ", 1)) from None
+        where, _, rest = str(e).partition(": ")
+        what, _, do = rest.rpartition("; ")
+        raise EdgeclipError(where, what, do) from None
 
 
-def session(trt: Any, cuda: Any, runtime: Any, engine: Any, facts: dict[str, Any]) -> Session:
-    """One input, one output, on a stream of its own; answers are float32 on the host."""
-    context, stream = engine.create_execution_context(), cuda.stream()
-    if context is None:
-        raise EdgeclipError(
-            "TensorRT", "cannot make an execution context", "is the GPU's memory full?"
-        )
-    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    ports = {}
-    for name in names:
-        shape = [None if d < 0 else int(d) for d in tuple(engine.get_tensor_shape(name))]
-        ports[engine.get_tensor_mode(name)] = Port(
-            name, shape, np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name
-        )
-    i, o = ports[trt.TensorIOMode.INPUT], ports[trt.TensorIOMode.OUTPUT]
-    buffers: dict[str, tuple[int, int]] = {}
+def session(trt: Any, cuda: Any, runtime: Any, engine: Any, ran: Ran) -> Session:
+    """Return a session of one input and one output on a stream of its own; answers are float32 on the host."""
+    execution = _Execution(trt, cuda, runtime, engine)
+    return Session(execution.run, execution.input, execution.output, ran)
 
-    def place(name: str, size: int) -> int:
-        if size > buffers.get(name, (0, 0))[1]:
-            if name in buffers:
-                cuda.free(buffers[name][0])
-            buffers[name] = (cuda.allocate(size), size)
-            context.set_tensor_address(name, buffers[name][0])
-        return buffers[name][0]
 
-    def run(x: np.ndarray) -> np.ndarray:
-        if len(x) > BATCH[-1]:
-            return np.concatenate(
-                [run(x[at : at + BATCH[-1]]) for at in range(0, len(x), BATCH[-1])]
-            )
-        x = np.ascontiguousarray(x, i.dtype)
-        if not context.set_input_shape(i.name, x.shape):
+class _Execution:
+    """An engine's context, its stream, and its buffers on the GPU, which grow with the batch."""
+
+    def __init__(self, trt: Any, cuda: Any, runtime: Any, engine: Any):
+        # An engine must not outlive its runtime.
+        self.runtime = runtime
+        self.engine = engine
+        self.cuda = cuda
+        self.context = engine.create_execution_context()
+        self.stream = cuda.stream()
+        if self.context is None:
             raise EdgeclipError(
-                "TensorRT",
-                f"the engine takes no batch of {len(x)} (it was built for {BATCH[0]} to {BATCH[-1]})",
-                "use smaller batches",
+                "TensorRT", "cannot make an execution context", "is the GPU's memory full?"
             )
-        out = np.empty(tuple(context.get_tensor_shape(o.name)), o.dtype)
-        cuda.copy(place(i.name, x.nbytes), x.ctypes.data, x.nbytes, TO_DEVICE, stream)
-        address = place(o.name, out.nbytes)
-        if not context.execute_async_v3(stream):
+        ports = {}
+        for i in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(i)
+            shape = [None if d < 0 else int(d) for d in tuple(engine.get_tensor_shape(name))]
+            dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name
+            ports[engine.get_tensor_mode(name)] = Port(name, shape, dtype)
+        self.input: Port = ports[trt.TensorIOMode.INPUT]
+        self.output: Port = ports[trt.TensorIOMode.OUTPUT]
+        self.addresses: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
+
+    def run(self, x: np.ndarray) -> np.ndarray:
+        """Return the answers of a batch [B, ...], in parts where it is larger than the profile's."""
+        if len(x) <= BATCH[-1]:
+            return self._execute(x)
+        starts = range(0, len(x), BATCH[-1])
+        return np.concatenate([self._execute(x[at : at + BATCH[-1]]) for at in starts])
+
+    def _execute(self, x: np.ndarray) -> np.ndarray:
+        x = np.ascontiguousarray(x, self.input.dtype)
+        if not self.context.set_input_shape(self.input.name, x.shape):
+            what = f"the engine takes no batch of {len(x)} (it was built for {BATCH[0]} to {BATCH[-1]})"
+            raise EdgeclipError("TensorRT", what, "use smaller batches")
+        shape = tuple(self.context.get_tensor_shape(self.output.name))
+        out = np.empty(shape, self.output.dtype)
+
+        source = self._place(self.input.name, x.nbytes)
+        self.cuda.copy(source, x.ctypes.data, x.nbytes, TO_DEVICE, self.stream)
+        answer = self._place(self.output.name, out.nbytes)
+        if not self.context.execute_async_v3(self.stream):
             raise EdgeclipError("TensorRT", "execution failed", "see its own messages above")
-        cuda.copy(out.ctypes.data, address, out.nbytes, TO_HOST, stream)
-        cuda.wait(stream)
+        self.cuda.copy(out.ctypes.data, answer, out.nbytes, TO_HOST, self.stream)
+        self.cuda.wait(self.stream)
         return out
 
-    run.__dict__["alive"] = (runtime, engine)  # an engine must not outlive its runtime
-    return Session(
-        run,
-        i,
-        o,
-        {
-            "runtime": "tensorrt",
-            "providers": ["TensorRT"],
-            "optimization": None,
-            "largest_batch": BATCH[-1],
-            **facts,
-        },
-    )
+    def _place(self, name: str, size: int) -> int:
+        """Return the address of a buffer of at least `size` bytes on the GPU, bound to the tensor."""
+        if size > self.sizes.get(name, 0):
+            if name in self.addresses:
+                self.cuda.free(self.addresses[name])
+            self.addresses[name] = self.cuda.allocate(size)
+            self.sizes[name] = size
+            self.context.set_tensor_address(name, self.addresses[name])
+        return self.addresses[name]

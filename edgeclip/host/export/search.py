@@ -187,7 +187,7 @@ def _try(task: Task, quantization: Quantization, number: int) -> Candidate:
         "float_layers": len(quantization.float_layers),
         "int8_share_of_macs": quantization.int8_share,
         "centered_cosine_mean": policy.centered_cosine(found, task.reference),
-        "centered_cosine_p1": close["centered_p1"],
+        "centered_cosine_p1": close.centered_p1,
         "top1_agreement": same,
         "agreement_where_right": where_right,
         "bytes": sum(f.stat().st_size for f in folder.iterdir()),
@@ -195,12 +195,12 @@ def _try(task: Task, quantization: Quantization, number: int) -> Candidate:
         "times_as_fast": None,
     }
     short = []
-    if not close["centered_p1"] >= least:  # not a number is short too
-        short.append(f"centered cosine p1 {close['centered_p1']:.4f}, below {least}")
+    if not close.centered_p1 >= least:  # not a number is short too
+        short.append(f"centered cosine p1 {close.centered_p1:.4f}, below {least}")
     short += short_of_agreement(tolerance, same, where_right)
     form = ", ".join(str(v) for v in quantization.candidate if v is not None)
     say(
-        f"{form}, {row['float_layers']} layers in float: int8 share {quantization.int8_share:.3f}, centered cosine p1 {close['centered_p1']:.4f}"
+        f"{form}, {row['float_layers']} layers in float: int8 share {quantization.int8_share:.3f}, centered cosine p1 {close.centered_p1:.4f}"
         + "".join(
             f", {what} {v:.4f}"
             for what, v in (("top-1 agreement", same), ("where right", where_right))
@@ -304,7 +304,7 @@ def _rounded(values: tuple[float, float, float]) -> dict[str, float]:
 
 def measured_here(target: Target) -> bool:
     """Is this machine of the kind that the target's int8 form is for?"""
-    arch = machine.facts()["arch"]
+    arch = machine.facts().arch
     if target.runtime == "onnxruntime":
         return arch == ("x86_64" if target.activations == "uint8" else "aarch64")
     return target.runtime == "openvino" and arch == "x86_64"

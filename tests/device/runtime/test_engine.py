@@ -7,16 +7,20 @@ of calls and nothing else: no figure of parity or time may come from it.
 import sys
 import types
 
+import msgspec
 import numpy as np
 import pytest
 
 from edgeclip import disk
+from edgeclip.device.records import EngineConditions, Ran, to_json
 from edgeclip.device.runtime import engine, open_session, tensorrt
 from edgeclip.errors import EdgeclipError
 from tests.support.machine_files import JETSON, fake
 from tests.support.optional import require
+from tests.support.reports import MACHINE
 
 OPTIONS = {"batch": [1, 4, 8]}
+RAN = Ran(runtime="tensorrt", version="10.3.0", threads=1, engine="k")
 
 
 @pytest.fixture(autouse=True)
@@ -84,41 +88,44 @@ def test_where_there_is_no_cuda_the_reason_is_cudas(model, monkeypatch):
 
 def test_conditions_are_read_from_the_board(model, tmp_path):
     c = engine.conditions(model, "10.3.0", "8.7", OPTIONS, fake(tmp_path / "root", JETSON))
-    assert c == {
-        "onnx": disk.sha256(model),
-        "tensorrt": "10.3.0",
-        "sm": "8.7",
-        "jetpack": "6.2+b77",
-        "l4t": "36.4.3",
-        "power_mode": "MAXN_SUPER",
-        "options": OPTIONS,
-    }
+    assert c == EngineConditions(
+        onnx=disk.sha256(model),
+        tensorrt="10.3.0",
+        sm="8.7",
+        jetpack="6.2+b77",
+        l4t="36.4.3",
+        power_mode="MAXN_SUPER",
+        options=OPTIONS,
+    )
 
 
-CONDITIONS = {
-    "onnx": "a" * 64,
-    "tensorrt": "10.3.0",
-    "sm": "8.7",
-    "jetpack": "6.2",
-    "l4t": "36.4.3",
-    "power_mode": "15W",
-    "options": OPTIONS,
-}
+CONDITIONS = EngineConditions(
+    onnx="a" * 64,
+    tensorrt="10.3.0",
+    sm="8.7",
+    jetpack="6.2",
+    l4t="36.4.3",
+    power_mode="15W",
+    options=OPTIONS,
+)
+
+
+def changed(**fields):
+    return msgspec.structs.replace(CONDITIONS, **fields)
 
 
 def test_an_engine_is_built_once_under_the_same_conditions():
     first, built = engine.engine(CONDITIONS, make())
-    assert (first / "engine.plan").read_bytes() == b"plan" and disk.read_manifest(first, "engine")[
-        "conditions"
-    ] == CONDITIONS
-    assert engine.engine(dict(CONDITIONS), lambda _: pytest.fail("built again")) == (first, built)
+    assert (first / "engine.plan").read_bytes() == b"plan"
+    assert disk.read_manifest(first, "engine")["conditions"] == to_json(CONDITIONS)
+    assert engine.engine(changed(), lambda _: pytest.fail("built again")) == (first, built)
 
 
-@pytest.mark.parametrize("field", sorted(CONDITIONS))
+@pytest.mark.parametrize("field", EngineConditions.__struct_fields__)
 def test_every_condition_that_changes_makes_another_engine(field):
     first, _ = engine.engine(CONDITIONS, make())
     second, _ = engine.engine(
-        CONDITIONS | {field: {"other": 1} if field == "options" else "b" * 64}, make(b"another")
+        changed(**{field: {"other": 1} if field == "options" else "b" * 64}), make(b"another")
     )
     assert second != first
     assert (second / "engine.plan").read_bytes() == b"another"
@@ -128,8 +135,8 @@ def test_every_condition_that_changes_makes_another_engine(field):
 def test_timings_are_taken_over_from_the_same_gpu_and_version_only():
     seen = []
     engine.engine(CONDITIONS, make(seen=seen))
-    engine.engine(CONDITIONS | {"power_mode": "25W"}, make(seen=seen))
-    engine.engine(CONDITIONS | {"tensorrt": "10.7.0"}, make(seen=seen))
+    engine.engine(changed(power_mode="25W"), make(seen=seen))
+    engine.engine(changed(tensorrt="10.7.0"), make(seen=seen))
     assert seen == [None, b"times", None]
 
 
@@ -154,7 +161,7 @@ def test_a_changed_plan_is_not_run():
 
 def test_old_engines_go_when_there_are_too_many():
     for i in range(engine.KEEP + 2):
-        last, _ = engine.engine(CONDITIONS | {"power_mode": f"{i} W"}, make())
+        last, _ = engine.engine(changed(power_mode=f"{i} W"), make())
     assert len(list(last.parent.iterdir())) == engine.KEEP and last.exists()
 
 
@@ -202,13 +209,13 @@ class Fake:
 
 def test_the_calls_of_an_execution_are_in_the_documented_order():
     f = Fake()
-    s = tensorrt.session(f.trt, f, object(), f, {"engine": "k"})
+    s = tensorrt.session(f.trt, f, object(), f, RAN)
     assert s.input == ("pixels", [None, 3, 8, 8], "float32") and s.output == (
         "image_features",
         [None, 16],
         "float32",
     )
-    assert s.facts["engine"] == "k"
+    assert s.facts.engine == "k"
     f.calls.clear()
     assert s.run(np.zeros((2, 3, 8, 8))).shape == (2, 16)
     names = [c[0] for c in f.calls]
@@ -248,7 +255,7 @@ def test_the_calls_of_an_execution_are_in_the_documented_order():
 
 def test_a_batch_beyond_the_profile_goes_in_parts():
     f = Fake()
-    s = tensorrt.session(f.trt, f, object(), f, {})
+    s = tensorrt.session(f.trt, f, object(), f, RAN)
     assert s.run(np.zeros((19, 3, 8, 8))).shape == (19, 16)
     assert [c[2][0] for c in f.calls if c[0] == "set_input_shape"] == [8, 8, 3]
 
@@ -256,7 +263,7 @@ def test_a_batch_beyond_the_profile_goes_in_parts():
 def test_a_call_that_fails_is_an_error_never_another_runtime():
     f = Fake()
     f.execute_async_v3 = lambda stream: False
-    s = tensorrt.session(f.trt, f, object(), f, {})
+    s = tensorrt.session(f.trt, f, object(), f, RAN)
     with pytest.raises(EdgeclipError, match="execution failed"):
         s.run(np.zeros((1, 3, 8, 8)))
 
@@ -267,7 +274,10 @@ def test_an_engine_without_a_layer_of_its_precision_does_not_pass(shipped_bundle
 
     bundle = Bundle.load(shipped_bundle("onnx-int8"))
     observed = observe(bundle, None)
-    observed.facts["ran"]["layers"] = {"fp32": 12}
-    assert any("no layer takes int8" in f for f in judge(bundle, None, observed, {})["failures"])
-    observed.facts["ran"]["layers"] = {"fp32": 2, "int8": 10}
-    assert judge(bundle, None, observed, {})["failures"] == []
+
+    def failures(**layers):
+        ran = msgspec.structs.replace(observed.ran, layers=layers)
+        return judge(bundle, None, observed._replace(ran=ran), MACHINE).failures
+
+    assert any("no layer takes int8" in f for f in failures(fp32=12))
+    assert not any("no layer takes int8" in f for f in failures(fp32=2, int8=10))

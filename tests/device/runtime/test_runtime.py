@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import helper
 
+from edgeclip.device.records import Ran
 from edgeclip.device.runtime import INSTALL, RUNTIMES, Session, open_session
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.graph import trace as graph
@@ -43,13 +44,13 @@ def test_onnxruntime_answers_as_torch_and_says_what_it_is(model, student, optimi
     assert session.output.name == "image_features"
     assert session.output.shape[0] is None
     assert session.output.dtype == "float32"
-    assert session.facts == {
-        "runtime": "onnxruntime",
-        "version": ort.__version__,
-        "providers": ["CPUExecutionProvider"],
-        "threads": 1,
-        "optimization": optimization,
-    }
+    assert session.facts == Ran(
+        runtime="onnxruntime",
+        version=ort.__version__,
+        threads=1,
+        providers=["CPUExecutionProvider"],
+        optimization=optimization,
+    )
 
 
 def test_openvino_answers_as_torch_in_float32(model, student):
@@ -65,10 +66,12 @@ def test_openvino_answers_as_torch_in_float32(model, student):
     kept = first.copy()
     session.run(x() + 1)  # the answer is the caller's own, not the request's buffer
     assert (first == kept).all()
-    assert session.input == ("pixels", [None, 3, 32, 32], "float32") and session.facts[
-        "providers"
-    ] == ["CPU"]
-    assert openvino.__version__.startswith(session.facts["version"])
+    assert session.input == (
+        "pixels",
+        [None, 3, 32, 32],
+        "float32",
+    ) and session.facts.providers == ["CPU"]
+    assert openvino.__version__.startswith(session.facts.version)
 
 
 LET_GO_ELSEWHERE = """
@@ -96,7 +99,7 @@ def test_the_null_runtime_answers_the_same_to_anything():
     session = open_session("null", Path("none"), 1)
     assert isinstance(session, Session)
     assert session.run(x()) is session.run(x(5))
-    assert session.facts["providers"] == []
+    assert session.facts.providers == []
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -119,9 +122,9 @@ def test_every_runtime_but_the_null_one_has_an_install_line():
 
 
 def test_threads_are_those_asked_for(model):
-    assert open_session("onnxruntime", model, 2).facts["threads"] == 2
+    assert open_session("onnxruntime", model, 2).facts.threads == 2
     require("openvino", "pip install 'edgeclip[openvino]'")
-    assert open_session("openvino", model, 1).facts["threads"] == 1
+    assert open_session("openvino", model, 1).facts.threads == 1
     with pytest.raises(EdgeclipError, match=r"runs on \d+ thread\(s\), not on 10000"):
         open_session("openvino", model, 10_000)
 

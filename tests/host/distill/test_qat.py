@@ -109,7 +109,7 @@ def test_the_rounding_student_is_the_exported_graph(images, tmp_path, name):
         for_tensorrt=name == "tensorrt-int8",
         reduce_range=found.reduce_range,
     )
-    assert cosine(run(model, images), trained["features"])["centered_p1"] > 0.99
+    assert cosine(run(model, images), trained["features"]).centered_p1 > 0.99
     record = disk.read_json(tmp_path / "quantized" / "quantized.json")
     assert record["log"] == log
     scales = graph.initializers(model)

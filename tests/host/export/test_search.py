@@ -263,7 +263,7 @@ def test_without_smoothing_the_worst_layers_go_back_to_float_and_no_more(plain, 
     shipped = quantize(
         found.calibrated, found.nodes, activations="uint8", reduce_range=found.reduce_range
     )
-    assert cosine(run(shipped, images), run(plain, images))["centered_p1"] > 0.9
+    assert cosine(run(shipped, images), run(plain, images)).centered_p1 > 0.9
     verdicts = [r["verdict"] for r in record["frontier"]]
     assert verdicts.count("chosen") == 1
     assert "below 0.95" in verdicts[0]

@@ -1,0 +1,112 @@
+"""The evaluation folder of a run: what a bundle is compared on, without torch.
+
+    evaluation.json       labels, class names, and the sets with their own class lists
+    image_features.npy    [n, D], the float32 student's features
+    images.tar            the images' own bytes, in order
+
+`edgeclip distill` writes it (edgeclip/host/evaluation/scores.py).
+"""
+
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from edgeclip import disk
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.metrics import hits
+from edgeclip.device.records import Record, from_json
+from edgeclip.device.zero_shot import class_scores
+
+
+class EvaluationSet(Record):
+    name: str
+    note: str
+    """what to know of its figures, for people"""
+    rows: list[int]
+    """its images"""
+    classes: list[int]
+    """class indices that an image of it may be given, ascending"""
+
+
+class Description(Record):
+    """evaluation.json"""
+
+    labels: list[int]
+    """[n], class index of each image"""
+    sets: list[EvaluationSet]
+    class_names: list[str] | None = None
+    """what labels and classes number; None: a run that is older than this field"""
+
+
+class Evaluation(NamedTuple):
+    folder: Path
+    reference: np.ndarray
+    """[n, D], the float32 student's features"""
+    labels: np.ndarray
+    """[n], class index of each image"""
+    sets: list[EvaluationSet]
+    chosen: list[int]
+    """[n], which of the folder's images take part"""
+    class_names: list[str] | None = None
+    """what labels and classes number; None: a run that is older than this field"""
+
+
+def load_evaluation(folder: Path, images: int | None = None) -> Evaluation:
+    """Return a run's evaluation folder, or a fixed random subset of `images` of it.
+
+    Raises `EdgeclipError` for a folder whose files were changed.
+    """
+    disk.verify(folder, disk.read_manifest(folder, "evaluation"))
+    path = folder / "evaluation.json"
+    description = from_json(disk.read_json(path), Description, path)
+    features = np.load(folder / "image_features.npy")
+    labels = np.array(description.labels)
+    chosen = list(range(len(labels)))
+    sets = description.sets
+    if images is not None and images < len(chosen):
+        chosen = sorted(random.Random(0).sample(chosen, images))
+        sets = [_subset(s, chosen) for s in sets]
+    return Evaluation(
+        folder, features[chosen], labels[chosen], sets, chosen, description.class_names
+    )
+
+
+def _subset(whole: EvaluationSet, chosen: list[int]) -> EvaluationSet:
+    place = {row: i for i, row in enumerate(chosen)}
+    rows = [place[row] for row in whole.rows if row in place]
+    return EvaluationSet(whole.name, whole.note, rows, whole.classes)
+
+
+def images_tar(folder: Path) -> Path:
+    """Return the archive of a run's evaluation images; edgeclip 0.1 called it pictures.tar."""
+    old = folder / "pictures.tar"
+    return old if old.exists() else folder / "images.tar"
+
+
+class Decisions(NamedTuple):
+    """First answers over all evaluation sets, one set after the other."""
+
+    answers: np.ndarray
+    """[m], class indices"""
+    right: np.ndarray
+    """bool [m]"""
+    lead: np.ndarray
+    """[m], by how much the best score leads the second"""
+
+
+def decide(bundle: Bundle, evaluation: Evaluation, features: np.ndarray) -> Decisions:
+    """Return the first answers of features [n, D], each set over its own class list."""
+    answers, right, lead = [np.zeros(0, int)], [np.zeros(0, bool)], [np.zeros(0)]
+    for s in evaluation.sets:
+        if not s.rows:
+            continue
+        classes = np.array(s.classes, int)
+        scores = class_scores(features[s.rows], bundle.class_features[classes], bundle.head)
+        labels = np.searchsorted(classes, evaluation.labels[s.rows])
+        best = np.sort(scores, axis=1)[:, -2:]
+        answers.append(classes[scores.argmax(axis=1)])
+        right.append(hits(scores, labels))
+        lead.append(best[:, -1] - best[:, 0])
+    return Decisions(np.concatenate(answers), np.concatenate(right), np.concatenate(lead))
