@@ -4,9 +4,10 @@ from pathlib import Path
 
 import click
 
-from edgeclip.cli import complete, tables
+from edgeclip.cli import complete
 from edgeclip.cli.group import command
 from edgeclip.cli.options import PATH, bundle_option, json_option, label_file, print_json, say
+from edgeclip.cli.tables.bundles import ranking
 from edgeclip.errors import EdgeclipError
 
 
@@ -38,7 +39,7 @@ def classify(
     if as_json:
         print_json(results)
     else:
-        tables.ranking(results)
+        ranking(results)
 
 
 def _words(labels: str | None) -> list[str] | None:

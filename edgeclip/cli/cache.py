@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from edgeclip.cli import tables
 from edgeclip.cli.group import Command
 from edgeclip.cli.options import PATH, data_option, json_option, print_json, recipe_argument
+from edgeclip.cli.tables.caches import caches
 
 
 @click.group()
@@ -40,7 +40,7 @@ def build(recipe: Path, roots: tuple[str, ...], out: Path | None, as_json: bool)
     if as_json:
         print_json(found)
     else:
-        tables.caches(found)
+        caches(found)
 
 
 @cache.command(cls=Command)
@@ -60,4 +60,4 @@ def inspect(folder: Path, verify: bool, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        tables.caches([found])
+        caches([found])

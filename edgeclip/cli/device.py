@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from edgeclip.cli import tables
 from edgeclip.cli.group import command
 from edgeclip.cli.options import PATH, F, device_option, json_option, print_json
 
@@ -53,13 +52,14 @@ def validate(images: int | None, as_json: bool, **selection: Any) -> None:
         edgeclip validate --run runs/quickstart --device host-cpu
     """
     from edgeclip.boards import measure
+    from edgeclip.cli.tables import measured
     from edgeclip.reports.store import exit_code
 
     reports = measure.validate(measure.Selection(**selection), images)
     if as_json:
         print_json(reports)
     else:
-        tables.parity(reports)
+        measured.parity(reports)
     sys.exit(exit_code(reports))
 
 
@@ -110,6 +110,7 @@ def bench(
     if meter_csv and scenario not in (None, "single_stream"):
         raise click.UsageError("--meter measures single_stream: leave --scenario out")
     from edgeclip.boards import measure
+    from edgeclip.cli.tables import measured
     from edgeclip.reports.store import exit_code
 
     scenarios = SCENARIOS
@@ -120,13 +121,14 @@ def bench(
         chosen = measure.Selection(device, **selection)
         benched.append(measure.bench(chosen, scenarios, minutes, meter_csv))
         if not as_json:
-            tables.bench(benched[-1].reports)
+            measured.bench(benched[-1].reports)
     reports = _compared(benched, as_json)
     sys.exit(exit_code(reports))
 
 
 def _compared(benched: list[Any], as_json: bool) -> list[Any]:
     """Print the comparison of all devices' reports; return the reports."""
+    from edgeclip.cli.tables import measured
     from edgeclip.reports import comparison
 
     reports: list[Any] = []
@@ -141,7 +143,7 @@ def _compared(benched: list[Any], as_json: bool) -> list[Any]:
     elif as_json:
         print_json({"reports": reports, "comparison": rows, "int8": lines})
     elif len(reports) > 1:
-        tables.comparison(rows, lines)
+        measured.comparison(rows, lines)
     return reports
 
 
@@ -163,6 +165,7 @@ def selftest(out: Path, as_json: bool, **selection: Any) -> None:
         edgeclip selftest --bundle runs/latest/bundles/tensorrt-fp16 --device jetson-orin-nano
     """
     from edgeclip.boards import measure
+    from edgeclip.cli.tables import devices
     from edgeclip.device.profile import load
     from edgeclip.device.selftest import write
     from edgeclip.reports.store import exit_code
@@ -174,7 +177,7 @@ def selftest(out: Path, as_json: bool, **selection: Any) -> None:
     if as_json:
         print_json(reports)
     else:
-        tables.selftest(reports, paths)
+        devices.selftest(reports, paths)
     sys.exit(exit_code(reports))
 
 
@@ -192,13 +195,14 @@ def doctor(device: str | None, clean: bool, as_json: bool) -> None:
         edgeclip doctor --device host-cpu
     """
     from edgeclip.boards import doctor as library
+    from edgeclip.cli.tables import devices
 
     if device is None:
         found = library.doctor()
         if as_json:
             print_json(found)
         else:
-            tables.doctor(found)
+            devices.doctor(found)
         return
     _preflight(device, clean, as_json)
 
@@ -206,6 +210,7 @@ def doctor(device: str | None, clean: bool, as_json: bool) -> None:
 def _preflight(device: str, clean: bool, as_json: bool) -> None:
     from edgeclip.boards import doctor as library
     from edgeclip.boards.measure import preflight
+    from edgeclip.cli.tables import devices
     from edgeclip.reports.store import GATE_FAILED
 
     checked = preflight(device, clean)
@@ -215,6 +220,6 @@ def _preflight(device: str, clean: bool, as_json: bool) -> None:
             machine = library.doctor()
         print_json({**machine, "device": checked.name, "preflight": checked.rows})
     else:
-        tables.preflight(checked.name, checked.rows)
+        devices.preflight(checked.name, checked.rows)
     if any(row.status == "fail" for row in checked.rows):
         sys.exit(GATE_FAILED)

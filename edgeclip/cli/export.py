@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import click
 
-from edgeclip.cli import tables
 from edgeclip.cli.group import command
 from edgeclip.cli.options import PATH, json_option, print_json, target_option
+from edgeclip.cli.tables import bundles
 
 LAYOUTS = ("bundle", "optimum", "open_clip")
 
@@ -86,13 +86,13 @@ def export(as_json: bool, **options: Any) -> None:
     from edgeclip.cli import exporting
 
     if request.layout == "open_clip":
-        tables.open_clip(exporting.write_open_clip(request), as_json)
+        bundles.open_clip(exporting.write_open_clip(request), as_json)
         return
     rows = exporting.write(request)
     if as_json:
         print_json([row.as_json(request.layout) for row in rows])
     else:
-        tables.bundles(rows, request.layout)
+        bundles.bundles(rows, request.layout)
 
 
 def check(request: Request) -> None:

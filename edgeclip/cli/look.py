@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from edgeclip.cli import tables
 from edgeclip.cli.group import command
 from edgeclip.cli.options import PATH, json_option, print_json, target_option
+from edgeclip.cli.tables import bundles
 
 KINDS = ("recipes", "targets", "devices")
 
@@ -38,7 +38,7 @@ def lint(file: Path, target_name: str, as_json: bool) -> None:
     if as_json:
         print_json(verdict)
     else:
-        tables.lint(file, verdict)
+        bundles.lint(file, verdict)
     if verdict["errors"]:
         sys.exit(GATE_FAILED)
 
@@ -64,4 +64,4 @@ def list_(kind: str | None, as_json: bool) -> None:
     if as_json:
         print_json([row._asdict() for row in rows])
     else:
-        tables.purposes(rows)
+        bundles.purposes(rows)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from edgeclip.cli import tables
 from edgeclip.cli.group import command
 from edgeclip.cli.options import Choice, json_option, print_json, run_argument, say
 
@@ -36,14 +35,21 @@ def evaluate(run: Path | None, protocol: str, data: tuple[str, ...], as_json: bo
     Example:
         edgeclip evaluate runs/clothing --protocol base_to_novel --data clothing=path/to/clothing
     """
+    from msgspec import convert, to_builtins
+
+    from edgeclip.cli.tables.scores import protocol as table
     from edgeclip.host.evaluation.protocols import evaluate as score
+    from edgeclip.reports.results import AccuracyRecord, RetrievalRecord
     from edgeclip.reports.store import latest_run
 
     record = score(latest_run(run), protocol, data)
     if as_json:
         print_json(record)
     else:
-        tables.protocol(record)
+        kind = AccuracyRecord
+        if protocol == "retrieval":
+            kind = RetrievalRecord
+        table(convert(to_builtins(record), kind))
 
 
 @command()

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from edgeclip.cli import tables
 from edgeclip.cli.group import command
 from edgeclip.cli.options import (
     PATH,
@@ -55,7 +54,11 @@ def distill(
         edgeclip distill quickstart
         torchrun --nproc-per-node 8 -m edgeclip distill recipes/mobile.yaml
     """
+    from msgspec import convert, to_builtins
+
+    from edgeclip.cli.tables.scores import accuracy
     from edgeclip.host.distill import run as host
+    from edgeclip.reports.results import EvaluationResults
 
     results = host.distill(recipe, roots, out, fresh)
     if not results:
@@ -63,4 +66,4 @@ def distill(
     if as_json:
         print_json(results)
     else:
-        tables.accuracy(results)
+        accuracy(convert(to_builtins(results), EvaluationResults))

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgeclip.cli import tables
+from edgeclip.cli.tables import measured as tables
 from edgeclip.device import machine
 from edgeclip.device.bench import (
     WARM_UP,

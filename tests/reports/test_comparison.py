@@ -1,23 +1,23 @@
-"""The front holds what nothing else beats, and an axis that was not measured everywhere takes no part."""
+"""The front holds what nothing else beats, and an axis that was not measured everywhere is left out."""
 
 from edgeclip.device.machine import Facts
 from edgeclip.device.records import Ran
-from edgeclip.reports.comparison import int8_gain, pareto, rows, scope
+from edgeclip.reports.comparison import Row, int8_gain, pareto, rows, scope
 from tests.support.reports import accuracy, bench_report, energy, parity_report, scenario
 
 
 def row(name, accuracy, latency, energy=None, size=10):
-    return {
-        "target": name,
-        "accuracy": accuracy,
-        "latency_ms_p90": latency,
-        "energy_mj_per_image": energy,
-        "image_encoder_bytes": size,
-    }
+    return Row(
+        target=name,
+        accuracy=accuracy,
+        latency_ms_p90=latency,
+        energy_mj_per_image=energy,
+        image_encoder_bytes=size,
+    )
 
 
 def front(*table):
-    return [r["target"] for r in pareto(list(table)) if r["on_front"]]
+    return [r.target for r in pareto(list(table)) if r.on_front]
 
 
 def test_a_front_by_hand():
@@ -39,13 +39,11 @@ def test_smaller_counts_where_all_else_is_equal():
 
 def test_an_axis_that_one_row_lacks_takes_no_part():
     table = pareto([row("a", 0.8, 1.0, energy=9.0), row("b", 0.8, 2.0, energy=1.0)])
-    assert [r["on_front"] for r in table] == [True, True] and "energy_mj_per_image" in table[0][
-        "axes"
-    ]
+    assert [r.on_front for r in table] == [True, True]
+    assert "energy_mj_per_image" in table[0].axes
     table = pareto([row("a", 0.8, 1.0, energy=9.0), row("b", 0.8, 2.0)])
-    assert [r["on_front"] for r in table] == [True, False] and "energy_mj_per_image" not in table[
-        0
-    ]["axes"]
+    assert [r.on_front for r in table] == [True, False]
+    assert "energy_mj_per_image" not in table[0].axes
 
 
 def test_axes_on_other_terms_take_no_part():
@@ -58,22 +56,20 @@ def test_axes_on_other_terms_take_no_part():
         parity_report(accuracy=accuracy(top1), images=n) for top1, n in ((0.9, 10), (0.8, 400))
     ]
     found = rows(pair, parities)[0]
-    assert found["axes"] == ["latency_ms_p90", "image_encoder_bytes"]
-    assert found["left_out"] == {
+    assert found.axes == ["latency_ms_p90", "image_encoder_bytes"]
+    assert found.left_out == {
         "accuracy": "images differ: 10, 400",
         "energy_mj_per_image": "energy scope differ: all that the meter sees, the chip by RAPL",
     }
     same = rows([pair[0], pair[0]], [parities[0], parities[0]])[0]
-    assert (
-        same["axes"] == ["accuracy", "latency_ms_p90", "energy_mj_per_image", "image_encoder_bytes"]
-        and same["left_out"] == {}
-    )
+    assert same.axes == ["accuracy", "latency_ms_p90", "energy_mj_per_image", "image_encoder_bytes"]
+    assert same.left_out == {}
     assert (scope("ina3221: VDD_IN"), scope("tegrastats: VDD_IN")) == ("the rails VDD_IN",) * 2
 
 
 def test_refused_timings_are_neither_on_the_front_nor_off_it():
     table = pareto([row("a", 0.8, 1.0), row("emulated", 0.9, None)])
-    assert [r["on_front"] for r in table] == [True, None]
+    assert [r.on_front for r in table] == [True, None]
 
 
 def report(device, target, p50, isa, precision, measured=None):
@@ -107,8 +103,6 @@ def test_int8_is_held_against_fp32_of_the_same_core():
 def test_energy_of_a_right_answer_needs_the_parity_report_of_the_same_bundle():
     bench = report("d", "t", 1.0, [], "int8")
     parity = parity_report(accuracy=accuracy(0.6))
-    assert rows([bench], [parity])[0]["energy_mj_per_correct"] == 5.0
-    assert (
-        rows([bench], [parity_report(bundle="old")])[0]["energy_mj_per_correct"] is None
-        and rows([bench], [None])[0]["accuracy"] is None
-    )
+    assert rows([bench], [parity])[0].energy_mj_per_correct == 5.0
+    assert rows([bench], [parity_report(bundle="old")])[0].energy_mj_per_correct is None
+    assert rows([bench], [None])[0].accuracy is None

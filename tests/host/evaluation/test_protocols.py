@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from edgeclip import cli, config, disk
-from edgeclip.cli import tables
 from edgeclip.device.metrics import harmonic_mean, hits, l2_normalize
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, class_scores
@@ -19,6 +18,7 @@ from edgeclip.host import student as students
 from edgeclip.host.data import EvaluationSet
 from edgeclip.host.evaluation import protocols
 from edgeclip.host.evaluation.scores import Answers, score
+from edgeclip.reports.models import MODELS
 from tests.support.command import mistake, run
 from tests.support.files import snapshot
 from tests.support.images import add_member, encoded
@@ -159,7 +159,7 @@ def test_distill_scores_shifts_beside_its_own_set(workplace):
 def test_zero_shot_on_the_runs_own_set_repeats_what_distill_found(workplace):
     _, results = workplace
     (row,) = evaluate("zero_shot")["sets"]
-    for model in tables.MODELS:
+    for model in MODELS:
         assert row.get(model) == results["sets"][0].get(model)
     assert row["chance_top1"] == 1 / 6 and row["templates"] == 2
     assert row["transductive"] and "adapted on no label of it" in row["note"]

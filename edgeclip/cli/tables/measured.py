@@ -1,0 +1,218 @@
+"""Tables of `validate` and `bench`: what a device does to a bundle."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from edgeclip.cli.tables.plain import NOT_MEASURED, mebibytes, number, table
+from edgeclip.device.machine import processor
+from edgeclip.device.records import BenchReport, Energy, ParityReport, Sustained
+from edgeclip.reports.comparison import Row
+
+PARITY = (
+    "target",
+    "images",
+    "cosine p1 centered",
+    "raw",
+    "top-1 agreement",
+    "where fp32 is right",
+    "top-1 fp32",
+    "top-1",
+    "top-1 lost pp",
+    "at most pp",
+    "verdict",
+)
+BENCH = (
+    "target",
+    "p50 ms",
+    "p90 ms",
+    "p99 ms",
+    "multi p99 ms",
+    "offline /s",
+    "decode ms",
+    "preprocess ms",
+    "model ms",
+    "head ms",
+    "cold start ms",
+    "mJ",
+    "peak MiB",
+    "image encoder MiB",
+)
+COMPARISON = (
+    "device",
+    "target",
+    "top-1",
+    "p90 ms",
+    "offline /s",
+    "mJ",
+    "mJ per right answer",
+    "image encoder MiB",
+    "front",
+)
+STEADY = {True: "steady", False: "still warming up", None: "temperature unknown"}
+
+
+# --- validate
+
+
+def parity(reports: Sequence[ParityReport]) -> None:
+    """Print how close each bundle is to the fp32 student."""
+    table([_parity_row(report) for report in reports], PARITY)
+    for report in reports:
+        for line in _parity_lines(report):
+            click.echo(f"{report.target}: {line}")
+
+
+def _parity_row(report: ParityReport) -> list[Any]:
+    cells: list[str | None] = [None] * 8
+    accuracy, cosine = report.accuracy, report.cosine
+    if accuracy is not None and cosine is not None:
+        cells = [
+            number(cosine.centered_p1, 4),
+            number(cosine.raw_p1, 4),
+            number(report.top1_agreement, 4),
+            number(report.agreement_where_right, 4),
+            number(accuracy.reference_top1, 4),
+            number(accuracy.bundle_top1, 4),
+            number(accuracy.drop_pp, 2),
+            number(accuracy.upper_pp, 2),
+        ]
+    return [report.target, report.images, *cells, report.verdict]
+
+
+def _parity_lines(report: ParityReport) -> list[str]:
+    lines = []
+    accuracy = report.accuracy
+    if accuracy is not None:
+        lost = f"top-1 lost on {report.images} unseen images: {accuracy.drop_pp:.2f}"
+        lines.append(f"{lost} percentage points, at most {accuracy.upper_pp:.2f} (95 %)")
+    lines += report.failures
+    if report.verdict == "golden images only":
+        cosine = number(report.golden.cosine_min, 4) or "not finite"
+        why = f"only its golden images were compared (cosine {cosine})"
+        lines.append(f"{report.not_compared}: {why}")
+    if report.verdict == "too few images" and accuracy is not None:
+        cannot = f"{report.images} images cannot exclude a drop of {accuracy.upper_pp:.2f} pp"
+        lines.append(cannot)
+    return lines
+
+
+# --- bench
+
+
+def bench(reports: Sequence[BenchReport]) -> None:
+    """Print what each bundle costs on one device."""
+    table([_bench_row(report) for report in reports], BENCH)
+    first = reports[0]
+    click.echo(_machine(first))
+    if any(report.short_run for report in reports):
+        least = f"at least {first.min_duration_s:g} s and {first.min_query_count} queries"
+        click.echo(f"short run: {least}, where MLPerf asks for 60 s and 1,024")
+    for report in reports:
+        for line in _bench_lines(report):
+            click.echo(f"{report.target}: {line}")
+    for report in reports:
+        click.echo(f"check {report.target} with: {report.check_with}")
+
+
+def _bench_row(report: BenchReport) -> list[Any]:
+    single, stages = report.single_stream, report.stages
+    values = [
+        getattr(single, "latency_ms_p50", None),
+        getattr(single, "latency_ms_p90", None),
+        getattr(single, "latency_ms_p99", None),
+        getattr(report.multi_stream, "latency_ms_p99", None),
+        getattr(report.offline, "images_per_second", None),
+        getattr(stages, "decode_ms", None),
+        getattr(stages, "preprocess_ms", None),
+        getattr(stages, "model_ms", None),
+        getattr(stages, "head_ms", None),
+        getattr(report.cold_start, "process_ms", None),
+        report.energy_mj_per_image,
+    ]
+    numbers = [number(value, 2) for value in values]
+    size = mebibytes(report.image_encoder_bytes)
+    return [report.target, *numbers, report.peak_memory_mib, size]
+
+
+def _machine(report: BenchReport) -> str:
+    isa = "unknown"
+    if report.machine.isa is not None:
+        isa = ", ".join(report.machine.isa) or "none that matters here"
+    how = f"{report.ran.threads} thread(s), warm-up {report.warm_up} queries"
+    return f"{report.device}: {processor(report.machine)}, ISA {isa}, {how}"
+
+
+def _bench_lines(report: BenchReport) -> list[str]:
+    lines = []
+    precision = report.ran.precision or ""
+    if "stored" in precision:
+        lines.append(precision)
+    if report.energy is not None:
+        lines.append(_energy(report.energy))
+    if report.sustained is not None:
+        lines.append(_sustained(report.sustained))
+    if report.kept:
+        lines.append(f"kept from the last report, not measured now: {', '.join(report.kept)}")
+    for failure in report.failures:
+        if "budget" in failure:
+            failure = f"over budget: {failure}"
+        lines.append(failure)
+    return lines
+
+
+def _energy(energy: Energy) -> str:
+    rate = "too few samples"
+    if energy.rate_hz is not None:
+        watts = f"idle {energy.idle_w:.2f} W, load {energy.load_w:.2f} W"
+        rate = f"{energy.rate_hz:.1f} Hz, {watts}"
+    image = ""
+    if energy.mj_per_image is not None:
+        half = energy.mj_per_image_half_width
+        image = f", {energy.mj_per_image:.2f} +- {half:.2f} mJ per image (scatter only)"
+    return f"energy by {energy.source}: {rate}{image}, {STEADY[energy.steady]}"
+
+
+def _sustained(load: Sustained) -> str:
+    throttled = "throttling unknown"
+    if load.throttled is not None:
+        throttled = f"throttled: {', '.join(load.throttled) or 'no'}"
+    if load.throttled_before:
+        throttled += " (and before, since the board was started)"
+    first, last = load.windows[0].temperature_c, load.windows[-1].temperature_c
+    hot = f"temperature {NOT_MEASURED}"
+    if first is not None and last is not None:
+        hot = f"{first:.0f} to {last:.0f} degrees C"
+    drift = f"p90 of the last tenth is {load.p90_drift:.2f} times the first's"
+    return f"{load.minutes:g} minutes of load: {drift}; {hot}; {throttled}"
+
+
+# --- several devices
+
+
+def comparison(rows: Sequence[Row], lines: Sequence[str]) -> None:
+    """Print several devices or bundles in one table, and what int8 gains."""
+    table([_comparison_row(row) for row in rows], COMPARISON)
+    if rows:
+        axes = ", ".join(rows[0].axes) or "anything, since nothing was measured"
+        click.echo(f"*: not beaten on {axes}")
+        for axis, why in rows[0].left_out.items():
+            click.echo(f"{axis} is left out: {why}")
+    for line in lines:
+        click.echo(line)
+
+
+def _comparison_row(row: Row) -> list[Any]:
+    front = {True: "*", False: "", None: None}[row.on_front]
+    return [
+        row.device,
+        row.target,
+        number(row.accuracy, 4),
+        number(row.latency_ms_p90, 2),
+        number(row.images_per_second, 1),
+        number(row.energy_mj_per_image, 2),
+        number(row.energy_mj_per_correct, 2),
+        mebibytes(row.image_encoder_bytes),
+        front,
+    ]
