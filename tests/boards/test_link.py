@@ -140,7 +140,7 @@ def test_a_benchmark_whose_link_breaks_is_marked_incomplete_and_ends_there(
     assert "broke off" in report["incomplete"]
     assert report["single_stream"] is None
     assert report["failures"]
-    from edgeclip.reports.html import verdict
+    from edgeclip.reports.targets import verdict
 
     assert "do not ship" in verdict(None, report) and "incomplete" in verdict(None, report)
     for _ in range(100):

@@ -8,12 +8,23 @@ from msgspec.structs import replace
 from edgeclip import disk
 from edgeclip.device.records import SetAccuracy, write
 from edgeclip.errors import EdgeclipError
-from edgeclip.reports.html import collect, report, verdict, waterfall
+from edgeclip.reports.html import report
+from edgeclip.reports.results import read_results
+from edgeclip.reports.targets import collect, verdict, waterfall
 from tests.support.manifests import candidate_row, manifest_fields, search_record
 from tests.support.optional import require
 from tests.support.reports import accuracy, bench_report, parity_report, scenario
 
 SCORES = {"top1": 0.5, "top5": 0.75}
+PROTOCOL = {
+    "format": 2,
+    "run": "r",
+    "student": "this student",
+    "teacher": None,
+    "teacher_missing": "its tower is not at hand",
+    "edu_attention": None,
+    "report": "r/reports/evaluate.json",
+}
 
 
 NOVEL = SetAccuracy(
@@ -60,7 +71,7 @@ def make_run(folder, reports=True, sets=("base", "novel")):
     ]
     model = {"name": "net", "parameters": 1_000_000, "macs": 50_000_000, "input": 64}
     results = {
-        "sets": scored, "data": "toy", "data_license": "CC0", "models": {"teacher": model, "student": model}, "edu_attention": None, "skipped": [],
+        "sets": scored, "data": "toy", "data_license": "CC0", "models": {"teacher": model, "student": model}, "edu_attention": None, "skipped": [], "processes": 1, "format": 2,
         "log": [{"epoch": 0, "loss": 1.0, "kl": 1.0}, {"epoch": 1, "loss": 0.5, "kl": 0.5}], "device": "cpu", "seconds": {}, "peak_memory_mib": 1, "run": "r",
     }  # fmt: skip
     disk.write_json(folder / "results.json", results)
@@ -161,9 +172,8 @@ def test_every_reading_and_every_protocol_of_this_student_is_on_the_page(tmp_pat
         "teacher": None,
         "student": {"top1": 0.8765, "top5": 1.0},
     }
-    record = {
+    record = PROTOCOL | {
         "protocol": "zero_shot",
-        "student": "this student",
         "sets": [row],
         "text_side": "the teacher's",
         "average": {"student": 0.765},
@@ -197,6 +207,7 @@ def test_retrieval_is_on_the_page_both_ways(tmp_path):
         "name": "shop",
         "of": "shop",
         "note": "captions",
+        "transductive": False,
         "images": 9,
         "texts": 8,
         "teacher": None,
@@ -204,7 +215,7 @@ def test_retrieval_is_on_the_page_both_ways(tmp_path):
     }
     disk.write_json(
         run / "reports" / "evaluate-retrieval-shop.json",
-        {"protocol": "retrieval", "student": "this student", "sets": [row], "text_side": "own"},
+        PROTOCOL | {"protocol": "retrieval", "sets": [row], "text_side": "own"},
     )
     page = report(run)[0].read_text(encoding="utf-8")
     assert page.count("<td>0.188</td><td>0.500</td><td>0.750</td>") == 2 and "text to image" in page
@@ -220,15 +231,15 @@ def test_a_report_of_another_bundle_does_not_count(tmp_path):
     run = make_run(tmp_path / "run")
     write(run / "reports" / "t.host-cpu.parity.json", parity(bundle="0" * 64))
     (row,) = collect(run)
-    assert row["parity"] is None
-    assert row["bench"] is not None
-    assert "not validated" in row["verdict"]
+    assert row.parity is None
+    assert row.bench is not None
+    assert "not validated" in row.verdict
 
 
 def test_the_history_of_an_engine_is_no_report(tmp_path):
     run = make_run(tmp_path / "run")
     disk.write_json(run / "reports" / "t.host-cpu.engines.json", [{"engine": "k1"}])
-    assert [r["verdict"][:5] for r in collect(run)] == ["ship:"]
+    assert [r.verdict[:5] for r in collect(run)] == ["ship:"]
 
 
 def test_a_bundle_of_an_older_edgeclip_is_one_line(tmp_path):
@@ -248,15 +259,15 @@ def test_each_device_has_its_own_line(tmp_path):
     run = make_run(tmp_path / "run")
     digest = disk.sha256(run / "bundles" / "t" / disk.MANIFEST)
     write(run / "reports" / "t.board.parity.json", parity(bundle=digest, device="board"))
-    rows = {r["device"]: r["verdict"] for r in collect(run)}
+    rows = {r.device: r.verdict for r in collect(run)}
     assert rows["host-cpu"].startswith("ship") and rows["board"] == "do not ship: not benchmarked"
 
 
 def test_the_waterfall_has_each_step_on_the_same_sets(tmp_path):
     run = make_run(tmp_path / "run")
-    found = waterfall(disk.read_json(run / "results.json"), collect(run))
-    assert found["sets"] == ["base", "novel"]
-    assert found["steps"] == [
+    found = waterfall(read_results(run), collect(run))
+    assert found.sets == ["base", "novel"]
+    assert found.steps == [
         ("teacher", [(0.5, 40)] * 2),
         ("student", [(0.5, 40)] * 2),
         ("t on host-cpu", [(None, 0), (0.4321, 17)]),

@@ -1,0 +1,176 @@
+"""What a run's reports say of each bundle on each device, and whether it ships."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgeclip import disk
+from edgeclip.device import records
+from edgeclip.device.manifest import CandidateRow, LintRecord, SearchRecord, read_manifest
+from edgeclip.device.records import BenchReport, ParityReport
+from edgeclip.reports.results import EvaluationResults
+
+
+class Target(NamedTuple):
+    """One bundle on one device."""
+
+    name: str
+    """the bundle's folder"""
+    device: str | None
+    """None: no report of this bundle yet"""
+    parity: ParityReport | None
+    bench: BenchReport | None
+    bytes: int
+    """of the image encoder"""
+    quantization: SearchRecord | None
+    lint: LintRecord | None
+
+    @property
+    def row(self) -> str:
+        """What a table calls it."""
+        if self.device is None:
+            return self.name
+        return f"{self.name} on {self.device}"
+
+    @property
+    def verdict(self) -> str:
+        """Ship, or do not ship and why."""
+        return verdict(self.parity, self.bench)
+
+
+class Scored(NamedTuple):
+    """Top-1 accuracy on one set."""
+
+    top1: float | None
+    """None: not measured"""
+    images: int
+
+
+class Step(NamedTuple):
+    """What one step left: the teacher, the student, or a bundle on a device."""
+
+    name: str
+    scores: list[Scored]
+    """one per set"""
+
+
+class Waterfall(NamedTuple):
+    """Top-1 accuracy, step by step.
+
+    A bundle is compared on a part of the images, so what it lost stands in its parity report, not
+    between two rows of this.
+    """
+
+    sets: list[str]
+    steps: list[Step]
+
+
+def collect(run: Path) -> list[Target]:
+    """Return an entry per bundle and device, by name.
+
+    A report counts only for the bundle that it was made with: after a new export it has to be made
+    again. Raises `EdgeclipError` for a manifest or a report that cannot be read.
+    """
+    targets = []
+    for path in sorted((run / "bundles").glob(f"*/{disk.MANIFEST}")):
+        targets += _targets(run, path.parent)
+    return targets
+
+
+def _targets(run: Path, folder: Path) -> list[Target]:
+    manifest = read_manifest(folder)
+    parities = _reports(run, folder, "parity", ParityReport)
+    benches = _reports(run, folder, "bench", BenchReport)
+    devices: list[Any] = sorted(parities.keys() | benches.keys()) or [None]
+    targets = []
+    for device in devices:
+        target = Target(
+            name=folder.name,
+            device=device,
+            parity=parities.get(device),
+            bench=benches.get(device),
+            bytes=manifest.image_encoder_bytes,
+            quantization=manifest.quantization,
+            lint=manifest.lint,
+        )
+        targets.append(target)
+    return targets
+
+
+def _reports(run: Path, folder: Path, word: str, kind: type[Any]) -> dict[str | None, Any]:
+    """The reports of this very bundle, by device."""
+    digest = disk.sha256(folder / disk.MANIFEST)
+    found = {}
+    for path in sorted((run / "reports").glob(f"{folder.name}.*.{word}.json")):
+        content = records.read(path, kind)
+        if content.bundle == digest:
+            found[content.device] = content
+    return found
+
+
+def verdict(parity: ParityReport | None, bench: BenchReport | None) -> str:
+    """Return one line: ship, or do not ship and why."""
+    reasons = [*_against_parity(parity), *_against_bench(bench)]
+    if reasons:
+        return f"do not ship: {'; '.join(reasons)}"
+    assert parity is not None
+    assert parity.accuracy is not None
+    assert bench is not None
+    assert bench.single_stream is not None
+    lost = parity.accuracy
+    accuracy = f"accuracy drop {lost.drop_pp:.2f} pp (at most {lost.upper_pp:.2f})"
+    latency = f"p90 {bench.single_stream.latency_ms_p90:.2f} ms"
+    return f"ship: {accuracy} on {parity.images} images, {latency}"
+
+
+def _against_parity(parity: ParityReport | None) -> list[str]:
+    if parity is None:
+        return ["not validated"]
+    if parity.verdict == "pass":
+        return []
+    return parity.failures or [parity.verdict]
+
+
+def _against_bench(bench: BenchReport | None) -> list[str]:
+    if bench is None:
+        return ["not benchmarked"]
+    reasons = []
+    for failure in bench.failures:
+        if "budget" in failure:
+            failure = f"over budget: {failure}"
+        reasons.append(failure)
+    if bench.single_stream is None and not reasons:
+        reasons.append("single_stream not measured")
+    return reasons
+
+
+def waterfall(results: EvaluationResults, targets: list[Target]) -> Waterfall:
+    """Return the top-1 accuracy of teacher, student, and each validated bundle."""
+    names = [score.name for score in results.sets]
+    steps = []
+    for model in ("teacher", "student"):
+        scores = []
+        for score in results.sets:
+            top1 = getattr(getattr(score, model), "top1", None)
+            scores.append(Scored(top1, score.images))
+        steps.append(Step(model, scores))
+
+    for target in targets:
+        if target.parity is None or not target.parity.sets:
+            continue
+        known = {}
+        for score in target.parity.sets:
+            known[score.name] = Scored(score.bundle_top1, score.images)
+        scores = [known.get(name, Scored(None, 0)) for name in names]
+        steps.append(Step(target.row, scores))
+    return Waterfall(names, steps)
+
+
+def form(candidate: CandidateRow) -> str:
+    """Return how one int8 candidate differs from the others, in a few words."""
+    words = [candidate.method, f"{candidate.layers} layers"]
+    if candidate.smoothing is not None:
+        words.append(f"smoothing {candidate.smoothing:g}")
+    if candidate.model_type:
+        words.append(candidate.model_type)
+    words.append(f"{candidate.float_layers} in float")
+    return ", ".join(words)
