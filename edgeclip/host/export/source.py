@@ -1,6 +1,7 @@
 """What is exported: a run's student, or any open_clip or timm checkpoint, as one record."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +26,20 @@ from edgeclip.host.teachers import TextTower
 from edgeclip.host.teachers import open_clip as open_clip_teacher
 from edgeclip.host.towers import weights
 
+GOLDEN = 8
+"""images that ship with a bundle"""
+TEMPLATES = ["a photo of a {c}"]
+"""prompts of an open_clip model that is exported without a run"""
+
 
 class Source(NamedTuple):
+    """A dual encoder with everything that a bundle says of it."""
+
     image_encoder: nn.Module
     """pixels [B, 3, H, W] to unit rows [B, D]"""
     preprocess: Preprocess
     load_text: Callable[[], TextTower] | None
-    """None: no text side ships"""
+    """None: no text encoder ships"""
     labels: list[str]
     templates: list[str]
     class_features: np.ndarray
@@ -39,7 +47,7 @@ class Source(NamedTuple):
     head: EduAttention | None
     logit_scale: float
     calibration: Callable[[], list[ImageRef]]
-    """training images, with the labels that training may know; asked for by int8 targets only"""
+    """training images, with the labels that training may know; called for int8 targets only"""
     evaluation_hashes: Callable[[], set[str]]
     """sha256 of the images that the student is evaluated on and did not see in training"""
     golden: list[ImageRef]
@@ -48,74 +56,102 @@ class Source(NamedTuple):
     licenses: dict[str, str]
     parents: dict[str, Any]
     vocabulary: list[str] | None = None
-    """texts whose tokens, beside those of labels and templates, are all that the text encoder keeps; None: it keeps all"""
+    """texts whose tokens, beside those of labels and templates, are all that the text encoder
+    keeps; None: it keeps all"""
     quantized: Path | None = None
     """folder of the copy that learned with an int8 target's rounding; None: there is none"""
 
 
 def from_run(run: Path) -> Source:
-    """The student of a finished run. Raises `EdgeclipError` where the run is not finished."""
+    """Return the student of a finished run. Raises `EdgeclipError` where it is not finished."""
     disk.read_manifest(run, "run")
     student, head, preprocess, description = students.load(run / "student")
     asked = recipe.of_run(run)
-
-    def training_images() -> list[ImageRef]:
-        # As the cache was asked to have them: nothing held out, and no label that stage 1 had not.
-        spec = asked.data
-        if not isinstance(spec, recipe.OpenMoji) and not Path(spec.root).is_dir():
-            moved = f"say where it lies: edgeclip distill {run / 'recipe.yaml'} --out {run} --data {spec.name}=DIR"
-            raise EdgeclipError(
-                spec.root, f"there is no such folder for the data '{spec.name}'", moved
-            )
-        dataset = data.load(spec, CACHE)
-        labeled = {p.key for p in dataset.labeled}
-        return [p if p.key in labeled else p._replace(label=-1) for p in dataset.train]
-
-    def load_text() -> TextTower:
-        if own := students.load_text(run / "student"):
-            return own
-        if isinstance(
-            asked.adapt, recipe.Prompts
-        ):  # the features were made with its learned context, so words must get it too
-            return promptsrc.load_text(asked.teacher, asked.adapt, run / "teacher")
-        return teachers.load_text(asked.teacher)
-
     evaluation = run / "evaluation"
-
-    def evaluation_hashes() -> set[str]:
-        record = disk.read_json(evaluation / "evaluation.json")
-        if "held_out" in record:
-            return set(record["held_out"])
-        images = index_tar(evaluation / "images.tar")  # a run of before: of those that it kept
-        return {digest(images[i]) for s in record["sets"] if not s.get("seen") for i in s["rows"]}
-
     manifest = disk.read_manifest(evaluation, "evaluation")
-    there = (run / "quantized" / disk.MANIFEST).exists()
-    learned = {"quantized": disk.sha256(run / "quantized" / disk.MANIFEST)} if there else {}
+
+    load_text = None
+    if asked.text_encoder:
+        load_text = partial(_text_of_run, run, asked)
+    shipped_head = None
+    if head is not None and head.spec.keep:
+        shipped_head = head.numpy()
+    parents = {"student": disk.sha256(run / "student" / disk.MANIFEST), **description["parents"]}
+    quantized = None
+    if (run / "quantized" / disk.MANIFEST).exists():
+        quantized = run / "quantized"
+        parents["quantized"] = disk.sha256(quantized / disk.MANIFEST)
+
     return Source(
         image_encoder=student,
         preprocess=preprocess,
-        load_text=load_text if asked.text_encoder else None,
+        load_text=load_text,
         labels=description["labels"],
         templates=description["templates"],
         class_features=np.load(run / "student" / "class_features.npy"),
-        head=head.numpy() if head is not None and head.spec.keep else None,
+        head=shipped_head,
         logit_scale=description["logit_scale"],
-        calibration=training_images,
-        evaluation_hashes=evaluation_hashes,
-        golden=index_tar(evaluation / "images.tar")[:8],
+        calibration=partial(_training_images, run, asked),
+        evaluation_hashes=partial(_evaluation_hashes, evaluation),
+        golden=index_tar(evaluation / "images.tar")[:GOLDEN],
         golden_license=manifest["license"],
         licenses=description["licenses"],
-        parents={
-            "student": disk.sha256(run / "student" / disk.MANIFEST),
-            **description["parents"],
-            **learned,
-        },
-        quantized=run / "quantized" if learned else None,
+        parents=parents,
+        quantized=quantized,
     )
 
 
+def _text_of_run(run: Path, asked: recipe.Recipe) -> TextTower:
+    """The student's own text tower, or the one that its class features were made with."""
+    own = students.load_text(run / "student")
+    if own:
+        return own
+    if isinstance(asked.adapt, recipe.Prompts):
+        # The features were made with the context that stage 1 learned, so words must get it too.
+        return promptsrc.load_text(asked.teacher, asked.adapt, run / "teacher")
+    return teachers.load_text(asked.teacher)
+
+
+def _training_images(run: Path, asked: recipe.Recipe) -> list[ImageRef]:
+    """The run's training images as its cache had them: nothing held out, no label unseen by stage 1.
+
+    Raises `EdgeclipError` where the data has been moved.
+    """
+    spec = asked.data
+    if not isinstance(spec, recipe.OpenMoji) and not Path(spec.root).is_dir():
+        recipe_file = run / "recipe.yaml"
+        raise EdgeclipError(
+            spec.root,
+            f"there is no such folder for the data '{spec.name}'",
+            f"say where it lies: edgeclip distill {recipe_file} --out {run} --data {spec.name}=DIR",
+        )
+    dataset = data.load(spec, CACHE)
+    labeled = {image.key for image in dataset.labeled}
+    images = []
+    for image in dataset.train:
+        if image.key not in labeled:
+            image = image._replace(label=-1)
+        images.append(image)
+    return images
+
+
+def _evaluation_hashes(evaluation: Path) -> set[str]:
+    """sha256 of the held-out images of a run's evaluation."""
+    record = disk.read_json(evaluation / "evaluation.json")
+    if "held_out" in record:
+        return set(record["held_out"])
+    # An older run listed no hashes: those of the images that it kept.
+    images = index_tar(evaluation / "images.tar")
+    hashes = set()
+    for dataset in record["sets"]:
+        if not dataset.get("seen"):
+            hashes.update(digest(images[i]) for i in dataset["rows"])
+    return hashes
+
+
 class _Normalized(nn.Module):
+    """A tower with unit rows."""
+
     def __init__(self, tower: nn.Module):
         super().__init__()
         self.tower = tower
@@ -127,106 +163,115 @@ class _Normalized(nn.Module):
 def from_model(
     name: str, weights_name: str, labels: list[str], images: Path | None, text: bool = True
 ) -> Source:
-    """Any open_clip model (by name, or by a JSON file of its configuration), or any timm classifier. text: False leaves the text side out.
+    """Return any open_clip model or any timm classifier.
 
-    A timm classifier has no text side, but it is a dual encoder all the same: its logits are the image feature and the
-    text feature of class i is the i-th unit vector, so the ranking by cosine is exactly the ranking by logit.
-
-    Raises `EdgeclipError` for unknown names, weights that do not fit, or labels that are not the classifier's.
+    name: the model's, or a JSON file of an open_clip configuration. images: a folder for
+    calibration and golden answers. text: False leaves an open_clip model's text encoder out.
+    Raises `EdgeclipError` for unknown names, weights that do not fit, or labels that are not the
+    classifier's.
     """
     import open_clip
     import timm
 
-    photos = index_folder(images) if images else []
-    if images and not photos:
-        raise EdgeclipError(images, "has no images", "give a folder of .jpg, .png or .webp")
-    load_text: Callable[[], TextTower] | None
-    spec: OpenClip | Timm
-    if name in open_clip.list_models() or name.endswith(".json"):
-        config = disk.read_json(Path(name)) if name.endswith(".json") else None
-        spec = OpenClip(
-            model=Path(name).stem if config else name, weights=weights_name, config=config
-        )
-        if not text:
-            return _image_side(spec, labels, photos)
-        teacher = open_clip_teacher.load(spec)
-        templates = ["a photo of a {c}"]
-        features = (
-            teacher.encode_text(prompts(labels, templates)).numpy()
-            if labels
-            else np.zeros((0, teacher.embed_dim), np.float32)
-        )
-        class_features = ensemble(features[:, None]) if labels else features
-        encoder, preprocess, load_text, scale = (
-            teacher.tower,
-            teacher.preprocess,
-            lambda: teachers.load_text(spec),
-            teacher.logit_scale,
-        )
+    photos: list[ImageRef] = []
+    if images:
+        photos = index_folder(images)
+        if not photos:
+            raise EdgeclipError(images, "has no images", "give a folder of .jpg, .png or .webp")
+    if name.endswith(".json"):
+        config = disk.read_json(Path(name))
+        spec = OpenClip(model=Path(name).stem, weights=weights_name, config=config)
+    elif name in open_clip.list_models():
+        spec = OpenClip(model=name, weights=weights_name)
+    elif timm.is_model(name):
+        return _from_timm(Timm(model=name, weights=weights_name, image_size=224), labels, photos)
     else:
-        if not timm.is_model(name):
-            raise EdgeclipError(
-                name,
-                "neither an open_clip nor a timm model",
-                "see open_clip.list_models() and timm.list_models()",
-            )
-        spec = Timm(model=name, weights=weights_name, image_size=224)
-        encoder, preprocess = weights.timm_model(spec, num_classes=None)
-        preprocess = msgspec.structs.replace(
-            preprocess, size=encoder.pretrained_cfg["input_size"][-1]
-        )  # its own size
-        if labels and len(labels) != encoder.num_classes:
-            raise EdgeclipError(
-                "--labels",
-                f"has {len(labels)} labels, {name} has {encoder.num_classes} classes",
-                "give the classifier's own labels in its order",
-            )
-        class_features = (
-            np.eye(encoder.num_classes, dtype=np.float32)
-            if labels
-            else np.zeros((0, encoder.num_classes), np.float32)
+        raise EdgeclipError(
+            name,
+            "neither an open_clip nor a timm model",
+            "see open_clip.list_models() and timm.list_models()",
         )
-        templates, load_text, scale = [], None, 1.0
-    return Source(
-        image_encoder=_Normalized(encoder).eval(),
-        preprocess=preprocess,
-        load_text=load_text,
-        labels=labels,
-        templates=templates,
-        class_features=class_features,
-        head=None,
-        logit_scale=scale,
-        calibration=lambda: photos,
-        evaluation_hashes=set,
-        golden=photos[:8],
-        golden_license="the user's own images",
-        licenses={"model": "unknown", "data": "none"},
-        parents=_parents(spec, labels, photos),
+    if text:
+        return _from_open_clip(spec, labels, photos)
+    return _image_side(spec, labels, photos)
+
+
+def _from_open_clip(spec: OpenClip, labels: list[str], images: list[ImageRef]) -> Source:
+    """Both encoders of an open_clip model, its labels in one prompt each."""
+    teacher = open_clip_teacher.load(spec)
+    class_features = np.zeros((0, teacher.embed_dim), np.float32)
+    if labels:
+        features = teacher.encode_text(prompts(labels, TEMPLATES)).numpy()
+        class_features = ensemble(features[:, None])
+    plain = _of_checkpoint(spec, teacher.tower, teacher.preprocess, class_features, labels, images)
+    return plain._replace(
+        load_text=lambda: teachers.load_text(spec),
+        templates=TEMPLATES,
+        logit_scale=teacher.logit_scale,
     )
 
 
 def _image_side(spec: OpenClip, labels: list[str], images: list[ImageRef]) -> Source:
-    """An open_clip model's image encoder alone: no labels, no text, for an index or where its tokenizer is not at hand."""
+    """An open_clip model's image encoder alone, for an index or where its tokenizer is missing."""
     if labels:
         raise EdgeclipError(
-            "--labels", "need the text side to be baked", "drop --image-only, or the labels"
+            "--labels",
+            "labels need the text encoder, and --image-only leaves it out",
+            "drop --image-only, or the labels",
         )
     model, preprocess = weights.open_clip_model(spec)
-    encoder = _Normalized(open_clip_teacher.ImageTower(model)).eval()
+    tower = open_clip_teacher.ImageTower(model)
+    size = preprocess.size
     with torch.inference_mode():
-        width = encoder(torch.zeros(1, 3, preprocess.size, preprocess.size)).shape[1]
+        width = tower.eval()(torch.zeros(1, 3, size, size)).shape[1]
+    class_features = np.zeros((0, width), np.float32)
+    plain = _of_checkpoint(spec, tower, preprocess, class_features, labels, images)
+    return plain._replace(logit_scale=model.logit_scale.exp().item())
+
+
+def _from_timm(spec: Timm, labels: list[str], images: list[ImageRef]) -> Source:
+    """A timm classifier as a dual encoder without a text encoder.
+
+    Its logits are the image feature and the text feature of class i is the i-th unit vector, so the
+    ranking by cosine is exactly the ranking by logit.
+    """
+    encoder, preprocess = weights.timm_model(spec, num_classes=None)
+    own_size = encoder.pretrained_cfg["input_size"][-1]
+    preprocess = msgspec.structs.replace(preprocess, size=own_size)
+    classes = encoder.num_classes
+    class_features = np.zeros((0, classes), np.float32)
+    if labels:
+        if len(labels) != classes:
+            raise EdgeclipError(
+                "--labels",
+                f"has {len(labels)} labels, {spec.model} has {classes} classes",
+                "give the classifier's own labels in its order",
+            )
+        class_features = np.eye(classes, dtype=np.float32)
+    return _of_checkpoint(spec, encoder, preprocess, class_features, labels, images)
+
+
+def _of_checkpoint(
+    spec: OpenClip | Timm,
+    tower: nn.Module,
+    preprocess: Preprocess,
+    class_features: np.ndarray,
+    labels: list[str],
+    images: list[ImageRef],
+) -> Source:
+    """A checkpoint without text encoder, at scale 1: what all of them share."""
     return Source(
-        image_encoder=encoder,
+        image_encoder=_Normalized(tower).eval(),
         preprocess=preprocess,
         load_text=None,
-        labels=[],
+        labels=labels,
         templates=[],
-        class_features=np.zeros((0, width), np.float32),
+        class_features=class_features,
         head=None,
-        logit_scale=model.logit_scale.exp().item(),
-        calibration=lambda: photos,
+        logit_scale=1.0,
+        calibration=lambda: images,
         evaluation_hashes=set,
-        golden=images[:8],
+        golden=images[:GOLDEN],
         golden_license="the user's own images",
         licenses={"model": "unknown", "data": "none"},
         parents=_parents(spec, labels, images),
@@ -235,21 +280,24 @@ def _image_side(spec: OpenClip, labels: list[str], images: list[ImageRef]) -> So
 
 def _parents(spec: OpenClip | Timm, labels: list[str], images: list[ImageRef]) -> dict[str, Any]:
     """What the bundle is made of, by content: a file may be rewritten under its name."""
+    hashes = [(image.key, digest(image)) for image in images]
     return {
         "model": spec.model,
         "config": disk.fingerprint(getattr(spec, "config", None)),
         "weights": weights.source(spec.weights),
         "labels": disk.fingerprint(labels),
-        "images": disk.fingerprint([(p.key, digest(p)) for p in images]),
+        "images": disk.fingerprint(hashes),
     }
 
 
 def with_vocabulary(source: Source, texts: list[str]) -> Source:
-    """The source with the tokens of labels, templates and `texts` alone. Raises `EdgeclipError` where it has no text side."""
+    """Return the source with the tokens of labels, templates and `texts` alone.
+
+    Raises `EdgeclipError` where it has no text encoder.
+    """
     if not source.load_text:
         raise EdgeclipError(
-            "--vocabulary", "there is no text encoder to keep words of", "leave it out"
+            "--vocabulary", "there is no text encoder whose tokens it could keep", "leave it out"
         )
-    return source._replace(
-        vocabulary=texts, parents={**source.parents, "vocabulary": disk.fingerprint(texts)}
-    )
+    parents = {**source.parents, "vocabulary": disk.fingerprint(texts)}
+    return source._replace(vocabulary=texts, parents=parents)

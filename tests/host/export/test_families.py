@@ -197,7 +197,7 @@ def test_export_reaches_a_model_by_its_configuration_and_may_leave_the_text_out(
         assert (tmp_path / name / "onnx-fp32" / "text_encoder.onnx").exists() is text
     (tmp_path / "labels.txt").write_text("cat\ndog\n")
     assert (
-        "need the text side"
+        "labels need the text encoder"
         in cli(
             *same, "--image-only", "--labels", tmp_path / "labels.txt", "--out", tmp_path / "c"
         ).stderr

@@ -428,7 +428,7 @@ def test_images_that_are_all_alike_are_refused(source, tmp_path):
 
 
 def test_a_refusal_writes_nothing_and_exits_3(source, tmp_path, monkeypatch):
-    from edgeclip.host.export import source as S
+    from edgeclip.cli import exporting as S
 
     monkeypatch.setattr(S, "from_run", lambda folder: source)
     limits = "tolerance: {centered_cosine_p1: 1.0, top1_agreement: 0.9, accuracy_drop_pp: 1}"

@@ -398,7 +398,7 @@ def test_a_machine_saturates_where_it_is_an_x86_without_vnni(monkeypatch, arch, 
     monkeypatch.setattr(machine, "facts", lambda: facts)
     shipped = target.load("onnx-int8")[1]
     if expected is None:
-        with pytest.raises(EdgeclipError, match="say always or never"):
+        with pytest.raises(EdgeclipError, match="set it to always or never"):
             policy.reduced_range(shipped)
     else:
         assert policy.reduced_range(shipped) is expected
