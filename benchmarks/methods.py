@@ -57,7 +57,9 @@ from edgeclip.host import student as students
 from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.allocator import keep_freed_memory
 from edgeclip.host.distill.pixels import frozen_features
+from edgeclip.host.distill.targets import Lesson, Taught
 from edgeclip.host.distill.train import train
+from edgeclip.host.distill.training import Learner
 from edgeclip.host.evaluation.scores import image_features
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -260,12 +262,8 @@ def run(
         bench.cached._replace(rows=known),
     )
     log = train(
-        student,
-        head,
-        teacher,
-        cached,
-        preprocess,
-        bench.dataset,
+        Learner(student, head, preprocess),
+        Lesson(bench.dataset, [Taught(teacher, cached)]),
         asked,
         cpu,
         tower_features=bench.tower_features,

@@ -122,8 +122,10 @@ def with_edgeclip(
     from edgeclip.host import student as students
     from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
     from edgeclip.host.distill.step import Step
+    from edgeclip.host.distill.targets import Lesson, Taught
     from edgeclip.host.distill.text import texts
     from edgeclip.host.distill.train import train
+    from edgeclip.host.distill.training import Learner
 
     keep_freed_memory()
     tower = {"kind": "open_clip", "model": STUDENT, "weights": "random"}
@@ -190,7 +192,8 @@ def with_edgeclip(
         return said
 
     Step.__call__ = timed  # type: ignore[method-assign]  # the loop has no hook to time steps by
-    train(student, None, teacher, cached, preprocess, dataset, asked, cpu, texts=learned)
+    learner = Learner(student, None, preprocess, learned)
+    train(learner, Lesson(dataset, [Taught(teacher, cached)]), asked, cpu)
     return {"ends": ends}
 
 

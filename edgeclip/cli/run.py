@@ -35,21 +35,15 @@ def evaluate(run: Path | None, protocol: str, data: tuple[str, ...], as_json: bo
     Example:
         edgeclip evaluate runs/clothing --protocol base_to_novel --data clothing=path/to/clothing
     """
-    from msgspec import convert, to_builtins
-
     from edgeclip.cli.tables.scores import protocol as table
     from edgeclip.host.evaluation.protocols import evaluate as score
-    from edgeclip.reports.results import AccuracyRecord, RetrievalRecord
     from edgeclip.reports.store import latest_run
 
     record = score(latest_run(run), protocol, data)
     if as_json:
         print_json(record)
     else:
-        kind = AccuracyRecord
-        if protocol == "retrieval":
-            kind = RetrievalRecord
-        table(convert(to_builtins(record), kind))
+        table(record)
 
 
 @command()

@@ -54,16 +54,13 @@ def distill(
         edgeclip distill quickstart
         torchrun --nproc-per-node 8 -m edgeclip distill recipes/mobile.yaml
     """
-    from msgspec import convert, to_builtins
-
     from edgeclip.cli.tables.scores import accuracy
     from edgeclip.host.distill import run as host
-    from edgeclip.reports.results import EvaluationResults
 
     results = host.distill(recipe, roots, out, fresh)
-    if not results:
+    if results is None:
         return  # one of several processes; rank 0 prints
     if as_json:
         print_json(results)
     else:
-        accuracy(convert(to_builtins(results), EvaluationResults))
+        accuracy(results)

@@ -1,7 +1,7 @@
 """What a run reached: its results.json, and a record for each protocol of `edgeclip evaluate`.
 
-    RUN/results.json                    `EvaluationResults`, written by `edgeclip distill`
-    RUN/reports/evaluate-<protocol>-<sets>.json        `AccuracyRecord` or `RetrievalRecord`
+    RUN/results.json                             `EvaluationResults`, written by `edgeclip distill`
+    RUN/reports/evaluate-<protocol>-<sets>.json  `AccuracyRecord` or `RetrievalRecord`
 
 Accuracies and recalls are fractions from 0 to 1. None means not measured, or that the reading does
 not apply.
@@ -20,6 +20,7 @@ FORMAT = 2
 """format of the files that are written"""
 RESULTS = "results.json"
 """file name inside a run folder"""
+PROTOCOLS = ("zero_shot", "base_to_novel", "cross_dataset", "domain_generalization", "retrieval")
 
 
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,7 +194,7 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True):
     run: str
     """the run's folder"""
     protocol: str
-    """zero_shot, base_to_novel, cross_dataset, domain_generalization or retrieval"""
+    """one of `PROTOCOLS`"""
     student: str
     """sha256 of the student's manifest: a record counts for this very student"""
     teacher: str | None

@@ -17,7 +17,9 @@ from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
 from edgeclip.host.distill import train as T
 from edgeclip.host.distill.step import Step
+from edgeclip.host.distill.targets import Lesson, Taught
 from edgeclip.host.distill.text import Texts
+from edgeclip.host.distill.training import Learner, Output
 from edgeclip.host.student import EduAttentionHead, Student, StudentText
 from edgeclip.host.teachers import Teacher
 from tests.support.images import toy_image
@@ -108,9 +110,8 @@ def run(folder, losses, kind="plain", text=False, student=None, **schedule):
         features=lambda r: r,
         encode_text=lambda texts: torch.zeros(len(texts), D),
     )
-    options = {
-        k: schedule.pop(k) for k in ("keep", "checkpoints", "board", "clock") if k in schedule
-    }
+    clock = schedule.pop("clock", None)
+    options = {k: schedule.pop(k) for k in ("keep", "checkpoints", "board") if k in schedule}
     train = convert(
         {
             "warmup_steps": 4,
@@ -156,16 +157,12 @@ def run(folder, losses, kind="plain", text=False, student=None, **schedule):
     Step.__call__ = recorded
     try:
         log = T.train(
-            trained,
-            head,
-            teacher,
-            cache,
-            preprocess,
-            data,
+            Learner(trained, head, preprocess, texts),
+            Lesson(data, [Taught(teacher, cache)]),
             asked,
             torch.device("cpu"),
-            texts=texts,
-            **options,
+            clock,
+            Output(**options),
         )
     finally:
         Step.__call__ = first

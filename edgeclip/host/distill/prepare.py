@@ -1,190 +1,302 @@
 """What `edgeclip distill` does before it trains: loads the data and refuses what cannot work."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+
+from edgeclip import disk
 from edgeclip.device import target
 from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache, data, distributed, recipe, teachers
 from edgeclip.host import student as students
-from edgeclip.host.cache import CACHE
+from edgeclip.host.adapt import promptsrc
+from edgeclip.host.cache import CACHE, TeacherCache
 from edgeclip.host.cache.inspect import inspect
-from edgeclip.host.distill import losses
-from edgeclip.host.distill import qat as quantized
+from edgeclip.host.data import Dataset
+from edgeclip.host.distill import losses, qat
+from edgeclip.host.distill.run_folder import claim
 from edgeclip.host.evaluation.scores import note
 from edgeclip.host.recipe import Recipe
+from edgeclip.host.teachers import Teacher
+
+CLASS_LIST = "give data.classes or evaluation_data"
+
+
+class Inputs(NamedTuple):
+    """A recipe and its data."""
+
+    path: Path
+    """of the recipe"""
+    recipe: Recipe
+    device: torch.device
+    dataset: Dataset
+    """what the student is trained and scored on"""
+    labeled: Dataset | None
+    """stage 1's labeled data; None: they are `dataset`'s"""
+    captions: bool
+    """whether a caption is needed of every image"""
+
+
+class FirstTeacher(NamedTuple):
+    """The teacher in whose space the student lives, as stage 1 finds it."""
+
+    teacher: Teacher
+    prompted: Teacher | None
+    """the same with untrained prompts; None: the recipe asks for none"""
+
+
+def load_inputs(path: Path, recipe: Recipe, device: torch.device) -> Inputs:
+    """Return the recipe's data, loaded and checked.
+
+    Raises `EdgeclipError` where something that the recipe asks for cannot be had of the data.
+    """
+    dataset = data.load(recipe.data, CACHE)
+    if recipe.evaluation_data:
+        dataset = _with_evaluation(dataset, data.load(recipe.evaluation_data, CACHE))
+    for spec in recipe.shifts:
+        shifts = data.shift_sets(dataset, data.load(spec, CACHE))
+        dataset = dataset._replace(evaluation=dataset.evaluation + shifts)
+    scored = recipe.evaluation_data or recipe.data
+    evaluation = [s._replace(note=note(recipe, scored, s).text) for s in dataset.evaluation]
+    labeled = None
+    if recipe.adapt_data:
+        labeled = data.load(recipe.adapt_data, CACHE)
+    captions = _needs_captions(recipe)
+    inputs = Inputs(
+        path, recipe, device, dataset._replace(evaluation=evaluation), labeled, captions
+    )
+    _check_losses(inputs)
+    _check_class_list(inputs)
+    _check_images(inputs)
+    if recipe.qat:
+        qat.check(*target.load(recipe.qat.target), len(dataset.train))
+    return inputs
+
+
+def first_teacher(inputs: Inputs, run: Path, fresh: bool) -> FirstTeacher:
+    """Return the first teacher, and claim the run folder once nothing speaks against the recipe.
+
+    Raises `EdgeclipError` for a teacher or a student that cannot work; the folder is not made then.
+    """
+    recipe, dataset = inputs.recipe, inputs.dataset
+    teacher = teachers.load(recipe.teacher)
+    teachers.check_class_names(teacher, dataset.classes, dataset.templates)
+    labeled = dataset
+    if inputs.labeled is not None:
+        labeled = inputs.labeled
+        teachers.check_class_names(teacher, labeled.classes, labeled.templates)
+    prompted = None
+    if wants_prompts(recipe):
+        prompted = promptsrc.with_prompts(
+            teacher, labeled, dataset.classes, recipe.adapt, recipe.seed
+        )
+    if fresh or not (run / "student" / disk.MANIFEST).exists():
+        _check_student(dataset, recipe, teacher.embed_dim)
+    distributed.barrier()
+    with distributed.rank_zero_first():
+        if not distributed.rank():
+            claim(run, inputs.path, recipe, fresh)
+    return FirstTeacher(teacher, prompted)
+
+
+def wants_prompts(asked: Recipe) -> bool:
+    """Whether stage 1 trains prompts (PromptSRC)."""
+    return isinstance(asked.adapt, recipe.Prompts)
+
+
+def wants_residual_head(asked: Recipe) -> bool:
+    """Whether stage 1 trains a residual head."""
+    return isinstance(asked.adapt, recipe.ResidualHead)
+
+
+def teacher_cache(
+    inputs: Inputs,
+    teacher: Teacher,
+    tower: nn.Module | None,
+    dataset: Dataset,
+    captions: bool,
+    out: Path | None = None,
+) -> TeacherCache:
+    """Return the teacher's cache of the data, built where it is not there yet.
+
+    tower: the teacher's, folded. out: its folder, instead of cache/<fingerprint>.
+    """
+    return cache.build(
+        CACHE,
+        teacher,
+        tower,
+        dataset,
+        inputs.recipe.views,
+        inputs.recipe.seed,
+        captions=captions,
+        device=inputs.device,
+        threads=inputs.recipe.train.threads,
+        out=out,
+    )
+
+
+def stage_1_data(labeled: Dataset) -> Dataset:
+    """Return stage 1's data of its own, of which only the labeled images count."""
+    return labeled._replace(train=labeled.labeled)
 
 
 def build_for(
     path: Path, roots: tuple[str, ...] = (), out: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Every cache that `distill` would make of the recipe at `path`, before it trains; what `inspect` says of each.
+    """Build every cache that `distill` would make of a recipe, and return what `inspect` says of each.
 
-    out: folder of the only teacher's cache, instead of cache/<fingerprint>.
-    Raises `EdgeclipError` where the rows depend on a stage 1 that has not run.
+    out: folder of the only teacher's cache, instead of cache/<fingerprint>. Raises `EdgeclipError`
+    where the rows depend on a stage 1 that has not run.
     """
     asked = recipe.load(path, roots)
-    if isinstance(asked.adapt, recipe.Prompts):
+    if wants_prompts(asked):
         raise EdgeclipError(
             f"{path}: adapt",
             "prompts change the rows, and stage 1 makes them",
             f"use: edgeclip distill {path}",
         )
-    own_stage_1 = bool(asked.adapt_data and isinstance(asked.adapt, recipe.ResidualHead))
+    own_stage_1 = bool(asked.adapt_data) and wants_residual_head(asked)
     if out and (asked.other_teachers or own_stage_1):
         raise EdgeclipError(
             f"--out {out}",
             "is one folder, and the recipe needs several caches",
             "leave it out: they are found by their fingerprints",
         )
-    dataset, labeled, captions = load_data(asked, path)
     device = distributed.own(distributed.pick_device(asked.train.device))
-    found = []
+    inputs = load_inputs(path, asked, device)
+    dataset = inputs.dataset
+    built = []
     for spec in (asked.teacher, *asked.other_teachers):
         teacher = teachers.load(spec)
         teachers.check_class_names(teacher, dataset.classes, dataset.templates)
-        tower, sets = teachers.folded(teacher), [(dataset, captions)]
-        if own_stage_1 and labeled and isinstance(spec, recipe.Conse):
-            sets.append((labeled._replace(train=labeled.labeled), False))
-        for part, with_captions in sets:
-            made = cache.build(
-                CACHE,
-                teacher,
-                tower,
-                part,
-                asked.views,
-                asked.seed,
-                captions=with_captions,
-                device=device,
-                threads=asked.train.threads,
-                out=out,
-            )
-            found.append(inspect(made.folder))
-    return found
+        tower = teachers.folded(teacher)
+        built.append(teacher_cache(inputs, teacher, tower, dataset, inputs.captions, out))
+        if own_stage_1 and inputs.labeled and isinstance(spec, recipe.Conse):
+            labeled = stage_1_data(inputs.labeled)
+            built.append(teacher_cache(inputs, teacher, tower, labeled, False, out))
+    return [inspect(cached.folder) for cached in built]
 
 
-def load_data(asked: Recipe, path: Path) -> tuple[data.Dataset, data.Dataset | None, bool]:
-    """(what the recipe trains and scores on, stage 1's labeled set where it is another, whether a caption is needed of every image)."""
-    dataset = data.load(asked.data, CACHE)
-    if asked.evaluation_data:
-        dataset = _with_evaluation(dataset, data.load(asked.evaluation_data, CACHE))
-    for spec in asked.shifts:
-        dataset = dataset._replace(
-            evaluation=dataset.evaluation + data.shift_sets(dataset, data.load(spec, CACHE))
-        )
-    scored = asked.evaluation_data or asked.data
-    dataset = dataset._replace(
-        evaluation=[s._replace(note=note(asked, scored, s)[1]) for s in dataset.evaluation]
-    )
-    labeled = data.load(asked.adapt_data, CACHE) if asked.adapt_data else None
-    need = any(name in losses.NEED_CAPTIONS for name in losses.active(asked.losses))
-    captions = asked.student.text is not None or (need and asked.losses.captions == "data")
-    _check(dataset, asked, captions, path)
-    if asked.qat:
-        quantized.check(*target.load(asked.qat.target), len(dataset.train))
-    return dataset, labeled, captions
+# --- checks
 
 
-def _with_evaluation(dataset: data.Dataset, other: data.Dataset) -> data.Dataset:
+def _with_evaluation(dataset: Dataset, other: Dataset) -> Dataset:
+    """Return `dataset` with the class list and the evaluation sets of `other`."""
     if dataset.classes and dataset.classes != other.classes:
         raise EdgeclipError(
             "evaluation_data",
             "has another class list than data",
             "set data.classes to null, or use one class list",
         )
-    everything = list(range(len(other.classes)))
     return dataset._replace(
         classes=other.classes,
         templates=other.templates,
-        train_classes=everything,
+        train_classes=list(range(len(other.classes))),
         evaluation=other.evaluation,
         license=f"{dataset.license}; {other.name}: {other.license}",
     )
 
 
-def _check(dataset: data.Dataset, asked: Recipe, captions: bool, path: Path) -> None:
-    for name in losses.active(asked.losses):
-        if not dataset.classes and (
-            name in losses.NEED_CLASSES or (name in losses.NEED_CAPTIONS and not captions)
-        ):
+def _needs_captions(recipe: Recipe) -> bool:
+    if recipe.student.text is not None:
+        return True
+    if recipe.losses.captions != "data":
+        return False
+    return any(name in losses.NEED_CAPTIONS for name in losses.active(recipe.losses))
+
+
+def _check_losses(inputs: Inputs) -> None:
+    """Raise where a loss needs what data or teachers have not."""
+    classes = bool(inputs.dataset.classes)
+    for name in losses.active(inputs.recipe.losses):
+        where = f"{inputs.path}: losses.{name}"
+        by_class = name in losses.NEED_CLASSES
+        by_caption = name in losses.NEED_CAPTIONS
+        if not classes and (by_class or (by_caption and not inputs.captions)):
+            raise EdgeclipError(where, "needs a class list, and the data has none", CLASS_LIST)
+        lacking = cache.lacking(inputs.recipe, by_class, by_caption, classes)
+        if lacking:
+            raise EdgeclipError(where, *lacking)
+        if name in losses.NEED_LABELS and not inputs.dataset.labeled:
             raise EdgeclipError(
-                f"{path}: losses.{name}",
-                "needs a class list, and the data has none",
-                "give data.classes or evaluation_data",
-            )
-        if lacks := cache.lacking(
-            asked, name in losses.NEED_CLASSES, name in losses.NEED_CAPTIONS, bool(dataset.classes)
-        ):
-            raise EdgeclipError(f"{path}: losses.{name}", *lacks)
-        if name in losses.NEED_LABELS and not dataset.labeled:
-            raise EdgeclipError(
-                f"{path}: losses.{name}",
+                where,
                 "needs labels, and the data has no labeled images",
-                "drop the loss, or label some",
+                "remove the loss, or label some",
             )
-    if asked.fuse and not dataset.classes:
+
+
+def _check_class_list(inputs: Inputs) -> None:
+    """Raise where something else than a loss needs a class list, and the data has none."""
+    recipe = inputs.recipe
+    if inputs.dataset.classes:
+        return
+    needs = "needs a class list, and the data has none"
+    if recipe.fuse:
+        raise EdgeclipError(f"{inputs.path}: fuse", needs, CLASS_LIST)
+    if recipe.train.pretrain and recipe.train.pretrain.labels == "predictions":
         raise EdgeclipError(
-            f"{path}: fuse",
-            "needs a class list, and the data has none",
-            "give data.classes or evaluation_data",
-        )
-    first = asked.train.pretrain
-    if first and first.labels == "predictions" and not dataset.classes:
-        raise EdgeclipError(
-            f"{path}: train.pretrain.labels",
+            f"{inputs.path}: train.pretrain.labels",
             "predictions need a class list, and the data has none",
             "use labels: features",
         )
-    if asked.student.class_features == "student" and not dataset.classes:
+    if recipe.student.class_features == "student":
+        where = f"{inputs.path}: student.class_features"
+        raise EdgeclipError(where, needs, "use class_features: teacher")
+    if inputs.dataset.evaluation:
         raise EdgeclipError(
-            f"{path}: student.class_features",
-            "needs a class list, and the data has none",
-            "take the teacher's",
-        )
-    if dataset.evaluation and not dataset.classes:
-        raise EdgeclipError(
-            f"{path}: data",
+            f"{inputs.path}: data",
             "has images to evaluate on and no class list",
-            "give data.classes or evaluation_data, or set data.test to null",
+            f"{CLASS_LIST}, or set data.test to null",
         )
-    if captions and any(not p.caption for p in dataset.train):
-        missing = next(p for p in dataset.train if not p.caption)
-        raise EdgeclipError(
-            f"{path}: losses",
-            f"a loss or student.text needs captions, and image '{missing.key}' of {missing.path} has none",
-            "add .txt files, or drop what needs them",
-        )
-    if not dataset.evaluation or not all(s.images for s in dataset.evaluation):
-        empty = next((s.name for s in dataset.evaluation if not s.images), "")
-        raise EdgeclipError(
-            f"{path}: data",
-            f"has no images to evaluate on {empty}".rstrip(),
-            "give a test part or evaluation_data",
-        )
-    if len(dataset.train) < 2:
+
+
+def _check_images(inputs: Inputs) -> None:
+    """Raise where there are too few images to train or to evaluate on, or one lacks its caption."""
+    path, train = inputs.path, inputs.dataset.train
+    if inputs.captions:
+        for image in train:
+            if not image.caption:
+                raise EdgeclipError(
+                    f"{path}: losses",
+                    "a loss or student.text needs captions,"
+                    f" and image '{image.key}' of {image.path} has none",
+                    "add .txt files, or remove what needs them",
+                )
+    evaluate_on = "give a test part or evaluation_data"
+    if not inputs.dataset.evaluation:
+        raise EdgeclipError(f"{path}: data", "has no images to evaluate on", evaluate_on)
+    for s in inputs.dataset.evaluation:
+        if not s.images:
+            what = f"has no images to evaluate on {s.name}".rstrip()
+            raise EdgeclipError(f"{path}: data", what, evaluate_on)
+    if len(train) < 2:
         raise EdgeclipError(
             path,
-            f"the data has {len(dataset.train)} training images",
+            f"the data has {len(train)} training images",
             "give two at least: losses and batch norm compare images",
         )
-    share = min(asked.train.batch_size, len(dataset.train)) // distributed.world_size()
-    if share < asked.train.accumulate:
+    spec, processes = inputs.recipe.train, distributed.world_size()
+    share = min(spec.batch_size, len(train)) // processes
+    if share < spec.accumulate:
         raise EdgeclipError(
             f"{path}: train.batch_size",
-            f"gives each of {distributed.world_size()} processes {share} images for {asked.train.accumulate} parts",
+            f"gives each of {processes} processes {share} images"
+            f" for {spec.accumulate} micro-batches",
             "raise it, or lower accumulate",
         )
 
 
-def check_student(dataset: data.Dataset, asked: Recipe, embed_dim: int) -> None:
-    """Builds the student once for nothing: what cannot be built is refused before the teacher has run."""
-    student, preprocess = students.build(asked.student, embed_dim)
-    if asked.qat:
-        quantized.check_student(student, preprocess.size, asked.qat.target)
-    if asked.train.gradient_checkpointing:
+def _check_student(dataset: Dataset, recipe: Recipe, embed_dim: int) -> None:
+    """Build the student once for nothing, so that what cannot be built is refused in time."""
+    student, preprocess = students.build(recipe.student, embed_dim)
+    if recipe.qat:
+        qat.check_student(student, preprocess.size, recipe.qat.target)
+    if recipe.train.gradient_checkpointing:
         students.checkpoint_gradients(student.tower)
-    if asked.student.text:
-        text = students.build_text(asked.student.text, embed_dim)
+    if recipe.student.text:
+        text = students.build_text(recipe.student.text, embed_dim)
         classes = [dataset.classes[i] for i in dataset.train_classes]
         students.token_ids(text, prompts(classes, dataset.templates))

@@ -1,26 +1,29 @@
-"""One step of the optimizer, over every process and every part of its batch.
+"""One step of the optimizer, over every process and every micro-batch.
 
-The towers see images and texts one by one, so each process runs its own share through them, in `accumulate` parts.
-Everything behind the towers (projector, EduAttention, losses) sees the whole batch: features are gathered, every
-process computes the same loss of all of them, and its gradient with respect to the features goes back into the
-towers, a share and a part at a time:
+The towers see images and texts one by one, so each process runs its own share through them, in
+`accumulate` micro-batches. Everything behind the towers (projector, EduAttention, losses) sees the
+whole batch: features are gathered, every process computes the same loss of all of them, and its
+gradient with respect to the features goes back into the towers, a share and a micro-batch at a time:
 
-    1  features of all parts        with their graph when there is one part, without it when there are several
-    2  gather, loss, its gradient   with respect to features and new layers; the same in every process
-    3  towers' backward             several parts: forward once more, now with the graph, same dropout and same masks
+    1  features of all micro-batches  with their graph when there is one, without it when several
+    2  gather, loss, its gradient     with respect to features and new layers; the same everywhere
+    3  towers' backward               of several: forward again, now with the graph, with the same
+                                      dropout and the same masks
 
-So a batch in parts, on several processes, is the large batch, for every loss: negatives, IFAlign's statistics, the
-projector's batch norm and CLIP-KD's gradient loss included. What stays a part's own is what lies inside the towers:
-their batch norms. The second pass costs one more forward (GradCache, arXiv 2101.06983). Gradients of the towers are
-averaged by torch's DistributedDataParallel.
+So a batch in micro-batches, on several processes, is the large batch, for every loss: negatives,
+IFAlign's statistics, the projector's batch norm and CLIP-KD's gradient loss included. What stays a
+micro-batch's own is what lies inside the towers: their batch norms. The second pass costs one more
+forward (GradCache, arXiv 2101.06983). Gradients of the towers are averaged by torch's
+DistributedDataParallel.
 
-What fails first as the batch grows is 2: every process holds the [B, B] similarities of the contrastive losses.
+What fails first as the batch grows is 2: every process holds the [B, B] similarities of the
+contrastive losses.
 """
 
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -32,41 +35,72 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host import distributed
 from edgeclip.host.distill import losses as L
 from edgeclip.host.distill import masking
+from edgeclip.host.distill.targets import Known
 from edgeclip.host.recipe import MaskedFeature, Train
 from edgeclip.host.student import EduAttentionHead
 from edgeclip.progress import Clock
 
-Objective = Callable[[L.Batch, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+Metrics = dict[str, Tensor]
+"""each loss before its weight, by its name in the log"""
+Objective = Callable[[L.Batch, Tensor | None], tuple[Tensor, Metrics]]
 """of a batch and of the features of its class prompts: the loss, and what the log says of it"""
-ADVICE = "lower the learning rate or look for broken features (the student of the last good epoch, if there is one, is the run's student.partial)"
+Features = dict[str, Tensor]
+"""a tower's features [rows, T] by what they are of: image, masked, text, prompts"""
+RandomState = tuple[Tensor, ...]
+"""of torch's generators: the CPU's, then the GPU's where there is one"""
+ADVICE = (
+    "lower the learning rate or look for broken features"
+    " (the student of the last good epoch, if there is one, is the run's student.partial)"
+)
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Part(NamedTuple):
+class MicroBatch(NamedTuple):
     """What the towers see at once; what is None is not run."""
 
     pixels: Tensor | None = None
+    """[b, 3, H, W]"""
     captions: Int[Tensor, "b L"] | None = None
     prompts: Int[Tensor, "p L"] | None = None
     hide: MaskedFeature | None = None
 
 
-class Towers(nn.Module):
-    def __init__(self, image: nn.Module, text: nn.Module | None):
-        super().__init__()
-        self.image, self.text = image, text
+class Work(NamedTuple):
+    """One step's batch, ready to be run."""
 
-    def forward(self, part: Part) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        if part.pixels is not None:
-            if part.hide:
-                found["masked"] = masking.forward(self.image, part.pixels, part.hide)
-            found["image"] = self.image(part.pixels)
-        if part.captions is not None and self.text is not None:
-            found["text"] = self.text(part.captions)
-            if part.prompts is not None and len(part.prompts):
-                found["prompts"] = self.text(part.prompts)
-        return {name: features.float() for name, features in found.items()}
+    micro_batches: list[MicroBatch]
+    """of this process; empty: the features are known"""
+    features: Features
+    """of the whole batch, where they are known without the towers"""
+    known: Known
+    """the teacher's half of the whole batch"""
+    counts: dict[str, list[int]]
+    """rows of each process, by feature"""
+    objective: Objective
+    where: str
+    """names the step in an error"""
+
+
+class Towers(nn.Module):
+    """The student's towers, run on a micro-batch."""
+
+    def __init__(self, image: nn.Module, text: nn.Module | None) -> None:
+        super().__init__()
+        self.image = image
+        self.text = text
+
+    def forward(self, batch: MicroBatch) -> Features:
+        """Return float32 features, whatever precision the towers ran in."""
+        features: Features = {}
+        if batch.pixels is not None:
+            if batch.hide:
+                features["masked"] = masking.forward(self.image, batch.pixels, batch.hide)
+            features["image"] = self.image(batch.pixels)
+        if batch.captions is not None and self.text is not None:
+            features["text"] = self.text(batch.captions)
+            if batch.prompts is not None and len(batch.prompts):
+                features["prompts"] = self.text(batch.prompts)
+        return {name: rows.float() for name, rows in features.items()}
 
 
 class NewLayers(nn.Module):
@@ -78,126 +112,97 @@ class NewLayers(nn.Module):
         head: EduAttentionHead | None,
         learned: nn.ParameterDict,
         masked: bool,
-    ):
+    ) -> None:
         super().__init__()
-        self.projector, self.head, self.learned, self.masked = projector, head, learned, masked
+        self.projector = projector
+        self.head = head
+        self.learned = learned
+        self.masked = masked
 
     def forward(
-        self, features: dict[str, Tensor], known: dict[str, Any], objective: Objective
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, features: Features, known: Known, objective: Objective
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and its terms."""
         raw = self.projector(features["image"])
         v = F.normalize(raw, dim=-1)
-        f_e, head = v, self.head
-        if head is not None:
-            query, residual = head.spec.query == "raw", head.spec.residual == "teacher"
-            f_e = head(
-                v,
-                known["class_features"],
-                raw if query else None,
-                known["teacher_features"] if residual else None,
-            )
-        # In the projector's steps there are no pixels to hide, so MFD is FD.
-        hidden = (
-            None
-            if not self.masked
-            else F.normalize(self.projector(features["masked"]), dim=-1)
-            if "masked" in features
-            else v
-        )
         batch = L.Batch(
             image_features=v,
-            head_features=f_e,
+            head_features=self._attended(v, raw, known),
             raw_features=raw,
-            masked_features=hidden,
+            masked_features=self._masked(features, v),
             text_features=features.get("text"),
             learned=self.learned,
-            **known,
+            **known._asdict(),
         )
         return objective(batch, features.get("prompts"))
 
+    def _attended(self, v: Tensor, raw: Tensor, known: Known) -> Tensor:
+        """Return [B, D] the features after EduAttention; v itself without it."""
+        if self.head is None:
+            return v
+        query = None
+        if self.head.spec.query == "raw":
+            query = raw
+        residual = None
+        if self.head.spec.residual == "teacher":
+            residual = known.teacher_features
+        return self.head(v, known.class_features, query, residual)
+
+    def _masked(self, features: Features, v: Tensor) -> Tensor | None:
+        """Return [B, D] the features of the masked images; None where no loss needs them."""
+        if not self.masked:
+            return None
+        if "masked" not in features:  # no pixels to hide in the projector's steps: MFD is FD there
+            return v
+        return F.normalize(self.projector(features["masked"]), dim=-1)
+
 
 class Step:
-    """`towers` and `layers` are trained in place."""
+    """Train `towers` and `layers` in place, a batch a call."""
 
     def __init__(
         self, towers: Towers, layers: NewLayers, spec: Train, device: torch.device, clock: Clock
-    ):
-        self.towers, self.device, self.clock = towers, device, clock
+    ) -> None:
+        self.towers = towers
+        self.device = device
+        self.clock = clock
         self.recomputes = spec.accumulate > 1 or spec.gradient_checkpointing
         self.dtype = PRECISIONS[spec.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
-        self.parallel_towers, self.parallel_layers = _parallel(towers), _parallel(layers)
+        self.parallel_towers = _parallel(towers)
+        self.parallel_layers = _parallel(layers)
 
-    def __call__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        factor: float,
-        parts: list[Part],
-        features: dict[str, Tensor],
-        known: dict[str, Any],
-        counts: dict[str, list[int]],
-        objective: Objective,
-        where: str,
-    ) -> dict[str, Tensor]:
-        """Returns the loss of the whole batch and each of its terms before its weight.
+    def __call__(self, optimizer: torch.optim.Optimizer, factor: float, work: Work) -> Metrics:
+        """Return the loss of the whole batch and each of its terms before its weight.
 
-        factor: of the learning rate. parts: of this process; empty ones are none. features: of the whole batch, where they are
-        known without the towers. known: the teacher's half of the whole batch. counts: rows of each process, by feature.
+        factor: of the learning rate. Raises `EdgeclipError` for a loss that is not finite.
         """
-        once = len(parts) <= 1
-        random: list[tuple[Tensor, ...]] = []
-        with contextlib.nullcontext() if once else torch.no_grad():
-            found = []
-            for part in parts:
-                random.append(self._random())
-                found.append(self._run(self.parallel_towers if once else self.towers, part))
-        buffers = (
-            {name: b.clone() for name, b in self.towers.named_buffers()} if self.recomputes else {}
-        )
+        once = len(work.micro_batches) <= 1
+        features, random = self._first_pass(work.micro_batches, once)
+        buffers = self._buffers()
         after = self._random()
-        own = {
-            name: torch.cat([f[name] for f in found if name in f])
-            if len(found) > 1
-            else found[0][name]
-            for name in (found[0] if found else {})
-        }
-        leaves = {
-            name: distributed.all_gather(f.detach(), counts[name]).requires_grad_()
-            for name, f in own.items()
-        }
-        loss, said = self.parallel_layers(features | leaves, known, objective)
-        if not math.isfinite(loss.item()):
-            broken = next(
-                (
-                    f"loss '{name}' is {value.item()}"
-                    for name, value in said.items()
-                    if not torch.isfinite(value)
-                ),
-                None,
-            )
-            raise EdgeclipError(
-                where, broken or f"weighted sum of the losses is {loss.item()}", ADVICE
-            )
+        own = _joined(features)
+
+        leaves: Features = {}
+        for name, rows in own.items():
+            gathered = distributed.all_gather(rows.detach(), work.counts[name])
+            leaves[name] = gathered.requires_grad_()
+        loss, metrics = self.parallel_layers(work.features | leaves, work.known, work.objective)
+        _refuse_infinite(loss, metrics, work.where)
         self._lap("forward")
 
         optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        # The mean over processes, which comes next, is of gradients that each have their own share alone: hence their number.
-        share = {
-            name: self._own(leaf.grad, counts[name]) * distributed.world_size()
-            for name, leaf in leaves.items()
-            if leaf.grad is not None
-        }
+        gradients = self._local_gradients(leaves, work.counts)
         if once:
-            self._backward(own, share)
+            self._backward(own, gradients)
         else:
-            self._second_pass(parts, found, random, share)
+            self._second_pass(work.micro_batches, features, random, gradients)
             self._set_random(after)
-        for name, b in self.towers.named_buffers():
-            if (
-                name in buffers
-            ):  # the forward that was done twice must not count twice in a batch norm's statistics
-                b.copy_(buffers[name])
+        for name, buffer in self.towers.named_buffers():
+            # A forward that was done twice must not count twice in a batch norm's statistics.
+            if name in buffers:
+                buffer.copy_(buffers[name])
         self._lap("backward")
 
         for group in optimizer.param_groups:
@@ -206,58 +211,85 @@ class Step:
         self.scaler.step(optimizer)
         self.scaler.update()
         self._lap("optimizer")
-        return {"loss": loss.detach(), **said}
+        return {"loss": loss.detach(), **metrics}
 
-    def _run(self, towers: nn.Module, part: Part) -> dict[str, Tensor]:
+    def _first_pass(
+        self, micro_batches: list[MicroBatch], once: bool
+    ) -> tuple[list[Features], list[RandomState]]:
+        """Return the features of each micro-batch and the random state before it."""
+        towers, context = self.towers, torch.no_grad()
+        if once:
+            towers, context = self.parallel_towers, contextlib.nullcontext()
+        features, random = [], []
+        with context:
+            for micro_batch in micro_batches:
+                random.append(self._random())
+                features.append(self._run(towers, micro_batch))
+        return features, random
+
+    def _run(self, towers: nn.Module, micro_batch: MicroBatch) -> Features:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return towers(part)
+            return towers(micro_batch)
+
+    def _local_gradients(self, leaves: Features, counts: dict[str, list[int]]) -> Features:
+        """Return the gradients of this process's rows.
+
+        The mean over processes, which comes next, is of gradients that each have their own share
+        alone: hence their number as a factor.
+        """
+        gradients: Features = {}
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                start = sum(counts[name][: distributed.rank()])
+                own = leaf.grad[start : start + counts[name][distributed.rank()]]
+                gradients[name] = own * distributed.world_size()
+        return gradients
 
     def _second_pass(
         self,
-        parts: list[Part],
-        found: list[dict[str, Tensor]],
-        random: list[tuple[Tensor, ...]],
-        share: dict[str, Tensor],
+        micro_batches: list[MicroBatch],
+        features: list[Features],
+        random: list[RandomState],
+        gradients: Features,
     ) -> None:
-        done = dict.fromkeys(share, 0)
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            wait = (
-                contextlib.nullcontext()
-                if last or distributed.world_size() == 1
-                else self.parallel_towers.no_sync()
-            )
+        """Run the towers again, now with their graph, and send the gradients back into them."""
+        done = dict.fromkeys(gradients, 0)
+        for i, micro_batch in enumerate(micro_batches):
+            own: Features = {}
+            for name in features[i]:
+                if name in gradients:
+                    start = done[name]
+                    done[name] += len(features[i][name])
+                    own[name] = gradients[name][start : done[name]]
             self._set_random(random[i])
-            with wait:
-                mine = {
-                    name: share[name][done[name] : done[name] + len(found[i][name])]
-                    for name in found[i]
-                    if name in share
-                }
-                self._backward(self._run(self.parallel_towers, part), mine)
-            done = {
-                name: n + (len(found[i][name]) if name in found[i] else 0)
-                for name, n in done.items()
-            }
+            with self._synchronized(last=i == len(micro_batches) - 1):
+                self._backward(self._run(self.parallel_towers, micro_batch), own)
 
-    def _backward(self, features: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+    def _synchronized(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which gradients are averaged over processes for the last one only."""
+        if last or distributed.world_size() == 1:
+            return contextlib.nullcontext()
+        return self.parallel_towers.no_sync()
+
+    def _backward(self, features: Features, gradients: Features) -> None:
         names = [name for name in features if name in gradients and features[name].requires_grad]
         if names:
             torch.autograd.backward([features[n] for n in names], [gradients[n] for n in names])
 
-    def _own(self, rows: Tensor, counts: list[int]) -> Tensor:
-        start = sum(counts[: distributed.rank()])
-        return rows[start : start + counts[distributed.rank()]]
+    def _buffers(self) -> Features:
+        """Return copies of the towers' buffers where a second pass would change them twice."""
+        if not self.recomputes:
+            return {}
+        return {name: buffer.clone() for name, buffer in self.towers.named_buffers()}
 
-    def _random(self) -> tuple[Tensor, ...]:
+    def _random(self) -> RandomState:
         if not self.recomputes:
             return ()
-        return (
-            torch.get_rng_state(),
-            *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []),
-        )
+        if self.device.type == "cuda":
+            return torch.get_rng_state(), torch.cuda.get_rng_state(self.device)
+        return (torch.get_rng_state(),)
 
-    def _set_random(self, state: tuple[Tensor, ...]) -> None:
+    def _set_random(self, state: RandomState) -> None:
         torch.set_rng_state(state[0])
         if len(state) > 1:
             torch.cuda.set_rng_state(state[1], self.device)
@@ -268,9 +300,29 @@ class Step:
         self.clock.lap(name)
 
 
+def _joined(features: list[Features]) -> Features:
+    """Return the features of all micro-batches as one."""
+    if not features:
+        return {}
+    if len(features) == 1:
+        return features[0]
+    joined: Features = {}
+    for name in features[0]:
+        joined[name] = torch.cat([rows[name] for rows in features if name in rows])
+    return joined
+
+
+def _refuse_infinite(loss: Tensor, metrics: Metrics, where: str) -> None:
+    if math.isfinite(loss.item()):
+        return
+    for name, value in metrics.items():
+        if not torch.isfinite(value):
+            raise EdgeclipError(where, f"loss '{name}' is {value.item()}", ADVICE)
+    raise EdgeclipError(where, f"weighted sum of the losses is {loss.item()}", ADVICE)
+
+
 def _parallel(module: nn.Module) -> nn.Module:
-    return (
-        DistributedDataParallel(module, find_unused_parameters=True)
-        if distributed.world_size() > 1
-        else module
-    )
+    """Return `module`, its gradients averaged over processes where there are several."""
+    if distributed.world_size() == 1:
+        return module
+    return DistributedDataParallel(module, find_unused_parameters=True)

@@ -1,111 +1,156 @@
-"""What the teachers, the captions and the labels say of a batch: the half of `losses.Batch` that no gradient reaches.
+"""The teacher's half of a batch: what teachers, captions and labels say, which no gradient reaches.
 
-Rows come from the cache (a memory map, so nothing is held but the batch) and pass through the adapted head where there
-is one. Further teachers (MobileCLIP, MST-KD) have caches of the same views of the same images: `cache.refuse_other_views`.
+Rows come from the cache (a memory map, so nothing is held but the batch) and pass through the
+adapted head where there is one. Further teachers (MobileCLIP, MST-KD) have caches of the same views
+of the same images: `cache.refuse_other_views` sees to it.
 """
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgeclip.host import teachers
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
 from edgeclip.host.distill.losses import OtherTeacher
 from edgeclip.host.recipe import Losses
 from edgeclip.host.teachers import Teacher
 
+CHUNK = 4096
+"""labeled images whose features are averaged at a time"""
+
+
+class Taught(NamedTuple):
+    """A teacher and what it said of every view."""
+
+    teacher: Teacher
+    cache: TeacherCache
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student learns from."""
+
+    dataset: Dataset
+    teachers: list[Taught]
+    """the student lives in the space of the first one; all have the same views of the same images"""
+    fusion: nn.Module | None = None
+    """makes one teacher of all of them; None: the losses average the teachers"""
+
+    @property
+    def teacher(self) -> Teacher:
+        """The first teacher."""
+        return self.teachers[0].teacher
+
+    @property
+    def cache(self) -> TeacherCache:
+        """The first teacher's cache."""
+        return self.teachers[0].cache
+
+    def without_towers(self) -> "Lesson":
+        """Return the same lesson without the teachers' towers, which training does not need."""
+        kept = [Taught(teachers.without_towers(t.teacher), t.cache) for t in self.teachers]
+        return replace(self, teachers=kept)
+
+
+class Known(NamedTuple):
+    """Fields of `losses.Batch` that are known without the student."""
+
+    teacher_features: Float[Tensor, "B D"]
+    raw_teacher_features: Float[Tensor, "B D"]
+    class_features: Float[Tensor, "N D"]
+    caption_features: Float[Tensor, "B D"] | None
+    labels: Int[Tensor, " B"]
+    prototypes: Float[Tensor, "N D"] | None
+    logit_scale: float
+    other_teachers: tuple[OtherTeacher, ...]
+
 
 class Targets:
-    def __init__(
-        self,
-        teacher: Teacher,
-        cache: TeacherCache,
-        data: Dataset,
-        spec: Losses,
-        device: torch.device,
-        others: list[tuple[Teacher, TeacherCache]] | None = None,
-        adapted_here: bool = True,
-        fusion: nn.Module | None = None,
-    ):
-        """adapted_here: stage 1 had this very set's labels, so that captions may use them. fusion: makes one teacher of all."""
-        self.spec, self.device, self.logit_scale, self.adapted_here = (
-            spec,
-            device,
-            teacher.logit_scale,
-            adapted_here,
-        )
-        self.teachers = [
-            TeacherRows(t, c, data.train_classes, device)
-            for t, c in [(teacher, cache), *(others or [])]
-        ]
-        self.fusion = fusion.to(device) if fusion else None
-        self.class_features = self.teachers[0].class_features
-        self.labels = labels(cache, data)
-        self.prototypes = self._prototypes() if (self.labels >= 0).any() else None
+    """Look up what the teachers say of images in given views."""
 
-    def __call__(self, index: np.ndarray, view: np.ndarray) -> dict[str, Any]:
-        """Fields of `losses.Batch` for the images `index` [B] in their views `view` [B]."""
-        first, *others = self.teachers if self.fusion is None else self.teachers[:1]
+    def __init__(
+        self, lesson: Lesson, spec: Losses, device: torch.device, adapted_here: bool = True
+    ) -> None:
+        """adapted_here: stage 1 had the labels of this very data, so that captions may use them."""
+        self.spec = spec
+        self.device = device
+        self.adapted_here = adapted_here
+        classes = lesson.dataset.train_classes
+        self.teachers = [TeacherRows(t.teacher, t.cache, classes, device) for t in lesson.teachers]
+        self.fusion = None
+        if lesson.fusion is not None:
+            self.fusion = lesson.fusion.to(device)
+        self.logit_scale = lesson.teacher.logit_scale
+        self.class_features = self.teachers[0].class_features
+        self.labels = labels(lesson.cache, lesson.dataset)
+        self.prototypes = None
+        if (self.labels >= 0).any():
+            self.prototypes = self._prototypes()
+
+    def __call__(self, index: np.ndarray, view: np.ndarray) -> Known:
+        """Return what is known of the images `index` [B] in their views `view` [B]."""
         raw = self._features(index, view)
         unit = F.normalize(raw, dim=-1)
         labels = torch.from_numpy(self.labels[index]).to(self.device)
         classes = None
-        if (
-            self.spec.captions == "classes"
-        ):  # an image's label where stage 1 had it, else the teacher's own first choice
-            first_choice = (unit @ self.class_features.T).argmax(dim=-1)
-            classes = (
-                torch.where(labels >= 0, labels, first_choice)
-                if self.adapted_here
-                else first_choice
-            )
+        if self.spec.captions == "classes":
+            classes = self._caption_classes(unit, labels)
 
         def captions(rows: TeacherRows) -> Tensor | None:
-            return rows.captions(index, view) if classes is None else rows.class_features[classes]
+            if classes is None:
+                return rows.captions(index, view)
+            return rows.class_features[classes]
 
-        return {
-            "teacher_features": unit,
-            "raw_teacher_features": raw,
-            "class_features": self.class_features,
-            "caption_features": captions(first),
-            "labels": labels,
-            "prototypes": self.prototypes,
-            "logit_scale": self.logit_scale,
-            "other_teachers": tuple(
-                OtherTeacher(
-                    F.normalize(t.features(index, view), dim=-1),
-                    t.class_features,
-                    captions(t),
-                    t.logit_scale,
+        others = []
+        if self.fusion is None:
+            for rows in self.teachers[1:]:
+                features = F.normalize(rows.features(index, view), dim=-1)
+                others.append(
+                    OtherTeacher(features, rows.class_features, captions(rows), rows.logit_scale)
                 )
-                for t in others
-            ),
-        }
+        return Known(
+            teacher_features=unit,
+            raw_teacher_features=raw,
+            class_features=self.class_features,
+            caption_features=captions(self.teachers[0]),
+            labels=labels,
+            prototypes=self.prototypes,
+            logit_scale=self.logit_scale,
+            other_teachers=tuple(others),
+        )
+
+    def _caption_classes(self, unit: Tensor, labels: Tensor) -> Int[Tensor, " B"]:
+        """Return each image's label where stage 1 had it, else the teacher's own first choice."""
+        first_choice = (unit @ self.class_features.T).argmax(dim=-1)
+        if not self.adapted_here:
+            return first_choice
+        return torch.where(labels >= 0, labels, first_choice)
 
     @torch.no_grad()
     def _features(self, index: np.ndarray, view: np.ndarray) -> Float[Tensor, "B D"]:
-        """The first teacher's, or all of them fused; not normalized."""
+        """Return the first teacher's features, or all of them fused; not normalized."""
         if self.fusion is None:
             return self.teachers[0].features(index, view)
         return self.fusion([F.normalize(t.features(index, view), dim=-1) for t in self.teachers])
 
     def _prototypes(self) -> Float[Tensor, "N D"]:
-        """The unit mean of each class's unit features in the plain view; zero where nothing is labeled."""
+        """Return the unit mean of each class's unit features in the plain view; zero without labels."""
         sums = torch.zeros_like(self.class_features)
-        for part in np.array_split(
-            np.flatnonzero(self.labels >= 0), max(1, len(self.labels) // 4096)
-        ):
+        labeled = np.flatnonzero(self.labels >= 0)
+        for part in np.array_split(labeled, max(1, len(self.labels) // CHUNK)):
             features = F.normalize(self._features(part, np.zeros_like(part)), dim=-1)
             sums.index_add_(0, torch.from_numpy(self.labels[part]).to(self.device), features)
         return F.normalize(sums, dim=-1)
 
 
 def labels(cache: TeacherCache, data: Dataset) -> np.ndarray:
-    """[n]: of each cached image its place in data.train_classes; -1 where it has no label."""
+    """Return [n] the place of each cached image's label in data.train_classes; -1 without a label."""
     position = {c: i for i, c in enumerate(data.train_classes)}
     label_of = {p.key: position.get(p.label, -1) for p in data.labeled}
     if not label_of:  # then nothing is kept of each image: there may be a billion
@@ -118,28 +163,29 @@ class TeacherRows:
 
     def __init__(
         self, teacher: Teacher, cache: TeacherCache, classes: list[int], device: torch.device
-    ):
-        self.cache, self.device, self.logit_scale = cache, device, teacher.logit_scale
-        self.head = (
-            teacher.features.to(device)
-            if isinstance(teacher.features, nn.Module)
-            else teacher.features
-        )
+    ) -> None:
+        """classes: rows of the cache's class features that training may name."""
+        self.cache = cache
+        self.device = device
+        self.logit_scale = teacher.logit_scale
+        self.head = teacher.features
+        if isinstance(teacher.features, nn.Module):
+            self.head = teacher.features.to(device)
         self.class_features = torch.from_numpy(cache.class_features[classes]).to(device)
 
     @torch.no_grad()
     def features(self, index: np.ndarray, view: np.ndarray) -> Float[Tensor, "B D"]:
-        """Not normalized."""
-        return self.head(
-            torch.from_numpy(self.cache.rows[index, view].astype(np.float32)).to(self.device)
-        )
+        """Return the features of the images `index` [B] in views `view` [B]; not normalized."""
+        rows = self.cache.rows[index, view].astype(np.float32)
+        return self.head(torch.from_numpy(rows).to(self.device))
 
     def captions(self, index: np.ndarray, view: np.ndarray) -> Float[Tensor, "B D"] | None:
-        """Of an image with several captions, view v goes with caption v modulo their number."""
+        """Return the unit features of the images' captions; None where the cache has none.
+
+        Where an image has several captions, view v goes with caption v modulo their number.
+        """
         captions = self.cache.caption_features
         if captions is None:
             return None
-        rows = captions[index, view % captions.shape[1]]
-        return F.normalize(torch.from_numpy(rows.astype(np.float32)), dim=-1).to(
-            self.device
-        )  # float16 on disk
+        rows = captions[index, view % captions.shape[1]].astype(np.float32)  # float16 on disk
+        return F.normalize(torch.from_numpy(rows), dim=-1).to(self.device)

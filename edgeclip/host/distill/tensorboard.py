@@ -1,14 +1,16 @@
-"""What training says of itself while it runs: the note beside the progress bar and, where the recipe asks, TensorBoard.
+"""What training says of itself while it runs: beside the progress bar and, if asked, in TensorBoard.
 
 tensorboard --logdir runs/<name>/tensorboard
 
 loss/<name>                    before its weight, of that step
-training/alpha, learning_rate  EduAttention's alpha; the last parameter group's rate (the new layers')
-speed/images_per_second      of all processes
-speed/waiting                  share of the time in which the towers waited for images: above a few per cent, more threads
+training/alpha, learning_rate  EduAttention's; the last parameter group's (the new layers')
+speed/images_per_second        of all processes
+speed/waiting                  share of the time in which the towers waited for images: above a
+                               few per cent, more threads
 memory/mib                     peak so far: of the GPU where there is one, else of the process
 """
 
+import importlib
 import resource
 from pathlib import Path
 from types import TracebackType
@@ -26,9 +28,9 @@ EVERY = 10
 
 
 def check() -> None:
-    """Raises `EdgeclipError` where TensorBoard is not installed."""
+    """Raise `EdgeclipError` where TensorBoard is not installed."""
     try:
-        import torch.utils.tensorboard  # noqa: F401  (is it there?)
+        importlib.import_module("torch.utils.tensorboard")
     except ImportError:
         raise EdgeclipError(
             "train.tensorboard",
@@ -38,15 +40,23 @@ def check() -> None:
 
 
 class Board:
-    def __init__(self, folder: Path | None, done: int):
-        """folder: None writes none. done: steps of an earlier call; what it wrote beyond them is dropped."""
+    """Draw curves, and keep a line of the newest figures."""
+
+    def __init__(self, folder: Path | None, done: int, clock: Clock, device: torch.device) -> None:
+        """folder: None draws nothing. done: steps of an earlier call; later points are dropped."""
         self.writer: Any = None
         if folder is not None and not distributed.rank():
             check()
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(folder), purge_step=done + 1)
-        self.seconds, self.waited, self.images, self.note = 0.0, 0.0, 0, ""
+        self.clock = clock
+        self.device = device
+        self.seconds = 0.0
+        self.waited = 0.0
+        self.images = 0
+        self.note = ""
+        """for the progress bar"""
 
     def __enter__(self) -> "Board":
         return self
@@ -61,33 +71,38 @@ class Board:
             self.writer.close()
 
     def step(
-        self,
-        done: int,
-        images: int,
-        said: dict[str, Tensor],
-        others: dict[str, float],
-        clock: Clock,
-        device: torch.device,
+        self, done: int, images: int, metrics: dict[str, Tensor], others: dict[str, float]
     ) -> None:
-        """After step number `done`. said: the losses; others: what else to draw under training/."""
+        """Count step number `done` of `images` images.
+
+        metrics: the losses; others: what else to draw under training/.
+        """
         self.images += images
         if done % EVERY:
             return
-        seconds, waited = sum(clock.laps.values()), clock.laps.get("waiting for images", 0.0)
+        seconds = sum(self.clock.laps.values())
+        waited = self.clock.laps.get("waiting for images", 0.0)
         passed = max(1e-9, seconds - self.seconds)
-        speed, waiting = self.images / passed, (waited - self.waited) / passed
-        self.seconds, self.waited, self.images = seconds, waited, 0
-        self.note = f"loss {said['loss'].item():.4g}, {speed:.0f} images/s, {waiting:.0%} waiting"
+        speed = self.images / passed
+        waiting = (waited - self.waited) / passed
+        self.seconds = seconds
+        self.waited = waited
+        self.images = 0
+        loss = metrics["loss"].item()
+        self.note = f"loss {loss:.4g}, {speed:.0f} images/s, {waiting:.0%} waiting"
         if self.writer is None:
             return
-        peak = (
-            torch.cuda.max_memory_allocated(device) / 2**20
-            if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        )
-        values = {f"loss/{k}": v.item() for k, v in said.items()} | {
-            f"training/{k}": v for k, v in others.items()
-        }
-        values |= {"speed/images_per_second": speed, "speed/waiting": waiting, "memory/mib": peak}
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, done)
+
+        values = {"speed/images_per_second": speed, "speed/waiting": waiting}
+        values["memory/mib"] = self._peak_mib()
+        for name, value in metrics.items():
+            values[f"loss/{name}"] = value.item()
+        for name, number in others.items():
+            values[f"training/{name}"] = number
+        for name, number in values.items():
+            self.writer.add_scalar(name, number, done)
+
+    def _peak_mib(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.data import shapes
-from edgeclip.host.distill import run
+from edgeclip.host.distill import stage2
 from edgeclip.host.distill.losses import Batch
+from edgeclip.host.distill.objective import pretrain_loss
 from edgeclip.host.distill.run import distill
 from edgeclip.host.distill.train import train
 from edgeclip.host.evaluation.protocols import evaluate
@@ -58,10 +59,10 @@ def test_its_rows_come_before_the_full_losses_and_its_loss_falls(trained):
         {"kl": {"weight": 1}},
         {"warmup_steps": 5, "epochs": 1, "pretrain": {"epochs": 3, "labels": "predictions"}},
     )
-    rows = results["log"]
+    rows = results.log
     assert [r["epoch"] for r in rows] == [0, 1, 2, 3, 4]
-    assert ["first_predictions" in r for r in rows] == [False, True, True, True, False]
-    assert rows[3]["first_predictions"] < rows[1]["first_predictions"]
+    assert ["pretrain_predictions" in r for r in rows] == [False, True, True, True, False]
+    assert rows[3]["pretrain_predictions"] < rows[1]["pretrain_predictions"]
     assert "kl" in rows[4] and "kl" not in rows[3]
 
 
@@ -70,11 +71,11 @@ def test_closed_forms():
     t, w = F.normalize(torch.randn(4, 6), dim=-1), F.normalize(torch.randn(3, 6), dim=-1)
     same, opposite = (Batch(s, s, t, w, None, 10.0) for s in (t, -t))
     features, predictions = (R.Pretrain(labels=labels) for labels in ("features", "predictions"))
-    assert _first(same, features)[0].item() == pytest.approx(0, abs=1e-6)
-    assert _first(opposite, features)[0].item() == pytest.approx(2)
+    assert pretrain_loss(same, features)[0].item() == pytest.approx(0, abs=1e-6)
+    assert pretrain_loss(opposite, features)[0].item() == pytest.approx(2)
     # the teacher's own answer: minus the log of its largest probability
     expected = -(10 * t @ w.T).softmax(dim=-1).amax(dim=-1).log().mean()
-    assert _first(same, predictions)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert pretrain_loss(same, predictions)[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_predictions_need_a_class_list(trained):
@@ -101,19 +102,17 @@ def test_predictions_need_a_class_list(trained):
 def test_training_runs_without_the_teachers_towers(trained, monkeypatch):
     alive = []
 
-    def counted(*arguments, **options):
+    def counted(learner, lesson, *arguments):
         alive.append([type(m).__name__ for m in gc.get_objects() if isinstance(m, TextModule)])
-        alive.append(
-            [type(t.tower).__name__ for t in (arguments[2], *(o for o, _ in options["others"]))]
-        )
-        return train(*arguments, **options)
+        alive.append([type(t.teacher.tower).__name__ for t in lesson.teachers])
+        return train(learner, lesson, *arguments)
 
-    monkeypatch.setattr(run, "train", counted)
+    monkeypatch.setattr(stage2, "train", counted)
     results, _ = trained("alone", {"kl": {"weight": 1}}, {"epochs": 1})
     assert alive == [[], ["Identity", "Identity"]]
     # It is loaded again to be scored, and then is what `evaluate` loads.
-    again = evaluate(Path("runs/alone"), "zero_shot")["sets"][0]
+    again = evaluate(Path("runs/alone"), "zero_shot").sets[0]
     assert (
-        again["teacher"] == results["sets"][0]["teacher"] is not None
-        and results["models"]["teacher"]["parameters"] > 0
+        again.teacher == results.sets[0].teacher is not None
+        and results.models.teacher.parameters > 0
     )

@@ -20,9 +20,9 @@ from edgeclip.host import recipe as R
 from edgeclip.host import teachers
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset, load, shapes
-from edgeclip.host.distill import run
+from edgeclip.host.distill import stage2
 from edgeclip.host.distill.fuse import Fusion, fuse
-from edgeclip.host.distill.targets import Targets, TeacherRows, labels
+from edgeclip.host.distill.targets import Lesson, Targets, Taught, TeacherRows, labels
 from edgeclip.host.distill.train import train
 from edgeclip.host.evaluation.scores import image_features
 from edgeclip.host.teachers import Teacher
@@ -131,14 +131,12 @@ def test_the_student_sees_the_fused_teacher_and_no_other():
     pairs, data, rows = experts()
     fusion = Fusion([8, 12]).requires_grad_(False)
     torch.nn.init.normal_(fusion.linear.weight, generator=torch.Generator().manual_seed(0))
-    (first, cache), second = pairs
-    batch = Targets(first, cache, data, R.Losses(kl=R.KL()), CPU, [second], fusion=fusion)(
-        np.arange(5), np.zeros(5, int)
-    )
+    lesson = Lesson(data, [Taught(*pair) for pair in pairs], fusion)
+    batch = Targets(lesson, R.Losses(kl=R.KL()), CPU)(np.arange(5), np.zeros(5, int))
     torch.testing.assert_close(
-        batch["teacher_features"], F.normalize(fusion([u[:5] for u in units(rows)]), dim=-1)
+        batch.teacher_features, F.normalize(fusion([u[:5] for u in units(rows)]), dim=-1)
     )
-    assert batch["other_teachers"] == () and batch["class_features"].shape == (N, 8)
+    assert batch.other_teachers == () and batch.class_features.shape == (N, 8)
 
 
 TARGET = """
@@ -173,9 +171,9 @@ def test_a_fused_run_end_to_end_learns_from_and_scores_the_fused_teacher(tmp_pat
     Path("t.yaml").write_text(TARGET)
     fusions = []
     monkeypatch.setattr(
-        run,
+        stage2,
         "train",
-        lambda *a, **options: fusions.append(options.get("fusion")) or train(*a, **options),
+        lambda learner, lesson, *a: fusions.append(lesson.fusion) or train(learner, lesson, *a),
     )
     result = CliRunner().invoke(main, ["distill", "fused.yaml", "--json"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -203,7 +201,7 @@ def test_a_fused_run_end_to_end_learns_from_and_scores_the_fused_teacher(tmp_pat
         return hits(F.normalize(features, dim=-1).detach().numpy() @ w.T, truth, 1).mean()
 
     assert (
-        row["teacher"]["r1"] == pytest.approx(r1(fusion(units)))
+        row["teacher"]["top1"] == pytest.approx(r1(fusion(units)))
         and r1(fusion(units)) > r1(units[0]) + 0.1
     )
     evaluated = CliRunner().invoke(

@@ -8,8 +8,8 @@ from edgeclip.device.preprocess import Preprocess, normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.distill import losses as L
-from edgeclip.host.distill import train as T
 from edgeclip.host.distill.checkpoint import optimizer_tensors, restore_optimizer
+from edgeclip.host.distill.optimizer import build_optimizer
 from edgeclip.host.distill.pixels import to_input
 from edgeclip.host.student import EduAttentionHead, Student, build, checkpoint_gradients
 from tests.support.toy_training import run
@@ -174,9 +174,7 @@ def test_scalars_never_decay(of, least, frozen):
         student=R.Student(tower=R.Timm(model="none", weights="random", image_size=8)),
         train=train,
     )
-    groups = T._optimizer(
-        T.Phase("p", 1, 1, frozen=frozen), asked, student, None, modules
-    ).param_groups
+    groups = build_optimizer(frozen, asked, student, None, modules).param_groups
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     assert decay.keys() == {
         id(p) for m in [*modules, *([] if frozen else [student.tower])] for p in m.parameters()
@@ -191,7 +189,7 @@ def test_the_optimizers_state_of_other_weights_is_refused():
     one, other = (torch.optim.AdamW([torch.nn.Parameter(torch.ones(shape))]) for shape in ((), 3))
     one.param_groups[0]["params"][0].grad = torch.ones(())
     one.step()
-    with pytest.raises(EdgeclipError, match=r"of another weight .*--fresh"):
+    with pytest.raises(EdgeclipError, match=r"belongs to another weight .*--fresh"):
         restore_optimizer(other, optimizer_tensors(one))
 
 

@@ -19,8 +19,9 @@ from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
 from edgeclip.host.distill import losses as L
 from edgeclip.host.distill import train as T
+from edgeclip.host.distill import training
 from edgeclip.host.distill.step import Step
-from edgeclip.host.distill.targets import Targets
+from edgeclip.host.distill.targets import Lesson, Targets, Taught
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.host.teachers import Teacher
 from tests.support import toy_training as toys
@@ -113,14 +114,10 @@ def curve(losses, monkeypatch, **schedule):
             steps.append(said["loss"].item())
             return said
 
-    monkeypatch.setattr(T, "Step", Recorded)
+    monkeypatch.setattr(training, "Step", Recorded)
     log = T.train(
-        student,
-        head,
-        teacher,
-        cache,
-        preprocess,
-        data,
+        training.Learner(student, head, preprocess),
+        Lesson(data, [Taught(teacher, cache)]),
         asked,
         torch.device("cpu"),
         tower_features=features,
@@ -162,27 +159,30 @@ def test_captions_of_classes_use_no_label_that_is_not_given():
     teacher, cache, data, _, _ = toy()
     spec = R.Losses(contrastive=R.Weighted(), captions="classes")
     index = np.arange(IMAGES)
-    known = Targets(teacher, cache, data, spec, torch.device("cpu"))(index, np.zeros_like(index))
-    first = (known["teacher_features"] @ known["class_features"].T).argmax(dim=1).numpy()
+    lesson = Lesson(data, [Taught(teacher, cache)])
+    known = Targets(lesson, spec, torch.device("cpu"))(index, np.zeros_like(index))
+    first = (known.teacher_features @ known.class_features.T).argmax(dim=1).numpy()
     labels = np.array([p.label for p in cache.images])
     expected = np.where(labels < 3, labels, first)
-    assert torch.equal(known["caption_features"], known["class_features"][expected])
-    assert known["labels"].tolist() == np.where(labels < 3, labels, -1).tolist()
+    assert torch.equal(known.caption_features, known.class_features[expected])
+    assert known.labels.tolist() == np.where(labels < 3, labels, -1).tolist()
 
 
 def test_captions_of_classes_use_no_label_at_all_where_stage_1_had_another_set():
     teacher, cache, data, _, _ = toy()
     index = np.arange(IMAGES)
-    known = Targets(
-        teacher, cache, data, R.Losses(captions="classes"), torch.device("cpu"), adapted_here=False
-    )(index, np.zeros_like(index))
-    first = (known["teacher_features"] @ known["class_features"].T).argmax(dim=1)
-    assert torch.equal(known["caption_features"], known["class_features"][first])
+    lesson = Lesson(data, [Taught(teacher, cache)])
+    spec = R.Losses(captions="classes")
+    targets = Targets(lesson, spec, torch.device("cpu"), adapted_here=False)
+    known = targets(index, np.zeros_like(index))
+    first = (known.teacher_features @ known.class_features.T).argmax(dim=1)
+    assert torch.equal(known.caption_features, known.class_features[first])
 
 
 def test_prototypes_are_unit_means_of_the_labeled_plain_views():
     teacher, cache, data, _, _ = toy()
-    found = Targets(teacher, cache, data, R.Losses(), torch.device("cpu")).prototypes.numpy()
+    lesson = Lesson(data, [Taught(teacher, cache)])
+    found = Targets(lesson, R.Losses(), torch.device("cpu")).prototypes.numpy()
     for c in range(N):
         own = cache.rows[[i for i, p in enumerate(cache.images) if p.label == c], 0].astype(
             np.float32

@@ -3,22 +3,24 @@
 import json
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from edgeclip import cli, config, disk
+from edgeclip import config, disk
+from edgeclip.cli import run as cli_run
+from edgeclip.device.images import ImageRef
 from edgeclip.device.metrics import harmonic_mean, hits, l2_normalize
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, class_scores
 from edgeclip.host import recipe, teachers
 from edgeclip.host import student as students
 from edgeclip.host.data import EvaluationSet
-from edgeclip.host.evaluation import protocols
 from edgeclip.host.evaluation.scores import Answers, score
-from edgeclip.reports.models import MODELS
+from edgeclip.reports.results import MODELS, PROTOCOLS
 from tests.support.command import mistake, run
 from tests.support.files import snapshot
 from tests.support.images import add_member, encoded
@@ -116,12 +118,12 @@ def evaluate(*arguments):
     result = run("evaluate", "runs/r", "--protocol", *arguments, "--json")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
-    assert disk.read_json(protocols.Path(record["report"])) == record
+    assert disk.read_json(Path(record["report"])) == record
     return record
 
 
 def test_the_command_knows_every_protocol():
-    assert tuple(protocols.PROTOCOLS) == cli.PROTOCOLS
+    assert PROTOCOLS == cli_run.PROTOCOLS
 
 
 def test_stage_1_reads_the_images_and_classes_of_adapt_data(workplace):
@@ -334,7 +336,7 @@ def test_every_reading_of_edu_attention_is_scored_once():
         rng.normal(size=(8, 8)).astype(np.float32), np.zeros(8, np.float32), 3.0, 0.1
     )
     labels, active = rng.integers(0, 3, 40), [1, 3, 4]
-    images = [protocols.ImageRef(str(i), "", label=active[label]) for i, label in enumerate(labels)]
+    images = [ImageRef(str(i), "", label=active[label]) for i, label in enumerate(labels)]
     s, student = EvaluationSet("s", images, active, ""), Answers(np.arange(40), u, w)
 
     def r1(head, attended=None):
@@ -345,21 +347,21 @@ def test_every_reading_of_edu_attention_is_scored_once():
         score(s, student, None, head, False),
         score(s, student, None, None, False),
     )
-    assert kept["student"]["top1"] == not_kept["student_with_edu_attention"]["top1"] == r1(head)
+    assert kept.student.top1 == not_kept.student_with_edu_attention.top1 == r1(head)
     assert (
-        kept["student_without_edu_attention"]["top1"]
-        == not_kept["student"]["top1"]
-        == none["student"]["top1"]
+        kept.student_without_edu_attention.top1
+        == not_kept.student.top1
+        == none.student.top1
         == r1(None)
     )
     assert (
-        kept["student_attending_all_classes"]["top1"]
-        == not_kept["student_attending_all_classes"]["top1"]
+        kept.student_attending_all_classes.top1
+        == not_kept.student_attending_all_classes.top1
         == r1(head, w)
     )
-    assert kept["student_with_edu_attention"] is None
-    assert none["student_attending_all_classes"] is None
-    assert kept["teacher"] is None
+    assert kept.student_with_edu_attention is None
+    assert none.student_attending_all_classes is None
+    assert kept.teacher is None
     assert len({r1(head), r1(None), r1(head, w)}) > 1
 
 

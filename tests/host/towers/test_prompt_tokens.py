@@ -15,7 +15,9 @@ from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset, shapes
+from edgeclip.host.distill.targets import Lesson, Taught
 from edgeclip.host.distill.train import train
+from edgeclip.host.distill.training import Learner
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.teachers import open_clip as teachers
 from edgeclip.host.towers import weights
@@ -235,7 +237,8 @@ def test_training_moves_what_is_not_frozen_and_the_frozen_tower_stays_in_eval(fr
     )
     teacher = dataclasses.replace(teachers.load(TEACHER), embed_dim=12)
     data = Dataset("toy", "none", list("abcd"), ("{c}",), [], images, [0, 1, 2, 3], [])
-    train(student, None, teacher, cached, preprocess, data, asked, torch.device("cpu"))
+    learner = Learner(student, None, preprocess)
+    train(learner, Lesson(data, [Taught(teacher, cached)]), asked, torch.device("cpu"))
     moved = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
     assert {k for k in moved if k.startswith("tower.vit.")} == (
         set() if freeze else {k for k in before if k.startswith("tower.vit.")}

@@ -144,7 +144,7 @@ def test_folded_and_in_int8_its_attention_stays_float(student):
 
 
 def test_the_stem_learns_at_a_rate_of_its_own(student):
-    from edgeclip.host.distill.train import Phase, _optimizer
+    from edgeclip.host.distill.optimizer import build_optimizer
 
     asked = R.Recipe(
         data=R.OpenMoji(),
@@ -153,9 +153,7 @@ def test_the_stem_learns_at_a_rate_of_its_own(student):
         student=spec(lr_ratio=0.25),
     )
     asked = msgspec.structs.replace(asked, train=R.Train(lr=1e-2, tower_lr_ratio=0.5))
-    groups = _optimizer(
-        Phase("epoch", 1, 1), asked, student, None, [student.projector]
-    ).param_groups
+    groups = build_optimizer(False, asked, student, None, [student.projector]).param_groups
     stem = sum(p.numel() for p in student.tower.patch_embed.backbone.parameters())
     assert [g["lr"] for g in groups] == pytest.approx([5e-3, 1.25e-3, 1e-2]) and sum(
         p.numel() for p in groups[1]["params"]

@@ -1,0 +1,138 @@
+"""The end of `edgeclip distill`: the student is scored, and results.json and the manifest are written."""
+
+import resource
+from functools import partial
+from pathlib import Path
+
+from msgspec.structs import replace
+from torch import nn
+
+from edgeclip import __version__, disk
+from edgeclip.host import student as students
+from edgeclip.host import teachers
+from edgeclip.host.adapt import promptsrc
+from edgeclip.host.distill.prepare import Inputs, wants_prompts
+from edgeclip.host.distill.targets import Lesson
+from edgeclip.host.evaluation.scores import Subject, TeacherFeatures, evaluate, teacher_features
+from edgeclip.host.recipe import Recipe
+from edgeclip.host.towers import weights
+from edgeclip.progress import Clock
+from edgeclip.reports.results import (
+    EduAttentionResult,
+    EvaluationResults,
+    Models,
+    Network,
+    write_results,
+)
+
+
+def score(
+    inputs: Inputs, lesson: Lesson, run: Path, clock: Clock, processes: int
+) -> EvaluationResults:
+    """Score the finished student in RUN/student, write RUN/results.json and the manifest, and return the results.
+
+    processes: that trained together.
+    """
+    recipe, dataset = inputs.recipe, lesson.dataset
+    student, head, preprocess, description = students.load(run / "student")
+    text = students.load_text(run / "student")
+    own_class_features = None
+    if text is not None:
+        own_class_features = students.class_features(text, dataset.classes, dataset.templates)
+    subject = Subject(
+        student=student,
+        head=head,
+        preprocess=preprocess,
+        class_features=lesson.cache.class_features,
+        own_class_features=own_class_features,
+        ships_with=recipe.student.class_features,
+        device=inputs.device,
+    )
+    clock.lap("rest of stage 2")
+
+    tower = _first_tower(recipe, run)
+    scored = evaluate(
+        subject,
+        _teacher(inputs, lesson, tower),
+        dataset,
+        run / "evaluation",
+        recipe.parity.max_images,
+    )
+    clock.lap("evaluation")
+    edu_attention = None
+    if head is not None:
+        edu_attention = EduAttentionResult(alpha=head.alpha.item(), kept=head.spec.keep)
+    text_module = None
+    if text is not None:
+        text_module = text.module
+    results = EvaluationResults(
+        run=str(run),
+        data=dataset.name,
+        data_license=dataset.license,
+        sets=tuple(scored.sets),
+        harmonic_mean=scored.harmonic_mean,
+        models=Models(
+            teacher=_network(lesson.teacher.name, tower, lesson.teacher.preprocess.size),
+            student=_network(_name(recipe), student, preprocess.size, text_module),
+        ),
+        log=tuple(description["log"]),
+        edu_attention=edu_attention,
+        skipped=tuple(lesson.cache.manifest["skipped"]),
+        device=str(inputs.device),
+        processes=processes,
+        seconds={name: round(seconds, 1) for name, seconds in clock.laps.items()},
+        peak_memory_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    )
+    write_results(run, results)
+    facts = {
+        "edgeclip": __version__,
+        "student": disk.sha256(run / "student" / disk.MANIFEST),
+        "recipe": description["parents"]["recipe"],
+    }
+    disk.write_json(run / disk.MANIFEST, {"kind": "run", **facts})
+    return results
+
+
+def _first_tower(recipe: Recipe, run: Path) -> nn.Module | None:
+    """Return the first teacher's tower once more, folded: training did without it."""
+    teacher = teachers.load(recipe.teacher)
+    if wants_prompts(recipe):
+        teacher = promptsrc.adapted(teacher, recipe.adapt, run / "teacher")
+    return teachers.folded(teacher)
+
+
+def _teacher(inputs: Inputs, lesson: Lesson, tower: nn.Module | None) -> TeacherFeatures | None:
+    """Return the features of the teacher, of all of them where they are fused.
+
+    None where one has no tower to be scored with: ready embeddings have none.
+    """
+    towers = [tower]
+    if lesson.fusion is not None:
+        for spec in inputs.recipe.other_teachers:
+            towers.append(teachers.folded(teachers.load(spec)))
+    pairs = []
+    for taught, own in zip(lesson.teachers, towers, strict=False):
+        if own is None:
+            return None
+        pairs.append((taught.teacher, own))
+    return partial(teacher_features, pairs, lesson.fusion, device=inputs.device)
+
+
+def _name(recipe: Recipe) -> str:
+    if recipe.student.stem is None:
+        return recipe.student.tower.model
+    return f"{recipe.student.tower.model} behind {recipe.student.stem.model}"
+
+
+def _network(
+    name: str, module: nn.Module | None, size: int, text: nn.Module | None = None
+) -> Network:
+    """Return a model's size; size: of its input, px."""
+    network = Network(name=name, parameters=None, macs=None, input=size)
+    if module is not None:
+        network = replace(
+            network, parameters=weights.parameters(module), macs=weights.macs(module, size)
+        )
+    if text is not None:
+        network = replace(network, text_parameters=weights.parameters(text))
+    return network

@@ -1,0 +1,131 @@
+"""Which data sets `edgeclip evaluate` scores, and what they must have for its protocols."""
+
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from edgeclip import config
+from edgeclip.errors import EdgeclipError
+from edgeclip.host import data, recipe
+from edgeclip.host.cache import CACHE
+from edgeclip.host.data import Dataset
+from edgeclip.host.recipe import Data, Recipe
+
+Loaded = tuple[Data, Dataset]
+"""a data set as the recipe or `--data` describes it, and its images"""
+
+
+def load_sets(asked: Recipe, protocol: str, given: tuple[str, ...]) -> list[Loaded]:
+    """Return the data sets that `--data` names, or the run's own.
+
+    Raises `EdgeclipError` where a set lacks what the protocol needs.
+    """
+    loaded: list[Loaded] = []
+    for spec in choose_sets(asked, protocol, given):
+        loaded.append((spec, data.load(_for_protocol(spec, protocol), CACHE)))
+    if protocol == "domain_generalization":
+        loaded = [_with_shifts(asked, loaded)]
+    for spec, dataset in loaded:
+        _check(spec, dataset, protocol)
+    return loaded
+
+
+def choose_sets(asked: Recipe, protocol: str, given: tuple[str, ...]) -> list[Data]:
+    """Return what describes the sets; given: NAME=DIR, a folder or a YAML file each."""
+    own = asked.evaluation_data or asked.data
+    if not given:
+        if protocol == "domain_generalization":
+            return [own, *asked.shifts]
+        return [own]
+    known = {d.name: d for d in (*recipe.data_sets(asked).values(), own)}
+    return [_set_of(value, known) for value in given]
+
+
+def _set_of(value: str, known: dict[str, Data]) -> Data:
+    """Return the set that one `--data` names; known: those of the recipe, by their names."""
+    if value.endswith((".yaml", ".yml")):
+        return config.load(Path(value), recipe.DataFile).data
+    name, equals, root = value.partition("=")
+    if not equals:
+        name = Path(value).resolve().name
+        root = value
+    spec = known.get(name)
+    if isinstance(spec, recipe.OpenMoji):
+        raise EdgeclipError(
+            f"--data {value}",
+            "OpenMoji comes from pip and lies in no folder",
+            "remove --data, or give a YAML file",
+        )
+    if spec is not None:
+        return replace(spec, root=root)
+    classes = None
+    if (Path(root) / "classnames.txt").exists():
+        classes = "classnames.txt"
+    return recipe.WebDataset(name=name, root=root, classes=classes)
+
+
+def _for_protocol(spec: Data, protocol: str) -> Data:
+    """Return the set with the test part that the protocol scores."""
+    if isinstance(spec, recipe.OpenMoji):
+        if protocol == "base_to_novel":
+            raise EdgeclipError(
+                "openmoji",
+                "has a split of its own (held-out, unlabeled and base concepts)",
+                "use --protocol zero_shot",
+            )
+        return spec
+    if isinstance(spec, recipe.Csv):
+        raise EdgeclipError(
+            f"--data {spec.name}",
+            "is of kind csv, which nothing is evaluated on",
+            "name a set with a test part",
+        )
+    split = "zero_shot"
+    if protocol == "base_to_novel":
+        split = "base_to_novel"
+    spec = replace(spec, protocol=split)
+    if isinstance(spec, recipe.WebDataset):
+        spec = replace(spec, train=None)
+    return spec
+
+
+def _with_shifts(asked: Recipe, loaded: list[Loaded]) -> Loaded:
+    """Return the run's own evaluation data, with the other sets beside it as its shifts."""
+    spec = asked.evaluation_data or asked.data
+    dataset, others = None, []
+    for other_spec, other in loaded:
+        if other_spec.name != spec.name:
+            others.append(other)
+        elif dataset is None:
+            dataset = other
+    if dataset is None:
+        dataset = data.load(_for_protocol(spec, "zero_shot"), CACHE)
+    for other in others:
+        dataset = dataset._replace(evaluation=dataset.evaluation + data.shift_sets(dataset, other))
+    if not any(s.shift for s in dataset.evaluation):
+        raise EdgeclipError(
+            dataset.name, "has no shift", "name one with --data, or in the recipe's shifts"
+        )
+    return spec, dataset
+
+
+def _check(spec: Data, dataset: Dataset, protocol: str) -> None:
+    where = f"--data {spec.name}"
+    images = [p for s in dataset.evaluation if s.headline for p in s.images]
+    if not images:
+        raise EdgeclipError(where, "has no test images", "give it a test part")
+    if protocol != "retrieval":
+        if not dataset.classes:
+            raise EdgeclipError(
+                where,
+                f"has no class list, which {protocol} needs",
+                "add classnames.txt, or use --protocol retrieval",
+            )
+        return
+    for image in images:
+        if not image.caption:
+            raise EdgeclipError(
+                where,
+                f"retrieval needs captions, and image '{image.key}' of {image.path} has none",
+                "add .txt files",
+            )
