@@ -17,7 +17,7 @@ GROUND = "ground"
 WINGS = [[GROUND], ["device"], ["reports"], ["boards", "host"], ["cli"]]
 """the wings from below; those on one floor do not import each other"""
 HOST = [
-    ["distributed", "allocator"],
+    ["distributed", "allocator", "older"],
     ["recipe"],
     ["data", "towers"],
     ["teachers", "graph"],

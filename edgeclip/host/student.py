@@ -1,17 +1,18 @@
-"""The student: an image tower and PromptKD's projector P into the teacher's space; where asked, a
-text tower beside it.
+"""Build, save and load the student.
 
-On disk it is weights and JSON, and it is rebuilt only from those:
+That is an image tower and PromptKD's projector P into the teacher's space and, where the recipe
+asks, a text tower beside it. On disk it is weights and JSON, and it is rebuilt only from those:
 
-    student/student.safetensors   tower.* (with visual prompts: tower.vit.*, tower.prompts), projector.*, head.*, text.*
-            class_features.npy    [N, D] float32, unit: of the class names, the teacher's or its own
+    student/student.safetensors   tower.* (with visual prompts: tower.vit.*, tower.prompts),
+                                  projector.*, head.*, text.*
+            class_features.npy    [N, D] float32, unit, of the class names: the teacher's or its own
             tokenizer.json        of its own text tower
-            student.json          labels, architecture, preprocess, EduAttention's constants, parents
+            student.json          labels, architecture, preprocess, EduAttention, parents
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -28,6 +29,7 @@ from edgeclip.device import tokenizer
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import older
 from edgeclip.host import recipe as R
 from edgeclip.host.teachers import TextTower
 from edgeclip.host.teachers.open_clip import ImageTower, clip_tokenizer_json
@@ -91,34 +93,33 @@ class EduAttentionHead(nn.Module):
     ) -> Float[Tensor, "B D"]:
         """raw: P(u_s) before its norm was divided out, for `query: raw`; residual: what equation 7
         adds to, image_features if None."""
-        spec, query, key = self.spec, image_features if raw is None else raw, class_features
+        spec = self.spec
+        query = image_features if raw is None else raw
+        key = class_features
         if spec.fc == "query":
             query = self.fc(query)
         if spec.fc == "key_value":
             key = self.fc(key)
-        attention = (
-            F.softmax(
-                query @ key.T / self.log_temperature.exp(), dim=0 if spec.axis == "batch" else 1
-            )
-            @ key
-        )
+        scores = query @ key.T / self.log_temperature.exp()
+        over = 0 if spec.axis == "batch" else 1
+        attention = F.softmax(scores, dim=over) @ key
         if spec.fc == "output":
             attention = self.fc(attention)
-        u, added = image_features if residual is None else residual, self.alpha * attention
+        u = image_features if residual is None else residual
+        added = self.alpha * attention
         if not spec.normalize:
             return u + added
         # u has norm 1, so the sum's norm is known without it: at alpha = 0 this is u bit for bit,
-        # which is PromptKD
-        square = (
-            1.0
-            + 2.0 * (u * added).sum(dim=-1, keepdim=True)
-            + (added * added).sum(dim=-1, keepdim=True)
-        )
+        # which is PromptKD.
+        cross = (u * added).sum(dim=-1, keepdim=True)
+        square = 1.0 + 2.0 * cross + (added * added).sum(dim=-1, keepdim=True)
         return (u + added) * square.clamp(min=1e-12).rsqrt()
 
     def numpy(self) -> EduAttention | None:
-        """The same head for the device layer; None for a reading that needs more than one image's
-        unit feature."""
+        """Return the same head for the device layer.
+
+        None for a reading that needs more than one image's unit feature.
+        """
         if self.spec.query == "raw" or self.spec.axis == "batch":
             return None
         weight, bias = (p.detach().float().cpu().numpy() for p in (self.fc.weight, self.fc.bias))
@@ -133,8 +134,10 @@ class EduAttentionHead(nn.Module):
 
 
 class StudentText(nn.Module):
-    """A text tower and a linear projector: input_ids [N, L] to unit features [N, D] in the
-    teacher's space."""
+    """A text tower and a linear projector into the teacher's space.
+
+    input_ids [N, L] to unit features [N, D].
+    """
 
     def __init__(self, tower: nn.Module, width: int, embed_dim: int):
         super().__init__()
@@ -146,10 +149,9 @@ class StudentText(nn.Module):
 
 
 def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
-    """A student with its tower's weights and a fresh projector; its width is asked of the tower by
-    one dry run.
+    """Return a student with its tower's weights and a fresh projector, and its preprocess.
 
-    Raises `EdgeclipError` for a tower that does not take images of the asked size.
+    The projector's width is asked of the tower by one dry run. Raises `EdgeclipError` for a tower that does not take images of the asked size.
     """
     tower, preprocess = image_tower(spec.tower)
     if spec.inherit:
@@ -159,25 +161,24 @@ def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
     if spec.share:
         share(tower, spec.share)
     if visual := spec.visual_prompts:
-        tower = PromptedTower(
-            tower.visual if isinstance(tower, ImageTower) else tower, visual.length, visual.depth
-        )
+        vit = tower.visual if isinstance(tower, ImageTower) else tower
+        tower = PromptedTower(vit, visual.length, visual.depth)
         tower.vit.requires_grad_(not visual.freeze_tower)
     try:
         with torch.inference_mode():
             width = tower.eval()(torch.zeros(1, 3, preprocess.size, preprocess.size)).shape[1]
     except (AssertionError, RuntimeError) as e:  # windows or positions of another size
-        what = f"does not take images of {preprocess.size} px ({str(e).splitlines()[0]})"
+        reason = str(e).splitlines()[0]
         raise EdgeclipError(
             f"student.tower: {spec.tower.model}",
-            what,
+            f"does not take images of {preprocess.size} px ({reason})",
             "give the image_size that its name says, or choose another model",
         ) from None
     return Student(tower, width, embed_dim, spec.projector_hidden).eval(), preprocess
 
 
 def image_tower(spec: R.Timm | R.OpenClip) -> tuple[nn.Module, Preprocess]:
-    """An image tower with its weights: pixels [B, 3, H, W] to features [B, T]."""
+    """Return an image tower with its weights and its preprocess: pixels [B, 3, H, W] to features [B, T]."""
     if isinstance(spec, R.OpenClip):
         model, preprocess = weights.open_clip_model(spec)
         return ImageTower(model), preprocess
@@ -188,8 +189,10 @@ def image_tower(spec: R.Timm | R.OpenClip) -> tuple[nn.Module, Preprocess]:
 
 
 def checkpoint_gradients(tower: nn.Module) -> None:
-    """Makes the tower keep its blocks' inputs only. Raises `EdgeclipError` where its code has no
-    such thing."""
+    """Make the tower keep its blocks' inputs only, and compute the rest again going backward.
+
+    Raises `EdgeclipError` where the tower's code cannot.
+    """
     blocks = [m for m in tower.modules() if hasattr(m, "grad_checkpointing")]
     if not blocks or any(isinstance(m, PromptedTower | SharedBlocks) for m in tower.modules()):
         raise EdgeclipError(
@@ -202,7 +205,7 @@ def checkpoint_gradients(tower: nn.Module) -> None:
 
 
 def build_text(spec: R.OpenClip, embed_dim: int) -> TextTower:
-    """A student's text tower with its weights and a fresh projector."""
+    """Return a student's text tower with its weights and a fresh projector."""
     model, _ = weights.open_clip_model(spec)
     model.visual = model.logit_scale = None  # the image side is another tower
     words = clip_tokenizer_json(spec.model)
@@ -224,30 +227,29 @@ def build_text(spec: R.OpenClip, embed_dim: int) -> TextTower:
 
 
 def token_ids(text: TextTower, texts: list[str], truncate: bool = False) -> Int[Tensor, "N L"]:
-    """Raises `EdgeclipError` for a text that is longer than the context; truncate: it loses its
-    end, as captions do."""
-    return torch.from_numpy(
-        tokenizer.encode(
-            tokenizer.load(text.tokenizer, text.context_length),
-            texts,
-            text.context_length,
-            truncate,
-        )
-    )
+    """Return the padded ids of texts.
+
+    truncate: a text that is longer than the context loses its end, as captions do; otherwise it
+    raises `EdgeclipError`.
+    """
+    words = tokenizer.load(text.tokenizer, text.context_length)
+    return torch.from_numpy(tokenizer.encode(words, texts, text.context_length, truncate))
 
 
 @torch.inference_mode()
 def text_features(text: TextTower, texts: list[str]) -> Float[Tensor, "N D"]:
-    """Unit features of the student's own text tower."""
+    """Return unit features of the student's own text tower, float32, on the CPU."""
     ids = token_ids(text, texts).to(next(text.module.parameters()).device)
     return torch.cat([text.module(part) for part in ids.split(256)]).float().cpu()
 
 
 def class_features(text: TextTower, classes: list[str], templates: tuple[str, ...]) -> np.ndarray:
-    """[N, D] unit class features of the student's own text tower: the prompt ensemble of each class
-    name."""
+    """Return [N, D] unit class features: the prompt ensemble of each class name, by `text`."""
     features = text_features(text, prompts(classes, templates)).numpy()
     return ensemble(features.reshape(len(classes), len(templates), -1))
+
+
+# --- on disk
 
 
 def save(
@@ -258,12 +260,16 @@ def save(
     class_features: np.ndarray,
     text: TextTower | None = None,
 ) -> None:
-    """Writes the student's folder; class_features: [N, D] of description["labels"]."""
-    state = {k: v.contiguous().cpu() for k, v in student.state_dict().items()}
+    """Write the student's folder. class_features: [N, D] of description["labels"]."""
+    modules: dict[str, nn.Module] = {"": student}
     if head is not None:
-        state |= {f"head.{k}": v.contiguous().cpu() for k, v in head.state_dict().items()}
+        modules["head."] = head
     if text is not None:
-        state |= {f"text.{k}": v.contiguous().cpu() for k, v in text.module.state_dict().items()}
+        modules["text."] = text.module
+    state = {}
+    for prefix, module in modules.items():
+        for name, value in module.state_dict().items():
+            state[f"{prefix}{name}"] = value.contiguous().cpu()
     with disk.new_folder(folder) as temporary:
         if text is not None:
             disk.write_text(temporary / "tokenizer.json", text.tokenizer)
@@ -273,48 +279,71 @@ def save(
         disk.write_manifest(temporary, "student", {})
 
 
-def load(folder: Path) -> tuple[Student, EduAttentionHead | None, Preprocess, dict[str, Any]]:
-    """The student, its EduAttention head if it was trained with one, its preprocess and its
-    description."""
+class Saved(NamedTuple):
+    """A student's folder, compared with its hashes and read once."""
+
+    folder: Path
+    description: dict[str, Any]
+    """student.json"""
+    spec: R.Student
+    """its architecture, all weights random: they come from `state`, and what the recipe started
+    from need not be at hand any more"""
+    state: dict[str, Tensor]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors of one part, "head." or "text.", under their own names."""
+        names = [name for name in self.state if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self.state[name] for name in names}
+
+
+def read(folder: Path) -> Saved:
+    """Read a student's folder. Raises `EdgeclipError` where it is not whole."""
     disk.verify(folder, disk.read_manifest(folder, "student"))
-    description = disk.read_json(folder / "student.json")
+    description = older.student_description(disk.read_json(folder / "student.json"))
     spec = msgspec.convert(description["architecture"], R.Student)
-    # The weights come from this folder: those that the recipe started from need not be at hand any
-    # more.
-    stem = msgspec.structs.replace(spec.stem, weights="random") if spec.stem else None
-    spec = msgspec.structs.replace(
-        spec, tower=msgspec.structs.replace(spec.tower, weights="random"), inherit=None, stem=stem
-    )
-    student, _ = build(spec, description["embed_dim"])
-    state = load_file(folder / "student.safetensors")
-    student.load_state_dict(
-        {k: v for k, v in state.items() if not k.startswith(("head.", "text."))}
-    )
+    parts = {"tower": spec.tower, "stem": spec.stem, "text": spec.text}
+    fresh = {
+        name: msgspec.structs.replace(part, weights="random")
+        for name, part in parts.items()
+        if part is not None
+    }
+    spec = msgspec.structs.replace(spec, inherit=None, **fresh)
+    return Saved(folder, description, spec, load_file(folder / "student.safetensors"))
+
+
+class Loaded(NamedTuple):
+    """A student that was trained, in eval mode."""
+
+    student: Student
+    head: EduAttentionHead | None
+    """None: it was trained without EduAttention"""
+    preprocess: Preprocess
+    description: dict[str, Any]
+
+
+def load(source: Path | Saved) -> Loaded:
+    """Return the student of a folder, or of one that `read` has read."""
+    saved = read(source) if isinstance(source, Path) else source
+    description = saved.description
+    student, _ = build(saved.spec, description["embed_dim"])
+    others = ("head.", "text.")
+    tensors = {k: v for k, v in saved.state.items() if not k.startswith(others)}
+    student.load_state_dict(tensors)
     head = None
     if description["edu_attention"] is not None:
-        head = EduAttentionHead(
-            description["embed_dim"], msgspec.convert(description["edu_attention"], R.EduAttention)
-        )
-        head.load_state_dict(
-            {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
-        )
-    return student.eval(), head, msgspec.convert(description["preprocess"], Preprocess), description
+        spec = msgspec.convert(description["edu_attention"], R.EduAttention)
+        head = EduAttentionHead(description["embed_dim"], spec)
+        head.load_state_dict(saved.part("head."))
+    preprocess = msgspec.convert(description["preprocess"], Preprocess)
+    return Loaded(student.eval(), head, preprocess, description)
 
 
-def load_text(folder: Path) -> TextTower | None:
-    """The student's own text tower; None where it has none."""
-    disk.verify(folder, disk.read_manifest(folder, "student"))
-    description = disk.read_json(folder / "student.json")
-    spec = msgspec.convert(description["architecture"], R.Student)
-    if spec.text is None:
+def load_text(source: Path | Saved) -> TextTower | None:
+    """Return the student's own text tower; None where it has none."""
+    saved = read(source) if isinstance(source, Path) else source
+    if saved.spec.text is None:
         return None
-    text = build_text(
-        msgspec.structs.replace(spec.text, weights="random"), description["embed_dim"]
-    )
-    state = load_file(folder / "student.safetensors")
-    text.module.load_state_dict(
-        {k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")}
-    )
-    return dataclasses.replace(
-        text, tokenizer=(folder / "tokenizer.json").read_text(encoding="utf-8")
-    )
+    text = build_text(saved.spec.text, saved.description["embed_dim"])
+    text.module.load_state_dict(saved.part("text."))
+    words = (saved.folder / "tokenizer.json").read_text(encoding="utf-8")
+    return dataclasses.replace(text, tokenizer=words)

@@ -11,7 +11,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.host.teachers.open_clip import ImageTower
-from edgeclip.host.towers import weights
+from edgeclip.host.towers import hub, weights
 from tests.support.optional import require
 
 SPEC = R.Student(
@@ -240,7 +240,7 @@ def test_a_hub_behind_a_proxy_is_not_called_offline(monkeypatch, proxy, offline)
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "https://localhost:1")  # nobody listens
-    with weights._hub(True):
+    with hub.hub(True):
         assert constants.HF_HUB_OFFLINE is offline
     assert constants.HF_HUB_OFFLINE is False
 

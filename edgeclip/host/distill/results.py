@@ -15,7 +15,7 @@ from edgeclip.host.distill.prepare import Inputs, wants_prompts
 from edgeclip.host.distill.targets import Lesson
 from edgeclip.host.evaluation.scores import Subject, TeacherFeatures, evaluate, teacher_features
 from edgeclip.host.recipe import Recipe
-from edgeclip.host.towers import weights
+from edgeclip.host.towers import counting
 from edgeclip.progress import Clock
 from edgeclip.reports.results import (
     EduAttentionResult,
@@ -131,8 +131,8 @@ def _network(
     network = Network(name=name, parameters=None, macs=None, input=size)
     if module is not None:
         network = replace(
-            network, parameters=weights.parameters(module), macs=weights.macs(module, size)
+            network, parameters=counting.parameters(module), macs=counting.macs(module, size)
         )
     if text is not None:
-        network = replace(network, text_parameters=weights.parameters(text))
+        network = replace(network, text_parameters=counting.parameters(text))
     return network

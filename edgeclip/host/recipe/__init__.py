@@ -18,6 +18,7 @@ import msgspec
 from edgeclip import config, disk
 from edgeclip.config import BrokenRule, Config
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import older
 from edgeclip.host.recipe.ingredients import (
     Adapt,
     Conse,
@@ -304,8 +305,8 @@ def roots(recipe: Recipe) -> dict[str, str]:
 
 
 def of_run(run: Path) -> Recipe:
-    """The recipe of a run folder, with the roots that its data had."""
-    value = disk.read_json(run / "recipe.json")
+    """Return the recipe of a run folder, with the roots that its data had."""
+    value = older.recipe_description(disk.read_json(run / "recipe.json"))
     for field, root in disk.read_json(run / "roots.json").items():
         _at(value, field)["root"] = root
     return config.convert(value, Recipe, run / "recipe.json")

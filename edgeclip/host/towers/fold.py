@@ -1,9 +1,8 @@
-"""Merge what inference does not need apart: re-parameterizable branches, batch norms into what
-precedes them, and the padding that TF-style convolutions compute from their input's size, which is
-a constant here.
+"""Merge what inference does not need apart.
 
-The folded model is another model until it is shown to be the same one, so `fold` compares both
-before it returns.
+That is re-parameterizable branches, batch norms into what precedes them, and the padding that
+TF-style convolutions compute from their input's size, which is a constant here. The folded model is
+another model until it is shown to be the same one, so `fold` compares both before it returns.
 """
 
 import torch
@@ -11,15 +10,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from edgeclip.errors import WrongGraph
+
 MAX_RELATIVE_ERROR = 1e-4
 
 
 @torch.no_grad()  # not inference mode: a folded student may be trained on
 def fold(module: nn.Module, example: torch.Tensor) -> nn.Module:
-    """A folded copy of `module` in eval mode; raises `AssertionError` where it does not compute the
-    same.
+    """Return a folded copy of `module` in eval mode.
 
-    example: an input [B, ...] of the module, B at least 1.
+    example: an input [B, ...] of the module, B at least 1. Raises `WrongGraph` where the copy does
+    not compute the same.
     """
     from timm.utils.model import reparameterize_model
 
@@ -27,43 +28,52 @@ def fold(module: nn.Module, example: torch.Tensor) -> nn.Module:
     folded = reparameterize_model(module)  # a copy
     _fold_batch_norms(folded)
     _fix_padding(folded, example)
-    expected, got = module(example), folded(example)
-    error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-    assert error < MAX_RELATIVE_ERROR, (
-        f"folding changed the output by {error:.1e} of its largest value"
-    )
+    expected = module(example)
+    largest = expected.abs().max().clamp(min=1e-12)
+    error = float((folded(example) - expected).abs().max() / largest)
+    if not error < MAX_RELATIVE_ERROR:
+        raise WrongGraph(
+            "fold",
+            f"folding changed the output by {error:.1e} of its largest value",
+            "report this with the model's name",
+        )
     return folded
 
 
 def _fold_batch_norms(module: nn.Module) -> None:
     previous: nn.Module | None = None
     for name, child in list(module.named_children()):
-        if (
-            isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d)
-            and isinstance(previous, nn.Conv2d | nn.Linear)
-            and previous.weight.shape[0] == child.num_features
-        ):
-            fuse = (
-                fuse_conv_bn_weights if isinstance(previous, nn.Conv2d) else fuse_linear_bn_weights
-            )
-            previous.weight, previous.bias = fuse(
-                previous.weight,
-                previous.bias,
-                child.running_mean,
-                child.running_var,
-                child.eps,
-                child.weight,
-                child.bias,
-            )
-            # timm's BatchNormAct2d carries its activation
-            setattr(
-                module,
-                name,
-                nn.Sequential(child.drop, child.act) if hasattr(child, "act") else nn.Identity(),
-            )
+        if _takes(previous, child):
+            _merge(previous, child)
+            setattr(module, name, _what_remains(child))
         else:
             _fold_batch_norms(child)
         previous = child
+
+
+def _takes(previous: nn.Module | None, norm: nn.Module) -> bool:
+    """Return whether `norm` is a batch norm that can become a part of `previous`."""
+    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+        return False
+    if not isinstance(previous, nn.Conv2d | nn.Linear):
+        return False
+    return bool(previous.weight.shape[0] == norm.num_features)
+
+
+def _merge(previous: nn.Module | None, norm: nn.Module) -> None:
+    fuse = fuse_linear_bn_weights
+    if isinstance(previous, nn.Conv2d):
+        fuse = fuse_conv_bn_weights
+    assert previous is not None
+    statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    previous.weight, previous.bias = fuse(previous.weight, previous.bias, *statistics)
+
+
+def _what_remains(norm: nn.Module) -> nn.Module:
+    """Return what a merged batch norm leaves: timm's BatchNormAct2d carries its activation."""
+    if hasattr(norm, "act"):
+        return nn.Sequential(norm.drop, norm.act)
+    return nn.Identity()
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -72,45 +82,50 @@ class PaddedConv2d(nn.Conv2d):
     sides: tuple[int, int, int, int]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(x, self.sides) if any(self.sides) else x
-        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        if any(self.sides):
+            x = F.pad(x, self.sides)
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 def _fix_padding(module: nn.Module, example: torch.Tensor) -> None:
+    """Replace each TF-style convolution by one whose padding is that of `example`'s size."""
     from timm.layers.conv2d_same import Conv2dSame
-    from timm.layers.padding import get_same_padding
 
     sizes: dict[nn.Module, torch.Size] = {}
+
+    def note_size(conv: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        sizes[conv] = inputs[0].shape[-2:]
+
     convs = [m for m in module.modules() if isinstance(m, Conv2dSame)]
-    hooks = [
-        m.register_forward_pre_hook(lambda m, x: sizes.update({m: x[0].shape[-2:]})) for m in convs
-    ]
-    if convs:
-        module(example)
+    if not convs:
+        return
+    hooks = [conv.register_forward_pre_hook(note_size) for conv in convs]
+    module(example)
     for hook in hooks:
         hook.remove()
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if child in sizes:
-                both = [
-                    get_same_padding(n, k, s, d)
-                    for n, k, s, d in zip(
-                        sizes[child], child.kernel_size, child.stride, child.dilation, strict=True
-                    )
-                ]
-                (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in both)
-                fixed = PaddedConv2d(
-                    child.in_channels,
-                    child.out_channels,
-                    child.kernel_size,
-                    child.stride,
-                    0,
-                    child.dilation,
-                    child.groups,
-                )
-                fixed.weight, fixed.bias, fixed.sides = (
-                    child.weight,
-                    child.bias,
-                    (left, right, top, bottom),
-                )
-                setattr(parent, name, fixed.train(child.training))
+                setattr(parent, name, _padded(child, sizes[child]))
+
+
+def _padded(conv: nn.Module, size: torch.Size) -> PaddedConv2d:
+    """Return `conv`, which shares its weights, with the padding of an input of `size` (H, W)."""
+    from timm.layers.padding import get_same_padding
+
+    settings = zip(size, conv.kernel_size, conv.stride, conv.dilation, strict=True)
+    height, width = (get_same_padding(*values) for values in settings)
+    top, left = height // 2, width // 2
+    fixed = PaddedConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        0,
+        conv.dilation,
+        conv.groups,
+    )
+    fixed.weight = conv.weight
+    fixed.bias = conv.bias
+    fixed.sides = (left, width - left, top, height - top)
+    return fixed.train(conv.training)

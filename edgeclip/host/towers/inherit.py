@@ -1,11 +1,11 @@
-"""Weight inheritance: a ViT student starts from the weights of a larger ViT (TinyCLIP, arXiv
-2309.12314, manual form).
+"""Start a ViT student from the weights of a larger ViT.
 
-Student layer i takes teacher layer i * (L_t // L_s), and every tensor takes the leading slice of
-the teacher's. Of the attention that keeps the leading heads, because the query, key and value
-projections lie stacked in one tensor and each of the three is sliced on its own; so the width of a
-head must be equal on both sides. A positional embedding of another grid is resampled. What inherits
-must be of the teacher's family, timm's VisionTransformer or open_clip's.
+Weight inheritance in its manual form (TinyCLIP, arXiv 2309.12314). Student layer i takes teacher
+layer i * (L_t // L_s), and every tensor takes the leading slice of the teacher's. Of the attention
+that keeps the leading heads, because the query, key and value projections lie stacked in one tensor
+and each of the three is sliced on its own; so the width of a head must be equal on both sides. A
+positional embedding of another grid is resampled. What inherits must be of the teacher's family,
+timm's VisionTransformer or open_clip's.
 
 Slicing keeps the function only where the cut channels carried nothing, LayerNorm's mean and
 variance included: it is a start, not a smaller copy. TinyCLIP reports training 1.4 to 7.8 times
@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from edgeclip.errors import EdgeclipError
 
 State = dict[str, Tensor]
+STACKED = ("attn.qkv.weight", "attn.qkv.bias", "attn.in_proj_weight", "attn.in_proj_bias")
+"""tensors in which the query, key and value projections lie one after the other"""
 
 
 class ViT(NamedTuple):
@@ -38,21 +40,30 @@ class ViT(NamedTuple):
 
 
 def vision_transformer(tower: nn.Module, where: str) -> ViT:
-    """The ViT in an image tower. Raises `EdgeclipError` where there is none, or one of an unusual
-    kind."""
+    """Return the ViT in an image tower.
+
+    Raises `EdgeclipError` where there is none, or one of an unusual kind.
+    """
     import open_clip
     import timm
 
-    module = tower.visual if isinstance(getattr(tower, "visual", None), nn.Module) else tower
+    module = tower
+    if isinstance(getattr(tower, "visual", None), nn.Module):
+        module = tower.visual
+    plain: tuple[type, ...]
     if isinstance(module, open_clip.transformer.VisionTransformer):
-        blocks, prefix_tokens = "transformer.resblocks", 1
-        plain: tuple[type, ...] = (
+        blocks = "transformer.resblocks"
+        prefix_tokens = 1
+        plain = (
             open_clip.transformer.ResidualAttentionBlock,
             nn.MultiheadAttention,
             nn.Sequential,
         )
     elif isinstance(module, timm.models.vision_transformer.VisionTransformer):
-        blocks, prefix_tokens = "blocks", 0 if module.no_embed_class else module.num_prefix_tokens
+        blocks = "blocks"
+        prefix_tokens = 0
+        if not module.no_embed_class:
+            prefix_tokens = module.num_prefix_tokens
         plain = (timm.models.vision_transformer.Block, timm.layers.Attention, timm.layers.Mlp)
     else:
         raise EdgeclipError(
@@ -73,12 +84,12 @@ def vision_transformer(tower: nn.Module, where: str) -> ViT:
 
 
 def inherit_from(student: nn.Module, teacher: nn.Module) -> None:
-    """Gives the student tower the teacher tower's weights, in place. Raises `EdgeclipError` where
-    they do not fit."""
-    own, larger = (
-        vision_transformer(student, "student.tower"),
-        vision_transformer(teacher, "student.inherit"),
-    )
+    """Give the student tower the teacher tower's weights, in place.
+
+    Raises `EdgeclipError` where they do not fit.
+    """
+    own = vision_transformer(student, "student.tower")
+    larger = vision_transformer(teacher, "student.inherit")
     if own.blocks != larger.blocks:
         raise EdgeclipError(
             "student.inherit",
@@ -86,10 +97,11 @@ def inherit_from(student: nn.Module, teacher: nn.Module) -> None:
             "take both from timm, or both from open_clip",
         )
     for what in ("head_dim", "prefix_tokens"):
-        if (a := getattr(own, what)) != (b := getattr(larger, what)):
+        wanted, given = getattr(own, what), getattr(larger, what)
+        if wanted != given:
             raise EdgeclipError(
                 "student.inherit",
-                f"has {what} {b}, student.tower has {a}",
+                f"has {what} {given}, student.tower has {wanted}",
                 "take two ViTs that agree in it",
             )
     own.module.load_state_dict(
@@ -98,8 +110,9 @@ def inherit_from(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def inherit(student: State, teacher: State, blocks: str, prefix_tokens: int) -> State:
-    """The teacher's weights in the student's names and shapes; of `student` only those are read.
+    """Return the teacher's weights in the student's names and shapes.
 
+    Of `student` only those are read.
     blocks: prefix of the layers' names, for example `transformer.resblocks`. Raises `EdgeclipError`
     for a tensor that the teacher lacks or has smaller, and for another patch size.
     """
@@ -112,9 +125,7 @@ def inherit(student: State, teacher: State, blocks: str, prefix_tokens: int) -> 
         )
     state = {}
     for name, own in student.items():
-        source = re.sub(
-            rf"^{re.escape(blocks)}\.(\d+)\.", lambda m: f"{blocks}.{int(m[1]) * stride}.", name
-        )
+        source = _source(name, blocks, stride)
         if source not in teacher:
             raise EdgeclipError(
                 "student.inherit", f"has no tensor '{source}'", "take two ViTs of one kind"
@@ -122,20 +133,16 @@ def inherit(student: State, teacher: State, blocks: str, prefix_tokens: int) -> 
         larger = teacher[source]
         if name.endswith(("pos_embed", "positional_embedding")):
             larger = resample(larger, own.shape[-2], prefix_tokens)
-        kernel = own.ndim == 4 and own.shape[2:] != larger.shape[2:]
-        if (
-            kernel
-            or own.ndim != larger.ndim
-            or any(a > b for a, b in zip(own.shape, larger.shape, strict=True))
-        ):
-            what = f"'{source}' is {tuple(larger.shape)}, which does not cover student.tower's {tuple(own.shape)}"
-            raise EdgeclipError("student.inherit", what, "take a wider ViT of the same patch size")
-        if name.endswith(
-            ("attn.qkv.weight", "attn.qkv.bias", "attn.in_proj_weight", "attn.in_proj_bias")
-        ):
-            state[name] = torch.cat(
-                [_leading(part, (own.shape[0] // 3, *own.shape[1:])) for part in larger.chunk(3)]
+        if not _covers(larger, own):
+            raise EdgeclipError(
+                "student.inherit",
+                f"'{source}' is {tuple(larger.shape)}, which does not cover "
+                f"student.tower's {tuple(own.shape)}",
+                "take a wider ViT of the same patch size",
             )
+        if name.endswith(STACKED):
+            third = (own.shape[0] // 3, *own.shape[1:])
+            state[name] = torch.cat([_leading(part, third) for part in larger.chunk(3)])
         else:
             state[name] = _leading(larger, tuple(own.shape)).clone()
     return state
@@ -144,8 +151,10 @@ def inherit(student: State, teacher: State, blocks: str, prefix_tokens: int) -> 
 def resample(
     positions: Float[Tensor, "*one L W"], length: int, prefix_tokens: int
 ) -> Float[Tensor, "*one M W"]:
-    """A positional embedding of `length` rows: its square grid of patches is interpolated, the
-    prefix rows stay."""
+    """Return a positional embedding of `length` rows.
+
+    Its square grid of patches is interpolated, the prefix rows stay.
+    """
     if positions.shape[-2] == length:
         return positions
     prefix, grid = positions.reshape(-1, positions.shape[-1]).tensor_split([prefix_tokens])
@@ -157,12 +166,28 @@ def resample(
             "take square grids",
         )
     image = grid.T.reshape(1, -1, old, old)
-    resized = (
-        F.interpolate(image, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
-        .flatten(2)[0]
-        .T
+    resized = F.interpolate(
+        image, size=(new, new), mode="bicubic", antialias=True, align_corners=False
     )
-    return torch.cat([prefix, resized]).reshape(*positions.shape[:-2], length, -1)
+    return torch.cat([prefix, resized.flatten(2)[0].T]).reshape(*positions.shape[:-2], length, -1)
+
+
+def _source(name: str, blocks: str, stride: int) -> str:
+    """Return the name of the teacher's tensor that the student's tensor `name` takes."""
+
+    def layer(match: re.Match[str]) -> str:
+        return f"{blocks}.{int(match[1]) * stride}."
+
+    return re.sub(rf"^{re.escape(blocks)}\.(\d+)\.", layer, name)
+
+
+def _covers(larger: Tensor, own: Tensor) -> bool:
+    """Return whether `own` is a leading slice of `larger`; kernels must be of one size."""
+    if own.ndim != larger.ndim:
+        return False
+    if own.ndim == 4 and own.shape[2:] != larger.shape[2:]:
+        return False
+    return all(a <= b for a, b in zip(own.shape, larger.shape, strict=True))
 
 
 def _leading(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -170,6 +195,6 @@ def _leading(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _depth(state: State, blocks: str) -> int:
-    return len(
-        {name[len(blocks) + 1 :].split(".")[0] for name in state if name.startswith(f"{blocks}.")}
-    )
+    prefix = f"{blocks}."
+    layers = {name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)}
+    return len(layers)

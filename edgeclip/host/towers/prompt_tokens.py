@@ -1,15 +1,16 @@
-"""Learnable prompt tokens in a frozen transformer: deep, independent visual and text prompts, as in
-PromptSRC.
+"""Put learnable prompt tokens into a frozen transformer.
 
-At each of the first `depth` blocks, `length` learnable tokens take part in the attention; a block's
-prompts replace what became of the block's before, later blocks carry the last ones on. The tower's
-own weights and code are used as they are, so that with length 0 the wrapped tower computes the
-library's result bit for bit (`tests/test_prompts.py`).
+Deep, independent visual and text prompts, as in PromptSRC. At each of the first `depth` blocks,
+`length` learnable tokens take part in the attention; a block's prompts replace what became of the
+block's before, later blocks carry the last ones on. The tower's own weights and code are used as
+they are, so that with length 0 the wrapped tower computes the library's result bit for bit
+(tests/host/towers/test_prompt_tokens.py).
 
-    image   [class | patches | prompts]           the first block's pass the tower's input norm, as its tokens do
-    text    [start | prompts | words . end]       the first block's get positions, as the words they stand for do
+    image   [class | patches | prompts]      the first block's pass the tower's input norm
+    text    [start | prompts | words . end]  the first block's get positions, as words do
 
-Source: PromptSRC (arXiv 2307.06948), the teacher of PromptKD and ComKD-CLIP (METHODS 1.1, 5.1).
+Source: PromptSRC (arXiv 2307.06948), the teacher of PromptKD and ComKD-CLIP
+(docs/design/methods.md#21-two-stages and #31-student-and-class-features).
 """
 
 from collections.abc import Callable
@@ -77,11 +78,10 @@ def _embed_timm(vit: nn.Module, pixels: Tensor) -> Tensor:
 
 
 class PromptedTower(nn.Module):
-    """A ViT image tower with prompts [depth, length, W]: pixels [B, 3, H, W] to features [B, D],
-    not normalized.
+    """A ViT image tower with prompts [depth, length, W].
 
-    Raises `EdgeclipError` for a tower that is no ViT of open_clip or timm, or has fewer than
-    `depth` blocks.
+    Pixels [B, 3, H, W] to features [B, D], not normalized. Raises `EdgeclipError` for a tower that
+    is no ViT of open_clip or timm, or has fewer than `depth` blocks.
     """
 
     def __init__(self, vit: nn.Module, length: int, depth: int):
@@ -97,21 +97,21 @@ class PromptedTower(nn.Module):
         own = x.shape[1]
         for i, block in enumerate(parts.blocks):
             if i < len(self.prompts):
-                prompts = self.prompts[i].repeat(
-                    x.shape[0], 1, 1
-                )  # no view: torch's flop counter refuses those of a parameter
-                x = torch.cat([x[:, :own], parts.norm(prompts) if i == 0 else prompts], dim=1)
+                # No view: torch's flop counter refuses those of a parameter.
+                prompts = self.prompts[i].repeat(x.shape[0], 1, 1)
+                if i == 0:
+                    prompts = parts.norm(prompts)
+                x = torch.cat([x[:, :own], prompts], dim=1)
             x = block(x)
         return parts.finish(x[:, :own])
 
 
 class PromptedText(nn.Module):
-    """open_clip's text tower with prompts [depth, length, W]: input_ids [N, L - length] to unit
-    features [N, D].
+    """open_clip's text tower with prompts [depth, length, W].
 
-    The ids are those of the words alone: the prompts are put in behind the start token here.
-    `init_ids` [I]: tokens whose embeddings the first block's prompts start from; those beyond I,
-    and all of the later blocks', are random.
+    input_ids [N, L - length] to unit features [N, D]. The ids are those of the words alone: the
+    prompts are put in behind the start token here. `init_ids` [I]: tokens whose embeddings the
+    first block's prompts start from; those beyond I, and all of the later blocks', are random.
 
     Raises `EdgeclipError` for a tower that is not CLIP's, or has fewer than `depth` blocks.
     """
@@ -120,14 +120,10 @@ class PromptedText(nn.Module):
         super().__init__()
         from open_clip.transformer import TextTransformer
 
-        text = getattr(
-            model, "text", model
-        )  # CustomTextCLIP keeps it apart, CLIP is its own text tower
-        if (
-            not (text is model or isinstance(text, TextTransformer))
-            or getattr(text, "cls_emb", None) is not None
-            or getattr(text, "use_pad_mask", False)
-        ):
+        text = _text_tower(model)
+        of_clip = text is model or isinstance(text, TextTransformer)
+        has_class_token = getattr(text, "cls_emb", None) is not None
+        if not of_clip or has_class_token or getattr(text, "use_pad_mask", False):
             raise EdgeclipError(
                 f"prompts in {type(text).__name__}",
                 "the text tower is not CLIP's plain transformer",
@@ -136,11 +132,9 @@ class PromptedText(nn.Module):
         _check_depth(depth, len(text.transformer.resblocks), "text")
         self.model = model
         self.length = length
-        self.pool, self.eos = (
-            (text.text_pool_type, text.text_eos_id)
-            if text is model
-            else (text.pool_type, text.eos_id)
-        )
+        prefix = "text_" if text is model else ""
+        self.pool: str = getattr(text, f"{prefix}pool_type")
+        self.eos: int = getattr(text, f"{prefix}eos_id")
         start = text.token_embedding(init_ids[:length]).detach()
         self.prompts = nn.Parameter(STD * torch.randn(depth, length, start.shape[1]))
         with torch.no_grad():
@@ -149,13 +143,18 @@ class PromptedText(nn.Module):
     def forward(self, input_ids: Int[Tensor, "N M"]) -> Float[Tensor, "N D"]:
         from open_clip.transformer import text_global_pool
 
-        text = getattr(self.model, "text", self.model)
+        text = _text_tower(self.model)
         gap = input_ids.new_zeros(input_ids.shape[0], self.length)
         ids = torch.cat([input_ids[:, :1], gap, input_ids[:, 1:]], dim=1)
-        mask = None if text.attn_mask is None else text.attn_mask[: ids.shape[1], : ids.shape[1]]
-        x = self._put(text.token_embedding(ids), 0) + text.positional_embedding[: ids.shape[1]]
+        length = ids.shape[1]
+        mask = text.attn_mask
+        if mask is not None:
+            mask = mask[:length, :length]
+        x = self._put(text.token_embedding(ids), 0) + text.positional_embedding[:length]
         for i, block in enumerate(text.transformer.resblocks):
-            x = block(self._put(x, i) if 0 < i < len(self.prompts) else x, attn_mask=mask)
+            if 0 < i < len(self.prompts):
+                x = self._put(x, i)
+            x = block(x, attn_mask=mask)
         x = text_global_pool(text.ln_final(x), ids, self.pool, eos_token_id=self.eos)
         if isinstance(text.text_projection, nn.Linear):
             x = text.text_projection(x)
@@ -164,18 +163,24 @@ class PromptedText(nn.Module):
         return F.normalize(x, dim=-1)
 
     def without_padding(self, input_ids: Int[Tensor, "N M"]) -> Int[Tensor, "N _"]:
-        """The ids up to the longest text's end where nothing behind it matters, which saves most of
-        the work; else all."""
-        if getattr(self.model, "text", self.model).attn_mask is None or self.pool not in (
-            "argmax",
-            "eos",
-        ):
+        """Return the ids up to the longest text's end where nothing behind it matters, else all.
+
+        That saves most of the work.
+        """
+        causal = _text_tower(self.model).attn_mask is not None
+        if not causal or self.pool not in ("argmax", "eos"):
             return input_ids
         return input_ids[:, : int((input_ids != 0).sum(dim=1).max())]
 
     def _put(self, x: Tensor, block: int) -> Tensor:
         prompts = self.prompts[block].expand(x.shape[0], -1, -1)
         return torch.cat([x[:, :1], prompts, x[:, 1 + self.length :]], dim=1)
+
+
+def _text_tower(model: nn.Module) -> nn.Module:
+    """Return the text tower: CustomTextCLIP keeps it apart, CLIP is its own."""
+    tower: nn.Module = getattr(model, "text", model)
+    return tower
 
 
 def _check_depth(depth: int, blocks: int, which: str) -> None:

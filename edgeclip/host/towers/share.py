@@ -1,9 +1,9 @@
-"""Shared blocks: n unique transformer blocks stacked m times (Pea-KD's shuffled parameter sharing,
-arXiv 2009.14822).
+"""Share blocks: n unique transformer blocks stacked m times.
 
-The depth of n * m blocks at the weights of n. When shuffled, query and key projections change
-places in every repeated pass, so that the passes differ: their attention logits are each other's
-transpose. (What Pea-KD itself shuffles was not read; swapping query and key is the common reading.)
+Pea-KD's shuffled parameter sharing (arXiv 2009.14822): the depth of n * m blocks at the weights of
+n. When shuffled, query and key projections change places in every repeated pass, so that the passes
+differ: their attention logits are each other's transpose. (What Pea-KD itself shuffles was not
+read; swapping query and key is the common reading.)
 
 `fold` unrolls them before a graph is traced. The unrolled passes read one copy of every weight;
 only the exchanged query-key-value weights are a second copy, 3 W^2 + 3 W numbers a block, which all
@@ -30,17 +30,19 @@ class SharedBlocks(nn.Module):
     def __init__(self, unique: list[nn.Module], times: int, shuffle: bool):
         super().__init__()
         self.unique = nn.ModuleList(unique)
-        self.times, self.shuffle = times, shuffle
+        self.times = times
+        self.shuffle = shuffle
 
     def __len__(self) -> int:
         return len(self.unique) * self.times
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         for repeat in range(self.times):
-            yield from (
-                partial(swapped, block) if repeat and self.shuffle else block
-                for block in self.unique
-            )
+            for block in self.unique:
+                if repeat and self.shuffle:
+                    yield partial(swapped, block)
+                else:
+                    yield block
 
     def forward(self, tokens: Tensor) -> Tensor:
         for block in self:
@@ -48,16 +50,18 @@ class SharedBlocks(nn.Module):
         return tokens
 
     def fuse(self) -> nn.Sequential:
-        """The same passes as plain blocks, which a tracer takes; timm's re-parameterization, and so
-        `fold`, asks for it."""
-        repeated = (
-            [_exchanged(block) for block in self.unique] if self.shuffle else list(self.unique)
-        )
+        """Return the same passes as plain blocks, which a tracer takes.
+
+        timm's re-parameterization, and so `fold`, asks for it.
+        """
+        repeated = list(self.unique)
+        if self.shuffle:
+            repeated = [_exchanged(block) for block in self.unique]
         return nn.Sequential(*self.unique, *repeated * (self.times - 1))
 
 
 def swapped(block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """The block's answer with the roles of its query and key projections exchanged."""
+    """Return the block's answer with the roles of its query and key projections exchanged."""
     out: Tensor = torch.func.functional_call(block, _exchanged_weights(block), args, kwargs)
     return out
 
@@ -69,17 +73,14 @@ def _exchanged_weights(block: nn.Module) -> dict[str, Tensor]:
             query, key, v = value.chunk(3)
             state[name] = torch.cat([key, query, v])
         elif name.startswith(("attn.q_norm.", "attn.k_norm.")):  # a projection's norm goes with it
-            other = (
-                name.replace("q_norm", "k_norm")
-                if "q_norm" in name
-                else name.replace("k_norm", "q_norm")
-            )
-            state[name] = block.get_parameter(other)
+            _, norm, rest = name.split(".", 2)
+            other = {"q_norm": "k_norm", "k_norm": "q_norm"}[norm]
+            state[name] = block.get_parameter(f"attn.{other}.{rest}")
     return state
 
 
 def _exchanged(block: nn.Module) -> nn.Module:
-    """A block that shares every weight with `block` but those that are exchanged."""
+    """Return a block that shares every weight with `block` but those that are exchanged."""
     own = {id(p): p for p in block.parameters()}
     other = copy.deepcopy(block, own)
     for name, value in _exchanged_weights(block).items():
@@ -89,10 +90,10 @@ def _exchanged(block: nn.Module) -> nn.Module:
 
 
 def share(tower: nn.Module, spec: R.Share) -> None:
-    """Puts shared blocks into a ViT tower, in place; block i is the tower's block i * (depth //
-    blocks).
+    """Put shared blocks into a ViT tower, in place.
 
-    Raises `EdgeclipError` for a tower that is no ViT or has fewer blocks than are asked for.
+    Block i is the tower's block i * (depth // blocks). Raises `EdgeclipError` for a tower that is
+    no ViT or has fewer blocks than are asked for.
     """
     vit = vision_transformer(tower, "student.tower")
     own = list(vit.module.get_submodule(vit.blocks).children())
@@ -103,6 +104,5 @@ def share(tower: nn.Module, spec: R.Share) -> None:
             "ask for fewer",
         )
     stride = len(own) // spec.blocks
-    vit.module.set_submodule(
-        vit.blocks, SharedBlocks(own[: stride * spec.blocks : stride], spec.times, spec.shuffle)
-    )
+    unique = own[: stride * spec.blocks : stride]
+    vit.module.set_submodule(vit.blocks, SharedBlocks(unique, spec.times, spec.shuffle))

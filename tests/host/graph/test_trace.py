@@ -139,7 +139,7 @@ def test_multiply_accumulates_of_matrix_products_by_hand():
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_multiply_accumulates_of_a_convolution_are_torchs(groups):
-    from edgeclip.host.towers.weights import macs
+    from edgeclip.host.towers.counting import macs
 
     module = nn.Sequential(
         nn.Conv2d(3, 6, 3, stride=2, padding=1, groups=groups, bias=False)

@@ -20,7 +20,7 @@ from edgeclip.host.distill.train import train
 from edgeclip.host.distill.training import Learner
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.teachers import open_clip as teachers
-from edgeclip.host.towers import weights
+from edgeclip.host.towers import counting
 from edgeclip.host.towers.fold import fold
 from edgeclip.host.towers.prompt_tokens import PromptedText, PromptedTower
 from tests.support.prompted import PIXELS, TEACHER, TEXT, TINY, VISION, images_of, onnx_run
@@ -181,7 +181,7 @@ def test_the_papers_student_trains_prompts_projector_and_edu_attention_only():
     assert trainable(student) == 3 * 4 * width + projector
     assert trainable(students.EduAttentionHead(d, R.EduAttention())) == d * d + d + 1
     free, _ = students.build(student_spec("open_clip", freeze=False), d)
-    assert trainable(free) == weights.parameters(free) == weights.parameters(student)
+    assert trainable(free) == counting.parameters(free) == counting.parameters(student)
 
 
 @pytest.mark.parametrize("tower", TOWERS)

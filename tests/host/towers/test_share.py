@@ -14,7 +14,7 @@ from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.host.export import export
 from edgeclip.host.graph import trace as graph
-from edgeclip.host.towers import weights
+from edgeclip.host.towers import counting
 from edgeclip.host.towers.fold import fold
 from edgeclip.host.towers.share import swapped
 from tests.support.toy_bundle import WIDTH, toy_target
@@ -58,10 +58,12 @@ def test_it_weighs_as_its_unique_blocks_and_runs_as_deep_as_all_passes(tower):
     whole, preprocess = build(tower, None)
     shared = build(tower, R.Share(blocks=2, times=3))[0]
     assert len(blocks(shared)) == 6
-    one = weights.parameters(next(blocks(whole).children()))
-    assert weights.parameters(whole) - weights.parameters(shared) == one * (len(blocks(whole)) - 2)
+    one = counting.parameters(next(blocks(whole).children()))
+    assert counting.parameters(whole) - counting.parameters(shared) == one * (
+        len(blocks(whole)) - 2
+    )
     macs = {
-        (n, m): weights.macs(build(tower, R.Share(blocks=n, times=m))[0], preprocess.size)
+        (n, m): counting.macs(build(tower, R.Share(blocks=n, times=m))[0], preprocess.size)
         for n, m in ((1, 1), (1, 2), (2, 3))
     }
     assert macs[2, 3] == macs[1, 1] + 5 * (macs[1, 2] - macs[1, 1])
@@ -133,7 +135,7 @@ def test_the_exported_graph_answers_as_torch_and_holds_a_second_copy_of_what_is_
         numbers[shuffle] = sum(
             v.size for v in graph.initializers(model).values() if v.dtype == np.float32
         )
-        assert numbers[False] == pytest.approx(weights.parameters(student), rel=0.02)
+        assert numbers[False] == pytest.approx(counting.parameters(student), rel=0.02)
     width = attention(blocks(student).unique[0])[0].shape[1]
     assert numbers[True] - numbers[False] == 2 * (3 * width**2 + 3 * width)
 
@@ -151,7 +153,7 @@ def test_a_bundle_of_a_shared_student_is_the_student(source, tmp_path, target):
     assert (bundle.encode_pixels(pixels) * expected).sum(axis=1).min() > (
         1 - 1e-6 if target == "onnx-fp32" else 0.99
     )
-    print(target, bundle.manifest.image_encoder_bytes, weights.parameters(student))
+    print(target, bundle.manifest.image_encoder_bytes, counting.parameters(student))
 
 
 def test_more_blocks_than_there_are_and_a_cnn_are_refused():

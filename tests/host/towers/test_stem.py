@@ -14,7 +14,7 @@ from edgeclip.host import student as students
 from edgeclip.host.distill import qat as quantized
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.qdq import calibrate, quantize
-from edgeclip.host.towers import weights
+from edgeclip.host.towers import counting, weights
 from edgeclip.host.towers.fold import fold
 from tests.support.families import lively
 
@@ -68,9 +68,9 @@ def test_it_is_the_cnns_stages_a_projection_and_the_vits_own_blocks(student):
 
 def test_patches_of_the_map_are_fewer_tokens(student):
     built, _ = students.build(spec(patch=2), D)
-    assert built.tower.pos_embed.shape == (1, 1 + 4, 192) and weights.macs(
+    assert built.tower.pos_embed.shape == (1, 1 + 4, 192) and counting.macs(
         built, SIZE
-    ) < weights.macs(student, SIZE)
+    ) < counting.macs(student, SIZE)
 
 
 def test_pretrained_stages_and_their_preprocessing_are_taken():
@@ -158,7 +158,7 @@ def test_the_stem_learns_at_a_rate_of_its_own(student):
     assert [g["lr"] for g in groups] == pytest.approx([5e-3, 1.25e-3, 1e-2]) and sum(
         p.numel() for p in groups[1]["params"]
     ) == stem
-    assert sum(p.numel() for g in groups for p in g["params"]) == weights.parameters(student)
+    assert sum(p.numel() for g in groups for p in g["params"]) == counting.parameters(student)
 
 
 @pytest.mark.parametrize(
