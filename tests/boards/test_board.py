@@ -117,8 +117,8 @@ def test_the_shipped_loopback_needs_no_setup(shipped_bundle, tmp_path, home):
     bundle = Bundle.load(shipped_bundle("onnx-fp32"))
     with Board(name, device, options=None) as board:
         board.prepare([bundle], None)
-        assert board.validate(bundle, None)["verdict"] == "golden images only"
-        assert board.bench(bundle, Load(Minimum(0.0, 5), ("offline",)))["offline"]["queries"] >= 1
+        assert board.validate(bundle, None).verdict == "golden images only"
+        assert board.bench(bundle, Load(Minimum(0.0, 5), ("offline",))).offline.queries >= 1
 
 
 def test_a_command_prefix_is_a_way_too(shipped_bundle, tmp_path):
@@ -129,7 +129,7 @@ def test_a_command_prefix_is_a_way_too(shipped_bundle, tmp_path):
     bundle = Bundle.load(shipped_bundle("onnx-fp32"))
     with Board(name, device) as board:
         board.prepare([bundle], None)
-        assert board.validate(bundle, None)["failures"] == []
+        assert board.validate(bundle, None).failures == []
     result = run(
         "selftest",
         "--bundle",
@@ -258,7 +258,7 @@ def test_two_at_once_would_measure_each_other(shipped_bundle, tmp_path):
                 board.validate(bundle, None)
             with pytest.raises(EdgeclipError, match="another edgeclip is at work there"):
                 board.clean()  # nor does it take away what another is measuring
-        assert board.validate(bundle, None)["failures"] == []
+        assert board.validate(bundle, None).failures == []
         assert board.clean() and not (tmp_path / "b").exists()
 
 

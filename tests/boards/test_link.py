@@ -17,8 +17,10 @@ from edgeclip.boards import runner
 from edgeclip.boards.board import Board, Load
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import load as load_device
+from edgeclip.device.records import BenchReport, EnergyMarks, from_json, to_json
 from edgeclip.errors import EdgeclipError, LinkLost
 from tests.support.command import mistake, run
+from tests.support.reports import bench_report
 from tests.support.sshd import mount_tmpfs, profile, working_below, write_ssh_config
 
 
@@ -142,7 +144,7 @@ def test_a_benchmark_whose_link_breaks_is_marked_incomplete_and_ends_there(
     assert report["failures"]
     from edgeclip.reports.targets import verdict
 
-    assert "do not ship" in verdict(None, report) and "incomplete" in verdict(None, report)
+    assert "do not ship" in verdict(None, from_json(report, BenchReport, "the report")) and "incomplete" in verdict(None, report)
     for _ in range(100):
         if not working_below(on_board):
             break
@@ -152,21 +154,17 @@ def test_a_benchmark_whose_link_breaks_is_marked_incomplete_and_ends_there(
 
 def test_a_meters_file_that_is_gone_after_the_load_costs_the_energy_alone(shipped_bundle, tmp_path):
     board = Board(*load_device("loopback"))
-    marks = {"times": [0.0, 1.0, 2.0], "count": 9, "temperatures": []}
-    measured = {
-        "single_stream": {"latency_ms_p90": 1.0},
-        "peak_memory_mib": 9,
-        "energy": marks,
-        "energy_mj_per_image": None,
-        "failures": [],
-    }
-    board.clock, board._run = lambda: (0.0, 0.1), lambda *_, **__: (dict(measured), b"")
+    marks = EnergyMarks((0.0, 1.0, 2.0), [(1.0, 0), (2.0, 9)], [])
+    measured = bench_report(marks=marks)
+    board.clock, board._run = lambda: (0.0, 0.1), lambda *_, **__: (to_json(measured), b"")
     report = board.bench(
         Bundle.load(shipped_bundle("onnx-fp32")),
         Load(board.device.bench, ("single_stream",), meter_csv=tmp_path / "gone.csv"),
     )
-    assert report["single_stream"] == measured["single_stream"] and report["energy"] is None
-    assert [f.split(":")[0] for f in report["failures"]] == ["energy not measured"]
+    assert report.single_stream == measured.single_stream
+    assert report.energy is None
+    assert report.marks is None
+    assert [f.split(":")[0] for f in report.failures] == ["energy not measured"]
     board.loop.close()
 
 
@@ -245,7 +243,7 @@ def test_a_board_that_rebooted_between_the_build_and_the_run(shipped_bundle, ssh
         with pytest.raises(LinkLost, match="started anew since it was looked at"):
             board.validate(bundle, None)
         board.prepare([bundle], None)  # what lies there is whole: nothing travels again
-        assert board.validate(bundle, None)["failures"] == []
+        assert board.validate(bundle, None).failures == []
 
 
 def test_a_board_that_is_another_one_is_not_measured(a_run, sshd, home, tmp_path):

@@ -218,7 +218,8 @@ def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_t
     after = disk.read_json(here / "r/reports/rev.host-cpu.bench.json")
     assert (
         after["single_stream"] == before["single_stream"]
-        and "kept from the last report, not measured now: single_stream, multi_stream" in result.stdout
+        and "kept from the last report, not measured now: single_stream, multi_stream"
+        in result.stdout
     )
     assert sorted(p.name for p in (here / "r" / "reports").iterdir()) == [
         "rev.host-cpu.bench.json",

@@ -148,6 +148,9 @@ def test_from_the_command_line(here):
         and bundle.manifest.text.vocabulary.kept < 60
     )
     mistake(
-        *same, "--image-only", says="there is no text encoder whose tokens it could keep", only_line=False
+        *same,
+        "--image-only",
+        says="there is no text encoder whose tokens it could keep",
+        only_line=False,
     )
     assert "belongs to --layout bundle" in run(*same, "--layout", "optimum").stderr
