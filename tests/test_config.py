@@ -132,7 +132,7 @@ def test_a_device_that_is_not_this_machine_is_refused():
     here = device.require_here("any", device.Device(runtimes=["onnxruntime"]))
     assert (
         device.require_here(
-            "own", device.Device(runtimes=[], recognize=device.Recognize(arch=here["arch"]))
+            "own", device.Device(runtimes=[], recognize=device.Recognize(arch=here.arch))
         )
         is not None
     )
@@ -209,3 +209,66 @@ def test_a_rule_of_a_struct_is_told_at_its_path(tmp_path):
     with pytest.raises(EdgeclipError) as e:
         config.convert({"parts": [{"count": 1}, {"count": 4}]}, Whole, "r.yaml")
     assert str(e.value) == "r.yaml: parts[1].count: is too large; lower it"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("licence: CC0", "licence: was renamed to `license`"),
+        ("max_pictures: 3", "max_pictures: was renamed to `max_images`"),
+        ("centre_texts: true", "centre_texts: was renamed to `center_texts`"),
+        ("unlabelled: 0.1", "unlabelled: was renamed to `unlabeled`"),
+        ("distill: {quantize: onnx-int8}", r"distill: was renamed to `qat: \{target: NAME\}`"),
+        ("train: {first: {}}", r"train\.first: was renamed to `train\.pretrain`"),
+    ],
+)
+def test_a_recipe_in_the_words_of_0_1_is_told_the_new_one(tmp_path, text, says):
+    with pytest.raises(EdgeclipError, match=says):
+        recipe.load(write(tmp_path, f"{text}\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("calibration: {pictures: 9}", r"calibration\.pictures: was renamed to `images`"),
+        (
+            "tolerance: {centred_cosine_p1: 0.9}",
+            r"tolerance\.centred_cosine_p1: was renamed to `centered_cosine_p1`",
+        ),
+        (
+            "tolerance: {optimisation_agreement: 0.9}",
+            r"tolerance\.optimisation_agreement: was renamed to `optimization_agreement`",
+        ),
+    ],
+)
+def test_a_target_in_the_words_of_0_1_is_told_the_new_one(tmp_path, text, says):
+    with pytest.raises(EdgeclipError, match=says):
+        target.load(str(write(tmp_path, f"{text}\n")))
+
+
+def test_a_device_in_the_words_of_0_1_is_told_the_new_one(tmp_path):
+    with pytest.raises(EdgeclipError, match="recognise: was renamed to `recognize`"):
+        device.load(str(write(tmp_path, "recognise: {arch: x86_64}\n")))
+    with pytest.raises(EdgeclipError, match="memory_bandwidth_gb_s: is not used any more"):
+        device.load(str(write(tmp_path, "memory_bandwidth_gb_s: 10\n")))
+
+
+def test_every_new_word_is_a_field_that_somebody_reads():
+    """A table that names a field nobody has would send the user from one error to the next."""
+    from edgeclip.device import manifest, records
+    from edgeclip.device.zero_shot import EduAttention
+    from edgeclip.host import recipe as recipes
+
+    known = set(EduAttention._fields)
+    for module in (
+        manifest,
+        records,
+        target,
+        device,
+        recipes,
+        recipes.ingredients,
+        recipes.training,
+    ):
+        for found in vars(module).values():
+            known.update(getattr(found, "__struct_fields__", ()))
+    assert set(config.RENAMED.values()) <= known

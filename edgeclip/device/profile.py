@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Annotated
 
 from msgspec import Meta
 
 from edgeclip import config
-from edgeclip.config import Config
+from edgeclip.config import BrokenRule, Config
 from edgeclip.device import machine
 from edgeclip.device.runtime import INSTALL
 from edgeclip.errors import EdgeclipError, did_you_mean
@@ -31,6 +31,13 @@ class Reach(Config):
     """what starts the board's Python, as [/opt/python3.11/bin/python3]"""
     folder: str = "~/.cache/edgeclip/board"
     """everything that edgeclip leaves on the board lies below it"""
+
+    def __post_init__(self) -> None:
+        ways = (self.ssh is not None, bool(self.command), self.sshd)
+        if sum(ways) > 1:
+            raise BrokenRule("", "ssh, command and sshd exclude each other", "keep one")
+        if self.emulate and not self.sshd:
+            raise BrokenRule("emulate", "goes with sshd: true only", "add it, or remove emulate")
 
 
 class Recognize(Config):
@@ -78,36 +85,29 @@ class Device(Config, kw_only=True):
     cpus: tuple[int, ...] = ()
     """the processors to run on, by the kernel's numbers; none: all"""
     offline_batch: Annotated[int, Meta(ge=1)] = 8
-    memory_bandwidth_gb_s: float | None = None
-    """the data sheet's peak"""
     rails: tuple[str, ...] = ()
     """power rails whose sum is the board's draw: labels of hwmon channels, or RAPL domains"""
     bench: Minimum = Minimum()
     budget: Budget = Budget()
 
+    def __post_init__(self) -> None:
+        _check_known("runtimes", self.runtimes, INSTALL)
+        _check_known("providers", self.providers, PROVIDERS)
+
+
+def _check_known(field: str, words: Iterable[str], known: Collection[str]) -> None:
+    for word in words:
+        if word not in known:
+            raise BrokenRule(field, f"unknown '{word}'", did_you_mean(word, known))
+
 
 def load(name: str) -> tuple[str, Device]:
+    """Return (name, device) for a bare name or a path.
+
+    Raises `EdgeclipError` with the field and the rule, or with a did-you-mean for the name.
+    """
     path = config.find("device", name)
-    device = config.load(path, Device)
-    reach = device.reach
-    if sum((reach.ssh is not None, bool(reach.command), reach.sshd)) > 1:
-        raise EdgeclipError(
-            f"{path}: reach", "ssh, command and sshd exclude each other", "keep one"
-        )
-    if reach.emulate and not reach.sshd:
-        raise EdgeclipError(
-            f"{path}: reach.emulate", "goes with sshd: true only", "add it, or remove emulate"
-        )
-    for field, given, known in (
-        ("runtimes", device.runtimes, INSTALL),
-        ("providers", device.providers, PROVIDERS),
-    ):
-        for word in given:
-            if word not in known:
-                raise EdgeclipError(
-                    f"{path}: {field}", f"unknown '{word}'", did_you_mean(word, known)
-                )
-    return path.stem, device
+    return path.stem, config.load(path, Device)
 
 
 def is_remote(device: Device) -> bool:
@@ -119,7 +119,7 @@ def is_remote(device: Device) -> bool:
 
 
 def differences(device: Device, facts: machine.Facts) -> list[str]:
-    """In what a machine is not that device."""
+    """Return the mismatches between a machine and the device profile."""
     found = []
     for field in ("device_tree_model", "device_tree_compatible", "cpu", "gpu", "arch"):
         wanted = getattr(device.recognize, field)
@@ -159,8 +159,8 @@ def require_here(name: str, device: Device) -> machine.Facts:
         way = " ".join(device.reach.python)
         raise EdgeclipError(
             f"{name}: reach.python",
-            f"'{way}' takes no part on the board itself",
-            "name processors in cpus, and run the rest by hand",
+            f"'{way}' is ignored when running on the board itself",
+            "set `cpus` instead, and run the rest by hand",
         )
     if wrong := differences(device, here):
         raise EdgeclipError(

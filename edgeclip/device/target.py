@@ -1,16 +1,16 @@
-"""A target: how a student is exported, and how much it may lose on the way. `export/*.yaml` are read into this."""
+"""A target: how a student is exported, and how much it may lose on the way.
+
+`export/*.yaml` are read into this; `edgeclip list targets` names them.
+"""
 
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
 from edgeclip import config
-from edgeclip.config import Config
-from edgeclip.errors import EdgeclipError
+from edgeclip.config import BrokenRule, Config
 
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
-
-
 PRECISIONS = {
     "onnxruntime": ("fp32", "fp16", "int8"),
     "openvino": ("fp32", "fp16", "int8"),
@@ -23,24 +23,35 @@ TEXT_PRECISIONS = {
 }
 
 
+CANDIDATES = ("methods", "smoothing", "layers", "model_types")
+"""fields of a calibration of which every combination is tried"""
+
+
 class Calibration(Config):
-    """Images that give the ranges, and the candidates that are tried on this machine: of those that hold the tolerance the fastest ships."""
+    """Images that give the ranges, and the candidates that are tried on this machine.
+
+    Of those that hold the tolerance the fastest ships.
+    """
 
     images: Annotated[int, Meta(ge=8)] = 256
     """from the training part only, picked by `seed`"""
     seed: int = 0
     judged_on: Annotated[int, Meta(ge=0)] = 128
-    """so many further training images, none of which gave ranges, are what candidates are judged on; 0: the images of the ranges"""
+    """so many further training images, none of which gave ranges, are what candidates are judged on;
+    0: the images of the ranges"""
     judged_cosine_p1: Fraction = 0.0
-    """what the search asks of the centered cosine on those images where it is more than the tolerance: images that training has
-    seen are answered with a wider lead than new ones, so their answers survive a rounding that costs new ones theirs"""
+    """what the search asks of the centered cosine on those images where it is more than the
+    tolerance: images that training has seen are answered with a wider lead than new ones, so their
+    answers survive a rounding that costs new ones theirs"""
     methods: tuple[Literal["minmax", "mean", "percentile", "entropy"], ...] = ("minmax", "mean")
-    """how ranges are taken: over everything; the mean of each image's; a histogram's 99.999 %; by least entropy loss"""
+    """how ranges are taken: over everything; the mean of each image's; a histogram's 99.999 %; by
+    least entropy loss"""
     smoothing: tuple[Fraction | None, ...] = (None, 0.5)
-    """SmoothQuant's alpha, how far outlier channels behind a LayerNorm are moved into the weights; null: not at all"""
+    """SmoothQuant's alpha, how far outlier channels behind a LayerNorm are moved into the weights;
+    null: not at all"""
     layers: tuple[Literal["all", "dense", "residual"], ...] = ("all",)
-    """all: what the policy allows; dense: depthwise convolutions stay in float; residual, openvino only: all, and the residual
-    additions too, which it computes with the convolution before them"""
+    """all: what the policy allows; dense: depthwise convolutions stay in float; residual, openvino
+    only: all, and the residual additions too, which it computes with the convolution before them"""
     model_types: tuple[Literal["transformer"] | None, ...] = (None,)
     """openvino only: NNCF's pattern sets; transformer suits ViT towers, null convolutional ones"""
     probe_layers: Annotated[int, Meta(ge=0)] = 12
@@ -52,6 +63,14 @@ class Calibration(Config):
     min_speedup: Annotated[float, Meta(ge=0.0)] = 1.0
     """over float32 in the same runtime, where it is measured; with less an int8 target is refused"""
 
+    def __post_init__(self) -> None:
+        for field in CANDIDATES:
+            values = getattr(self, field)
+            if not values or len(set(values)) < len(values):
+                raise BrokenRule(
+                    field, "is empty or names something twice", "give each candidate once"
+                )
+
 
 class Tolerance(Config, kw_only=True):
     """Limits on error, each against the fp32 torch student on the same images."""
@@ -61,11 +80,13 @@ class Tolerance(Config, kw_only=True):
     top1_agreement: Fraction
     """share of images with the same first answer"""
     agreement_where_right: Fraction | None = None
-    """the same over the images that the student answers rightly, which needs labels; null: not asked for"""
+    """the same over the images that the student answers rightly, which needs labels; null: not
+    asked for"""
     accuracy_drop_pp: Annotated[float, Meta(ge=0.0)]
     """margin in percentage points; the one-sided 95 % limit of the paired drop must lie below it"""
     optimization_agreement: Fraction | None = None
-    """ONNX Runtime only: top-1 agreement of the graph optimizations BASIC and ALL; null: not compared"""
+    """ONNX Runtime only: top-1 agreement of the graph optimizations BASIC and ALL; null: not
+    compared"""
 
 
 class Target(Config, kw_only=True):
@@ -79,10 +100,58 @@ class Target(Config, kw_only=True):
     activations: Literal["uint8", "int8"] | None = None
     """int8 on onnxruntime: uint8 is the fast form on x86 with VNNI, int8 that of ARM"""
     reduce_range: Literal["never", "always", "as_host"] | None = None
-    """uint8 activations only: 7-bit weights, because an x86 without VNNI adds pairs of 8-bit products in 16 bits, which
-    saturates; as_host: by the instruction set of the machine that exports, which the bundle records"""
+    """uint8 activations only: 7-bit weights, because an x86 without VNNI adds pairs of 8-bit
+    products in 16 bits, which saturates; as_host: by the instruction set of the machine that
+    exports, which the bundle records"""
     text: Literal["fp32", "fp16", "int8"] = "int8"
     """weights of the text encoder, whose embedding table is most of its bytes"""
+
+    def __post_init__(self) -> None:
+        quantized = self.precision in ("int8", "fp8")
+        if quantized != (self.calibration is not None):
+            raise BrokenRule(
+                "calibration",
+                "belongs to precision int8 and fp8, and only to them",
+                "add or remove it",
+            )
+        if self.runtime == "onnxruntime" and self.precision == "int8" and not self.activations:
+            raise BrokenRule("activations", "is missing", "say uint8 (x86) or int8 (ARM)")
+        if self.calibration is not None:
+            self._check_calibration(self.calibration)
+        if (self.activations == "uint8") != (self.reduce_range is not None):
+            raise BrokenRule(
+                "reduce_range",
+                "belongs to activations: uint8, and only to it",
+                "say never, always or as_host, or remove it",
+            )
+        if self.tolerance.optimization_agreement is not None and self.runtime != "onnxruntime":
+            raise BrokenRule(
+                "tolerance.optimization_agreement",
+                "belongs to onnxruntime: elsewhere there is no BASIC and ALL",
+                "remove it",
+            )
+        self._check_runtime_has("precision", self.precision, PRECISIONS)
+        self._check_runtime_has("text", self.text, TEXT_PRECISIONS)
+
+    def _check_calibration(self, calibration: Calibration) -> None:
+        if self.runtime != "openvino" and calibration.model_types != (None,):
+            raise BrokenRule("calibration.model_types", "belongs to openvino", "remove it")
+        if self.runtime != "openvino" and "residual" in calibration.layers:
+            raise BrokenRule("calibration.layers", "residual belongs to openvino", "remove it")
+        if self.runtime == "tensorrt" and self.opset < 19:
+            raise BrokenRule(
+                "opset",
+                f"opset {self.opset} has neither fp8 nor Q/DQ with float16 scales",
+                "use opset 19 or 20",
+            )
+
+    def _check_runtime_has(
+        self, field: str, value: str, allowed: dict[str, tuple[str, ...]]
+    ) -> None:
+        known = allowed[self.runtime]
+        if value not in known:
+            what = f"{self.runtime} bundles have no {field} {value} here"
+            raise BrokenRule(field, what, f"use one of: {', '.join(known)}")
 
 
 class NamedTarget(Target, kw_only=True):
@@ -93,67 +162,9 @@ class NamedTarget(Target, kw_only=True):
 
 
 def load(name: str) -> tuple[str, Target]:
-    """(name, target) for a bare name or a path; raises `EdgeclipError` with a did-you-mean."""
+    """Return (name, target) for a bare name or a path.
+
+    Raises `EdgeclipError` with the field and the rule, or with a did-you-mean for the name.
+    """
     path = config.find("target", name)
-    target = config.load(path, Target)
-    if (target.precision in ("int8", "fp8")) != (target.calibration is not None):
-        raise EdgeclipError(
-            f"{path}: calibration",
-            "belongs to precision int8 and fp8, and only to them",
-            "add or remove it",
-        )
-    if (
-        target.runtime == "onnxruntime"
-        and target.precision == "int8"
-        and target.activations is None
-    ):
-        raise EdgeclipError(f"{path}: activations", "is missing", "say uint8 (x86) or int8 (ARM)")
-    if target.calibration is not None:
-        if field := next(
-            (
-                f
-                for f in ("methods", "smoothing", "layers", "model_types")
-                if not (v := getattr(target.calibration, f)) or len(set(v)) < len(v)
-            ),
-            None,
-        ):
-            raise EdgeclipError(
-                f"{path}: calibration.{field}",
-                "is empty or names something twice",
-                "give each candidate once",
-            )
-        if target.runtime != "openvino" and target.calibration.model_types != (None,):
-            raise EdgeclipError(
-                f"{path}: calibration.model_types", "belongs to openvino", "remove it"
-            )
-        if target.runtime != "openvino" and "residual" in target.calibration.layers:
-            raise EdgeclipError(
-                f"{path}: calibration.layers", "residual belongs to openvino", "remove it"
-            )
-    if (target.activations == "uint8") != (target.reduce_range is not None):
-        raise EdgeclipError(
-            f"{path}: reduce_range",
-            "belongs to activations: uint8, and only to it",
-            "say never, always or as_host, or remove it",
-        )
-    if target.tolerance.optimization_agreement is not None and target.runtime != "onnxruntime":
-        raise EdgeclipError(
-            f"{path}: tolerance.optimization_agreement",
-            "belongs to onnxruntime: elsewhere there is no BASIC and ALL",
-            "remove it",
-        )
-    if target.runtime == "tensorrt" and target.calibration and target.opset < 19:
-        raise EdgeclipError(
-            f"{path}: opset",
-            f"opset {target.opset} has neither fp8 nor Q/DQ with float16 scales",
-            "use opset 19 or 20",
-        )
-    for field, allowed in (("precision", PRECISIONS), ("text", TEXT_PRECISIONS)):
-        asked = getattr(target, field)
-        if asked not in allowed[target.runtime]:
-            raise EdgeclipError(
-                f"{path}: {field}",
-                f"{target.runtime} bundles have no {field} {asked} here",
-                f"use one of: {', '.join(allowed[target.runtime])}",
-            )
-    return path.stem, target
+    return path.stem, config.load(path, Target)

@@ -258,7 +258,7 @@ def test_what_would_start_a_boards_python_is_not_left_out_on_the_board_itself():
     )
     with pytest.raises(
         EdgeclipError,
-        match=r"toy: reach\.python: 'taskset -c 4-7 python3' takes no part on the board itself",
+        match=r"toy: reach\.python: 'taskset -c 4-7 python3' is ignored when running on the board itself",
     ):
         device.require_here("toy", here)
 
