@@ -1,9 +1,9 @@
 """Where training stands, on disk, so that a run that is killed goes on as if it had not been.
 
     runs/<name>/checkpoint/<step>/
-        state.safetensors   weights, optimizer state, random state of each process, the losses of
+        state.safetensors   weights, optimizer state, random state of each process, losses of
                             this epoch so far
-        state.json          position, log, random state of the data order, loss scale, seconds so far
+        state.json          position, log, state of the data order, loss scale, seconds so far
         manifest.json       last
 
 The number is that of the steps done in all. The newest one whose hashes are right counts; the older

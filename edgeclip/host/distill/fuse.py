@@ -1,11 +1,12 @@
-"""Several teachers made one: their unit features side by side, and one learned linear map into the first one's space.
+"""Several teachers made one: a linear map of their features into the first one's space.
 
-MST-KD's common space (arXiv 2408.16563; a single layer was often its best adaptor), learned on cached rows in seconds. The
-first teacher's class features stay what they are, so what is distilled from the fusion takes new words from the first
-teacher's text encoder. The map starts as the first teacher alone, and learns
+MST-KD's common space (arXiv 2408.16563; a single layer was often its best adaptor), learned on
+cached rows in seconds. The first teacher's class features stay what they are, so what is distilled
+from the fusion takes new words from the first teacher's text encoder. The map starts as the first
+teacher alone, and learns
 
-    KL(average of the teachers' distributions, each with its own logit scale || fused)    on every image
-    cross-entropy                                                                         where there is a label
+    KL(average of the teachers' distributions, each with its own scale || fused)  on every image
+    cross-entropy                                                                 where labeled
 
 The average alone (no map) is what `other_teachers` means without `fuse`.
 """
@@ -28,9 +29,9 @@ from edgeclip.progress import track
 
 
 class Fusion(nn.Module):
-    """Unit features [B, D], [B, E], ... side by side to fused features [B, D], not normalized."""
+    """Map unit features [B, D], [B, E], ... to fused features [B, D], not normalized."""
 
-    def __init__(self, widths: list[int]):
+    def __init__(self, widths: list[int]) -> None:
         super().__init__()
         self.linear = nn.Linear(sum(widths), widths[0], bias=False)
         with torch.no_grad():
@@ -43,9 +44,10 @@ class Fusion(nn.Module):
 def fuse(
     teachers: list[TeacherRows], labels: np.ndarray, spec: R.Fuse, seed: int, folder: Path
 ) -> Fusion:
-    """The map, learned or read from `folder`. labels [n]: of each cached image its place among the class features; -1 for none.
+    """Return the map, learned or read from `folder`.
 
-    Raises `EdgeclipError` when the folder holds the map of other teachers.
+    labels: [n] of each cached image its place among the class features; -1 for none. Raises
+    `EdgeclipError` when the folder holds the map of other teachers.
     """
     widths = [t.class_features.shape[1] for t in teachers]
     fusion = Fusion(widths)
@@ -75,26 +77,24 @@ def _train(
     views = first.cache.rows.shape[1]
     known = torch.zeros(len(first.class_features), dtype=torch.bool)
     known[labels[labels >= 0]] = True
-    fusion, known = fusion.to(first.device), known.to(first.device)
+    known = known.to(first.device)
+    fusion = fusion.to(first.device)
     optimizer = torch.optim.AdamW(fusion.parameters(), lr=spec.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.lr, spec.steps)
     for _ in track(range(spec.steps), "fuse the teachers", spec.steps):
-        index, view = (
-            order.integers(len(labels), size=spec.batch_size),
-            order.integers(views, size=spec.batch_size),
-        )
+        index = order.integers(len(labels), size=spec.batch_size)
+        view = order.integers(views, size=spec.batch_size)
         features = [F.normalize(t.features(index, view), dim=-1) for t in teachers]
-        target = log_average(
-            [(f, t.class_features, t.logit_scale) for f, t in zip(features, teachers, strict=True)],
-            1.0,
-        )
+        answers = []
+        for rows, teacher in zip(features, teachers, strict=True):
+            answers.append((rows, teacher.class_features, teacher.logit_scale))
+        target = log_average(answers, 1.0)
         q = first.logit_scale * F.normalize(fusion(features), dim=-1) @ first.class_features.T
         loss = F.kl_div(F.log_softmax(q, dim=-1), target, reduction="batchmean", log_target=True)
         own = torch.from_numpy(labels[index]).to(first.device)
         if spec.labels and (own >= 0).any():
-            loss = loss + spec.labels * F.cross_entropy(
-                q.masked_fill(~known, -torch.inf), own, ignore_index=-1
-            )
+            q = q.masked_fill(~known, -torch.inf)
+            loss = loss + spec.labels * F.cross_entropy(q, own, ignore_index=-1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -26,7 +26,10 @@ class Averages:
         """Return each loss's values [steps]."""
         if not self.rows:
             return {}
-        return {name: torch.stack([row[name] for row in self.rows]) for name in self.rows[0]}
+        tensors = {}
+        for name in self.rows[0]:
+            tensors[name] = torch.stack([row[name] for row in self.rows])
+        return tensors
 
     def row(self, epoch: int, head: EduAttentionHead | None) -> dict[str, int | float]:
         """Return the log's row of the epoch."""

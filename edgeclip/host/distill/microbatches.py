@@ -19,7 +19,7 @@ def of_pixels(
     hide: MaskedFeature | None,
     device: torch.device,
 ) -> list[MicroBatch]:
-    """Return `count` micro-batches of the pixels (uint8 [b, H, W, 3]); hide: parts of the images."""
+    """Return `count` micro-batches of the pixels uint8 [b, H, W, 3]; hide: parts of each."""
     return [
         MicroBatch(pixels=to_input(x, preprocess, device), hide=hide)
         for x in np.array_split(pixels, count)

@@ -1,4 +1,4 @@
-"""What a step minimizes: the recipe's losses, or Pea-KD's first training, and the text tower's own loss."""
+"""What a step minimizes: the recipe's losses and the text tower's, or Pea-KD's first training."""
 
 from functools import partial
 

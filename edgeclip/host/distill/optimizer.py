@@ -69,7 +69,7 @@ def _tower_groups(recipe: Recipe, student: Student, text: nn.Module | None) -> l
 
 
 def _split_by_decay(groups: list[Group], train: Train) -> list[Group]:
-    """Return the groups, each in a part with weight decay and one without, where there is such a part.
+    """Return each group in a part with weight decay and one without; empty parts are left out.
 
     A scalar (alpha, a log scale) is no weight of many: decay would only pull it to 0.
     """

@@ -81,7 +81,8 @@ def first_teacher(inputs: Inputs, run: Path, fresh: bool) -> FirstTeacher:
 
     Raises `EdgeclipError` for a teacher or a student that cannot work; the folder is not made then.
     """
-    recipe, dataset = inputs.recipe, inputs.dataset
+    recipe = inputs.recipe
+    dataset = inputs.dataset
     teacher = teachers.load(recipe.teacher)
     teachers.check_class_names(teacher, dataset.classes, dataset.templates)
     labeled = dataset
@@ -146,7 +147,7 @@ def stage_1_data(labeled: Dataset) -> Dataset:
 def build_for(
     path: Path, roots: tuple[str, ...] = (), out: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Build every cache that `distill` would make of a recipe, and return what `inspect` says of each.
+    """Build every cache that `distill` would make of a recipe; return what `inspect` says of each.
 
     out: folder of the only teacher's cache, instead of cache/<fingerprint>. Raises `EdgeclipError`
     where the rows depend on a stage 1 that has not run.
@@ -255,7 +256,8 @@ def _check_class_list(inputs: Inputs) -> None:
 
 def _check_images(inputs: Inputs) -> None:
     """Raise where there are too few images to train or to evaluate on, or one lacks its caption."""
-    path, train = inputs.path, inputs.dataset.train
+    path = inputs.path
+    train = inputs.dataset.train
     if inputs.captions:
         for image in train:
             if not image.caption:
@@ -278,7 +280,8 @@ def _check_images(inputs: Inputs) -> None:
             f"the data has {len(train)} training images",
             "give two at least: losses and batch norm compare images",
         )
-    spec, processes = inputs.recipe.train, distributed.world_size()
+    spec = inputs.recipe.train
+    processes = distributed.world_size()
     share = min(spec.batch_size, len(train)) // processes
     if share < spec.accumulate:
         raise EdgeclipError(

@@ -58,10 +58,12 @@ class FakeQuantize(nn.Module):
         low = min(low, 0.0)
         high = max(high, 0.0)
         if symmetric:
-            self.bottom, self.top = -128, 127
+            self.bottom = -128
+            self.top = 127
             scale = max(-low, high) / 127
         else:
-            self.bottom, self.top = 0, 255
+            self.bottom = 0
+            self.top = 255
             scale = (high - low) / 255
         scale = max(scale, SMALLEST)
         self.log_scale = nn.Parameter(torch.tensor(scale).log())
@@ -180,7 +182,7 @@ def fine_tune(
     train: Callable[[nn.Module], Log],
     parents: dict[str, Any],
 ) -> Log:
-    """Fine-tune a folded copy of `student` for the target at `path`, write `folder`, return the log.
+    """Fine-tune a folded copy of `student` for the target at `path`; write it and return the log.
 
     images: float32 [n, 3, H, W], training images that give the first ranges. train: trains a
     student in place.
@@ -291,7 +293,7 @@ def _calibration_images(
 
 
 def check(name: str, target: T.Target, images: int) -> None:
-    """Raise where `target` takes no learned scales, or wants more training images than there are."""
+    """Raise where `target` takes no learned scales, or there are too few training images for it."""
     where = f"qat.target: {name}"
     if target.precision != "int8" or target.runtime == "openvino":
         raise EdgeclipError(

@@ -1,9 +1,10 @@
-"""The end of `edgeclip distill`: the student is scored, and results.json and the manifest are written."""
+"""The end of `edgeclip distill`: the student is scored, results.json and the manifest written."""
 
 import resource
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from msgspec.structs import replace
 from torch import nn
 
@@ -11,10 +12,13 @@ from edgeclip import __version__, disk
 from edgeclip.host import student as students
 from edgeclip.host import teachers
 from edgeclip.host.adapt import promptsrc
+from edgeclip.host.data import Dataset
 from edgeclip.host.distill.prepare import Inputs, wants_prompts
 from edgeclip.host.distill.targets import Lesson
 from edgeclip.host.evaluation.scores import Subject, TeacherFeatures, evaluate, teacher_features
 from edgeclip.host.recipe import Recipe
+from edgeclip.host.student import EduAttentionHead
+from edgeclip.host.teachers import TextTower
 from edgeclip.host.towers import counting
 from edgeclip.progress import Clock
 from edgeclip.reports.results import (
@@ -29,22 +33,20 @@ from edgeclip.reports.results import (
 def score(
     inputs: Inputs, lesson: Lesson, run: Path, clock: Clock, processes: int
 ) -> EvaluationResults:
-    """Score the finished student in RUN/student, write RUN/results.json and the manifest, and return the results.
+    """Return and write the results of the finished student in RUN/student.
 
     processes: that trained together.
     """
-    recipe, dataset = inputs.recipe, lesson.dataset
+    recipe = inputs.recipe
+    dataset = lesson.dataset
     student, head, preprocess, description = students.load(run / "student")
     text = students.load_text(run / "student")
-    own_class_features = None
-    if text is not None:
-        own_class_features = students.class_features(text, dataset.classes, dataset.templates)
     subject = Subject(
         student=student,
         head=head,
         preprocess=preprocess,
         class_features=lesson.cache.class_features,
-        own_class_features=own_class_features,
+        own_class_features=_class_features(text, dataset),
         ships_with=recipe.student.class_features,
         device=inputs.device,
     )
@@ -59,12 +61,6 @@ def score(
         recipe.parity.max_images,
     )
     clock.lap("evaluation")
-    edu_attention = None
-    if head is not None:
-        edu_attention = EduAttentionResult(alpha=head.alpha.item(), kept=head.spec.keep)
-    text_module = None
-    if text is not None:
-        text_module = text.module
     results = EvaluationResults(
         run=str(run),
         data=dataset.name,
@@ -73,10 +69,10 @@ def score(
         harmonic_mean=scored.harmonic_mean,
         models=Models(
             teacher=_network(lesson.teacher.name, tower, lesson.teacher.preprocess.size),
-            student=_network(_name(recipe), student, preprocess.size, text_module),
+            student=_network(_name(recipe), student, preprocess.size, text),
         ),
         log=tuple(description["log"]),
-        edu_attention=edu_attention,
+        edu_attention=_edu_attention(head),
         skipped=tuple(lesson.cache.manifest["skipped"]),
         device=str(inputs.device),
         processes=processes,
@@ -84,13 +80,26 @@ def score(
         peak_memory_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     )
     write_results(run, results)
-    facts = {
+    manifest = {
+        "kind": "run",
         "edgeclip": __version__,
         "student": disk.sha256(run / "student" / disk.MANIFEST),
         "recipe": description["parents"]["recipe"],
     }
-    disk.write_json(run / disk.MANIFEST, {"kind": "run", **facts})
+    disk.write_json(run / disk.MANIFEST, manifest)
     return results
+
+
+def _class_features(text: TextTower | None, dataset: Dataset) -> np.ndarray | None:
+    if text is None:
+        return None
+    return students.class_features(text, dataset.classes, dataset.templates)
+
+
+def _edu_attention(head: EduAttentionHead | None) -> EduAttentionResult | None:
+    if head is None:
+        return None
+    return EduAttentionResult(alpha=head.alpha.item(), kept=head.spec.keep)
 
 
 def _first_tower(recipe: Recipe, run: Path) -> nn.Module | None:
@@ -125,7 +134,7 @@ def _name(recipe: Recipe) -> str:
 
 
 def _network(
-    name: str, module: nn.Module | None, size: int, text: nn.Module | None = None
+    name: str, module: nn.Module | None, size: int, text: TextTower | None = None
 ) -> Network:
     """Return a model's size; size: of its input, px."""
     network = Network(name=name, parameters=None, macs=None, input=size)
@@ -134,5 +143,5 @@ def _network(
             network, parameters=counting.parameters(module), macs=counting.macs(module, size)
         )
     if text is not None:
-        network = replace(network, text_parameters=counting.parameters(text))
+        network = replace(network, text_parameters=counting.parameters(text.module))
     return network

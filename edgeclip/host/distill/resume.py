@@ -1,4 +1,4 @@
-"""A training that stops and goes on: when a checkpoint is written, what it holds, and how it is taken up."""
+"""A training that stops and goes on: when a checkpoint is written, and what it holds."""
 
 from pathlib import Path
 
@@ -42,7 +42,8 @@ class Keeper:
         if self.folder is None:
             return
         self.stop = distributed.all_reduce_max(max(self.noted, default=0))
-        at, every = self.progress.at, self.training.recipe.train.checkpoint_every
+        at = self.progress.at
+        every = self.training.recipe.train.checkpoint_every
         due = every is not None and at.done % every == 0
         if at.step < phase.steps and (self.stop or due):
             self._save(self.folder, optimizer)
@@ -57,7 +58,8 @@ class Keeper:
             self._save(self.folder, optimizer)
 
     def _save(self, folder: Path, optimizer: torch.optim.Optimizer | None) -> None:
-        training, progress = self.training, self.progress
+        training = self.training
+        progress = self.progress
         at = progress.at
         refuse_broken(training.modules, f"step {at.done}")
         tensors = {}
@@ -126,7 +128,8 @@ def resume(training: Training, progress: Progress, folder: Path | None) -> dict[
     for name, seconds in laps.items():
         training.clock.laps[name] = training.clock.laps.get(name, 0.0) + seconds
 
-    before, now = found.state["processes"], distributed.world_size()
+    before = found.state["processes"]
+    now = distributed.world_size()
     if before == now:
         restore_random(found.tensors, training.device)
     else:

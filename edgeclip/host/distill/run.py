@@ -74,7 +74,10 @@ def distill(
 
 
 def _finished(run: Path, recipe: Recipe, moved: bool) -> EvaluationResults | None:
-    """Return the results of a run that was finished before; moved: `--data` says where data lie now."""
+    """Return the results of a run that was finished before.
+
+    moved: the recipe says where the data lie now.
+    """
     say(f"{run}: finished already (--fresh starts over)")
     if moved and is_rank_zero():
         move_data(run, recipe)

@@ -27,7 +27,9 @@ def stage1(inputs: Inputs, first: FirstTeacher, run: Path, clock: Clock) -> Less
 
     Raises `EdgeclipError` where the folder holds parts of other teachers or other data.
     """
-    recipe, dataset, teacher = inputs.recipe, inputs.dataset, first.teacher
+    recipe = inputs.recipe
+    dataset = inputs.dataset
+    teacher = first.teacher
     if first.prompted is not None:
         # Prompts change the tower whose rows the cache keeps, so they come first.
         teacher = _train_prompts(inputs, first.teacher, first.prompted, run / "teacher")
@@ -66,7 +68,8 @@ def _train_head(
 
     Where stage 1 has images and classes of its own (cross-dataset), it has a cache of its own too.
     """
-    dataset, rows = inputs.dataset, cached
+    dataset = inputs.dataset
+    rows = cached
     if inputs.labeled is not None:
         dataset = stage_1_data(inputs.labeled)
         rows = teacher_cache(inputs, teacher, tower, dataset, captions=False)

@@ -37,7 +37,8 @@ def new_student(inputs: Inputs, lesson: Lesson) -> NewStudent:
 
     Raises `EdgeclipError` for a text that is longer than the student's context.
     """
-    spec, embed_dim = inputs.recipe.student, lesson.teacher.embed_dim
+    spec = inputs.recipe.student
+    embed_dim = lesson.teacher.embed_dim
     torch.manual_seed(inputs.recipe.seed)
     student, preprocess = students.build(spec, embed_dim)
     edu = inputs.recipe.losses.edu_attention
@@ -45,7 +46,8 @@ def new_student(inputs: Inputs, lesson: Lesson) -> NewStudent:
     if edu is not None:
         generator = torch.Generator().manual_seed(inputs.recipe.seed)
         head = students.EduAttentionHead(embed_dim, edu, generator)
-    text, read = None, None
+    text = None
+    read = None
     if spec.text is not None:
         text = students.build_text(spec.text, embed_dim)
         dataset = lesson.dataset

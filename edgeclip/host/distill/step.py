@@ -3,7 +3,7 @@
 The towers see images and texts one by one, so each process runs its own share through them, in
 `accumulate` micro-batches. Everything behind the towers (projector, EduAttention, losses) sees the
 whole batch: features are gathered, every process computes the same loss of all of them, and its
-gradient with respect to the features goes back into the towers, a share and a micro-batch at a time:
+gradient by the features goes back into the towers, a share and a micro-batch at a time:
 
     1  features of all micro-batches  with their graph when there is one, without it when several
     2  gather, loss, its gradient     with respect to features and new layers; the same everywhere
@@ -217,10 +217,13 @@ class Step:
         self, micro_batches: list[MicroBatch], once: bool
     ) -> tuple[list[Features], list[RandomState]]:
         """Return the features of each micro-batch and the random state before it."""
-        towers, context = self.towers, torch.no_grad()
+        towers: nn.Module = self.towers
+        context: contextlib.AbstractContextManager[None] = torch.no_grad()
         if once:
-            towers, context = self.parallel_towers, contextlib.nullcontext()
-        features, random = [], []
+            towers = self.parallel_towers
+            context = contextlib.nullcontext()
+        features: list[Features] = []
+        random: list[RandomState] = []
         with context:
             for micro_batch in micro_batches:
                 random.append(self._random())

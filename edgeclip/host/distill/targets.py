@@ -38,7 +38,7 @@ class Lesson:
 
     dataset: Dataset
     teachers: list[Taught]
-    """the student lives in the space of the first one; all have the same views of the same images"""
+    """the student lives in the space of the first; all have the same views of the same images"""
     fusion: nn.Module | None = None
     """makes one teacher of all of them; None: the losses average the teachers"""
 
@@ -140,7 +140,10 @@ class Targets:
         return self.fusion([F.normalize(t.features(index, view), dim=-1) for t in self.teachers])
 
     def _prototypes(self) -> Float[Tensor, "N D"]:
-        """Return the unit mean of each class's unit features in the plain view; zero without labels."""
+        """Return each class's mean of unit features in the plain view, as unit rows.
+
+        Zero for a class without labels.
+        """
         sums = torch.zeros_like(self.class_features)
         labeled = np.flatnonzero(self.labels >= 0)
         for part in np.array_split(labeled, max(1, len(self.labels) // CHUNK)):
@@ -150,7 +153,7 @@ class Targets:
 
 
 def labels(cache: TeacherCache, data: Dataset) -> np.ndarray:
-    """Return [n] the place of each cached image's label in data.train_classes; -1 without a label."""
+    """Return [n] the place of each cached image's label in data.train_classes; -1: no label."""
     position = {c: i for i, c in enumerate(data.train_classes)}
     label_of = {p.key: position.get(p.label, -1) for p in data.labeled}
     if not label_of:  # then nothing is kept of each image: there may be a billion

@@ -1,4 +1,4 @@
-"""What training says of itself while it runs: beside the progress bar and, if asked, in TensorBoard.
+"""What training says of itself as it runs: beside the progress bar and, if asked, in TensorBoard.
 
 tensorboard --logdir runs/<name>/tensorboard
 

@@ -1,8 +1,9 @@
-"""What an open-vocabulary student's text tower learns from: captions and class prompts, and the teacher's features of them.
+"""What an open-vocabulary student's text tower learns from: captions and class prompts.
 
-FD on text: 1 - cosine to the teacher's feature of the same words. The captions are those of the batch's images, so that
-the other losses can see them too (`Batch.text_features`); class prompts, every class name under every template, are
-drawn beside them, because captions alone need not name every class.
+FD on text: 1 - cosine to the teacher's feature of the same words. The captions are those of the
+batch's images, so that the other losses can see them too (`Batch.text_features`); class prompts,
+every class name under every template, are drawn beside them, because captions alone need not name
+every class.
 """
 
 from typing import NamedTuple
@@ -20,10 +21,12 @@ from edgeclip.host.teachers import Teacher, TextTower
 
 
 class Texts(NamedTuple):
+    """A student's text tower and what it reads."""
+
     tower: nn.Module
     """input_ids [N, L] to the student's unit features [N, D]"""
     captions: Int[Tensor, "n C L"]
-    """ids of every training image's captions; view v goes with caption v modulo C, as in `targets`"""
+    """ids of every image's captions; view v goes with caption v modulo C, as in `targets`"""
     prompts: Int[Tensor, "P L"]
     """ids of every class name under every template; P may be 0"""
     prompt_features: Float[Tensor, "P D"]
@@ -37,38 +40,55 @@ def texts(
     classes: list[str],
     templates: tuple[str, ...],
 ) -> Texts:
-    """classes: those that training may name. Raises `EdgeclipError` for a text longer than the student's context."""
+    """Return what the student's text tower reads, and the teacher's features of the class prompts.
+
+    classes: those that training may name. Raises `EdgeclipError` for a prompt that is longer than
+    the student's context; captions are truncated.
+    """
+    by_image = _captions(cache)
+    flat = [caption for captions in by_image for caption in captions]
+    captions = students.token_ids(text, flat, truncate=True)
     named = prompts(classes, templates)
-    said = _captions(cache)
-    captions = students.token_ids(text, [c for of_image in said for c in of_image], truncate=True)
-    ids = students.token_ids(text, named) if named else captions[:0]
-    features = (
-        teacher.encode_text(named) if named else captions.new_zeros((0, teacher.embed_dim)).float()
-    )
-    return Texts(text.module, captions.reshape(len(said), -1, captions.shape[1]), ids, features)
+    if named:
+        ids = students.token_ids(text, named)
+        features = teacher.encode_text(named)
+    else:
+        ids = captions[:0]
+        features = captions.new_zeros((0, teacher.embed_dim)).float()
+    captions = captions.reshape(len(by_image), -1, captions.shape[1])
+    return Texts(text.module, captions, ids, features)
 
 
 def _captions(cache: TeacherCache) -> list[list[str]]:
-    """Of every image, the data's own first; a reinforced cache has all of them beside their features."""
+    """Return every image's captions, the data's own first.
+
+    A reinforced cache has further ones beside their features.
+    """
     if cache.manifest["captions"] == 1:
         return [[p.caption] for p in cache.images]
-    tables = [
-        pq.read_table(cache.folder / name("metadata", i, len(cache.manifest["shards"])))
-        for i in range(len(cache.manifest["shards"]))
-    ]
-    return [
-        [own, *more]
-        for t in tables
-        for own, more in zip(t["caption"].to_pylist(), t["more_captions"].to_pylist(), strict=True)
-    ]
+    shards = len(cache.manifest["shards"])
+    captions = []
+    for i in range(shards):
+        table = pq.read_table(cache.folder / name("metadata", i, shards))
+        own = table["caption"].to_pylist()
+        more = table["more_captions"].to_pylist()
+        for first, others in zip(own, more, strict=True):
+            captions.append([first, *others])
+    return captions
 
 
 def text_feature(
     batch: Batch, prompts: Float[Tensor, "p D"] | None, prompt_targets: Float[Tensor, "p D"]
 ) -> Float[Tensor, ""]:
-    """Mean of 1 - cosine over the batch's captions and the drawn prompts, a text each. prompts: the student's; None: none were drawn."""
-    assert batch.text_features is not None and batch.caption_features is not None
-    own, target = batch.text_features, batch.caption_features
+    """Return the mean of 1 - cosine over the batch's captions and the drawn prompts.
+
+    prompts: the student's features; None: none were drawn. prompt_targets: the teacher's.
+    """
+    assert batch.text_features is not None
+    assert batch.caption_features is not None
+    own = batch.text_features
+    target = batch.caption_features
     if prompts is not None:
-        own, target = cat([own, prompts]), cat([target, prompt_targets])
+        own = cat([own, prompts])
+        target = cat([target, prompt_targets])
     return (1.0 - (own * target).sum(dim=-1)).mean()

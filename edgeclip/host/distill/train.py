@@ -183,7 +183,8 @@ def _micro_batches(
     training: Training, phase: Phase, batch: Batch, texts: Texts | None, drawn: np.ndarray
 ) -> list[MicroBatch]:
     """Return what this process's towers see of the batch; empty where its features are known."""
-    losses, train = training.recipe.losses, training.recipe.train
+    losses = training.recipe.losses
+    train = training.recipe.train
     count = min(train.accumulate, distributed.split_sizes(len(batch.index))[distributed.rank()])
     micro_batches = []
     if not phase.frozen and batch.pixels is not None:
@@ -223,7 +224,8 @@ def _gathered(known: Known, counts: list[int]) -> Known:
 
     others = []
     for other in known.other_teachers:
-        features, captions = whole(other.features), whole(other.caption_features)
+        features = whole(other.features)
+        captions = whole(other.caption_features)
         others.append(other._replace(features=features, caption_features=captions))
     return known._replace(
         teacher_features=whole(known.teacher_features),

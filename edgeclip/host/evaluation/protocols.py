@@ -284,11 +284,13 @@ def _teacher_images(run: Run, images: list[ImageRef], what: str) -> ImageFeature
 
 def _zero_shot(run: Run, loaded: list[Loaded]) -> tuple[list[SetScore], list[str]]:
     """Return every set's row, and where the class features of each data set come from."""
-    head, keep_head = None, False
+    head = None
+    keep_head = False
     if run.head is not None:
         head = run.head.numpy()
         keep_head = run.head.spec.keep
-    rows, texts = [], []
+    rows: list[SetScore] = []
+    texts: list[str] = []
     for spec, dataset in loaded:
         classes = _class_features(run, dataset)
         texts.append(classes.what)
@@ -348,7 +350,7 @@ def _retrieval(run: Run, text: TextSide, loaded: Loaded) -> RetrievalScore:
 
 
 def _recall(found: ImageFeatures, groups: np.ndarray, texts: np.ndarray) -> BothWays:
-    """Return the recall between images and texts; groups: [images] the row of `texts` of each image."""
+    """Return the recall between images and texts; groups: [images] each image's row of `texts`."""
     kept = groups[found.kept]
     present = np.unique(kept)  # a text whose every image is unreadable is no query
     ways = metrics.recall_both_ways(found.features, texts[present], kept, present)

@@ -66,7 +66,8 @@ def image_features(
         return to_pixels(open_image(read(images[i]), name), preprocess)
 
     module.to(device)
-    indices, out = [], []
+    indices: list[np.ndarray] = []
+    out: list[np.ndarray] = []
     batches = stream(range(len(images)), make, batch_size, skipped)
     for index, pixels in track(batches, what, math.ceil(len(images) / batch_size)):
         x = torch.from_numpy(normalize(pixels, preprocess))
@@ -270,10 +271,11 @@ def evaluate(
 ) -> Scores:
     """Return the accuracies on each evaluation set of the data, and write the evaluation folder.
 
-    teacher: None, its tower is not at hand. max_images: that are kept for `validate`. A student with
-    a text tower of its own is scored with either text's class features.
+    teacher: None, its tower is not at hand. max_images: kept for `validate`. A student with a text
+    tower of its own is scored with either text's class features.
     """
-    head, keep_head = None, False
+    head = None
+    keep_head = False
     if subject.head is not None:
         head = subject.head.numpy()
         keep_head = subject.head.spec.keep

@@ -92,7 +92,8 @@ def _for_protocol(spec: Data, protocol: str) -> Data:
 def _with_shifts(asked: Recipe, loaded: list[Loaded]) -> Loaded:
     """Return the run's own evaluation data, with the other sets beside it as its shifts."""
     spec = asked.evaluation_data or asked.data
-    dataset, others = None, []
+    dataset = None
+    others = []
     for other_spec, other in loaded:
         if other_spec.name != spec.name:
             others.append(other)
