@@ -39,8 +39,9 @@ def score(
     """
     recipe = inputs.recipe
     dataset = lesson.dataset
-    student, head, preprocess, description = students.load(run / "student")
-    text = students.load_text(run / "student")
+    saved = students.read(run / "student")
+    student, head, preprocess, description = students.load(saved)
+    text = students.load_text(saved)
     subject = Subject(
         student=student,
         head=head,

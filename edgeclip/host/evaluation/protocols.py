@@ -175,13 +175,14 @@ def _means(protocol: str, sets: list[SetScore]) -> dict[str, ModelScores]:
 
 
 def _open(folder: Path, asked: Recipe) -> Run:
-    student, head, preprocess, description = students.load(folder / "student")
+    saved = students.read(folder / "student")
+    student, head, preprocess, description = students.load(saved)
     return Run(
         folder=folder,
         recipe=asked,
         student=student,
         head=head,
-        text=students.load_text(folder / "student"),
+        text=students.load_text(saved),
         preprocess=preprocess,
         description=description,
         teacher=_teacher(folder, asked),
