@@ -1,5 +1,6 @@
-"""More than one process, as torchrun starts them: who this one is, and the few things that they
-tell each other.
+"""Work in more than one process, as torchrun starts them.
+
+Who this one is, and the few things that they tell each other:
 
     torchrun --nproc-per-node 8 -m edgeclip distill recipes/mobile.yaml
 
@@ -45,50 +46,56 @@ def pick_device(name: str) -> torch.device:
 
 
 def own(device: torch.device) -> torch.device:
-    """The device that is this process's own, where torchrun started several on one machine."""
-    return (
-        torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.type == "cuda" and "LOCAL_RANK" in os.environ
-        else device
-    )
+    """Return this process's own device, where torchrun started several on one machine."""
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
 
 
 def start(device: torch.device) -> torch.device:
-    """Joins the other processes where torchrun started this one; returns the device that is this
-    process's own."""
+    """Join the other processes where torchrun started this one; return this process's own
+    device."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return device
     device = own(device)
+    backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        backend = "nccl"
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=PATIENCE)
     return device
 
 
 def stop() -> None:
-    if dist.is_available() and dist.is_initialized():
+    """Leave the other processes."""
+    if _joined():
         dist.destroy_process_group()
 
 
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Return how many processes there are: 1 without torchrun."""
+    return dist.get_world_size() if _joined() else 1
 
 
 def rank() -> int:
+    """Return which of them this one is, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def barrier() -> None:
-    """Until all are here."""
+    """Wait until all processes are here."""
     if world_size() > 1:
         dist.barrier()
 
 
 @contextlib.contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """What is inside is done by the first process, and then by the others, who find it done on
-    disk."""
+    """Run the block on rank 0 first, then on the other ranks, which find its output on disk."""
     if rank():
         barrier()
     yield
@@ -96,40 +103,42 @@ def rank_zero_first() -> Iterator[None]:
         barrier()
 
 
-def split_sizes(count: int, of: int | None = None) -> list[int]:
-    """How many of `count` rows each process has (the first ones have one more where it does not
-    divide); of: other parts than these."""
-    n = of or world_size()
+def split_sizes(count: int, parts: int | None = None) -> list[int]:
+    """Return how many of `count` rows each process has, or each of `parts` parts.
+
+    The first ones have one more where it does not divide.
+    """
+    n = parts or world_size()
     return [count // n + (i < count % n) for i in range(n)]
 
 
 def local_slice(count: int) -> slice:
-    """This process's share of `count` rows."""
-    shares = split_sizes(count)
-    start = sum(shares[: rank()])
-    return slice(start, start + shares[rank()])
+    """Return this process's share of `count` rows."""
+    sizes = split_sizes(count)
+    start = sum(sizes[: rank()])
+    return slice(start, start + sizes[rank()])
 
 
 def all_gather(rows: Tensor, counts: list[int] | None = None) -> Tensor:
-    """[b, ...] of each process to [B, ...] of all, in the order of ranks, everywhere; no gradient
-    passes.
+    """Return [B, ...] of all processes, in the order of ranks, from [b, ...] of each.
 
-    counts: rows of each process, where they are not as many everywhere.
+    counts: rows of each process, where they differ. No gradient passes.
     """
     if world_size() == 1:
         return rows
     counts = counts or [len(rows)] * world_size()
-    longest = max(counts)
-    padded = torch.cat([rows, rows.new_zeros((longest - len(rows), *rows.shape[1:]))]).contiguous()
+    missing = rows.new_zeros((max(counts) - len(rows), *rows.shape[1:]))
+    padded = torch.cat([rows, missing]).contiguous()
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
 def all_reduce_max(value: int) -> int:
-    """The greatest of the values that the processes give."""
+    """Return the greatest of the values that the processes give."""
     if world_size() == 1:
         return value
-    box = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    box = torch.tensor(value, device=device)
     dist.all_reduce(box, dist.ReduceOp.MAX)
     return int(box)

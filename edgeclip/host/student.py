@@ -151,7 +151,8 @@ class StudentText(nn.Module):
 def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
     """Return a student with its tower's weights and a fresh projector, and its preprocess.
 
-    The projector's width is asked of the tower by one dry run. Raises `EdgeclipError` for a tower that does not take images of the asked size.
+    The projector's width is asked of the tower by one dry run. Raises `EdgeclipError` for a tower
+    that does not take images of the asked size.
     """
     tower, preprocess = image_tower(spec.tower)
     if spec.inherit:
@@ -178,7 +179,8 @@ def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
 
 
 def image_tower(spec: R.Timm | R.OpenClip) -> tuple[nn.Module, Preprocess]:
-    """Return an image tower with its weights and its preprocess: pixels [B, 3, H, W] to features [B, T]."""
+    """Return an image tower with its weights and its preprocess: pixels [B, 3, H, W] to features
+    [B, T]."""
     if isinstance(spec, R.OpenClip):
         model, preprocess = weights.open_clip_model(spec)
         return ImageTower(model), preprocess

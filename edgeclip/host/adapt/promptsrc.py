@@ -1,7 +1,7 @@
-"""ComKD stage 1 for an open_clip ViT teacher: PromptSRC, learnable prompts in both encoders, towers
-frozen.
+"""Train prompts in both encoders of an open_clip ViT teacher: ComKD's stage 1 by PromptSRC.
 
-    loss = CE(q, label) + image_weight * |u - u0|_1 + text_weight * |w - w0|_1 + logit_weight * KL(q0 || q) / (B * N)
+    loss = CE(q, label) + image_weight * |u - u0|_1 + text_weight * |w - w0|_1
+           + logit_weight * KL(q0 || q) / (B * N)
 
 u [B, D] are the prompted image features and w [N, D] the prompted class features of the N labeled
 classes, unit rows; q = logit_scale * u w^T. u0, w0 and q0 are the frozen teacher's, w0 of its
@@ -13,13 +13,14 @@ teacher's identity. A class feature is that of the learned context and the class
 holds of captions and, since the bundle's text encoder carries the context too, of words that are
 typed on the board.
 
-Source: PromptSRC (arXiv 2307.06948); the values of PromptKD's teacher, docs/design/methods.md#33-stage-1-by-prompts. It runs
-in float32.
+The towers stay frozen, and it runs in float32. Source: PromptSRC (arXiv 2307.06948); the values are
+those of PromptKD's teacher (docs/design/methods.md#33-stage-1-by-prompts).
 """
 
 import dataclasses
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,10 @@ TEMPLATES = ("{c}.",)
 def with_prompts(
     teacher: Teacher, data: Dataset, classes: list[str], spec: R.Prompts, seed: int
 ) -> Teacher:
-    """The teacher with prompts as they start, untrained. data: of stage 1; classes: what it will
-    name afterwards.
+    """Return the teacher with prompts as they start, untrained.
 
-    Raises `EdgeclipError` where its towers take none, nothing is labeled, or a class name is too
-    long behind the context.
+    data: of stage 1; classes: what the teacher will name afterwards. Raises `EdgeclipError` where
+    its towers take none, nothing is labeled, or a class name is too long behind the context.
     """
     torch.manual_seed(seed)
     prompted = _prompted(teacher, spec)
@@ -73,7 +73,7 @@ def with_prompts(
 
 
 def adapted(teacher: Teacher, spec: R.Prompts, folder: Path) -> Teacher:
-    """The teacher with the prompts that `adapt` left in `folder`."""
+    """Return the teacher with the prompts that `adapt` left in `folder`."""
     prompted = _prompted(teacher, spec)
     assert prompted.text is not None
     disk.verify(folder, disk.read_manifest(folder, "adapted teacher"))
@@ -86,7 +86,7 @@ def adapted(teacher: Teacher, spec: R.Prompts, folder: Path) -> Teacher:
 
 def _prompted(teacher: Teacher, spec: R.Prompts) -> Teacher:
     assert isinstance(teacher.tower, ImageTower) and teacher.text is not None, (
-        "recipe.check lets open_clip teachers only come here"
+        "a recipe's rules let open_clip teachers only come here"
     )
     tower = PromptedTower(teacher.tower.visual, spec.length, spec.depth).eval()
     text = _text_with_prompts(teacher.text, spec)
@@ -119,7 +119,7 @@ def adapt(
     folder: Path,
     device: torch.device,
 ) -> Teacher:
-    """`prompted` with trained prompts; they are kept in `folder` and read from there next time.
+    """Train `prompted`'s prompts, keep them in `folder`, and read them from there next time.
 
     teacher: the same without prompts, which the training holds on to. Raises `EdgeclipError` when
     the folder holds prompts of another teacher, or the loss is not finite.
@@ -156,8 +156,7 @@ def adapt(
 
 
 def load_text(teacher: R.Teacher, spec: R.Prompts, folder: Path) -> TextTower:
-    """The prompted text side alone, for export: words get the context that was learned in
-    `folder`."""
+    """Return the prompted text side alone: words get the context that was learned in `folder`."""
     text = _text_with_prompts(teachers.load_text(teacher), spec)
     disk.verify(folder, disk.read_manifest(folder, "adapted teacher"))
     _set({"text": text.module.prompts}, load_file(folder / "prompts.safetensors"))
@@ -194,16 +193,15 @@ def losses(
     target: Tensor,
     logit_scale: float,
 ) -> dict[str, Float[Tensor, ""]]:
-    """The four terms before their weights; target int64 [B]: indices into the N classes."""
-    q, q0 = logit_scale * u @ w.T, logit_scale * u0 @ w0.T
-    kl = (
-        F.kl_div(
-            F.log_softmax(q, dim=-1), F.log_softmax(q0, dim=-1), reduction="sum", log_target=True
-        )
-        / q.numel()
-    )
+    """Return the four terms before their weights.
+
+    target: int64 [B], indices into the N classes.
+    """
+    log_q = F.log_softmax(logit_scale * u @ w.T, dim=-1)
+    log_q0 = F.log_softmax(logit_scale * u0 @ w0.T, dim=-1)
+    kl = F.kl_div(log_q, log_q0, reduction="sum", log_target=True) / log_q.numel()
     return {
-        "cross_entropy": F.cross_entropy(q, target),
+        "cross_entropy": F.cross_entropy(logit_scale * u @ w.T, target),
         "image": F.l1_loss(u, u0),
         "text": F.l1_loss(w, w0),
         "logit": kl,
@@ -219,19 +217,16 @@ def _train(
     spec: R.Prompts,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Trains the prompts in place; returns the log, a row an epoch."""
+    """Train the prompts in place; return the log, a row an epoch."""
     assert prompted.text is not None
+    text = prompted.text
     images = _shots(data.labeled, spec.shots, recipe.seed)
     classes = sorted({p.label for p in images})
     names = [data.classes[c] for c in classes]
     w0 = torch.from_numpy(class_features(teacher, names, data.templates)).to(device)
-    text = prompted.text
     ids = text.module.without_padding(_ids(text, names)).to(device)
+    _freeze_all_but(learned, [prompted.tower.to(device), text.module.to(device)])
 
-    for module in (prompted.tower, text.module):  # the towers, which teacher and prompted share
-        module.to(device).requires_grad_(False)
-    for p in learned.values():
-        p.requires_grad_(True)
     optimizer = torch.optim.SGD(
         learned.values(), lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
     )
@@ -244,36 +239,20 @@ def _train(
     average = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in learned.items()}
     log = []
     order = np.random.default_rng(recipe.seed)
-    for epoch, share in enumerate(
-        epoch_weights(spec.epochs, spec.average_mean, spec.average_std).tolist()
-    ):
+    shares = epoch_weights(spec.epochs, spec.average_mean, spec.average_std).tolist()
+    for epoch, share in enumerate(shares):
         optimizer.param_groups[0]["lr"] = learning_rate(epoch, spec)
         rows: list[dict[str, Tensor]] = []
-        batches = _batches(
-            images,
-            order.permutation(len(images)).tolist(),
-            f"{recipe.seed} {epoch}",
-            teacher,
-            recipe,
-            spec.batch_size,
-        )
-        for index, pixels in track(
-            batches,
-            f"stage 1: prompts, epoch {epoch + 1} of {spec.epochs}",
-            math.ceil(len(images) / spec.batch_size),
-        ):
+        places = order.permutation(len(images)).tolist()
+        batches = _batches(images, places, f"{recipe.seed} {epoch}", teacher, recipe, spec)
+        title = f"stage 1: prompts, epoch {epoch + 1} of {spec.epochs}"
+        for index, pixels in track(batches, title, math.ceil(len(images) / spec.batch_size)):
             x = torch.from_numpy(normalize(pixels, teacher.preprocess)).to(device)
             target = torch.tensor([classes.index(images[i].label) for i in index], device=device)
             with torch.no_grad():
                 u0 = F.normalize(teacher.tower(x), dim=-1)
-            parts = losses(
-                F.normalize(prompted.tower(x), dim=-1),
-                u0,
-                text.module(ids),
-                w0,
-                target,
-                teacher.logit_scale,
-            )
+            u = F.normalize(prompted.tower(x), dim=-1)
+            parts = losses(u, u0, text.module(ids), w0, target, teacher.logit_scale)
             loss = torch.stack([weight[k] * v for k, v in parts.items()]).sum()
             if not torch.isfinite(loss):
                 raise EdgeclipError(
@@ -285,12 +264,25 @@ def _train(
             rows.append({"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}})
         for k, p in learned.items():
             average[k] += share * p.detach().double()
-        log.append(
-            {"epoch": epoch + 1}
-            | {k: float(torch.stack([r[k] for r in rows]).mean()) for k in rows[0]}
-        )
+        log.append({"epoch": epoch + 1, **_means(rows)})
     _set(learned, average)
     return log
+
+
+def _freeze_all_but(learned: dict[str, nn.Parameter], towers: list[nn.Module]) -> None:
+    """Freeze the towers, which the teacher with prompts and the one without share."""
+    for tower in towers:
+        tower.requires_grad_(False)
+    for p in learned.values():
+        p.requires_grad_(True)
+
+
+def _means(rows: list[dict[str, Tensor]]) -> dict[str, float]:
+    means = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        means[name] = float(torch.stack(values).mean())
+    return means
 
 
 def _set(learned: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
@@ -300,17 +292,16 @@ def _set(learned: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
 
 
 def _shots(labeled: list[ImageRef], shots: int | None, seed: int) -> list[ImageRef]:
-    """At most `shots` images of each class."""
+    """Return at most `shots` images of each class."""
     if shots is None:
         return labeled
     of_class: dict[int, list[ImageRef]] = {}
     for p in labeled:
         of_class.setdefault(p.label, []).append(p)
-    return [
-        p
-        for label, own in sorted(of_class.items())
-        for p in random.Random(f"{seed} {label}").sample(own, min(shots, len(own)))
-    ]
+    drawn = []
+    for label, own in sorted(of_class.items()):
+        drawn += random.Random(f"{seed} {label}").sample(own, min(shots, len(own)))
+    return drawn
 
 
 def _batches(
@@ -319,22 +310,22 @@ def _batches(
     seed: str,
     teacher: Teacher,
     recipe: R.Recipe,
-    batch_size: int,
-) -> Any:
-    """(indices [B], uint8 pixels [B, H, W, 3]): a fresh random view of every image, of the kind
-    that the recipe's views are."""
+    spec: R.Prompts,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (indices [B], uint8 pixels [B, H, W, 3]): a fresh random view of every image.
+
+    The views are of the kind that the recipe's are.
+    """
     views = msgspec.structs.replace(recipe.views, count=2)
 
     def make(i: int) -> np.ndarray:
         image = open_image(read(images[i]), f"{images[i].path} ({images[i].key})")
-        return apply_view(
-            image,
-            draw_views(*image.size, views, random.Random(f"{seed} {images[i].key}"))[1],
-            teacher.preprocess,
-        )
+        rng = random.Random(f"{seed} {images[i].key}")
+        view = draw_views(*image.size, views, rng)[1]
+        return apply_view(image, view, teacher.preprocess)
 
     skipped: list[str] = []
-    yield from stream(order, make, batch_size, skipped, recipe.train.threads)
+    yield from stream(order, make, spec.batch_size, skipped, recipe.train.threads)
     refuse_unreadable(skipped, len(order), "stage 1")
     for line in skipped:
         say(f"skipped: {line}")

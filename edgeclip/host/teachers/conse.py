@@ -1,10 +1,9 @@
-"""An assembled teacher: ImageNet classifier + sentence encoder = zero-shot dual encoder, without a
-CLIP and a hub.
+"""Assemble a zero-shot dual encoder of an ImageNet classifier and a sentence encoder.
 
-ConSE (Norouzi et al. 2014): an image's feature is the mean of the class names' text embeddings,
-weighted by the classifier's softmax. It knows only what lies between ImageNet's classes; stage 1
-(`distill/adapt.py`) gives it the domain. Wherever its figures are reported it is called what it is:
-not CLIP.
+It needs neither a CLIP nor a hub. ConSE (Norouzi et al. 2014): an image's feature is the mean of
+the class names' text embeddings, weighted by the classifier's softmax. It knows only what lies
+between ImageNet's classes; stage 1 (host/adapt/residual_head.py) gives it the domain. Wherever its
+figures are reported it is called what it is: not CLIP.
 """
 
 import torch

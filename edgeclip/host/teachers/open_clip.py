@@ -1,5 +1,4 @@
-"""An open_clip model as a teacher, and its text tower in a form that exports and runs without
-torch."""
+"""Take an open_clip model as a teacher, and its text tower in a form that runs without torch."""
 
 import json
 from collections.abc import Callable
@@ -66,8 +65,10 @@ def load(spec: OpenClip) -> Teacher:
 
 
 def encoder(text: TextTower) -> Callable[[list[str]], Float[Tensor, "N D"]]:
-    """A function from texts to unit features; a text that is longer than the tower's context is
-    refused."""
+    """Return a function from texts to unit features [N, D].
+
+    It raises `EdgeclipError` for a text that is longer than the tower's context.
+    """
     words = tokenizer.load(text.tokenizer, text.context_length)
 
     @torch.inference_mode()
@@ -91,22 +92,54 @@ def _text_tower(model: nn.Module, spec: OpenClip) -> TextTower:
     )
 
 
+WORDS = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+"""what CLIP's tokenizer splits a text into before byte pairs are merged"""
+
+
 def clip_tokenizer_json(model: str) -> str:
-    """open_clip's byte-pair tokenizer as a tokenizer.json; ids are equal
-    (`tests/test_tokenizer.py`).
+    """Return open_clip's byte-pair tokenizer as a tokenizer.json; the ids are equal.
 
     Its text cleaning (ftfy, HTML entities) stays on the host side of the contract: labels are taken
-    as they are typed.
+    as they are typed. Raises `EdgeclipError` for a model with another kind of tokenizer.
     """
+    from tokenizers import Regex, Tokenizer, decoders, models
+    from tokenizers import normalizers as N
+    from tokenizers import pre_tokenizers as P
+    from tokenizers.processors import TemplateProcessing
+
+    theirs = _clip_tokenizer(model)
+    bpe = Tokenizer(
+        models.BPE(
+            vocab=dict(theirs.encoder),
+            merges=[m for m in theirs.bpe_ranks if len(m) == 2],
+            end_of_word_suffix="</w>",
+            unk_token="<end_of_text>",
+        )
+    )
+    one_space = N.Replace(Regex(r"\s+"), " ")
+    bpe.normalizer = N.Sequence([N.NFC(), one_space, N.Strip(), N.Lowercase()])
+    split = P.Split(Regex(WORDS), "removed", invert=True)
+    to_bytes = P.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = P.Sequence([split, to_bytes])
+    bpe.decoder = decoders.ByteLevel()
+    ends = [(name, theirs.encoder[name]) for name in ("<start_of_text>", "<end_of_text>")]
+    bpe.post_processor = TemplateProcessing(
+        single="<start_of_text> $A <end_of_text>", special_tokens=ends
+    )
+    value: dict[str, Any] = json.loads(bpe.to_str())
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _clip_tokenizer(model: str) -> Any:
+    """Return open_clip's SimpleTokenizer for a model; raise `EdgeclipError` where it has
+    another."""
     import open_clip
     from open_clip.tokenizer import SimpleTokenizer
 
+    if model not in open_clip.list_models():
+        return SimpleTokenizer()
     try:
-        theirs = (
-            open_clip.get_tokenizer(model)
-            if model in open_clip.list_models()
-            else SimpleTokenizer()
-        )
+        theirs = open_clip.get_tokenizer(model)
     except Exception as e:  # a Hugging Face tokenizer that would have to be fetched
         raise EdgeclipError(
             model,
@@ -119,46 +152,4 @@ def clip_tokenizer_json(model: str) -> str:
             "its tokenizer is not CLIP's byte-pair tokenizer",
             "use a model with CLIP's own tokenizer",
         )
-    from tokenizers import (
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-    )
-
-    bpe = Tokenizer(
-        models.BPE(
-            vocab=dict(theirs.encoder),
-            merges=[m for m in theirs.bpe_ranks if len(m) == 2],
-            end_of_word_suffix="</w>",
-            unk_token="<end_of_text>",
-        )
-    )
-    bpe.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFC(),
-            normalizers.Replace(Regex(r"\s+"), " "),
-            normalizers.Strip(),
-            normalizers.Lowercase(),
-        ]
-    )
-    words = Regex(
-        r"""<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-    )
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    sot, eot = theirs.encoder["<start_of_text>"], theirs.encoder["<end_of_text>"]
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<start_of_text> $A <end_of_text>",
-        special_tokens=[("<start_of_text>", sot), ("<end_of_text>", eot)],
-    )
-    value: dict[str, Any] = json.loads(bpe.to_str())
-    return json.dumps(value, ensure_ascii=False)
+    return theirs

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2, the sentence encoder that pip brings, as one exportable module.
+"""Rebuild all-MiniLM-L6-v2, the sentence encoder that pip brings, as one exportable module.
 
 BERT's six post-norm layers are torch's own `TransformerEncoder`, so the checkpoint's tensors are
 only renamed. Padding is masked with a finite -1e4, not -inf: it must survive fp16 and int8.
@@ -14,7 +14,11 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WIDTH, HEADS, LAYERS, VOCABULARY, POSITIONS = 384, 12, 6, 30522, 512
+WIDTH = 384
+HEADS = 12
+LAYERS = 6
+VOCABULARY = 30522
+POSITIONS = 512
 CONTEXT_LENGTH = 64
 
 
@@ -44,7 +48,7 @@ class SentenceEncoder(nn.Module):
 
 
 def load(archive: Path) -> tuple[SentenceEncoder, str]:
-    """The encoder with its weights, and its tokenizer.json, from the package's zip."""
+    """Return the encoder with its weights, and its tokenizer.json, from the package's zip."""
     with zipfile.ZipFile(archive) as z:
         bert = load_safetensors(io.BytesIO(z.read("model.safetensors")).getvalue())
         tokenizer = z.read("tokenizer.json").decode()
@@ -65,10 +69,12 @@ def load(archive: Path) -> tuple[SentenceEncoder, str]:
         "norm2": "output.LayerNorm",
     }
     for i in range(LAYERS):
-        ours, theirs = f"encoder.layers.{i}", f"encoder.layer.{i}"
+        ours = f"encoder.layers.{i}"
+        theirs = f"encoder.layer.{i}"
         for part in ("weight", "bias"):
             qkv = [bert[f"{theirs}.attention.self.{k}.{part}"] for k in ("query", "key", "value")]
             state[f"{ours}.self_attn.in_proj_{part}"] = torch.cat(qkv)
-            state |= {f"{ours}.{a}.{part}": bert[f"{theirs}.{b}.{part}"] for a, b in names.items()}
+            for name, in_bert in names.items():
+                state[f"{ours}.{name}.{part}"] = bert[f"{theirs}.{in_bert}.{part}"]
     model.load_state_dict(state)
     return model.eval(), tokenizer

@@ -174,7 +174,7 @@ def test_self_training_without_unlabeled_images_is_refused(tmp_path):
             teacher,
             cache,
             data,
-            replace(SPEC, self_training=R.SelfTraining()),
+            replace(SPEC, self_training=R.SelfTraining(start=20)),
             0,
             tmp_path / "teacher",
         )
