@@ -1,9 +1,11 @@
-"""The board's side of a link: reads one JSON request from standard input, answers with one line of JSON and raw bytes.
+"""The board's side of a link: reads a JSON request on standard input, answers on standard output.
 
-Its text is sent ahead of each request and run by the board's own python3, so it needs nothing there but the standard
-library, and an old Python must at least be able to say how old it is. All it writes lies below one folder:
+The answer is one line of JSON, and raw bytes behind it. This text is sent ahead of each request and
+run by the board's own python3, so it needs nothing there but the standard library, and an old Python
+must at least be able to say how old it is. All it writes lies below one folder:
 
-    store/<sha256>        files by their content; <sha256>.part while one is on its way: a copy goes on where it broke off
+    store/<sha256>        files by their content; <sha256>.part while one is on its way: a copy goes
+                          on where it broke off
     trees/<name>/         a bundle or an evaluation folder, hard-linked from the store
     runner/<key>/         unpacked wheels for PYTHONPATH
     engines/              what was built there (edgeclip/device/runtime/engine.py)
@@ -26,9 +28,7 @@ import zipfile
 from typing import Any, Dict  # noqa: UP035  (as below)
 
 MARK = b"edgeclip-reply "  # what a login shell prints before it is not the answer
-OURS = (
-    ".edgeclip-board"  # only in a folder with this file in it is anything ever written or removed
-)
+OURS = ".edgeclip-board"  # only in a folder with this file is anything ever written or removed
 LEFT = ("store", "trees", "runner", "engines", ".copy", ".run", OURS)
 BLOCK = 1 << 18
 Request = Dict[str, Any]  # noqa: UP006  (an old Python evaluates it)
@@ -36,21 +36,24 @@ STDIN: Any = sys.stdin.buffer
 
 
 def reply(answer: dict[str, Any], payload: bytes = b"") -> None:
-    """One line that is found among whatever else is printed, a banner without an end of line too, then the payload."""
-    sys.stdout.buffer.write(
-        b"\n" + MARK + json.dumps(dict(answer, bytes=len(payload))).encode() + b"\n" + payload
-    )
+    """Write one marked line, which is found among whatever else is printed, then the payload."""
+    line = json.dumps(dict(answer, bytes=len(payload))).encode()
+    # the first end of line ends a banner that has none
+    sys.stdout.buffer.write(b"\n" + MARK + line + b"\n" + payload)
     sys.stdout.buffer.flush()
 
 
 def home(request: Request) -> str:
-    """The folder, made if need be; somebody else's, with files in it, is refused, since --clean could not tell them apart."""
+    """Return the folder, made if need be.
+
+    Somebody else's, with files in it, is refused, since --clean could not tell them apart.
+    """
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
     os.makedirs(folder, exist_ok=True)
     if os.listdir(folder) and not os.path.exists(os.path.join(folder, OURS)):
         raise ValueError(
-            folder
-            + " holds files that are not edgeclip's; name an empty or a new folder in the profile's reach.folder"
+            folder + " holds files that are not edgeclip's; "
+            "name an empty or a new folder in the profile's reach.folder"
         )
     open(os.path.join(folder, OURS), "a").close()
     os.makedirs(os.path.join(folder, "store"), exist_ok=True)
@@ -58,17 +61,20 @@ def home(request: Request) -> str:
 
 
 def lock(folder: str, name: str, wait: bool) -> Any:
-    """Held as long as the returned file is open: one copy at a time, and one measurement."""
-    f = open(os.path.join(folder, name), "a")  # noqa: SIM115
+    """Lock until the returned file is closed: one copy at a time, and one measurement."""
+    f = open(os.path.join(folder, name), "a")  # noqa: SIM115  (the caller closes it)
+    how = fcntl.LOCK_EX
+    if not wait:
+        how |= fcntl.LOCK_NB
     try:
-        fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(f, how)
     except OSError:
         raise ValueError("another edgeclip is at work there; wait until it has ended") from None
     return f
 
 
 def inside(folder: str, name: str) -> str:
-    """A path below `folder`, whatever a manifest says."""
+    """Return a path below `folder`, whatever a manifest says."""
     path = os.path.normpath(os.path.join(folder, name))
     if not path.startswith(folder + os.sep):
         raise ValueError(name + " lies outside " + folder)
@@ -76,7 +82,7 @@ def inside(folder: str, name: str) -> str:
 
 
 def look(request: Request) -> dict[str, Any]:
-    """Runs the host's machine.py in the Python that the runner will have: its `facts` and `state`."""
+    """Run the host's machine.py in the Python that the runner will have; its facts and state."""
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
     source = (
         request["source"]
@@ -95,52 +101,42 @@ def look(request: Request) -> dict[str, Any]:
 
 
 def clock(request: Request) -> dict[str, Any]:
+    """Return the board's time, seconds since 1970."""
     return {"time": time.time()}
 
 
 def missing(request: Request) -> dict[str, Any]:
-    """Of files {sha256: size}: how many bytes of each are here already, and how much room there is."""
+    """Return which of files {sha256: size} are not whole here, their bytes here, and the room."""
     folder = home(request)
     have = {}
     for digest, size in request["files"].items():
         path = inside(folder, "store/" + digest)
-        if not os.path.exists(path):
-            have[digest] = (
-                min(os.path.getsize(path + ".part"), size) if os.path.exists(path + ".part") else 0
-            )
+        if os.path.exists(path):
+            continue
+        have[digest] = 0
+        if os.path.exists(path + ".part"):
+            have[digest] = min(os.path.getsize(path + ".part"), size)
     disk = os.statvfs(folder)
     return {"have": have, "free_bytes": disk.f_bavail * disk.f_frsize}
 
 
 def put(request: Request) -> dict[str, Any]:
-    """Files [[sha256, size, offset], ...], whose bytes from `offset` on follow the request one after another."""
+    """Keep files [[sha256, size, offset], ...].
+
+    Their bytes from `offset` on follow the request one after another.
+    """
     folder = home(request)
     held = lock(folder, ".copy", True)
     for digest, size, offset in request["files"]:
         path = inside(folder, "store/" + digest)
         part = path + ".part"
         try:
-            with open(part, "r+b" if offset else "wb") as f:
-                f.seek(offset)
-                f.truncate()
-                left = size - offset
-                while left:
-                    block = STDIN.read1(min(BLOCK, left))
-                    if not block:
-                        raise EOFError("the link closed in the middle of a file")
-                    f.write(block)
-                    left -= len(block)
-                f.flush()
-                os.fsync(f.fileno())
+            _receive(part, size, offset)
         except OSError:
             if os.path.exists(part):  # a full disk must not stay full
                 os.remove(part)
             raise
-        with open(part, "rb") as f:
-            found = hashlib.sha256()
-            for block in iter(lambda: f.read(BLOCK), b""):
-                found.update(block)
-        if found.hexdigest() != digest:
+        if _sha256(part) != digest:
             os.remove(part)
             raise ValueError("what arrived is not what was sent; send it again")
         os.replace(part, path)
@@ -148,8 +144,34 @@ def put(request: Request) -> dict[str, Any]:
     return {}
 
 
+def _receive(part: str, size: int, offset: int) -> None:
+    mode = "wb"
+    if offset:
+        mode = "r+b"
+    with open(part, mode) as f:
+        f.seek(offset)
+        f.truncate()
+        left = size - offset
+        while left:
+            block = STDIN.read1(min(BLOCK, left))
+            if not block:
+                raise EOFError("the link closed in the middle of a file")
+            f.write(block)
+            left -= len(block)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _sha256(path: str) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as f:
+        for block in iter(lambda: f.read(BLOCK), b""):
+            found.update(block)
+    return found.hexdigest()
+
+
 def build(request: Request) -> dict[str, Any]:
-    """A folder made from the store: links to files {name: sha256}, and the wheels of `unpack` unzipped into it."""
+    """Make a folder of links to files {name: sha256}, with the wheels of `unpack` unzipped in it."""
     folder = home(request)
     path = inside(folder, request["name"])
     if not os.path.exists(path):
@@ -180,12 +202,13 @@ def _fill(folder: str, temporary: str, files: dict[str, str], unpack: list[str])
 
 
 def exists(request: Request) -> dict[str, Any]:
+    """Return whether there is such a file or folder."""
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
     return {"exists": os.path.exists(inside(folder, request["name"]))}
 
 
 def run(request: Request) -> None:
-    """Starts the runner with the rest of the request on its standard input; the runner itself answers."""
+    """Start the runner, with the work on its standard input; the runner itself answers."""
     folder = home(request)
     held = lock(folder, ".run", False)
     environment = dict(
@@ -212,22 +235,19 @@ def run(request: Request) -> None:
     code = child.wait()
     held.close()
     if code:
-        reply(
-            {"error": f"the runner on the board ended with code {code}; its own messages are above"}
-        )
+        what = f"the runner on the board ended with code {code}; its own messages are above"
+        reply({"error": what})
     sys.stdout.flush()
     os._exit(0)  # the watcher is still reading
 
 
 def clean(request: Request) -> dict[str, Any]:
-    """Removes everything that edgeclip left, and only that: the folder itself goes when nothing else is in it."""
+    """Remove everything edgeclip left, and only that; the folder too when nothing else is in it."""
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
     if not os.path.exists(os.path.join(folder, OURS)):
         return {"removed": False}
-    held = [
-        lock(folder, ".run", False),
-        lock(folder, ".copy", True),
-    ]  # not from under somebody's measurement
+    # not from under somebody's measurement
+    held = [lock(folder, ".run", False), lock(folder, ".copy", True)]
     for path in (os.path.join(folder, name) for name in LEFT):
         if os.path.isdir(path):
             shutil.rmtree(path)
@@ -240,16 +260,16 @@ def clean(request: Request) -> dict[str, Any]:
     return {"removed": True}
 
 
+ANSWERS = (look, clock, missing, put, build, exists, clean)
+
+
 def main() -> None:
     request = json.loads(STDIN.readline())
+    answers = {op.__name__: op for op in ANSWERS}
     try:
         if request["op"] == "run":
             run(request)
-        reply(
-            {op.__name__: op for op in (look, clock, missing, put, build, exists, clean)}[
-                request["op"]
-            ](request)
-        )
+        reply(answers[request["op"]](request))
     except EOFError:
         sys.exit(1)
     except (OSError, ValueError, zipfile.BadZipFile) as e:

@@ -1,11 +1,12 @@
-"""The verbs on a board: preflight, validate, bench, clean. Each does the whole of it: what is missing there is brought.
+"""A board reached from the host: preflight, validate, bench, selftest, clean.
 
     with Board(name, device) as board:
         board.prepare(bundles, evaluation)
         report = board.validate(bundle, evaluation)
 
-What travels: the runner (once a version), the bundle's files and, for parity, the run's evaluation folder (images and
-the fp32 student's features), all by content. What comes back: features and answers, or a bench report.
+What travels there, by content: the runner (once per version), the bundle's files and, for parity,
+the run's evaluation folder (images and the fp32 student's features). What comes back: features and
+answers, or a report.
 """
 
 import asyncio
@@ -46,9 +47,11 @@ from edgeclip.progress import say
 T = TypeVar("T")
 MACHINE = Path(__file__).parent.parent / "device" / "machine.py"
 ROOM = 1.2
-"""of the files' own size, packed and unpacked: whole blocks, and a copy on its way"""
+"""times the files' own size, packed and unpacked: whole blocks, and a copy on its way"""
 BLOCK = 1 << 18
+"""bytes sent at once"""
 TRIPS = 5
+"""round trips that the board's clock is read in"""
 
 
 class Load(NamedTuple):
@@ -62,6 +65,18 @@ class Load(NamedTuple):
     """a power meter's file, written on the host meanwhile; None: the device's own rails"""
 
 
+class Part(NamedTuple):
+    """A file that is not whole on the board yet."""
+
+    digest: str
+    """sha256"""
+    path: Path
+    size: int
+    """bytes"""
+    have: int
+    """bytes that are there already"""
+
+
 class Board:
     """An open link to one device. Not safe to share between threads."""
 
@@ -72,9 +87,17 @@ class Board:
         cache: Path | None = None,
         options: dict[str, Any] | None = None,
     ):
-        """cache: where wheels and the emulated root are kept. options: asyncssh's, instead of the user's ssh setup."""
-        self.name, self.device, self.cache, self.options = name, device, cache, options
-        self.folder, self.python = device.reach.folder, device.reach.python
+        """Describe the board; entering the context opens the link.
+
+        cache: where wheels and the emulated root are kept. options: asyncssh's, in place of the
+        user's ssh setup.
+        """
+        self.name = name
+        self.device = device
+        self.cache = cache
+        self.options = options
+        self.folder = device.reach.folder
+        self.python = device.reach.python
         self.loop = asyncio.new_event_loop()
         self.exits = contextlib.AsyncExitStack()
 
@@ -106,25 +129,29 @@ class Board:
     async def _open(self) -> None:
         reach = self.device.reach
         if reach.sshd:
-            if reach.emulate:
-                self.python = loopback.emulated_python(self.name, reach, self.cache)
-            if (
-                self.folder == Reach().folder
-            ):  # the user's own machine: two such devices must not share one
-                self.folder = str((self.cache or disk.cache_folder()) / self.name)
-            self.options = self.options or await self.exits.enter_async_context(
-                loopback.sshd(self.name)
-            )
+            await self._open_loopback(reach)
         self.link: Link = await self.exits.enter_async_context(
             connect(self.name, reach, self.options)
         )
         await self._look()
 
+    async def _open_loopback(self, reach: Reach) -> None:
+        """Start edgeclip's own sshd, and the emulated processor where the profile has one."""
+        if reach.emulate:
+            self.python = loopback.emulated_python(self.name, reach, self.cache)
+        if self.folder == Reach().folder:
+            # it is the user's own machine: two such devices must not share a folder
+            self.folder = str((self.cache or disk.cache_folder()) / self.name)
+        if self.options is None:
+            self.options = await self.exits.enter_async_context(loopback.sshd(self.name))
+
     def ask(self, op: str, **request: Any) -> dict[str, Any]:
-        return self._wait(self.link.ask(op, folder=self.folder, **request))[0]
+        """Return the agent's answer to one request (agent.py)."""
+        answer, _ = self._wait(self.link.ask(op, folder=self.folder, **request))
+        return answer
 
     async def _look(self) -> None:
-        """What the machine is, by the Python that the runner will have."""
+        """Read what the machine is, with the Python that the runner will have."""
         source = MACHINE.read_text(encoding="utf-8")
         answer, _ = await self.link.ask(
             "look", folder=self.folder, source=source, python=list(self.python)
@@ -165,29 +192,36 @@ class Board:
         P.require(self.name, rows)
         self.runner = self._install()
         self.places = {b.folder: self._tree(b.folder, b.manifest.files) for b in bundles}
-        self.evaluation = self._tree(evaluation.folder) if evaluation else None
+        self.evaluation = None
+        if evaluation is not None:
+            self.evaluation = self._tree(evaluation.folder)
         return rows
 
     def _files(self, folder: Path, listed: dict[str, str] | None = None) -> dict[str, Path]:
         """Name to path of what a folder's manifest lists, and the manifest itself."""
         listed = listed or disk.read_json(folder / disk.MANIFEST)["files"]
-        return {**{n: folder / n for n in listed}, disk.MANIFEST: folder / disk.MANIFEST}
+        files = {name: folder / name for name in listed}
+        files[disk.MANIFEST] = folder / disk.MANIFEST
+        return files
 
     def _tree(self, folder: Path, listed: dict[str, str] | None = None) -> str:
-        """The folder as it lies on the board: named by its manifest, whose hashes name everything in it."""
+        """Copy a folder to the board; its path there.
+
+        It is named by its manifest, whose hashes name everything in it.
+        """
         files = self._files(folder, listed)
-        hashes = {n: disk.sha256(f) for n, f in files.items()}
-        self.send({hashes[n]: f for n, f in files.items()}, folder.name)
-        return str(
-            self.ask("build", name=f"trees/{hashes[disk.MANIFEST][:16]}", files=hashes)["path"]
-        )
+        hashes = {name: disk.sha256(path) for name, path in files.items()}
+        self.send({hashes[name]: path for name, path in files.items()}, folder.name)
+        tree = f"trees/{hashes[disk.MANIFEST][:16]}"
+        return str(self.ask("build", name=tree, files=hashes)["path"])
 
     def _install(self) -> str:
+        """Copy the runner to the board; its name there."""
         wheels = runner.wheels(self.name, self.facts, self.device.packages, self.cache)
         with tempfile.TemporaryDirectory() as temporary:
             own = Path(temporary) / "edgeclip.zip"
             own.write_bytes(runner.device_layer())
-            files = {disk.sha256(f): f for f in (*wheels, own)}
+            files = {disk.sha256(path): path for path in (*wheels, own)}
             name = f"runner/{runner.key(files)}"
             if not self.ask("exists", name=name)["exists"]:
                 self.send(files, "runner", runner.unpacked(files))
@@ -195,39 +229,44 @@ class Board:
         return name
 
     def send(self, files: dict[str, Path], what: str, unpacked: int = 0) -> int:
-        """Brings files {sha256: path} into the board's store; returns how many bytes travelled. unpacked: bytes that come on top there."""
-        found = self.ask("missing", files={d: f.stat().st_size for d, f in files.items()})
-        todo = [(d, files[d], files[d].stat().st_size, have) for d, have in found["have"].items()]
-        size = sum(total - have for _, _, total, have in todo)
-        if (need := ROOM * (size + unpacked)) > found["free_bytes"]:
-            what = f"{what} needs {need / 2**20:.1f} MiB there, and {found['free_bytes'] / 2**20:.1f} MiB are free"
-            raise EdgeclipError(
-                self.name, what, "make room, or remove what edgeclip left with --clean"
-            )
-        if todo:
+        """Copy files {sha256: path} into the board's store; return how many bytes traveled.
+
+        what: their name in messages. unpacked: bytes that unpacking them adds there. Raises
+        `EdgeclipError` when the board has no room for them.
+        """
+        sizes = {digest: path.stat().st_size for digest, path in files.items()}
+        found = self.ask("missing", files=sizes)
+        parts = []
+        for digest, have in found["have"].items():
+            parts.append(Part(digest, files[digest], sizes[digest], have))
+
+        size = sum(part.size - part.have for part in parts)
+        need = ROOM * (size + unpacked)
+        if need > found["free_bytes"]:
+            free = f"{found['free_bytes'] / 2**20:.1f} MiB are free"
+            what = f"{what} needs {need / 2**20:.1f} MiB on the board, and {free}"
+            do = "make room, or remove what edgeclip left with --clean"
+            raise EdgeclipError(self.name, what, do)
+        if parts:
             say(f"{self.name}: sending {what}, {size / 2**20:.1f} MiB")
-            self._wait(
-                self.link.ask(
-                    "put",
-                    _blocks(todo),
-                    folder=self.folder,
-                    files=[[d, total, have] for d, _, total, have in todo],
-                )
-            )
+            names = [[part.digest, part.size, part.have] for part in parts]
+            self._wait(self.link.ask("put", _blocks(parts), folder=self.folder, files=names))
         return size
 
     # --- the verbs
 
     def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> ParityReport:
+        """Return the parity report: the board answers, the host judges."""
         return judge(bundle, evaluation, self.observe(bundle, evaluation), self.facts)
 
     def observe(self, bundle: Bundle, evaluation: Evaluation | None) -> Observed:
-        """What the board says of the bundle; the host may judge it, or compare it with another board's."""
-        facts, payload = self._run(
-            "validate", bundle, images=len(evaluation.chosen) if evaluation else None
-        )
-        with np.load(io.BytesIO(payload), allow_pickle=False) as z:
-            return from_answer(facts, {k: z[k] for k in z.files}, self.name)
+        """Return the board's features and answers, which the host judges or compares."""
+        images = None
+        if evaluation is not None:
+            images = len(evaluation.chosen)
+        facts, payload = self._run("validate", bundle, images=images)
+        with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
+            return from_answer(facts, dict(arrays), self.name)
 
     def bench(self, bundle: Bundle, load: Load) -> BenchReport:
         """Return the bench report; a power meter is read by the host, on the host's clock."""
@@ -252,24 +291,25 @@ class Board:
     ) -> BenchReport:
         """Return the report with the energy by the host's meter."""
         after = self.clock()
-        measured = None
+        measured = per_image = None
         unread = []
         try:
             measured = energy.by_the_hosts_meter(meter_csv, marks, before, after)
+            per_image = measured.mj_per_image
         except EdgeclipError as e:
             unread = [f"energy not measured: {e}"]
         report = msgspec.structs.replace(
-            report,
-            marks=None,
-            energy=measured,
-            energy_mj_per_image=measured.mj_per_image if measured else None,
+            report, marks=None, energy=measured, energy_mj_per_image=per_image
         )
         failures = unread + over_budget(report, self.device)
         return msgspec.structs.replace(report, failures=failures)
 
     def clock(self) -> tuple[float, float]:
-        """(the board's clock less this one's, half-width), seconds: the middle of the quickest of some round trips. What came back
-        was read somewhere within the trip, so the half-width is half of it, and a bound."""
+        """Return (the board's clock less the host's, half-width), seconds.
+
+        Read in the middle of the quickest of some round trips. The answer was read somewhere within
+        the trip, so half of it bounds the error.
+        """
         trips = []
         for _ in range(TRIPS):
             start = time.time()
@@ -280,6 +320,7 @@ class Board:
         return offset, half
 
     def selftest(self, bundle: Bundle) -> SelftestReport:
+        """Return the self-test's report."""
         answer, _ = self._run("selftest", bundle)
         return from_json(answer, SelftestReport, self.name)
 
@@ -302,11 +343,11 @@ class Board:
         before = self.state.boot_id
         self._wait(self._look())
         if self.state.boot_id != before:
-            what = f"it was started anew since it was looked at, before {verb}: its clocks and power mode may be others"
+            what = f"the board was restarted before '{verb}': its clocks and power mode may differ"
             raise LinkLost(self.name, what, AGAIN)
 
     def clean(self) -> bool:
-        """Removes all that edgeclip left on the board; was there anything?"""
+        """Remove everything edgeclip left on the board; return whether there was anything."""
         return bool(self.ask("clean")["removed"])
 
 
@@ -314,9 +355,9 @@ async def _ended(tasks: set[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _blocks(todo: list[tuple[str, Path, int, int]]) -> Iterator[bytes]:
-    for _, path, _, offset in todo:
-        with open(path, "rb") as f:
-            f.seek(offset)
-            while block := f.read(BLOCK):
+def _blocks(parts: list[Part]) -> Iterator[bytes]:
+    for part in parts:
+        with part.path.open("rb") as file:
+            file.seek(part.have)
+            while block := file.read(BLOCK):
                 yield block

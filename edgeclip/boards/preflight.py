@@ -1,4 +1,4 @@
-"""Check whether a device is fit to be measured: one row a check, with its status and what was found.
+"""Check whether a device is fit to be measured: one row per check.
 
 A failed check stops validate and bench before anything is copied. A warning is kept in the report
 beside the figures, which then hold for this state of the board alone: an unpinned clock moved one
@@ -128,7 +128,8 @@ def _memory(state: State, needs: Needs) -> PreflightRow:
     if needs.builds:
         least = BUILD_MIB
     need = f"{least} MiB with swap"
-    free, swap = state.available_mib, state.swap_mib or 0
+    free = state.available_mib
+    swap = state.swap_mib or 0
     if free is None:
         return _row("memory", None, None, need)
     return _row("memory", free + swap >= least, f"{free} MiB free, {swap} MiB swap", need, "fail")

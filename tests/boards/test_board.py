@@ -282,11 +282,6 @@ def test_the_runner_is_the_device_layer_and_nothing_of_the_host(tmp_path):
     assert content == runner.device_layer()
     assert "edgeclip/device/__main__.py" in names
     assert "edgeclip/device/runtime/onnxruntime.py" in names
-    assert {n.split("/")[1].removesuffix(".py") for n in names}.isdisjoint(runner.HOST) and {
-        "cache",
-        "distill",
-        "remote",
-    } <= set(runner.HOST)
     (tmp_path / "own.zip").write_bytes(content)
     assert (
         len(content)
@@ -298,14 +293,20 @@ def test_the_runner_is_the_device_layer_and_nothing_of_the_host(tmp_path):
 def test_the_remote_command_is_one_constant_string():
     from edgeclip.boards import link
 
-    assert (
-        link.COMMAND
-        == 'exec python3 -u -c \'import sys; b = sys.stdin.buffer; exec(compile(b.read(int(b.readline())), "agent.py", "exec"))\''
+    assert link.COMMAND == (
+        "exec python3 -u -c 'import sys; b = sys.stdin.buffer; "
+        'exec(compile(b.read(int(b.readline())), "agent.py", "exec"))\''
     )
-    source = (REPO / "edgeclip" / "remote" / "link.py").read_text()
-    assert (
-        source.count("COMMAND]") == 1 and source.count("create_process(COMMAND,") == 1
-    )  # either way as it is
+    source = (REPO / "edgeclip" / "boards" / "link.py").read_text()
+    assert source.count("COMMAND]") == 1  # either way as it is
+    assert source.count("create_process(COMMAND,") == 1
+
+
+def test_what_marks_an_answer_is_one_word_on_both_sides():
+    from edgeclip.boards import link
+
+    source = (REPO / "edgeclip" / "boards" / "agent.py").read_text()
+    assert f'MARK = b"{link.MARK.decode()}"' in source
 
 
 @pytest.mark.parametrize(

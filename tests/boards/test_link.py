@@ -242,7 +242,7 @@ def test_a_board_that_rebooted_between_the_build_and_the_run(shipped_bundle, ssh
     with Board(name, device) as board:
         board.prepare([bundle], None)
         boot.write_text("second")
-        with pytest.raises(LinkLost, match="started anew since it was looked at"):
+        with pytest.raises(LinkLost, match="was restarted before"):
             board.validate(bundle, None)
         board.prepare([bundle], None)  # what lies there is whole: nothing travels again
         assert board.validate(bundle, None).failures == []
