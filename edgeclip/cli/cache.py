@@ -34,7 +34,7 @@ def build(recipe: Path, roots: tuple[str, ...], out: Path | None, as_json: bool)
         edgeclip cache build quickstart
         torchrun --nproc-per-node 8 -m edgeclip cache build recipes/mobile.yaml
     """
-    from edgeclip.host.cache.inspect import build_for
+    from edgeclip.host.distill.prepare import build_for
 
     found = build_for(recipe, roots, out)
     if as_json:
