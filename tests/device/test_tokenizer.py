@@ -120,3 +120,11 @@ def test_a_long_text_is_refused_or_loses_its_end_but_for_the_end_token():
         *whole[:5],
         whole[-1],
     ]
+
+
+def test_without_the_library_new_words_name_the_extra(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(EdgeclipError, match=r"new words: .*pip install 'edgeclip\[text\]'"):
+        tokenizer.load("{}", 8)
