@@ -185,10 +185,10 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         before = time.perf_counter()
         verdict = lint(paths["tensorrt-int8"], tensorrt)
         row |= {
-            "tensorrt_builds": verdict["builds"],
+            "tensorrt_builds": verdict.builds,
             "tensorrt_s": round(time.perf_counter() - before, 1),
-            "checked_by": verdict["checked_by"],
-            "errors": verdict["errors"][:2],
+            "checked_by": verdict.checked_by,
+            "errors": verdict.errors[:2],
         }
         row["tensorrt_mib"] = round(paths["tensorrt-int8"].stat().st_size / 2**20, 1)
         if text is not None:
@@ -197,7 +197,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             shipped = folder / write_text(traced, target.load("onnx-int8")[1], folder)
             row["text_mib"] = round(shipped.stat().st_size / 2**20, 1)
             graph.save(to_fp16(traced), paths["text-tensorrt"])
-            row["text_tensorrt_builds"] = lint(paths["text-tensorrt"], tensorrt)["builds"]
+            row["text_tensorrt_builds"] = lint(paths["text-tensorrt"], tensorrt).builds
     return row
 
 

@@ -204,7 +204,7 @@ def ours(
             folder / target_name / exporter.write(model, target, chosen, folder / target_name)
         )
         print(
-            f"{name}: {chosen.candidate}, int8 share {record['int8_share_of_macs']}, in {time.perf_counter() - before:.0f} s",
+            f"{name}: {chosen.candidate}, int8 share {record.int8_share_of_macs}, in {time.perf_counter() - before:.0f} s",
             file=sys.stderr,
         )
     return found

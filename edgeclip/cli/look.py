@@ -39,7 +39,7 @@ def lint(file: Path, target_name: str, as_json: bool) -> None:
         print_json(verdict)
     else:
         bundles.lint(file, verdict)
-    if verdict["errors"]:
+    if verdict.errors:
         sys.exit(GATE_FAILED)
 
 

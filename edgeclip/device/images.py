@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from edgeclip.device.preprocess import UnreadableImage
+from edgeclip.device.preprocess import Preprocess, UnreadableImage, open_image, to_pixels
 from edgeclip.errors import EdgeclipError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -75,6 +75,11 @@ def read(image: ImageRef) -> bytes:
             "restore it",
         )
     return content
+
+
+def load_pixels(image: ImageRef, spec: Preprocess) -> np.ndarray:
+    """Return an image as uint8 [H, W, 3] of the encoder's size. Raises `UnreadableImage`."""
+    return to_pixels(open_image(read(image), image.key), spec)
 
 
 def digest(image: ImageRef) -> str:

@@ -49,6 +49,14 @@ class CalibrationImage(Record):
     use: Literal["ranges", "judged"]
 
 
+class Interval(Record):
+    """A median of paired measurements, with the 99 % interval of it."""
+
+    median: float
+    low: float
+    high: float
+
+
 class CandidateRow(Record):
     """One int8 candidate of the search, as it would ship."""
 
@@ -76,6 +84,8 @@ class CandidateRow(Record):
     """of its files"""
     latency_ms: float | None = None
     """median of one image; null: not measured on this machine"""
+    times_as_fast: Interval | None = None
+    """float32's time over this one's; null: not measured on this machine"""
     verdict: str = ""
     """chosen, or why not"""
 

@@ -30,11 +30,11 @@ def open_clip(path: Path, as_json: bool) -> None:
 
 def lint(file: Path, verdict: Any) -> None:
     """Print what TensorRT would refuse in an ONNX file."""
-    for error in verdict["errors"]:
+    for error in verdict.errors:
         click.echo(error)
-    if not verdict["errors"]:
+    if not verdict.errors:
         click.echo(f"{file}: accepted; validate and bench it on the board")
-    by = verdict["checked_by"]
+    by = verdict.checked_by
     if by is None:
         by = "edgeclip's rules alone; for TensorRT's own parser: pip install 'edgeclip[lint]'"
     click.echo(f"checked by {by}")

@@ -24,8 +24,8 @@ from torch.nn.utils import parametrize
 
 from edgeclip import disk
 from edgeclip.device import target as T
-from edgeclip.device.images import read
-from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pixels
+from edgeclip.device.images import load_pixels
+from edgeclip.device.preprocess import Preprocess, normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import distributed
 from edgeclip.host.cache import TeacherCache
@@ -288,7 +288,7 @@ def _calibration_images(
     pixels = []
     for i in order[: target.calibration.images].tolist():
         image = cache.images[i]
-        pixels.append(to_pixels(open_image(read(image), image.key), preprocess))
+        pixels.append(load_pixels(image, preprocess))
     return normalize(np.stack(pixels), preprocess)
 
 

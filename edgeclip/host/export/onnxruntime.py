@@ -1,7 +1,7 @@
 """ONNX Runtime: the float graph in float32 or float16, or static Q/DQ int8 (`graph.qdq`).
 
-The text encoder is quantized dynamically, its inputs are a handful of tokens; its embedding table, 40 % of it, is int8
-per row.
+The text encoder is quantized dynamically, its inputs are a handful of tokens; its embedding table,
+40 % of it, is int8 per row.
 """
 
 import logging
@@ -20,10 +20,10 @@ from edgeclip.host.graph.qdq import quantize
 def write(
     model: onnx.ModelProto, target: Target, quantization: Quantization | None, folder: Path
 ) -> str:
-    """Writes the image encoder into `folder`, returns its file name. `quantization` is given for int8 targets."""
-    path = folder / (
-        "image_encoder.fp16.onnx" if target.precision == "fp16" else "image_encoder.onnx"
-    )
+    """Write the image encoder into `folder`; return its file name.
+
+    quantization: the map of an int8 target.
+    """
     if quantization is not None:
         model = quantize(
             quantization.calibrated,
@@ -31,30 +31,47 @@ def write(
             activations=target.activations or "uint8",
             reduce_range=quantization.reduce_range,
         )
-    graph.save(to_fp16(model) if target.precision == "fp16" else model, path)
-    return path.name
+    return _save(model, target.precision, folder, "image_encoder")
 
 
 def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:
-    path = folder / ("text_encoder.fp16.onnx" if target.text == "fp16" else "text_encoder.onnx")
+    """Write the text encoder into `folder`; return its file name."""
     if target.text == "int8":
-        from onnxruntime.quantization import QuantType, quantize_dynamic
+        model = _quantize_dynamically(graph.int8_embeddings(model))
+    return _save(model, target.text, folder, "text_encoder")
 
-        with tempfile.TemporaryDirectory() as temporary:
-            graph.save(graph.int8_embeddings(model), Path(temporary) / "float.onnx")
-            logging.disable(logging.WARNING)  # it advises a preprocessing that folding has done
-            try:
-                # 7-bit weights: inputs are uint8 on every machine, and where x86 has no VNNI two full products overflow the sum of 16 bits
-                how = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
-                quantize_dynamic(
-                    Path(temporary) / "float.onnx",
-                    path,
-                    op_types_to_quantize=["MatMul", "Gemm"],
-                    **how,
-                )
-            finally:
-                logging.disable(logging.NOTSET)
-        graph.save(onnx.load(path), path)
-    else:
-        graph.save(to_fp16(model) if target.text == "fp16" else model, path)
-    return path.name
+
+def _save(model: onnx.ModelProto, precision: str | None, folder: Path, name: str) -> str:
+    suffix = ".onnx"
+    if precision == "fp16":
+        suffix = ".fp16.onnx"
+        model = to_fp16(model)
+    graph.save(model, folder / f"{name}{suffix}")
+    return f"{name}{suffix}"
+
+
+def _quantize_dynamically(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The text encoder's copy whose linear layers have int8 weights per channel.
+
+    Weights get 7 bits: inputs are uint8 on every machine, and where an x86 has no VNNI two full
+    products overflow the sum of 16 bits.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as temporary:
+        in_float = Path(temporary) / "float.onnx"
+        in_int8 = Path(temporary) / "int8.onnx"
+        graph.save(model, in_float)
+        logging.disable(logging.WARNING)  # it advises a preprocessing that folding has done
+        try:
+            quantize_dynamic(
+                in_float,
+                in_int8,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                per_channel=True,
+                reduce_range=True,
+                weight_type=QuantType.QInt8,
+            )
+        finally:
+            logging.disable(logging.NOTSET)
+        return onnx.load(in_int8)

@@ -1,51 +1,57 @@
-"""Search until it holds: the fastest int8 form, measured on this machine, among those that keep the answers.
+"""Search until it holds: the fastest int8 candidate among those that keep the answers.
 
-Every form that the target lists (range method, smoothing, layer set, model type) is written as it would ship, opened in
-its own runtime and compared with the float student on training images that gave no ranges. Of those inside the
-tolerance the fastest is chosen; within 5 % the more exact one. Times are noise, so they are compared in pairs, and what lies
-within the interval of a comparison decides nothing: equal inputs make equal bundles. Where none holds, the layers of the best
-form are ranked by the damage that quantizing each alone does, and the worst go back to float, by bisection, until the
-tolerance holds.
+Every candidate that the target lists (range method, smoothing, layer set, model type) is written as
+it would ship, opened in its own runtime and compared with the float student on training images that
+gave no ranges. Of those inside the tolerance the fastest is chosen; within 5 % the more exact one.
+Times are noise, so they are compared in pairs, and what lies within the interval of a comparison
+decides nothing: equal inputs make equal bundles. Where none holds, the layers of the best candidate
+are ranked by their sensitivity, and the worst fall back to float, by bisection, until the tolerance
+holds.
 
-A target is refused (exit 3) when it cannot hold the tolerance with `min_int8_share` of the multiply-accumulates left in
-int8, or when it is not `min_speedup` times as fast as float32 in the same runtime. Speed is measured only where this
-machine is of the target's kind; elsewhere it is null, and forms are chosen by accuracy. TensorRT's graph runs in ONNX
-Runtime here: a proxy of its numerics, and so it is called in the record.
+A target is refused (exit 3) when it cannot hold the tolerance with `min_int8_share` of the
+multiply-accumulates left in int8, or when it is not `min_speedup` times as fast as float32 in the
+same runtime. Speed is measured only where this machine is of the target's kind; elsewhere it is
+null, and candidates are chosen by accuracy. TensorRT's graph runs in ONNX Runtime here: a proxy of
+its numerics, and so it is called in the record.
 """
 
 import itertools
+import math
 import tempfile
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import onnx
+import onnxruntime as ort
+from msgspec.structs import replace
 
-from edgeclip.device import machine
+from edgeclip.device.manifest import CandidateRow, Interval, SearchRecord
 from edgeclip.device.metrics import agreement, cosine, median_interval
 from edgeclip.device.runtime import open_session
+from edgeclip.device.runtime.onnxruntime import disabled_optimizers
 from edgeclip.device.target import Calibration, Target
 from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
 from edgeclip.host.export.calibration import CalibrationImages
+from edgeclip.host.export.speed import Run, interleaved, measured_here, milliseconds, slower
 from edgeclip.host.graph import policy
-from edgeclip.host.graph.policy import Quantization
+from edgeclip.host.graph.policy import Candidate, Quantization
 from edgeclip.progress import say
 
-ROUNDS, QUERIES = 31, 4
-SAME_SPEED = 1.05
-"""a form is slower than another when the whole interval of their paired times lies above this ratio"""
 BATCH = 16
 
 
-class Candidate(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A candidate as it was written and judged; equal only to itself."""
+
     quantization: Quantization
-    run: Callable[[np.ndarray], np.ndarray]
-    row: dict[str, Any]
-    """its line of the frontier, JSON-able"""
+    run: Run
+    row: CandidateRow
+    """its line of the frontier; times and verdict are filled in when all have been tried"""
     short: list[str]
     """tolerances that it misses"""
 
@@ -56,289 +62,328 @@ class Task(NamedTuple):
     model: onnx.ModelProto
     images: CalibrationImages
     target: Target
-    exporter: Any
-    answers: Callable[[np.ndarray], np.ndarray] | None
+    spec: Calibration
+    """the target's"""
+    exporter: ModuleType
+    answers: Run | None
     """[n, D] features to the class index each image gets; None where the student has no labels"""
     reference: np.ndarray
+    """[m, D]: the float student's features of the judged images"""
     folder: Path
+    """temporary"""
 
 
 def search(
     model: onnx.ModelProto,
     images: CalibrationImages,
     target: Target,
-    exporter: Any,
-    answers: Callable[[np.ndarray], np.ndarray] | None,
+    exporter: ModuleType,
+    answers: Run | None,
     learned: Quantization | None = None,
-) -> tuple[Quantization, dict[str, Any]]:
-    """The map to ship, and its record with the frontier. Raises `Refused` where no map holds what the target asks.
+) -> tuple[Quantization, SearchRecord]:
+    """Return the map to ship, and its record with the frontier.
 
-    learned: the map of a student that was trained with this target's rounding: it alone is tried, as it is.
+    learned: the map of a student that was trained with this target's rounding: it alone is tried,
+    as it is. Raises `Refused` where no map holds what the target asks for.
     """
-    spec = target.calibration
-    assert spec is not None
-    reduce_range = policy.reduced_range(target)
+    assert target.calibration is not None
+    reference = policy.features(model, images.judged)
     with tempfile.TemporaryDirectory() as temporary:
-        task = Task(
-            model,
-            images,
-            target,
-            exporter,
-            answers,
-            policy.features(model, images.judged),
-            Path(temporary),
-        )
-        tried = [_try(task, learned, 0)] if learned else list[Candidate]()
-        if learned and tried[0].short:
-            raise Refused(
-                "qat",
-                f"the student that learned with rounding does not hold: {'; '.join(tried[0].short)}",
-                "train it longer (qat.epochs)",
-            )
-        outer: dict[str, float] | None = None
-        forms = (
-            []
-            if learned
-            else itertools.product(spec.methods, spec.smoothing, spec.layers, spec.model_types)
-        )
-        for form in (policy.Candidate(*values) for values in forms):
-            found = policy.choose(
-                model,
-                images.ranges,
-                form,
-                outer,
-                spec,
-                reduce_range,
-                own_bias=target.runtime != "openvino",
-            )
-            if found is None:
-                continue
-            if outer is None:
-                outer = {k: v for k, v in found.float_layers.items() if v is not None}
-            tried.append(_try(task, found, len(tried)))
-        if not tried:
-            what = "none of the target's forms is one of this student: nothing to smooth, no depthwise convolution, or residual with transformer"
-            raise EdgeclipError("calibration", what, "add null to smoothing, all to layers")
-        holding = [c for c in tried if not c.short]
+        folder = Path(temporary)
+        task = Task(model, images, target, target.calibration, exporter, answers, reference, folder)
+        trials = [_try_learned(task, learned)] if learned else _try_candidates(task)
+        holding = [trial for trial in trials if not trial.short]
         if not holding:
-            best = max(tried, key=lambda c: c.row["centered_cosine_mean"])
-            more = _give_back(task, best, spec, len(tried))
-            tried += more
-            holding = [c for c in more if not c.short][-1:]
+            more = _fall_back_to_float(task, trials)
+            trials += more
+            holding = [trial for trial in more if not trial.short][-1:]
         laps = _time(task, holding)
-    as_fast = (
-        holding
-        if laps is None
-        else [c for i, c in enumerate(holding) if not slower(laps[:, 1:], i)]
-    )
-    chosen = max(
-        as_fast, key=lambda c: c.row["centered_cosine_p1"]
-    )  # the first of equals: the target's order
-    float_ms = None if laps is None else _milliseconds(laps[:, 0])
+
+    as_fast = holding
     if laps is not None:
-        for c, own in zip(holding, laps.T[1:], strict=True):
-            c.row["latency_ms"] = _milliseconds(own)
-            c.row["times_as_fast"] = _rounded(median_interval(laps[:, 0] / own))
-    for c in tried:
-        c.row["verdict"] = (
-            "chosen"
-            if c is chosen
-            else "; ".join(c.short) or ("less exact" if any(c is a for a in as_fast) else "slower")
+        as_fast = [trial for i, trial in enumerate(holding) if not slower(laps[:, 1:], i)]
+    # The first of equals, in the target's order.
+    chosen = max(as_fast, key=lambda trial: trial.row.centered_cosine_p1)
+
+    rows = _rows(trials, holding, laps, as_fast, chosen)
+    _refuse(rows[trials.index(chosen)], task)
+    return chosen.quantization, _record(task, chosen.quantization, rows, laps, learned is not None)
+
+
+def _try_learned(task: Task, learned: Quantization) -> Trial:
+    """The one trial of a student that learned with the rounding."""
+    trial = _try(task, learned, 0)
+    if trial.short:
+        raise Refused(
+            "qat",
+            f"the student trained with rounding does not hold the target: {'; '.join(trial.short)}",
+            "train it longer (qat.epochs)",
         )
-    _refuse(chosen, target, spec)
-    record = {
-        **chosen.quantization.candidate._asdict(),
-        "reduce_range": chosen.quantization.reduce_range,
-        "float_layers": chosen.quantization.float_layers,
-        "int8_layers": len(chosen.quantization.nodes),
-        "int8_nodes": chosen.quantization.nodes,
-        "int8_share_of_macs": chosen.quantization.int8_share,
-        "judged_on": len(images.judged),
-        "judged_in": _judged_in(target),
-        "latency_ms_float": float_ms,
-        "learned": learned is not None,
-    }
-    return chosen.quantization, record | {"frontier": [c.row for c in tried]}
+    return trial
 
 
-def _try(task: Task, quantization: Quantization, number: int) -> Candidate:
+def _try_candidates(task: Task) -> list[Trial]:
+    """A trial of each candidate of the target that is no other one's double."""
+    spec = task.spec
+    trials: list[Trial] = []
+    outer: dict[str, float] | None = None
+    for values in itertools.product(spec.methods, spec.smoothing, spec.layers, spec.model_types):
+        quantization = policy.choose(
+            task.model,
+            task.images.ranges,
+            Candidate(*values),
+            outer,
+            spec,
+            policy.reduced_range(task.target),
+            own_bias=task.target.runtime != "openvino",
+        )
+        if quantization is None:
+            continue
+        if outer is None:
+            outer = {}
+            for name, cosine_left in quantization.float_layers.items():
+                if cosine_left is not None:
+                    outer[name] = cosine_left
+        trials.append(_try(task, quantization, len(trials)))
+    if not trials:
+        raise EdgeclipError(
+            "calibration",
+            "no quantization candidate of this target applies to this model (no LayerNorm to "
+            "smooth, no depthwise convolution, or residual with transformer)",
+            "add null to smoothing, all to layers",
+        )
+    return trials
+
+
+def _try(task: Task, quantization: Quantization, number: int) -> Trial:
+    """Write a map as it would ship, run it on the judged images and compare."""
     folder = task.folder / str(number)
     folder.mkdir()
-    path = folder / task.exporter.write(task.model, task.target, quantization, folder)
-    run = _session(task.target, path)
-    found = np.concatenate(
-        [run(task.images.judged[i : i + BATCH]) for i in range(0, len(task.images.judged), BATCH)]
-    )
-    close, tolerance, spec = (
-        cosine(found, task.reference),
-        task.target.tolerance,
-        task.target.calibration,
-    )
-    least = max(tolerance.centered_cosine_p1, spec.judged_cosine_p1 if spec else 0.0)
-    same, where_right = None, None
+    file = task.exporter.write(task.model, task.target, quantization, folder)
+    run = _session(task.target, folder / file)
+    judged = task.images.judged
+    batches = [run(judged[start : start + BATCH]) for start in range(0, len(judged), BATCH)]
+    features = np.concatenate(batches)
+
+    close = cosine(features, task.reference)
+    same = None
+    where_right = None
     if task.answers is not None:
-        answers, reference = task.answers(found), task.answers(task.reference)
-        same, where_right = (
-            agreement(answers, reference),
-            agreement(answers, reference, reference == task.images.labels),
-        )
-    row: dict[str, Any] = {
+        answers = task.answers(features)
+        reference = task.answers(task.reference)
+        same = agreement(answers, reference)
+        where_right = agreement(answers, reference, reference == task.images.labels)
+    row = CandidateRow(
         **quantization.candidate._asdict(),
-        "float_layers": len(quantization.float_layers),
-        "int8_share_of_macs": quantization.int8_share,
-        "centered_cosine_mean": policy.centered_cosine(found, task.reference),
-        "centered_cosine_p1": close.centered_p1,
-        "top1_agreement": same,
-        "agreement_where_right": where_right,
-        "bytes": sum(f.stat().st_size for f in folder.iterdir()),
-        "latency_ms": None,
-        "times_as_fast": None,
-    }
+        float_layers=len(quantization.float_layers),
+        int8_share_of_macs=quantization.int8_share,
+        centered_cosine_mean=policy.centered_cosine(features, task.reference),
+        centered_cosine_p1=close.centered_p1,
+        top1_agreement=same,
+        agreement_where_right=where_right,
+        bytes=sum(f.stat().st_size for f in folder.iterdir()),
+    )
+    _say(quantization.candidate, row)
+    return Trial(quantization, run, row, _short(task, row))
+
+
+def _short(task: Task, row: CandidateRow) -> list[str]:
+    """A line for each tolerance that a candidate misses."""
+    tolerance = task.target.tolerance
+    least = max(tolerance.centered_cosine_p1, task.spec.judged_cosine_p1)
     short = []
-    if not close.centered_p1 >= least:  # not a number is short too
-        short.append(f"centered cosine p1 {close.centered_p1:.4f}, below {least}")
-    short += short_of_agreement(tolerance, same, where_right)
-    form = ", ".join(str(v) for v in quantization.candidate if v is not None)
-    say(
-        f"{form}, {row['float_layers']} layers in float: int8 share {quantization.int8_share:.3f}, centered cosine p1 {close.centered_p1:.4f}"
-        + "".join(
-            f", {what} {v:.4f}"
-            for what, v in (("top-1 agreement", same), ("where right", where_right))
-            if v is not None
-        )
+    if not row.centered_cosine_p1 >= least:  # not a number is short too
+        short.append(f"centered cosine p1 {row.centered_cosine_p1:.4f}, below {least}")
+    return short + short_of_agreement(tolerance, row.top1_agreement, row.agreement_where_right)
+
+
+def _say(candidate: Candidate, row: CandidateRow) -> None:
+    name = ", ".join(str(value) for value in candidate if value is not None)
+    line = (
+        f"{name}, {row.float_layers} layers in float: int8 share {row.int8_share_of_macs:.3f}, "
+        f"centered cosine p1 {row.centered_cosine_p1:.4f}"
     )
-    return Candidate(quantization, run, row, short)
+    if row.top1_agreement is not None:
+        line += f", top-1 agreement {row.top1_agreement:.4f}"
+    if row.agreement_where_right is not None:
+        line += f", where right {row.agreement_where_right:.4f}"
+    say(line)
 
 
-def _give_back(task: Task, best: Candidate, spec: Calibration, number: int) -> list[Candidate]:
-    """Candidates with ever fewer of the worst layers in float, the last of which holds; raises `Refused` where none can.
+def _fall_back_to_float(task: Task, trials: list[Trial]) -> list[Trial]:
+    """Trials with ever fewer of the worst layers in float, the last of which holds.
 
-    The most that the int8 share allows is tried first: where even that fails, nothing between can hold.
+    The most that the int8 share allows is tried first: where even that fails, nothing between can
+    hold, and `Refused` is raised.
     """
-    q = best.quantization
-    alone = policy.sensitivity(
-        q.calibrated,
-        q.nodes,
-        task.images.ranges[: policy.PROBES],
-        "damage of each layer",
-        q.reduce_range,
-    )
-    worst = sorted(q.nodes, key=alone.__getitem__)
-
-    def given(count: int) -> Quantization:
-        back = {n: round(alone[n], 4) for n in worst[:count]}
-        return policy.of_layers(
-            q.candidate, q.calibration, q.calibrated, {**q.float_layers, **back}, q.reduce_range
-        )
-
-    most = 0
-    while most < len(worst) and given(most + 1).int8_share >= spec.min_int8_share:
-        most += 1
-    tried = [_try(task, given(most), number)] if most else [best]
-    if tried[0].short:
+    best = max(trials, key=_mean_cosine)
+    steps = _fallbacks(task, best.quantization)
+    more = [best]
+    if steps:
+        more = [_try(task, steps[-1], len(trials))]
+    if more[0].short:
+        row = more[0].row
         raise Refused(
             task.target.runtime,
-            f"int8 does not hold: with the {len(tried[0].quantization.float_layers)} worst layers in float (int8 share {tried[0].quantization.int8_share:.3f}) "
-            + "; ".join(tried[0].short),
-            "take a float16 or float32 target, distil with `qat`, or lower the tolerance in a target of your own",
+            f"int8 does not hold: with the {row.float_layers} worst layers in float (int8 share "
+            f"{row.int8_share_of_macs:.3f}) {'; '.join(more[0].short)}",
+            "take a float16 or float32 target, distil with `qat`, or lower the tolerance in a "
+            "target of your own",
         )
-    low, high = 0, most  # low fails, high holds
+    low = 0  # so many layers in float fail
+    high = len(steps)  # so many hold
     while high - low > 1:
         middle = (low + high) // 2
-        candidate = _try(task, given(middle), number + len(tried))
-        low, high = (middle, high) if candidate.short else (low, middle)
-        if candidate.short:
-            tried.insert(0, candidate)
+        trial = _try(task, steps[middle - 1], len(trials) + len(more))
+        if trial.short:
+            low = middle
+            more.insert(0, trial)
         else:
-            tried.append(candidate)
-    return tried
+            high = middle
+            more.append(trial)
+    return more
 
 
-def _time(task: Task, candidates: list[Candidate]) -> np.ndarray | None:
-    """[ROUNDS, 1 + candidates] milliseconds of float32 and of each candidate (batch 1, one thread). None: not this machine's kind."""
+def _mean_cosine(trial: Trial) -> float:
+    """A trial's mean cosine; one that is not finite is the least of all."""
+    mean = _finite(trial.row.centered_cosine_mean)
+    if mean is None:
+        return -math.inf
+    return mean
+
+
+def _fallbacks(task: Task, best: Quantization) -> list[Quantization]:
+    """The map with the worst layer in float, with the two worst, ... as far as the share allows."""
+    probes = task.images.ranges[: policy.PROBES]
+    what = "sensitivity of each layer"
+    cosines = policy.sensitivity(best.calibrated, best.nodes, probes, what, best.reduce_range)
+    steps: list[Quantization] = []
+    in_float = dict(best.float_layers)
+    for name in sorted(best.nodes, key=cosines.__getitem__):
+        in_float = {**in_float, name: round(cosines[name], 4)}
+        step = policy.of_layers(
+            best.candidate, best.calibration, best.calibrated, in_float, best.reduce_range
+        )
+        if not step.int8_share >= task.spec.min_int8_share:
+            break
+        steps.append(step)
+    return steps
+
+
+def _time(task: Task, trials: list[Trial]) -> np.ndarray | None:
+    """Milliseconds [ROUNDS, 1 + trials] of float32 and of each trial, batch 1 on one thread.
+
+    None: this machine is not of the target's kind.
+    """
     if not measured_here(task.target):
         return None
     folder = task.folder / "float"
     folder.mkdir()
-    plain = msgspec.structs.replace(task.target, precision="fp32", calibration=None)
+    plain = replace(task.target, precision="fp32", calibration=None)
     in_float = _session(plain, folder / task.exporter.write(task.model, plain, None, folder))
-    return interleaved([in_float, *(c.run for c in candidates)], task.images.judged[:1])
+    return interleaved([in_float, *(trial.run for trial in trials)], task.images.judged[:1])
 
 
-def interleaved(runs: list[Callable[[np.ndarray], np.ndarray]], x: np.ndarray) -> np.ndarray:
-    """Run all of `runs` on `x` in rounds; return [ROUNDS, runs], the least milliseconds of each in each round.
+def _rows(
+    trials: list[Trial],
+    holding: list[Trial],
+    laps: np.ndarray | None,
+    as_fast: list[Trial],
+    chosen: Trial,
+) -> list[CandidateRow]:
+    """The frontier in the order of `trials`, with times and verdicts."""
+    rows = []
+    for trial in trials:
+        if trial is chosen:
+            verdict = "chosen"
+        elif trial.short:
+            verdict = "; ".join(trial.short)
+        elif trial in as_fast:
+            verdict = "less exact"
+        else:
+            verdict = "slower"
+        row = replace(
+            trial.row,
+            centered_cosine_mean=_finite(trial.row.centered_cosine_mean),
+            centered_cosine_p1=_finite(trial.row.centered_cosine_p1),
+            verdict=verdict,
+        )
+        rows.append(row)
+    if laps is None:
+        return rows
 
-    What the machine does meanwhile falls on all of a round alike, so that their ratios within it are comparable; the order rotates, so
-    that none always follows the same one. The least of a round, since what disturbs a run only adds to it.
-    """
-    laps = np.empty((ROUNDS, len(runs)))
-    for turn in range(ROUNDS):
-        for k in range(len(runs)):
-            i = (turn + k) % len(runs)
-            runs[i](x)  # its caches were emptied by the others
-            found = []
-            for _ in range(QUERIES):
-                before = time.perf_counter()
-                runs[i](x)
-                found.append(1e3 * (time.perf_counter() - before))
-            laps[turn, i] = min(found)
-    return laps
-
-
-def slower(laps: np.ndarray, i: int) -> bool:
-    """Is candidate `i` of laps [ROUNDS, candidates] resolved as slower than the fastest, by more than what counts as the same speed?"""
-    fastest = laps[:, np.median(laps, axis=0).argmin()]
-    _, low, _ = median_interval(laps[:, i] / fastest)
-    return low > SAME_SPEED
-
-
-def _milliseconds(own: np.ndarray) -> float:
-    return round(float(np.median(own)), 4)
-
-
-def _rounded(values: tuple[float, float, float]) -> dict[str, float]:
-    return {
-        name: round(value, 4) for name, value in zip(("median", "low", "high"), values, strict=True)
-    }
-
-
-def measured_here(target: Target) -> bool:
-    """Is this machine of the kind that the target's int8 form is for?"""
-    arch = machine.facts().arch
-    if target.runtime == "onnxruntime":
-        return arch == ("x86_64" if target.activations == "uint8" else "aarch64")
-    return target.runtime == "openvino" and arch == "x86_64"
+    for i, trial in enumerate(holding):
+        own = laps[:, 1 + i]
+        median, low, high = median_interval(laps[:, 0] / own)
+        at = trials.index(trial)
+        rows[at] = replace(
+            rows[at],
+            latency_ms=milliseconds(own),
+            times_as_fast=Interval(median=round(median, 4), low=round(low, 4), high=round(high, 4)),
+        )
+    return rows
 
 
-def _refuse(chosen: Candidate, target: Target, spec: Calibration) -> None:
-    """Raises `Refused` for too small an int8 share, and for a speed that the interval of its measurement excludes."""
-    share, speed = chosen.quantization.int8_share, chosen.row["times_as_fast"]
+def _refuse(row: CandidateRow, task: Task) -> None:
+    """Raise `Refused` for too small an int8 share, and for a speed that its interval excludes."""
     do = "take a float16 or float32 target, or lower the limit in a target of your own"
-    if share < spec.min_int8_share:
+    share = row.int8_share_of_macs
+    if share < task.spec.min_int8_share:
         raise Refused(
-            target.runtime,
-            f"only {share:.3f} of the multiply-accumulates stay in int8, below {spec.min_int8_share}",
+            task.target.runtime,
+            f"only {share:.3f} of the multiply-accumulates stay in int8, below "
+            f"{task.spec.min_int8_share}",
             do,
         )
-    if speed is not None and not speed["high"] >= spec.min_speedup:
-        what = f"int8 is {speed['median']:.2f} times as fast as float32 here ({speed['low']:.2f} to {speed['high']:.2f}; {chosen.row['latency_ms']:.2f} ms)"
-        raise Refused(target.runtime, f"{what}, below {spec.min_speedup:g}", do)
+    speed = row.times_as_fast
+    if speed is not None and not speed.high >= task.spec.min_speedup:
+        raise Refused(
+            task.target.runtime,
+            f"int8 is {speed.median:.2f} times as fast as float32 here ({speed.low:.2f} to "
+            f"{speed.high:.2f}; {row.latency_ms:.2f} ms), below {task.spec.min_speedup:g}",
+            do,
+        )
 
 
-def _judged_in(target: Target) -> str:
-    return (
-        "onnxruntime on the CPU, a proxy of TensorRT's numerics"
-        if target.runtime == "tensorrt"
-        else target.runtime
+def _record(
+    task: Task,
+    quantization: Quantization,
+    rows: list[CandidateRow],
+    laps: np.ndarray | None,
+    learned: bool,
+) -> SearchRecord:
+    latency_ms_float = None
+    if laps is not None:
+        latency_ms_float = milliseconds(laps[:, 0])
+    judged_in = task.target.runtime
+    if judged_in == "tensorrt":
+        judged_in = "onnxruntime on the CPU, a proxy of TensorRT's numerics"
+    return SearchRecord(
+        **quantization.candidate._asdict(),
+        reduce_range=quantization.reduce_range,
+        float_layers=quantization.float_layers,
+        int8_layers=len(quantization.nodes),
+        int8_nodes=quantization.nodes,
+        int8_share_of_macs=quantization.int8_share,
+        judged_on=len(task.images.judged),
+        judged_in=judged_in,
+        latency_ms_float=latency_ms_float,
+        learned=learned,
+        frontier=rows,
     )
 
 
-def _session(target: Target, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def _finite(value: float | None) -> float | None:
+    """None for what is not finite: JSON has no word for it."""
+    if value is None or not math.isfinite(value):
+        return None
+    return value
+
+
+def _session(target: Target, path: Path) -> Run:
+    """What runs the graph at `path` as the target's device would, TensorRT's in ONNX Runtime."""
     if target.runtime != "tensorrt":
         return open_session(target.runtime, path, 1).run
-    import onnxruntime as ort
-
-    from edgeclip.device.runtime.onnxruntime import disabled_optimizers
 
     options = ort.SessionOptions()
     options.log_severity_level = 3

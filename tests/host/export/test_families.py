@@ -132,9 +132,7 @@ def test_tensorrt_rtx_parses_and_builds_every_form_of_every_family(written):
         pytest.skip("data: the families were not exported in this run")
     shipped = target.load("tensorrt-int8")[1]
     refused = {
-        f.name: verdict
-        for f in files
-        if not (verdict := lint(f, shipped))["builds"] or verdict["errors"]
+        f.name: verdict for f in files if not (verdict := lint(f, shipped)).builds or verdict.errors
     }
     assert not refused
 

@@ -1,5 +1,6 @@
 """The search keeps the answers, or refuses; smoothing and bias correction do what their equations say."""
 
+import dataclasses
 import importlib
 
 import msgspec
@@ -16,8 +17,10 @@ from edgeclip.device.metrics import cosine
 from edgeclip.device.target import Calibration, Tolerance
 from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
-from edgeclip.host.export import EXPORTERS
-from edgeclip.host.export.search import measured_here, search
+from edgeclip.host.export import EXPORTERS, speed
+from edgeclip.host.export.calibration import CalibrationImages
+from edgeclip.host.export.search import search
+from edgeclip.host.export.speed import measured_here
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.qdq import calibrate, quantize
@@ -214,11 +217,11 @@ def test_right_answers_are_kept_where_labels_tell_which_they_are(plain, images):
             importlib.import_module(EXPORTERS["onnxruntime"]),
             answers,
         )[1]
-        seen[name] = record["frontier"][0]
-    assert seen["right"]["agreement_where_right"] == seen["right"]["top1_agreement"]
+        seen[name] = record.frontier[0]
+    assert seen["right"].agreement_where_right == seen["right"].top1_agreement
     assert (
-        seen["unknown"]["agreement_where_right"] is None
-        and seen["wrong"]["agreement_where_right"] is None
+        seen["unknown"].agreement_where_right is None
+        and seen["wrong"].agreement_where_right is None
     )
     flawed = answers(
         run(plain, images[32:]) + 0.05 * np.random.default_rng(1).normal(size=(32, 24))
@@ -238,18 +241,18 @@ def test_where_the_first_form_holds_nothing_is_given_back(plain, images):
     found, record = look(plain, images, asked())
     assert found.float_layers == {}
     assert found.int8_share == 1.0
-    assert [r["verdict"] for r in record["frontier"]] == ["chosen"]
+    assert [r.verdict for r in record.frontier] == ["chosen"]
 
 
 @pytest.mark.parametrize("name", ["onnx-int8", "onnx-int8-arm", "tensorrt-int8"])
 def test_a_hard_tower_fails_the_default_and_smoothing_repairs_it(hard, images, name):
     found, record = look(hard, images, asked(name, smoothing=(None, 0.5)))
-    failed, held = record["frontier"]
-    assert failed["smoothing"] is None and "centered cosine p1" in failed["verdict"]
-    assert held["verdict"] == "chosen"
+    failed, held = record.frontier
+    assert failed.smoothing is None and "centered cosine p1" in failed.verdict
+    assert held.verdict == "chosen"
     assert found.candidate.smoothing == 0.5
     assert found.int8_share == 1.0
-    assert held["centered_cosine_p1"] > 0.95 > failed["centered_cosine_p1"]
+    assert held.centered_cosine_p1 > 0.95 > failed.centered_cosine_p1
 
 
 def test_without_smoothing_the_worst_layers_go_back_to_float_and_no_more(plain, images):
@@ -264,24 +267,23 @@ def test_without_smoothing_the_worst_layers_go_back_to_float_and_no_more(plain, 
         found.calibrated, found.nodes, activations="uint8", reduce_range=found.reduce_range
     )
     assert cosine(run(shipped, images), run(plain, images)).centered_p1 > 0.9
-    verdicts = [r["verdict"] for r in record["frontier"]]
+    verdicts = [r.verdict for r in record.frontier]
     assert verdicts.count("chosen") == 1
     assert "below 0.95" in verdicts[0]
     assert 0.3 <= found.int8_share < 1.0
 
 
 def test_the_search_may_ask_more_of_the_judged_images_than_the_tolerance_does(plain, images):
-    (loose,) = look(plain, images, asked(p1=0.0))[1]["frontier"]
-    least = (loose["centered_cosine_p1"] + 1) / 2
-    strict = look(plain, images, asked(p1=0.0, judged_cosine_p1=least, min_int8_share=0))[1][
-        "frontier"
-    ]
-    chosen = next(r for r in strict if r["verdict"] == "chosen")
+    (loose,) = look(plain, images, asked(p1=0.0))[1].frontier
+    least = (loose.centered_cosine_p1 + 1) / 2
+    strict = look(plain, images, asked(p1=0.0, judged_cosine_p1=least, min_int8_share=0))[
+        1
+    ].frontier
+    chosen = next(r for r in strict if r.verdict == "chosen")
     assert (
-        loose["verdict"] == "chosen"
-        and chosen["centered_cosine_p1"] >= least > loose["centered_cosine_p1"]
+        loose.verdict == "chosen" and chosen.centered_cosine_p1 >= least > loose.centered_cosine_p1
     )
-    assert f"below {least}" in strict[0]["verdict"] and chosen["float_layers"] > 0
+    assert f"below {least}" in strict[0].verdict and chosen.float_layers > 0
 
 
 def test_what_cannot_be_repaired_is_refused_with_its_reason(hard, images):
@@ -294,7 +296,8 @@ def test_what_cannot_be_repaired_is_refused_with_its_reason(hard, images):
 
 def test_a_target_none_of_whose_forms_is_one_of_the_student_is_a_clear_error(plain, images):
     with pytest.raises(
-        EdgeclipError, match="calibration: none of the target's forms is one of this student"
+        EdgeclipError,
+        match="calibration: no quantization candidate of this target applies to this model",
     ):
         look(plain, images, asked(layers=("dense",)))
 
@@ -312,7 +315,9 @@ def test_int8_that_is_no_faster_is_refused_with_both_times(plain, images):
 def timed(monkeypatch, *ratios, noise=0.0):
     """Searches that read these times in place of a clock: float32's and each candidate's, in milliseconds."""
     rng = np.random.default_rng(0)
-    laps = np.array([1.0, *ratios]) * np.exp(noise * rng.normal(size=(S.ROUNDS, 1 + len(ratios))))
+    laps = np.array([1.0, *ratios]) * np.exp(
+        noise * rng.normal(size=(speed.ROUNDS, 1 + len(ratios)))
+    )
     monkeypatch.setattr(S, "_time", lambda task, candidates: laps)
 
 
@@ -321,7 +326,7 @@ TWO = {"p1": 0.0, "smoothing": (None, 0.5)}
 
 def chosen(plain, images, **fields):
     found, record = look(plain, images, asked(**TWO, **fields))
-    return found.candidate.smoothing, {r["smoothing"]: r for r in record["frontier"]}
+    return found.candidate.smoothing, {r.smoothing: r for r in record.frontier}
 
 
 def test_the_more_exact_form_is_chosen_unless_it_is_resolved_as_slower(plain, images, monkeypatch):
@@ -329,8 +334,8 @@ def test_the_more_exact_form_is_chosen_unless_it_is_resolved_as_slower(plain, im
     exact, rows = chosen(plain, images)
     other = next(k for k in rows if k != exact)
     assert (
-        rows[exact]["centered_cosine_p1"] > rows[other]["centered_cosine_p1"]
-        and rows[other]["verdict"] == "less exact"
+        rows[exact].centered_cosine_p1 > rows[other].centered_cosine_p1
+        and rows[other].verdict == "less exact"
     )
 
     def among(exact_ms, noise):
@@ -341,7 +346,7 @@ def test_the_more_exact_form_is_chosen_unless_it_is_resolved_as_slower(plain, im
 
     assert among(0.52, noise=0.0)[0] == exact  # 4 % is the same speed
     slow = among(0.6, noise=0.01)  # 20 %, and times that say so
-    assert slow[0] == other and slow[1][exact]["verdict"] == "slower"
+    assert slow[0] == other and slow[1][exact].verdict == "slower"
     assert among(0.54, noise=0.3)[0] == exact  # 8 %, and times that cannot tell
 
 
@@ -349,13 +354,13 @@ def test_equal_forms_are_decided_by_the_targets_order(plain, images, monkeypatch
     for ratios in ((0.5, 0.49), (0.49, 0.5)):
         timed(monkeypatch, *ratios)
         _, record = look(plain, images, asked(p1=0.0, methods=("minmax", "minmax")))
-        assert [r["verdict"] for r in record["frontier"]] == ["chosen", "less exact"]
+        assert [r.verdict for r in record.frontier] == ["chosen", "less exact"]
 
 
 def test_a_speed_is_refused_only_where_its_interval_excludes_the_limit(plain, images, monkeypatch):
     timed(monkeypatch, 1.02, noise=0.2)
-    row = look(plain, images, asked(p1=0.0, min_speedup=1.0))[1]["frontier"][0]["times_as_fast"]
-    assert row["low"] < row["median"] < 1.0 < row["high"]
+    row = look(plain, images, asked(p1=0.0, min_speedup=1.0))[1].frontier[0].times_as_fast
+    assert row.low < row.median < 1.0 < row.high
     timed(monkeypatch, 1.02, noise=0.001)
     with pytest.raises(
         Refused,
@@ -366,21 +371,23 @@ def test_a_speed_is_refused_only_where_its_interval_excludes_the_limit(plain, im
 
 def test_every_run_is_timed_in_every_round_and_none_always_follows_the_same(images):
     calls = []
-    laps = S.interleaved([lambda x, i=i: calls.append(i) for i in range(3)], images[:1])
-    turns = calls[:: 1 + S.QUERIES]  # one that warms up, and those that are timed
-    assert laps.shape == (S.ROUNDS, 3) and (laps >= 0).all()
-    assert turns[:9] == [0, 1, 2, 1, 2, 0, 2, 0, 1] and len(turns) == 3 * S.ROUNDS
+    laps = speed.interleaved([lambda x, i=i: calls.append(i) for i in range(3)], images[:1])
+    turns = calls[:: 1 + speed.QUERIES]  # one that warms up, and those that are timed
+    assert laps.shape == (speed.ROUNDS, 3) and (laps >= 0).all()
+    assert turns[:9] == [0, 1, 2, 1, 2, 0, 2, 0, 1] and len(turns) == 3 * speed.ROUNDS
 
 
 def test_speed_is_measured_only_where_the_machine_is_of_the_targets_kind(monkeypatch):
     from edgeclip.device import machine
 
     targets = ("onnx-int8", "onnx-int8-arm", "openvino-int8", "tensorrt-int8")
+    here = machine.facts()
     for arch, expected in (
         ("x86_64", [True, False, True, False]),
         ("aarch64", [False, True, False, False]),
     ):
-        monkeypatch.setattr(machine, "facts", lambda arch=arch: {"arch": arch, "isa": []})
+        facts = dataclasses.replace(here, arch=arch)
+        monkeypatch.setattr(machine, "facts", lambda facts=facts: facts)
         assert [measured_here(target.load(t)[1]) for t in targets] == expected
 
 
@@ -397,9 +404,9 @@ def test_images_of_ranges_and_images_to_judge_on_never_overlap_and_are_all_named
     pool = source.calibration()
     found = drawn(source, pool, images=20, judged_on=12)
     assert (len(found.ranges), len(found.judged)) == (20, 12) and len(
-        {u["key"] for u in found.used}
+        {u.key for u in found.used}
     ) == 32
-    assert [u["use"] for u in found.used] == ["ranges"] * 20 + ["judged"] * 12
+    assert [u.use for u in found.used] == ["ranges"] * 20 + ["judged"] * 12
     again, other = (
         drawn(source, pool, images=20, judged_on=12),
         drawn(source, pool, images=20, judged_on=12, seed=1),
@@ -411,10 +418,8 @@ def test_images_of_ranges_and_images_to_judge_on_never_overlap_and_are_all_named
 def test_evaluation_images_among_the_calibration_images_are_refused_by_name(source):
     pool = source.calibration()[:32]
     leaked = drawn(source, pool, images=24, judged_on=8).used[7]
-    with pytest.raises(
-        EdgeclipError, match=f"1 of its images are evaluation images.*{leaked['key']}"
-    ):
-        drawn(source, pool, held_out=[leaked["sha256"]], images=24, judged_on=8)
+    with pytest.raises(EdgeclipError, match=f"1 of its images are evaluation images.*{leaked.key}"):
+        drawn(source, pool, held_out=[leaked.sha256], images=24, judged_on=8)
 
 
 def test_images_that_are_all_alike_are_refused(source, tmp_path):

@@ -61,9 +61,9 @@ def test_features_of_kept_texts_are_equal_bit_for_bit(shape):
             == 49408
         ), "the tower that was given is as it was"
     record = pruned.record
-    assert record["kept"] + record["lost"] == 49408
-    assert record["table_bytes"] == 49408 * 32 * 4
-    assert record["table_bytes_kept"] == record["kept"] * 32 * 4
+    assert record.kept + record.lost == 49408
+    assert record.table_bytes == 49408 * 32 * 4
+    assert record.table_bytes_kept == record.kept * 32 * 4
 
 
 def test_a_new_text_of_kept_tokens_is_taken_and_one_with_another_is_refused_by_name():
@@ -153,4 +153,4 @@ def test_from_the_command_line(here):
         says="there is no text encoder whose tokens it could keep",
         only_line=False,
     )
-    assert "belongs to --layout bundle" in run(*same, "--layout", "optimum").stderr
+    assert "--vocabulary needs --layout bundle" in run(*same, "--layout", "optimum").stderr

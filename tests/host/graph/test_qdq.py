@@ -1,5 +1,7 @@
 """Int8 stands exactly where the policy put it, and the answers stay close."""
 
+import dataclasses
+
 import msgspec
 import numpy as np
 import onnx
@@ -393,7 +395,7 @@ def test_a_reduced_range_leaves_a_bit_of_every_weight_unused(
     ],
 )
 def test_a_machine_saturates_where_it_is_an_x86_without_vnni(monkeypatch, arch, isa, expected):
-    facts = {"arch": arch, "isa": isa}
+    facts = dataclasses.replace(machine.facts(), arch=arch, isa=isa)
     assert machine.saturates(facts) is expected
     monkeypatch.setattr(machine, "facts", lambda: facts)
     shipped = target.load("onnx-int8")[1]

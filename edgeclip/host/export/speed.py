@@ -1,0 +1,67 @@
+"""How fast candidates are beside each other on this machine, and whether that says anything."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from edgeclip.device import machine
+from edgeclip.device.metrics import median_interval
+from edgeclip.device.target import Target
+
+ROUNDS = 31
+QUERIES = 4
+SAME_SPEED = 1.05
+"""a candidate is slower than another when the whole interval of their paired times' ratio lies
+above this"""
+
+Run = Callable[[np.ndarray], np.ndarray]
+"""an encoder: inputs to features"""
+
+
+def measured_here(target: Target) -> bool:
+    """Return whether this machine is of the kind that the target's int8 form is for."""
+    arch = machine.facts().arch
+    if target.runtime == "openvino":
+        return arch == "x86_64"
+    if target.runtime != "onnxruntime":
+        return False
+    if target.activations == "uint8":
+        return arch == "x86_64"
+    return arch == "aarch64"
+
+
+def interleaved(runs: list[Run], x: np.ndarray) -> np.ndarray:
+    """Run all of `runs` on `x` in rounds; return [ROUNDS, runs], each one's least milliseconds.
+
+    What the machine does meanwhile falls on all of a round alike, so that ratios within it are
+    comparable; the order rotates, so that none always follows the same one. The least of a round,
+    since what disturbs a run only adds to it.
+    """
+    laps = np.empty((ROUNDS, len(runs)))
+    for turn in range(ROUNDS):
+        for k in range(len(runs)):
+            i = (turn + k) % len(runs)
+            runs[i](x)  # its caches were emptied by the others
+            times = []
+            for _ in range(QUERIES):
+                before = time.perf_counter()
+                runs[i](x)
+                times.append(1e3 * (time.perf_counter() - before))
+            laps[turn, i] = min(times)
+    return laps
+
+
+def slower(laps: np.ndarray, i: int) -> bool:
+    """Return whether candidate `i` of laps [ROUNDS, candidates] is resolved as slower.
+
+    Slower than the fastest, by more than what counts as the same speed.
+    """
+    fastest = laps[:, np.median(laps, axis=0).argmin()]
+    _, low, _ = median_interval(laps[:, i] / fastest)
+    return low > SAME_SPEED
+
+
+def milliseconds(laps: np.ndarray) -> float:
+    """Return the median of laps [ROUNDS], rounded for a report."""
+    return round(float(np.median(laps)), 4)
