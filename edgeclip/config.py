@@ -1,7 +1,8 @@
 """YAML into frozen typed structs, strictly.
 
-A YAML file is the complete description of a thing: no inheritance, no interpolation, no overrides. Unknown keys are
-errors with a did-you-mean, wrong types are errors with the path of the field. msgspec does the converting.
+A YAML file is the complete description of a thing: no inheritance, no interpolation, no overrides.
+Unknown keys are errors with a did-you-mean, wrong types are errors with the path of the field.
+msgspec does the converting.
 """
 
 import re
@@ -15,6 +16,7 @@ import yaml
 from edgeclip.errors import EdgeclipError, did_you_mean
 
 T = TypeVar("T")
+LISTS = (msgspec.inspect.ListType, msgspec.inspect.VarTupleType)
 FOLDERS = {"recipe": "recipes", "target": "export", "device": "devices"}
 RENAMED = {
     "bundle_r1": "bundle_top1",
@@ -61,18 +63,23 @@ class BrokenRule(ValueError):
 
     def __init__(self, field: str, what: str, do: str):
         super().__init__(what)
-        self.field, self.what, self.do = field, what, do
+        self.field = field
+        self.what = what
+        self.do = do
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's floats (PyYAML reads 1e-3 as a string, which nobody means), and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=deep) for k, _ in node.value]
-        if twice := [k for i, k in enumerate(keys) if k in keys[:i]]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key '{twice[0]}' occurs twice", node.start_mark
-            )
+        seen: list[Any] = []
+        for node_of_key, _ in node.value:
+            key = self.construct_object(node_of_key, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' occurs twice", node.start_mark
+                )
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -84,7 +91,11 @@ _Loader.add_implicit_resolver(
 
 
 def load(path: Path, type_: type[T]) -> T:
-    """Raises `EdgeclipError` for a missing file, broken YAML, an unknown key or a wrong type."""
+    """Return the YAML file at `path` as a struct of that type.
+
+    Raises `EdgeclipError` for a missing file, broken YAML, an unknown field, a wrong type, and a
+    rule that is broken.
+    """
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -97,6 +108,7 @@ def load(path: Path, type_: type[T]) -> T:
 
 
 def convert(value: Any, type_: type[T], where: object) -> T:
+    """Return parsed YAML or JSON as a struct of that type. Raises as `load`, naming `where`."""
     if not isinstance(value, dict):
         raise EdgeclipError(
             where, "is not a mapping of fields", "see the files that `edgeclip list` names"
@@ -122,22 +134,10 @@ def _as_mistake(error: msgspec.ValidationError, where: object) -> EdgeclipError:
 
 
 def _refuse_unknown(value: Any, info: Any, where: object, at: str) -> None:
+    """Raise `EdgeclipError` for a field that the type does not have, at any depth."""
     if isinstance(info, msgspec.inspect.UnionType):
-        structs = [t for t in info.types if isinstance(t, msgspec.inspect.StructType)]
-        if (
-            isinstance(value, dict) and len(structs) > 1
-        ):  # tagged by `kind`: judge by the one that is meant
-            kinds = {t.tag: t for t in structs}
-            if value.get("kind") not in kinds:
-                word = str(value.get("kind"))
-                raise EdgeclipError(
-                    f"{where}: {at}kind",
-                    f"unknown kind '{word}'",
-                    did_you_mean(word, map(str, kinds)),
-                )
-            structs = [kinds[value["kind"]]]
-        for t in structs:
-            _refuse_unknown(value, t, where, at)
+        for struct in _meant(value, info, where, at):
+            _refuse_unknown(value, struct, where, at)
     elif isinstance(info, msgspec.inspect.StructType) and isinstance(value, dict):
         fields = {f.encode_name: f.type for f in info.fields}
         for key, item in value.items():
@@ -145,11 +145,23 @@ def _refuse_unknown(value: Any, info: Any, where: object, at: str) -> None:
                 _refuse_unknown(item, fields[key], where, f"{at}{key}.")
             elif key != info.tag_field:
                 raise _unknown_field(f"{at}{key}", str(key), fields, where)
-    elif isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType) and isinstance(
-        value, list
-    ):
+    elif isinstance(info, LISTS) and isinstance(value, list):
         for i, item in enumerate(value):
             _refuse_unknown(item, info.item_type, where, f"{at}{i}.")
+
+
+def _meant(value: Any, info: Any, where: object, at: str) -> list[Any]:
+    """Return the structs of a union that `value` may be; of several, tagged by `kind`, the one."""
+    structs = [t for t in info.types if isinstance(t, msgspec.inspect.StructType)]
+    if not isinstance(value, dict) or len(structs) < 2:
+        return structs
+    kinds = {str(t.tag): t for t in structs}
+    kind = str(value.get("kind"))
+    if kind not in kinds:
+        raise EdgeclipError(
+            f"{where}: {at}kind", f"unknown kind '{kind}'", did_you_mean(kind, kinds)
+        )
+    return [kinds[kind]]
 
 
 def _unknown_field(path: str, key: str, known: Iterable[str], where: object) -> EdgeclipError:
@@ -172,23 +184,24 @@ def renamed(value: Any) -> Any:
 
 
 def shipped(kind: str) -> dict[str, Path]:
-    """Name to path of every YAML of a kind ('recipe', 'target' or 'device') within reach.
+    """Return name to path of every YAML of a kind ('recipe', 'target' or 'device') within reach.
 
     Looked for in the working folder, then in the checkout or wheel that edgeclip runs from.
     """
     package = Path(__file__).parent
+    name = FOLDERS[kind]
     found: dict[str, Path] = {}
-    for folder in (
-        package / "yaml" / FOLDERS[kind],
-        package.parent / FOLDERS[kind],
-        Path(FOLDERS[kind]),
-    ):
-        found.update({p.stem: p for p in sorted(folder.glob("*.yaml"))})
+    for folder in (package / "yaml" / name, package.parent / name, Path(name)):
+        for path in sorted(folder.glob("*.yaml")):
+            found[path.stem] = path
     return found
 
 
 def find(kind: str, name: str) -> Path:
-    """A path as it is, a bare name among the shipped ones; unknown names are an error with a did-you-mean."""
+    """Return the path of a YAML: a path as it is, a bare name among the shipped ones.
+
+    Raises `EdgeclipError` with a did-you-mean for an unknown name.
+    """
     if name.endswith((".yaml", ".yml")):
         return Path(name)
     known = shipped(kind)

@@ -1,8 +1,10 @@
-"""Everything edgeclip leaves on disk goes through here, so that a half-written thing is never taken for a whole one.
+"""Everything edgeclip leaves on disk goes through here, so that a half-written thing is never taken
+for a whole one.
 
-A file is written under a temporary name, synced and renamed. A folder is built beside its final place, its
-`manifest.json` is written last and carries the sha256 of every other file, and one rename makes it visible.
-Whoever finds a manifest may trust the folder; whoever distrusts it can check the hashes.
+A file is written under a temporary name, synced and renamed. A folder is built beside its final
+place, its `manifest.json` is written last and carries the sha256 of every other file, and one
+rename makes it visible. Whoever finds a manifest may trust the folder; whoever distrusts it can
+check the hashes.
 """
 
 import contextlib
@@ -28,85 +30,92 @@ def cache_folder() -> Path:
 
 
 def edges(path: Path) -> str:
-    """sha256 of a file's first and last 64 KiB: tells large ones apart without reading them."""
+    """Return the sha256 of a file's first and last 64 KiB, which tells large files apart."""
     edge = 2**16
-    with open(path, "rb") as f:
-        head = f.read(edge)
-        f.seek(max(0, path.stat().st_size - edge))
-        return hashlib.sha256(head + f.read()).hexdigest()
+    with path.open("rb") as file:
+        head = file.read(edge)
+        file.seek(max(0, path.stat().st_size - edge))
+        return hashlib.sha256(head + file.read()).hexdigest()
 
 
 def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
+    """Return the sha256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
         if hasattr(hashlib, "file_digest"):  # Python 3.11 and newer
-            return hashlib.file_digest(f, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while block := f.read(1 << 20):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
             digest.update(block)
-        return digest.hexdigest()
+    return digest.hexdigest()
 
 
 def fingerprint(value: Any) -> str:
-    """sha256 of a JSON-able description: equal descriptions, and only they, share a fingerprint."""
+    """Return the sha256 of a JSON-able description: equal descriptions, and only they, share it."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def differences(a: Any, b: Any, at: str = "") -> list[str]:
-    """What sets description `b` apart from `a`, a line a field: "views.count was 2, now 3"."""
+    """Return what differs between two descriptions, a line a field: "views.count was 2, now 3"."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            d
-            for k in sorted(a.keys() | b.keys())
-            for d in differences(a.get(k), b.get(k), f"{at}.{k}".lstrip("."))
-        ]
-    return [] if a == b else [f"{at} was {a}, now {b}"]
+        lines = []
+        for key in sorted(a.keys() | b.keys()):
+            lines += differences(a.get(key), b.get(key), f"{at}.{key}".lstrip("."))
+        return lines
+    if a == b:
+        return []
+    return [f"{at} was {a}, now {b}"]
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path; on success the file there is synced and renamed to `path`."""
+    """Yield a temporary path; on success the file there is synced and renamed to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays: numpy and others choose a format, or append one, by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
         _sync(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write JSON, indented."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file without pickled objects."""
     with new_file(path) as temporary:
         np.save(temporary, array, allow_pickle=False)
 
 
 def read_json(path: Path) -> Any:
+    """Return a JSON file's value. Raises `EdgeclipError` where there is none, or it is broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise EdgeclipError(
-            path, f"not valid JSON ({e})", "make it anew with the command that wrote it"
+            path, f"not valid JSON ({e})", "make it again with the command that wrote it"
         ) from None
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `path`; on success it takes the place of `path`, on failure nothing is left.
+    """Yield an empty folder beside `path`; on success it takes the place of `path`.
 
-    Raises `EdgeclipError` when something else than a folder of the same kind lies at `path`.
+    On failure nothing is left. Raises `EdgeclipError` when something else than a folder of the same
+    kind lies at `path`.
     """
     refuse_foreign(path, None)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +129,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         refuse_foreign(path, _kind(temporary))
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
-            os.rename(path, old)
-        os.rename(temporary, path)
+            path.rename(old)
+        temporary.rename(path)
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -129,45 +138,51 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def refuse_foreign(path: Path, kind: str | None) -> None:
-    """Nobody's folder is replaced but one of ours. kind: of what takes its place; None: not known yet."""
+    """Raise `EdgeclipError` unless what lies at `path` is ours, and of this kind, or nothing.
+
+    kind: of the folder that takes its place; None: not known yet.
+    """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     found = _kind(path)
-    if found is None or kind not in (None, found):
-        what = (
-            "something else lies there already"
-            if found is None
-            else f"a {found} lies there already"
-        )
-        raise EdgeclipError(
-            path, f"{what}, and is not replaced", "choose another path, or remove it yourself"
-        )
+    if found is not None and kind in (None, found):
+        return
+    what = "something else"
+    if found is not None:
+        what = f"a {found}"
+    raise EdgeclipError(
+        path,
+        f"{what} lies there already, and is not replaced",
+        "choose another path, or remove it yourself",
+    )
 
 
 def _kind(folder: Path) -> str | None:
-    """What a folder's manifest calls it."""
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    """Return what a folder's manifest calls it; None where it has none."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_json(folder / MANIFEST)
     return manifest.get("kind") if isinstance(manifest, dict) else None
 
 
 def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> None:
-    """Last step of a folder: `content` plus the kind and the sha256 of every file that lies in it."""
-    files = {
-        str(f.relative_to(folder)): sha256(f)
-        for f in sorted(folder.rglob("*"))
-        if f.is_file() and f.name != MANIFEST
-    }
+    """Write `content`, the kind and the sha256 of every file: the last step of a folder."""
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != MANIFEST:
+            files[str(file.relative_to(folder))] = sha256(file)
     write_json(folder / MANIFEST, {"kind": kind, **content, "files": files})
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """Return the manifest of a finished folder of this kind; raises for any other."""
     if not folder.is_dir():
         raise EdgeclipError(folder, "there is no such folder", "check the path")
     if not (folder / MANIFEST).exists():
         raise EdgeclipError(
             folder,
             f"has no {MANIFEST}, so it is no finished {kind}",
-            f"check the path, or make the {kind} anew",
+            f"check the path, or make the {kind} again",
         )
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:

@@ -1,8 +1,8 @@
 """Three kinds of failure, two of them here.
 
-A user's mistake is an `EdgeclipError`: one line, *where: what; what to do*, exit code 1. A failed gate (parity,
-budget) is no exception at all: the report is written and the command exits 3, or 4 when there were too few images
-to tell. Everything else is a bug and keeps its traceback.
+A user's mistake is an `EdgeclipError`: one line, *where: what; what to do*, exit code 1. A failed
+gate (parity, budget) is no exception at all: the report is written and the command exits 3, or 4
+when there were too few images to tell. Everything else is a bug and keeps its traceback.
 """
 
 import difflib
@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 
 class EdgeclipError(Exception):
-    """`where` is a file, field or flag; `what` is what is wrong with it; `do` is the next thing to type."""
+    """`where` is a file, field or flag; `what` is what is wrong with it; `do` is the next thing to
+    type."""
 
     def __init__(self, where: object, what: str, do: str):
         super().__init__(f"{where}: {what}; {do}")
@@ -21,7 +22,8 @@ class Refused(EdgeclipError):
 
 
 class WrongGraph(EdgeclipError):
-    """What was traced, folded or pruned does not compute what the model computes: nothing is written.
+    """What was traced, folded or pruned does not compute what the model computes: nothing is
+    written.
 
     Raised and never asserted, so that it holds under `python -O` too. `what` gives the difference.
     """
@@ -40,7 +42,9 @@ class LinkLost(EdgeclipError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The second half of a message about an unknown name: the nearest known one, or all of them."""
+    """Return what to do about an unknown name: the nearest known one, or all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"known: {', '.join(known)}"

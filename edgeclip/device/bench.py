@@ -8,8 +8,8 @@ count are reached; loading and preprocessing happen before the clock starts. A p
 only where enough samples carry it: p99 from 1,000 on, otherwise it is null.
 
 `sustained` goes on for minutes and says what the load does to the board: p90, temperature and
-throttling of each tenth (what throttles at its end, or has counted in it), and the drift of p90 from
-the first to the last. An emulated processor's times are refused: no figure, and the reason.
+throttling of each tenth (what throttles at its end, or has counted in it), and the drift of p90
+from the first to the last. An emulated processor's times are refused: no figure, and the reason.
 
 What bounds it: the model. `benchmarks/harness.py` runs the null runtime through the same path and
 shows what the harness itself costs (under 50 microseconds a query).

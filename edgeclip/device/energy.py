@@ -7,8 +7,8 @@ sensor's own calibration error is on top of it and is not known here. `steady` s
 temperature had come to rest (under SLOPE); only watts and images after that count, and where it
 never did, the figure is that of a board still warming up.
 
-power.py says where the watts come from. Of a board whose meter the host reads, the clocks' offset is
-measured over the link, before and after, and what lies within its half-width of an edge does not
+power.py says where the watts come from. Of a board whose meter the host reads, the clocks' offset
+is measured over the link, before and after, and what lies within its half-width of an edge does not
 count.
 """
 
@@ -181,8 +181,8 @@ def _student(v: float) -> float:
 def steady_from(readings: list[Reading]) -> float | None:
     """Return the first moment from which the temperature is at rest; inf: never; None: unknown.
 
-    At rest: a slope under SLOPE, over the next fifth of the time and over all the rest. At least the
-    last third must be left, or it would always be steady at the very end.
+    At rest: a slope under SLOPE, over the next fifth of the time and over all the rest. At least
+    the last third must be left, or it would always be steady at the very end.
     """
     known = [(r.time, r.celsius) for r in readings if r.celsius is not None]
     if len(known) < KNOWN:

@@ -1,7 +1,9 @@
-"""Where images lie and how they are read: plain files, or members of uncompressed tar shards (WebDataset).
+"""Where images lie and how they are read: plain files, or members of uncompressed tar shards
+(WebDataset).
 
-A `ImageRef` is an address, not pixels, so a list of them is small. `stream` decodes and resizes in threads ahead of
-its consumer (PIL lets go of the interpreter lock for both) and keeps the order it was given, whatever the threads do.
+A `ImageRef` is an address, not pixels, so a list of them is small. `stream` decodes and resizes in
+threads ahead of its consumer (PIL lets go of the interpreter lock for both) and keeps the order it
+was given, whatever the threads do.
 """
 
 import abc
@@ -38,7 +40,8 @@ class ImageRef(NamedTuple):
 
 
 class Lookup(Sequence[ImageRef], abc.ABC):
-    """Images that are looked up when they are asked for: a subclass knows how many, and which is the i-th, 0 <= i < n."""
+    """Images that are looked up when they are asked for: a subclass knows how many, and which is
+    the i-th, 0 <= i < n."""
 
     @abc.abstractmethod
     def at(self, i: int) -> ImageRef: ...
@@ -53,7 +56,8 @@ class Lookup(Sequence[ImageRef], abc.ABC):
 
 
 def read(image: ImageRef) -> bytes:
-    """Raises `UnreadableImage` when its file is gone, may not be read or ends before the image does."""
+    """Raises `UnreadableImage` when its file is gone, may not be read or ends before the image
+    does."""
     try:
         with open(image.path, "rb") as f:
             f.seek(image.offset)
@@ -88,7 +92,8 @@ def digest(image: ImageRef) -> str:
 
 
 def index_tar(path: Path) -> list[ImageRef]:
-    """Images of one WebDataset shard: `key.jpg` beside optional `key.cls` (class index) and `key.txt` (caption)."""
+    """Images of one WebDataset shard: `key.jpg` beside optional `key.cls` (class index) and
+    `key.txt` (caption)."""
     found: dict[str, dict[str, tarfile.TarInfo]] = collections.defaultdict(dict)
     try:
         with tarfile.open(path, "r:") as tar:
@@ -134,8 +139,9 @@ def index_tar(path: Path) -> list[ImageRef]:
 
 
 def refuse_cut(tar: tarfile.TarFile) -> None:
-    """Raises `tarfile.ReadError` unless the archive, read to its end, ends with a block of zeros: tarfile takes one that was
-    cut off between two members, or has rubbish there, for a whole one."""
+    """Raises `tarfile.ReadError` unless the archive, read to its end, ends with a block of zeros:
+    tarfile takes one that was cut off between two members, or has rubbish there, for a whole
+    one."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -157,8 +163,8 @@ def stream(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (indices [B], stacked make(index) [B, ...]) in `order`, the last batch short.
 
-    What `make` raises as `UnreadableImage` is left out and its message put into `skipped`; `refuse_unreadable`
-    judges the count.
+    What `make` raises as `UnreadableImage` is left out and its message put into `skipped`;
+    `refuse_unreadable` judges the count.
     """
     pending: collections.deque[tuple[Index, concurrent.futures.Future[np.ndarray]]] = (
         collections.deque()
@@ -186,7 +192,8 @@ def stream(
 
 
 def refuse_unreadable(skipped: list[str], total: int, where: object) -> None:
-    """Raises when more than 1 % of `total` images could not be read; otherwise they are the caller's to report."""
+    """Raises when more than 1 % of `total` images could not be read; otherwise they are the
+    caller's to report."""
     if len(skipped) > MAX_UNREADABLE * total:
         raise EdgeclipError(
             where,

@@ -1,10 +1,12 @@
-"""Facts about the machine that this code runs on: what a report must state, and what a device profile is held against.
+"""Facts about the machine that this code runs on: what a report must state, and what a device
+profile is held against.
 
-Only the standard library, and only files: the host sends this very file to a board to look at it before anything is
-installed there. `root` is where /proc, /sys, /etc and /var hang, for tests on files in the kernel's documented layouts.
-What cannot be read is None. Sources: kernel Documentation (filesystems/proc, admin-guide/pm/cpufreq, hwmon/sysfs-interface,
-driver-api/thermal/sysfs-api, arch/arm64/elf_hwcaps); /etc/nv_tegra_release, /var/lib/nvpmodel/status and /etc/nvpmodel.conf
-of Jetson Linux; get_throttled of the Raspberry Pi firmware.
+Only the standard library, and only files: the host sends this very file to a board to look at it
+before anything is installed there. `root` is where /proc, /sys, /etc and /var hang, for tests on
+files in the kernel's documented layouts. What cannot be read is None. Sources: kernel Documentation
+(filesystems/proc, admin-guide/pm/cpufreq, hwmon/sysfs-interface, driver-api/thermal/sysfs-api,
+arch/arm64/elf_hwcaps); /etc/nv_tegra_release, /var/lib/nvpmodel/status and /etc/nvpmodel.conf of
+Jetson Linux; get_throttled of the Raspberry Pi firmware.
 """
 
 # An old board's Python must get as far as being told that it is too old.
@@ -236,7 +238,8 @@ def _critical_c(root: Path) -> float | None:
 
 
 def _millidegrees(paths: Iterable[Path]) -> list[float]:
-    """Return the temperatures in these files, in degrees; those that cannot be read are left out."""
+    """Return the temperatures in these files, in degrees; those that cannot be read are left
+    out."""
     found = []
     for path in paths:
         value = _read(path)
@@ -307,7 +310,8 @@ def _cpufreq(root: Path) -> list[Path]:
 
 
 def clocks_locked(root: Path = ROOT) -> bool | None:
-    """Return whether all cores (and a Jetson's GPU) run between equal limits, as jetson_clocks leaves them.
+    """Return whether all cores (and a Jetson's GPU) run between equal limits, as jetson_clocks
+    leaves them.
 
     None: some of the limits cannot be read.
     """

@@ -1,4 +1,5 @@
-"""A bundle's manifest: what ships, how it was made, and the sha256 of every file. docs/bundle.md describes it."""
+"""A bundle's manifest: what ships, how it was made, and the sha256 of every file. docs/bundle.md
+describes it."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -104,7 +105,8 @@ class SearchRecord(Record):
     reduce_range: bool
     """true: weights of 7 bits, for an x86 without VNNI"""
     float_layers: dict[str, float | None]
-    """name to the centered cosine that quantizing this layer alone leaves; null: in float by choice of candidate"""
+    """name to the centered cosine that quantizing this layer alone leaves; null: in float by choice
+    of candidate"""
     int8_layers: int
     int8_nodes: list[str]
     """the layers in int8, by name"""

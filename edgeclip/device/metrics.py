@@ -1,4 +1,5 @@
-"""The numbers of parity and accuracy, in numpy. Fractions run 0..1; only `_pp` is in percentage points."""
+"""The numbers of parity and accuracy, in numpy. Fractions run 0..1; only `_pp` is in percentage
+points."""
 
 import math
 import statistics
@@ -22,8 +23,8 @@ def l2_normalize(x: np.ndarray) -> np.ndarray:
 def hits(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
     """bool [B]: is the label among the k best of scores [B, N]?
 
-    Ties count against: a constant score is no answer. So does another's score that is not a number, and an own score that is not finite
-    is no hit whatever k is.
+    Ties count against: a constant score is no answer. So does another's score that is not a number,
+    and an own score that is not finite is no hit whatever k is.
     """
     own = scores[np.arange(len(labels)), labels][:, None]
     not_below = (~(scores < own)).sum(axis=1)
@@ -33,7 +34,8 @@ def hits(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
 def agreement(
     answers: np.ndarray, reference: np.ndarray, where: np.ndarray | None = None
 ) -> float | None:
-    """Share of equal answers [B], over the images `where` [B] is true; None where there is none of them."""
+    """Share of equal answers [B], over the images `where` [B] is true; None where there is none of
+    them."""
     same = (answers == reference)[slice(None) if where is None else where]
     return float(same.mean()) if len(same) else None
 
@@ -49,12 +51,14 @@ def recall_both_ways(
     text_groups: np.ndarray,
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, dict[str, float]]:
-    """Retrieval between unit rows image_features [B, D] and text_features [T, D]: {image_to_text, text_to_image}: {r1, r5, r10, chance_r1, ...}.
+    """Retrieval between unit rows image_features [B, D] and text_features [T, D]: {image_to_text,
+    text_to_image}: {r1, r5, r10, chance_r1, ...}.
 
-    An image and a text belong together when their groups ([B] and [T], integers) are equal, so one text may belong to
-    several images and the other way round. A query is a hit at k when any of its own is among the k best; what is
-    not its own and ties with it or is not a number counts against, as in `hits`, and a query whose best own score is not
-    finite is a miss. Every query must have at least one of its own.
+    An image and a text belong together when their groups ([B] and [T], integers) are equal, so one
+    text may belong to several images and the other way round. A query is a hit at k when any of its
+    own is among the k best; what is not its own and ties with it or is not a number counts against,
+    as in `hits`, and a query whose best own score is not finite is a miss. Every query must have at
+    least one of its own.
     """
     ways = {
         "image_to_text": (image_features, text_features, image_groups, text_groups),
@@ -79,7 +83,8 @@ def recall_both_ways(
 
 
 def chance_recall(positives: np.ndarray, candidates: int, k: int) -> np.ndarray:
-    """[Q]: the probability that a random order of `candidates` has one of a query's `positives` [Q] among its first k."""
+    """[Q]: the probability that a random order of `candidates` has one of a query's `positives` [Q]
+    among its first k."""
     missed = np.ones(len(positives))
     for i in range(min(k, candidates)):
         missed *= np.maximum(candidates - positives - i, 0) / (candidates - i)
@@ -87,7 +92,8 @@ def chance_recall(positives: np.ndarray, candidates: int, k: int) -> np.ndarray:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> Closeness:
-    """Return the row-wise cosine of features a [B, D] with the reference b [B, D], raw and centered.
+    """Return the row-wise cosine of features a [B, D] with the reference b [B, D], raw and
+    centered.
 
     Embeddings share a large mean, which alone keeps the raw cosine near 1; what is left after
     subtracting the reference's mean from both is what decides. Of a single row no mean can be
@@ -107,10 +113,12 @@ def cosine(a: np.ndarray, b: np.ndarray) -> Closeness:
 
 
 def median_interval(values: np.ndarray, confidence: float = 0.99) -> tuple[float, float, float]:
-    """Return the median of [n] values, and the low and high end of its interval, whatever the values' distribution is.
+    """Return the median of [n] values, and the low and high end of its interval, whatever the
+    values' distribution is.
 
-    The ends are order statistics: so many values lie below the true median as heads fall in n tosses of a coin (Conover, Practical
-    Nonparametric Statistics, section 3.2). Of fewer values than the confidence needs (8 for 99 %) the ends are the least and the largest.
+    The ends are order statistics: so many values lie below the true median as heads fall in n
+    tosses of a coin (Conover, Practical Nonparametric Statistics, section 3.2). Of fewer values
+    than the confidence needs (8 for 99 %) the ends are the least and the largest.
     """
     ordered = np.sort(values)
     n, outside, cut = len(ordered), 0.0, 0
@@ -128,7 +136,8 @@ def accuracy_drop(reference: np.ndarray, candidate: np.ndarray) -> PairedDrop:
 
 
 def paired_drop(lost: int, won: int, images: int) -> PairedDrop:
-    """Return the drop where `lost` images were right before and wrong after, and `won` the other way.
+    """Return the drop where `lost` images were right before and wrong after, and `won` the other
+    way.
 
     `upper_pp` is the one-sided 95 % limit of the drop: Agresti and Min's adjusted Wald interval for
     paired proportions (2005; half an image added to each of the four cells, so that no discordant

@@ -79,7 +79,8 @@ def hwmon(rails: tuple[str, ...], root: Path) -> Source | None:
 
 
 def _channel(label: Path) -> list[Path]:
-    """Return the files whose product is the channel's power in microwatts; empty: none is readable."""
+    """Return the files whose product is the channel's power in microwatts; empty: none is
+    readable."""
     number = re.match(r"(?:in|curr|power)(\d+)_label", label.name)
     if number is None:
         return []

@@ -1,9 +1,11 @@
-"""From an image to the image encoder's input: the one implementation, for training, evaluation and the board.
+"""From an image to the image encoder's input: the one implementation, for training, evaluation and
+the board.
 
-A second implementation of the resize has cost others up to five points of accuracy, so nothing else in edgeclip
-resizes. It is open_clip's evaluation transform, bit for bit (`tests/test_preprocess.py`): PIL's antialiased resize of
-the shorter side (or of both: squash), center crop, then `(pixel / 255 - mean) / std`. TensorRT cannot do the
-antialiased resize in a graph, so it is host code on every runtime.
+A second implementation of the resize has cost others up to five points of accuracy, so nothing else
+in edgeclip resizes. It is open_clip's evaluation transform, bit for bit
+(`tests/test_preprocess.py`): PIL's antialiased resize of the shorter side (or of both: squash),
+center crop, then `(pixel / 255 - mean) / std`. TensorRT cannot do the antialiased resize in a
+graph, so it is host code on every runtime.
 """
 
 import io
@@ -31,11 +33,13 @@ class Preprocess(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class UnreadableImage(EdgeclipError):
-    """An image that cannot be decoded. Data loading counts these; commands given the file by name stop."""
+    """An image that cannot be decoded. Data loading counts these; commands given the file by name
+    stop."""
 
 
 def open_image(source: Path | bytes, name: object = None) -> Image.Image:
-    """Decodes to RGB, whole: a truncated file raises `UnreadableImage`, it is never padded with grey."""
+    """Decodes to RGB, whole: a truncated file raises `UnreadableImage`, it is never padded with
+    grey."""
     where = name if name is not None else source
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -49,9 +53,11 @@ def open_image(source: Path | bytes, name: object = None) -> Image.Image:
 def open_scaled(
     content: bytes, name: object, least: Callable[[tuple[int, int]], tuple[int, int]]
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """(RGB image, its full size): a JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller than `least` of its full size.
+    """(RGB image, its full size): a JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller
+    than `least` of its full size.
 
-    libjpeg-turbo then computes only the low frequencies of each block. Never for evaluation: `open_image` is exact.
+    libjpeg-turbo then computes only the low frequencies of each block. Never for evaluation:
+    `open_image` is exact.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:

@@ -1,4 +1,5 @@
-"""A device: where a bundle runs, what is known of it, and what it may cost there. `devices/*.yaml` are read into this."""
+"""A device: where a bundle runs, what is known of it, and what it may cost there. `devices/*.yaml`
+are read into this."""
 
 import contextlib
 import os
@@ -20,7 +21,8 @@ class Reach(Config):
     """One of `ssh`, `command`, `sshd`; none of them: this machine itself."""
 
     ssh: str | None = None
-    """a host of your own ssh config; its keys, agent, jump hosts and known_hosts are used, nothing else"""
+    """a host of your own ssh config; its keys, agent, jump hosts and known_hosts are used, nothing
+    else"""
     command: tuple[str, ...] = ()
     """what runs a command there with its standard input, as [docker, exec, -i, board]"""
     sshd: bool = False
@@ -78,7 +80,8 @@ class Device(Config, kw_only=True):
     runtimes: list[str]
     """those whose bundles it can run"""
     packages: tuple[str, ...] = ()
-    """pip requirements of the runtimes that edgeclip brings along over ssh; what is not named must be there already"""
+    """pip requirements of the runtimes that edgeclip brings along over ssh; what is not named must
+    be there already"""
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     """ONNX Runtime's, best first: all of them must take part, and what took part is read back"""
     threads: Annotated[int, Meta(ge=1)] = 1
@@ -111,7 +114,8 @@ def load(name: str) -> tuple[str, Device]:
 
 
 def is_remote(device: Device) -> bool:
-    """Must it be reached first? A board that is given by ssh and turns out to be this very machine is not remote."""
+    """Must it be reached first? A board that is given by ssh and turns out to be this very machine
+    is not remote."""
     reach = device.reach
     if reach.ssh is None or device.recognize == Recognize():
         return bool(reach.ssh or reach.command or reach.sshd)
@@ -133,7 +137,8 @@ def differences(device: Device, facts: machine.Facts) -> list[str]:
 
 @contextlib.contextmanager
 def pinned(device: Device) -> Iterator[None]:
-    """This thread, and what it starts from now on, runs on `device.cpus` only. Raises `EdgeclipError` where there are none such."""
+    """This thread, and what it starts from now on, runs on `device.cpus` only. Raises
+    `EdgeclipError` where there are none such."""
     if not device.cpus:
         yield
         return
@@ -153,7 +158,8 @@ def pinned(device: Device) -> Iterator[None]:
 
 
 def require_here(name: str, device: Device) -> machine.Facts:
-    """This machine's facts; raises `EdgeclipError` when they are not those of the device, or its Python would be started otherwise."""
+    """This machine's facts; raises `EdgeclipError` when they are not those of the device, or its
+    Python would be started otherwise."""
     here = machine.facts()
     if len(device.reach.python) > 1 and not is_remote(device):
         way = " ".join(device.reach.python)

@@ -1,36 +1,22 @@
-"""What the verbs report: frozen structs with a unit under each field, JSON only on disk and at `--json`.
+"""What the verbs report: frozen structs with a unit under each field.
 
-A reader of format 2 meets these names as the keys of the file. Reports of edgeclip 0.1 used other words and had no
-`format`; `read` renames them, and refuses a format that it does not know.
+They are JSON only on disk, over a link and at `--json`; record.py writes and reads them.
 """
 
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import msgspec
-
-from edgeclip import disk
-from edgeclip.config import renamed
 from edgeclip.device.machine import Facts, State
+from edgeclip.device.record import FORMAT as FORMAT
+from edgeclip.device.record import Record as Record
+from edgeclip.device.record import from_json as from_json
+from edgeclip.device.record import read as read
+from edgeclip.device.record import to_json as to_json
+from edgeclip.device.record import write as write
 from edgeclip.device.target import NamedTarget, Tolerance
-from edgeclip.errors import EdgeclipError
-
-FORMAT = 2
-VERDICTS = {
-    "golden pictures only": "golden images only",
-    "too few pictures": "too few images",
-}
-"""of parity reports of edgeclip 0.1"""
-
-T = TypeVar("T")
-
-
-class Record(msgspec.Struct, frozen=True):
-    """Immutable; what a file of the same format has besides is passed over."""
 
 
 class EngineConditions(Record):
-    """Everything that a TensorRT engine depends on; another value of any of them is another engine."""
+    """Everything that a TensorRT engine depends on: another value is another engine."""
 
     onnx: str
     """sha256 of the ONNX file"""
@@ -83,7 +69,8 @@ class Closeness(Record):
     """fifth percentile"""
     raw_min: float
     centered_p1: float
-    """first percentile after the reference's mean is subtracted from both: embeddings share a large mean that hides damage"""
+    """first percentile after the reference's mean is subtracted from both: embeddings share a large
+    mean that hides damage"""
     centered_p5: float
     centered_min: float
 
@@ -118,7 +105,7 @@ class SetAccuracy(Accuracy):
 
 
 class GoldenAnswers(Record):
-    """The images and texts that ship in the bundle, against the float32 student's answers beside them."""
+    """The images and texts that ship in the bundle, against the student's answers beside them."""
 
     images: int
     largest_pixel_difference: int | None = None
@@ -137,7 +124,7 @@ class OptimizationAgreement(Closeness):
 
 
 class ParityReport(Record, kw_only=True):
-    """`edgeclip validate`: is the bundle on this device still the model that was trained?"""
+    """`edgeclip validate`: whether the bundle on a device is still the model that was trained."""
 
     kind: Literal["parity"] = "parity"
     format: int = FORMAT
@@ -160,7 +147,7 @@ class ParityReport(Record, kw_only=True):
     top1_agreement: float | None = None
     """share of images with the same first answer, 0..1"""
     agreement_where_right: float | None = None
-    """the same over the images that the float32 student answers rightly; null: there is none of them"""
+    """the same over the images that the float32 student answers rightly; null: there is none"""
     accuracy: Accuracy | None = None
     """null: not compared"""
     sets: list[SetAccuracy] = []
@@ -283,7 +270,7 @@ class Reading(Record):
 
 
 class EnergyMarks(Record):
-    """What a board notes while the host reads the meter: its clock at each step, and its temperatures."""
+    """What a board notes while the host reads the meter: its clock, and its temperatures."""
 
     times: tuple[float, float, float]
     """idle from, load from, load to; seconds since 1970 by the board's clock"""
@@ -302,7 +289,7 @@ class PreflightRow(Record):
 
 
 class BenchReport(Record, kw_only=True):
-    """`edgeclip bench`: latency, throughput, stages, cold start, memory and energy of a bundle on a device."""
+    """`edgeclip bench`: latency, throughput, memory and energy of a bundle on a device."""
 
     kind: Literal["bench"] = "bench"
     format: int = FORMAT
@@ -338,7 +325,8 @@ class BenchReport(Record, kw_only=True):
     energy_mj_per_image: float | None = None
     """millijoules above idle"""
     kept: list[str] = []
-    """fields that an earlier report of the same bundle, machine and minimum measured, and this one did not"""
+    """fields that an earlier report of the same bundle, machine and minimum measured, and this one
+    did not"""
     check_with: str
     """the command line of the runtime's own tool that measures the same"""
     incomplete: str | None = None
@@ -360,7 +348,7 @@ class SelftestStep(Record, kw_only=True):
 
 
 class SelftestReport(Record, kw_only=True):
-    """`edgeclip selftest`: made to be attached to an issue; holds no image, no path and no name of a user."""
+    """`edgeclip selftest`: made to be attached to an issue; no image, no path, no user's name."""
 
     kind: Literal["selftest"] = "selftest"
     format: int = FORMAT
@@ -374,51 +362,3 @@ class SelftestReport(Record, kw_only=True):
     bundle: str
     """sha256 of the bundle's manifest"""
     steps: list[SelftestStep]
-
-
-# --- to and from JSON
-
-
-def to_json(record: Any) -> Any:
-    """Return the record, or a list of records, as dicts, lists, strings and numbers."""
-    return msgspec.to_builtins(record)
-
-
-def from_json(value: Any, kind: type[T], where: object) -> T:
-    """Return the record of type `kind` that was written as `value`, by this edgeclip or by 0.1.
-
-    Raises `EdgeclipError` that names `where` for another format and for what is no such record.
-    """
-    found = value.get("format", 1) if isinstance(value, dict) else None
-    if found not in (1, FORMAT):
-        raise EdgeclipError(
-            where,
-            f"is of format {found}, and this edgeclip reads 1 and {FORMAT}",
-            "update edgeclip, or write it again with the command that made it",
-        )
-    if found == 1:
-        value = _from_format_1(value)
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as e:
-        raise EdgeclipError(
-            where, f"is not what it should be ({e})", "write it again with the command that made it"
-        ) from None
-
-
-def read(path: Path, kind: type[T]) -> T:
-    """Return the record of type `kind` at `path`. Raises `EdgeclipError` as `from_json`."""
-    return from_json(disk.read_json(path), kind, path)
-
-
-def write(path: Path, record: Record) -> None:
-    """Write the record as JSON to `path`."""
-    disk.write_json(path, to_json(record))
-
-
-def _from_format_1(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a report of edgeclip 0.1 in the words of format 2."""
-    new: dict[str, Any] = {**renamed(value), "format": FORMAT}
-    if new.get("verdict") in VERDICTS:
-        new["verdict"] = VERDICTS[new["verdict"]]
-    return new

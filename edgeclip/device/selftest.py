@@ -1,8 +1,8 @@
 """`edgeclip selftest`: try on your machine what a machine without a GPU or a board could not try.
 
-Each step stands alone: it passes, fails with its reason, or cannot be tried here. The report is made
-to be attached to an issue: what the machine is, versions, every step's outcome; no image, no path
-outside the bundle, no name of a user.
+Each step stands alone: it passes, fails with its reason, or cannot be tried here. The report is
+made to be attached to an issue: what the machine is, versions, every step's outcome; no image, no
+path outside the bundle, no name of a user.
 """
 
 import re

@@ -37,8 +37,8 @@ class Calibration(Config):
     """from the training part only, picked by `seed`"""
     seed: int = 0
     judged_on: Annotated[int, Meta(ge=0)] = 128
-    """so many further training images, none of which gave ranges, are what candidates are judged on;
-    0: the images of the ranges"""
+    """so many further training images, none of which gave ranges, are what candidates are judged
+    on; 0: the images of the ranges"""
     judged_cosine_p1: Fraction = 0.0
     """what the search asks of the centered cosine on those images where it is more than the
     tolerance: images that training has seen are answered with a wider lead than new ones, so their
@@ -61,7 +61,8 @@ class Calibration(Config):
     min_int8_share: Fraction = 0.7
     """of the multiply-accumulates; with less an int8 target is refused"""
     min_speedup: Annotated[float, Meta(ge=0.0)] = 1.0
-    """over float32 in the same runtime, where it is measured; with less an int8 target is refused"""
+    """over float32 in the same runtime, where it is measured; with less an int8 target is
+    refused"""
 
     def __post_init__(self) -> None:
         for field in CANDIDATES:

@@ -2,14 +2,15 @@
 
 Same images, same preprocess, two systems: the fp32 torch student, whose features the run kept, and
 the bundle. `observe` runs the bundle on the device, which may be a board far away; `judge` compares
-on the host, in the order in which things go wrong: names, shapes and dtypes of the graph; the golden
-images that ship in the bundle (preprocessing first, then values); then over the run's evaluation
-images cosine, decisions and accuracy. Every failed tolerance is listed, not only the first.
+on the host, in the order in which things go wrong: names, shapes and dtypes of the graph; the
+golden images that ship in the bundle (preprocessing first, then values); then over the run's
+evaluation images cosine, decisions and accuracy. Every failed tolerance is listed, not only the
+first.
 
 How to read it: the raw cosine flatters, since embeddings share a large mean; the centered one does
-not. Accuracy is paired, and `upper_pp` is the largest drop (one-sided 95 %) that these images do not
-exclude: where it exceeds the margin although the measured drop does not, there are too few images
-to tell, and that is the verdict.
+not. Accuracy is paired, and `upper_pp` is the largest drop (one-sided 95 %) that these images do
+not exclude: where it exceeds the margin although the measured drop does not, there are too few
+images to tell, and that is the verdict.
 """
 
 import math
@@ -45,7 +46,8 @@ BATCH = 16
 TIE = 1e-5
 """two processors may order scores that are closer than this differently"""
 GOLDEN_COSINE = 0.9
-"""of the golden images, raw: only a broken bundle or preprocess falls below; the tolerances judge the rest"""
+"""of the golden images, raw: only a broken bundle or preprocess falls below; the tolerances judge
+the rest"""
 
 
 def not_compared(bundle: Bundle, evaluation: Evaluation | None) -> str | None:

@@ -1,7 +1,9 @@
-"""The classification head: cosine with class features, and ComKD's EduAttention over the active class matrix.
+"""The classification head: cosine with class features, and ComKD's EduAttention over the active
+class matrix.
 
-The image encoder emits P(u_s), so that indexes and new labels work on plain features; EduAttention (METHODS: equations
-6 and 7) only sharpens the class scores and needs nothing but the features and the class matrix at hand:
+The image encoder emits P(u_s), so that indexes and new labels work on plain features; EduAttention
+(METHODS: equations 6 and 7) only sharpens the class scores and needs nothing but the features and
+the class matrix at hand:
 
     f_att = softmax(FC(u) W^T / C) W        u [B, D], W [N, D], unit rows; FC may sit on W or on f_att instead (A4, A5)
     scores = norm(u + alpha * f_att) W^T    [B, N]
@@ -37,7 +39,8 @@ def class_scores(
 ) -> np.ndarray:
     """Cosine scores [B, N] of unit rows image_features [B, D] and class_features [N, D].
 
-    The head attends over `class_features`, the active list, or over `attended` [M, D], say all classes of training (A11).
+    The head attends over `class_features`, the active list, or over `attended` [M, D], say all
+    classes of training (A11).
     """
     if head is not None and head.alpha != 0.0:
         w = class_features if attended is None else attended
@@ -55,7 +58,8 @@ def class_scores(
 
 
 def ensemble(text_features: np.ndarray) -> np.ndarray:
-    """Class features [N, D] from text features [N, T, D] of T prompt templates: normalize, average, normalize."""
+    """Class features [N, D] from text features [N, T, D] of T prompt templates: normalize, average,
+    normalize."""
     return l2_normalize(l2_normalize(text_features).mean(axis=1))
 
 

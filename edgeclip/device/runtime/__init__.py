@@ -1,8 +1,9 @@
 """Inference runtimes behind one record. One file a runtime, imported only when it is asked for.
 
-`open_session` loads a model file and reports what really runs: after loading, providers or device and, of OpenVINO, precision and
-threads are read back, and a difference from what was asked is an error, never a quiet substitute. ONNX Runtime can only be asked for
-the threads in its session's options; it keeps to them.
+`open_session` loads a model file and reports what really runs: after loading, providers or device
+and, of OpenVINO, precision and threads are read back, and a difference from what was asked is an
+error, never a quiet substitute. ONNX Runtime can only be asked for the threads in its session's
+options; it keeps to them.
 """
 
 import importlib
@@ -52,9 +53,11 @@ def open_session(
     optimization: str = "all",
     providers: tuple[str, ...] | None = None,
 ) -> Session:
-    """optimization: 'all' or 'basic', where the runtime knows the difference. providers: ONNX Runtime's; None: its CPU.
+    """optimization: 'all' or 'basic', where the runtime knows the difference. providers: ONNX
+    Runtime's; None: its CPU.
 
-    Raises `EdgeclipError` when the runtime is unknown or not installed, or does not do what was asked.
+    Raises `EdgeclipError` when the runtime is unknown or not installed, or does not do what was
+    asked.
     """
     if runtime not in RUNTIMES:
         do = INSTALL.get(runtime) or did_you_mean(runtime, RUNTIMES)

@@ -1,4 +1,5 @@
-"""The six calls of CUDA's runtime library that an engine needs, through ctypes: JetPack brings the library and no Python for it.
+"""The six calls of CUDA's runtime library that an engine needs, through ctypes: JetPack brings the
+library and no Python for it.
 
 Source: CUDA Runtime API, Memory Management, Stream Management, Device Management.
 """

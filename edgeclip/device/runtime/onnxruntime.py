@@ -1,6 +1,8 @@
-"""ONNX Runtime. Providers are asked for by name and read back, threads are those of the session's options.
+"""ONNX Runtime. Providers are asked for by name and read back, threads are those of the session's
+options.
 
-Of providers without the CPU's among them no node may run on the CPU; with it, those may that the others refuse.
+Of providers without the CPU's among them no node may run on the CPU; with it, those may that the
+others refuse.
 """
 
 import io
@@ -29,20 +31,22 @@ LEVELS = {
 UNSAFE_IN_HALF = ("NchwcTransformer", "WeightBiasQuantization")
 """What ONNX Runtime 1.31 does wrongly to float16 graphs (docs/targets.md, Known).
 
-NchwcTransformer ends the process on some vision transformers (x86, a MatMul behind a Transpose). WeightBiasQuantization, of the basic
-level, rounds the float16 biases of a Q/DQ graph to rubbish.
+NchwcTransformer ends the process on some vision transformers (x86, a MatMul behind a Transpose).
+WeightBiasQuantization, of the basic level, rounds the float16 biases of a Q/DQ graph to rubbish.
 """
 GRAPH, INITIALIZER, DATA_TYPE, FLOAT16 = 7, 5, 2, 10
-"""of onnx.proto: ModelProto.graph, GraphProto.initializer, TensorProto.data_type and its value for float16"""
+"""of onnx.proto: ModelProto.graph, GraphProto.initializer, TensorProto.data_type and its value for
+float16"""
 VARINT, LENGTH, FIXED = 0, 2, {1: 8, 5: 4}
 """protobuf's wire types; FIXED: to the bytes that a value takes"""
 
 
 def disabled_optimizers(model: Path | bytes) -> list[str]:
-    """Return the graph transformers that ONNX Runtime must leave out for this ONNX file, or its content.
+    """Return the graph transformers that ONNX Runtime must leave out for this ONNX file, or its
+    content.
 
-    Every session takes its `disabled_optimizers` from here. What the graph holds decides, not what it is called: one float16 initializer
-    makes it a float16 graph.
+    Every session takes its `disabled_optimizers` from here. What the graph holds decides, not what
+    it is called: one float16 initializer makes it a float16 graph.
     """
     if isinstance(model, bytes):
         return _disabled(io.BytesIO(model), len(model))
@@ -59,10 +63,12 @@ def _disabled(file: io.BufferedIOBase, size: int) -> list[str]:
 
 
 def _fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
-    """Yield the value of each field `wanted` of the protobuf message from here to `end`; of one with a length where it ends, the file at its start.
+    """Yield the value of each field `wanted` of the protobuf message from here to `end`; of one
+    with a length where it ends, the file at its start.
 
-    Everything else is stepped over, so that a model is looked through in a millisecond, and without onnx, which no board has. What is no protobuf
-    has no fields: the runtime says what is wrong with it.
+    Everything else is stepped over, so that a model is looked through in a millisecond, and without
+    onnx, which no board has. What is no protobuf has no fields: the runtime says what is wrong with
+    it.
     """
     at = file.tell()
     while at < end:
@@ -103,8 +109,9 @@ def open_session(
     options.inter_op_num_threads = 1
     options.graph_optimization_level = LEVELS[optimization]
     options.log_severity_level = 3
-    # S8S8 is for ARM, and there every quantized convolution is one integer kernel. By default x86 leaves some of them between Q and DQ
-    # in float, which is faster and rounds otherwise; with this it computes what the board will, bit for bit. U8S8 does not change.
+    # S8S8 is for ARM, and there every quantized convolution is one integer kernel. By default x86
+    # leaves some of them between Q and DQ in float, which is faster and rounds otherwise; with this
+    # it computes what the board will, bit for bit. U8S8 does not change.
     options.add_session_config_entry("session.qdqisint8allowed", "1")
     if missing := [p for p in providers if p not in ort.get_available_providers()]:
         raise EdgeclipError(

@@ -1,4 +1,5 @@
-"""OpenVINO on a CPU, latency hint, one stream. Float layers stay float32: bf16 is never taken by default."""
+"""OpenVINO on a CPU, latency hint, one stream. Float layers stay float32: bf16 is never taken by
+default."""
 
 import functools
 from pathlib import Path
@@ -13,8 +14,9 @@ from edgeclip.errors import EdgeclipError
 
 @functools.cache
 def _core() -> ov.Core:
-    """One a process, never let go of: when the last one goes in another thread than the first came, OpenVINO unmaps the signal
-    stack that it gave to the first (its plugin's set-up for AMX), and the next Ctrl-C there is a segmentation fault."""
+    """One a process, never let go of: when the last one goes in another thread than the first came,
+    OpenVINO unmaps the signal stack that it gave to the first (its plugin's set-up for AMX), and
+    the next Ctrl-C there is a segmentation fault."""
     return ov.Core()
 
 
@@ -55,7 +57,8 @@ def open_session(model: Path, threads: int, optimization: str) -> Session:
     dtype = i.get_element_type().to_dtype()
 
     def run(x: np.ndarray) -> np.ndarray:
-        # As infer({0: x})[o], without its dictionaries and its copies of both sides: a tenth of a millisecond.
+        # As infer({0: x})[o], without its dictionaries and its copies of both sides: a tenth of a
+        # millisecond.
         pixels = np.require(
             x, dtype, ["C", "W"]
         )  # held until the answer is there: the tensor does not keep a copy alive

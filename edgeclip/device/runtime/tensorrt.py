@@ -1,8 +1,9 @@
-"""TensorRT: the engine of a bundle's ONNX, built where it runs, kept by what it depends on, never replaced by something else.
+"""TensorRT: the engine of a bundle's ONNX, built where it runs, kept by what it depends on, never
+replaced by something else.
 
-tensorrt_build.py builds it (the same file goes into every TensorRT bundle), engine.py keeps it, this file runs it: input
-copied in, executed on a stream, answer copied out. Execution has not met a GPU yet: docs/devices.md says what of it was
-tested, and with what.
+tensorrt_build.py builds it (the same file goes into every TensorRT bundle), engine.py keeps it,
+this file runs it: input copied in, executed on a stream, answer copied out. Execution has not met a
+GPU yet: docs/devices.md says what of it was tested, and with what.
 """
 
 import importlib
@@ -74,7 +75,8 @@ def make(trt: Any, model: Path, folder: Path) -> dict[str, Any]:
 
 
 def session(trt: Any, cuda: Any, runtime: Any, engine: Any, ran: Ran) -> Session:
-    """Return a session of one input and one output on a stream of its own; answers are float32 on the host."""
+    """Return a session of one input and one output on a stream of its own; answers are float32 on
+    the host."""
     execution = _Execution(trt, cuda, runtime, engine)
     return Session(execution.run, execution.input, execution.output, ran)
 
@@ -105,7 +107,8 @@ class _Execution:
         self.sizes: dict[str, int] = {}
 
     def run(self, x: np.ndarray) -> np.ndarray:
-        """Return the answers of a batch [B, ...], in parts where it is larger than the profile's."""
+        """Return the answers of a batch [B, ...], in parts where it is larger than the
+        profile's."""
         if len(x) <= BATCH[-1]:
             return self._execute(x)
         starts = range(0, len(x), BATCH[-1])
@@ -129,7 +132,8 @@ class _Execution:
         return out
 
     def _place(self, name: str, size: int) -> int:
-        """Return the address of a buffer of at least `size` bytes on the GPU, bound to the tensor."""
+        """Return the address of a buffer of at least `size` bytes on the GPU, bound to the
+        tensor."""
         if size > self.sizes.get(name, 0):
             if name in self.addresses:
                 self.cuda.free(self.addresses[name])

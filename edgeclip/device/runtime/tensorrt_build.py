@@ -1,13 +1,16 @@
-"""Builds a TensorRT engine from a bundle's ONNX file, on the board that will run it, and reads back what it became.
+"""Builds a TensorRT engine from a bundle's ONNX file, on the board that will run it, and reads back
+what it became.
 
-An engine belongs to its GPU and TensorRT version, so it never ships: this file does, as `build_engine.py` in every
-TensorRT bundle. It needs Python and TensorRT alone. The code is written over the module, `tensorrt` on a board or
-`tensorrt_rtx` where there is no GPU, which parses and builds and so says what is legal, but cannot run.
+An engine belongs to its GPU and TensorRT version, so it never ships: this file does, as
+`build_engine.py` in every TensorRT bundle. It needs Python and TensorRT alone. The code is written
+over the module, `tensorrt` on a board or `tensorrt_rtx` where there is no GPU, which parses and
+builds and so says what is legal, but cannot run.
 
     python3 build_engine.py [--workspace-mib 1024] [--batch 1 4 8]
 
-The graph is strongly typed: precisions are the ONNX file's, no flag changes them. What the builder made of them is read
-from the engine: an engine without a layer that takes int8 (fp8) is not called one.
+The graph is strongly typed: precisions are the ONNX file's, no flag changes them. What the builder
+made of them is read from the engine: an engine without a layer that takes int8 (fp8) is not called
+one.
 """
 
 import argparse
@@ -29,7 +32,8 @@ PRODUCTS = ("conv", "gemm", "matmul", "matrix", "fully")
 
 
 MOVES = ("reformat", "quantize", "cast", "shuffle")
-"""kinds that change how a tensor lies or is written: what they take says nothing of what is computed"""
+"""kinds that change how a tensor lies or is written: what they take says nothing of what is
+computed"""
 
 
 class BuildError(Exception):
@@ -75,10 +79,12 @@ def build(
     timing_cache: Path | None = None,
     trt: Any = None,
 ) -> dict[str, Any]:
-    """Builds the engine of an ONNX file and writes it to `out` (None: nowhere). Returns what is known of it, JSON-able.
+    """Builds the engine of an ONNX file and writes it to `out` (None: nowhere). Returns what is
+    known of it, JSON-able.
 
-    batch: the profile's minimum, optimum and maximum of every input's first axis. timing_cache: read if it is there, written
-    after. "layers" is None where no engine can be opened, that is without a GPU. Raises `BuildError`.
+    batch: the profile's minimum, optimum and maximum of every input's first axis. timing_cache:
+    read if it is there, written after. "layers" is None where no engine can be opened, that is
+    without a GPU. Raises `BuildError`.
     """
     trt = trt or module()
     logger = trt.Logger(trt.Logger.ERROR)
@@ -130,7 +136,8 @@ def _timing(trt: Any, config: Any, path: Path | None) -> bool:
 
 
 def layers(trt: Any, plan: bytes, logger: Any) -> list[dict[str, str]] | None:
-    """Name, kind and input precision of each layer of a built engine; None where it cannot be opened (no GPU)."""
+    """Name, kind and input precision of each layer of a built engine; None where it cannot be
+    opened (no GPU)."""
     try:
         engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
     except Exception:  # without a driver the runtime itself cannot be made
@@ -172,7 +179,8 @@ def counts(found: list[dict[str, str]]) -> dict[str, int]:
 
 
 def require(precision: str, found: list[dict[str, str]]) -> dict[str, int]:
-    """`counts`. Raises `BuildError` where none takes the precision that the engine is named after."""
+    """`counts`. Raises `BuildError` where none takes the precision that the engine is named
+    after."""
     count = counts(found)
     if not count.get(precision):
         products = [x for x in found if any(p in x["kind"].lower() for p in PRODUCTS)]
