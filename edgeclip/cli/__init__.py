@@ -41,6 +41,7 @@ COMMANDS = (
     look.list_,
     device.doctor,
     device.selftest,
+    more.migrate,
     more.completion,
 )
 for command in COMMANDS:

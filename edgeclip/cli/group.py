@@ -15,7 +15,7 @@ SECTIONS = {
     "Train and ship": ("init", "distill", "export", "validate", "bench", "report"),
     "Use a bundle": ("classify", "labels", "embed"),
     "Look": ("evaluate", "cache", "lint", "list", "doctor", "selftest"),
-    "More": ("completion",),
+    "More": ("migrate", "completion"),
 }
 """the commands, in the order of work"""
 RENAMED_OPTIONS = {"--pictures": "--images"}
