@@ -11,7 +11,7 @@ from edgeclip.cli.group import command
 from edgeclip.cli.options import PATH, F, device_option, json_option, print_json
 
 A_DEVICE = "A name from `edgeclip list devices`, or a YAML file."
-SCENARIOS = ("single_stream", "multi_stream", "offline")
+SCENARIOS: tuple[str, ...] = ("single_stream", "multi_stream", "offline")
 
 
 def selection_options(f: F) -> F:

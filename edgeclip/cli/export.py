@@ -38,7 +38,7 @@ class Request(NamedTuple):
 @click.option(
     "--vocabulary",
     type=PATH,
-    help="Keep only the text tokens of the labels, the templates and this file (one text per line).",
+    help="Keep only the text tokens of labels, templates and this file (one text per line).",
 )
 @click.option(
     "--layout",

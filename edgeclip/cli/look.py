@@ -9,7 +9,7 @@ from edgeclip.cli.group import command
 from edgeclip.cli.options import PATH, json_option, print_json, target_option
 from edgeclip.cli.tables import bundles
 
-KINDS = ("recipes", "targets", "devices")
+KINDS: tuple[str, ...] = ("recipes", "targets", "devices")
 
 
 @command()

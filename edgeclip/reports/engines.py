@@ -54,8 +54,8 @@ def remember(path: Path, parity: ParityReport, when: str) -> str | None:
         conditions=ran.conditions,
         layers=ran.layers,
         verdict=parity.verdict,
-        top1=parity.accuracy.bundle_top1 if parity.accuracy else None,
-        centered_p1=parity.cosine.centered_p1 if parity.cosine else None,
+        top1=getattr(parity.accuracy, "bundle_top1", None),
+        centered_p1=getattr(parity.cosine, "centered_p1", None),
     )
     disk.write_json(path, to_json([*history, entry]))
 

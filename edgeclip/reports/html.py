@@ -1,4 +1,4 @@
-"""`edgeclip report`: one self-contained HTML page: what was lost at which step, ship or do not ship.
+"""`edgeclip report`: one self-contained HTML page: what was lost at each step, ship or not.
 
 Everything on it is read from the run's JSON; nothing is measured here. A figure that nobody
 measured is printed as "not measured". The page needs no network: plots are inline SVG.

@@ -13,7 +13,7 @@ from edgeclip.device.manifest import CandidateRow, SearchRecord
 from edgeclip.reports.results import EvaluationResults
 from edgeclip.reports.targets import Target, Waterfall, form
 
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "edgeclip",
     "font.size": 9,
     "axes.spines.top": False,
@@ -56,7 +56,7 @@ def _steps(steps: Waterfall) -> Plot:
         return Plot("Accuracy of each step; a bundle's on a part of the images", _svg(figure))
 
 
-def _or_nan(value: float | None) -> float:
+def _or_nan(value: float | int | None) -> float:
     if value is None:
         return math.nan
     return value
@@ -110,11 +110,11 @@ def _search(target: Target) -> Plot | None:
 
 
 def _candidate(axes: Any, candidate: CandidateRow) -> None:
-    marker, size, color = "o", 30, "C0"
+    look: dict[str, Any] = {"marker": "o", "s": 30, "color": "C0"}
     if candidate.verdict == "chosen":
-        marker, size, color = "*", 110, "C1"
+        look = {"marker": "*", "s": 110, "color": "C1"}
     place = (candidate.latency_ms, candidate.centered_cosine_p1)
-    axes.scatter(*place, marker=marker, s=size, color=color)
+    axes.scatter(*place, **look)
     axes.annotate(form(candidate), place, textcoords="offset points", xytext=(7, 3), fontsize=7)
 
 
@@ -131,7 +131,7 @@ def _losses(results: EvaluationResults) -> Plot | None:
         axes = figure.subplots()
         epochs = [row["epoch"] for row in log]
         for name in sorted(log[-1].keys() - {"epoch", "loss"}):
-            axes.plot(epochs, [row.get(name) for row in log], marker=".", label=name)
+            axes.plot(epochs, [_or_nan(row.get(name)) for row in log], marker=".", label=name)
         axes.set_xlabel("epoch (0: projector on the frozen tower)")
         axes.legend(fontsize=7, frameon=False)
         return Plot("Losses before their weights, and EduAttention's alpha", _svg(figure))

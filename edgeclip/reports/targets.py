@@ -158,8 +158,8 @@ def waterfall(results: EvaluationResults, targets: list[Target]) -> Waterfall:
         if target.parity is None or not target.parity.sets:
             continue
         known = {}
-        for score in target.parity.sets:
-            known[score.name] = Scored(score.bundle_top1, score.images)
+        for bundle in target.parity.sets:
+            known[bundle.name] = Scored(bundle.bundle_top1, bundle.images)
         scores = [known.get(name, Scored(None, 0)) for name in names]
         steps.append(Step(target.row, scores))
     return Waterfall(names, steps)

@@ -66,7 +66,8 @@ def parity(reports: Sequence[ParityReport]) -> None:
 
 def _parity_row(report: ParityReport) -> list[Any]:
     cells: list[str | None] = [None] * 8
-    accuracy, cosine = report.accuracy, report.cosine
+    accuracy = report.accuracy
+    cosine = report.cosine
     if accuracy is not None and cosine is not None:
         cells = [
             number(cosine.centered_p1, 4),
@@ -117,7 +118,8 @@ def bench(reports: Sequence[BenchReport]) -> None:
 
 
 def _bench_row(report: BenchReport) -> list[Any]:
-    single, stages = report.single_stream, report.stages
+    single = report.single_stream
+    stages = report.stages
     values = [
         getattr(single, "latency_ms_p50", None),
         getattr(single, "latency_ms_p90", None),
@@ -180,7 +182,8 @@ def _sustained(load: Sustained) -> str:
         throttled = f"throttled: {', '.join(load.throttled) or 'no'}"
     if load.throttled_before:
         throttled += " (and before, since the board was started)"
-    first, last = load.windows[0].temperature_c, load.windows[-1].temperature_c
+    first = load.windows[0].temperature_c
+    last = load.windows[-1].temperature_c
     hot = f"temperature {NOT_MEASURED}"
     if first is not None and last is not None:
         hot = f"{first:.0f} to {last:.0f} degrees C"

@@ -129,7 +129,8 @@ def _notes(sets: Sequence[SetScore] | Sequence[object]) -> None:
 
 
 def _networks(results: EvaluationResults) -> None:
-    teacher, student = results.models.teacher, results.models.student
+    teacher = results.models.teacher
+    student = results.models.student
     share = ""
     if teacher.macs and student.macs:
         share = f" ({student.macs / teacher.macs:.3f} of the teacher's)"
