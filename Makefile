@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 RUN = runs/quickstart
 
-.PHONY: demo test check clean distclean
+.PHONY: demo test check docs clean distclean
 .DELETE_ON_ERROR:
 
 # torch first and pinned: an open range elsewhere would bring another build of it.
@@ -27,6 +27,11 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the pages that are generated from the code, and the figures in the others
+docs: .venv/installed
+	$(BIN)/python docs/generate.py
+	$(BIN)/python benchmarks/figures.py
 
 clean:
 	rm -rf .venv .data .mypy_cache .ruff_cache .pytest_cache
