@@ -113,7 +113,7 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
 
 
 def _trace(source: Source, golden: GoldenAnswers, target: Target) -> onnx.ModelProto:
-    """The folded image encoder's graph. Raises `WrongGraph` where it does not give torch's answers."""
+    """The image encoder's graph. Raises `WrongGraph` where it does not give torch's answers."""
     example = torch.from_numpy(golden.inputs[:1])
     encoder = fold(source.image_encoder, example)
     model = graph.to_onnx(encoder, example, "pixels", "image_features", target.opset)

@@ -1,25 +1,28 @@
-"""`edgeclip export --layout open_clip`: the student as a checkpoint that open_clip itself loads, projector and all.
+"""`edgeclip export --layout open_clip`: the student as a checkpoint that open_clip itself loads.
 
     open_clip.add_model_config(FOLDER / "NAME.json")
     open_clip.create_model_and_transforms("NAME", pretrained="FOLDER/open_clip_model.safetensors")
-    open_clip.create_model_and_transforms("local-dir:FOLDER")        the same, with the student's own preprocessing
+    open_clip.create_model_and_transforms("local-dir:FOLDER")   with the student's preprocessing
 
-A folder is open_clip's CustomTextCLIP in its own names; nothing of edgeclip is needed to load it. The projector has no
-place of its own there, so it is folded into the layer that open_clip ends its tower with, where algebra allows that:
+A folder is open_clip's CustomTextCLIP in its own names; nothing of edgeclip is needed to load it.
+The projector has no place of its own there, so it is folded into the layer that open_clip ends its
+tower with, where algebra allows that:
 
-    timm tower, one Linear         head.proj
-    timm tower, MLP                head.mlp: batch norm folded in; ReLU is GELU's limit, so what goes in is multiplied by 2^16 and
-                                   what comes out divided by it (exact in float32 and bfloat16, too large for float16)
-    open_clip's own ViT, Linear    proj; the bias goes through it backwards into the last LayerNorm's, where it has a preimage
-    text tower, Linear             text_projection, with a bias
+    timm tower, one Linear        head.proj
+    timm tower, MLP               head.mlp: batch norm folded in; ReLU is GELU's limit, so what goes
+                                  in is multiplied by 2^16 and what comes out divided by it (exact
+                                  in float32 and bfloat16, too large for float16)
+    open_clip's own ViT, Linear   proj; the bias goes through it backwards into that of the last
+                                  LayerNorm, where it has a preimage
+    text tower, Linear            text_projection, with a bias
 
-Before the folder is there, open_clip loads it and its features are compared with the student's. EduAttention is no part
-of it: open_clip's class scores are plain cosines.
+Before the folder is there, open_clip loads it and its features are compared with the student's.
+EduAttention is no part of it: open_clip's class scores are plain cosines.
 """
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -29,11 +32,13 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_linear_bn_weights
 
 from edgeclip import disk
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import recipe, teachers
+from edgeclip.host import recipe as R
 from edgeclip.host import student as students
+from edgeclip.host import teachers
 from edgeclip.host.export.source import Source
-from edgeclip.host.recipe import OpenClip, Timm
+from edgeclip.host.recipe import OpenClip, Recipe, Timm
 from edgeclip.host.student import Student, StudentText
 from edgeclip.host.teachers import TextTower
 from edgeclip.host.teachers.open_clip import ImageTower, TextModule
@@ -42,57 +47,107 @@ from edgeclip.host.towers.weights import open_clip_config
 STEEP = 2.0**16
 """GELU(STEEP x) / STEEP differs from ReLU(x) by at most 0.17 / STEEP"""
 MAX_ERROR = 1e-5
+TEXTS = ["a photo of a cat", "a red umbrella", "the letter A", "shoes"]
+"""what both text encoders are compared on"""
+OTHERWISE = "use a bundle, or --layout optimum"
 
 State = dict[str, Tensor]
 
 
-def write(run: Path, source: Source, out: Path) -> Path:
-    """The student of `run` for open_clip at `out`, a folder whose name is the model's.
+class Affine(NamedTuple):
+    """A map x -> weight x + bias."""
 
-    Raises `EdgeclipError` for a student that open_clip has no words for.
+    weight: Tensor
+    """[out, in]"""
+    bias: Tensor
+    """[out]"""
+
+    def after(self, end: nn.Linear) -> "Affine":
+        """This map behind the layer `end`, as one map."""
+        if end.bias is None:
+            return Affine(self.weight @ end.weight, self.bias)
+        return Affine(self.weight @ end.weight, self.bias + self.weight @ end.bias)
+
+
+class Projector(NamedTuple):
+    """The student's projector."""
+
+    hidden: Affine | None
+    """the map before the ReLU; None: the projector is one map"""
+    last: Affine
+
+
+class Side(NamedTuple):
+    """One of the two towers in open_clip's words."""
+
+    config: dict[str, Any]
+    """vision_cfg or text_cfg"""
+    state: State
+    quick_gelu: bool | None
+    """None: a timm tower, which has none"""
+
+
+def write(run: Path, source: Source, out: Path) -> Path:
+    """Write the student of `run` for open_clip to `out`, a folder whose name is the model's.
+
+    Raises `EdgeclipError` for a student that has no form in open_clip.
     """
-    spec, asked = source.image_encoder, recipe.of_run(run)
-    assert isinstance(spec, Student)
-    config, state = _image(spec, asked.student)
-    text = _text(run, asked)
-    text_config, quick_gelu, text_state = _text_tower(text, _text_spec(asked))
-    if "timm_model_name" not in config["vision_cfg"] and quick_gelu != config.pop("quick_gelu"):
+    student = source.image_encoder
+    assert isinstance(student, Student)
+    recipe = R.of_run(run)
+    text = _text(run, recipe)
+    image_side = _image(student, recipe.student)
+    text_side = _text_side(text, _text_spec(recipe))
+    if image_side.quick_gelu not in (None, text_side.quick_gelu):
         raise _no(
             "its two towers differ in quick_gelu, which is one setting there",
             "take towers of one kind",
         )
-    config |= {"text_cfg": text_config, "quick_gelu": quick_gelu, "custom_text": True}
-    state = {f"visual.{k}": v for k, v in state.items()} | {
-        f"text.{k}": v for k, v in text_state.items()
-    }
-    state["logit_scale"] = torch.tensor(math.log(source.logit_scale))
-    state = {
-        k: v.detach().float().contiguous().clone()
-        if v.is_floating_point()
-        else v.contiguous().clone()
-        for k, v in state.items()
-    }
-    p = source.preprocess
-    preprocess = {
-        "size": p.size,
-        "mean": p.mean,
-        "std": p.std,
-        "interpolation": p.interpolation,
-        "resize_mode": p.resize,
+    config = {
+        "embed_dim": _width(student),
+        "vision_cfg": image_side.config,
+        "text_cfg": text_side.config,
+        "quick_gelu": text_side.quick_gelu,
+        "custom_text": True,
     }
     with disk.new_folder(out) as folder:
+        state = _joined(image_side.state, text_side.state, source.logit_scale)
         save_file(state, folder / "open_clip_model.safetensors")
         disk.write_json(folder / f"{out.name}.json", config)
-        disk.write_json(
-            folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess}
-        )
-        _compare(folder, spec, text, p.size)
-        disk.write_manifest(
-            folder,
-            "open_clip",
-            {"name": out.name, "licenses": source.licenses, "parents": source.parents},
-        )
+        whole = {"model_cfg": config, "preprocess_cfg": _preprocess(source.preprocess)}
+        disk.write_json(folder / "open_clip_config.json", whole)
+        _compare(folder, student, text, source.preprocess.size)
+        origin = {"name": out.name, "licenses": source.licenses, "parents": source.parents}
+        disk.write_manifest(folder, "open_clip", origin)
     return out
+
+
+def _width(student: Student) -> int:
+    """The width D of a student's features."""
+    return len(_projector(student.projector).last.weight)
+
+
+def _joined(image: State, text: State, logit_scale: float) -> State:
+    """Both towers under open_clip's prefixes, floats in float32, each tensor on its own."""
+    named = {f"visual.{name}": tensor for name, tensor in image.items()}
+    named.update({f"text.{name}": tensor for name, tensor in text.items()})
+    named["logit_scale"] = torch.tensor(math.log(logit_scale))
+    state: State = {}
+    for name, tensor in named.items():
+        if tensor.is_floating_point():
+            tensor = tensor.detach().float()
+        state[name] = tensor.contiguous().clone()
+    return state
+
+
+def _preprocess(spec: Preprocess) -> dict[str, Any]:
+    return {
+        "size": spec.size,
+        "mean": spec.mean,
+        "std": spec.std,
+        "interpolation": spec.interpolation,
+        "resize_mode": spec.resize,
+    }
 
 
 def _no(what: str, do: str) -> EdgeclipError:
@@ -101,77 +156,84 @@ def _no(what: str, do: str) -> EdgeclipError:
     )
 
 
-def _image(student: Student, spec: recipe.Student) -> tuple[dict[str, Any], State]:
-    """(embed_dim and vision_cfg, state of `visual`): the image tower with the projector folded into its end."""
+def _image(student: Student, spec: R.Student) -> Side:
+    """The image tower with the projector folded into its end."""
     if spec.visual_prompts or spec.share or spec.stem:
-        raise _no(
-            "it has visual prompts, shared blocks or a convolutional stem",
-            "use a bundle, or --layout optimum",
-        )
-    tower, (first, last) = student.tower, _projector(student.projector)
-    embed_dim = last[0].shape[0]
+        raise _no("it has visual prompts, shared blocks or a convolutional stem", OTHERWISE)
+    tower = student.tower
+    projector = _projector(student.projector)
     if isinstance(spec.tower, Timm):
         config = {
             "timm_model_name": spec.tower.model,
             "timm_pool": "",
             "image_size": spec.tower.image_size,
         }
-        return _timm(tower, config, first, last, embed_dim)
-    model_config = open_clip_config(spec.tower)
-    config = model_config["vision_cfg"]
+        return _timm_side(tower, config, projector)
+
     assert isinstance(tower, ImageTower)
-    visual, state = tower.visual, tower.visual.state_dict()
-    if "timm_model_name" in config:
-        end = visual.head.proj if hasattr(visual.head, "proj") else visual.trunk.get_classifier()
-        if not isinstance(end, nn.Linear) or hasattr(visual.head, "pool"):
-            raise _no(
-                "its tower does not end in one linear layer", "use a bundle, or --layout optimum"
-            )
-        weight, bias = (first or last)[0], (first or last)[1]
-        joined = (weight @ end.weight, bias + (weight @ end.bias if end.bias is not None else 0))
-        return _timm(
-            visual.trunk,
-            config,
-            joined if first else None,
-            last if first else joined,
-            embed_dim,
-            end,
-        )
-    if first:
+    model_config = open_clip_config(spec.tower)
+    if "timm_model_name" in model_config["vision_cfg"]:
+        return _timm_inside_open_clip(tower.visual, model_config["vision_cfg"], projector)
+    if projector.hidden:
         raise _no(
             "open_clip's own towers end in one linear map, and this projector has a hidden layer",
             "distil with projector_hidden: null",
         )
-    weight, bias = last
+    state = tower.visual.state_dict()
     if "attnpool.c_proj.weight" in state:
-        state["attnpool.c_proj.bias"] = bias + weight @ state["attnpool.c_proj.bias"]
-        state["attnpool.c_proj.weight"] = weight @ state["attnpool.c_proj.weight"]
+        _fold_into_pool(state, projector.last)
     else:
-        state["proj"] = (state["proj"] @ weight.T) if "proj" in state else weight.T
-        before = torch.linalg.lstsq(
-            state["proj"].double().T, bias.double()[:, None], driver="gelsd"
-        ).solution[:, 0]
-        if (before @ state["proj"].double() - bias).abs().max() > 1e-6 * max(
-            1.0, bias.abs().max().item()
-        ) or config.get("attentional_pool"):
-            what = f"its projector's bias has no place: {embed_dim} dimensions behind a tower of {state['ln_post.bias'].shape[0]}"
-            raise _no(what, "use a bundle, or --layout optimum")
-        state["ln_post.bias"] = state["ln_post.bias"] + before.float()
-    return {
-        "embed_dim": embed_dim,
-        "vision_cfg": config,
-        "quick_gelu": model_config.get("quick_gelu", False),
-    }, state
+        _fold_into_vit(state, projector.last, model_config["vision_cfg"])
+    return Side(model_config["vision_cfg"], state, model_config.get("quick_gelu", False))
 
 
-Affine = tuple[Tensor, Tensor]
-"""weight [out, in] and bias [out]"""
+def _timm_inside_open_clip(visual: nn.Module, config: dict[str, Any], projector: Projector) -> Side:
+    """An open_clip model's timm tower: its own linear end and the projector become one."""
+    has_own = hasattr(visual.head, "proj")
+    end = visual.head.proj if has_own else visual.trunk.get_classifier()
+    if not isinstance(end, nn.Linear) or hasattr(visual.head, "pool"):
+        raise _no("its tower does not end in one linear layer", OTHERWISE)
+    if projector.hidden:
+        joined = Projector(projector.hidden.after(end), projector.last)
+    else:
+        joined = Projector(None, projector.last.after(end))
+    return _timm_side(visual.trunk, config, joined, end)
 
 
-def _projector(projector: nn.Module) -> tuple[Affine | None, Affine]:
-    """(map before the ReLU, map behind it) of the student's projector; the first is None where there is but one."""
+def _fold_into_pool(state: State, last: Affine) -> None:
+    """Fold the projector into a ResNet's attention pool, in place."""
+    state["attnpool.c_proj.bias"] = last.bias + last.weight @ state["attnpool.c_proj.bias"]
+    state["attnpool.c_proj.weight"] = last.weight @ state["attnpool.c_proj.weight"]
+
+
+def _fold_into_vit(state: State, last: Affine, config: dict[str, Any]) -> None:
+    """Fold the projector into a ViT's proj, and its bias into the last LayerNorm's, in place.
+
+    Raises `EdgeclipError` where the bias has no preimage under proj.
+    """
+    if "proj" in state:
+        state["proj"] = state["proj"] @ last.weight.T
+    else:
+        state["proj"] = last.weight.T
+    proj = state["proj"].double()
+    bias = last.bias.double()
+    before = torch.linalg.lstsq(proj.T, bias[:, None], driver="gelsd").solution[:, 0]
+    error = (before @ proj - bias).abs().max()
+    largest = max(1.0, last.bias.abs().max().item())
+    if error > 1e-6 * largest or config.get("attentional_pool"):
+        tower_width = state["ln_post.bias"].shape[0]
+        raise _no(
+            f"its projector's bias has no place: {len(bias)} dimensions behind a tower of "
+            f"{tower_width}",
+            OTHERWISE,
+        )
+    state["ln_post.bias"] = state["ln_post.bias"] + before.float()
+
+
+def _projector(projector: nn.Module) -> Projector:
+    """The maps of a student's projector; batch norm is folded into the first."""
     if isinstance(projector, nn.Linear):
-        return None, (projector.weight.detach(), projector.bias.detach())
+        return Projector(None, Affine(projector.weight.detach(), projector.bias.detach()))
     first, norm, _, last = projector.children()
     weight, bias = fuse_linear_bn_weights(
         first.weight,
@@ -182,124 +244,146 @@ def _projector(projector: nn.Module) -> tuple[Affine | None, Affine]:
         norm.weight,
         norm.bias,
     )
-    return (weight.detach(), bias.detach()), (last.weight.detach(), last.bias.detach())
+    hidden = Affine(weight.detach(), bias.detach())
+    return Projector(hidden, Affine(last.weight.detach(), last.bias.detach()))
 
 
-def _timm(
-    trunk: nn.Module,
-    config: dict[str, Any],
-    first: Affine | None,
-    last: Affine,
-    width: int,
-    end: nn.Module | None = None,
-) -> tuple[dict[str, Any], State]:
-    """A timm trunk without its classifier `end`, and open_clip's head on it: Linear, or Linear, GELU, Linear of 2 * width."""
-    dropped = {id(p) for p in end.parameters()} if end is not None else set()
-    of_end = {k for k, p in trunk.named_parameters() if id(p) in dropped}
-    state = {f"trunk.{k}": v for k, v in trunk.state_dict().items() if k not in of_end}
+def _timm_side(
+    trunk: nn.Module, config: dict[str, Any], projector: Projector, end: nn.Module | None = None
+) -> Side:
+    """A timm trunk without its classifier `end`, and open_clip's head in the projector's place.
+
+    The head is Linear, or Linear, GELU, Linear with 2 D hidden units.
+    """
+    kind = "linear"
+    entry = projector.last
+    if projector.hidden:
+        kind = "mlp"
+        entry = projector.hidden
     config = {
         **config,
         "timm_model_pretrained": False,
-        "timm_proj": "mlp" if first else "linear",
+        "timm_proj": kind,
         "timm_proj_bias": True,
     }
-    if (first or last)[0].shape[1] != trunk.num_features:
+    if entry.weight.shape[1] != trunk.num_features:
         raise _no(
             f"{config['timm_model_name']} has a layer behind its pooling, which has no place there",
-            "use a bundle, or --layout optimum",
+            OTHERWISE,
         )
-    if first is None:
-        state["head.proj.weight"], state["head.proj.bias"] = last
-        return {"embed_dim": width, "vision_cfg": config}, state
-    more = 2 * width - len(first[0])
+    state = _trunk_state(trunk, end)
+    if projector.hidden is None:
+        state["head.proj.weight"] = projector.last.weight
+        state["head.proj.bias"] = projector.last.bias
+    else:
+        _put_mlp(state, projector.hidden, projector.last)
+    return Side(config, state, None)
+
+
+def _trunk_state(trunk: nn.Module, end: nn.Module | None) -> State:
+    """A trunk's tensors, without those of its classifier."""
+    dropped = set()
+    if end is not None:
+        ids = {id(parameter) for parameter in end.parameters()}
+        for name, parameter in trunk.named_parameters():
+            if id(parameter) in ids:
+                dropped.add(name)
+    state: State = {}
+    for name, tensor in trunk.state_dict().items():
+        if name not in dropped:
+            state[f"trunk.{name}"] = tensor
+    return state
+
+
+def _put_mlp(state: State, hidden: Affine, last: Affine) -> None:
+    """Put the projector's two maps into open_clip's MLP; units beyond the student's are zero."""
+    units = 2 * len(last.weight)
+    more = units - len(hidden.weight)
     if more < 0:
         raise _no(
-            f"its projector has {len(first[0])} hidden units, open_clip's has 2 * {width}",
-            f"distil with projector_hidden: {2 * width} or less",
+            f"its projector has {len(hidden.weight)} hidden units, open_clip's has {units}",
+            f"distil with projector_hidden: {units} or less",
         )
-    state["head.mlp.fc1.weight"] = F.pad(
-        STEEP * first[0], (0, 0, 0, more)
-    )  # units beyond the student's are zero
-    state["head.mlp.fc1.bias"] = F.pad(STEEP * first[1], (0, more))
-    state["head.mlp.fc2.weight"], state["head.mlp.fc2.bias"] = (
-        F.pad(last[0] / STEEP, (0, more)),
-        last[1],
-    )
-    return {"embed_dim": width, "vision_cfg": config}, state
+    state["head.mlp.fc1.weight"] = F.pad(STEEP * hidden.weight, (0, 0, 0, more))
+    state["head.mlp.fc1.bias"] = F.pad(STEEP * hidden.bias, (0, more))
+    state["head.mlp.fc2.weight"] = F.pad(last.weight / STEEP, (0, more))
+    state["head.mlp.fc2.bias"] = last.bias
 
 
-def _text_spec(asked: recipe.Recipe) -> OpenClip:
+def _text_spec(recipe: Recipe) -> OpenClip:
     """Whose text tower the student's images are compared with: its own, or its teacher's."""
-    if asked.student.text:
-        return asked.student.text
-    if not isinstance(asked.teacher, OpenClip) or isinstance(asked.adapt, recipe.Prompts):
-        what = "its text side is a sentence encoder, learned prompts or stored features, and no open_clip text tower"
+    if recipe.student.text:
+        return recipe.student.text
+    if not isinstance(recipe.teacher, OpenClip) or isinstance(recipe.adapt, R.Prompts):
         raise _no(
-            what, "use --layout optimum, or give the student a text tower of its own (student.text)"
+            "its text side is a sentence encoder, learned prompts or stored features, and no "
+            "open_clip text tower",
+            "use --layout optimum, or give the student a text tower of its own (student.text)",
         )
-    return asked.teacher
+    return recipe.teacher
 
 
-def _text(run: Path, asked: recipe.Recipe) -> TextTower:
-    spec = _text_spec(asked)
-    own = students.load_text(run / "student") if asked.student.text else None
+def _text(run: Path, recipe: Recipe) -> TextTower:
+    spec = _text_spec(recipe)
+    own = None
+    if recipe.student.text:
+        own = students.load_text(run / "student")
     return own or teachers.load_text(spec)
 
 
-def _text_tower(text: TextTower, spec: OpenClip) -> tuple[dict[str, Any], bool, State]:
-    """(text_cfg, quick_gelu, state of `text`): the text tower with its projector, if it has one, as text_projection."""
+def _text_side(text: TextTower, spec: OpenClip) -> Side:
+    """The text tower with its projector, if it has one, as text_projection."""
     module = text.module
     assert isinstance(module, StudentText | TextModule)
-    model = module.tower if isinstance(module, StudentText) else module.model
     config = open_clip_config(spec)
     if "hf_model_name" in config["text_cfg"]:
         raise _no(f"{spec.model} has a Hugging Face text tower", "use --layout optimum")
-    own = model.text if hasattr(model, "text") else model
-    left_out = () if hasattr(model, "text") else ("visual.", "logit_scale", "logit_bias")
-    state = {
-        k: v
-        for k, v in own.state_dict().items()
-        if not k.startswith((*left_out, "text_projection"))
-    }
-    end = own.text_projection
-    if isinstance(module, TextModule):
-        state |= {k: v for k, v in own.state_dict().items() if k.startswith("text_projection")}
-        return config["text_cfg"], config.get("quick_gelu", False), state
-    weight, bias = module.projector.weight, module.projector.bias
+    whole = module.model if isinstance(module, TextModule) else module.tower
+    tower = getattr(whole, "text", whole)  # a module of its own, or the model itself
+    text_config = config["text_cfg"]
+    state = tower.state_dict()
+    if isinstance(module, StudentText):
+        projection = _text_projection(module.projector, tower.text_projection)
+        text_config = {**text_config, "proj_bias": True, "proj_type": "linear"}
+        state = {k: v for k, v in state.items() if not k.startswith("text_projection")}
+        state["text_projection.weight"] = projection.weight
+        state["text_projection.bias"] = projection.bias
+    if tower is whole:
+        others = ("visual.", "logit_scale", "logit_bias")
+        state = {k: v for k, v in state.items() if not k.startswith(others)}
+    return Side(text_config, state, config.get("quick_gelu", False))
+
+
+def _text_projection(projector: nn.Linear, end: nn.Linear | Tensor | None) -> Affine:
+    """The projector behind the tower's own projection `end`, as one map."""
+    own = Affine(projector.weight, projector.bias)
     if isinstance(end, nn.Linear):
-        bias = bias + (weight @ end.bias if end.bias is not None else 0)
-        weight = weight @ end.weight
-    elif end is not None:
-        weight = weight @ end.T
-    state |= {"text_projection.weight": weight, "text_projection.bias": bias}
-    return (
-        {**config["text_cfg"], "proj_bias": True, "proj_type": "linear"},
-        config.get("quick_gelu", False),
-        state,
-    )
+        return own.after(end)
+    if end is None:
+        return own
+    return Affine(own.weight @ end.T, own.bias)
 
 
 @torch.inference_mode()
 def _compare(folder: Path, student: Student, text: TextTower, size: int) -> None:
-    """Raises `EdgeclipError` where open_clip does not load the folder, or computes something else."""
+    """Raise `EdgeclipError` where open_clip does not load the folder, or computes otherwise."""
     from open_clip import create_model
 
     try:
         model = create_model(f"local-dir:{folder}").eval()
-    except RuntimeError as e:  # shapes or names that do not fit: a size that timm's model does not have by itself, for one
-        raise _no(" ".join(str(e).split())[:200], "use a bundle, or --layout optimum") from None
+    except RuntimeError as e:
+        # Shapes or names that do not fit: a size that is not timm's own, for one.
+        raise _no(" ".join(str(e).split())[:200], OTHERWISE) from None
     generator = torch.Generator().manual_seed(0)
     pixels: Float[Tensor, "4 3 H W"] = torch.randn(4, 3, size, size, generator=generator)
-    ids: Int[Tensor, "4 L"] = students.token_ids(
-        text, ["a photo of a cat", "a red umbrella", "the letter A", "shoes"]
-    )
-    pairs = (
-        (model.encode_image(pixels, normalize=True), student(pixels)),
-        (model.encode_text(ids, normalize=True), text.module(ids)),
-    )
-    for which, (found, wanted) in zip(("image", "text"), pairs, strict=True):
-        if (error := (found - wanted).abs().max().item()) > MAX_ERROR:
-            raise _no(
-                f"its {which} features differ by {error:.1e} there",
-                "use a bundle, or --layout optimum; and report this",
-            )
+    ids: Int[Tensor, "4 L"] = students.token_ids(text, TEXTS)
+    _refuse_difference("image", model.encode_image(pixels, normalize=True), student(pixels))
+    _refuse_difference("text", model.encode_text(ids, normalize=True), text.module(ids))
+
+
+def _refuse_difference(which: str, features: Tensor, expected: Tensor) -> None:
+    error = (features - expected).abs().max().item()
+    if not error <= MAX_ERROR:  # not a number is a difference too
+        raise _no(
+            f"its {which} features differ by {error:.1e} there", f"{OTHERWISE}; and report this"
+        )

@@ -1,4 +1,7 @@
-"""OpenVINO IR: float, or int8 through NNCF (`model_type: transformer` for ViT towers, none for convolutional ones)."""
+"""OpenVINO IR: float, or int8 through NNCF.
+
+`model_type: transformer` is for ViT towers, none for convolutional ones.
+"""
 
 import contextlib
 import logging
@@ -6,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from edgeclip.device.target import Target
@@ -14,31 +18,51 @@ from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.policy import Quantization
 
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
+BEFORE_TAIL = (*PRODUCTS, "Constant", "Parameter")
 
 
 def write(
     model: onnx.ModelProto, target: Target, quantization: Quantization | None, folder: Path
 ) -> str:
-    """Writes the image encoder into `folder`, returns its file name. `quantization` is given for int8 targets."""
-    ov_model = _convert(model if quantization is None else quantization.calibrated.model, folder)
-    if target.precision == "int8":
-        nncf = _nncf()
-        assert quantization is not None
-        form = quantization.candidate
-        with contextlib.redirect_stdout(sys.stderr):  # its progress bars: stdout is data
-            ov_model = nncf.quantize(
-                ov_model, nncf.Dataset([row[None] for row in quantization.calibration]),
-                model_type={"transformer": nncf.ModelType.TRANSFORMER, None: None}[form.model_type], subset_size=len(quantization.calibration),
-                preset=None if form.model_type else nncf.QuantizationPreset.PERFORMANCE, ignored_scope=_ignored(ov_model, quantization, nncf),
-                advanced_parameters=nncf.AdvancedQuantizationParameters(
-                    smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1),  # ours has been done, and folds
-                    activations_range_estimator_params=_ranges(form.method),
-                ),
-            )  # fmt: skip
+    """Write the image encoder into `folder`; return its file name.
+
+    quantization: the map of an int8 target.
+    """
+    if quantization is None:
+        ov_model = _convert(model, folder)
+    else:
+        ov_model = _quantize(_convert(quantization.calibrated.model, folder), quantization)
     return _save(ov_model, folder / "image_encoder.xml", fp16=target.precision != "fp32")
 
 
+def _quantize(ov_model: Any, quantization: Quantization) -> Any:
+    """The model in int8, with NNCF's own smoothing switched off: ours has been done, and folds."""
+    nncf = _nncf()
+    candidate = quantization.candidate
+    model_type = None
+    preset = nncf.QuantizationPreset.PERFORMANCE
+    if candidate.model_type == "transformer":
+        model_type = nncf.ModelType.TRANSFORMER
+        preset = None
+    images: list[np.ndarray] = [row[None] for row in quantization.calibration]
+    advanced = nncf.AdvancedQuantizationParameters(
+        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1),
+        activations_range_estimator_params=_ranges(candidate.method),
+    )
+    with contextlib.redirect_stdout(sys.stderr):  # its progress bars: stdout is data
+        return nncf.quantize(
+            ov_model,
+            nncf.Dataset(images),
+            model_type=model_type,
+            subset_size=len(images),
+            preset=preset,
+            ignored_scope=_ignored(ov_model, quantization, nncf),
+            advanced_parameters=advanced,
+        )
+
+
 def _ranges(method: str) -> Any:
+    """NNCF's way to take ranges: of all images, or the mean of each image's."""
     from nncf.quantization.range_estimator import (
         AggregatorType,
         RangeEstimatorParameters,
@@ -46,60 +70,86 @@ def _ranges(method: str) -> Any:
         StatisticsType,
     )
 
-    if method not in ("minmax", "mean"):
+    if method == "minmax":
+        lowest = AggregatorType.MIN
+        highest = AggregatorType.MAX
+    elif method == "mean":
+        lowest = highest = AggregatorType.MEAN
+    else:
         raise EdgeclipError(
-            f"calibration.methods: {method}", "is no method for openvino", "use minmax or mean"
+            f"calibration.methods: {method}", "openvino has no such method", "use minmax or mean"
         )
-    over = AggregatorType.MEAN if method == "mean" else None
     return RangeEstimatorParameters(
-        min=StatisticsCollectorParameters(StatisticsType.MIN, over or AggregatorType.MIN),
-        max=StatisticsCollectorParameters(StatisticsType.MAX, over or AggregatorType.MAX),
+        min=StatisticsCollectorParameters(StatisticsType.MIN, lowest),
+        max=StatisticsCollectorParameters(StatisticsType.MAX, highest),
     )
 
 
 def _ignored(ov_model: Any, quantization: Quantization, nncf: Any) -> Any:
-    """What stays in float: residual additions unless the form takes them, and the layers that the policy names, by OpenVINO's
-    names, which end in the ONNX node's output name."""
-    outputs = {
-        n.output[0]: n.name
-        for n in quantization.calibrated.model.graph.node
-        if n.name in quantization.float_layers
-    }
-    found: dict[str, str] = {}
-    for op in ov_model.get_ordered_ops():
-        for name in (n for o in op.outputs() for n in o.get_names()):
-            if name in outputs:
-                # a bias is an addition of its own here: the product is the operation that feeds it
-                while op.get_type_name() not in PRODUCTS:
-                    op = op.input_value(0).get_node()
-                found[outputs[name]] = op.get_friendly_name()
-    if missing := quantization.float_layers.keys() - found.keys():
-        raise EdgeclipError(
-            "openvino",
-            f"layers to keep in float were not found after conversion ({', '.join(sorted(missing))})",
-            "report this",
-        )
-    names = [*found.values(), *_after_last_product(ov_model)]
-    # NNCF would put residual additions and pooling into int8 too. validate=False: a tower may have none.
-    types = ["ReduceMean"] if quantization.candidate.layers == "residual" else ["Add", "ReduceMean"]
+    """What stays in float: the policy's layers, the L2 norm, and additions unless a candidate's."""
+    names = [*_float_products(ov_model, quantization).values(), *_after_last_product(ov_model)]
+    # NNCF would put residual additions and pooling into int8 too.
+    types = ["Add", "ReduceMean"]
+    if quantization.candidate.layers == "residual":
+        types = ["ReduceMean"]
+    # validate=False: a tower may have none of a type.
     return nncf.IgnoredScope(names=names, types=types, validate=False)
 
 
+def _float_products(ov_model: Any, quantization: Quantization) -> dict[str, str]:
+    """Each layer that stays in float to its operation's name here.
+
+    A tensor has the name of the ONNX node's output. A bias is an addition of its own in OpenVINO:
+    the product is the operation that feeds it.
+    """
+    layers = {}
+    for node in quantization.calibrated.model.graph.node:
+        if node.name in quantization.float_layers:
+            layers[node.output[0]] = node.name
+    found: dict[str, str] = {}
+    for op in ov_model.get_ordered_ops():
+        for name in _tensor_names(op):
+            if name in layers:
+                found[layers[name]] = _product_before(op).get_friendly_name()
+    missing = quantization.float_layers.keys() - found.keys()
+    if missing:
+        raise EdgeclipError(
+            "openvino",
+            f"the converted graph lacks layers to keep in float ({', '.join(sorted(missing))})",
+            "report this",
+        )
+    return found
+
+
+def _tensor_names(op: Any) -> list[str]:
+    names: list[str] = []
+    for output in op.outputs():
+        names += output.get_names()
+    return names
+
+
+def _product_before(op: Any) -> Any:
+    while op.get_type_name() not in PRODUCTS:
+        op = op.input_value(0).get_node()
+    return op
+
+
 def _after_last_product(ov_model: Any) -> list[str]:
-    """Names of the operations between the last product and the output: the L2 norm, which must stay exact."""
-    names, todo = [], [ov_model.get_results()[0].input_value(0).get_node()]
+    """Names of the operations between the last product and the output: the L2 norm, kept exact."""
+    names: list[str] = []
+    todo = [ov_model.get_results()[0].input_value(0).get_node()]
     while todo:
         op = todo.pop()
-        if (
-            op.get_type_name() not in (*PRODUCTS, "Constant", "Parameter")
-            and op.get_friendly_name() not in names
-        ):
-            names.append(op.get_friendly_name())
-            todo += [v.get_node() for v in op.input_values()]
+        name = op.get_friendly_name()
+        if op.get_type_name() in BEFORE_TAIL or name in names:
+            continue
+        names.append(name)
+        todo += [value.get_node() for value in op.input_values()]
     return names
 
 
 def write_text(model: onnx.ModelProto, target: Target, folder: Path) -> str:
+    """Write the text encoder into `folder`; return its file name."""
     ov_model = _convert(model, folder)
     if target.text == "int8":
         nncf = _nncf()

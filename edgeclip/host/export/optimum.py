@@ -1,21 +1,25 @@
-"""`edgeclip export --layout optimum`: a bundle's own graphs in the folders that Hugging Face's optimum loads.
+"""`edgeclip export --layout optimum`: a bundle's own graphs in the folders that optimum loads.
 
-The bundle is exported first, and its graphs are taken as they are, int8 included: only names change, so the features are
-the bundle's. What is in a folder:
+The bundle is exported first, and its graphs are taken as they are, int8 included: only names
+change, so the features are the bundle's. What is in a folder:
 
     ONNX Runtime, for ORTModelForZeroShotImageClassification
-        model.onnx                  both towers and the class scores: input_ids, pixel_values to logits_per_image, text_embeds, ...
+        model.onnx      both towers and the class scores: input_ids, pixel_values to
+                        logits_per_image, text_embeds, ...
         config.json
     OpenVINO, for OVModelOpenCLIPForZeroShotImageClassification
         openvino_model_vision.xml   x to image_features
         openvino_model_text.xml     text to text_features
-        open_clip_config.json       the class reads no logit scale: pass init_logit_scale, and for the bundle's float32 (a CPU with
-                                    bfloat16 takes that by itself) ov_config={"INFERENCE_PRECISION_HINT": "f32"}
+        open_clip_config.json       the class reads no logit scale: pass init_logit_scale, and for
+                                    the bundle's float32 (a CPU with bfloat16 takes that by itself)
+                                    ov_config={"INFERENCE_PRECISION_HINT": "f32"}
     both
-        tokenizer.json              for the `tokenizers` library; it pads with 0 to the context length, as the bundle does
+        tokenizer.json  for the `tokenizers` library; it pads with 0 to the context length, as the
+                        bundle does
 
-EduAttention fits into the one ONNX graph. The OpenVINO class computes its scores itself, so there it is refused.
-Source: optimum-onnx 0.1 (onnxruntime/modeling.py), optimum-intel 2.2 (openvino/modeling_open_clip.py).
+EduAttention fits into the one ONNX graph. The OpenVINO class computes its scores itself, so there
+it is refused. Source: optimum-onnx 0.1 (onnxruntime/modeling.py), optimum-intel 2.2
+(openvino/modeling_open_clip.py).
 """
 
 import math
@@ -36,9 +40,9 @@ from edgeclip.host.graph import trace as graph
 
 
 def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
-    """The bundle in optimum's layout at `out`; head: with EduAttention, where it has it.
+    """Write the bundle in optimum's layout to `out`; return `out`.
 
-    Raises `EdgeclipError` for what the layout cannot say.
+    head: with EduAttention, where it has it. Raises `EdgeclipError` for what the layout cannot say.
     """
     bundle = Bundle.load(bundle_folder, check=True)
     edu_attention = bundle.head if head else None
@@ -73,7 +77,7 @@ def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
 
 
 def check(runtime: str, text: bool, head: EduAttention | None, where: object) -> None:
-    """Raises `EdgeclipError` where a student, or a target, cannot be said in this layout."""
+    """Raise `EdgeclipError` where a student, or a target, cannot be said in this layout."""
     if runtime == "tensorrt":
         raise EdgeclipError(
             f"{where}: --layout optimum",
@@ -87,17 +91,18 @@ def check(runtime: str, text: bool, head: EduAttention | None, where: object) ->
             "distil with text_encoder: true, or use the bundle itself",
         )
     if runtime == "openvino" and head is not None and head.alpha:
-        what = f"EduAttention (alpha {head.alpha:.3f}) changes the class scores, which OVModelOpenCLIPForZeroShotImageClassification computes itself"
         raise EdgeclipError(
             f"{where}: --layout optimum",
-            what,
+            f"EduAttention (alpha {head.alpha:.3f}) changes the class scores, which "
+            "OVModelOpenCLIPForZeroShotImageClassification computes itself",
             "take an ONNX target, or leave it out with --no-head",
         )
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:
-    """transformers' CLIPConfig as far as it is true here, and open_clip's preprocessing, which is edgeclip's."""
-    p, text = bundle.preprocess, bundle.manifest.text
+    """transformers' CLIPConfig as far as it is true here, and open_clip's preprocessing."""
+    p = bundle.preprocess
+    text = bundle.manifest.text
     return {
         "model_type": "clip",
         "projection_dim": bundle.manifest.embed_dim,
@@ -129,9 +134,8 @@ def _write_openvino(bundle: Bundle, folder: Path) -> None:
         model = ov.Core().read_model(bundle.file(f"{file}.xml"))
         model.input(0).get_tensor().set_names({read})
         model.output(0).get_tensor().set_names({made})
-        ov.save_model(
-            model, folder / name, compress_to_fp16=False
-        )  # its weights keep the types that they have
+        # Its weights keep the types that they have.
+        ov.save_model(model, folder / name, compress_to_fp16=False)
 
 
 def _two_towers(bundle: Bundle, head: EduAttention | None) -> onnx.ModelProto:
@@ -142,7 +146,7 @@ def _two_towers(bundle: Bundle, head: EduAttention | None) -> onnx.ModelProto:
         del model.graph.value_info[:]
         for port in (*model.graph.input, *model.graph.output):
             port.type.tensor_type.shape.dim[0].dim_param = axis
-    opset = next(o.version for o in image.opset_import if o.domain in ("", "ai.onnx"))
+    (opset,) = [o.version for o in image.opset_import if o.domain in graph.STANDARD]
     scores = _scores(head, bundle.logit_scale, bundle.manifest.embed_dim, opset)
     scores.ir_version = text.ir_version = image.ir_version
     towers = compose.merge_models(image, text, io_map=[])
@@ -157,61 +161,69 @@ def _two_towers(bundle: Bundle, head: EduAttention | None) -> onnx.ModelProto:
 def _scores(
     head: EduAttention | None, logit_scale: float, width: int, opset: int
 ) -> onnx.ModelProto:
-    """`zero_shot.class_scores` as a graph: unit rows u [images, D] and w [texts, D] to scaled scores both ways."""
+    """`zero_shot.class_scores` as a graph.
+
+    Unit rows u [images, D] and w [texts, D] become scaled scores both ways.
+    """
     constants: dict[str, Any] = {"scale": np.float32(logit_scale)}
     lines = ["image_embeds = Identity(u)", "text_embeds = Identity(w)"]
     if head is None or not head.alpha:
         lines.append("v = Identity(u)")
     else:
-        constants |= {
-            "fc": head.weight.T,
-            "fc_bias": head.bias,
-            "alpha": np.float32(head.alpha),
-            "temperature": np.float32(head.temperature),
-        }
-        through = ["{0}_product = MatMul({1}, fc)", "{0} = Add({0}_product, fc_bias)"]
-        for place, name, before in (("query", "query", "u"), ("key_value", "key", "w")):
-            lines += [
-                line.format(name, before)
-                for line in (through if head.fc == place else ["{0} = Identity({1})"])
-            ]
-        lines += [
-            "key_t = Transpose<perm=[1, 0]>(key)",
-            "raw = MatMul(query, key_t)",
-            "logits = Div(raw, temperature)",
-            "attention = Softmax<axis=1>(logits)",
-        ]
-        lines.append("attended = MatMul(attention, key)")
-        lines += [
-            line.format("f_att", "attended")
-            for line in (through if head.fc == "output" else ["{0} = Identity({1})"])
-        ]
-        lines += [
-            "added = Mul(alpha, f_att)",
-            "sum = Add(u, added)",
-            "v = LpNormalization<axis=1, p=2>(sum)" if head.normalize else "v = Identity(sum)",
-        ]
+        lines += _edu_attention(head)
+        constants["fc"] = head.weight.T
+        constants["fc_bias"] = head.bias
+        constants["alpha"] = np.float32(head.alpha)
+        constants["temperature"] = np.float32(head.temperature)
     lines += [
         "w_t = Transpose<perm=[1, 0]>(w)",
         "cosine = MatMul(v, w_t)",
         "logits_per_image = Mul(scale, cosine)",
+        "logits_per_text = Transpose<perm=[1, 0]>(logits_per_image)",
     ]
-    lines.append("logits_per_text = Transpose<perm=[1, 0]>(logits_per_image)")
-    made = f"float[images, texts] logits_per_image, float[texts, images] logits_per_text, float[texts, {width}] text_embeds, float[images, {width}] image_embeds"
+    inputs = f"float[images, {width}] u, float[texts, {width}] w"
+    outputs = (
+        "float[images, texts] logits_per_image, float[texts, images] logits_per_text, "
+        f"float[texts, {width}] text_embeds, float[images, {width}] image_embeds"
+    )
     header = f'<ir_version: {graph.IR_VERSION}, opset_import: ["" : {opset}]>'
     body = "\n".join(lines)
-    model = onnx.parser.parse_model(
-        f"{header} scores (float[images, {width}] u, float[texts, {width}] w) => ({made}) {{ {body} }}"
-    )
-    model.graph.initializer.extend(
-        numpy_helper.from_array(np.ascontiguousarray(v, np.float32), k)
-        for k, v in constants.items()
-    )
+    model = onnx.parser.parse_model(f"{header} scores ({inputs}) => ({outputs}) {{ {body} }}")
+    for name, value in constants.items():
+        array = np.ascontiguousarray(value, np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
     return model
 
 
+def _edu_attention(head: EduAttention) -> list[str]:
+    """Lines that make the attended image rows v of u and w."""
+    normalization = "v = Identity(sum)"
+    if head.normalize:
+        normalization = "v = LpNormalization<axis=1, p=2>(sum)"
+    return [
+        *_through_layer("query", "u", head.fc == "query"),
+        *_through_layer("key", "w", head.fc == "key_value"),
+        "key_t = Transpose<perm=[1, 0]>(key)",
+        "raw = MatMul(query, key_t)",
+        "logits = Div(raw, temperature)",
+        "attention = Softmax<axis=1>(logits)",
+        "attended = MatMul(attention, key)",
+        *_through_layer("f_att", "attended", head.fc == "output"),
+        "added = Mul(alpha, f_att)",
+        "sum = Add(u, added)",
+        normalization,
+    ]
+
+
+def _through_layer(name: str, before: str, here: bool) -> list[str]:
+    """`before` through the head's linear layer where it stands `here`, else unchanged."""
+    if not here:
+        return [f"{name} = Identity({before})"]
+    return [f"{name}_product = MatMul({before}, fc)", f"{name} = Add({name}_product, fc_bias)"]
+
+
 def _rename(model: onnx.ModelProto, names: dict[str, str]) -> None:
-    """Gives inputs of the graph other names."""
+    """Give inputs of the graph other names, in place."""
     for port in model.graph.input:
         port.name = names.get(port.name, port.name)
     for node in model.graph.node:

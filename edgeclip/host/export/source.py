@@ -17,11 +17,11 @@ from edgeclip.device.images import ImageRef, digest, index_folder, index_tar
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
 from edgeclip.errors import EdgeclipError
-from edgeclip.host import data, recipe, teachers
+from edgeclip.host import data, teachers
 from edgeclip.host import student as students
 from edgeclip.host.adapt import promptsrc
 from edgeclip.host.cache import CACHE
-from edgeclip.host.recipe import OpenClip, Timm
+from edgeclip.host.recipe import OpenClip, OpenMoji, Prompts, Recipe, Timm, of_run
 from edgeclip.host.teachers import TextTower
 from edgeclip.host.teachers import open_clip as open_clip_teacher
 from edgeclip.host.towers import weights
@@ -66,13 +66,13 @@ def from_run(run: Path) -> Source:
     """Return the student of a finished run. Raises `EdgeclipError` where it is not finished."""
     disk.read_manifest(run, "run")
     student, head, preprocess, description = students.load(run / "student")
-    asked = recipe.of_run(run)
+    recipe = of_run(run)
     evaluation = run / "evaluation"
     manifest = disk.read_manifest(evaluation, "evaluation")
 
     load_text = None
-    if asked.text_encoder:
-        load_text = partial(_text_of_run, run, asked)
+    if recipe.text_encoder:
+        load_text = partial(_text_of_run, run, recipe)
     shipped_head = None
     if head is not None and head.spec.keep:
         shipped_head = head.numpy()
@@ -91,7 +91,7 @@ def from_run(run: Path) -> Source:
         class_features=np.load(run / "student" / "class_features.npy"),
         head=shipped_head,
         logit_scale=description["logit_scale"],
-        calibration=partial(_training_images, run, asked),
+        calibration=partial(_training_images, run, recipe),
         evaluation_hashes=partial(_evaluation_hashes, evaluation),
         golden=index_tar(evaluation / "images.tar")[:GOLDEN],
         golden_license=manifest["license"],
@@ -101,24 +101,24 @@ def from_run(run: Path) -> Source:
     )
 
 
-def _text_of_run(run: Path, asked: recipe.Recipe) -> TextTower:
+def _text_of_run(run: Path, recipe: Recipe) -> TextTower:
     """The student's own text tower, or the one that its class features were made with."""
     own = students.load_text(run / "student")
     if own:
         return own
-    if isinstance(asked.adapt, recipe.Prompts):
+    if isinstance(recipe.adapt, Prompts):
         # The features were made with the context that stage 1 learned, so words must get it too.
-        return promptsrc.load_text(asked.teacher, asked.adapt, run / "teacher")
-    return teachers.load_text(asked.teacher)
+        return promptsrc.load_text(recipe.teacher, recipe.adapt, run / "teacher")
+    return teachers.load_text(recipe.teacher)
 
 
-def _training_images(run: Path, asked: recipe.Recipe) -> list[ImageRef]:
-    """The run's training images as its cache had them: nothing held out, no label unseen by stage 1.
+def _training_images(run: Path, recipe: Recipe) -> list[ImageRef]:
+    """The run's training images as its cache had them: nothing held out, labels as in stage 1.
 
     Raises `EdgeclipError` where the data has been moved.
     """
-    spec = asked.data
-    if not isinstance(spec, recipe.OpenMoji) and not Path(spec.root).is_dir():
+    spec = recipe.data
+    if not isinstance(spec, OpenMoji) and not Path(spec.root).is_dir():
         recipe_file = run / "recipe.yaml"
         raise EdgeclipError(
             spec.root,

@@ -81,7 +81,7 @@ class GoldenAnswers(NamedTuple):
 
 
 def golden_answers(source: Source) -> GoldenAnswers:
-    """Return the golden images and torch's features of them; synthetic ones where there are none."""
+    """Return the golden images, or synthetic ones where there are none, and torch's features."""
     if source.golden:
         images = [load_pixels(image, source.preprocess) for image in source.golden]
     else:
