@@ -1,8 +1,8 @@
 """The board's side of a link: reads a JSON request on standard input, answers on standard output.
 
 The answer is one line of JSON, and raw bytes behind it. This text is sent ahead of each request and
-run by the board's own python3, so it needs nothing there but the standard library, and an old Python
-must at least be able to say how old it is. All it writes lies below one folder:
+run by the board's own python3, so it needs nothing but the standard library, and an old Python must
+at least be able to say how old it is. All it writes lies below one folder:
 
     store/<sha256>        files by their content; <sha256>.part while one is on its way: a copy goes
                           on where it broke off
@@ -171,7 +171,7 @@ def _sha256(path: str) -> str:
 
 
 def build(request: Request) -> dict[str, Any]:
-    """Make a folder of links to files {name: sha256}, with the wheels of `unpack` unzipped in it."""
+    """Make a folder of links to files {name: sha256}, the wheels of `unpack` unzipped in it."""
     folder = home(request)
     path = inside(folder, request["name"])
     if not os.path.exists(path):
