@@ -11,11 +11,9 @@ only where enough samples carry it: p99 from 1,000 on, otherwise it is null.
 throttling of each tenth (what throttles at its end, or has counted in it), and the drift of p90
 from the first to the last. An emulated processor's times are refused: no figure, and the reason.
 
-What bounds it: the model. `benchmarks/harness.py` runs the null runtime through the same path and
-shows what the harness itself costs (under 50 microseconds a query).
-
-Cold start and peak memory are those of a fresh process that opens the bundle and answers one query,
-since this one has long since loaded its libraries.
+What bounds it: the model. benchmarks/harness.py shows what the harness itself costs (under 50
+microseconds a query). Cold start and peak memory are those of a fresh process that opens the bundle
+and answers one query, since this one has long since loaded its libraries.
 """
 
 import json
@@ -106,7 +104,10 @@ def run_scenario(
 def summary(latencies: list[float]) -> Latency:
     """Return percentiles in milliseconds of latencies in seconds; p99 from 1,000 samples on."""
     ms = np.array(latencies) * 1e3
-    p50, p90, p95, p99 = (float(v) for v in np.percentile(ms, [50, 90, 95, 99]))
+    p50, p90, p95 = (float(v) for v in np.percentile(ms, [50, 90, 95]))
+    p99 = None
+    if len(ms) >= 1000:
+        p99 = float(np.percentile(ms, 99))
     return Latency(
         queries=len(ms),
         seconds=round(float(ms.sum()) / 1e3, 2),
@@ -115,7 +116,7 @@ def summary(latencies: list[float]) -> Latency:
         latency_ms_p50=p50,
         latency_ms_p90=p90,
         latency_ms_p95=p95,
-        latency_ms_p99=p99 if len(ms) >= 1000 else None,
+        latency_ms_p99=p99,
     )
 
 
@@ -250,11 +251,13 @@ def check_with(bundle: Bundle, minimum: Minimum) -> str:
     count = minimum.min_query_count
     if bundle.manifest.runtime == "openvino":  # its -nthreads excludes -hint
         limit = f"""echo '{{"CPU": {{"INFERENCE_NUM_THREADS": {threads}}}}}' > threads.json"""
-        how = f"-hint latency -api sync -nireq 1 -infer_precision f32 -load_config threads.json -data_shape '[1,3,{size},{size}]' -niter {count}"
-        return f"{limit}; benchmark_app -m {model} -d CPU {how}"
+        how = "-hint latency -api sync -nireq 1 -infer_precision f32 -load_config threads.json"
+        what = f"-data_shape '[1,3,{size},{size}]' -niter {count}"
+        return f"{limit}; benchmark_app -m {model} -d CPU {how} {what}"
     if bundle.manifest.runtime == "tensorrt":
-        shape = f"1x3x{size}x{size}"
-        return f"trtexec --onnx={model} --stronglyTyped --shapes=pixels:{shape} --iterations={count} --percentile=90"
+        shapes = f"--shapes=pixels:1x3x{size}x{size}"
+        how = f"{shapes} --iterations={count} --percentile=90"
+        return f"trtexec --onnx={model} --stronglyTyped {how}"
     tools_name = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "tensorrt"}
     provider = "cpu"
     if bundle.providers:
@@ -323,7 +326,9 @@ def _stages(bundle: Bundle, sources: list[bytes]) -> Stages:
         times.append(time.perf_counter())
         laps.append(np.diff(times))
     decode, preprocess, model, head = (float(ms) for ms in 1e3 * np.median(laps, axis=0))
-    return Stages(decode, preprocess, model, head if bundle.labels else None)
+    if not bundle.labels:
+        return Stages(decode, preprocess, model, None)
+    return Stages(decode, preprocess, model, head)
 
 
 COLD_START = r"""

@@ -31,7 +31,7 @@ class EvaluationSet(Record):
 
 
 class Description(Record):
-    """evaluation.json"""
+    """The content of evaluation.json."""
 
     labels: list[int]
     """[n], class index of each image"""
@@ -98,7 +98,9 @@ class Decisions(NamedTuple):
 
 def decide(bundle: Bundle, evaluation: Evaluation, features: np.ndarray) -> Decisions:
     """Return the first answers of features [n, D], each set over its own class list."""
-    answers, right, lead = [np.zeros(0, int)], [np.zeros(0, bool)], [np.zeros(0)]
+    answers = [np.zeros(0, int)]
+    right = [np.zeros(0, bool)]
+    lead = [np.zeros(0)]
     for s in evaluation.sets:
         if not s.rows:
             continue

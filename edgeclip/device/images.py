@@ -52,32 +52,28 @@ class Lookup(Sequence[ImageRef], abc.ABC):
     def __getitem__(self, i: slice) -> Sequence[ImageRef]: ...
     def __getitem__(self, i: int | slice) -> ImageRef | Sequence[ImageRef]:
         found = range(len(self))[i]  # raises IndexError
-        return self.at(found) if isinstance(found, int) else [self.at(j) for j in found]
+        if isinstance(found, int):
+            return self.at(found)
+        return [self.at(j) for j in found]
 
 
 def read(image: ImageRef) -> bytes:
-    """Raises `UnreadableImage` when its file is gone, may not be read or ends before the image
-    does."""
+    """Return an image's own bytes.
+
+    Raises `UnreadableImage` when its file is gone, may not be read or ends before the image does.
+    """
+    where = f"{image.path} ({image.key})"
     try:
-        with open(image.path, "rb") as f:
-            f.seek(image.offset)
-            content = f.read(image.size)
+        with Path(image.path).open("rb") as file:
+            file.seek(image.offset)
+            content = file.read(image.size)
     except FileNotFoundError:
-        raise UnreadableImage(
-            f"{image.path} ({image.key})", "there is no such file", "restore it"
-        ) from None
+        raise UnreadableImage(where, "there is no such file", "restore it") from None
     except OSError as e:
-        raise UnreadableImage(
-            f"{image.path} ({image.key})",
-            f"cannot be read ({e.strerror})",
-            "check its rights and its disk",
-        ) from None
+        what = f"cannot be read ({e.strerror})"
+        raise UnreadableImage(where, what, "check its rights and its disk") from None
     if len(content) < image.size:
-        raise UnreadableImage(
-            f"{image.path} ({image.key})",
-            "the shard is shorter than its index says",
-            "restore it",
-        )
+        raise UnreadableImage(where, "the shard is shorter than its index says", "restore it")
     return content
 
 
@@ -87,38 +83,28 @@ def load_pixels(image: ImageRef, spec: Preprocess) -> np.ndarray:
 
 
 def digest(image: ImageRef) -> str:
-    """sha256 of its bytes, in hex. Raises as `read`."""
+    """Return the sha256 of an image's bytes, in hex. Raises as `read`."""
     return hashlib.sha256(read(image)).hexdigest()
 
 
 def index_tar(path: Path) -> list[ImageRef]:
-    """Images of one WebDataset shard: `key.jpg` beside optional `key.cls` (class index) and
-    `key.txt` (caption)."""
-    found: dict[str, dict[str, tarfile.TarInfo]] = collections.defaultdict(dict)
+    """Return the images of one WebDataset shard.
+
+    A sample is `key.jpg` beside optional `key.cls` (class index) and `key.txt` (caption). Raises
+    `EdgeclipError` for a file that is missing, no tar, or cut off.
+    """
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, slash, name = member.name.removeprefix("./").rpartition("/")
-                stem, dot, suffix = name.partition(
-                    "."
-                )  # WebDataset's rule: a folder may have dots, and a hidden file is none of a sample
-                key = folder + slash + stem
-                if member.isfile() and stem and dot:
-                    if "." + suffix.lower() in found[key]:
-                        raise tarfile.ReadError(f"two members are called '{member.name}'")
-                    found[key]["." + suffix.lower()] = member
+            samples = _samples(tar)
             refuse_cut(tar)
             images = []
-            for key, members in found.items():
-                image = next((m for s, m in members.items() if s in SUFFIXES), None)
+            for key, members in samples.items():
+                image = _image_of(members)
                 if image is None:
                     continue
-                text = {
-                    s: tar.extractfile(members[s]).read().decode().strip()
-                    for s in (".cls", ".txt")
-                    if s in members
-                }  # type: ignore[union-attr]  # files, asked above
-                label = int(text.get(".cls", -1))
+                label = -1
+                if ".cls" in members:
+                    label = int(_content(tar, members[".cls"]))
                 images.append(
                     ImageRef(
                         f"{path.stem}/{key}",
@@ -126,7 +112,7 @@ def index_tar(path: Path) -> list[ImageRef]:
                         image.offset_data,
                         image.size,
                         label,
-                        text.get(".txt", ""),
+                        _content(tar, members.get(".txt")),
                     )
                 )
             return images
@@ -138,10 +124,40 @@ def index_tar(path: Path) -> list[ImageRef]:
         ) from None
 
 
+def _samples(tar: tarfile.TarFile) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Return the members of each sample by their suffix, in the shard's order."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = collections.defaultdict(dict)
+    for member in tar:
+        # WebDataset's rule: a folder may have dots, and a hidden file is none of a sample.
+        folder, slash, name = member.name.removeprefix("./").rpartition("/")
+        stem, dot, suffix = name.partition(".")
+        if not (member.isfile() and stem and dot):
+            continue
+        members = samples[folder + slash + stem]
+        if "." + suffix.lower() in members:
+            raise tarfile.ReadError(f"two members are called '{member.name}'")
+        members["." + suffix.lower()] = member
+    return samples
+
+
+def _image_of(members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    for suffix, member in members.items():
+        if suffix in SUFFIXES:
+            return member
+    return None
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> str:
+    """Return a member's text; empty where there is none."""
+    file = tar.extractfile(member) if member is not None else None
+    return file.read().decode().strip() if file is not None else ""
+
+
 def refuse_cut(tar: tarfile.TarFile) -> None:
-    """Raises `tarfile.ReadError` unless the archive, read to its end, ends with a block of zeros:
-    tarfile takes one that was cut off between two members, or has rubbish there, for a whole
-    one."""
+    """Raise `tarfile.ReadError` unless the archive, read to its end, ends with a block of zeros.
+
+    tarfile takes one that was cut off between two members, or has rubbish there, for a whole one.
+    """
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -149,7 +165,7 @@ def refuse_cut(tar: tarfile.TarFile) -> None:
 
 
 def index_folder(folder: Path) -> list[ImageRef]:
-    """Every image below `folder`, sorted by path."""
+    """Return every image below `folder`, sorted by path."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
     return [ImageRef(str(p.relative_to(folder)), str(p)) for p in files]
 
@@ -161,7 +177,7 @@ def stream(
     skipped: list[str],
     threads: int = 2,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (indices [B], stacked make(index) [B, ...]) in `order`, the last batch short.
+    """Yield (indices [B], stacked make(index) [B, ...]) in `order`, the last batch short.
 
     What `make` raises as `UnreadableImage` is left out and its message put into `skipped`;
     `refuse_unreadable` judges the count.
@@ -174,7 +190,8 @@ def stream(
         try:
             for i in itertools.islice(todo, 2 * batch_size):
                 pending.append((i, pool.submit(make, i)))
-            indices, arrays = [], []
+            indices: list[Index] = []
+            arrays: list[np.ndarray] = []
             while pending:
                 i, future = pending.popleft()
                 for ahead in itertools.islice(todo, 1):
@@ -186,17 +203,17 @@ def stream(
                     skipped.append(str(e))
                 if len(arrays) == batch_size or (arrays and not pending):
                     yield np.array(indices), np.stack(arrays)
-                    indices, arrays = [], []
+                    indices = []
+                    arrays = []
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def refuse_unreadable(skipped: list[str], total: int, where: object) -> None:
-    """Raises when more than 1 % of `total` images could not be read; otherwise they are the
-    caller's to report."""
+    """Raise `EdgeclipError` when more than 1 % of `total` images could not be read.
+
+    Fewer are the caller's to report.
+    """
     if len(skipped) > MAX_UNREADABLE * total:
-        raise EdgeclipError(
-            where,
-            f"{len(skipped)} of {total} images are unreadable, more than {MAX_UNREADABLE:.0%} (first: {skipped[0]})",
-            "repair the data",
-        )
+        what = f"{len(skipped)} of {total} images are unreadable, more than {MAX_UNREADABLE:.0%}"
+        raise EdgeclipError(where, f"{what} (first: {skipped[0]})", "repair the data")

@@ -24,7 +24,8 @@ from pathlib import Path
 # The flags that decide how fast, and for U8S8 how exact, int8 is.
 ISA = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16", "asimddp", "i8mm")
 ROOT = Path("/")
-HWCAP, HWCAP2 = 16, 26
+HWCAP = 16
+HWCAP2 = 26
 COUNTERS = ("_throttle_count", "_event_cnt")  # since the machine was started
 DPKG = {"jetpack": r"nvidia-jetpack", "tensorrt": r"libnvinfer\d+", "cuda": r"cuda-cudart-\d+-\d+"}
 
@@ -125,14 +126,13 @@ def state(folder: str, root: Path = ROOT) -> State:
     while not place.exists():
         place = place.parent
     disk = os.statvfs(place)
-    load = (_read(root / "proc/loadavg") or "").split()
     governors = {_read(core / "scaling_governor") for core in _cpufreq(root)} - {None}
     return State(
         time=time.time(),
         free_disk_mib=disk.f_bavail * disk.f_frsize // 2**20,
         available_mib=memory.get("MemAvailable"),
         swap_mib=memory.get("SwapTotal"),
-        load_average=float(load[0]) if load else None,
+        load_average=_load_average(root),
         boot_id=_read(root / "proc/sys/kernel/random/boot_id"),
         temperature_c=temperature_c(root),
         critical_c=_critical_c(root),
@@ -153,6 +153,11 @@ def _fields(text: str | None, separator: str) -> dict[str, str]:
         if there:
             found[name.strip()] = value.strip()
     return found
+
+
+def _load_average(root: Path) -> float | None:
+    load = (_read(root / "proc/loadavg") or "").split()
+    return float(load[0]) if load else None
 
 
 def _cores() -> int | None:

@@ -1,5 +1,7 @@
-"""The numbers of parity and accuracy, in numpy. Fractions run 0..1; only `_pp` is in percentage
-points."""
+"""The numbers of parity and accuracy, in numpy.
+
+Fractions run 0..1; only `_pp` is in percentage points.
+"""
 
 import math
 import statistics
@@ -15,13 +17,13 @@ NEVER = np.iinfo(np.int64).max
 
 
 def l2_normalize(x: np.ndarray) -> np.ndarray:
-    """Unit rows, float32; a zero row stays zero."""
+    """Return unit rows, float32; a zero row stays zero."""
     x = np.asarray(x, np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def hits(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
-    """bool [B]: is the label among the k best of scores [B, N]?
+    """Return whether the label is among the k best of scores [B, N]: bool [B].
 
     Ties count against: a constant score is no answer. So does another's score that is not a number,
     and an own score that is not finite is no hit whatever k is.
@@ -34,13 +36,18 @@ def hits(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
 def agreement(
     answers: np.ndarray, reference: np.ndarray, where: np.ndarray | None = None
 ) -> float | None:
-    """Share of equal answers [B], over the images `where` [B] is true; None where there is none of
-    them."""
-    same = (answers == reference)[slice(None) if where is None else where]
+    """Return the share of equal answers [B], over the images for which `where` [B] is true.
+
+    None where there is none of them.
+    """
+    same = answers == reference
+    if where is not None:
+        same = same[where]
     return float(same.mean()) if len(same) else None
 
 
 def harmonic_mean(a: float, b: float) -> float:
+    """Return the harmonic mean of two accuracies; 0 where both are."""
     return 2 * a * b / (a + b) if a + b else 0.0
 
 
@@ -51,22 +58,23 @@ def recall_both_ways(
     text_groups: np.ndarray,
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, dict[str, float]]:
-    """Retrieval between unit rows image_features [B, D] and text_features [T, D]: {image_to_text,
-    text_to_image}: {r1, r5, r10, chance_r1, ...}.
+    """Return retrieval between unit rows image_features [B, D] and text_features [T, D].
 
-    An image and a text belong together when their groups ([B] and [T], integers) are equal, so one
-    text may belong to several images and the other way round. A query is a hit at k when any of its
-    own is among the k best; what is not its own and ties with it or is not a number counts against,
-    as in `hits`, and a query whose best own score is not finite is a miss. Every query must have at
-    least one of its own.
+    {image_to_text, text_to_image}: {r1, r5, r10, chance_r1, ...}. An image and a text belong
+    together when their groups ([B] and [T], integers) are equal, so one text may belong to several
+    images and the other way round. A query is a hit at k when any of its own is among the k best;
+    what is not its own and ties with it or is not a number counts against, as in `hits`, and a
+    query whose best own score is not finite is a miss. Every query must have at least one of its
+    own.
     """
     ways = {
         "image_to_text": (image_features, text_features, image_groups, text_groups),
         "text_to_image": (text_features, image_features, text_groups, image_groups),
     }
-    out: dict[str, dict[str, float]] = {}
+    recalls: dict[str, dict[str, float]] = {}
     for name, (queries, candidates, query_groups, candidate_groups) in ways.items():
-        ranks, positives = [], []
+        ranks = []
+        positives = []
         for at in range(0, len(queries), 512):  # [512, candidates] at a time
             scores = queries[at : at + 512] @ candidates.T
             own = query_groups[at : at + 512, None] == candidate_groups[None]
@@ -74,17 +82,21 @@ def recall_both_ways(
             rank = (~own & ~(scores < best)).sum(axis=1)
             ranks.append(np.where(np.isfinite(best[:, 0]), rank, NEVER))
             positives.append(own.sum(axis=1))
-        rank, positive = np.concatenate(ranks), np.concatenate(positives)
-        out[name] = {f"r{k}": float((rank < k).mean()) for k in ks}
-        out[name] |= {
-            f"chance_r{k}": float(chance_recall(positive, len(candidates), k).mean()) for k in ks
-        }
-    return out
+        rank = np.concatenate(ranks)
+        positive = np.concatenate(positives)
+        found = {f"r{k}": float((rank < k).mean()) for k in ks}
+        for k in ks:
+            chance = chance_recall(positive, len(candidates), k)
+            found[f"chance_r{k}"] = float(chance.mean())
+        recalls[name] = found
+    return recalls
 
 
 def chance_recall(positives: np.ndarray, candidates: int, k: int) -> np.ndarray:
-    """[Q]: the probability that a random order of `candidates` has one of a query's `positives` [Q]
-    among its first k."""
+    """Return the probability [Q] that a random order has one of a query's own among its first k.
+
+    positives: [Q], how many of the `candidates` are a query's own.
+    """
     missed = np.ones(len(positives))
     for i in range(min(k, candidates)):
         missed *= np.maximum(candidates - positives - i, 0) / (candidates - i)
@@ -92,12 +104,11 @@ def chance_recall(positives: np.ndarray, candidates: int, k: int) -> np.ndarray:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> Closeness:
-    """Return the row-wise cosine of features a [B, D] with the reference b [B, D], raw and
-    centered.
+    """Return the row-wise cosine of features a [B, D] with the reference b [B, D].
 
-    Embeddings share a large mean, which alone keeps the raw cosine near 1; what is left after
-    subtracting the reference's mean from both is what decides. Of a single row no mean can be
-    taken: its centered values are the raw ones.
+    Raw and centered: embeddings share a large mean, which alone keeps the raw cosine near 1; what
+    is left after subtracting the reference's mean from both is what decides. Of a single row no
+    mean can be taken: its centered values are the raw ones.
     """
     mean = b.mean(axis=0) if len(b) > 1 else 0.0
     raw = (l2_normalize(a) * l2_normalize(b)).sum(axis=1)
@@ -113,16 +124,21 @@ def cosine(a: np.ndarray, b: np.ndarray) -> Closeness:
 
 
 def median_interval(values: np.ndarray, confidence: float = 0.99) -> tuple[float, float, float]:
-    """Return the median of [n] values, and the low and high end of its interval, whatever the
-    values' distribution is.
+    """Return the median of [n] values, and the low and high end of its interval.
 
-    The ends are order statistics: so many values lie below the true median as heads fall in n
-    tosses of a coin (Conover, Practical Nonparametric Statistics, section 3.2). Of fewer values
-    than the confidence needs (8 for 99 %) the ends are the least and the largest.
+    The ends are order statistics, so they hold whatever the values' distribution is: so many values
+    lie below the true median as heads fall in n tosses of a coin (Conover, Practical Nonparametric
+    Statistics, section 3.2). Of fewer values than the confidence needs (8 for 99 %) the ends are
+    the least and the largest.
     """
     ordered = np.sort(values)
-    n, outside, cut = len(ordered), 0.0, 0
-    while (outside := outside + math.comb(n, cut) / 2**n) <= (1 - confidence) / 2:
+    n = len(ordered)
+    outside = 0.0
+    cut = 0
+    while True:
+        outside += math.comb(n, cut) / 2**n
+        if outside > (1 - confidence) / 2:
+            break
         cut += 1
     below = max(cut - 1, 0)
     return float(np.median(ordered)), float(ordered[below]), float(ordered[n - 1 - below])
@@ -136,8 +152,9 @@ def accuracy_drop(reference: np.ndarray, candidate: np.ndarray) -> PairedDrop:
 
 
 def paired_drop(lost: int, won: int, images: int) -> PairedDrop:
-    """Return the drop where `lost` images were right before and wrong after, and `won` the other
-    way.
+    """Return the paired drop of so many images.
+
+    lost: images that were right before and are wrong after; won: the other way round.
 
     `upper_pp` is the one-sided 95 % limit of the drop: Agresti and Min's adjusted Wald interval for
     paired proportions (2005; half an image added to each of the four cells, so that no discordant

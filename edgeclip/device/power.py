@@ -1,7 +1,7 @@
 """Where power is read. The profile's `rails` say which; their sum must be the board's draw.
 
-    hwmon      Jetson's INA3221 (in*_input in mV times curr*_input in mA) and INA238 (power*_input in
-               microwatts), by label. Kernel Documentation/hwmon/{ina3221,ina238,sysfs-interface}
+    hwmon      Jetson's INA3221 (in*_input in mV times curr*_input in mA) and INA238 (power*_input
+               in microwatts), by label. Kernel Documentation/hwmon/{ina3221,ina238,sysfs-interface}
     RAPL       x86: energy_uj, a counter that wraps at max_energy_range_uj. Kernel
                Documentation/power/powercap
     tegrastats Jetson, where hwmon cannot be read: "VDD_IN 4938mW/4902mW"

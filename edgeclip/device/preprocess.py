@@ -1,17 +1,16 @@
-"""From an image to the image encoder's input: the one implementation, for training, evaluation and
-the board.
+"""From an image to the image encoder's input: the one implementation, everywhere.
 
 A second implementation of the resize has cost others up to five points of accuracy, so nothing else
 in edgeclip resizes. It is open_clip's evaluation transform, bit for bit
-(`tests/test_preprocess.py`): PIL's antialiased resize of the shorter side (or of both: squash),
-center crop, then `(pixel / 255 - mean) / std`. TensorRT cannot do the antialiased resize in a
-graph, so it is host code on every runtime.
+(tests/device/test_preprocess.py): PIL's antialiased resize of the shorter side (or of both:
+squash), center crop, then `(pixel / 255 - mean) / std`. TensorRT cannot do the antialiased resize
+in a graph, so it is host code on every runtime.
 """
 
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -28,21 +27,29 @@ class Preprocess(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     mean: tuple[float, float, float]
     """Of each channel, in units of 0..1."""
     std: tuple[float, float, float]
+    """Of each channel, in units of 0..1."""
     resize: Literal["shortest", "squash"] = "shortest"
+    """The shorter side to `size` and a centered crop, or both sides to `size`."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """PIL's filter, antialiased."""
 
 
 class UnreadableImage(EdgeclipError):
-    """An image that cannot be decoded. Data loading counts these; commands given the file by name
-    stop."""
+    """An image that cannot be decoded: data loading counts these, a command stops at them."""
 
 
 def open_image(source: Path | bytes, name: object = None) -> Image.Image:
-    """Decodes to RGB, whole: a truncated file raises `UnreadableImage`, it is never padded with
-    grey."""
-    where = name if name is not None else source
+    """Return an image decoded to RGB, whole.
+
+    name: what messages call it. Raises `EdgeclipError` for a missing file, and `UnreadableImage`
+    for one that cannot be decoded: a truncated file is never padded with grey.
+    """
+    where = source if name is None else name
+    file: Any = source
+    if isinstance(source, bytes):
+        file = io.BytesIO(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(file) as image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise EdgeclipError(where, "there is no such file", "check the path") from None
@@ -53,43 +60,49 @@ def open_image(source: Path | bytes, name: object = None) -> Image.Image:
 def open_scaled(
     content: bytes, name: object, least: Callable[[tuple[int, int]], tuple[int, int]]
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """(RGB image, its full size): a JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller
-    than `least` of its full size.
+    """Return an RGB image, which may be decoded smaller, and its full size.
 
+    A JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller than `least` of its full size:
     libjpeg-turbo then computes only the low frequencies of each block. Never for evaluation:
-    `open_image` is exact.
+    `open_image` is exact. Raises `UnreadableImage`.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
             full = image.size
             image.draft("RGB", least(full))
             image.load()
-            return image if image.mode == "RGB" else image.convert(
-                "RGB"
-            ), full  # convert copies what is RGB already
+            if image.mode == "RGB":  # convert copies what is RGB already
+                return image, full
+            return image.convert("RGB"), full
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UnreadableImage(name, f"unreadable image ({e})", "replace or remove it") from None
 
 
 def to_pixels(image: Image.Image, spec: Preprocess) -> np.ndarray:
-    """uint8 [H, W, 3] of the encoder's size."""
-    size, resample = spec.size, FILTERS[spec.interpolation]
+    """Return uint8 [H, W, 3] of the encoder's size."""
+    size = spec.size
+    resample = FILTERS[spec.interpolation]
     if spec.resize == "squash":
         return np.asarray(image.resize((size, size), resample))
-    w, h = image.size
+
     # torchvision's arithmetic: the longer side is truncated, the crop's corner rounded half to even
-    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-    left, top = int(round((w - size) / 2.0)), int(round((h - size) / 2.0))
-    return np.asarray(image.resize((w, h), resample).crop((left, top, left + size, top + size)))
+    width, height = image.size
+    if width <= height:
+        resized = (size, int(size * height / width))
+    else:
+        resized = (int(size * width / height), size)
+    left = round((resized[0] - size) / 2.0)
+    top = round((resized[1] - size) / 2.0)
+    cropped = image.resize(resized, resample).crop((left, top, left + size, top + size))
+    return np.asarray(cropped)
 
 
 def normalize(pixels: np.ndarray, spec: Preprocess) -> np.ndarray:
-    """uint8 [B, H, W, 3] to float32 [B, 3, H, W]."""
+    """Return float32 [B, 3, H, W] of uint8 [B, H, W, 3]."""
     values = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
     table = (values - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
     x = np.empty((len(pixels), 3, *pixels.shape[1:3]), np.float32)
-    for c in range(
-        3
-    ):  # a pixel has 256 values: looking them up is the same arithmetic, in a tenth of the time
+    # A pixel has 256 values: looking them up is the same arithmetic, in a tenth of the time.
+    for c in range(3):
         np.take(table[:, c], pixels[..., c], out=x[:, c], mode="clip")
     return x

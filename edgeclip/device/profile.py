@@ -114,8 +114,10 @@ def load(name: str) -> tuple[str, Device]:
 
 
 def is_remote(device: Device) -> bool:
-    """Must it be reached first? A board that is given by ssh and turns out to be this very machine
-    is not remote."""
+    """Return whether the device must be reached first.
+
+    A board that is given by ssh and turns out to be this very machine is not remote.
+    """
     reach = device.reach
     if reach.ssh is None or device.recognize == Recognize():
         return bool(reach.ssh or reach.command or reach.sshd)
@@ -137,8 +139,10 @@ def differences(device: Device, facts: machine.Facts) -> list[str]:
 
 @contextlib.contextmanager
 def pinned(device: Device) -> Iterator[None]:
-    """This thread, and what it starts from now on, runs on `device.cpus` only. Raises
-    `EdgeclipError` where there are none such."""
+    """Run this thread, and what it starts from now on, on `device.cpus` only.
+
+    Raises `EdgeclipError` where this process may not run on all of them.
+    """
     if not device.cpus:
         yield
         return
@@ -158,8 +162,11 @@ def pinned(device: Device) -> Iterator[None]:
 
 
 def require_here(name: str, device: Device) -> machine.Facts:
-    """This machine's facts; raises `EdgeclipError` when they are not those of the device, or its
-    Python would be started otherwise."""
+    """Return this machine's facts.
+
+    Raises `EdgeclipError` when they are not those of the device, or its Python would be started
+    otherwise.
+    """
     here = machine.facts()
     if len(device.reach.python) > 1 and not is_remote(device):
         way = " ".join(device.reach.python)

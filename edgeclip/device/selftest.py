@@ -90,7 +90,8 @@ def without_paths(text: str, bundle: Path) -> str:
     home = str(Path.home())
     folders = {str(bundle), str(bundle.resolve()), home}
     for folder in sorted(folders, key=len, reverse=True):
-        text = text.replace(folder, "~" if folder == home else bundle.name)
+        name = "~" if folder == home else bundle.name
+        text = text.replace(folder, name)
     return re.sub(r"(?<![\w.:/])[~/](?:[^\s/'\",;()]*/)+", "", text)
 
 

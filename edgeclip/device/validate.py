@@ -1,4 +1,4 @@
-"""`edgeclip validate`: is the bundle on this device still the model that was trained?
+"""`edgeclip validate`: whether the bundle on a device is still the model that was trained.
 
 Same images, same preprocess, two systems: the fp32 torch student, whose features the run kept, and
 the bundle. `observe` runs the bundle on the device, which may be a board far away; `judge` compares
@@ -42,6 +42,7 @@ from edgeclip.device.target import Tolerance
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import track
 
+Verdict = Literal["pass", "fail", "golden images only", "too few images"]
 BATCH = 16
 TIE = 1e-5
 """two processors may order scores that are closer than this differently"""
@@ -161,7 +162,7 @@ class Compared(NamedTuple):
     sets: tuple[SetAccuracy, ...] = ()
     optimization: OptimizationAgreement | None = None
     failures: tuple[str, ...] = ()
-    verdict: Literal["pass", "fail", "golden images only", "too few images"] = "golden images only"
+    verdict: Verdict = "golden images only"
 
 
 def judge(
@@ -184,6 +185,7 @@ def judge(
         what = f"no layer takes {target.precision} (found {layers})"
         failures.append(f"engine: {what}: it is not what it is called")
 
+    verdict: Verdict = "fail" if failures else compared.verdict
     return ParityReport(
         target=target.name,
         bundle=disk.sha256(bundle.folder / disk.MANIFEST),
@@ -200,7 +202,7 @@ def judge(
         sets=list(compared.sets),
         optimization=compared.optimization,
         failures=failures,
-        verdict="fail" if failures else compared.verdict,
+        verdict=verdict,
     )
 
 
@@ -301,7 +303,9 @@ def _compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarra
         limit = tolerance.accuracy_drop_pp
         failures.append(f"accuracy drop {accuracy.drop_pp:.2f} pp, above {limit}")
 
-    enough = accuracy.upper_pp <= tolerance.accuracy_drop_pp
+    verdict: Verdict = "too few images"
+    if accuracy.upper_pp <= tolerance.accuracy_drop_pp:
+        verdict = "pass"
     return Compared(
         images=len(features),
         cosine=close,
@@ -311,7 +315,7 @@ def _compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarra
         sets=_sets(evaluation, reference, own),
         optimization=optimization,
         failures=tuple(failures),
-        verdict="pass" if enough else "too few images",
+        verdict=verdict,
     )
 
 

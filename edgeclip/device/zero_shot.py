@@ -1,12 +1,13 @@
-"""The classification head: cosine with class features, and ComKD's EduAttention over the active
-class matrix.
+"""The classification head: cosine with class features, and ComKD's EduAttention.
 
 The image encoder emits P(u_s), so that indexes and new labels work on plain features; EduAttention
-(METHODS: equations 6 and 7) only sharpens the class scores and needs nothing but the features and
-the class matrix at hand:
+(docs/design/methods.md#24-eduattention) only sharpens the class scores and needs nothing but the
+features and the active class matrix:
 
-    f_att = softmax(FC(u) W^T / C) W        u [B, D], W [N, D], unit rows; FC may sit on W or on f_att instead (A4, A5)
+    f_att = softmax(FC(u) W^T / C) W        u [B, D], W [N, D], unit rows
     scores = norm(u + alpha * f_att) W^T    [B, N]
+
+FC may sit on W or on f_att instead (A4, A5).
 """
 
 from collections.abc import Sequence
@@ -37,32 +38,40 @@ def class_scores(
     head: EduAttention | None = None,
     attended: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Cosine scores [B, N] of unit rows image_features [B, D] and class_features [N, D].
+    """Return scores [B, N] of unit rows image_features [B, D] and class_features [N, D].
 
-    The head attends over `class_features`, the active list, or over `attended` [M, D], say all
-    classes of training (A11).
+    Cosines, which the head sharpens. It attends over `class_features`, the active list, or over
+    `attended` [M, D], say all classes of training (A11).
     """
-    if head is not None and head.alpha != 0.0:
-        w = class_features if attended is None else attended
-        query = image_features @ head.weight.T + head.bias if head.fc == "query" else image_features
-        key = w @ head.weight.T + head.bias if head.fc == "key_value" else w
-        logits = query @ key.T / head.temperature
-        attention = np.exp(logits - logits.max(axis=1, keepdims=True))
-        f_att = attention / attention.sum(axis=1, keepdims=True) @ key
-        if head.fc == "output":
-            f_att = f_att @ head.weight.T + head.bias
-        image_features = image_features + head.alpha * f_att
-        if head.normalize:
-            image_features = l2_normalize(image_features)
-    return image_features @ class_features.T
+    if head is None or head.alpha == 0.0:
+        return image_features @ class_features.T
+
+    key = class_features if attended is None else attended
+    if head.fc == "key_value":
+        key = key @ head.weight.T + head.bias
+    query = image_features
+    if head.fc == "query":
+        query = image_features @ head.weight.T + head.bias
+    logits = query @ key.T / head.temperature
+    attention = np.exp(logits - logits.max(axis=1, keepdims=True))
+    f_att = attention / attention.sum(axis=1, keepdims=True) @ key
+    if head.fc == "output":
+        f_att = f_att @ head.weight.T + head.bias
+
+    sharpened = image_features + head.alpha * f_att
+    if head.normalize:
+        sharpened = l2_normalize(sharpened)
+    return sharpened @ class_features.T
 
 
 def ensemble(text_features: np.ndarray) -> np.ndarray:
-    """Class features [N, D] from text features [N, T, D] of T prompt templates: normalize, average,
-    normalize."""
+    """Return class features [N, D] from text features [N, T, D] of T prompt templates.
+
+    Normalize, average, normalize.
+    """
     return l2_normalize(l2_normalize(text_features).mean(axis=1))
 
 
 def prompts(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """N x T prompts, class by class; `{c}` in a template is the class name."""
+    """Return N x T prompts, class by class; `{c}` in a template is the class name."""
     return [t.replace("{c}", label) for label in labels for t in templates]

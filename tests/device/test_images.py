@@ -21,15 +21,15 @@ from tests.support.images import add_member, encoded, toy_image
 
 
 def test_a_tar_comes_back_with_bytes_labels_and_captions(tmp_path):
-    images = [encoded(toy_image(i)) for i in range(5)]
+    contents = [encoded(toy_image(i)) for i in range(5)]
     with tarfile.open(tmp_path / "3.tar", "w") as tar:
-        for i, content in enumerate(images):
+        for i, content in enumerate(contents):
             add_member(tar, f"{i:04d}.txt", f" caption {i}, ä\n".encode())
             add_member(tar, f"{i:04d}.png", content)
             add_member(tar, f"{i:04d}.cls", str(10 * i).encode())
         add_member(tar, "0009.json", b"{}")
     images = index_tar(tmp_path / "3.tar")
-    assert [read(p) for p in images] == images
+    assert [read(p) for p in images] == contents
     assert [(p.key, p.label, p.caption) for p in images] == [
         (f"3/{i:04d}", 10 * i, f"caption {i}, ä") for i in range(5)
     ]

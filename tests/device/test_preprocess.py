@@ -68,12 +68,14 @@ def test_odd_crops_are_open_clips_for_every_small_excess():
 
 
 def test_normalizing_is_torchvisions():
-    from torchvision.transforms.functional import normalize, to_tensor
+    from torchvision.transforms import functional
 
     spec = Preprocess(size=16, mean=MEAN, std=STD)
     images = [noise(16, 16, s) for s in range(3)]
     ours = normalize(np.stack([np.asarray(i) for i in images]), spec)
-    expected = torch.stack([normalize(to_tensor(i), MEAN, STD) for i in images]).numpy()
+    expected = torch.stack(
+        [functional.normalize(functional.to_tensor(i), MEAN, STD) for i in images]
+    ).numpy()
     assert ours.dtype == np.float32 and ours.flags.c_contiguous
     np.testing.assert_array_equal(ours, expected)
 

@@ -25,7 +25,8 @@ RUNTIMES = {
 INSTALL = {
     "onnxruntime": "pip install 'edgeclip[onnxruntime]'",
     "openvino": "pip install 'edgeclip[openvino]'",
-    "tensorrt": "it comes with JetPack: run on the board (--device jetson-orin-nano); on a GPU host: pip install tensorrt",
+    "tensorrt": "it comes with JetPack: run on the board (--device jetson-orin-nano); "
+    "on a GPU host: pip install tensorrt",
 }
 
 
@@ -53,11 +54,11 @@ def open_session(
     optimization: str = "all",
     providers: tuple[str, ...] | None = None,
 ) -> Session:
-    """optimization: 'all' or 'basic', where the runtime knows the difference. providers: ONNX
-    Runtime's; None: its CPU.
+    """Return a session of a model file.
 
-    Raises `EdgeclipError` when the runtime is unknown or not installed, or does not do what was
-    asked.
+    optimization: 'all' or 'basic', where the runtime knows the difference. providers: ONNX
+    Runtime's; None: its CPU. Raises `EdgeclipError` when the runtime is unknown or not installed,
+    or does not do what was asked.
     """
     if runtime not in RUNTIMES:
         do = INSTALL.get(runtime) or did_you_mean(runtime, RUNTIMES)

@@ -1,5 +1,6 @@
-"""The six calls of CUDA's runtime library that an engine needs, through ctypes: JetPack brings the
-library and no Python for it.
+"""The six calls of CUDA's runtime library that an engine needs, through ctypes.
+
+JetPack brings the library and no Python for it.
 
 Source: CUDA Runtime API, Memory Management, Stream Management, Device Management.
 """
@@ -10,9 +11,12 @@ from pathlib import Path
 
 from edgeclip.errors import EdgeclipError
 
-TO_DEVICE, TO_HOST = 1, 2
-MAJOR, MINOR = 75, 76
-"""cudaDevAttrComputeCapabilityMajor and Minor"""
+TO_DEVICE = 1
+TO_HOST = 2
+MAJOR = 75
+"""cudaDevAttrComputeCapabilityMajor"""
+MINOR = 76
+"""cudaDevAttrComputeCapabilityMinor"""
 
 
 class Cuda:
@@ -46,7 +50,7 @@ class Cuda:
             )
 
     def compute_capability(self) -> str:
-        """As "8.7"."""
+        """Return the GPU's compute capability, as "8.7"."""
         values = [ctypes.c_int(), ctypes.c_int()]
         for value, attribute in zip(values, (MAJOR, MINOR), strict=True):
             self._call("cudaDeviceGetAttribute", ctypes.byref(value), attribute, 0)

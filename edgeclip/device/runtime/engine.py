@@ -1,7 +1,7 @@
 """TensorRT engines that were built on this machine: kept, and only used under the same conditions.
 
     <folder>/<onnx>/<key>/engine.plan      the engine
-                          timing.cache     what TensorRT measured while it built; given to the next build
+                          timing.cache     what TensorRT measured; given to the next build
                           manifest.json    the conditions, in full
 
 A change of the ONNX file, TensorRT, GPU, JetPack, power mode or options is another key, so another

@@ -1,5 +1,4 @@
-"""ONNX Runtime. Providers are asked for by name and read back, threads are those of the session's
-options.
+"""ONNX Runtime: providers are asked for by name and read back, threads are the session's.
 
 Of providers without the CPU's among them no node may run on the CPU; with it, those may that the
 others refuse.
@@ -34,19 +33,27 @@ UNSAFE_IN_HALF = ("NchwcTransformer", "WeightBiasQuantization")
 NchwcTransformer ends the process on some vision transformers (x86, a MatMul behind a Transpose).
 WeightBiasQuantization, of the basic level, rounds the float16 biases of a Q/DQ graph to rubbish.
 """
-GRAPH, INITIALIZER, DATA_TYPE, FLOAT16 = 7, 5, 2, 10
-"""of onnx.proto: ModelProto.graph, GraphProto.initializer, TensorProto.data_type and its value for
-float16"""
-VARINT, LENGTH, FIXED = 0, 2, {1: 8, 5: 4}
-"""protobuf's wire types; FIXED: to the bytes that a value takes"""
+GRAPH = 7
+"""of onnx.proto: ModelProto.graph"""
+INITIALIZER = 5
+"""GraphProto.initializer"""
+DATA_TYPE = 2
+"""TensorProto.data_type"""
+FLOAT16 = 10
+"""a value of TensorProto.data_type"""
+VARINT = 0
+"""a wire type of protobuf; so below"""
+LENGTH = 2
+FIXED = {1: 8, 5: 4}
+"""to the bytes that a value takes"""
 
 
 def disabled_optimizers(model: Path | bytes) -> list[str]:
-    """Return the graph transformers that ONNX Runtime must leave out for this ONNX file, or its
-    content.
+    """Return the graph transformers that ONNX Runtime must leave out for this ONNX file.
 
-    Every session takes its `disabled_optimizers` from here. What the graph holds decides, not what
-    it is called: one float16 initializer makes it a float16 graph.
+    model: its path, or its content. Every session takes its `disabled_optimizers` from here. What
+    the graph holds decides, not what it is called: one float16 initializer makes it a float16
+    graph.
     """
     if isinstance(model, bytes):
         return _disabled(io.BytesIO(model), len(model))
@@ -63,12 +70,11 @@ def _disabled(file: io.BufferedIOBase, size: int) -> list[str]:
 
 
 def _fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
-    """Yield the value of each field `wanted` of the protobuf message from here to `end`; of one
-    with a length where it ends, the file at its start.
+    """Yield the value of each field `wanted` of the protobuf message from here to `end`.
 
-    Everything else is stepped over, so that a model is looked through in a millisecond, and without
-    onnx, which no board has. What is no protobuf has no fields: the runtime says what is wrong with
-    it.
+    Of a field with a length, where it ends, while the file is at its start. Everything else is
+    stepped over, so that a model is looked through in a millisecond, and without onnx, which no
+    board has. What is no protobuf has no fields: the runtime says what is wrong with it.
     """
     at = file.tell()
     while at < end:
@@ -104,6 +110,7 @@ def _varint(file: io.BufferedIOBase) -> int:
 def open_session(
     model: Path, threads: int, optimization: str, providers: tuple[str, ...] = (CPU,)
 ) -> Session:
+    """Return a session. Raises `EdgeclipError` where a provider is missing or takes no part."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -132,18 +139,18 @@ def open_session(
         raise EdgeclipError(
             model,
             f"ONNX Runtime {ort.__version__} cannot load it ({str(e)[:200]})",
-            "export it anew for this runtime version",
+            "export it again for this runtime version",
         ) from None
-    found = [
-        p for p in session.get_providers() if p in providers or p != CPU
-    ]  # the CPU's is always listed
+    # The CPU's is always listed.
+    found = [p for p in session.get_providers() if p in providers or p != CPU]
     if found != list(providers):
         raise EdgeclipError(
             model,
             f"runs on {session.get_providers()}, not on {list(providers)}",
             "install a runtime that has them",
         )
-    (i,), (o,) = session.get_inputs(), session.get_outputs()
+    (i,) = session.get_inputs()
+    (o,) = session.get_outputs()
 
     def run(x: np.ndarray) -> np.ndarray:
         out: np.ndarray = session.run([o.name], {i.name: x})[0]

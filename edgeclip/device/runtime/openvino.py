@@ -21,6 +21,7 @@ def _core() -> ov.Core:
 
 
 def open_session(model: Path, threads: int, optimization: str) -> Session:
+    """Return a session. Raises `EdgeclipError` where OpenVINO does not do what is asked."""
     core = _core()
     asked = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -34,7 +35,7 @@ def open_session(model: Path, threads: int, optimization: str) -> Session:
         raise EdgeclipError(
             model,
             f"OpenVINO {ov.__version__} cannot load it ({' '.join(str(e).split())[:200]})",
-            "export it anew for this runtime version",
+            "export it again for this runtime version",
         ) from None
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     devices = compiled.get_property("EXECUTION_DEVICES")
@@ -52,8 +53,8 @@ def open_session(model: Path, threads: int, optimization: str) -> Session:
             "ask for no more than this process has cores",
         )
     request = compiled.create_infer_request()
-    i, o = compiled.input(0), compiled.output(0)
-
+    i = compiled.input(0)
+    o = compiled.output(0)
     dtype = i.get_element_type().to_dtype()
 
     def run(x: np.ndarray) -> np.ndarray:

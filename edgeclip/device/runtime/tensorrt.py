@@ -107,8 +107,7 @@ class _Execution:
         self.sizes: dict[str, int] = {}
 
     def run(self, x: np.ndarray) -> np.ndarray:
-        """Return the answers of a batch [B, ...], in parts where it is larger than the
-        profile's."""
+        """Return the answers of a batch [B, ...], in parts where it is larger than BATCH."""
         if len(x) <= BATCH[-1]:
             return self._execute(x)
         starts = range(0, len(x), BATCH[-1])
@@ -117,7 +116,8 @@ class _Execution:
     def _execute(self, x: np.ndarray) -> np.ndarray:
         x = np.ascontiguousarray(x, self.input.dtype)
         if not self.context.set_input_shape(self.input.name, x.shape):
-            what = f"the engine takes no batch of {len(x)} (it was built for {BATCH[0]} to {BATCH[-1]})"
+            built = f"it was built for {BATCH[0]} to {BATCH[-1]}"
+            what = f"the engine takes no batch of {len(x)} ({built})"
             raise EdgeclipError("TensorRT", what, "use smaller batches")
         shape = tuple(self.context.get_tensor_shape(self.output.name))
         out = np.empty(shape, self.output.dtype)

@@ -41,19 +41,18 @@ class BuildError(Exception):
 
 
 def module(names: tuple[str, ...] = ("tensorrt", "tensorrt_rtx")) -> Any:
-    """The first of these that is installed."""
+    """Return the first of these modules that is installed; raise `BuildError` where none is."""
     for name in names:
         try:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise BuildError(
-        f"{' / '.join(names)}: not installed; it comes with JetPack, on another machine: pip install 'edgeclip[lint]'"
-    )
+    do = "it comes with JetPack, on another machine: pip install 'edgeclip[lint]'"
+    raise BuildError(f"{' / '.join(names)}: not installed; {do}")
 
 
 def parse(trt: Any, path: Path, logger: Any) -> tuple[Any, Any, list[dict[str, str]]]:
-    """(builder, network, errors): each error is {"node", "operator", "what"}."""
+    """Return builder, network and errors, each {"node", "operator", "what"}."""
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -79,8 +78,7 @@ def build(
     timing_cache: Path | None = None,
     trt: Any = None,
 ) -> dict[str, Any]:
-    """Builds the engine of an ONNX file and writes it to `out` (None: nowhere). Returns what is
-    known of it, JSON-able.
+    """Build the engine of an ONNX file, write it to `out` (None: nowhere), and return its facts.
 
     batch: the profile's minimum, optimum and maximum of every input's first axis. timing_cache:
     read if it is there, written after. "layers" is None where no engine can be opened, that is
@@ -91,10 +89,10 @@ def build(
     builder, network, errors = parse(trt, path, logger)
     if errors:
         first = errors[0]
-        raise BuildError(
-            f"{path.name}: node '{first['node']}' ({first['operator']}): {first['what']}; edgeclip lint names the cure"
-        )
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+        node = f"node '{first['node']}' ({first['operator']})"
+        raise BuildError(f"{path.name}: {node}: {first['what']}; edgeclip lint names the cure")
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
         rest = tuple(tensor.shape)[1:]
@@ -106,9 +104,9 @@ def build(
     before = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise BuildError(
-            f"{path.name}: {trt.__name__} {trt.__version__} parses it and does not build it; look at its log, or lower --batch or --workspace-mib"
-        )
+        what = f"{trt.__name__} {trt.__version__} parses it and does not build it"
+        do = "look at its log, or lower --batch or --workspace-mib"
+        raise BuildError(f"{path.name}: {what}; {do}")
     seconds = round(time.perf_counter() - before, 2)
     plan = bytes(plan)
     if timing_cache is not None and cached:
@@ -128,10 +126,13 @@ def build(
 
 
 def _timing(trt: Any, config: Any, path: Path | None) -> bool:
-    """Does the build take and give a timing cache? TensorRT-RTX has none."""
+    """Return whether the build takes and gives a timing cache; TensorRT-RTX has none."""
     if path is None or not hasattr(config, "create_timing_cache"):
         return False
-    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    kept = b""
+    if path.exists():
+        kept = path.read_bytes()
+    cache = config.create_timing_cache(kept)
     return cache is not None and bool(config.set_timing_cache(cache, False))
 
 
@@ -149,24 +150,29 @@ def layers(trt: Any, plan: bytes, logger: Any) -> list[dict[str, str]] | None:
 
 
 def read_layers(information: dict[str, Any]) -> list[dict[str, str]]:
-    """The same from an engine inspector's JSON."""
+    """Return the same from an engine inspector's JSON."""
     found = []
     for layer in information.get("Layers", []):
         if isinstance(layer, str):  # verbosity was not DETAILED when it was built
             found.append({"name": layer, "kind": "unknown", "precision": "unknown"})
             continue
-        text = " ".join(str(i.get("Format/Datatype", "")) for i in layer.get("Inputs", [])).lower()
-        precision = next(
-            (name for name, words in TYPES.items() if any(w in text for w in words)), "unknown"
-        )
+        types = [str(i.get("Format/Datatype", "")) for i in layer.get("Inputs", [])]
         found.append(
             {
                 "name": str(layer.get("Name", "")),
                 "kind": str(layer.get("LayerType", "")),
-                "precision": precision,
+                "precision": _precision(" ".join(types).lower()),
             }
         )
     return found
+
+
+def _precision(types: str) -> str:
+    """Return the precision that an inspector's words for input types name first."""
+    for name, words in TYPES.items():
+        if any(word in types for word in words):
+            return name
+    return "unknown"
 
 
 def counts(found: list[dict[str, str]]) -> dict[str, int]:
@@ -178,29 +184,29 @@ def counts(found: list[dict[str, str]]) -> dict[str, int]:
     return count
 
 
+def _is_product(kind: str) -> bool:
+    return any(word in kind.lower() for word in PRODUCTS)
+
+
 def require(precision: str, found: list[dict[str, str]]) -> dict[str, int]:
-    """`counts`. Raises `BuildError` where none takes the precision that the engine is named
-    after."""
+    """Return `counts`; raise `BuildError` where no layer takes the engine's precision."""
     count = counts(found)
     if not count.get(precision):
-        products = [x for x in found if any(p in x["kind"].lower() for p in PRODUCTS)]
-        what = (
-            ", ".join(f"{x['name']} in {x['precision']}" for x in products[:3])
-            or "no product is visible"
-        )
-        raise BuildError(
-            f"engine: no layer takes {precision} ({what}); do not call it {precision}: this GPU or TensorRT version may not have it"
-        )
+        products = [f"{x['name']} in {x['precision']}" for x in found if _is_product(x["kind"])]
+        what = ", ".join(products[:3]) or "no product is visible"
+        do = f"do not call it {precision}: this GPU or TensorRT version may not have it"
+        raise BuildError(f"engine: no layer takes {precision} ({what}); {do}")
     return count
 
 
 def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def main() -> None:
+    """Build the engines of the bundle that this file lies in."""
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description="Build this bundle's engines for this board.")
     parser.add_argument("--workspace-mib", type=int, default=1024)
@@ -217,42 +223,31 @@ def main() -> None:
     try:
         trt = module(("tensorrt",))
         manifest = json.loads((here / "manifest.json").read_text())
+        target = manifest["target"]
         options.out.mkdir(parents=True, exist_ok=True)
-        files = [
-            manifest["image_encoder"],
-            *([manifest["text"]["encoder"]] if manifest["text"] else []),
-        ]
-        for name in files:
-            out = options.out / f"{Path(name).stem}.plan"
-            facts = build(
-                here / name,
-                out,
-                tuple(options.batch),
-                options.workspace_mib,
-                options.out / "timing.cache",
-                trt,
-            )
-            if facts["layers"] is None:
-                raise BuildError(
-                    f"{out.name}: the engine was built and cannot be opened here; is there a GPU and its driver?"
-                )
-            for layer in facts["layers"]:
-                print(f"{layer['precision']:<8} {layer['kind']:<24} {layer['name']}")
-            wanted = (
-                manifest["target"]["precision"]
-                if name == manifest["image_encoder"]
-                else manifest["target"]["text"]
-            )
-            try:
-                taken = require(wanted, facts["layers"])
-            except BuildError:
-                out.unlink()
-                raise
-            print(
-                f"{out}: {taken}, {facts['engine_bytes'] / 2**20:.1f} MiB in {facts['seconds']} s"
-            )
+        _build_one(trt, here / manifest["image_encoder"], target["precision"], options)
+        if manifest["text"]:
+            _build_one(trt, here / manifest["text"]["encoder"], target["text"], options)
     except BuildError as e:
         sys.exit(f"Error: {e}")
+
+
+def _build_one(trt: Any, model: Path, precision: str, options: argparse.Namespace) -> None:
+    """Build one engine and print its layers; an engine without its precision is removed."""
+    out = options.out / f"{model.stem}.plan"
+    cache = options.out / "timing.cache"
+    facts = build(model, out, tuple(options.batch), options.workspace_mib, cache, trt)
+    if facts["layers"] is None:
+        what = "the engine was built and cannot be opened here"
+        raise BuildError(f"{out.name}: {what}; is there a GPU and its driver?")
+    for layer in facts["layers"]:
+        print(f"{layer['precision']:<8} {layer['kind']:<24} {layer['name']}")
+    try:
+        taken = require(precision, facts["layers"])
+    except BuildError:
+        out.unlink()
+        raise
+    print(f"{out}: {taken}, {facts['engine_bytes'] / 2**20:.1f} MiB in {facts['seconds']} s")
 
 
 if __name__ == "__main__":

@@ -208,7 +208,8 @@ def test_cross_dataset_is_one_table_with_the_average(workplace):
     )
     assert record["report"].endswith("evaluate-cross_dataset-paint+other.json")
     assert (
-        "average top-1 accuracy, student: " in run("evaluate", "runs/r", "--protocol", "cross_dataset").stdout
+        "average top-1 accuracy, student: "
+        in run("evaluate", "runs/r", "--protocol", "cross_dataset").stdout
     )
 
 
