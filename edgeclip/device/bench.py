@@ -58,9 +58,7 @@ SCENARIOS = ("single_stream", "multi_stream", "offline")
 STREAMS = 8
 """images of one multi_stream query: MLPerf's samples_per_query"""
 WINDOWS = 10
-REFUSED = (
-    "timings refused: the processor is emulated, and an emulator's times say nothing about a board"
-)
+REFUSED = "timings refused: the processor is emulated, which says nothing about a board"
 
 
 class Plan(NamedTuple):

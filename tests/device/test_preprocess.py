@@ -8,6 +8,7 @@ from PIL import Image
 from edgeclip.device.preprocess import (
     Preprocess,
     UnreadableImage,
+    normalize,
     open_image,
     to_pixels,
 )
