@@ -50,7 +50,7 @@ def phases(train: Train, images: int) -> list[Phase]:
 class Draw(NamedTuple):
     """The images of a whole batch, by their numbers."""
 
-    index: np.ndarray
+    rows: np.ndarray
     """[B] rows of the cache"""
     view: np.ndarray
     """[B] which view of each"""
@@ -59,7 +59,7 @@ class Draw(NamedTuple):
 class Batch(NamedTuple):
     """What a step is about."""
 
-    index: np.ndarray
+    rows: np.ndarray
     """[B] rows of the cache, of all processes"""
     view: np.ndarray
     """[B] which view of each"""
@@ -96,7 +96,7 @@ class Source:
         draws = draws[done:]
         if self.tower_features is not None:
             for draw in draws:
-                features = self.tower_features[draw.index, draw.view]
+                features = self.tower_features[draw.rows, draw.view]
                 yield Batch(*draw, pixels=None, tower_features=features)
             return
         for draw, x in zip(draws, self._pixels(iter(draws), size), strict=True):
@@ -123,7 +123,7 @@ class Source:
 
         def pairs() -> Iterator[tuple[int, int]]:
             for draw in draws:
-                yield from zip(draw.index[own].tolist(), draw.view[own].tolist(), strict=True)
+                yield from zip(draw.rows[own].tolist(), draw.view[own].tolist(), strict=True)
 
         share = own.stop - own.start
         for _, x in pixels_of(self.cache, pairs(), self.preprocess, share, self.train.threads):

@@ -123,7 +123,7 @@ def prototype(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
 
 
 def teacher_match(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:
-    """Return CLIP-Embed-KD's live counterpart: which of the teacher's features is this image's?"""
+    """Return CLIP-Embed-KD's live counterpart: which teacher's feature is this image's."""
     q = batch.logit_scale * batch.image_features @ batch.teacher_features.T
     return _info_nce(q, batch.teacher_features)
 
@@ -268,8 +268,8 @@ LOSSES: dict[str, Callable[[Batch, Any], Float[Tensor, ""]]] = {
     "vrd": vrd,
     "xrd": xrd,
 }
-NEED_CAPTIONS = ("contrastive", "affinity", "distribution", "gradient", "interactive")
-NEED_CAPTIONS += ("augmented_feature", "vrd", "xrd")
+NEED_CAPTIONS: tuple[str, ...] = ("contrastive", "affinity", "distribution", "gradient")
+NEED_CAPTIONS += ("interactive", "augmented_feature", "vrd", "xrd")
 NEED_LABELS = ("cross_entropy", "prototype")
 NEED_CLASSES = ("kl", *NEED_LABELS)
 

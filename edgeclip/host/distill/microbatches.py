@@ -38,9 +38,9 @@ def with_texts(
     drawn: [P] rows of texts.prompts that the whole batch draws.
     """
     count = len(micro_batches)
-    own = distributed.local_slice(len(batch.index))
+    own = distributed.local_slice(len(batch.rows))
     places = batch.view[own] % texts.captions.shape[1]
-    captions = texts.captions[batch.index[own], places].tensor_split(count)
+    captions = texts.captions[batch.rows[own], places].tensor_split(count)
     prompts = texts.prompts[drawn[distributed.local_slice(len(drawn))]].tensor_split(count)
     return [
         micro_batch._replace(captions=c.to(device), prompts=p.to(device))

@@ -90,10 +90,9 @@ def first_teacher(inputs: Inputs, run: Path, fresh: bool) -> FirstTeacher:
         labeled = inputs.labeled
         teachers.check_class_names(teacher, labeled.classes, labeled.templates)
     prompted = None
-    if wants_prompts(recipe):
-        prompted = promptsrc.with_prompts(
-            teacher, labeled, dataset.classes, recipe.adapt, recipe.seed
-        )
+    spec = prompts_of(recipe)
+    if spec is not None:
+        prompted = promptsrc.with_prompts(teacher, labeled, dataset.classes, spec, recipe.seed)
     if fresh or not (run / "student" / disk.MANIFEST).exists():
         _check_student(dataset, recipe, teacher.embed_dim)
     distributed.barrier()
@@ -103,14 +102,18 @@ def first_teacher(inputs: Inputs, run: Path, fresh: bool) -> FirstTeacher:
     return FirstTeacher(teacher, prompted)
 
 
-def wants_prompts(asked: Recipe) -> bool:
-    """Whether stage 1 trains prompts (PromptSRC)."""
-    return isinstance(asked.adapt, recipe.Prompts)
+def prompts_of(asked: Recipe) -> recipe.Prompts | None:
+    """Return the prompts (PromptSRC) that stage 1 trains; None: it trains none."""
+    if isinstance(asked.adapt, recipe.Prompts):
+        return asked.adapt
+    return None
 
 
-def wants_residual_head(asked: Recipe) -> bool:
-    """Whether stage 1 trains a residual head."""
-    return isinstance(asked.adapt, recipe.ResidualHead)
+def residual_head_of(asked: Recipe) -> recipe.ResidualHead | None:
+    """Return the residual head that stage 1 trains; None: it trains none."""
+    if isinstance(asked.adapt, recipe.ResidualHead):
+        return asked.adapt
+    return None
 
 
 def teacher_cache(
@@ -153,13 +156,13 @@ def build_for(
     where the rows depend on a stage 1 that has not run.
     """
     asked = recipe.load(path, roots)
-    if wants_prompts(asked):
+    if prompts_of(asked) is not None:
         raise EdgeclipError(
             f"{path}: adapt",
             "prompts change the rows, and stage 1 makes them",
             f"use: edgeclip distill {path}",
         )
-    own_stage_1 = bool(asked.adapt_data) and wants_residual_head(asked)
+    own_stage_1 = asked.adapt_data is not None and residual_head_of(asked) is not None
     if out and (asked.other_teachers or own_stage_1):
         raise EdgeclipError(
             f"--out {out}",

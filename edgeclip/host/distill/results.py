@@ -13,7 +13,7 @@ from edgeclip.host import student as students
 from edgeclip.host import teachers
 from edgeclip.host.adapt import promptsrc
 from edgeclip.host.data import Dataset
-from edgeclip.host.distill.prepare import Inputs, wants_prompts
+from edgeclip.host.distill.prepare import Inputs, prompts_of
 from edgeclip.host.distill.targets import Lesson
 from edgeclip.host.evaluation.scores import Subject, TeacherFeatures, evaluate, teacher_features
 from edgeclip.host.recipe import Recipe
@@ -106,8 +106,9 @@ def _edu_attention(head: EduAttentionHead | None) -> EduAttentionResult | None:
 def _first_tower(recipe: Recipe, run: Path) -> nn.Module | None:
     """Return the first teacher's tower once more, folded: training did without it."""
     teacher = teachers.load(recipe.teacher)
-    if wants_prompts(recipe):
-        teacher = promptsrc.adapted(teacher, recipe.adapt, run / "teacher")
+    spec = prompts_of(recipe)
+    if spec is not None:
+        teacher = promptsrc.adapted(teacher, spec, run / "teacher")
     return teachers.folded(teacher)
 
 

@@ -62,7 +62,7 @@ class Keeper:
         progress = self.progress
         at = progress.at
         refuse_broken(training.modules, f"step {at.done}")
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, module in training.modules.items():
             tensors |= _below(name, module.state_dict())
         tensors |= random_states(training.device)

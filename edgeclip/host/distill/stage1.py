@@ -13,9 +13,9 @@ from edgeclip.host.distill.fuse import Fusion, fuse
 from edgeclip.host.distill.prepare import (
     FirstTeacher,
     Inputs,
+    residual_head_of,
     stage_1_data,
     teacher_cache,
-    wants_residual_head,
 )
 from edgeclip.host.distill.targets import Lesson, Taught, TeacherRows, labels
 from edgeclip.host.teachers import Teacher
@@ -39,7 +39,7 @@ def stage1(inputs: Inputs, first: FirstTeacher, run: Path, clock: Clock) -> Less
     with distributed.rank_zero_first():
         cached = teacher_cache(inputs, teacher, tower, dataset, inputs.captions)
     clock.lap("teacher cache")
-    if wants_residual_head(recipe):
+    if residual_head_of(recipe) is not None:
         with distributed.rank_zero_first():
             teacher = _train_head(inputs, teacher, tower, cached, run / "teacher")
         clock.lap("stage 1")
@@ -64,16 +64,19 @@ def _train_prompts(inputs: Inputs, teacher: Teacher, prompted: Teacher, folder: 
 def _train_head(
     inputs: Inputs, teacher: Teacher, tower: nn.Module | None, cached: TeacherCache, folder: Path
 ) -> Teacher:
-    """Return the teacher with a residual head, trained on its cached rows.
+    """Return the teacher with the residual head, if any, that the recipe trains on its cached rows.
 
     Where stage 1 has images and classes of its own (cross-dataset), it has a cache of its own too.
     """
+    spec = residual_head_of(inputs.recipe)
+    if spec is None:
+        return teacher
     dataset = inputs.dataset
     rows = cached
     if inputs.labeled is not None:
         dataset = stage_1_data(inputs.labeled)
         rows = teacher_cache(inputs, teacher, tower, dataset, captions=False)
-    return adapt(teacher, rows, dataset, inputs.recipe.adapt, inputs.recipe.seed, folder)
+    return adapt(teacher, rows, dataset, spec, inputs.recipe.seed, folder)
 
 
 def _another(inputs: Inputs, spec: recipe.Teacher, first: TeacherCache, folder: Path) -> Taught:
@@ -82,7 +85,7 @@ def _another(inputs: Inputs, spec: recipe.Teacher, first: TeacherCache, folder: 
     tower = teachers.folded(teacher)
     with distributed.rank_zero_first():
         rows = teacher_cache(inputs, teacher, tower, inputs.dataset, inputs.captions)
-        if isinstance(spec, recipe.Conse) and wants_residual_head(inputs.recipe):
+        if isinstance(spec, recipe.Conse):
             teacher = _train_head(inputs, teacher, tower, rows, folder)
     cache.refuse_other_views(first, rows)
     if inputs.recipe.student.text and rows.manifest["captions"] != first.manifest["captions"]:

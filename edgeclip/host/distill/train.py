@@ -80,7 +80,7 @@ def train(
                     metrics = _step(training, phase, progress, optimizer, batch)
                     progress.step_done(metrics)
                     rates = _rates(optimizer, learner.head)
-                    board.step(progress.at.done, len(batch.index), metrics, rates)
+                    board.step(progress.at.done, len(batch.rows), metrics, rates)
                     keeper.after_step(phase, optimizer)
                     training.clock.lap("rest of stage 2")
                 last = epoch + 1 == phase.epochs
@@ -143,9 +143,9 @@ def _step(
 ) -> Metrics:
     """Return the losses of the batch, on which every weight has learned."""
     recipe = training.recipe
-    counts = distributed.split_sizes(len(batch.index))
-    own = distributed.local_slice(len(batch.index))
-    known = _gathered(training.targets(batch.index[own], batch.view[own]), counts)
+    counts = distributed.split_sizes(len(batch.rows))
+    own = distributed.local_slice(len(batch.rows))
+    known = _gathered(training.targets(batch.rows[own], batch.view[own]), counts)
     texts = training.learner.texts
     if phase.pretrain is not None:  # first training is of the image side alone
         texts = None
@@ -185,7 +185,7 @@ def _micro_batches(
     """Return what this process's towers see of the batch; empty where its features are known."""
     losses = training.recipe.losses
     train = training.recipe.train
-    count = min(train.accumulate, distributed.split_sizes(len(batch.index))[distributed.rank()])
+    count = min(train.accumulate, distributed.split_sizes(len(batch.rows))[distributed.rank()])
     micro_batches = []
     if not phase.frozen and batch.pixels is not None:
         hide = losses.masked_feature

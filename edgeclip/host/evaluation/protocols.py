@@ -135,7 +135,7 @@ def _record(run: Run, protocol: str, loaded: list[Loaded]) -> ProtocolRecord:
     name = None
     if run.teacher.teacher is not None:
         name = run.teacher.teacher.name
-    common = {
+    common: dict[str, Any] = {
         "run": str(run.folder),
         "protocol": protocol,
         "student": disk.sha256(run.folder / "student" / disk.MANIFEST),
@@ -153,22 +153,25 @@ def _record(run: Run, protocol: str, loaded: list[Loaded]) -> ProtocolRecord:
             "base_to_novel", f"takes one set, not {len(loaded)}", "call it once for each"
         )
     sets, texts = _zero_shot(run, loaded)
-    means = _means(protocol, sets)
-    text_sides = "; ".join(dict.fromkeys(texts))
-    return AccuracyRecord(sets=tuple(sets), text_side=text_sides, **means, **common)
-
-
-def _means(protocol: str, sets: list[SetScore]) -> dict[str, ModelScores]:
-    """Return the field of the record that a protocol adds to its sets."""
+    harmonic_mean = None
     if protocol == "base_to_novel":
-        mean = mean_over(sets, lambda top1: metrics.harmonic_mean(*top1))
-        return {"harmonic_mean": mean}
-    if protocol == "cross_dataset":
-        return {"average": mean_over(sets, lambda top1: float(np.mean(top1)))}
+        harmonic_mean = mean_over(sets, lambda top1: metrics.harmonic_mean(*top1))
+    return AccuracyRecord(
+        sets=tuple(sets),
+        text_side="; ".join(dict.fromkeys(texts)),
+        harmonic_mean=harmonic_mean,
+        average=_average(protocol, sets),
+        **common,
+    )
+
+
+def _average(protocol: str, sets: list[SetScore]) -> ModelScores | None:
+    """Return the mean top-1 accuracies; None where the protocol has none."""
     if protocol == "domain_generalization":
-        shifts = [s for s in sets if s.shift]
-        return {"average": mean_over(shifts, lambda top1: float(np.mean(top1)))}
-    return {}
+        sets = [s for s in sets if s.shift]
+    elif protocol != "cross_dataset":
+        return None
+    return mean_over(sets, lambda top1: float(np.mean(top1)))
 
 
 # --- the run
