@@ -1,31 +1,15 @@
 """`edgeclip export`: a run's student, or any checkpoint, to one or more targets."""
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
 from edgeclip.cli.group import command
 from edgeclip.cli.options import PATH, json_option, print_json, target_option
+from edgeclip.cli.request import Request
 from edgeclip.cli.tables import bundles
 
 LAYOUTS = ("bundle", "optimum", "open_clip")
-
-
-class Request(NamedTuple):
-    """The options of one call."""
-
-    targets: tuple[str, ...]
-    run: Path | None
-    vocabulary: Path | None
-    layout: str
-    no_head: bool
-    model: str | None
-    weights: str | None
-    labels: Path | None
-    images: Path | None
-    image_only: bool
-    out: Path | None
 
 
 @command()

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeclip.cli.export import Request
 from edgeclip.cli.options import label_file
+from edgeclip.cli.request import Request
 from edgeclip.device.manifest import LintRecord, read_manifest
 from edgeclip.device.target import Target
 from edgeclip.device.target import load as load_target
