@@ -80,17 +80,10 @@ def build(folder: Path, model: str) -> Any:
     teacher = load_teacher(model)
     data = Dataset("made", "", [], (), [], index_folder(folder / "images"), [], [])
     views = Views(count=VIEWS)
-    return cache.build(
-        folder / "cache",
-        teacher,
-        teachers.folded(teacher),
-        data,
-        views,
-        0,
-        captions=False,
-        device=torch.device("cpu"),
-        threads=2,
-    )
+    tower = teachers.folded(teacher)
+    cpu = torch.device("cpu")
+    ingredients = cache.Ingredients(teacher, tower, data, views, 0, False, cpu, 2)
+    return cache.build(folder / "cache", ingredients)
 
 
 def worker(way: str, model: str, folder: Path, side: int) -> None:

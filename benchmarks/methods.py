@@ -150,17 +150,10 @@ def prepare(path: Path, regime: str, roots: tuple[str, ...], folder: Path) -> Be
     cpu = torch.device("cpu")
     teacher = teachers.load(asked.teacher)
     tower = teachers.folded(teacher)
-    cached = cache.build(
-        folder,
-        teacher,
-        tower,
-        dataset,
-        asked.views,
-        0,
-        captions=False,
-        device=cpu,
-        threads=asked.train.threads,
+    ingredients = cache.Ingredients(
+        teacher, tower, dataset, asked.views, 0, False, cpu, asked.train.threads
     )
+    cached = cache.build(folder, ingredients)
     student, preprocess = students.build(asked.student, teacher.embed_dim)
     student.to(memory_format=torch.channels_last)
     features = (

@@ -162,17 +162,9 @@ def with_edgeclip(
     dataset = data.load(asked.data, folder)
     teacher = teachers.load(asked.teacher)
     start = time.perf_counter()
-    cached = cache.build(
-        folder / "cache",
-        teacher,
-        teachers.folded(teacher),
-        dataset,
-        asked.views,
-        0,
-        captions=True,
-        device=cpu,
-        threads=2,
-    )
+    tower = teachers.folded(teacher)
+    ingredients = cache.Ingredients(teacher, tower, dataset, asked.views, 0, True, cpu, 2)
+    cached = cache.build(folder / "cache", ingredients)
     building = time.perf_counter() - start
     if only_cache:
         return {"seconds": building}

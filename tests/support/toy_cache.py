@@ -45,14 +45,6 @@ def dataset(folder, classes=("cat", "a dog")):
 
 def build(tmp_path, data, t=None, views=Views(count=3), seed=0, captions=False):  # noqa: B008
     t = t or teacher()
-    return cache.build(
-        tmp_path / "cache",
-        t,
-        t.tower,
-        data,
-        views,
-        seed,
-        captions=captions,
-        device=torch.device("cpu"),
-        threads=2,
-    )
+    cpu = torch.device("cpu")
+    ingredients = cache.Ingredients(t, t.tower, data, views, seed, captions, cpu, 2)
+    return cache.build(tmp_path / "cache", ingredients)

@@ -1,19 +1,19 @@
-"""The teacher cache: what the teacher says of K reproducible views of every image and of every
-text, once.
+"""Keep what the teacher says of K reproducible views of every image, and of every text.
 
 CLIP-Embed-KD's idea with MobileCLIP's views: an epoch of distillation then costs what the student
 alone costs. A view is its explicit parameters (`views`), not a seed, so that a student of another
 input size can replay it anywhere. Rows are the frozen tower's; an adapted teacher's head is applied
 to them on the fly.
 
-    cache/<fingerprint>/img_emb/img_emb_00.npy        [m, R] float16: unit rows of view 0
-                        text_emb/text_emb_00.npy      [m, D] float16: unit features of the captions, where a loss needs them
-                        metadata/metadata_00.parquet  image_path (the image's key), caption, image (its place in the data)
-                        more_views/more_views_00.npy  [m, K - 1, R] float16: unit rows of the other views
-                        more_captions/...             [m, C - 1, D] float16: likewise, where an image has several captions
-                        records/records_00.npy        [m] records: image, norm [K] (a row is unit row x norm), view [K, P]
-                        class_features.npy            [N, D] float32, unit
-                        manifest.json                 description, shards, sha256 of every file
+    cache/<fingerprint>/
+      img_emb/img_emb_00.npy        [m, R] float16: unit rows of view 0
+      text_emb/text_emb_00.npy      [m, D] float16: unit features of the captions, where needed
+      metadata/metadata_00.parquet  image_path (the image's key), caption, picture (its place)
+      more_views/more_views_00.npy  [m, K - 1, R] float16: unit rows of the other views
+      more_captions/...             [m, C - 1, D] float16: of an image's other captions
+      records/records_00.npy        [m]: picture, norm [K] (a row is unit row x norm), view [K, P]
+      class_features.npy            [N, D] float32, unit
+      manifest.json                 description, shards, sha256 of every file
 
 The first three are what clip-retrieval writes and embedding-reader reads, so an index can be built
 of them; the others lie beside. Every shard may be shorter than it was planned, by the images that
@@ -26,7 +26,9 @@ image by its key and size, not by its bytes: who repaints a file at equal size d
 from pathlib import Path
 
 from edgeclip.host.cache.arrays import Rows, Shards, TeacherCache, open_folder, refuse_other_views
-from edgeclip.host.cache.building import build, class_features, lacking
+from edgeclip.host.cache.building import Ingredients, build
+from edgeclip.host.cache.joined import lacking
+from edgeclip.host.cache.texts import class_features
 from edgeclip.host.cache.views import apply_view, decode_view, draw_views
 
 CACHE = Path("cache")
@@ -34,6 +36,7 @@ CACHE = Path("cache")
 
 __all__ = [
     "CACHE",
+    "Ingredients",
     "Rows",
     "Shards",
     "TeacherCache",

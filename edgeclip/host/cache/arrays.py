@@ -21,20 +21,25 @@ from edgeclip.device.images import ImageRef, Lookup
 from edgeclip.errors import EdgeclipError
 
 KIND = "teacher cache"
+IMAGE = "picture"
+"""field of an image's place in the data, in records and metadata: the word of format 2"""
 FORMAT = 2
 MOST_FILES = 2**16
 
 
 def name(what: str, shard: int, shards: int) -> str:
-    """A file's place below a cache folder, in clip-retrieval's manner: numbers of equal length, so
-    that names sort."""
+    """Return a file's place below a cache folder, in clip-retrieval's manner.
+
+    Numbers are of equal length, so that names sort.
+    """
     suffix = ".parquet" if what == "metadata" else ".npy"
     return f"{what}/{what}_{shard:0{len(str(shards))}d}{suffix}"
 
 
 def record(views: int, parameters: int) -> np.dtype:
+    """Return what is recorded of an image: its place, its rows' norms, its views' parameters."""
     return np.dtype(
-        [("image", "<i8"), ("norm", "<f4", (views,)), ("view", "<f4", (views, parameters))]
+        [(IMAGE, "<i8"), ("norm", "<f4", (views,)), ("view", "<f4", (views, parameters))]
     )
 
 
@@ -222,29 +227,31 @@ class TeacherCache(NamedTuple):
 
 
 def refuse_other_views(first: TeacherCache, other: TeacherCache) -> None:
-    """Raises `EdgeclipError` unless row i, view k is of the same image and the same view in both:
-    teachers are joined by them."""
+    """Refuse two caches unless row i, view k is of the same image and the same view in both.
+
+    Teachers are joined by them.
+    """
 
     def refuse(what: str) -> None:
         raise EdgeclipError(
             f"{other.folder} ({other.manifest['name']})",
-            f"{what} than {first.folder} ({first.manifest['name']})",
-            "leave that teacher out",
+            f"{what} those of {first.folder} ({first.manifest['name']})",
+            "remove that teacher",
         )
 
     assert isinstance(first.images, Kept) and isinstance(other.images, Kept)
     if first.rows.shape[:2] != other.rows.shape[:2]:
-        refuse(f"holds {other.rows.shape[0]} images in {other.rows.shape[1]} views, others")
+        images, views = other.rows.shape[:2]
+        refuse(f"has {images} images x {views} views, which differ from")
     for start in range(0, len(first.rows), 2**16):
         part = slice(start, start + 2**16)
         if (first.images.places[part] != other.images.places[part]).any():
-            refuse("holds other images")
+            refuse("has images that are not")
         a, b = first.views[part], other.views[part]
-        plain = (a[..., 2] == 0) | (
-            b[..., 2] == 0
-        )  # the center crop has no numbers where nobody looked at the image
+        # The center crop has no numbers where nobody looked at the image.
+        plain = (a[..., 2] == 0) | (b[..., 2] == 0)
         if a.shape != b.shape or not (plain | (a == b).all(axis=-1)).all():
-            refuse("holds other views")
+            refuse("has views that are not")
 
 
 class Embeddings(NamedTuple):
@@ -257,38 +264,25 @@ class Embeddings(NamedTuple):
 def open_folder(
     folder: Path, images: Sequence[ImageRef], elsewhere: Embeddings | None = None
 ) -> TeacherCache:
-    """The finished cache in `folder`, of a data set's `images`; no file but the manifest is read,
-    each one's size is looked at.
+    """Return the finished cache in `folder`, of a data set's `images`.
 
-    elsewhere: of a cache that only joins rows to images. Raises `EdgeclipError` when it is not
-    finished, of an older format, or a file is missing or shorter than its index says.
+    No file but the manifest is read, each one's size is looked at. elsewhere: of a cache that only
+    joins rows to images. Raises `EdgeclipError` when it is not finished, of an older format, or a
+    file is missing or shorter than its index says.
     """
     manifest = disk.read_manifest(folder, KIND)
     if manifest.get("format") != FORMAT:
         raise EdgeclipError(
-            folder, "is a teacher cache of an older edgeclip", "delete it; it will be made anew"
+            folder, "is a teacher cache of an older edgeclip", "delete it; it will be made again"
         )
-    counts = [s["rows"] for s in manifest["shards"]]
+    counts = [shard["rows"] for shard in manifest["shards"]]
+    for shard in manifest["shards"]:
+        _check_sizes(folder, shard["bytes"])
 
     def shards(what: str, field: str | None = None) -> Shards:
-        return Shards(
-            [folder / name(what, i, len(counts)) for i in range(len(counts))], counts, field
-        )
+        files = [folder / name(what, i, len(counts)) for i in range(len(counts))]
+        return Shards(files, counts, field)
 
-    for shard in manifest["shards"]:
-        for file, size in shard["bytes"].items():
-            try:
-                found = (folder / file).stat().st_size
-            except FileNotFoundError:
-                raise EdgeclipError(
-                    folder, f"{file} is missing", "make the cache anew, or copy it again"
-                ) from None
-            if found != size:
-                raise EdgeclipError(
-                    folder,
-                    f"{file} has {found} bytes, and its index says {size}",
-                    "make the cache anew, or copy it again",
-                )
     captions: Rows | None = None
     if elsewhere is not None:
         places = shards("rows")
@@ -296,24 +290,29 @@ def open_folder(
         if manifest["captions"] and elsewhere.texts is not None:
             captions = Rows(Joined(elsewhere.texts, places), None, None)
     else:
-        rows = Rows(
-            shards("img_emb"),
-            shards("more_views") if manifest["views"] > 1 else None,
-            shards("records", "norm"),
-        )
+        more_views = shards("more_views") if manifest["views"] > 1 else None
+        rows = Rows(shards("img_emb"), more_views, shards("records", "norm"))
         if manifest["captions"]:
-            captions = Rows(
-                shards("text_emb"),
-                shards("more_captions") if manifest["captions"] > 1 else None,
-                None,
-            )
-    class_features = np.load(folder / "class_features.npy")
+            more = shards("more_captions") if manifest["captions"] > 1 else None
+            captions = Rows(shards("text_emb"), more, None)
     return TeacherCache(
         folder,
         manifest,
-        Kept(images, shards("records", "image")),
+        Kept(images, shards("records", IMAGE)),
         rows,
         shards("records", "view"),
-        class_features,
+        np.load(folder / "class_features.npy"),
         captions,
     )
+
+
+def _check_sizes(folder: Path, sizes: dict[str, int]) -> None:
+    """Raise `EdgeclipError` for a file that is missing or not of the size that its index says."""
+    do = "make the cache again, or copy it again"
+    for file, size in sizes.items():
+        path = folder / file
+        if not path.exists():
+            raise EdgeclipError(folder, f"{file} is missing", do)
+        found = path.stat().st_size
+        if found != size:
+            raise EdgeclipError(folder, f"{file} has {found} bytes, and its index says {size}", do)

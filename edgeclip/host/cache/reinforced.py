@@ -26,7 +26,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ import torch
 from edgeclip import disk
 from edgeclip.device.images import MAX_UNREADABLE, ImageRef, refuse_cut
 from edgeclip.errors import EdgeclipError
-from edgeclip.host.cache.arrays import record
+from edgeclip.host.cache.arrays import IMAGE, record
 from edgeclip.host.cache.assemble import write_shard
 from edgeclip.host.cache.embeddings import JOINS
 from edgeclip.host.cache.views import OPERATIONS
@@ -50,19 +50,37 @@ def shard_files(spec: Reinforced) -> list[Path]:
 
 
 def identity(spec: Reinforced) -> dict[str, Any]:
+    """Return what decides the rows: the shards by name and size, and how they are read."""
     shards = shard_files(spec)
     files = [disk.edges(shards[0]), *([p.name, p.stat().st_size] for p in shards)]
     return {"kind": "reinforced", "files": files, "columns": spec.columns, "join": spec.join}
 
 
 def width(spec: Reinforced) -> int:
-    """This teacher's, by the first sample that is whole."""
-    for _, members in _samples(shard_files(spec)[0]):
+    """Return the width of this teacher's rows, by the first sample that is whole."""
+    first = shard_files(spec)[0]
+    for _, members in _samples(first):
         with contextlib.suppress(KeyError, ValueError):
             return _columns(_arrays(members)["image_emb"], spec).shape[1]
     raise EdgeclipError(
-        shard_files(spec)[0], "has no whole reinforced sample", "check the recipe's teacher.shards"
+        first, "has no whole reinforced sample", "check the recipe's teacher.shards"
     )
+
+
+class Sample(NamedTuple):
+    """What one sample gives an image of the data."""
+
+    place: int
+    """of the image in the data"""
+    norm: np.ndarray
+    """[K]"""
+    views: np.ndarray
+    """[K, P]"""
+    rows: np.ndarray
+    """[K, D] float16, unit"""
+    captions: list[str]
+    texts: np.ndarray | None
+    """[C, D] float16, unit; None where the shard has none"""
 
 
 def make(
@@ -74,111 +92,136 @@ def make(
     shard: int,
     shards: int,
 ) -> None:
-    """One tar's samples that have an image, as a shard of the cache. What is broken is left out and
-    counted.
+    """Make one tar's samples that have an image into a shard of the cache.
 
-    Raises `EdgeclipError` for a corrupt tar, a sample that is there twice, and more than 1 % of
-    broken samples.
+    What is broken is left out and counted. Raises `EdgeclipError` for a corrupt tar, a sample that
+    is there twice, and more than 1 % of broken samples.
     """
     tar = shard_files(spec)[shard]
-    rows, texts, records = (
-        list[np.ndarray](),
-        list[np.ndarray](),
-        list[tuple[int, np.ndarray, np.ndarray]](),
-    )
-    places, said, skipped = list[int](), list[list[str]](), list[str]()
+    samples: list[Sample] = []
+    skipped: list[str] = []
     seen: set[str] = set()
     for uid, members in track(_samples(tar), f"reinforced shard {shard + 1} of {shards}", 0):
         key = JOINS[spec.join](f"{tar.stem}/{uid}")
         if key in seen:
             raise EdgeclipError(tar, f"has two samples '{key}'", "repair or remove the shard")
         seen.add(key)
-        if key not in place_of:
+        place = place_of.get(key)
+        if place is None:
             continue
         try:
-            arrays_of = _arrays(members)
-            image, view = arrays_of["image_emb"], parameters(members["paug.json"], spec.image_size)
-            if not isinstance(synthetic := json.loads(members.get("syn.json", b"{}")), dict):
-                raise ValueError("has a syn.json that is no mapping")
-            captioned, text = _captions(images[place_of[key]].caption, synthetic, arrays_of)
-            if len(view) != len(image):
-                raise ValueError(f"{len(view)} views and {len(image)} rows")
-            if texts and text is not None and len(text) != len(texts[0]):
-                raise ValueError(f"{len(text)} captions, and others have {len(texts[0])}")
-            own, of_text = _columns(image, spec), None if text is None else _columns(text, spec)
-            if rows and (own.shape != rows[0].shape or view.shape != records[0][2].shape):
-                raise ValueError(
-                    f"rows {own.shape} of views {view.shape}, and others have {rows[0].shape} of {records[0][2].shape}"
-                )
-            norm = np.linalg.norm(own, axis=1)
-            records.append((place_of[key], norm, view))
-            rows.append((own / np.maximum(norm, 1e-12)[:, None]).astype(np.float16))
-            if of_text is not None:
-                texts.append(
-                    (
-                        of_text / np.maximum(np.linalg.norm(of_text, axis=1, keepdims=True), 1e-12)
-                    ).astype(np.float16)
-                )
-            places.append(place_of[key])
-            said.append(captioned)
+            sample = _sample(spec, members, place, images[place].caption)
+            if samples:
+                _refuse_unlike(sample, samples[0])
         except (KeyError, ValueError, TypeError) as e:
             what = f"has no {e.args[0]}" if isinstance(e, KeyError) else str(e)
             skipped.append(f"{tar}: sample '{uid}' {what}")
-    if len(skipped) > MAX_UNREADABLE * len(seen):
+        else:
+            samples.append(sample)
+    _check_samples(tar, samples, skipped, len(seen), captions)
+    arrays = _stacked(samples, captions)
+    metadata = {
+        "image_path": [images[s.place].key for s in samples],
+        "caption": [s.captions[0] for s in samples],
+        IMAGE: [s.place for s in samples],
+        "more_captions": [s.captions[1:] for s in samples],
+    }
+    write_shard(folder, shard, shards, arrays, metadata, skipped)
+
+
+def _sample(spec: Reinforced, members: dict[str, bytes], place: int, caption: str) -> Sample:
+    """Return a sample's part of this teacher; raise KeyError or ValueError where it is broken."""
+    arrays = _arrays(members)
+    image = arrays["image_emb"]
+    views = parameters(members["paug.json"], spec.image_size)
+    synthetic = json.loads(members.get("syn.json", b"{}"))
+    if not isinstance(synthetic, dict):
+        raise ValueError("has a syn.json that is no mapping")
+    captions, text = _captions(caption, synthetic, arrays)
+    if len(views) != len(image):
+        raise ValueError(f"{len(views)} views and {len(image)} rows")
+    norm, rows = _unit(_columns(image, spec))
+    texts = None
+    if text is not None:
+        texts = _unit(_columns(text, spec))[1]
+    return Sample(place, norm, views, rows, captions, texts)
+
+
+def _unit(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the norms [n], and the rows [n, D] divided by them, float16."""
+    norm = np.linalg.norm(rows, axis=1)
+    return norm, (rows / np.maximum(norm, 1e-12)[:, None]).astype(np.float16)
+
+
+def _refuse_unlike(sample: Sample, first: Sample) -> None:
+    """Raise ValueError for a sample of other shapes than the shard's first."""
+    if first.texts is not None and sample.texts is not None:
+        given, wanted = len(sample.texts), len(first.texts)
+        if given != wanted:
+            raise ValueError(f"{given} captions, and others have {wanted}")
+    if sample.rows.shape != first.rows.shape or sample.views.shape != first.views.shape:
+        raise ValueError(
+            f"rows {sample.rows.shape} of views {sample.views.shape}, and others have "
+            f"{first.rows.shape} of {first.views.shape}"
+        )
+
+
+def _check_samples(
+    tar: Path, samples: list[Sample], skipped: list[str], seen: int, captions: bool
+) -> None:
+    if len(skipped) > MAX_UNREADABLE * seen:
         raise EdgeclipError(
             tar,
-            f"{len(skipped)} of {len(seen)} samples are broken, more than {MAX_UNREADABLE:.0%} (first: {skipped[0]})",
+            f"{len(skipped)} of {seen} samples are broken, more than {MAX_UNREADABLE:.0%} "
+            f"(first: {skipped[0]})",
             "repair the shard",
         )
-    if not rows:
+    if not samples:
         raise EdgeclipError(
             tar,
             "has no sample of any image of the data",
             "check the recipe's teacher.join, or remove the shard",
         )
-    if captions and len(texts) != len(rows):
+    if captions and any(s.texts is None for s in samples):
         raise EdgeclipError(
             tar,
             "has no text_emb, and a loss or student.text needs the captions' features",
             "drop what needs them",
         )
-    table = np.empty(len(rows), record(*records[0][2].shape))
-    table["image"], table["norm"], table["view"] = (
-        np.array([r[i] for r in records]) for i in range(3)
-    )
-    unit = np.stack(rows)
-    arrays = {"img_emb": unit[:, 0], "records": table}
-    if unit.shape[1] > 1:
-        arrays["more_views"] = unit[:, 1:]
+
+
+def _stacked(samples: list[Sample], captions: bool) -> dict[str, np.ndarray]:
+    """Return the shard's arrays, by the folder that each belongs in."""
+    table = np.empty(len(samples), record(*samples[0].views.shape))
+    table[IMAGE] = [s.place for s in samples]
+    table["norm"] = np.stack([s.norm for s in samples])
+    table["view"] = np.stack([s.views for s in samples])
+    rows = np.stack([s.rows for s in samples])
+    arrays = {"img_emb": rows[:, 0], "records": table}
+    if rows.shape[1] > 1:
+        arrays["more_views"] = rows[:, 1:]
     if captions:
-        of_captions = np.stack(texts)
-        arrays["text_emb"] = of_captions[:, 0]
-        if of_captions.shape[1] > 1:
-            arrays["more_captions"] = of_captions[:, 1:]
-    metadata = {
-        "image_path": [images[i].key for i in places],
-        "caption": [c[0] for c in said],
-        "image": places,
-        "more_captions": [c[1:] for c in said],
-    }
-    write_shard(folder, shard, shards, arrays, metadata, skipped)
+        texts = np.stack([s.texts for s in samples if s.texts is not None])
+        arrays["text_emb"] = texts[:, 0]
+        if texts.shape[1] > 1:
+            arrays["more_captions"] = texts[:, 1:]
+    return arrays
 
 
 def parameters(paug: bytes, size: int) -> np.ndarray:
-    """[K, 5 + 2 A] view parameters (`views`) of a sample's param_aug; A operations a view."""
+    """Return [K, 5 + 2 A] view parameters (`views`) of a sample's param_aug, A operations a
+    view."""
     value = json.loads(paug)["param_aug"]
+    if isinstance(value, str):
+        value = json.loads(value)
     views = []
-    for (top, left, height, width), operations in (
-        json.loads(value) if isinstance(value, str) else value
-    ):
+    for (top, left, height, width), operations in value:
         flat = [left, top, width, height, 0]
         for number, magnitude in operations:
             if number not in range(len(OPERATIONS)):
                 raise ValueError(f"has operation {number}, and RandAugment has {len(OPERATIONS)}")
-            flat += [
-                number,
-                magnitude / size if OPERATIONS[int(number)].startswith("Translate") else magnitude,
-            ]
+            in_pixels = OPERATIONS[int(number)].startswith("Translate")
+            flat += [number, magnitude / size if in_pixels else magnitude]
         views.append(flat)
     return np.array(views, np.float32)
 
@@ -195,17 +238,17 @@ def _columns(rows: np.ndarray, spec: Reinforced) -> np.ndarray:
 
 
 def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(uid, its members) in the tar's order; only members that are a teacher's are read."""
-    uid, members = "", dict[str, bytes]()
+    """Yield (uid, its members) in the tar's order; only members that are a teacher's are read."""
+    uid = ""
+    members: dict[str, bytes] = {}
     try:
         with tarfile.open(tar, "r:") as opened:
             for member in opened:
                 name, _, suffix = member.name.rpartition("/")[2].partition(".")
                 if not member.isfile() or suffix not in MEMBERS:
                     continue
-                if (
-                    name != uid and members
-                ):  # WebDataset's rule: a sample's members follow one another
+                # WebDataset's rule: a sample's members follow one another.
+                if name != uid and members:
                     yield uid, members
                     members = {}
                 uid = name
@@ -213,7 +256,8 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                     raise EdgeclipError(
                         tar, f"has two members '{member.name}'", "repair or remove the shard"
                     )
-                members[suffix] = opened.extractfile(member).read()  # type: ignore[union-attr]  # a file, asked above
+                content = opened.extractfile(member)
+                members[suffix] = content.read() if content else b""
                 if len(members[suffix]) != member.size:
                     raise tarfile.ReadError(f"'{member.name}' is cut off")
             refuse_cut(opened)
@@ -226,20 +270,28 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 def _captions(
     own: str, synthetic: dict[str, list[str]], arrays: dict[str, np.ndarray]
 ) -> tuple[list[str], np.ndarray | None]:
-    """(captions, their features [C, E]; None where there are none): the data's own first, then each
-    captioner's by name."""
+    """Return (captions, their features [C, E]; None where there are none).
+
+    The data's own caption comes first, then each captioner's by name.
+    """
     lists = {k: v for k, v in sorted(synthetic.items()) if k.startswith("syn_text")}
-    everything = [own, *(c for v in lists.values() for c in v)]
+    everything = [own]
+    for captions in lists.values():
+        everything += captions
     if "text_emb" not in arrays:
         return everything, None
-    apart = {k: (said, arrays[f"{k}_emb"]) for k, said in lists.items() if f"{k}_emb" in arrays}
-    parts = {"text": ([own] if apart else everything, arrays["text_emb"])} | apart
-    for name, (said, rows) in parts.items():
-        if len(said) != len(rows):
-            raise ValueError(f"{len(said)} captions and {len(rows)} rows ({name})")
-    return [c for said, _ in parts.values() for c in said], np.concatenate(
-        [rows for _, rows in parts.values()]
-    )
+    apart = {}
+    for name, captions in lists.items():
+        if f"{name}_emb" in arrays:
+            apart[name] = (captions, arrays[f"{name}_emb"])
+    together = [own] if apart else everything
+    parts = {"text": (together, arrays["text_emb"]), **apart}
+    named: list[str] = []
+    for name, (captions, rows) in parts.items():
+        if len(captions) != len(rows):
+            raise ValueError(f"{len(captions)} captions and {len(rows)} rows ({name})")
+        named += captions
+    return named, np.concatenate([rows for _, rows in parts.values()])
 
 
 def _arrays(members: dict[str, bytes]) -> dict[str, np.ndarray]:

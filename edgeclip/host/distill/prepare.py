@@ -128,18 +128,17 @@ def teacher_cache(
 
     tower: the teacher's, folded. out: its folder, instead of cache/<fingerprint>.
     """
-    return cache.build(
-        CACHE,
+    ingredients = cache.Ingredients(
         teacher,
         tower,
         dataset,
         inputs.recipe.views,
         inputs.recipe.seed,
-        captions=captions,
-        device=inputs.device,
-        threads=inputs.recipe.train.threads,
-        out=out,
+        captions,
+        inputs.device,
+        inputs.recipe.train.threads,
     )
+    return cache.build(CACHE, ingredients, out)
 
 
 def stage_1_data(labeled: Dataset) -> Dataset:

@@ -17,9 +17,9 @@ from edgeclip.host.recipe import Conse, Timm
 from edgeclip.host.teachers import Teacher, TextTower, sentence
 from edgeclip.host.towers import weights
 
-ANCHORS = "all synonyms, centered"
-"""Part of the teacher's identity: change it with the anchors, or an old cache is taken for a new
-one."""
+ANCHORS = "all synonyms, centred"
+"""Part of the teacher's identity, whose words are spelled as in 0.1: an identity names the caches
+that users have. Change it with the anchors, or an old cache is taken for a new one."""
 
 
 class ConseTower(nn.Module):
@@ -71,7 +71,7 @@ def load(spec: Conse) -> Teacher:
             "anchors": ANCHORS,
             "anchor_prompt": spec.anchor_prompt,
             "temperature": spec.temperature,
-            "center_texts": spec.center_texts,
+            "centre_texts": spec.center_texts,
         },
         preprocess=preprocess,
         logit_scale=spec.logit_scale,

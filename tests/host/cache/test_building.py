@@ -16,7 +16,7 @@ import torch
 from edgeclip import disk
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache
-from edgeclip.host.cache import assemble, building
+from edgeclip.host.cache import assemble, live
 from edgeclip.host.recipe import Views
 from tests.support.files import snapshot
 from tests.support.images import encoded, toy_image
@@ -25,7 +25,7 @@ from tests.support.toy_cache import build, dataset, teacher
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(building, "SHARD_IMAGES", (4, 4))
+    monkeypatch.setattr(live, "SHARD_IMAGES", (4, 4))
 
 
 def partial(tmp_path):
@@ -43,7 +43,7 @@ class Stop(Exception):
 
 def stopping_after(count, monkeypatch):
     """A build that dies when the next shard is to be written."""
-    write, done = building.write_shard, []
+    write, done = live.write_shard, []
 
     def until(*arguments):
         if len(done) == count:
@@ -51,7 +51,7 @@ def stopping_after(count, monkeypatch):
         done.append(1)
         write(*arguments)
 
-    monkeypatch.setattr(building, "write_shard", until)
+    monkeypatch.setattr(live, "write_shard", until)
     return done
 
 
@@ -92,7 +92,7 @@ def test_an_interrupted_build_goes_on_at_its_first_unfinished_shard(tmp_path, fo
     resumed, fresh = build(tmp_path, dataset(folder)), None
     assert len(made) == 1
     monkeypatch.undo()
-    monkeypatch.setattr(building, "SHARD_IMAGES", (4, 4))
+    monkeypatch.setattr(live, "SHARD_IMAGES", (4, 4))
     fresh = build(tmp_path / "fresh", dataset(folder))
     assert snapshot(resumed.folder) == snapshot(fresh.folder) and [
         p.name for p in (tmp_path / "cache").iterdir()
@@ -109,7 +109,7 @@ def test_what_was_damaged_meanwhile_is_made_anew(tmp_path, folder, monkeypatch, 
     (partial(tmp_path) / "records" / "records_0.npy").unlink()
     resumed = build(tmp_path, dataset(folder))
     said = capsys.readouterr().err
-    assert "shard 1 of 3 is made anew" in said
+    assert "shard 1 of 3 is made again" in said
     assert "records_0.npy is missing" in said
     assert "img_emb_1.npy was changed" in said
     assert snapshot(resumed.folder) == snapshot(build(tmp_path / "fresh", dataset(folder)).folder)
@@ -117,7 +117,7 @@ def test_what_was_damaged_meanwhile_is_made_anew(tmp_path, folder, monkeypatch, 
 
 def test_a_killed_process_leaves_a_build_that_goes_on(tmp_path, folder, monkeypatch):
     """SIGKILL in the middle of a shard: no lock, no half shard is left in the way."""
-    slow = building._rows
+    slow = live._rows
 
     def killed(job, pixels, calls=[]):  # noqa: B006
         calls.append(1)
@@ -127,7 +127,7 @@ def test_a_killed_process_leaves_a_build_that_goes_on(tmp_path, folder, monkeypa
 
     if (pid := os.fork()) == 0:
         torch.set_num_threads(1)
-        building._rows = killed
+        live._rows = killed
         build(tmp_path, dataset(folder))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
@@ -178,14 +178,14 @@ def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_starts(
 
 def test_two_processes_share_the_work_and_neither_corrupts(tmp_path, folder, capfd):
     """Both are started on the same cache at once; each shard is made by one of them, and both end with the whole."""
-    rows, fork = building._rows, multiprocessing.get_context("fork")
+    rows, fork = live._rows, multiprocessing.get_context("fork")
 
     def start(i):
         torch.set_num_threads(1)
-        building._rows = lambda job, pixels: (time.sleep(0.02), rows(job, pixels))[1]
-        building.write_shard, write = (
+        live._rows = lambda job, pixels: (time.sleep(0.02), rows(job, pixels))[1]
+        live.write_shard, write = (
             lambda *a: (print(f"process {i} made {a[1]}", flush=True), write(*a))[1],
-            building.write_shard,
+            live.write_shard,
         )
         assert len(build(tmp_path, dataset(folder)).rows) == 12
 
@@ -204,91 +204,53 @@ def test_two_processes_share_the_work_and_neither_corrupts(tmp_path, folder, cap
 def test_a_rank_starts_with_its_own_shards(tmp_path, folder, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    order, write = [], building.write_shard
-    monkeypatch.setattr(building, "write_shard", lambda *a: (order.append(a[1]), write(*a)))
+    order, write = [], live.write_shard
+    monkeypatch.setattr(live, "write_shard", lambda *a: (order.append(a[1]), write(*a)))
     build(tmp_path, dataset(folder))
     assert order == [1, 0, 2]
 
 
-def test_another_cache_in_the_named_folder_is_refused_with_what_differs(tmp_path, folder):
-    def into(out, t=None, **changes):
-        t = t or teacher()
-        arguments = {"captions": False, "device": torch.device("cpu"), "threads": 2, "out": out}
-        return cache.build(
-            tmp_path / "cache",
-            t,
-            t.tower,
-            dataset(folder),
-            changes.get("views", Views(count=3)),
-            changes.get("seed", 0),
-            **arguments,
-        )
+def into(out, folder, t=None, views=Views(count=3), seed=0):  # noqa: B008
+    """Build a cache of `folder`'s images in a folder of its own."""
+    t = t or teacher()
+    cpu = torch.device("cpu")
+    ingredients = cache.Ingredients(t, t.tower, dataset(folder), views, seed, False, cpu, 2)
+    return cache.build(out.parent / "cache", ingredients, out)
 
-    made = into(tmp_path / "mine")
-    assert into(tmp_path / "mine").folder == made.folder == tmp_path / "mine"
-    before = snapshot(tmp_path / "mine")
+
+def test_another_cache_in_the_named_folder_is_refused_with_what_differs(tmp_path, folder):
+    mine = tmp_path / "mine"
+    made = into(mine, folder)
+    assert into(mine, folder).folder == made.folder == mine
+    before = snapshot(mine)
     with pytest.raises(
         EdgeclipError, match=r"is another teacher cache \(teacher.is was toy, now other\)"
     ):
-        into(tmp_path / "mine", teacher(identity={"is": "other"}))
+        into(mine, folder, teacher(identity={"is": "other"}))
     with pytest.raises(EdgeclipError, match=r"seed was 0, now 1; views.count was 3, now 2"):
-        into(tmp_path / "mine", seed=1, views=Views(count=2))
-    assert snapshot(tmp_path / "mine") == before
+        into(mine, folder, seed=1, views=Views(count=2))
+    assert snapshot(mine) == before
 
 
 def test_a_changed_recipe_does_not_go_on_with_half_of_another_cache(tmp_path, folder, monkeypatch):
-    arguments = {
-        "captions": False,
-        "device": torch.device("cpu"),
-        "threads": 2,
-        "out": tmp_path / "mine",
-    }
+    mine = tmp_path / "mine"
     with monkeypatch.context() as patch:
         stopping_after(1, patch)
         with pytest.raises(Stop):
-            cache.build(
-                tmp_path,
-                teacher(),
-                teacher().tower,
-                dataset(folder),
-                Views(count=3),
-                0,
-                **arguments,
-            )
+            into(mine, folder)
     with pytest.raises(
         EdgeclipError,
         match=r"\.mine\.partial: is another teacher cache \(views.flip was 0.5, now 0.25\); delete it",
     ):
-        cache.build(
-            tmp_path,
-            teacher(),
-            teacher().tower,
-            dataset(folder),
-            Views(count=3, flip=0.25),
-            0,
-            **arguments,
-        )
-    assert (
-        len(
-            cache.build(
-                tmp_path,
-                teacher(),
-                teacher().tower,
-                dataset(folder),
-                Views(count=3),
-                0,
-                **arguments,
-            ).rows
-        )
-        == 12
-    )
+        into(mine, folder, views=Views(count=3, flip=0.25))
+    assert len(into(mine, folder).rows) == 12
 
 
 def test_hours_of_a_teacher_are_not_spent_silently_on_a_changed_field(tmp_path, folder, capsys):
     build(tmp_path, dataset(folder))
     capsys.readouterr()
     build(tmp_path, dataset(folder), seed=3)
-    assert "is of others (seed was 0, now 3)" in capsys.readouterr().err
+    assert "differs (seed was 0, now 3)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["shorter", "missing", "unfinished", "old"])
@@ -339,11 +301,11 @@ def test_stored_views_that_no_longer_give_their_rows_are_refused(tmp_path, folde
 
 def test_a_replay_that_is_not_a_number_is_refused(tmp_path, folder, monkeypatch):
     """The teacher's rows become NaN between the last shard and the replay."""
-    finish, rows = assemble._finish, building._rows
+    finish, rows = assemble._finish, live._rows
 
     def spoilt(*arguments):
         monkeypatch.setattr(
-            building, "_rows", lambda job, pixels: rows(job, pixels) * np.float32(np.nan)
+            live, "_rows", lambda job, pixels: rows(job, pixels) * np.float32(np.nan)
         )
         finish(*arguments)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from edgeclip.device.preprocess import normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache
+from edgeclip.host.cache import building
 from edgeclip.host.recipe import Views
 from tests.support.files import snapshot
 from tests.support.images import toy_image, truncated_jpeg
@@ -174,7 +175,7 @@ def test_one_unreadable_image_in_a_hundred_is_skipped_and_named(tmp_path, folder
         shutil.copy(folder / "00.png", folder / f"x{i:03d}.png")
     truncated_jpeg(folder / "half.jpg")
     made = build(tmp_path, dataset(folder))
-    assert len(made.images) == len(made.rows) == len(made.views) == made.manifest["images"] == 112
+    assert len(made.images) == len(made.rows) == len(made.views) == made.manifest["pictures"] == 112
     assert all(p.key != "half.jpg" for p in made.images)
     assert len(made.manifest["skipped"]) == 1 and "half.jpg" in made.manifest["skipped"][0]
     with Image.open(made.images[-1].path) as image:  # rows still belong to their images
@@ -194,3 +195,25 @@ def test_more_than_one_percent_unreadable_is_refused_and_nothing_is_left(tmp_pat
 def test_no_image_at_all_is_a_users_error(tmp_path, folder):
     with pytest.raises(EdgeclipError, match="no images to train on"):
         build(tmp_path, dataset(folder)._replace(train=[]))
+
+
+def test_the_name_of_a_cache_is_what_edgeclip_0_1_gave_it(folder):
+    """An identity's words never change: a recipe of 0.1 finds the cache that it made."""
+    cpu = torch.device("cpu")
+    t = teacher(identity={"kind": "toy", "seed": 7})
+    data = dataset(folder)
+    ingredients = cache.Ingredients(t, t.tower, data, Views(count=3), 5, True, cpu, 2)
+    description = building.describe(ingredients)
+    assert description["pictures"] == 12
+    assert set(description) == {
+        "captions",
+        "classes",
+        "data",
+        "format",
+        "pictures",
+        "preprocess",
+        "seed",
+        "teacher",
+        "templates",
+        "views",
+    }

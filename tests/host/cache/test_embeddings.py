@@ -70,17 +70,10 @@ def dataset(photos, classes=()):
 def build(tmp_path, root, photos, captions=False, classes=(), **fields):
     teacher = teachers.load(R.Embeddings(root=str(root), **fields))
     data = dataset(photos, classes)
-    return cache.build(
-        tmp_path / "cache",
-        teacher,
-        teachers.folded(teacher),
-        data,
-        R.Views(),
-        0,
-        captions=captions,
-        device=torch.device("cpu"),
-        threads=2,
-    )
+    tower = teachers.folded(teacher)
+    cpu = torch.device("cpu")
+    ingredients = cache.Ingredients(teacher, tower, data, R.Views(), 0, captions, cpu, 2)
+    return cache.build(tmp_path / "cache", ingredients)
 
 
 def test_every_image_finds_its_row_and_its_caption(tmp_path, photos):
@@ -136,14 +129,14 @@ def test_teachers_are_joined_only_when_their_rows_are_of_the_same_images_and_vie
     fewer = build(tmp_path, embeddings(tmp_path / "fewer", KEYS[1:]), photos, partial=True)
     moved = build(tmp_path, embeddings(tmp_path / "moved", KEYS[:-1]), photos, partial=True)
     for first, other, what in (
-        (whole, fewer, r"holds 23 images in 1 views, others than"),
-        (moved, fewer, "holds other images than"),
+        (whole, fewer, r"has 23 images x 1 views, which differ from those of"),
+        (moved, fewer, "has images that are not those of"),
     ):
         with pytest.raises(EdgeclipError, match=what):
             cache.refuse_other_views(first, other)
     drawn = whole._replace(views=np.ones((COUNT, 1, 5), np.float32))
     cache.refuse_other_views(whole, drawn)  # of embeddings no view is known: it is CLIP's own
-    with pytest.raises(EdgeclipError, match="holds other views than"):
+    with pytest.raises(EdgeclipError, match="has views that are not those of"):
         cache.refuse_other_views(drawn, drawn._replace(views=2 * drawn.views))
 
 
@@ -246,7 +239,7 @@ def test_what_a_loss_lacks_is_refused_by_name(shop):
     mistake(
         "distill",
         write(shop, TRAINS.replace("text_encoder: false", "")),
-        says="text_encoder: the teacher has none to ship",
+        says="text_encoder: the teacher has no text encoder to ship",
     )
     mistake(
         "distill",
@@ -386,9 +379,9 @@ def test_what_clip_retrievals_own_writer_wrote_is_a_teacher(theirs, tmp_path, ph
 
 @pytest.mark.slow
 def test_embedding_reader_reads_ours(theirs, tmp_path, folder, monkeypatch):
-    from edgeclip.host.cache import building
+    from edgeclip.host.cache import live
 
-    monkeypatch.setattr(building, "SHARD_IMAGES", (1, 1))  # twelve shards: their names must sort
+    monkeypatch.setattr(live, "SHARD_IMAGES", (1, 1))  # twelve shards: their names must sort
     made = toy_cache.build(tmp_path, toy_cache.dataset(folder))
     width, keys = json.loads(theirs(READ, made.folder, tmp_path / "read.npy"))
     assert width == toy_cache.D and keys == [p.key for p in made.images]

@@ -90,17 +90,9 @@ def build(tmp_path, data, captions=True, cache_name="cache", **fields):
     teacher = teachers.load(
         R.Reinforced(root=str(tmp_path), shards="dr*.tar", **({"columns": (0, 6)} | fields))
     )
-    return cache.build(
-        tmp_path / cache_name,
-        teacher,
-        None,
-        data,
-        R.Views(),
-        0,
-        captions=captions,
-        device=torch.device("cpu"),
-        threads=2,
-    )
+    cpu = torch.device("cpu")
+    ingredients = cache.Ingredients(teacher, None, data, R.Views(), 0, captions, cpu, 2)
+    return cache.build(tmp_path / cache_name, ingredients)
 
 
 @pytest.mark.parametrize("kind", ["npz", "pth.gz"])
