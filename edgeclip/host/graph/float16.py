@@ -4,6 +4,10 @@ TensorRT's strongly typed network takes the types as they stand, so nothing may 
 and output stay float32, and so does what follows the last product: the L2 norm's sum of squares
 soon leaves float16 (its largest value is 65504). Constants are held inside float16's range: a mask
 of -inf becomes -1e4, which a softmax takes for the same.
+
+onnxruntime.transformers.float16.convert_float_to_float16 (1.31, with keep_io_types and the L2 norm
+as node_block_list) does not do it: it casts to float16 and back between each two nodes that it is
+to leave alone, out of the graph's order, and gives two nodes one name, which ONNX Runtime refuses.
 """
 
 import copy

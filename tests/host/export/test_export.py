@@ -413,3 +413,24 @@ def test_texts_that_ship_as_golden_have_torchs_answers(shipped_bundle, source):
         np.load(folder / "golden" / "text_features.npy"),
         atol=1e-5,
     )
+
+
+def test_a_wrong_trace_and_a_wrong_vocabulary_are_refused_with_a_number(source):
+    from edgeclip.errors import WrongGraph
+    from edgeclip.host.export import write
+
+    golden = write.golden_answers(source)
+    x = torch.from_numpy(golden.inputs)
+    model = graph.to_onnx(source.image_encoder, x[:1], "pixels", "image_features", 18)
+    write.compare("image", model, golden.inputs, golden.features)
+    for wrong in (golden.features + 1e-3, np.full_like(golden.features, np.nan)):
+        with pytest.raises(
+            WrongGraph, match="image encoder: the exported graph differs from torch"
+        ):
+            write.compare("image", model, golden.inputs, wrong)
+
+    text = source.load_text()
+    ids = np.array([[1, 2, 3]])
+    write._compare_pruned(text, ids, text, ids)
+    with pytest.raises(WrongGraph, match="removing tokens changed the features"):
+        write._compare_pruned(text, ids, text, ids[:, ::-1].copy() + 1)
