@@ -126,7 +126,7 @@ def state(folder: str, root: Path = ROOT) -> State:
     while not place.exists():
         place = place.parent
     disk = os.statvfs(place)
-    governors = {_read(core / "scaling_governor") for core in _cpufreq(root)} - {None}
+    governors = {_read(core / "scaling_governor") or "" for core in _cpufreq(root)} - {""}
     return State(
         time=time.time(),
         free_disk_mib=disk.f_bavail * disk.f_frsize // 2**20,

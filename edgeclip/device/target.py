@@ -11,12 +11,12 @@ from edgeclip import config
 from edgeclip.config import BrokenRule, Config
 
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
-PRECISIONS = {
+PRECISIONS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("fp32", "fp16", "int8"),
     "openvino": ("fp32", "fp16", "int8"),
     "tensorrt": ("fp16", "int8", "fp8"),
 }
-TEXT_PRECISIONS = {
+TEXT_PRECISIONS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("fp32", "fp16", "int8"),
     "openvino": ("fp32", "fp16", "int8"),
     "tensorrt": ("fp16",),

@@ -338,8 +338,8 @@ def _sets(evaluation: Evaluation, reference: Decisions, own: Decisions) -> tuple
         if not s.rows:
             continue
         accuracy = _accuracy(reference.right[part], own.right[part])
-        about = {"name": s.name, "note": s.note, "classes": len(s.classes)}
-        rows.append(SetAccuracy(**about, **to_json(accuracy)))
+        row = SetAccuracy(name=s.name, note=s.note, classes=len(s.classes), **to_json(accuracy))
+        rows.append(row)
     return tuple(rows)
 
 
