@@ -8,43 +8,17 @@ import csv
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from edgeclip.device.images import ImageRef, index_folder, index_tar
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host import recipe as R
+from edgeclip.host.data import openmoji
+from edgeclip.host.data.dataset import Dataset, EvaluationSet
 from edgeclip.host.data.index import index
 from edgeclip.host.data.shards import find
 
-
-class EvaluationSet(NamedTuple):
-    name: str
-    images: list[ImageRef]
-    classes: list[int]
-    """the class list that is active when this set is scored: indices into Dataset.classes"""
-    note: str
-    """how to read its figure: transductive or not, style, chance is added by the report"""
-    headline: bool = True
-    """False: kept for parity only, never scored for the teacher"""
-    shift: bool = False
-    """of another style or set than what was trained on"""
-    seen: bool = False
-    """its images are training images, and its figure says so"""
-
-
-class Dataset(NamedTuple):
-    name: str
-    license: str
-    classes: list[str]
-    """class names in index order; empty: the images have captions only"""
-    templates: tuple[str, ...]
-    labeled: list[ImageRef]
-    """what the teacher may be adapted on"""
-    train: Sequence[ImageRef]
-    """what the student sees, without labels"""
-    train_classes: list[int]
-    """the class list of the distillation losses: no class that is held out from training"""
-    evaluation: list[EvaluationSet]
+__all__ = ["DATASETS", "Dataset", "EvaluationSet", "load", "shift_sets"]
 
 
 def load(spec: R.Data, cache: Path) -> Dataset:
@@ -263,14 +237,8 @@ def _csv(spec: R.Csv, cache: Path) -> Dataset:
     return Dataset(spec.name, spec.license, [], (), [], images, [], [])
 
 
-def _openmoji(spec: R.OpenMoji, cache: Path) -> Dataset:
-    from edgeclip.host.data import openmoji
-
-    return openmoji.load(spec, cache)
-
-
 DATASETS: dict[type, Callable[[Any, Path], Dataset]] = {
-    R.OpenMoji: _openmoji,
+    R.OpenMoji: openmoji.load,
     R.WebDataset: _webdataset,
     R.Folders: _folders,
     R.Csv: _csv,

@@ -27,6 +27,7 @@ BATCH = 4096
 FORMAT = 2
 """of an index; higher when `images.index_tar` finds what it did not find before, so that no older
 index is taken"""
+COUNT = "pictures"  # on disk the word of 0.1, whose indexes are read
 SCHEMA = pa.schema(
     {
         "key": pa.string(),
@@ -46,7 +47,8 @@ class ImageIndex(Lookup):
     def __init__(self, path: Path, shards: Sequence[Path]):
         self.shards = shards
         facts = disk.read_json(path.with_suffix(".json"))
-        self._count, self.digests = facts["images"], facts["digests"]
+        self._count: int = facts[COUNT]
+        self.digests: list[str] = facts["digests"]
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self._batch: Callable[[int], Any] = functools.lru_cache(64)(self._reader.get_batch)
 
@@ -117,7 +119,7 @@ def index(
         disk.write_json(
             path.with_suffix(".json"),
             {
-                "images": count,
+                COUNT: count,
                 "digests": [d.hexdigest() for d in digests],
                 "shards": [p.name for p in shards],
             },

@@ -1,11 +1,16 @@
 """Data sets: nothing that is held out is ever seen, and every mistake in a folder is named."""
 
-import pytest
+import io
 
+import pytest
+from PIL import Image
+
+from edgeclip import disk
 from edgeclip.device import images
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import data
 from edgeclip.host import recipe as R
+from edgeclip.host.data import openmoji as openmoji_set
 from tests.support.files import REPO
 from tests.support.images import encoded, toy_image
 from tests.support.optional import require
@@ -192,10 +197,35 @@ def test_concepts_are_split_60_15_25_and_every_one_once(openmoji):
 
 
 def test_a_line_drawing_is_in_no_training(openmoji):
-    assert {p.key.split("/")[0] for p in openmoji.train} == {"color"}
+    assert {p.key.split("/")[0] for p in openmoji.train} == {"colour"}
     assert {p.key.split("/")[0] for p in openmoji.evaluation[2].images} == {
         "line"
     } and openmoji.evaluation[2].shift
+
+
+def test_rasterized_drawings_are_named_as_0_1_named_them(tmp_path):
+    """An image's key seeds its views and is part of a cache's fingerprint."""
+    resvg_py = require("resvg_py", "pip install 'edgeclip[demo]'")
+    drawing = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 4">'
+        '<g id="color"><rect width="4" height="4" fill="red"/></g>'
+        '<g id="line"><rect width="2" height="4"/></g></svg>'
+    )
+    (tmp_path / "a.svg").write_text(drawing)
+    out = tmp_path / "out"
+    openmoji_set.rasterize([tmp_path / "a.svg"] * 2, 4, out, resvg_py.svg_to_bytes)
+
+    assert disk.read_manifest(out, "rasterised pictures")["licence"] == "OpenMoji, CC BY-SA 4.0"
+    color = images.index_tar(out / "colour.tar")
+    line = images.index_tar(out / "line.tar")
+    assert [p.key for p in color + line] == [
+        "colour/00000",
+        "colour/00001",
+        "line/00000",
+        "line/00001",
+    ]
+    corner = [Image.open(io.BytesIO(images.read(p))).getpixel((3, 3))[:3] for p in color + line]
+    assert corner == [(255, 0, 0)] * 2 + [(255, 255, 255)] * 2
 
 
 def test_no_skin_tone_and_no_name_occurs_twice(openmoji):

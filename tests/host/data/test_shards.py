@@ -1,6 +1,8 @@
 """Shards by glob, range and command; an index that costs no memory; decoding no more of a JPEG than a view needs."""
 
 import io
+import json
+import os
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -96,6 +98,32 @@ def test_an_index_gives_what_the_shards_hold_and_is_made_once(tmp_path):
     assert len(index(shards, tmp_path / "cache", reading)) == 11
     with pytest.raises(IndexError):
         found[15]
+
+
+def test_the_index_of_0_1_is_found_and_read(tmp_path):
+    """The name of its file and its facts, as 0.1 wrote them for this shard."""
+    shard_path = tmp_path / "0.tar"
+    shard_path.write_bytes(bytes(10240))
+    os.utime(shard_path, (1, 1))
+    images = [
+        ImageRef("0/a", str(shard_path), 512, 7, 0, "a cat"),
+        ImageRef("0/b", str(shard_path), 1536, 9, 1, "a dog"),
+    ]
+    index([shard_path], tmp_path, lambda _: images)
+    facts = tmp_path / "index" / "799ab30c4ca516c8.json"
+    of_0_1 = {
+        "pictures": 2,
+        "digests": [
+            "df7f4080607534d21657ab168d9524845b27256c87b0f0beb1aa918ece9ac1d2",
+            "1d0e0b04da123696a4ca81046a6c2f425874782313ffb8f3064b4da743380c3b",
+        ],
+        "shards": ["0.tar"],
+    }
+    assert json.loads(facts.read_text()) == of_0_1
+
+    again = index([shard_path], tmp_path, lambda _: pytest.fail("the index was made again"))
+    assert list(again) == images
+    assert again.digests == of_0_1["digests"]
 
 
 def test_reading_an_index_takes_no_memory_that_grows_with_it(tmp_path):

@@ -1,0 +1,40 @@
+"""The records that every kind of data set is loaded into."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from edgeclip.device.images import ImageRef
+
+
+class EvaluationSet(NamedTuple):
+    """Images that are scored together, over one class list."""
+
+    name: str
+    images: list[ImageRef]
+    classes: list[int]
+    """the class list that is active when this set is scored: indices into Dataset.classes"""
+    note: str
+    """how to read its figure: transductive or not, style; the report adds chance"""
+    headline: bool = True
+    """False: kept for parity only, never scored for the teacher"""
+    shift: bool = False
+    """of another style or data set than what was trained on"""
+    seen: bool = False
+    """its images are training images, and its figure says so"""
+
+
+class Dataset(NamedTuple):
+    """A data set: what is labeled, what is only seen, what is scored."""
+
+    name: str
+    license: str
+    classes: list[str]
+    """class names in index order; empty: the images have captions only"""
+    templates: tuple[str, ...]
+    labeled: list[ImageRef]
+    """what the teacher may be adapted on"""
+    train: Sequence[ImageRef]
+    """what the student sees, without labels"""
+    train_classes: list[int]
+    """the class list of the distillation losses: no class that is held out from training"""
+    evaluation: list[EvaluationSet]
