@@ -39,7 +39,10 @@ BLOCK = re.compile(
 
 def short(value: float, digits: int = 3) -> str:
     """Return a share as the pages write it: .916, not 0.916."""
-    return f"{value:.{digits}f}".replace("0.", ".", 1)
+    text = f"{value:.{digits}f}"
+    if abs(value) < 1:
+        return text.replace("0.", ".", 1)
+    return text
 
 
 def median(interval: dict[str, Any]) -> str:
@@ -101,6 +104,10 @@ def readings(runs: list[dict[str, Any]]) -> str:
     """Render each reading's gain over the default, the best one on average first."""
     rows = []
     for reading in readings_table.sorted_readings(runs):
+        if reading == readings_table.DEFAULT:
+            continue
+        if reading == readings_table.DEFAULT:
+            continue
         cells = [readings_table.cell(runs, name, reading) for name in readings_table.CHOOSE]
         rows.append([reading, *cells])
     return markdown(["reading", *readings_table.CHOOSE], rows)

@@ -11,7 +11,6 @@ same teacher, data and schedule are paired.
 
 import functools
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,12 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
-from edgeclip import disk
-
 REGIMES = {
     "full": "Every weight of the student trained from pixels",
     "small": "Every weight trained, the student at 80 px",
     "vit": "A vision transformer as the student, every weight trained",
     "frozen": "Frozen tower features, projector and EduAttention trained (fast, not the reference)",
 }
-MARKS = ("<!-- methods: start -->", "<!-- methods: end -->")
 BOOTSTRAPS = 10_000
 
 
@@ -62,7 +58,7 @@ def figure(run: dict[str, Any], prefix: str = "") -> float:
     )
 
 
-def _mean(of: dict[int, dict[str, Any]], prefix: str = "") -> float:
+def mean(of: dict[int, dict[str, Any]], prefix: str = "") -> float:
     return float(np.mean([figure(run, prefix) for run in of.values()]))
 
 
@@ -151,7 +147,7 @@ def tables(log: list[dict[str, Any]]) -> str:
         for name in sorted({s for r, s, _ in runs if r == regime}):
             own = {"teacher, adapted": runs.get(("teacher", name, "teacher"), {})}
             of_regime = {m: runs[regime, s, m] for r, s, m in runs if r == regime and s == name}
-            own |= dict(sorted(of_regime.items(), key=lambda x: -_mean(x[1])))
+            own |= dict(sorted(of_regime.items(), key=lambda x: -mean(x[1])))
             first = next(
                 iter(next(r for m, r in own.items() if r and m != "teacher, adapted").values())
             )
@@ -166,7 +162,7 @@ def tables(log: list[dict[str, Any]]) -> str:
                 if not of:
                     continue
                 without = (
-                    _mean(of, "without_edu_attention_")
+                    mean(of, "without_edu_attention_")
                     if next(iter(of.values())).get("alpha") is not None
                     else None
                 )
@@ -226,12 +222,12 @@ def judged(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
             goal = {"clothing": 0.89, "grocery": 0.34, "openmoji": 0.24}[name]
             required.append(
                 compare.exact(
-                    f"(a) {name}: adapted teacher", _mean(teacher), n=len(teacher), at_least=goal
+                    f"(a) {name}: adapted teacher", mean(teacher), n=len(teacher), at_least=goal
                 )
             )
         for regime, at_least in (("full", 1.0), ("small", 0.93)):
             if teacher and (student := runs.get((regime, name, "ComKD"), {})):
-                share = _mean(student) / _mean(teacher)
+                share = mean(student) / mean(teacher)
                 required.append(
                     compare.exact(
                         f"(b) {name}, {regime}: ComKD's student over its teacher",
@@ -271,17 +267,3 @@ def _above(what: str, d: dict[str, Any]) -> dict[str, Any]:
         "at_most": None,
         "verdict": verdict,
     }
-
-
-def put(text: str, page: Path) -> None:
-    """Replaces what lies between the two marks of `page`."""
-    whole = page.read_text(encoding="utf-8")
-    new, count = re.subn(
-        f"{MARKS[0]}.*{MARKS[1]}",
-        lambda _: f"{MARKS[0]}\n\n{text}\n{MARKS[1]}",
-        whole,
-        flags=re.DOTALL,
-    )
-    if count != 1:
-        raise SystemExit(f"{page}: has no '{MARKS[0]}' and '{MARKS[1]}' to write between")
-    disk.write_text(page, new)

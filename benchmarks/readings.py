@@ -23,12 +23,18 @@ from typing import Any, NamedTuple
 import common
 import methods
 import methods_table
-import numpy as np
 import toy
-from scipy import stats
+from readings_table import (
+    CHECK,
+    CHOOSE,
+    DEFAULT,
+    cell,
+    gains,
+    scores,
+    sorted_readings,
+)
 
 LOG = Path(__file__).parent.parent / "results" / "readings.jsonl"
-CHOOSE, CHECK = ("clothing", "grocery"), "openmoji"
 SEEDS = {"whole": range(3), "quick": range(3), "smoke": range(2)}
 COUNT = {"whole": None, "quick": 3, "smoke": 3}
 """of the readings, the first so many; None: all"""
@@ -47,7 +53,6 @@ def reading(
     }
 
 
-DEFAULT = "default: batch axis, unit, mean L1, lambda 100, C .1, FC on the query"
 READINGS: dict[str, dict[str, Any]] = {
     DEFAULT: reading(),
     "lambda 0": reading({"weight": 0}),
@@ -86,19 +91,21 @@ class Trial(NamedTuple):
     cache: Path
     heads: Path
     roots: tuple[str, ...]
-    recipe: Path | None
+    bench: methods.Bench | None
     """of every set; None: each set's own"""
 
 
 def runs(name: str, readings: list[str], trial: Trial) -> None:
     """Make the runs of set `name` that the log lacks."""
-    known = scores(trial.log)
+    known = scores(methods_table.read(trial.log))
     missing = [(r, s) for s in trial.seeds for r in readings if (name, r, s) not in known]
     if not missing:
         return
-    path = trial.recipe or methods.recipe_of(name, "frozen")
-    roots = tuple(r for r in trial.roots if r.partition("=")[0] == name)
-    bench = methods.prepare(path, "frozen", roots, trial.cache)
+    bench = trial.bench
+    if bench is None:
+        roots = tuple(r for r in trial.roots if r.partition("=")[0] == name)
+        recipe = methods.recipe_of(name, "frozen")
+        bench = methods.prepare(recipe, "frozen", roots, trial.cache)
     part = "test" if name == CHECK else "val"
     for r, seed in missing:
         teacher = methods.adapted(bench, seed, trial.heads)
@@ -115,29 +122,6 @@ def runs(name: str, readings: list[str], trial: Trial) -> None:
         }
         methods.append(line, trial.log)
         print(json.dumps(line), flush=True)
-
-
-def scores(log: Path) -> dict[tuple[str, str, int], float]:
-    """Return (set, reading, seed) to the score."""
-    return {
-        (line["set"], line["reading"], line["seed"]): line["score"]
-        for line in methods_table.read(log)
-    }
-
-
-def gains(log: Path, name: str, r: str) -> np.ndarray:
-    """Return the paired gains of reading `r` over the default on set `name`, a seed each, in seeds' order."""
-    found = scores(log)
-    seeds = sorted(seed for set_, reading, seed in found if (set_, reading) == (name, r))
-    return np.array(
-        [found[name, r, s] - found[name, DEFAULT, s] for s in seeds if (name, DEFAULT, s) in found]
-    )
-
-
-def interval(gain: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % t-interval of the mean gain."""
-    half = float(stats.t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / np.sqrt(len(gain)))
-    return float(gain.mean()) - half, float(gain.mean()) + half
 
 
 def main() -> None:
@@ -158,9 +142,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             recipe = toy.write_recipe(folder, toy.TRIAL)
-            trial = Trial(
-                seeds, folder / "log.jsonl", folder / "cache", folder / "heads", (), recipe
-            )
+            bench = methods.prepare(recipe, "frozen", (), folder / "cache")
+            log, heads = folder / "log.jsonl", folder / "heads"
+            trial = Trial(seeds, log, folder / "cache", heads, (), bench)
             measure(trial, here, options)
     else:
         measure(
@@ -180,33 +164,19 @@ def measure(trial: Trial, here: dict[str, Any], options: argparse.Namespace) -> 
             {"benchmark": "readings", "best": None, "check_gain_pp": None}, [], here, options
         )
         return
-    log = trial.log
-    best = max(names, key=lambda r: np.mean([gains(log, name, r).mean() for name in CHOOSE]))
+    log = methods_table.read(trial.log)
+    best = sorted_readings(log, names)[0]
     runs(CHECK, [DEFAULT, best], trial)
-
-    rows = []
-    for r in names:
-        row = [r]
-        for name in CHOOSE:
-            gain = 100 * gains(log, name, r)
-            low, high = interval(gain)
-            row.append("" if r == DEFAULT else f"{gain.mean():+.1f} ({low:+.1f} to {high:+.1f})")
-        rows.append(row)
-    common.table(
-        rows,
-        [
-            "reading",
-            *(f"{name}, validation: gain over the default, pp (95 % t)" for name in CHOOSE),
-        ],
-    )
+    log = methods_table.read(trial.log)
+    rows = [[r, *(cell(log, name, r) for name in CHOOSE)] for r in names]
+    gain = "validation: gain over the default, pp (95 % t)"
+    common.table(rows, ["reading", *(f"{name}, {gain}" for name in CHOOSE)])
     check = 100 * gains(log, CHECK, best)
     each = ", ".join(f"{g:+.1f}" for g in check)
-    print(
-        f"best on the two: {best}; on {CHECK}'s held-out concepts it gains {check.mean():+.1f} pp R@1 over the default ({each})"
-    )
-    common.finish(
-        {"benchmark": "readings", "best": best, "check_gain_pp": check.tolist()}, [], here, options
-    )
+    print(f"best on the two: {best}")
+    print(f"its gain on {CHECK}'s held-out concepts: {check.mean():+.1f} pp ({each})")
+    found = {"benchmark": "readings", "best": best, "check_gain_pp": check.tolist()}
+    common.finish(found, [], here, options)
 
 
 if __name__ == "__main__":

@@ -68,13 +68,3 @@ def test_a_torn_line_of_the_log_is_no_run(tmp_path):
         json.dumps({"set": "a"}) + "\n" + '{"set": "b", "me\n' + json.dumps({"set": "c"}) + "\n"
     )
     assert [line["set"] for line in M.read(log)] == ["a", "c"]
-
-
-def test_the_table_goes_between_its_marks_and_nowhere_else(tmp_path):
-    page = tmp_path / "p.md"
-    page.write_text(f"before\n{M.MARKS[0]}\nold\n{M.MARKS[1]}\nafter\n")
-    M.put("new \\1", page)
-    assert page.read_text() == f"before\n{M.MARKS[0]}\n\nnew \\1\n{M.MARKS[1]}\nafter\n"
-    page.write_text("no marks")
-    with pytest.raises(SystemExit, match="has no"):
-        M.put("new", page)
