@@ -191,7 +191,7 @@ def measure(run: Path, options: Any) -> None:
         for e in bundles[1:]
     ]
     common.finish(
-        {"benchmark": "latency", "run": str(run.resolve()), "engines": figures},
+        {"benchmark": "latency", "run": run.name, "engines": figures},
         required,
         here,
         options,
