@@ -34,14 +34,10 @@ from typing import Any
 
 import common
 import compare
+import toy
 
 TEACHERS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 LARGEST = TEACHERS[-1]
-TINY = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 MODELS = {"whole": TEACHERS, "quick": TEACHERS[:1], "smoke": ("tiny",)}
 SIDE = {"whole": 224, "quick": 224, "smoke": 32}
 ROUNDS = {"whole": 31, "quick": 31, "smoke": 2}
@@ -64,7 +60,7 @@ def load_teacher(model: str) -> Any:
     from edgeclip.host import teachers
 
     return teachers.load(
-        R.OpenClip(model=model, weights="random", config=TINY if model == "tiny" else None)
+        R.OpenClip(model=model, weights="random", config=toy.CONFIG if model == "tiny" else None)
     )
 
 

@@ -35,14 +35,10 @@ from typing import Any
 
 import common
 import compare
+import toy
 import yaml
 
 MODELS = {"whole": "MobileCLIP2-S0", "quick": "MobileCLIP2-S0", "smoke": "tiny.json"}
-TINY = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 256, "layers": 1, "width": 32, "head_width": 16, "patch_size": 64},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 LABELS = (
     "a cat",
     "a dog",
@@ -95,7 +91,12 @@ def prepare(work: Path, model: str) -> None:
     (work / "labels.txt").write_text("\n".join(LABELS) + "\n", encoding="utf-8")
     torch.manual_seed(0)
     if model.endswith(".json"):
-        (work / model).write_text(json.dumps(TINY), encoding="utf-8")
+        vision = toy.CONFIG["vision_cfg"] | {
+            "image_size": 256,
+            "patch_size": 64,
+        }  # the peers' input
+        tiny = toy.CONFIG | {"vision_cfg": vision}
+        (work / model).write_text(json.dumps(tiny), encoding="utf-8")
         open_clip.add_model_config(work / model)
     built = open_clip.create_model(Path(model).stem, pretrained=None)
     save_file(built.state_dict(), work / "model.safetensors")

@@ -5,6 +5,7 @@ that runs on it meets the files that it will meet on a real run.
 """
 
 import io
+import json
 import os
 import random
 import subprocess
@@ -14,6 +15,12 @@ from pathlib import Path
 
 from edgeclip import disk
 
+CONFIG = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+"""of the smallest open_clip model"""
 PARTS = {"train": 96, "val": 24, "test": 48}
 RECIPE = """
 data: {kind: webdataset, name: shapes, root: ROOT, license: generated}
@@ -21,10 +28,7 @@ teacher:
   kind: open_clip
   model: tiny
   weights: random
-  config:
-    embed_dim: 32
-    vision_cfg: {image_size: 32, layers: 1, width: 32, head_width: 16, patch_size: 16}
-    text_cfg: {context_length: 16, vocab_size: 49408, width: 16, heads: 2, layers: 1}
+  config: CONFIG
 views: {count: 1}
 student:
   tower: {kind: timm, model: test_efficientnet, weights: random, image_size: 32}
@@ -85,7 +89,8 @@ def write_recipe(folder: Path, text: str) -> Path:
     """Write the shapes and the recipe `text` on them below `folder`; return the recipe's file."""
     write_shards(folder / "shapes")
     path = folder / "toy.yaml"
-    path.write_text(text.replace("ROOT", str(folder / "shapes")), encoding="utf-8")
+    text = text.replace("ROOT", str(folder / "shapes")).replace("CONFIG", json.dumps(CONFIG))
+    path.write_text(text, encoding="utf-8")
     return path
 
 

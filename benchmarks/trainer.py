@@ -32,7 +32,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import compare
@@ -40,11 +40,25 @@ import numpy as np
 import toy
 
 BATCHES = {"whole": 16, "quick": 16, "smoke": 4}
-TEACHERS = {"whole": "ViT-L-14", "quick": "ViT-B-32", "smoke": "ViT-S-32-alt"}
+TEACHERS = {"whole": "ViT-L-14", "quick": "ViT-B-32", "smoke": "tiny"}
+STUDENTS = {"whole": "ViT-S-32-alt", "quick": "ViT-S-32-alt", "smoke": "tiny"}
 ROUNDS = {"whole": 3, "quick": 1, "smoke": 1}
 STEPS = {"whole": 9, "quick": 9, "smoke": 5}
 SKIP, SHARDS, SIDE = 3, 2, 256
-STUDENT = "ViT-S-32-alt"
+
+
+class Job(NamedTuple):
+    """What each trainer is to do."""
+
+    student: str
+    """an open_clip model, or "tiny": toy.CONFIG"""
+    teacher: str
+    """the same"""
+    folder: str
+    """of shards/ and teacher.safetensors"""
+    batch: int
+    images: int
+    """of an epoch"""
 
 
 def write_shards(folder: Path, images: int) -> None:
@@ -71,19 +85,40 @@ def write_shards(folder: Path, images: int) -> None:
                     toy.add_member(tar, f"{shard}-{i:04d}{suffix}", content)
 
 
-def write_teacher(model: str, path: Path) -> None:
+def know_tiny(folder: Path) -> None:
+    """Tell this process's open_clip of the model "tiny"."""
+    import open_clip
+
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(toy.CONFIG), encoding="utf-8")
+    open_clip.add_model_config(path)
+
+
+def config_of(model: str) -> dict[str, Any] | None:
+    """Return the configuration of a model that open_clip does not list; None: it does."""
+    if model == "tiny":
+        return toy.CONFIG
+    return None
+
+
+def write_teacher(job: Job) -> dict[str, Any]:
+    """Write a random teacher's weights where the trainers look for them."""
     import open_clip
     import torch
     from safetensors.torch import save_file
 
+    folder = Path(job.folder)
+    know_tiny(folder)
     torch.manual_seed(0)
-    save_file(open_clip.create_model(model, pretrained=None).state_dict(), path)
+    teacher = open_clip.create_model(job.teacher, pretrained=None)
+    save_file(teacher.state_dict(), folder / "teacher.safetensors")
+    return {}
 
 
 # --- the two trainers, each in a process of its own
 
 
-def with_open_clip(model: str, folder: Path, batch: int, images: int) -> dict[str, Any]:
+def with_open_clip(job: Job) -> dict[str, Any]:
     from open_clip_train.main import main as train
 
     ends: list[float] = []
@@ -102,18 +137,17 @@ def with_open_clip(model: str, folder: Path, batch: int, images: int) -> dict[st
             setup(self, Watch())
 
     logging.Logger.addHandler = added  # type: ignore[method-assign]  # the peer has no hook
-    shards = f"{folder}/shards/{{0..{SHARDS - 1}}}.tar"
+    know_tiny(Path(job.folder))
+    shards = f"{job.folder}/shards/{{0..{SHARDS - 1}}}.tar"
     train(
-        f"--model {STUDENT} --distill-model {model} --distill-pretrained {folder}/teacher.safetensors --dataset-type webdataset --train-data {shards} "
-        f"--train-num-samples {images} --batch-size {batch} --workers 2 --epochs 1 --precision fp32 --device cpu --warmup 2 "
-        f"--log-every-n-steps 1 --logs {tempfile.mkdtemp(dir=folder)}".split()
+        f"--model {job.student} --distill-model {job.teacher} --distill-pretrained {job.folder}/teacher.safetensors --dataset-type webdataset --train-data {shards} "
+        f"--train-num-samples {job.images} --batch-size {job.batch} --workers 2 --epochs 1 --precision fp32 --device cpu --warmup 2 "
+        f"--log-every-n-steps 1 --logs {tempfile.mkdtemp(dir=job.folder)}".split()
     )
     return {"ends": ends}
 
 
-def with_edgeclip(
-    model: str, folder: Path, batch: int, images: int, only_cache: bool = False
-) -> dict[str, Any]:
+def with_edgeclip(job: Job, only_cache: bool = False) -> dict[str, Any]:
     import torch
 
     from edgeclip.config import convert
@@ -128,7 +162,13 @@ def with_edgeclip(
     from edgeclip.host.distill.training import Learner
 
     keep_freed_memory()
-    tower = {"kind": "open_clip", "model": STUDENT, "weights": "random"}
+    folder = Path(job.folder)
+    tower = {
+        "kind": "open_clip",
+        "model": job.student,
+        "weights": "random",
+        "config": config_of(job.student),
+    }
     asked = convert(
         {
             "data": {
@@ -142,7 +182,8 @@ def with_edgeclip(
             },
             "teacher": {
                 "kind": "open_clip",
-                "model": model,
+                "model": job.teacher,
+                "config": config_of(job.teacher),
                 "weights": str(folder / "teacher.safetensors"),
             },
             "student": {
@@ -153,7 +194,7 @@ def with_edgeclip(
             },
             "losses": {"contrastive": {}, "affinity": {}},
             "views": {"count": 1},
-            "train": {"epochs": 1, "batch_size": batch, "device": "cpu", "threads": 2},
+            "train": {"epochs": 1, "batch_size": job.batch, "device": "cpu", "threads": 2},
         },
         R.Recipe,
         "benchmarks/trainer.py",
@@ -219,22 +260,9 @@ def _descends(pid: int, ancestor: int) -> bool:
     return False
 
 
-def measured(
-    who: str, model: str, folder: Path, size: tuple[int, int], python: str = sys.executable
-) -> dict[str, Any]:
-    """One run of a trainer on `size` (images of a batch, of an epoch): its answer, images a second, peak MiB."""
-    command = [
-        python,
-        __file__,
-        "--worker",
-        who,
-        "--teacher",
-        model,
-        "--folder",
-        str(folder),
-        "--size",
-        *map(str, size),
-    ]
+def measured(who: str, job: Job, python: str = sys.executable) -> dict[str, Any]:
+    """Run a trainer; return its answer, images a second and peak MiB."""
+    command = [python, __file__, "--worker", who, "--job", json.dumps(job)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     seen: list[tuple[float, float]] = []
 
@@ -254,9 +282,11 @@ def measured(
     if "ends" in answer:
         ends = answer.pop("ends")
         # One clock for all processes (Linux's monotonic one), so the samples can be laid beside the steps.
-        during = max(mib for when, mib in seen if ends[0] <= when <= ends[-1])
+        # Of steps that are over between two samples the nearest one counts.
+        away = [max(ends[0] - when, when - ends[-1], 0.0) for when, _ in seen]
+        during = max(mib for (_, mib), far in zip(seen, away, strict=True) if far == min(away))
         answer |= {
-            "images_per_second": size[0] * (len(ends) - SKIP) / (ends[-1] - ends[SKIP - 1]),
+            "images_per_second": job.batch * (len(ends) - SKIP) / (ends[-1] - ends[SKIP - 1]),
             "steps": len(ends),
             "steps_mib": during,
         }
@@ -264,6 +294,7 @@ def measured(
 
 
 WORKERS = {
+    "teacher": write_teacher,
     "open_clip": with_open_clip,
     "edgeclip": with_edgeclip,
     "cache": partial(with_edgeclip, only_cache=True),
@@ -280,13 +311,11 @@ def main() -> None:
         default=sys.executable,
         help="the interpreter of an environment that open_clip_train runs in",
     )
-    parser.add_argument("--worker", choices=list(WORKERS))
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--size", nargs=2, type=int)
+    parser.add_argument("--worker", choices=list(WORKERS), help="internal: be one process")
+    parser.add_argument("--job", help="internal: what the worker is to do")
     options = parser.parse_args()
-    model = options.teacher or TEACHERS[options.form]
     if options.worker:
-        print(json.dumps(WORKERS[options.worker](model, options.folder, *options.size)))
+        print(json.dumps(WORKERS[options.worker](Job(*json.loads(options.job)))))
         return
     if options.open_clip_python == sys.executable:
         common.require("pip install 'webdataset<0.2.87'", module="webdataset")
@@ -294,29 +323,19 @@ def main() -> None:
     batch = BATCHES[options.form]
     images = batch * STEPS[options.form]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        write_shards(folder / "shards", images)
+        write_shards(Path(temporary) / "shards", images)
+        teacher = options.teacher or TEACHERS[options.form]
+        job = Job(STUDENTS[options.form], teacher, temporary, batch, images)
         # In a process of its own: this one must stay small.
-        subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                f"import trainer; from pathlib import Path; trainer.write_teacher({model!r}, Path({str(folder / 'teacher.safetensors')!r}))",
-            ],
-            check=True,
-            cwd=Path(__file__).parent,
-        )
-        built = measured("cache", model, folder, (batch, images))
+        measured("teacher", job)
+        built = measured("cache", job)
         pythons = {"open_clip": options.open_clip_python, "edgeclip": sys.executable}
-        peers = {
-            who: partial(measured, who, model, folder, (batch, images), python)
-            for who, python in pythons.items()
-        }
+        peers = {who: partial(measured, who, job, python) for who, python in pythons.items()}
         rounds = compare.interleave(peers, ROUNDS[options.form])
     figures: dict[str, Any] = {
         "benchmark": "trainer",
-        "student": STUDENT,
-        "teacher": model,
+        "student": job.student,
+        "teacher": job.teacher,
         "batch": batch,
         "images": images,
         "cache": built,
@@ -335,7 +354,9 @@ def main() -> None:
                 *(f"{found[f].median:.0f}" for f in ("steps_mib", "peak_mib")),
             ]
         )
-    common.table(rows, [f"{model} to {STUDENT}", "images/s", "MiB in its steps", "MiB at its peak"])
+    common.table(
+        rows, [f"{job.teacher} to {job.student}", "images/s", "MiB in its steps", "MiB at its peak"]
+    )
     faster = compare.interval(
         compare.ratios(rounds, "edgeclip", "open_clip", "images_per_second")
     ).median
