@@ -6,8 +6,8 @@ A table of README.md or docs/*.md stands between two marks, and the first one sa
     ...
     <!-- end -->
 
-The file is what a benchmark's --json left, or its log (JSON lines). To measure a table anew, run the benchmark with that
-file, then this script.
+The file is what a benchmark's --json left, its log (JSON lines), or what a verb of edgeclip prints with --json. To measure
+a table anew, run that command with that file, then this script.
 
     python benchmarks/figures.py             # write the tables
     python benchmarks/figures.py --check     # exit 1 and name each table that is not what its file gives
@@ -199,16 +199,16 @@ def quickstart_seeds(found: dict[str, Any]) -> str:
     for label, means in found["means"].items():
         name, model = label.rsplit(", ", 1)
         sets = [next(s for s in run["sets"] if s["name"] == name) for run in runs]
-        each = [short(s[model]["r1"]) for s in sets]
+        each = [short(s[model]["top1"]) for s in sets]
         first = sets[0]
         rows.append(
             [
                 name,
                 model,
                 *each,
-                short(means["r1"]),
-                short(means["r5"]),
-                short(first["chance_r1"], 4),
+                short(means["top1"]),
+                short(means["top5"]),
+                short(first["chance_top1"], 4),
                 first["images"],
             ]
         )
@@ -326,24 +326,84 @@ def trainer(found: dict[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[Any], str]] = {
+# --- tables of what the verbs print with --json
+
+
+def accuracy(found: dict[str, Any]) -> str:
+    """Render RUN/results.json, or `edgeclip distill --json`: teacher and student on every set."""
+    rows = []
+    for s in found["sets"]:
+        for model in ("teacher", "student", "student_without_edu_attention"):
+            score = s.get(model)
+            if score is not None:
+                name = model.replace("_", " ").replace("edu attention", "EduAttention")
+                both = [short(score["top1"]), short(score["top5"])]
+                rows.append(
+                    [s["name"], name, *both, short(s["chance_top1"], 4), f"{s['images']:,}"]
+                )
+    return markdown(["set", "model", "top-1", "top-5", "chance", "images"], rows)
+
+
+def validate(reports: list[dict[str, Any]]) -> str:
+    """Render `edgeclip validate --json`: what each bundle keeps of the fp32 student."""
+    rows = []
+    for r in reports:
+        shares = [r["cosine"]["centered_p1"], r["top1_agreement"], r["agreement_where_right"]]
+        cells = [None if share is None else short(share, 4) for share in shares]
+        rows.append(
+            [r["target"], f"{r['images']:,}", *cells, *_accuracy_cells(r["accuracy"]), r["verdict"]]
+        )
+    headers = ["target", "images", "centered cosine p1", "top-1 agreement", "where fp32 is right"]
+    return markdown([*headers, "top-1 fp32 / bundle", "drop pp (95 % limit)", "verdict"], rows)
+
+
+def _accuracy_cells(of: dict[str, Any] | None) -> list[str | None]:
+    if of is None:
+        return [None, None]
+    both = f"{short(of['reference_top1'], 4)} / {short(of['bundle_top1'], 4)}"
+    return [both, f"{of['drop_pp']:.2f} ({of['upper_pp']:.2f})"]
+
+
+def bench(reports: list[dict[str, Any]]) -> str:
+    """Render `edgeclip bench --json` of one device: latency, throughput, cold start and memory."""
+    rows = []
+    for r in reports:
+        single, offline, stages = (r[key] or {} for key in ("single_stream", "offline", "stages"))
+        found = [single.get(f"latency_ms_{p}") for p in ("p50", "p90", "p99")]
+        found += [offline.get("images_per_second")]
+        found += [stages.get("decode_ms"), stages.get("preprocess_ms")]
+        found += [r["cold_start"]["load_ms"] if r["cold_start"] else None, r["peak_memory_mib"]]
+        rows.append([r["target"], *(None if value is None else f"{value:.3g}" for value in found)])
+    headers = ["target", "p50 ms", "p90 ms", "p99 ms", "offline /s", "decode ms", "preprocess ms"]
+    return markdown([*headers, "load ms", "peak MiB"], rows)
+
+
+OF_LOGS: dict[str, Callable[[Any], str]] = {
+    "families": families,
+    "methods": methods,
+    "methods_summary": methods_summary,
+    "readings": readings,
+}
+OF_BENCHMARKS: dict[str, Callable[[Any], str]] = {
     "cache": cache,
     "cold_start": cold_start,
     "data": data,
     "emulated": emulated,
-    "families": families,
     "footprint": footprint,
     "int8": int8,
     "latency": latency,
-    "methods": methods,
-    "methods_summary": methods_summary,
     "parity": parity,
     "quickstart_seeds": quickstart_seeds,
-    "readings": readings,
-    "required": required,
     "scale": scale,
     "trainer": trainer,
 }
+"""by the benchmark's name"""
+OF_VERBS: dict[str, Callable[[Any], str]] = {
+    "accuracy": accuracy,
+    "bench": bench,
+    "validate": validate,
+}
+TABLES = OF_LOGS | OF_BENCHMARKS | OF_VERBS | {"required": required}
 
 
 # --- pages
