@@ -1,18 +1,16 @@
 """What the verbs report: frozen structs with a unit under each field.
 
-They are JSON only on disk, over a link and at `--json`; record.py writes and reads them.
+They are JSON only on disk, over a link and at `--json`; edgeclip/disk.py writes and reads them.
 """
 
 from typing import Any, Literal
 
 from edgeclip.device.machine import Facts, State
-from edgeclip.device.record import FORMAT as FORMAT
-from edgeclip.device.record import Record as Record
-from edgeclip.device.record import from_json as from_json
-from edgeclip.device.record import read as read
-from edgeclip.device.record import to_json as to_json
-from edgeclip.device.record import write as write
 from edgeclip.device.target import NamedTarget, Tolerance
+from edgeclip.disk import FORMAT as FORMAT
+from edgeclip.disk import Record as Record
+from edgeclip.disk import from_json as from_json
+from edgeclip.disk import to_json as to_json
 
 
 class EngineConditions(Record):
