@@ -127,6 +127,7 @@ def _quantize(
     source: Source, model: onnx.ModelProto, name: str, target: Target, exporter: ModuleType
 ) -> Int8:
     """The int8 map that the search finds on the source's training images."""
+    assert target.calibration is not None
     images = calibration.draw(source, target.calibration)
     say(
         f"search for the int8 candidate of {name}: ranges from {len(images.ranges)} training "

@@ -33,6 +33,7 @@ from onnx import compose, numpy_helper
 from edgeclip import disk
 from edgeclip.device import tokenizer
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.manifest import TextRecord
 from edgeclip.device.records import to_json
 from edgeclip.device.zero_shot import EduAttention
 from edgeclip.errors import EdgeclipError
@@ -47,7 +48,7 @@ def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
     bundle = Bundle.load(bundle_folder, check=True)
     edu_attention = bundle.head if head else None
     check(bundle.manifest.runtime, bool(bundle.manifest.text), edu_attention, bundle_folder)
-    if bundle.manifest.text.vocabulary:
+    if _text(bundle).vocabulary:
         raise EdgeclipError(
             "--layout optimum",
             "a tokenizer.json cannot refuse the tokens that --vocabulary leaves out",
@@ -63,7 +64,7 @@ def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
             disk.write_json(folder / "config.json", config)
         words = tokenizer.load(
             bundle.file("tokenizer.json").read_text(encoding="utf-8"),
-            bundle.manifest.text.context_length,
+            _text(bundle).context_length,
         )
         disk.write_text(folder / "tokenizer.json", words.to_str())
         content = to_json(bundle.manifest)
@@ -74,6 +75,12 @@ def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
         }
         disk.write_manifest(folder, "optimum", {k: content[k] for k in same} | {"parents": parents})
     return out
+
+
+def _text(bundle: Bundle) -> TextRecord:
+    """The text encoder's record; `check` has refused a bundle without one."""
+    assert bundle.manifest.text is not None
+    return bundle.manifest.text
 
 
 def check(runtime: str, text: bool, head: EduAttention | None, where: object) -> None:
@@ -102,7 +109,7 @@ def check(runtime: str, text: bool, head: EduAttention | None, where: object) ->
 def _config(bundle: Bundle) -> dict[str, Any]:
     """transformers' CLIPConfig as far as it is true here, and open_clip's preprocessing."""
     p = bundle.preprocess
-    text = bundle.manifest.text
+    text = _text(bundle)
     return {
         "model_type": "clip",
         "projection_dim": bundle.manifest.embed_dim,
@@ -141,7 +148,7 @@ def _write_openvino(bundle: Bundle, folder: Path) -> None:
 def _two_towers(bundle: Bundle, head: EduAttention | None) -> onnx.ModelProto:
     """One graph of both encoders and the class scores."""
     image = onnx.load(bundle.file(bundle.manifest.image_encoder))
-    text = compose.add_prefix(onnx.load(bundle.file(bundle.manifest.text.encoder)), "text/")
+    text = compose.add_prefix(onnx.load(bundle.file(_text(bundle).encoder)), "text/")
     for model, axis in ((image, "images"), (text, "texts")):
         del model.graph.value_info[:]
         for port in (*model.graph.input, *model.graph.output):

@@ -25,18 +25,22 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from msgspec.structs import replace
 
 from edgeclip.device.manifest import CandidateRow, Interval, SearchRecord
 from edgeclip.device.metrics import agreement, cosine, median_interval
-from edgeclip.device.runtime import open_session
-from edgeclip.device.runtime.onnxruntime import disabled_optimizers
 from edgeclip.device.target import Calibration, Target
 from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
 from edgeclip.host.export.calibration import CalibrationImages
-from edgeclip.host.export.speed import Run, interleaved, measured_here, milliseconds, slower
+from edgeclip.host.export.speed import (
+    Run,
+    interleaved,
+    measured_here,
+    milliseconds,
+    open_encoder,
+    slower,
+)
 from edgeclip.host.graph import policy
 from edgeclip.host.graph.policy import Candidate, Quantization
 from edgeclip.progress import say
@@ -103,7 +107,7 @@ def search(
     if laps is not None:
         as_fast = [trial for i, trial in enumerate(holding) if not slower(laps[:, 1:], i)]
     # The first of equals, in the target's order.
-    chosen = max(as_fast, key=lambda trial: trial.row.centered_cosine_p1)
+    chosen = max(as_fast, key=_lowest_cosine)
 
     rows = _rows(trials, holding, laps, as_fast, chosen)
     _refuse(rows[trials.index(chosen)], task)
@@ -160,7 +164,7 @@ def _try(task: Task, quantization: Quantization, number: int) -> Trial:
     folder = task.folder / str(number)
     folder.mkdir()
     file = task.exporter.write(task.model, task.target, quantization, folder)
-    run = _session(task.target, folder / file)
+    run = open_encoder(task.target, folder / file)
     judged = task.images.judged
     batches = [run(judged[start : start + BATCH]) for start in range(0, len(judged), BATCH)]
     features = np.concatenate(batches)
@@ -192,8 +196,10 @@ def _short(task: Task, row: CandidateRow) -> list[str]:
     tolerance = task.target.tolerance
     least = max(tolerance.centered_cosine_p1, task.spec.judged_cosine_p1)
     short = []
-    if not row.centered_cosine_p1 >= least:  # not a number is short too
-        short.append(f"centered cosine p1 {row.centered_cosine_p1:.4f}, below {least}")
+    p1 = row.centered_cosine_p1
+    assert p1 is not None
+    if not p1 >= least:  # not a number is short too
+        short.append(f"centered cosine p1 {p1:.4f}, below {least}")
     return short + short_of_agreement(tolerance, row.top1_agreement, row.agreement_where_right)
 
 
@@ -252,6 +258,12 @@ def _mean_cosine(trial: Trial) -> float:
     return mean
 
 
+def _lowest_cosine(trial: Trial) -> float:
+    """A holding trial's first percentile: it is finite, or the trial would not hold."""
+    assert trial.row.centered_cosine_p1 is not None
+    return trial.row.centered_cosine_p1
+
+
 def _fallbacks(task: Task, best: Quantization) -> list[Quantization]:
     """The map with the worst layer in float, with the two worst, ... as far as the share allows."""
     probes = task.images.ranges[: policy.PROBES]
@@ -280,7 +292,7 @@ def _time(task: Task, trials: list[Trial]) -> np.ndarray | None:
     folder = task.folder / "float"
     folder.mkdir()
     plain = replace(task.target, precision="fp32", calibration=None)
-    in_float = _session(plain, folder / task.exporter.write(task.model, plain, None, folder))
+    in_float = open_encoder(plain, folder / task.exporter.write(task.model, plain, None, folder))
     return interleaved([in_float, *(trial.run for trial in trials)], task.images.judged[:1])
 
 
@@ -355,7 +367,7 @@ def _record(
     latency_ms_float = None
     if laps is not None:
         latency_ms_float = milliseconds(laps[:, 0])
-    judged_in = task.target.runtime
+    judged_in: str = task.target.runtime
     if judged_in == "tensorrt":
         judged_in = "onnxruntime on the CPU, a proxy of TensorRT's numerics"
     return SearchRecord(
@@ -378,23 +390,3 @@ def _finite(value: float | None) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return value
-
-
-def _session(target: Target, path: Path) -> Run:
-    """What runs the graph at `path` as the target's device would, TensorRT's in ONNX Runtime."""
-    if target.runtime != "tensorrt":
-        return open_session(target.runtime, path, 1).run
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    if target.precision == "fp8":  # ONNX Runtime's rewriting of Q/DQ takes float8 for int8
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(
-        str(path),
-        options,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=disabled_optimizers(path),
-    )
-    name = session.get_inputs()[0].name
-    return lambda x: session.run(None, {name: x})[0]

@@ -53,7 +53,7 @@ class Source(NamedTuple):
     golden: list[ImageRef]
     """images that ship with the bundle as its proof"""
     golden_license: str
-    licenses: dict[str, str]
+    licenses: dict[str, str | None]
     parents: dict[str, Any]
     vocabulary: list[str] | None = None
     """texts whose tokens, beside those of labels and templates, are all that the text encoder
@@ -142,7 +142,7 @@ def _evaluation_hashes(evaluation: Path) -> set[str]:
         return set(record["held_out"])
     # An older run listed no hashes: those of the images that it kept.
     images = index_tar(evaluation / "images.tar")
-    hashes = set()
+    hashes: set[str] = set()
     for dataset in record["sets"]:
         if not dataset.get("seen"):
             hashes.update(digest(images[i]) for i in dataset["rows"])

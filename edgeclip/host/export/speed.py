@@ -1,12 +1,16 @@
-"""How fast candidates are beside each other on this machine, and whether that says anything."""
+"""Candidates run on this machine: opened, timed beside each other, and told apart where possible."""
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 
 from edgeclip.device import machine
 from edgeclip.device.metrics import median_interval
+from edgeclip.device.runtime import open_session
+from edgeclip.device.runtime.onnxruntime import disabled_optimizers
 from edgeclip.device.target import Target
 
 ROUNDS = 31
@@ -65,3 +69,23 @@ def slower(laps: np.ndarray, i: int) -> bool:
 def milliseconds(laps: np.ndarray) -> float:
     """Return the median of laps [ROUNDS], rounded for a report."""
     return round(float(np.median(laps)), 4)
+
+
+def open_encoder(target: Target, path: Path) -> Run:
+    """Open the graph at `path` as the target's device would, TensorRT's in ONNX Runtime."""
+    if target.runtime != "tensorrt":
+        return open_session(target.runtime, path, 1).run
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    if target.precision == "fp8":  # ONNX Runtime's rewriting of Q/DQ takes float8 for int8
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(
+        str(path),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=disabled_optimizers(path),
+    )
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x})[0]
