@@ -1,4 +1,4 @@
-"""Candidates run on this machine: opened, timed beside each other, and told apart where possible."""
+"""Candidates on this machine: opened, timed beside each other, and told apart where possible."""
 
 import time
 from collections.abc import Callable
