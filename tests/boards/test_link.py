@@ -71,9 +71,9 @@ def test_an_unknown_host_key_is_not_accepted(sshd, home, tmp_path):
 
 def test_a_password_prompt_does_not_hang(sshd, home, tmp_path):
     write_ssh_config(home, sshd("PasswordAuthentication yes\nAuthenticationMethods password\n"))
-    start = time.monotonic()
+    # Nobody types one here: a command that asked would never come back.
     error = mistake("doctor", "--device", profile(tmp_path), says="no key of yours was accepted")
-    assert "ssh-copy-id board" in error and time.monotonic() - start < 30
+    assert "ssh-copy-id board" in error
 
 
 def test_a_key_with_a_passphrase_does_not_ask_for_it(sshd, home, tmp_path):
@@ -167,6 +167,15 @@ def test_a_meters_file_that_is_gone_after_the_load_costs_the_energy_alone(shippe
     assert report.energy is None
     assert report.marks is None
     assert [f.split(":")[0] for f in report.failures] == ["energy not measured"]
+
+    readings = "".join(f"{t / 500},3\n" for t in range(1000))
+    (tmp_path / "meter.csv").write_text("timestamp,watts\n" + readings)
+    report = board.bench(
+        Bundle.load(shipped_bundle("onnx-fp32")),
+        Load(board.device.bench, ("single_stream",), meter_csv=tmp_path / "meter.csv"),
+    )
+    assert report.failures == []
+    assert report.energy.load_w == 3
     board.loop.close()
 
 

@@ -169,7 +169,11 @@ def test_old_engines_go_when_there_are_too_many():
 
 
 class Fake:
-    """The documented API of runtime, engine, context and CUDA, writing down what is called. It computes nothing."""
+    """The documented API of runtime, engine, context and CUDA, writing down what is called. It computes nothing, and has no
+    call that is not named here."""
+
+    ANSWERS = types.MappingProxyType({"set_input_shape": True, "execute_async_v3": True})
+    SILENT = frozenset(("set_tensor_address", "copy", "wait", "free"))
 
     def __init__(self):
         self.calls, self.shape = [], (1, 3, 8, 8)
@@ -178,17 +182,25 @@ class Fake:
         )
 
     def __getattr__(self, name):
+        if name not in self.ANSWERS and name not in self.SILENT:
+            raise AttributeError(name)
+
         def call(*arguments):
             self.calls.append((name, *arguments))
-            if name in ("stream", "allocate"):
-                return len(self.calls)
-            return {
-                "set_input_shape": True,
-                "execute_async_v3": True,
-                "create_execution_context": self,
-            }.get(name)
+            return self.ANSWERS.get(name)
 
         return call
+
+    def create_execution_context(self):
+        return self
+
+    def stream(self):
+        self.calls.append(("stream",))
+        return len(self.calls)
+
+    def allocate(self, count):
+        self.calls.append(("allocate", count))
+        return len(self.calls)
 
     num_io_tensors = 2
 
