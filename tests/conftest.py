@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.images import encoded, toy_image
 from tests.support.optional import require
+from tests.support.shared import once
 from tests.support.toy_bundle import (
     LABELS,
     SIZE,
@@ -19,8 +20,6 @@ from tests.support.toy_bundle import (
     toy_text,
     write_evaluation,
 )
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a hub
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -107,16 +106,12 @@ def shipped_bundle(source, tmp_path_factory) -> Callable[[str], Path]:
     """The toy's bundle for a target, exported once; read only."""
     from edgeclip.host.export import export
 
-    made: dict[str, Path] = {}
-
     def get(name: str) -> Path:
         if "openvino" in name:
             require("nncf", "pip install 'edgeclip[openvino]'")
-        if name not in made:
-            made[name] = export(
-                source, name, toy_target(name), tmp_path_factory.mktemp("bundles") / name
-            )
-        return made[name]
+        return once(
+            tmp_path_factory, name, lambda folder: export(source, name, toy_target(name), folder)
+        )
 
     return get
 

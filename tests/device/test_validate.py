@@ -6,13 +6,13 @@ import tarfile
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
 
 from edgeclip import disk
 from edgeclip.device.bundle import Bundle, bake_labels
 from edgeclip.device.evaluation import load_evaluation
 from edgeclip.device.validate import validate
 from edgeclip.errors import EdgeclipError
+from tests.support.damage import damage, resign
 from tests.support.images import add_member, encoded, toy_image
 from tests.support.reports import MACHINE
 from tests.support.toy_bundle import LABELS, write_evaluation
@@ -24,30 +24,6 @@ def report(folder, evaluation):
     return validate(
         Bundle.load(folder), load_evaluation(evaluation) if evaluation else None, MACHINE
     )
-
-
-def resign(folder, **changes):
-    """The same bundle with another manifest, hashes made anew: what a wrong export would have written."""
-    content = {
-        k: v for k, v in disk.read_manifest(folder, "bundle").items() if k not in ("kind", "files")
-    }
-    disk.write_manifest(folder, "bundle", content | changes)
-
-
-def damage(folder, amount, seed=0):
-    """Noise of `amount` times its own spread on every float weight."""
-    model = onnx.load(folder / "image_encoder.onnx")
-    rng = np.random.default_rng(seed)
-    for initializer in model.graph.initializer:
-        value = numpy_helper.to_array(initializer)
-        if value.dtype == np.float32 and value.ndim > 1:
-            noisy = value + amount * value.std() * rng.normal(size=value.shape).astype(np.float32)
-            initializer.CopyFrom(
-                numpy_helper.from_array(noisy.astype(np.float32), initializer.name)
-            )
-    onnx.save(model, folder / "image_encoder.onnx")
-    resign(folder)
-    return folder
 
 
 def test_a_float_bundle_passes_against_its_own_student(shipped_bundle, evaluation):
