@@ -1,9 +1,11 @@
-# make demo | make test | make check. Each makes .venv when it is not there.
+# make demo | make test | make test-all | make check. Each makes .venv when it is not there.
 PYTHON ?= python3
 BIN = .venv/bin
 RUN = runs/quickstart
+# Two workers of one thread each (tests/__init__.py); a file's tests stay together, so what they share is made once.
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
-.PHONY: demo test check docs clean distclean
+.PHONY: demo test test-all check docs clean distclean
 .DELETE_ON_ERROR:
 
 # torch first and pinned: an open range elsewhere would bring another build of it.
@@ -20,8 +22,12 @@ demo: .venv/installed
 	$(BIN)/edgeclip bench --run $(RUN) --device host-cpu
 	$(BIN)/edgeclip report $(RUN)
 
+# minutes: what is marked slow is in test-all
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/installed
+	$(PYTEST)
 
 check: .venv/installed
 	$(BIN)/ruff check .
