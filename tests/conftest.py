@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.images import encoded, toy_image
 from tests.support.optional import require
-from tests.support.shared import once
+from tests.support.shared import EXPORTED, exported, once
 from tests.support.toy_bundle import (
     LABELS,
     SIZE,
@@ -39,6 +39,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(scope="session")
 def student():
+    require("torch", "pip install 'edgeclip[train]'")
     return torch_student()
 
 
@@ -102,16 +103,20 @@ def source(student, preprocess, photos):
 
 
 @pytest.fixture(scope="session")
-def shipped_bundle(source, tmp_path_factory) -> Callable[[str], Path]:
+def shipped_bundle(request, tmp_path_factory) -> Callable[[str], Path]:
     """The toy's bundle for a target, exported once; read only."""
-    from edgeclip.host.export import export
+
+    def make(name: str, folder: Path) -> None:
+        from edgeclip.host.export import export
+
+        export(request.getfixturevalue("source"), name, toy_target(name), folder)
 
     def get(name: str) -> Path:
+        if EXPORTED:
+            return exported(name)
         if "openvino" in name:
             require("nncf", "pip install 'edgeclip[openvino]'")
-        return once(
-            tmp_path_factory, name, lambda folder: export(source, name, toy_target(name), folder)
-        )
+        return once(tmp_path_factory, name, lambda folder: make(name, folder))
 
     return get
 
@@ -127,8 +132,11 @@ def own_bundle(shipped_bundle, tmp_path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def evaluation(source, tmp_path_factory) -> Path:
+def evaluation(request, tmp_path_factory) -> Path:
     """400 images: enough for a margin of half a percentage point."""
+    if EXPORTED:
+        return exported("evaluation")
+    source = request.getfixturevalue("source")
     return write_evaluation(tmp_path_factory.mktemp("run") / "evaluation", source, 400)
 
 

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -129,3 +130,27 @@ def test_a_device_needs_the_wheel_and_one_runtime_only(wheel, shipped_bundle, tm
     assert done.returncode == 1
     assert "pip install 'edgeclip[train]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_device_layers_own_tests_pass_on_python_310_with_one_runtime(
+    shipped_bundle, evaluation, tmp_path
+):
+    if not works(PYTHON_310):
+        pytest.skip("no Python 3.10 with venv: install one (pyenv install 3.10)")
+    for name in ("onnx-fp32", "onnx-fp16", "onnx-int8", "openvino-fp16", "tensorrt-fp16"):
+        shutil.copytree(shipped_bundle(name), tmp_path / "toy" / name)
+    shutil.copytree(evaluation, tmp_path / "toy" / "evaluation")
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST", "EDGECLIP"))
+    }
+    kept.pop("VIRTUAL_ENV", None)
+    environment = kept | {"EDGECLIP_TEST_BUNDLES": str(tmp_path / "toy")}
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([PYTHON_310, "-m", "venv", str(tmp_path / "venv")], check=True, env=environment)
+    install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    subprocess.run([*install, f"{REPO}[onnxruntime]", "pytest"], check=True, env=environment)
+    tests = [python, "-m", "pytest", "-p", "no:cacheprovider", "tests/device"]
+    done = subprocess.run(tests, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 150, done.stdout[-300:]

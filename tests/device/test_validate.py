@@ -4,7 +4,6 @@ import shutil
 import tarfile
 
 import numpy as np
-import onnx
 import pytest
 
 from edgeclip import disk
@@ -14,6 +13,7 @@ from edgeclip.device.validate import validate
 from edgeclip.errors import EdgeclipError
 from tests.support.damage import damage, resign
 from tests.support.images import add_member, encoded, toy_image
+from tests.support.optional import require
 from tests.support.reports import MACHINE
 from tests.support.toy_bundle import LABELS, write_evaluation
 
@@ -112,6 +112,7 @@ def test_another_normalization_fails(own_bundle, evaluation):
 
 
 def test_another_interface_is_named(own_bundle, evaluation):
+    onnx = require("onnx", "pip install 'edgeclip[train]'")
     folder = own_bundle("onnx-fp32")
     model = onnx.load(folder / "image_encoder.onnx")
     for node in model.graph.node:

@@ -85,6 +85,7 @@ def answers(python, package, folder, tmp_path, x):
     return np.load(f"{folder}.npz")
 
 
+@pytest.mark.slow  # an environment of its own for each of optimum's packages
 @pytest.mark.parametrize(
     ("package", "target", "head"),
     [
