@@ -13,6 +13,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
+def same(folder, before):
+    assert snapshot(folder) == before, sorted(snapshot(folder).keys() ^ before.keys())
+
+
 def write(folder, text, name="r.yaml"):
     (folder / name).write_text(text)
     return folder / name

@@ -12,7 +12,6 @@ import torch
 from onnx import numpy_helper
 
 from edgeclip.device import target
-from edgeclip.device.images import ImageRef
 from edgeclip.device.metrics import cosine
 from edgeclip.device.target import Calibration, Tolerance
 from edgeclip.device.validate import short_of_agreement
@@ -21,13 +20,11 @@ from edgeclip.host.export import EXPORTERS, speed
 from edgeclip.host.export.calibration import CalibrationImages
 from edgeclip.host.export.search import search
 from edgeclip.host.export.speed import measured_here
-from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
-from edgeclip.host.graph.qdq import calibrate, quantize
+from edgeclip.host.graph.qdq import quantize
 from edgeclip.host.graph.smooth import smooth
 from edgeclip.host.towers.fold import fold
 from tests.support.command import run as cli
-from tests.support.images import toy_image
 from tests.support.toy_bundle import toy_input
 
 S = importlib.import_module("edgeclip.host.export.search")
@@ -133,46 +130,6 @@ def test_smoothing_at_alpha_one_makes_all_channels_of_a_norm_equally_large(hard,
 def test_a_convolutional_tower_has_nothing_to_smooth(student, images):
     model = to_graph(student)
     assert smooth(model, images, 0.5) is None and smooth(model, images, None) is model
-
-
-def test_bias_correction_brings_the_mean_of_every_convolution_back(images):
-    import timm
-
-    torch.manual_seed(0)
-    tower = timm.create_model("mobilenetv4_conv_small_035", num_classes=8).eval()
-    calibrated = calibrate(to_graph(tower), images, "minmax")
-    first = graph.depthwise(calibrated.model)[:1]
-    assert first
-    corrected = policy.correct_bias(calibrated, first, images)
-    output = next(n.output[0] for n in calibrated.model.graph.node if n.name == first[0])
-
-    def mean(model):
-        model = onnx.ModelProto.FromString(model.SerializeToString())
-        del model.graph.output[:]
-        model.graph.output.append(
-            onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)
-        )
-        return run(model, images).mean(axis=(0, 2, 3))
-
-    expected = mean(calibrated.model)
-    rounded = {
-        n: np.abs(mean(weights_only(c, first)) - expected).mean()
-        for n, c in (("as it is", calibrated), ("corrected", corrected))
-    }
-    assert rounded["corrected"] < 0.01 * rounded["as it is"]
-
-
-def weights_only(calibrated, nodes):
-    """The float model with the named layers' weights rounded to int8."""
-    model = onnx.ModelProto.FromString(calibrated.model.SerializeToString())
-    rounded = graph.initializers(quantize(calibrated, nodes, activations="int8"))
-    for i in model.graph.initializer:
-        if f"{i.name}_quantized" in rounded and f"{i.name}_scale" in rounded:
-            q = rounded[f"{i.name}_quantized"] * rounded[f"{i.name}_scale"].reshape(
-                [-1] + [1] * (len(i.dims) - 1)
-            )
-            i.CopyFrom(numpy_helper.from_array(q.astype(np.float32), i.name))
-    return model
 
 
 def asked(name="onnx-int8", p1=0.95, **fields):
@@ -389,47 +346,6 @@ def test_speed_is_measured_only_where_the_machine_is_of_the_targets_kind(monkeyp
         facts = dataclasses.replace(here, arch=arch)
         monkeypatch.setattr(machine, "facts", lambda facts=facts: facts)
         assert [measured_here(target.load(t)[1]) for t in targets] == expected
-
-
-def drawn(source, pool, held_out=(), **fields):
-    from edgeclip.host.export.calibration import draw
-
-    return draw(
-        source._replace(calibration=lambda: pool, evaluation_hashes=lambda: set(held_out)),
-        Calibration(**fields),
-    )
-
-
-def test_images_of_ranges_and_images_to_judge_on_never_overlap_and_are_all_named(source):
-    pool = source.calibration()
-    found = drawn(source, pool, images=20, judged_on=12)
-    assert (len(found.ranges), len(found.judged)) == (20, 12) and len(
-        {u.key for u in found.used}
-    ) == 32
-    assert [u.use for u in found.used] == ["ranges"] * 20 + ["judged"] * 12
-    again, other = (
-        drawn(source, pool, images=20, judged_on=12),
-        drawn(source, pool, images=20, judged_on=12, seed=1),
-    )
-    assert again.used == found.used != other.used
-    assert drawn(source, pool, images=20, judged_on=0).judged.shape[0] == 20
-
-
-def test_evaluation_images_among_the_calibration_images_are_refused_by_name(source):
-    pool = source.calibration()[:32]
-    leaked = drawn(source, pool, images=24, judged_on=8).used[7]
-    with pytest.raises(EdgeclipError, match=f"1 of its images are evaluation images.*{leaked.key}"):
-        drawn(source, pool, held_out=[leaked.sha256], images=24, judged_on=8)
-
-
-def test_images_that_are_all_alike_are_refused(source, tmp_path):
-    pool = [ImageRef(f"{i}.png", str(tmp_path / f"{i}.png")) for i in range(16)]
-    for i, p in enumerate(pool):
-        toy_image(3).point(lambda v, i=i: min(255, v + i % 2)).save(
-            p.path
-        )  # not the same bytes, yet the same image
-    with pytest.raises(EdgeclipError, match="8 images are all alike"):
-        drawn(source, pool, images=8, judged_on=8)
 
 
 def test_a_refusal_writes_nothing_and_exits_3(source, tmp_path, monkeypatch):

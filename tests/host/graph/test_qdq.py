@@ -8,70 +8,19 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import TensorProto
 from torch import nn
 from torch.nn import functional as F
 
 from edgeclip.device import machine, target
 from edgeclip.device.metrics import cosine
-from edgeclip.device.runtime import open_session
-from edgeclip.device.runtime.onnxruntime import LEVELS, disabled_optimizers
-from edgeclip.device.target import Calibration
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.export import tensorrt
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
-from edgeclip.host.graph.float16 import to_fp16
 from edgeclip.host.graph.qdq import calibrate, quantize, rounded_outputs
-from edgeclip.host.towers.fold import fold
+from tests.support.graphs import prepare, run, weights_in_int8
 from tests.support.optional import require
 from tests.support.toy_bundle import toy_input
-
-
-@pytest.fixture(scope="module")
-def images():
-    return np.stack([toy_input(i) for i in range(40)])
-
-
-def prepare(student, images, opset):
-    x = torch.from_numpy(images[:1])
-    return calibrate(
-        graph.to_onnx(fold(student, x), x, "pixels", "image_features", opset), images, "minmax"
-    )
-
-
-@pytest.fixture(scope="module")
-def calibrated(student, images):
-    return prepare(student, images, 18)
-
-
-def run(model, x, level=ort.GraphOptimizationLevel.ORT_ENABLE_ALL):
-    content, options = model.SerializeToString(), ort.SessionOptions()
-    options.graph_optimization_level = level
-    options.add_session_config_entry(
-        "session.qdqisint8allowed", "1"
-    )  # as edgeclip.runtime: an x86 without VNNI would saturate
-    session = ort.InferenceSession(
-        content,
-        options,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=disabled_optimizers(content),
-    )
-    return session.run(None, {model.graph.input[0].name: x})[0]
-
-
-def weights_in_int8(model):
-    """Names of the products whose weight comes out of a DequantizeLinear of an int8 constant."""
-    makers = {o: n for n in model.graph.node for o in n.output}
-    constants = graph.initializers(model)
-    products = [n for n in model.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
-    return [
-        n.name
-        for n in products
-        if (d := makers.get(n.input[1])) is not None
-        and d.op_type == "DequantizeLinear"
-        and constants[d.input[0]].dtype == np.int8
-    ]
 
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
@@ -207,19 +156,6 @@ def test_every_initializer_is_read_and_a_bare_session_has_nothing_to_warn_of(
     assert "not used by any node" not in capfd.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def tensorrt_form(student, images):
-    calibrated = prepare(student, images, 19)
-    return to_fp16(
-        quantize(
-            calibrated,
-            graph.matrix_products(calibrated.model),
-            activations="int8",
-            for_tensorrt=True,
-        )
-    )
-
-
 def test_tensorrts_form_has_zero_points_of_zero_and_no_int32_bias(tensorrt_form):
     constants = graph.initializers(tensorrt_form)
     linears = [
@@ -233,25 +169,6 @@ def test_tensorrts_form_has_zero_points_of_zero_and_no_int32_bias(tensorrt_form)
         assert n.input[0] not in constants or constants[n.input[0]].dtype == np.int8
 
 
-def test_tensorrts_form_is_half_precision_inside_and_float_outside(tensorrt_form):
-    norm = {
-        i
-        for n in tensorrt_form.graph.node
-        if n.name in graph.after_last_product(tensorrt_form)
-        for i in n.input
-    }
-    assert not [
-        i.name
-        for i in tensorrt_form.graph.initializer
-        if i.data_type == TensorProto.FLOAT and i.name not in norm
-    ]
-    assert {
-        v.type.tensor_type.elem_type
-        for v in [*tensorrt_form.graph.input, *tensorrt_form.graph.output]
-    } == {TensorProto.FLOAT}
-    onnx.checker.check_model(tensorrt_form)
-
-
 def test_tensorrts_form_has_q_and_dq_on_both_operands_of_every_product(tensorrt_form):
     makers = {o: n.op_type for n in tensorrt_form.graph.node for o in n.output}
     products = [n for n in tensorrt_form.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
@@ -262,74 +179,6 @@ def test_tensorrts_form_has_q_and_dq_on_both_operands_of_every_product(tensorrt_
 
 def test_tensorrts_form_still_answers_in_onnxruntime(tensorrt_form, images, calibrated):
     assert cosine(run(tensorrt_form, images), run(calibrated.model, images)).centered_p5 > 0.97
-
-
-class Faint(nn.Module):
-    """A tower whose ranges are small, as batch norms leave them: the product of two scales, a bias's step, is no number in float16."""
-
-    def __init__(self, shrink=(0.03, 0.1)):
-        super().__init__()
-        torch.manual_seed(0)
-        self.convolutions = nn.ModuleList([nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)])
-        self.head = nn.Linear(32, 16)
-        self.size = 1.0
-        with torch.no_grad():
-            for conv, by in zip(self.convolutions, shrink, strict=True):
-                self.size *= by
-                conv.weight.mul_(by)
-                conv.bias.normal_().mul_(self.size)
-
-    def forward(self, x):
-        for conv in self.convolutions:
-            x = conv(x).relu()
-        return F.normalize(self.head(x.mean((2, 3)) / self.size), dim=-1)
-
-
-def test_half_precision_q_dq_answers_as_its_float_form_at_every_level_of_optimization(
-    images, tmp_path
-):
-    ready = prepare(Faint().eval(), images, 19)
-    in_float = quantize(
-        ready, graph.matrix_products(ready.model), activations="int8", for_tensorrt=True
-    )
-    path = tmp_path / "image_encoder.onnx"
-    graph.save(to_fp16(in_float), path)
-    assert disabled_optimizers(path) == disabled_optimizers(path.read_bytes()) != []
-
-    def answers(content, level):
-        options = ort.SessionOptions()
-        options.graph_optimization_level = level
-        session = ort.InferenceSession(
-            content,
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=disabled_optimizers(content),
-        )
-        return session.run(None, {"pixels": images})[0]
-
-    found = {name: open_session("onnxruntime", path, 1, name).run(images) for name in LEVELS}
-    for level in (
-        ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-        ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-        *LEVELS.values(),
-    ):
-        expected = answers(in_float.SerializeToString(), level)
-        found[level] = answers(path.read_bytes(), level)
-        assert cosine(found[level], expected).centered_min > 0.98, level
-    exact = found[ort.GraphOptimizationLevel.ORT_DISABLE_ALL]
-    assert all(np.abs(answer - exact).max() < 1e-3 for answer in found.values())
-
-
-def test_what_a_graph_holds_decides_what_must_not_be_done_to_it(calibrated, tensorrt_form):
-    for model, half in (
-        (calibrated.model, False),
-        (to_fp16(calibrated.model), True),
-        (tensorrt_form, True),
-    ):
-        assert (disabled_optimizers(model.SerializeToString()) != []) is half
-    content = tensorrt_form.SerializeToString()
-    for broken in (b"", b"no model at all", content[: len(content) // 2], bytes(range(256)) * 8):
-        assert disabled_optimizers(broken) == []
 
 
 def test_float8_stands_where_int8_stood_and_keeps_the_ranges(calibrated, tensorrt_form, images):
@@ -405,33 +254,6 @@ def test_a_machine_saturates_where_it_is_an_x86_without_vnni(monkeypatch, arch, 
     else:
         assert policy.reduced_range(shipped) is expected
     assert policy.reduced_range(msgspec.structs.replace(shipped, reduce_range="always")) is True
-
-
-PLAIN = policy.Candidate("minmax", None, "all", None)
-
-
-def choose(calibrated, images, form=PLAIN, float_layers=None, **spec):
-    return policy.choose(
-        calibrated.model, images, form, float_layers, Calibration(images=32, **spec)
-    )
-
-
-def test_a_layer_that_int8_would_ruin_stays_in_float(calibrated, images):
-    strict = choose(calibrated, images, probe_layers=2, layer_cosine=1.0)
-    products = graph.matrix_products(strict.calibrated.model)
-    assert set(strict.float_layers) == {*products[:2], *products[-2:]} and strict.nodes == [
-        products[2]
-    ]
-    free = choose(calibrated, images, probe_layers=2, layer_cosine=0.0)
-    assert free.float_layers == {}
-    assert free.nodes == products
-    assert free.int8_share == 1.0
-    macs = graph.macs(strict.calibrated.model, products, images[:1])
-    assert abs(strict.int8_share - macs[products[2]] / sum(macs.values())) < 1e-3
-
-
-def test_no_layer_is_probed_twice_or_judged_where_none_is_asked(calibrated, images):
-    assert choose(calibrated, images, probe_layers=0).float_layers == {}
 
 
 class Residual(nn.Module):
