@@ -17,7 +17,7 @@ import io
 import random
 import tarfile
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -133,16 +133,14 @@ class _Drawings:
             number = int(image.key.rpartition("/")[2])
             self.images.append(image._replace(label=number))
 
-    def of(self, concepts: list[int], without: Iterable[ImageRef] = ()) -> list[ImageRef]:
-        """Return the images of `concepts`, less those with the bytes of an image in `without`."""
+    def of(self, concepts: list[int], without: Collection[str] = ()) -> list[ImageRef]:
+        """Return the images of `concepts`, less those whose digest is in `without`."""
         wanted = set(concepts)
-        refused = {digest(image) for image in without}
-
         images = []
         for image in self.images:
             if image.label not in wanted:
                 continue
-            if not refused or digest(image) not in refused:
+            if not without or digest(image) not in without:
                 images.append(image)
         return images
 
@@ -155,9 +153,12 @@ def _dataset(
     # Some concepts share a drawing ("flag: Norway" and "flag: Svalbard & Jan Mayen"), and some
     # drawings are lines alone.
     held_out = color.of(split.held_out)
-    labeled = color.of(split.base, without=held_out)
-    seen = color.of(split.unlabeled, without=held_out)
-    trained = labeled + seen
+    scored = {digest(image) for image in held_out}
+    labeled = color.of(split.base, without=scored)
+    seen = color.of(split.unlabeled, without=scored)
+
+    train = labeled + seen
+    trained = {digest(image) for image in train}
     drawings = line.of(split.base, without=trained)
     others = line.of(split.held_out + split.unlabeled, without=trained)
 
@@ -198,7 +199,7 @@ def _dataset(
         classes=classes,
         templates=spec.templates,
         labeled=labeled,
-        train=trained,
+        train=train,
         train_classes=sorted(split.base + split.unlabeled),
         evaluation=evaluation,
     )
@@ -212,7 +213,7 @@ def rasterize(files: list[Path], size: int, folder: Path, render: Callable[..., 
     with disk.new_folder(folder) as temporary, concurrent.futures.ThreadPoolExecutor(2) as pool:
         for style in (COLOR, LINE):
             draw = functools.partial(_png, size=size, line_only=style == LINE, render=render)
-            pngs = track(pool.map(draw, files), f"rasterize ({style})", len(files))
+            pngs = track(pool.map(draw, files), f"rasterize {style}.tar", len(files))
             _write_shard(temporary / f"{style}.tar", pngs)
         disk.write_manifest(temporary, KIND, {"licence": LICENSE})
 

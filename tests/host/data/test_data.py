@@ -77,7 +77,7 @@ def test_templates_of_the_recipe_win(tmp_path):
     ("templates", "says"),
     [
         (("a {c}", "a photo of a {}"), "'a photo of a {}' has no {c}; write {c} where"),
-        ((), "'' has no {c}"),
+        ((), "there are none; add one, such as: a photo of a {c}"),
     ],
 )
 def test_prompts_that_would_be_the_same_for_every_class_are_refused(tmp_path, templates, says):
@@ -123,9 +123,24 @@ def test_base_to_novel_of_one_class_is_refused(tmp_path):
         )
 
 
+@pytest.mark.parametrize("half", ["base", "novel"])
+@pytest.mark.parametrize("part", ["training", "test"])
+def test_base_to_novel_without_images_of_one_half_is_refused(tmp_path, part, half):
+    webdataset(tmp_path)  # cat and dog are base, car is novel
+    rows = {"base": [(2, "")], "novel": [(0, ""), (1, "")]}[half]
+    if part == "training":
+        shard(tmp_path / "train" / "2.tar", rows)
+        shard(tmp_path / "train" / "10.tar", rows)
+    else:
+        shard(tmp_path / "test" / "0.tar", rows)
+    spec = R.WebDataset(name="w", root=str(tmp_path), protocol="base_to_novel")
+    with pytest.raises(EdgeclipError, match=f"there are {part} images, but none of a {half} class"):
+        data.load(spec, tmp_path)
+
+
 def test_an_empty_class_list_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EdgeclipError, match="empty class list"):
+    with pytest.raises(EdgeclipError, match="class list is empty"):
         data.load(R.Folders(name="f", root=str(tmp_path / "empty")), tmp_path)
     with pytest.raises(EdgeclipError, match=r"classnames\.txt: is empty"):
         data.load(R.WebDataset(name="w", root=str(webdataset(tmp_path / "w", "\n \n"))), tmp_path)
@@ -181,6 +196,14 @@ def test_a_image_that_is_scored_is_under_no_name_in_training(openmoji):
     trained = {images.read(p) for p in openmoji.train}
     for scored in (s for s in openmoji.evaluation if not s.seen):
         assert not trained & {images.read(p) for p in scored.images}, scored.name
+
+
+def test_the_split_of_concepts_is_that_of_0_1():
+    assert openmoji_set.split_concepts(R.OpenMoji(), 20) == openmoji_set.Split(
+        held_out=[0, 10, 14, 16, 18],
+        unlabeled=[2, 11, 17],
+        base=[1, 3, 4, 5, 6, 7, 8, 9, 12, 13, 15, 19],
+    )
 
 
 def test_concepts_are_split_60_15_25_and_every_one_once(openmoji):

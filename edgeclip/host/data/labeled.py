@@ -1,0 +1,183 @@
+"""Data sets with a class list: WebDataset shards, and photos in one sub-folder per class."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgeclip.device.images import ImageRef, index_folder, index_tar
+from edgeclip.errors import EdgeclipError
+from edgeclip.host.data.dataset import Dataset, EvaluationSet
+from edgeclip.host.data.files import data_root, read_lines
+from edgeclip.host.data.index import index
+from edgeclip.host.data.shards import find
+from edgeclip.host.recipe import Folders, WebDataset
+
+TEMPLATES = "zeroshot_classification_templates.txt"
+
+
+def load_webdataset(spec: WebDataset, cache: Path) -> Dataset:
+    """Return the images of tar shards; without a class list they have captions only.
+
+    Raises `EdgeclipError` where the folder, a list or every shard is missing.
+    """
+    root = data_root(spec.root, spec.name)
+
+    classes: list[str] = []
+    templates = spec.templates
+    if spec.classes:
+        classes = read_lines(root / spec.classes, "class name")
+        if not templates:
+            templates = tuple(read_lines(root / TEMPLATES, "prompt template"))
+
+    train: Sequence[ImageRef] = []
+    if spec.train:
+        train = index(find(root, spec.train, spec.pipe, cache), cache, index_tar)
+    test: list[ImageRef] = []
+    if spec.test:
+        test = list(index(find(root, spec.test, spec.pipe, cache), cache, index_tar))
+    return _dataset(spec, classes, templates, train, test)
+
+
+def load_folders(spec: Folders, cache: Path) -> Dataset:
+    """Return the photos of a folder that has one sub-folder per class.
+
+    Raises `EdgeclipError` where the folder is missing or has no sub-folder.
+    """
+    root = data_root(spec.root, spec.name)
+    folders = []
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            folders.append(path)
+    if not folders:
+        raise EdgeclipError(
+            root,
+            "has no sub-folder, so the class list is empty",
+            "put the images of each class into a sub-folder named after it",
+        )
+
+    train = []
+    test = []
+    for label, folder in enumerate(folders):
+        for image in index_folder(folder):
+            image = image._replace(key=f"{folder.name}/{image.key}", label=label)
+            if _fraction(image.key) < spec.test_fraction:
+                test.append(image)
+            else:
+                train.append(image)
+
+    classes = [folder.name.replace("_", " ") for folder in folders]
+    return _dataset(spec, classes, spec.templates, train, test)
+
+
+def _fraction(key: str) -> float:
+    """Return a number in [0, 1) that depends on the key alone.
+
+    So a photo keeps its part when others come or go.
+    """
+    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
+
+
+def _dataset(
+    spec: WebDataset | Folders,
+    classes: list[str],
+    templates: tuple[str, ...],
+    train: Sequence[ImageRef],
+    test: list[ImageRef],
+) -> Dataset:
+    if spec.protocol == "zero_shot":
+        labeled, sets = _zero_shot(spec, classes, train, test)
+    else:
+        labeled, sets = _base_to_novel(spec, classes, train, test)
+    return Dataset(
+        name=spec.name,
+        license=spec.license,
+        classes=classes,
+        templates=templates,
+        labeled=labeled,
+        train=train,
+        train_classes=list(range(len(classes))),
+        evaluation=sets,
+    )
+
+
+def _zero_shot(
+    spec: WebDataset | Folders,
+    classes: list[str],
+    train: Sequence[ImageRef],
+    test: list[ImageRef],
+) -> tuple[list[ImageRef], list[EvaluationSet]]:
+    """Return the labeled images and the evaluation sets of protocol zero_shot."""
+    labeled: list[ImageRef] = []
+    if classes:
+        labeled = [image for image in train if image.label >= 0]
+
+    sets = []
+    if test:
+        everything = list(range(len(classes)))
+        sets = [EvaluationSet(f"{spec.name} test", test, everything, "test images, all classes")]
+    return labeled, sets
+
+
+def _base_to_novel(
+    spec: WebDataset | Folders,
+    classes: list[str],
+    train: Sequence[ImageRef],
+    test: list[ImageRef],
+) -> tuple[list[ImageRef], list[EvaluationSet]]:
+    """Return the labeled images and the evaluation sets of protocol base_to_novel.
+
+    The first half of the classes (rounded up) is base, the other half novel.
+    """
+    half = (len(classes) + 1) // 2
+    if half == len(classes):
+        raise EdgeclipError(
+            spec.root,
+            "too few classes for base_to_novel",
+            "give at least two, or use protocol: zero_shot",
+        )
+
+    labeled, novel = _halves(train, half)
+    _refuse_empty_half(spec.root, "training", labeled, novel)
+    base_test, novel_test = _halves(test, half)
+    _refuse_empty_half(spec.root, "test", base_test, novel_test)
+
+    everything = list(range(len(classes)))
+    base_set = EvaluationSet(
+        "base",
+        base_test,
+        everything[:half],
+        "test photos of the classes whose labels the teacher saw",
+    )
+    novel_set = EvaluationSet(
+        "novel",
+        novel_test,
+        everything[half:],
+        "test photos; transductive: the student saw this half's training photos without labels",
+    )
+    return labeled, [base_set, novel_set]
+
+
+def _halves(images: Sequence[ImageRef], half: int) -> tuple[list[ImageRef], list[ImageRef]]:
+    """Return the images of the base classes (those below `half`), and of the novel ones."""
+    base = []
+    novel = []
+    for image in images:
+        if image.label < half:
+            base.append(image)
+        else:
+            novel.append(image)
+    return base, novel
+
+
+def _refuse_empty_half(root: str, part: str, base: list[ImageRef], novel: list[ImageRef]) -> None:
+    """Refuse a part that has images of one half of the classes only."""
+    if bool(base) == bool(novel):
+        return
+    empty = "novel"
+    if novel:
+        empty = "base"
+    raise EdgeclipError(
+        root,
+        f"there are {part} images, but none of a {empty} class",
+        f"add {part} images of the {empty} classes, or use protocol: zero_shot",
+    )
