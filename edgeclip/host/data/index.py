@@ -4,10 +4,12 @@ The index of a set of shards is an Arrow file beside the caches, memory-mapped: 
 up when it is asked for. It is known by its shards' names, sizes and times, so shards that changed
 are read again.
 
-    cache/index/<fingerprint>.arrow    record batches of `BATCH` images: key, shard, offset, size, label, caption
-                             .json     written last: images, and digests of keys with sizes and of captions
+    cache/index/<fingerprint>.arrow    record batches of `BATCH` images: `SCHEMA`
+                             .json     written last: the number of images, and digests of the keys
+                                       with their sizes and of the captions
 """
 
+import collections
 import functools
 import hashlib
 import os
@@ -25,8 +27,8 @@ from edgeclip.progress import track
 
 BATCH = 4096
 FORMAT = 2
-"""of an index; higher when `images.index_tar` finds what it did not find before, so that no older
-index is taken"""
+"""version of an index; raised when `images.index_tar` finds what it did not find before, so that no
+older index is taken"""
 COUNT = "pictures"  # on disk the word of 0.1, whose indexes are read
 SCHEMA = pa.schema(
     {
@@ -56,10 +58,10 @@ class ImageIndex(Lookup):
         return self._count
 
     def at(self, i: int) -> ImageRef:
-        batch, row = divmod(i, BATCH)
-        key, shard, offset, size, label, caption = (
-            self._batch(batch).column(c)[row].as_py() for c in range(6)
-        )
+        """Return the i-th image, 0 <= i < n."""
+        number, row = divmod(i, BATCH)
+        batch = self._batch(number)
+        key, shard, offset, size, label, caption = (batch.column(c)[row].as_py() for c in range(6))
         return ImageRef(key, str(self.shards[shard]), offset, size, label, caption)
 
     def __iter__(self) -> Iterator[ImageRef]:
@@ -72,93 +74,116 @@ class ImageIndex(Lookup):
 def index(
     shards: Sequence[Path], cache: Path, read: Callable[[Path], list[ImageRef]]
 ) -> ImageIndex:
-    """The images of `shards`, in their order. read: the images of one of them.
+    """Return the images of `shards`, in their order, by an index below `cache`.
 
-    Raises `EdgeclipError` for a key that two images have, and what `read` raises.
+    read: returns the images of one shard; called where there is no index yet. Raises
+    `EdgeclipError` for a key that two images have, and what `read` raises.
     """
-    known = [[p.name, s.st_size, s.st_mtime_ns] for p in shards for s in [p.stat()]]
-    path = cache / "index" / f"{disk.fingerprint([FORMAT, known])[:16]}.arrow"
+    path = cache / "index" / f"{_fingerprint(shards)}.arrow"
     if not path.with_suffix(".json").exists():
-        digests = [hashlib.sha256(), hashlib.sha256()]
-        hashes: list[np.ndarray] = []
-        count = 0
-        with (
-            disk.new_file(path) as temporary,
-            pa.OSFile(str(temporary), "wb") as sink,
-            pa.ipc.new_file(sink, SCHEMA) as writer,
-        ):
-            for rows in _batches(shards, read):
-                for p, _ in rows:
-                    digests[0].update(f"{p.key} {p.size}".encode() + b"\0")
-                    digests[1].update(p.caption.encode() + b"\0")
-                hashes.append(
-                    np.fromiter(
-                        (
-                            int.from_bytes(
-                                hashlib.blake2b(p.key.encode(), digest_size=8).digest(), "little"
-                            )
-                            for p, _ in rows
-                        ),
-                        np.uint64,
-                    )
-                )
-                columns = [
-                    [p.key for p, _ in rows],
-                    [s for _, s in rows],
-                    *(
-                        [getattr(p, f) for p, _ in rows]
-                        for f in ("offset", "size", "label", "caption")
-                    ),
-                ]
-                arrays = [
-                    pa.array(c, f.type) for c, f in zip([*columns, hashes[-1]], SCHEMA, strict=True)
-                ]
-                writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
-                count += len(rows)
-            _refuse_twice(hashes, shards)
-        disk.write_json(
-            path.with_suffix(".json"),
-            {
-                COUNT: count,
-                "digests": [d.hexdigest() for d in digests],
-                "shards": [p.name for p in shards],
-            },
-        )
+        _write(path, shards, read)
     return ImageIndex(path, shards)
+
+
+def _fingerprint(shards: Sequence[Path]) -> str:
+    known = []
+    for path in shards:
+        stat = path.stat()
+        known.append([path.name, stat.st_size, stat.st_mtime_ns])
+    return disk.fingerprint([FORMAT, known])[:16]
+
+
+def _write(path: Path, shards: Sequence[Path], read: Callable[[Path], list[ImageRef]]) -> None:
+    """Write the index, then its facts."""
+    sizes = hashlib.sha256()
+    captions = hashlib.sha256()
+    hashes: list[np.ndarray] = []
+    count = 0
+    with (
+        disk.new_file(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+    ):
+        for images, numbers in _batches(shards, read):
+            for image in images:
+                sizes.update(f"{image.key} {image.size}".encode() + b"\0")
+                captions.update(image.caption.encode() + b"\0")
+            hashes.append(_key_hashes(images))
+            writer.write_batch(_record_batch(images, numbers, hashes[-1]))
+            count += len(images)
+        _refuse_twice(hashes, shards)
+
+    facts = {
+        COUNT: count,
+        "digests": [sizes.hexdigest(), captions.hexdigest()],
+        "shards": [shard.name for shard in shards],
+    }
+    disk.write_json(path.with_suffix(".json"), facts)
 
 
 def _batches(
     shards: Sequence[Path], read: Callable[[Path], list[ImageRef]]
-) -> Iterator[list[tuple[ImageRef, int]]]:
-    rows: list[tuple[ImageRef, int]] = []
-    many: Iterable[tuple[int, Path]] = (
-        track(enumerate(shards), "index of shards", len(shards))
-        if len(shards) > 100
-        else enumerate(shards)
-    )
-    for s, shard in many:
-        for p in read(shard):
-            rows.append((p, s))
-            if len(rows) == BATCH:
-                yield rows
-                rows = []
-    if rows:
-        yield rows
+) -> Iterator[tuple[list[ImageRef], list[int]]]:
+    """Yield the images of all shards, `BATCH` at a time, and the number of each one's shard."""
+    numbered: Iterable[tuple[int, Path]] = enumerate(shards)
+    if len(shards) > 100:
+        numbered = track(numbered, "index of shards", len(shards))
+
+    images: list[ImageRef] = []
+    numbers: list[int] = []
+    for number, shard in numbered:
+        for image in read(shard):
+            images.append(image)
+            numbers.append(number)
+            if len(images) == BATCH:
+                yield images, numbers
+                images = []
+                numbers = []
+    if images:
+        yield images, numbers
+
+
+def _key_hashes(images: list[ImageRef]) -> np.ndarray:
+    """Return eight bytes of each image's key: uint64 [B]."""
+    hashes = np.empty(len(images), np.uint64)
+    for i, image in enumerate(images):
+        eight = hashlib.blake2b(image.key.encode(), digest_size=8).digest()
+        hashes[i] = int.from_bytes(eight, "little")
+    return hashes
+
+
+def _record_batch(images: list[ImageRef], numbers: list[int], hashes: np.ndarray) -> pa.RecordBatch:
+    keys, _, offsets, sizes, labels, captions = zip(*images, strict=True)
+    columns = [keys, numbers, offsets, sizes, labels, captions, hashes]
+
+    arrays = []
+    for column, field in zip(columns, SCHEMA, strict=True):
+        arrays.append(pa.array(column, field.type))
+    return pa.record_batch(arrays, schema=SCHEMA)
 
 
 def _refuse_twice(hashes: list[np.ndarray], shards: Sequence[Path]) -> None:
-    """Eight bytes an image while an index is made; two keys of one hash are taken for equal (a
-    chance of 3e-4 at 10^8)."""
-    every = np.sort(np.concatenate(hashes)) if hashes else np.zeros(0, np.uint64)
-    if (twice := int((every[1:] == every[:-1]).sum())) > 0:
-        stems = [p.stem for p in shards]
-        same = next((s for s in stems if stems.count(s) > 1), None) if len(stems) < 10_000 else None
-        what = f"two shards are called '{same}'" if same else "a key occurs twice in a shard"
-        where = Path(
-            os.path.commonpath([str(p) for p in shards])
-        )  # of relative ones perhaps nothing, which is the working folder
-        raise EdgeclipError(
-            where,
-            f"{twice} images have a key that another has ({what})",
-            "rename the shards, or repair them",
-        )
+    """Refuse a key that two images have, by the keys' hashes.
+
+    They take eight bytes an image while an index is made; two keys of one hash are taken for equal
+    (a chance of 3e-4 at 10^8 images).
+    """
+    if not hashes:
+        return
+    every = np.sort(np.concatenate(hashes))
+    twice = int((every[1:] == every[:-1]).sum())
+    if twice == 0:
+        return
+
+    why = "a key occurs twice in a shard"
+    for stem, count in collections.Counter(shard.stem for shard in shards).items():
+        if count > 1:
+            why = f"two shards are named '{stem}'"
+            break
+    # Relative paths may have no common part: that is the working folder.
+    where = Path(os.path.commonpath([str(shard) for shard in shards]))
+    raise EdgeclipError(
+        where,
+        f"{twice} image keys are not unique ({why})",
+        "rename the shards, or repair them",
+    )

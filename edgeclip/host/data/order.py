@@ -25,22 +25,27 @@ class Shuffled:
         return self.n
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        """positions: int64 [B], each in 0 .. n - 1."""
+        """Return the values, int64 [B], at `positions`, int64 [B], each in 0 .. n - 1."""
         x = self._once(np.asarray(positions).astype(np.uint64))
-        while (outside := np.flatnonzero(x >= self.n)).size:
+        outside = np.flatnonzero(x >= self.n)
+        while outside.size:
             x[outside] = self._once(x[outside])
+            outside = np.flatnonzero(x >= self.n)
         return x.astype(np.int64)
 
     def _once(self, x: np.ndarray) -> np.ndarray:
-        left, right = x >> self.half, x & self.mask
+        left = x >> self.half
+        right = x & self.mask
         for key in self.keys:
-            left, right = right, left ^ (_mix(right ^ key) & self.mask)
+            mixed = left ^ (_mix(right ^ key) & self.mask)
+            left = right
+            right = mixed
         out: np.ndarray = (left << self.half) | right
         return out
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer: every bit of the result depends on every bit of x."""
+    """Apply splitmix64's finalizer: every bit of the result depends on every bit of x."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

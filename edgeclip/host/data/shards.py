@@ -1,6 +1,9 @@
 """Which tar shards a recipe means: a glob, a brace range, or commands whose output is a tar.
 
-    train/*.tar     {00000..00099}.tar     {a,b}-{0..9}.tar     pipe:aws s3 cp s3://bucket/{00000..00099}.tar -
+    train/*.tar
+    {00000..00099}.tar
+    {a,b}-{0..9}.tar
+    pipe:aws s3 cp s3://bucket/{00000..00099}.tar -
 
 Two shards of one name are refused, in different folders too: an image's key is <shard>/<name>.
 Commands run only where the recipe says `pipe: true`. Their output is kept below `cache/shards`,
@@ -21,52 +24,64 @@ RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def expand(pattern: str) -> list[str]:
-    """Every string that the braces of `pattern` stand for; a range keeps its leading zeros."""
-    parts = BRACES.split(pattern)
+    """Return every string that the braces of `pattern` stand for.
+
+    A range keeps its leading zeros. Raises `EdgeclipError` for a range that runs backwards.
+    """
+    parts = BRACES.split(pattern)  # text, inside of braces, text, ...
     choices = []
-    for text, inside in itertools.zip_longest(parts[::2], parts[1::2]):
-        choices.append([text])
-        if inside is None:
-            continue
-        if match := RANGE.fullmatch(inside):
-            first, last = match.groups()
-            if int(first) > int(last):
-                raise EdgeclipError(
-                    pattern,
-                    f"the range {{{inside}}} runs backwards",
-                    "write the smaller number first",
-                )
-            choices.append([f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)])
+    for i, part in enumerate(parts):
+        if i % 2:
+            choices.append(_alternatives(part, pattern))
         else:
-            choices.append(inside.split(","))
-    return ["".join(c) for c in itertools.product(*choices)]
+            choices.append([part])
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def _alternatives(inside: str, pattern: str) -> list[str]:
+    """Return what one pair of braces stands for: a range of numbers, or a list of words."""
+    match = RANGE.fullmatch(inside)
+    if match is None:
+        return inside.split(",")
+
+    first, last = match.groups()
+    if int(first) > int(last):
+        raise EdgeclipError(
+            pattern, f"the range {{{inside}}} runs backwards", "write the smaller number first"
+        )
+    return [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
 
 
 def find(root: Path, pattern: str, pipe: bool, cache: Path) -> list[Path]:
-    """The shards in order. pipe: whether commands may run.
+    """Return the shards that `pattern` means, in order. pipe: whether commands may run.
 
     Raises `EdgeclipError` when nothing matches, one of a range is missing, or a command fails.
     """
-    if pattern.startswith("pipe:"):
-        if not pipe:
-            raise EdgeclipError(
-                pattern,
-                "is a command, and the recipe does not allow them",
-                "set pipe: true in its data, if you trust it",
-            )
-        return [_piped(command, cache) for command in expand(pattern.removeprefix("pipe:"))]
-    return [path for each in expand(pattern) for path in matching(root, each)]
+    shards: list[Path] = []
+    if not pattern.startswith("pipe:"):
+        for glob in expand(pattern):
+            shards += matching(root, glob)
+        return shards
+
+    if not pipe:
+        raise EdgeclipError(
+            pattern,
+            "is a command, and the recipe does not allow commands",
+            "set pipe: true in its data, if you trust the command",
+        )
+    for command in expand(pattern.removeprefix("pipe:")):
+        shards.append(_piped(command, cache))
+    return shards
 
 
 def matching(root: Path, glob: str) -> list[Path]:
-    """The shards below `root` that a glob finds, 2.tar before 10.tar. Raises `EdgeclipError` where
-    it finds none, or is no glob."""
+    """Return the shards below `root` that a glob finds, 2.tar before 10.tar.
+
+    Raises `EdgeclipError` where it finds none, or is no glob.
+    """
     try:
         found = sorted(root.glob(glob), key=lambda p: (len(p.name), p.name))
-    except (
-        NotImplementedError,
-        ValueError,
-    ) as e:  # pathlib's, for an absolute pattern and for one such as **.tar
+    except (NotImplementedError, ValueError) as e:  # an absolute pattern; one such as **.tar
         raise EdgeclipError(
             glob, f"is no glob below {root} ({e})", "write it relative to that folder"
         ) from None
@@ -76,16 +91,23 @@ def matching(root: Path, glob: str) -> list[Path]:
 
 
 def _piped(command: str, cache: Path) -> Path:
+    """Return the file below `cache` that holds a command's output, and run it where there is none.
+
+    Raises `EdgeclipError` where it fails.
+    """
     path = cache / "shards" / f"{disk.fingerprint(command)[:16]}.tar"
-    if not path.exists():
-        with disk.new_file(path) as temporary, open(temporary, "wb") as f:
-            done = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
-            assert done.stdout is not None
-            shutil.copyfileobj(done.stdout, f, 1 << 20)
-            if code := done.wait():
-                raise EdgeclipError(
-                    f"pipe:{command}",
-                    f"ended with code {code}",
-                    "run it by hand: its message is above",
-                )
+    if path.exists():
+        return path
+
+    with disk.new_file(path) as temporary, temporary.open("wb") as file:
+        process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        shutil.copyfileobj(process.stdout, file, 1 << 20)
+        code = process.wait()
+        if code:
+            raise EdgeclipError(
+                f"pipe:{command}",
+                f"failed with exit code {code}",
+                "read its message above, and run it by hand",
+            )
     return path

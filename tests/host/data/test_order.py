@@ -20,8 +20,15 @@ def test_it_depends_on_the_seed_and_on_nothing_else():
     assert (Shuffled(5000, 8)[every] != order).mean() > 0.99
 
 
+def test_the_order_is_that_of_0_1():
+    assert Shuffled(1000, 7)[np.arange(6)].tolist() == [962, 5, 580, 421, 723, 314]
+    ends = np.array([0, 10**9 - 1])
+    assert Shuffled(10**9, 7)[ends].tolist() == [186289153, 95403994]
+
+
 def test_places_are_uniform_and_neighbors_are_torn_apart():
-    """Over seeds, where position 0 and the distance of two neighbors go: chi-squared over ten bins, at most 27.9 in 999 of 1000."""
+    """Over seeds, where position 0 and the distance of two neighbors go: chi-squared over ten bins,
+    at most 27.9 in 999 of 1000."""
     n, seeds = 1000, 3000
     found = np.array([Shuffled(n, s)[np.array([0, 1])] for s in range(seeds)])
     for values in (found[:, 0], (found[:, 1] - found[:, 0]) % n):

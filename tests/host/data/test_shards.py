@@ -60,7 +60,7 @@ def test_a_command_runs_only_where_the_recipe_allows_it_and_once(tmp_path):
     command = f"pipe:cat {root}/train/{{2,10}}.tar && echo x >> {tmp_path}/ran"
     spec = {"name": "w", "root": str(root), "train": command, "classes": "classnames.txt"}
     with pytest.raises(
-        EdgeclipError, match="is a command, and the recipe does not allow them; set pipe: true"
+        EdgeclipError, match="is a command, and the recipe does not allow commands; set pipe: true"
     ):
         data.load(R.WebDataset(**spec), tmp_path / "cache")
     assert not (tmp_path / "ran").exists()
@@ -73,7 +73,7 @@ def test_a_command_runs_only_where_the_recipe_allows_it_and_once(tmp_path):
 
 
 def test_a_command_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(EdgeclipError, match=r"pipe:cat nowhere.tar: ended with code 1"):
+    with pytest.raises(EdgeclipError, match=r"pipe:cat nowhere.tar: failed with exit code 1"):
         find(tmp_path, "pipe:cat nowhere.tar", True, tmp_path / "cache")
     assert [p for p in snapshot(tmp_path) if p.endswith(".tar")] == []
 
@@ -150,11 +150,11 @@ def test_two_images_of_one_key_are_refused(tmp_path, monkeypatch):
         shard(tmp_path / folder / "0.tar", [(None, "x")])
     with pytest.raises(
         EdgeclipError,
-        match=r"1 images have a key that another has \(two shards are called '0'\); rename the shards",
+        match=r"1 image keys are not unique \(two shards are named '0'\); rename the shards",
     ):
         index([tmp_path / "a" / "0.tar", tmp_path / "b" / "0.tar"], tmp_path / "cache", index_tar)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(EdgeclipError, match=r"^\.: 1 images"):
+    with pytest.raises(EdgeclipError, match=r"^\.: 1 image keys"):
         index([Path("a/0.tar"), Path("b/0.tar")], tmp_path / "cache", index_tar)
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for _ in range(2):
@@ -201,12 +201,12 @@ def test_open_clips_csv_names_images_and_captions(tmp_path):
     ] and read(found.train[2]) == encoded(toy_image(2))
     for content, says in (
         ("path\ttitle\n0.png\tx\n", "has no column 'filepath'"),
-        ("filepath\ttitle\n0.png\tx\n0.png\ty\n", "names '0.png' twice"),
+        ("filepath\ttitle\n0.png\tx\n0.png\ty\n", "lists '0.png' twice"),
         (
             "title\tfilepath\nx\t0.png\nonly a title\n",
-            "train.csv: line 3: has nothing in column 'filepath'",
+            "train.csv: line 3: column 'filepath' is empty",
         ),
-        ("filepath\ttitle\n9.png\tx\n", "names '9.png', and there is no such file"),
+        ("filepath\ttitle\n9.png\tx\n", "lists '9.png', but there is no such file"),
     ):
         (tmp_path / "train.csv").write_text(content)
         with pytest.raises(EdgeclipError, match=says):
