@@ -216,6 +216,59 @@ def quickstart_seeds(found: dict[str, Any]) -> str:
     return markdown(["set", "model", *seeds, "mean top-1", "mean top-5", "chance", "images"], rows)
 
 
+def quickstart(found: dict[str, Any]) -> str:
+    """Render benchmarks/quickstart.py: time and memory, a column a command."""
+    commands = found["commands"]
+    seconds = [f"{of['seconds']:.0f}" for of in commands.values()]
+    memory = [f"{of['peak_memory_mib']:,.0f}" for of in commands.values()]
+    return markdown(["", *commands], [["s", *seconds], ["peak MiB", *memory]])
+
+
+def quickstart_scores(found: dict[str, Any]) -> str:
+    """Render benchmarks/quickstart.py: top-1 and top-5 accuracy of teacher and student."""
+    rows = []
+    for one in found["sets"]:
+        teacher = None
+        if one["teacher"] is not None:
+            teacher = _top_1_and_5(one["teacher"])
+        chance = short(one["chance_top1"], 4)
+        rows.append([one["name"], one["images"], teacher, _top_1_and_5(one["student"]), chance])
+    headers = ["top-1 / top-5 accuracy", "images", "teacher", "student", "chance"]
+    return markdown(headers, rows)
+
+
+def _top_1_and_5(accuracy: dict[str, float]) -> str:
+    return f"{short(accuracy['top1'])} / {short(accuracy['top5'])}"
+
+
+def quickstart_targets(found: dict[str, Any]) -> str:
+    """Render benchmarks/quickstart.py: size, accuracy lost, latency and verdict of each target."""
+    rows = []
+    for of in found["targets"]:
+        lost = None
+        if of["parity"] and of["parity"]["accuracy"]:
+            drop = of["parity"]["accuracy"]
+            lost = f"{drop['drop_pp']:.2f} ({drop['upper_pp']:.2f})"
+        p90 = None
+        if of["bench"] and of["bench"]["single_stream"]:
+            p90 = f"{of['bench']['single_stream']['latency_ms_p90']:.2f}"
+        verdict = of["verdict"]
+        if verdict.startswith("ship:"):
+            verdict = "ship"
+        rows.append([of["target"], f"{of['image_encoder_mib']:.1f}", lost, p90, verdict])
+    headers = ["target", "image encoder MiB", "top-1 lost, pp (95 % limit)", "p90 ms", "verdict"]
+    return markdown(headers, rows)
+
+
+def install(found: dict[str, Any]) -> str:
+    """Render benchmarks/install.py: what pip brings, a line a set of extras."""
+    rows = []
+    for name, of in found["sets"].items():
+        mib = [f"{of['download_mib']:,.0f}", f"{of['unpacked_mib']:,.0f}"]
+        rows.append([name, of["wheels"], *mib])
+    return markdown(["`pip install`", "wheels", "download, MiB", "unpacked, MiB"], rows)
+
+
 def parity(found: dict[str, Any]) -> str:
     """Render benchmarks/parity.py: what a target costs in accuracy."""
     rows = []
@@ -390,9 +443,11 @@ OF_BENCHMARKS: dict[str, Callable[[Any], str]] = {
     "data": data,
     "emulated": emulated,
     "footprint": footprint,
+    "install": install,
     "int8": int8,
     "latency": latency,
     "parity": parity,
+    "quickstart": quickstart,
     "quickstart_seeds": quickstart_seeds,
     "scale": scale,
     "trainer": trainer,
@@ -403,7 +458,12 @@ OF_VERBS: dict[str, Callable[[Any], str]] = {
     "bench": bench,
     "validate": validate,
 }
-TABLES = OF_LOGS | OF_BENCHMARKS | OF_VERBS | {"required": required}
+OF_QUICKSTART: dict[str, Callable[[Any], str]] = {
+    "quickstart_scores": quickstart_scores,
+    "quickstart_targets": quickstart_targets,
+}
+"""further tables of benchmarks/quickstart.py"""
+TABLES = OF_LOGS | OF_BENCHMARKS | OF_VERBS | OF_QUICKSTART | {"required": required}
 
 
 # --- pages
