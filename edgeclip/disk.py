@@ -228,7 +228,7 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-# --- records: JSON in today's format, or in that of edgeclip 0.1, which used other words and no `format`
+# --- records: JSON in today's format, or in that of 0.1, which used other words and no `format`
 
 FORMAT = 2
 VERDICTS = {

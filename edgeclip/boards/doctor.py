@@ -40,7 +40,7 @@ def doctor() -> dict[str, Any]:
 
 
 def _part(name: str) -> dict[str, str | None]:
-    """A part's version; "install" says how to get it where it is missing."""
+    """Return a part's version; "install" says how to get it where it is missing."""
     module, distribution, install = NEEDS[name]
     # find_spec only looks: importing torch to see whether it is there would take seconds
     if importlib.util.find_spec(module) is None:

@@ -79,7 +79,7 @@ class Link(NamedTuple):
     async def _answer(
         self, process: Any, talk: "asyncio.Future[None]"
     ) -> tuple[dict[str, Any], bytes]:
-        """The marked line among what a login shell prints, and the bytes behind it."""
+        """Return the marked line among what a login shell prints, and the bytes behind it."""
         while (line := await process.stdout.readline()) and not line.startswith(MARK):
             pass
         if not line.endswith(b"\n"):
@@ -103,7 +103,7 @@ class Link(NamedTuple):
 
 
 async def _send(process: Any, request: dict[str, Any], payload: Iterable[bytes]) -> None:
-    """The agent's text, the request, and what belongs to it."""
+    """Return the agent's text, the request, and what belongs to it."""
     head = b"%d\n" % len(AGENT) + AGENT
     process.stdin.write(head + json.dumps(request).encode() + b"\n")
     for block in payload:
@@ -150,7 +150,7 @@ async def connect(
 
 
 def _by_command(prefix: tuple[str, ...]) -> Start:
-    """What starts COMMAND behind a command prefix."""
+    """Return what starts COMMAND behind a command prefix."""
 
     async def spawn() -> Any:
         pipe = asyncio.subprocess.PIPE
@@ -163,7 +163,7 @@ def _by_command(prefix: tuple[str, ...]) -> Start:
 
 
 async def _connection(name: str, reach: Reach, options: dict[str, Any]) -> Any:
-    """An open ssh connection; each way to fail is one line with what to do."""
+    """Return an open ssh connection; each way to fail is one line with what to do."""
     import asyncssh
 
     host = options.get("host") or reach.ssh

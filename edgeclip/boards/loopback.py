@@ -69,7 +69,7 @@ async def sshd(name: str, extra: str = "") -> AsyncIterator[dict[str, Any]]:
 
 
 def _write_keys(folder: Path, port: int) -> None:
-    """The host's key and the user's, and the files that make each trust the other."""
+    """Return the host's key and the user's, and the files that make each trust the other."""
     import asyncssh
 
     host = asyncssh.generate_private_key("ssh-ed25519")

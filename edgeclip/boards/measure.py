@@ -9,7 +9,6 @@ bundles that the device can run, measure each, and keep the reports with the run
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,7 +83,7 @@ class Here:
             engines=bool(names),
             builds=not all((kept / n).exists() for n in names),
         )
-        state = machine.state(os.getcwd())
+        state = machine.state(Path.cwd())
         return P.preflight(self.device, self.facts, state, needs, time.time())
 
     def prepare(
@@ -191,7 +190,7 @@ def choose(selection: Selection) -> Chosen:
 
 
 def _folders(selection: Selection) -> tuple[list[Path], Path | None]:
-    """(the folders of the selected bundles, their run)"""
+    """Return (the folders of the selected bundles, their run)."""
     if selection.bundle is not None:
         return [selection.bundle], _run_of(selection.bundle)
 
@@ -217,7 +216,7 @@ def _evaluation(run: Path | None, images: int | None = None) -> Evaluation | Non
 
 
 def _minimum(chosen: Chosen) -> Minimum:
-    """The recipe's shorter run, where the run has one; else the device profile's."""
+    """Return the recipe's shorter run, where the run has one; else the device profile's."""
     if chosen.run is None or not (chosen.run / "recipe.json").exists():
         return chosen.device.bench
     short = disk.read_json(chosen.run / "recipe.json").get("bench")
@@ -309,7 +308,7 @@ def _parity(
     evaluation: Evaluation | None,
     report: BenchReport,
 ) -> ParityReport | None:
-    """The parity report that counts for a benchmark.
+    """Return the parity report that counts for a benchmark.
 
     An engine is built on the device, so its benchmark counts only once it is known to answer right:
     where the very engine that ran was not validated yet, it is validated now.
@@ -339,7 +338,7 @@ class Preflight(NamedTuple):
 
 
 def preflight(name: str, clean: bool = False) -> Preflight:
-    """Look at a device: is it reached, is it the one of the profile, is it fit to be measured?"""
+    """Look whether a device is reached, is the one of the profile, and is fit to be measured."""
     name, device = D.load(name)
     with open_measurer(name, device, clean) as measurer:
         rows = measurer.preflight([], None)

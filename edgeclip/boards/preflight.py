@@ -87,7 +87,10 @@ def _row(
     need: str,
     otherwise: Literal["warn", "fail"] = "warn",
 ) -> PreflightRow:
-    """A row. good: None means that it cannot be read, a warning. otherwise: its status if not."""
+    """Return a row.
+
+    good: None means that it cannot be read, a warning. otherwise: the status where it is not good.
+    """
     if good is None:
         return PreflightRow(check, "warn", "unknown", need)
     if good:
@@ -106,7 +109,7 @@ def _board(device: Device, facts: Facts) -> PreflightRow:
 
 
 def _processor(device: Device, facts: Facts) -> list[PreflightRow]:
-    """A row for an emulated processor; none for a real one."""
+    """Return a row for an emulated processor; none for a real one."""
     if not (device.reach.emulate or facts.emulated):
         return []
     found = f"emulated ({device.reach.emulate or 'qemu-user'})"
@@ -171,7 +174,7 @@ def _temperature(state: State) -> PreflightRow:
 
 
 def _throttling(state: State) -> PreflightRow:
-    """What holds a clock down now; counters since the start say nothing about now."""
+    """Return what holds a clock down now; counters since the start say nothing about now."""
     if state.throttled is None:
         return _row("throttling", None, None, "none")
     slowed = {}

@@ -43,7 +43,7 @@ def classify(
 
 
 def _words(labels: str | None) -> list[str] | None:
-    """The labels between the commas; None: none were given."""
+    """Return the labels between the commas; None: none were given."""
     if labels is None:
         return None
     words = [word.strip() for word in labels.split(",")]

@@ -50,7 +50,7 @@ def write(request: Request) -> list[Exported]:
 
 
 def _source(request: Request) -> tuple[Source, Path]:
-    """(what is exported, the folder that holds a folder for each layout)"""
+    """Return (what is exported, the folder that holds a folder for each layout)."""
     if request.model and request.weights:
         labels: list[str] = []
         if request.labels:
@@ -68,7 +68,7 @@ def _source(request: Request) -> tuple[Source, Path]:
 
 
 def _check_optimum(request: Request, source: Source, targets: list[tuple[str, Target]]) -> None:
-    """Before anything is written: can each target be written in this layout?"""
+    """Refuse a target that this layout cannot hold, before anything is written."""
     head = source.head
     if request.no_head:
         head = None

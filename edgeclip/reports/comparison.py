@@ -1,4 +1,4 @@
-"""Compare several boards, or several bundles of one: which of them does no other beat?
+"""Compare several boards, or several bundles of one: which of them no other beats.
 
 A row is on the Pareto front when no other row is at least as good on every axis and better on one.
 An axis counts only where every row was measured on it, on the same terms: accuracy on as many
@@ -146,7 +146,7 @@ def _beats(one: Row, other: Row, axes: Sequence[str]) -> bool:
 
 
 def int8_gain(benches: Sequence[BenchReport]) -> list[str]:
-    """Return a line for each int8 bundle of ONNX Runtime: is it faster than fp32 on its device?
+    """Return a line for each int8 bundle of ONNX Runtime, with its speed beside fp32's there.
 
     It is compared with the fp32 bundle of the same device; without one there is no line.
     """

@@ -63,5 +63,5 @@ def _millions(value: float | int | None, digits: int) -> str:
 
 
 def _protocols(run: Path, student: str | None) -> list[ProtocolRecord]:
-    """The records of `edgeclip evaluate` that are of this very student."""
+    """Return the records of `edgeclip evaluate` that are of this very student."""
     return [record for record in read_protocols(run) if record.student == student]

@@ -88,7 +88,7 @@ def _latency(targets: Sequence[Target]) -> Plot | None:
 
 
 def _search(target: Target) -> Plot | None:
-    """The int8 candidates that were timed: what each keeps, and what it costs."""
+    """Return the int8 candidates that were timed: what each keeps, and what it costs."""
     if target.quantization is None:
         return None
     timed = [c for c in target.quantization.frontier if c.latency_ms is not None]

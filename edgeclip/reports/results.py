@@ -70,7 +70,7 @@ class SetScore(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelScores(msgspec.Struct, frozen=True, kw_only=True):
-    """One figure for each model of `SetScore`, over several sets; None: not scored on all of them."""
+    """One figure for each model of `SetScore` over several sets; None: not scored on all."""
 
     teacher: float | None = None
     student: float | None = None

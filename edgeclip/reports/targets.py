@@ -97,7 +97,7 @@ def _targets(run: Path, folder: Path) -> list[Target]:
 
 
 def _reports(run: Path, folder: Path, word: str, kind: type[Any]) -> dict[str | None, Any]:
-    """The reports of this very bundle, by device."""
+    """Return the reports of this very bundle, by device."""
     digest = disk.sha256(folder / disk.MANIFEST)
     found = {}
     for path in sorted((run / "reports").glob(f"{folder.name}.*.{word}.json")):

@@ -75,7 +75,7 @@ def _sets(results: EvaluationResults | AccuracyRecord) -> None:
 
 
 def _shown(score: SetScore, edu_attention: bool) -> list[str]:
-    """The models with a row: the teacher always, a reading of the student where it was scored."""
+    """Return the models with a row: the teacher, and what of the student was scored."""
     shown = ["teacher"]
     for model in MODELS:
         if model == "teacher" or getattr(score, model) is None:

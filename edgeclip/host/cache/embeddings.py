@@ -46,8 +46,11 @@ class Folder(NamedTuple):
 
 
 def open_embeddings(root: Path) -> Folder:
-    """Raises `EdgeclipError` where files are missing, broken, or of other lengths than those they
-    belong to."""
+    """Open the folders that clip-retrieval writes below `root`.
+
+    Raises `EdgeclipError` where files are missing, broken, or of other lengths than those they
+    belong to.
+    """
     if not root.is_dir():
         raise EdgeclipError(root, "there is no such folder", "check the recipe's teacher.root")
     metadata = sorted((root / "metadata").glob("*.parquet"))
@@ -99,7 +102,7 @@ def _shards(root: Path, what: str, counts: list[int], metadata: list[Path]) -> S
 def _npy_rows(file: Path) -> tuple[int, int]:
     """(rows, bytes of the whole file) by the header of an .npy file [rows, width]."""
     try:
-        with open(file, "rb") as f:
+        with file.open("rb") as f:
             version = np.lib.format.read_magic(f)
             shape, _, dtype = {
                 (1, 0): np.lib.format.read_array_header_1_0,
@@ -118,16 +121,19 @@ def _npy_rows(file: Path) -> tuple[int, int]:
 
 
 def identity(spec: Embeddings) -> dict[str, Any]:
-    """What decides the rows: the files by name and size, the first of each kind by its edges too
-    (two models' files are of equal names and sizes, and there may be thousands), and how they are
-    joined."""
-    kinds = [
-        sorted((Path(spec.root) / what).glob("*.*")) for what in ("img_emb", "text_emb", "metadata")
-    ]
-    files = [
-        [[p.parent.name, p.name, p.stat().st_size] for kind in kinds for p in kind],
-        [disk.edges(kind[0]) for kind in kinds if kind],
-    ]
+    """Return what decides the rows: the files by name and size, and how they are joined.
+
+    The first of each kind goes in by its edges too: two models' files are of equal names and sizes,
+    and there may be thousands.
+    """
+    names = []
+    edges = []
+    for what in ("img_emb", "text_emb", "metadata"):
+        kind = sorted((Path(spec.root) / what).glob("*.*"))
+        names += [[p.parent.name, p.name, p.stat().st_size] for p in kind]
+        if kind:
+            edges.append(disk.edges(kind[0]))
+    files = [names, edges]
     return {
         "kind": "embeddings",
         "files": disk.fingerprint(files),
@@ -161,11 +167,13 @@ def join(
     hashes = np.concatenate(parts)
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
-    if (twice := np.flatnonzero(hashes[1:] == hashes[:-1])).size:
+    twice = np.flatnonzero(hashes[1:] == hashes[:-1])
+    if twice.size:
         a, b = sorted(order[twice[0] : twice[0] + 2].tolist())
         raise EdgeclipError(
             f"{folder.root}: metadata",
-            f"rows {a} and {b} have the same {spec.key} '{_key(folder, spec, a)}' (join: {spec.join})",
+            f"rows {a} and {b} have the same {spec.key} '{_key(folder, spec, a)}' "
+            f"(join: {spec.join})",
             "use another key or join",
         )
     places, rows, missing = [], [], []
@@ -178,12 +186,14 @@ def join(
         else:
             missing.append(image.key)
     if missing and (not places or not spec.partial):
-        says = f"{len(missing)} of {len(images)} images have no row (first: '{missing[0]}'; a row's {spec.key} is '{_key(folder, spec, 0)}')"
+        do = "set teacher.key and teacher.join"
+        if places:
+            do += ", or partial: true to leave them out"
         raise EdgeclipError(
             folder.root,
-            says,
-            "set teacher.key and teacher.join"
-            + ("" if not places else ", or partial: true to leave them out"),
+            f"{len(missing)} of {len(images)} images have no row (first: '{missing[0]}'; "
+            f"a row's {spec.key} is '{_key(folder, spec, 0)}')",
+            do,
         )
     return np.array(places, np.int64), np.array(rows, np.int64), missing
 

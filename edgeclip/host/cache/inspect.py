@@ -14,10 +14,10 @@ SAMPLE = 4096
 
 
 def inspect(folder: Path, verify: bool = False) -> dict[str, Any]:
-    """What a cache holds, or a folder of embeddings in clip-retrieval's layout. verify: also hash
-    every file and compare with the manifest.
+    """Return what a cache holds, or a folder of embeddings in clip-retrieval's layout.
 
-    Raises `EdgeclipError` for what is neither, or is not what its manifest or metadata say.
+    verify: also hash every file and compare with the manifest. Raises `EdgeclipError` for what is
+    neither, or is not what its manifest or metadata say.
     """
     if not (folder / disk.MANIFEST).exists() and (folder / "img_emb").is_dir():
         return _embeddings(folder) | {"verified": False}
@@ -30,7 +30,7 @@ def inspect(folder: Path, verify: bool = False) -> dict[str, Any]:
 
 
 def _rows(rows: Shards | Joined) -> tuple[np.ndarray, np.ndarray]:
-    """(a sample of places, the norms of the rows there)."""
+    """Return (a sample of places, the norms of the rows there)."""
     n = len(rows)
     some = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
     return some, np.linalg.norm(rows[some].astype(np.float32), axis=1)

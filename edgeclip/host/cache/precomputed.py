@@ -20,8 +20,11 @@ from edgeclip.host.towers import weights
 
 
 def load(spec: R.Embeddings | R.Reinforced) -> Teacher:
-    """Raises `EdgeclipError` where the text encoder, the class file and the rows are not of one
-    width, or a file is missing."""
+    """Return a teacher whose rows are ready.
+
+    Raises `EdgeclipError` where the text encoder, the class file and the rows are not of one width,
+    or a file is missing.
+    """
     if isinstance(spec, R.Embeddings):
         folder = embeddings.open_embeddings(Path(spec.root))
         width, identity, size = int(folder.images.shape[1]), embeddings.identity(spec), 224

@@ -3,10 +3,11 @@ embeddings of several teachers.
 
 A sample of such a tar, beside the image or in tars of their own:
 
-    <uid>.paug.json       {"param_aug": [[[top, left, height, width], [[operation, magnitude], ...]], ...]}, a view each
+    <uid>.paug.json       {"param_aug": [[[top, left, height, width],
+                                          [[operation, magnitude], ...]], ...]}, a view each
     <uid>.syn.json        {"syn_text": [...]}: synthetic captions
-    <uid>.npz             image_emb [K, E], text_emb [C, E]: the data's own caption first, then the synthetic ones;
-      or <uid>.pth.gz     the same as a torch file of bfloat16. E: the teachers' widths one after the other
+    <uid>.npz             image_emb [K, E], text_emb [C, E]: the data's own caption first;
+      or <uid>.pth.gz     the same as a torch file of bfloat16. E: the teachers' widths together
 
 DFNDR's generator writes each captioner's list and features apart: syn_text_a in the JSON,
 syn_text_a_emb beside a text_emb of the data's own caption alone. They are put one after the other
@@ -295,10 +296,11 @@ def _captions(
 
 
 def _arrays(members: dict[str, bytes]) -> dict[str, np.ndarray]:
-    """image_emb [K, E] and what there is of text_emb [C, E] and the captioners' own, float32;
-    nothing is unpickled but tensors.
+    """Return image_emb [K, E] and what there is of text_emb [C, E] and the captioners' own,
+    float32.
 
-    Raises KeyError where image_emb is missing, ValueError where the member is damaged.
+    Nothing is unpickled but tensors. Raises KeyError where image_emb is missing, ValueError where
+    the member is damaged.
     """
     name = next((n for n in ("npz", "pth.gz") if n in members), None)
     if name is None:
@@ -314,14 +316,15 @@ def _arrays(members: dict[str, bytes]) -> dict[str, np.ndarray]:
                 for k, v in loaded.items()
                 if len(v)
             }
-    except Exception as e:  # for bytes that are not theirs zipfile, zlib, gzip, numpy and torch raise a dozen types
+    except Exception as e:  # zipfile, zlib, gzip, numpy and torch raise a dozen types
         raise ValueError(
             f"has an unreadable {name} ({' '.join(str(e).split())[:120] or type(e).__name__})"
         ) from None
-    wanted = {"image_emb": found["image_emb"]} | {
-        k: v for k, v in found.items() if k.endswith("text_emb") or k.startswith("syn_text")
-    }
-    arrays = {k: np.asarray(v, np.float32) for k, v in wanted.items()}
-    if odd := next((k for k, v in arrays.items() if v.ndim != 2), None):
-        raise ValueError(f"{odd} is {arrays[odd].shape}, not rows")
+    arrays = {"image_emb": np.asarray(found["image_emb"], np.float32)}
+    for key, value in found.items():
+        if key.endswith("text_emb") or key.startswith("syn_text"):
+            arrays[key] = np.asarray(value, np.float32)
+    for key, value in arrays.items():
+        if value.ndim != 2:
+            raise ValueError(f"{key} is {value.shape}, not rows")
     return arrays

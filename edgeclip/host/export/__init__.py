@@ -113,7 +113,10 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
 
 
 def _trace(source: Source, golden: GoldenAnswers, target: Target) -> onnx.ModelProto:
-    """The image encoder's graph. Raises `WrongGraph` where it does not give torch's answers."""
+    """Return the image encoder's graph.
+
+    Raises `WrongGraph` where it does not give torch's answers.
+    """
     example = torch.from_numpy(golden.inputs[:1])
     encoder = fold(source.image_encoder, example)
     model = graph.to_onnx(encoder, example, "pixels", "image_features", target.opset)
@@ -126,7 +129,7 @@ def _trace(source: Source, golden: GoldenAnswers, target: Target) -> onnx.ModelP
 def _quantize(
     source: Source, model: onnx.ModelProto, name: str, target: Target, exporter: ModuleType
 ) -> Int8:
-    """The int8 map that the search finds on the source's training images."""
+    """Return the int8 map that the search finds on the source's training images."""
     assert target.calibration is not None
     images = calibration.draw(source, target.calibration)
     say(
@@ -155,7 +158,7 @@ def _answers(source: Source) -> Callable[[np.ndarray], np.ndarray] | None:
 def _check_for_tensorrt(
     folder: Path, image_encoder: str, text: TextRecord | None, target: Target
 ) -> LintRecord:
-    """What TensorRT says of the graphs. Raises `EdgeclipError` where it refuses one."""
+    """Return what TensorRT says of the graphs. Raises `EdgeclipError` where it refuses one."""
     lint = tensorrt.require_legal(folder / image_encoder, target)
     if text:
         tensorrt.require_legal(folder / text.encoder, target)

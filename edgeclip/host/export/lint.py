@@ -1,4 +1,4 @@
-"""`edgeclip lint FILE --target T`: would TensorRT take this graph?
+"""Say whether TensorRT would take a graph (`edgeclip lint FILE --target T`).
 
 Each refusal is named with its node and its cure. There are two readings: the rules below, which
 need no TensorRT and know the cure, and TensorRT-RTX's own parser and builder where the extra `lint`
@@ -72,7 +72,7 @@ def _load(path: Path) -> onnx.ModelProto:
 def _ask_tensorrt(
     trt: Any, path: Path, batch: tuple[int, int, int], model: onnx.ModelProto, record: LintRecord
 ) -> LintRecord:
-    """The record with what TensorRT-RTX's parser says, and its builder where it parses."""
+    """Return the record with what TensorRT-RTX's parser says, and its builder where it parses."""
     names = {node.name for node in model.graph.node}
     refused = tensorrt_build.parse(trt, path, trt.Logger(trt.Logger.INTERNAL_ERROR))[2]
     errors = list(record.errors)

@@ -51,7 +51,7 @@ def _save(model: onnx.ModelProto, precision: str | None, folder: Path, name: str
 
 
 def _quantize_dynamically(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The text encoder's copy whose linear layers have int8 weights per channel.
+    """Return the text encoder's copy whose linear layers have int8 weights per channel.
 
     Weights get 7 bits: inputs are uint8 on every machine, and where an x86 has no VNNI two full
     products overflow the sum of 16 bits.

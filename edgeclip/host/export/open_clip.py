@@ -63,7 +63,7 @@ class Affine(NamedTuple):
     """[out]"""
 
     def after(self, end: nn.Linear) -> "Affine":
-        """This map behind the layer `end`, as one map."""
+        """Return this map behind the layer `end`, as one map."""
         if end.bias is None:
             return Affine(self.weight @ end.weight, self.bias)
         return Affine(self.weight @ end.weight, self.bias + self.weight @ end.bias)
@@ -123,7 +123,7 @@ def write(run: Path, source: Source, out: Path) -> Path:
 
 
 def _width(student: Student) -> int:
-    """The width D of a student's features."""
+    """Return the width D of a student's features."""
     return len(_projector(student.projector).last.weight)
 
 
@@ -157,7 +157,7 @@ def _no(what: str, do: str) -> EdgeclipError:
 
 
 def _image(student: Student, spec: R.Student) -> Side:
-    """The image tower with the projector folded into its end."""
+    """Return the image tower with the projector folded into its end."""
     if spec.visual_prompts or spec.share or spec.stem:
         raise _no("it has visual prompts, shared blocks or a convolutional stem", OTHERWISE)
     tower = student.tower
@@ -188,7 +188,7 @@ def _image(student: Student, spec: R.Student) -> Side:
 
 
 def _timm_inside_open_clip(visual: nn.Module, config: dict[str, Any], projector: Projector) -> Side:
-    """An open_clip model's timm tower: its own linear end and the projector become one."""
+    """Return an open_clip model's timm tower: its own linear end and the projector become one."""
     has_own = hasattr(visual.head, "proj")
     end = visual.head.proj if has_own else visual.trunk.get_classifier()
     if not isinstance(end, nn.Linear) or hasattr(visual.head, "pool"):
@@ -231,7 +231,7 @@ def _fold_into_vit(state: State, last: Affine, config: dict[str, Any]) -> None:
 
 
 def _projector(projector: nn.Module) -> Projector:
-    """The maps of a student's projector; batch norm is folded into the first."""
+    """Return the maps of a student's projector; batch norm is folded into the first."""
     if isinstance(projector, nn.Linear):
         return Projector(None, Affine(projector.weight.detach(), projector.bias.detach()))
     first, norm, _, last = projector.children()
@@ -251,7 +251,7 @@ def _projector(projector: nn.Module) -> Projector:
 def _timm_side(
     trunk: nn.Module, config: dict[str, Any], projector: Projector, end: nn.Module | None = None
 ) -> Side:
-    """A timm trunk without its classifier `end`, and open_clip's head in the projector's place.
+    """Return a timm trunk without its classifier `end`, and open_clip's head for the projector.
 
     The head is Linear, or Linear, GELU, Linear with 2 D hidden units.
     """
@@ -281,7 +281,7 @@ def _timm_side(
 
 
 def _trunk_state(trunk: nn.Module, end: nn.Module | None) -> State:
-    """A trunk's tensors, without those of its classifier."""
+    """Return a trunk's tensors, without those of its classifier."""
     dropped = set()
     if end is not None:
         ids = {id(parameter) for parameter in end.parameters()}
@@ -332,7 +332,7 @@ def _text(run: Path, recipe: Recipe) -> TextTower:
 
 
 def _text_side(text: TextTower, spec: OpenClip) -> Side:
-    """The text tower with its projector, if it has one, as text_projection."""
+    """Return the text tower with its projector, if it has one, as text_projection."""
     module = text.module
     assert isinstance(module, StudentText | TextModule)
     config = open_clip_config(spec)
@@ -355,7 +355,7 @@ def _text_side(text: TextTower, spec: OpenClip) -> Side:
 
 
 def _text_projection(projector: nn.Linear, end: nn.Linear | Tensor | None) -> Affine:
-    """The projector behind the tower's own projection `end`, as one map."""
+    """Return the projector behind the tower's own projection `end`, as one map."""
     own = Affine(projector.weight, projector.bias)
     if isinstance(end, nn.Linear):
         return own.after(end)

@@ -36,7 +36,7 @@ def write(
 
 
 def _quantize(ov_model: Any, quantization: Quantization) -> Any:
-    """The model in int8, with NNCF's own smoothing switched off: ours has been done, and folds."""
+    """Return the model in int8, without NNCF's own smoothing: ours has been done, and folds."""
     nncf = _nncf()
     candidate = quantization.candidate
     model_type = None
@@ -86,7 +86,7 @@ def _ranges(method: str) -> Any:
 
 
 def _ignored(ov_model: Any, quantization: Quantization, nncf: Any) -> Any:
-    """What stays in float: the policy's layers, the L2 norm, and additions unless a candidate's."""
+    """Return what stays in float: the policy's layers, the L2 norm, and most additions."""
     names = [*_float_products(ov_model, quantization).values(), *_after_last_product(ov_model)]
     # NNCF would put residual additions and pooling into int8 too.
     types = ["Add", "ReduceMean"]

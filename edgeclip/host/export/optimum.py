@@ -78,7 +78,7 @@ def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
 
 
 def _text(bundle: Bundle) -> TextRecord:
-    """The text encoder's record; `check` has refused a bundle without one."""
+    """Return the text encoder's record; `check` has refused a bundle without one."""
     assert bundle.manifest.text is not None
     return bundle.manifest.text
 
@@ -107,7 +107,7 @@ def check(runtime: str, text: bool, head: EduAttention | None, where: object) ->
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:
-    """transformers' CLIPConfig as far as it is true here, and open_clip's preprocessing."""
+    """Return transformers' CLIPConfig as far as it is true here, and open_clip's preprocessing."""
     p = bundle.preprocess
     text = _text(bundle)
     return {

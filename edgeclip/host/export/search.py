@@ -115,7 +115,7 @@ def search(
 
 
 def _try_learned(task: Task, learned: Quantization) -> Trial:
-    """The one trial of a student that learned with the rounding."""
+    """Return the one trial of a student that learned with the rounding."""
     trial = _try(task, learned, 0)
     if trial.short:
         raise Refused(
@@ -127,7 +127,7 @@ def _try_learned(task: Task, learned: Quantization) -> Trial:
 
 
 def _try_candidates(task: Task) -> list[Trial]:
-    """A trial of each candidate of the target that is no other one's double."""
+    """Return a trial of each candidate of the target that is no other one's double."""
     spec = task.spec
     trials: list[Trial] = []
     outer: dict[str, float] | None = None
@@ -192,7 +192,7 @@ def _try(task: Task, quantization: Quantization, number: int) -> Trial:
 
 
 def _short(task: Task, row: CandidateRow) -> list[str]:
-    """A line for each tolerance that a candidate misses."""
+    """Return a line for each tolerance that a candidate misses."""
     tolerance = task.target.tolerance
     least = max(tolerance.centered_cosine_p1, task.spec.judged_cosine_p1)
     short = []
@@ -251,7 +251,7 @@ def _fall_back_to_float(task: Task, trials: list[Trial]) -> list[Trial]:
 
 
 def _mean_cosine(trial: Trial) -> float:
-    """A trial's mean cosine; one that is not finite is the least of all."""
+    """Return a trial's mean cosine; one that is not finite is the least of all."""
     mean = _finite(trial.row.centered_cosine_mean)
     if mean is None:
         return -math.inf
@@ -259,13 +259,13 @@ def _mean_cosine(trial: Trial) -> float:
 
 
 def _lowest_cosine(trial: Trial) -> float:
-    """A holding trial's first percentile: it is finite, or the trial would not hold."""
+    """Return a holding trial's first percentile: it is finite, or the trial would not hold."""
     assert trial.row.centered_cosine_p1 is not None
     return trial.row.centered_cosine_p1
 
 
 def _fallbacks(task: Task, best: Quantization) -> list[Quantization]:
-    """The map with the worst layer in float, with the two worst, ... as far as the share allows."""
+    """Return maps with ever more of the worst layers in float, as far as the share allows."""
     probes = task.images.ranges[: policy.PROBES]
     what = "sensitivity of each layer"
     cosines = policy.sensitivity(best.calibrated, best.nodes, probes, what, best.reduce_range)
@@ -303,7 +303,7 @@ def _rows(
     as_fast: list[Trial],
     chosen: Trial,
 ) -> list[CandidateRow]:
-    """The frontier in the order of `trials`, with times and verdicts."""
+    """Return the frontier in the order of `trials`, with times and verdicts."""
     rows = []
     for trial in trials:
         if trial is chosen:

@@ -102,7 +102,7 @@ def from_run(run: Path) -> Source:
 
 
 def _text_of_run(run: Path, recipe: Recipe) -> TextTower:
-    """The student's own text tower, or the one that its class features were made with."""
+    """Return the student's own text tower, or the one that its class features were made with."""
     own = students.load_text(run / "student")
     if own:
         return own
@@ -113,7 +113,7 @@ def _text_of_run(run: Path, recipe: Recipe) -> TextTower:
 
 
 def _training_images(run: Path, recipe: Recipe) -> list[ImageRef]:
-    """The run's training images as its cache had them: nothing held out, labels as in stage 1.
+    """Return the run's training images as its cache had them, labeled as in stage 1.
 
     Raises `EdgeclipError` where the data has been moved.
     """
@@ -212,7 +212,7 @@ def _from_open_clip(spec: OpenClip, labels: list[str], images: list[ImageRef]) -
 
 
 def _image_side(spec: OpenClip, labels: list[str], images: list[ImageRef]) -> Source:
-    """An open_clip model's image encoder alone, for an index or where its tokenizer is missing."""
+    """Return an open_clip model's image encoder alone, for an index or without a tokenizer."""
     if labels:
         raise EdgeclipError(
             "--labels",
@@ -230,7 +230,7 @@ def _image_side(spec: OpenClip, labels: list[str], images: list[ImageRef]) -> So
 
 
 def _from_timm(spec: Timm, labels: list[str], images: list[ImageRef]) -> Source:
-    """A timm classifier as a dual encoder without a text encoder.
+    """Return a timm classifier as a dual encoder without a text encoder.
 
     Its logits are the image feature and the text feature of class i is the i-th unit vector, so the
     ranking by cosine is exactly the ranking by logit.
@@ -259,7 +259,7 @@ def _of_checkpoint(
     labels: list[str],
     images: list[ImageRef],
 ) -> Source:
-    """A checkpoint without text encoder, at scale 1: what all of them share."""
+    """Return a checkpoint without text encoder, at scale 1: what all of them share."""
     return Source(
         image_encoder=_Normalized(tower).eval(),
         preprocess=preprocess,
@@ -279,7 +279,7 @@ def _of_checkpoint(
 
 
 def _parents(spec: OpenClip | Timm, labels: list[str], images: list[ImageRef]) -> dict[str, Any]:
-    """What the bundle is made of, by content: a file may be rewritten under its name."""
+    """Return what the bundle is made of, by content: a file may be rewritten under its name."""
     hashes = [(image.key, digest(image)) for image in images]
     return {
         "model": spec.model,

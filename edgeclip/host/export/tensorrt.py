@@ -87,7 +87,7 @@ def to_fp8(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto
 
 
 def _across(scale: np.ndarray, ndim: int, axis: int) -> np.ndarray:
-    """A scale per channel [C] in the shape that a weight of `ndim` axes is divided by."""
+    """Return a scale per channel [C] in the shape that a weight of `ndim` axes is divided by."""
     if not scale.ndim:
         return scale
     shape = [1] * ndim

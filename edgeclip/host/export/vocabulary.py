@@ -68,7 +68,7 @@ def prune(text: TextTower, texts: list[str]) -> Pruned:
 
 
 def _needed(text: TextTower, texts: list[str]) -> np.ndarray:
-    """The ids, ascending, of the texts' tokens, the special tokens and the padding."""
+    """Return the ids, ascending, of the texts' tokens, the special tokens and the padding."""
     words = tokenizer.load(text.tokenizer, text.context_length)
     needed = tokenizer.encode(words, texts, text.context_length)
     always = [0]

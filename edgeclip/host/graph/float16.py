@@ -123,7 +123,7 @@ class _Conversion:
         return self._cast(self._inside(name), TensorProto.FLOAT, f"{name}_float")
 
     def _inside(self, name: str) -> str:
-        """A graph's output is float32 under its own name; inside it is another tensor."""
+        """Return the name inside: a graph's output is float32 under its own name."""
         if name in self.outputs:
             return f"{name}_inside"
         return name

@@ -221,7 +221,7 @@ def _shifts(
     rounded: GraphView,
     calibration: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """What rounding its weights adds to each convolution's mean output, [channels] by its name.
+    """Return what rounding its weights adds to each convolution's mean output [channels], by name.
 
     Beside each convolution runs a second one with the rounding errors for weights; the mean of what
     it puts out is the shift.

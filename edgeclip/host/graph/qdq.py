@@ -198,7 +198,7 @@ def _only_products_read_int8(
 
 
 def _tensors_before_rounding(view: GraphView, rounded: set[str]) -> dict[str, str]:
-    """The output of each Q/DQ pair to its input; but not of those behind the layers `rounded`."""
+    """Return each Q/DQ pair's output to its input, but for those behind the layers `rounded`."""
     floats: dict[str, str] = {}
     for node in view.model.graph.node:
         if node.op_type != "DequantizeLinear":

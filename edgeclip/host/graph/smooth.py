@@ -65,7 +65,7 @@ def smooth(
 
 
 def _scale(largest: np.ndarray, weights: list[np.ndarray], alpha: float) -> np.ndarray:
-    """The channels' s [C] for activations of magnitudes `largest` [C] and weights [C, out]."""
+    """Return the channels' s [C] for magnitudes `largest` [C] and weights [C, out]."""
     by_weight = [np.abs(weight).max(axis=1) for weight in weights]
     of_weights = np.maximum(np.max(by_weight, axis=0), LEAST)
     of_activations = np.maximum(largest, LEAST)
@@ -110,7 +110,7 @@ def _readers(view: GraphView, name: str) -> list[onnx.NodeProto]:
 
 
 def _largest(model: onnx.ModelProto, names: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
-    """The largest magnitude a channel [C] over the images, for each of the tensors [..., C]."""
+    """Return the largest magnitude a channel [C] over the images, for each tensor [..., C]."""
     best: dict[str, np.ndarray] = {}
     for values in run_batches(probe(model, names), images, BATCH):
         for name, value in values.items():

@@ -241,7 +241,7 @@ def int8_embeddings(model: onnx.ModelProto, rows: int = 256) -> onnx.ModelProto:
 
 
 def _reads_table(view: GraphView, node: onnx.NodeProto, rows: int) -> bool:
-    """Does a node gather rows, by indices that are not constant, of a large enough float table?"""
+    """Return whether a node gathers rows of a large float table, by indices that vary."""
     if node.op_type != "Gather" or attribute(node, "axis", 0) != 0:
         return False
     if not view.is_constant(node.input[0]) or view.is_constant(node.input[1]):

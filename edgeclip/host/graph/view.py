@@ -133,7 +133,7 @@ def run_batches(
 
 
 def _session(model: onnx.ModelProto) -> tuple[Any, list[str]]:
-    """A session on one model, and the names of its outputs in their order."""
+    """Return a session on one model, and the names of its outputs in their order."""
     content = model.SerializeToString()
     session = ort.InferenceSession(
         content,
