@@ -1,4 +1,5 @@
-"""Shards by glob, range and command; an index that costs no memory; decoding no more of a JPEG than a view needs."""
+"""Shards by glob, range and command; an index that costs no memory; decoding no more of a JPEG than
+a view needs."""
 
 import io
 import json
@@ -66,9 +67,8 @@ def test_a_command_runs_only_where_the_recipe_allows_it_and_once(tmp_path):
     assert not (tmp_path / "ran").exists()
     for _ in range(2):
         found = data.load(R.WebDataset(**spec, pipe=True), tmp_path / "cache")
-        assert [p.caption for p in found.train] == ["a cat", "a dog", "a car"] * 2 and Image.open(
-            io.BytesIO(read(found.train[4]))
-        ).size == (8, 8)
+        assert [p.caption for p in found.train] == ["a cat", "a dog", "a car"] * 2
+        assert Image.open(io.BytesIO(read(found.train[4]))).size == (8, 8)
     assert (tmp_path / "ran").read_text() == "x\nx\n"
 
 
@@ -196,9 +196,9 @@ def test_open_clips_csv_names_images_and_captions(tmp_path):
         "filepath\ttitle\textra\n" + "".join(f"{i}.png\ta caption, {i}\tx\n" for i in range(3))
     )
     found = data.load(R.Csv(name="c", root=str(tmp_path)), tmp_path)
-    assert [(p.key, p.caption) for p in found.train] == [
-        (f"{i}.png", f"a caption, {i}") for i in range(3)
-    ] and read(found.train[2]) == encoded(toy_image(2))
+    rows = [(f"{i}.png", f"a caption, {i}") for i in range(3)]
+    assert [(p.key, p.caption) for p in found.train] == rows
+    assert read(found.train[2]) == encoded(toy_image(2))
     for content, says in (
         ("path\ttitle\n0.png\tx\n", "has no column 'filepath'"),
         ("filepath\ttitle\n0.png\tx\n0.png\ty\n", "lists '0.png' twice"),
