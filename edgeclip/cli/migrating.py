@@ -11,7 +11,7 @@ import msgspec
 import yaml
 
 from edgeclip import config, disk
-from edgeclip.device import profile, records, target
+from edgeclip.device import profile, target
 from edgeclip.device.manifest import read_manifest, write_manifest
 from edgeclip.device.records import FORMAT, BenchReport, ParityReport
 from edgeclip.errors import EdgeclipError
@@ -156,12 +156,12 @@ def _reports(run: Path, manifest: Path, before: str) -> list[Path]:
     kinds: dict[str, type[Any]] = {"parity": ParityReport, "bench": BenchReport}
     for word, kind in kinds.items():
         for path in sorted((run / "reports").glob(f"{manifest.parent.name}.*.{word}.json")):
-            report = records.read(path, kind)
+            report = disk.read_record(path, kind)
             moved = report.bundle == before and digest != before
             if moved:
                 report = msgspec.structs.replace(report, bundle=digest)
             if moved or _is_older(path):
-                records.write(path, report)
+                disk.write_record(path, report)
                 written.append(path)
     return written
 

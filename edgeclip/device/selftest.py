@@ -160,5 +160,5 @@ def _power(device: Device) -> str | None:
 def write(report: R.SelftestReport, device: str, folder: Path) -> Path:
     """Write the report of a device into `folder`; return its path."""
     path = folder / f"selftest-{device}-{report.target.name}.json"
-    R.write(path, msgspec.structs.replace(report, device=device))
+    disk.write_record(path, msgspec.structs.replace(report, device=device))
     return path

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from edgeclip import disk
-from edgeclip.device import records
 from edgeclip.device.bench import SCENARIOS, over_budget
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Device
@@ -93,7 +92,7 @@ def read(run: Path | None, bundle: Bundle, device: str, kind: type[Report]) -> R
     file = path(run, bundle, device, KINDS[kind])
     if not file.exists():
         return None
-    report = records.read(file, kind)
+    report = disk.read_record(file, kind)
     if report.bundle != disk.sha256(bundle.folder / disk.MANIFEST):
         return None
     return report
@@ -113,7 +112,7 @@ def write(report: Report, device: str, run: Path | None, bundle: Bundle) -> Repo
         line = engines.remember(path(run, bundle, device, "engines"), report, now)
         if line:
             say(line)
-    records.write(path(run, bundle, device, report.kind), report)
+    disk.write_record(path(run, bundle, device, report.kind), report)
     return report
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgeclip import disk
-from edgeclip.device import records
 from edgeclip.device.manifest import CandidateRow, LintRecord, SearchRecord, read_manifest
 from edgeclip.device.records import BenchReport, ParityReport
 from edgeclip.reports.results import EvaluationResults
@@ -101,7 +100,7 @@ def _reports(run: Path, folder: Path, word: str, kind: type[Any]) -> dict[str | 
     digest = disk.sha256(folder / disk.MANIFEST)
     found = {}
     for path in sorted((run / "reports").glob(f"{folder.name}.*.{word}.json")):
-        content = records.read(path, kind)
+        content = disk.read_record(path, kind)
         if content.bundle == digest:
             found[content.device] = content
     return found

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from edgeclip import disk
-from edgeclip.device import records
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.manifest import read_manifest, write_manifest
 from edgeclip.device.records import BenchReport, ParityReport, to_json
@@ -93,9 +92,9 @@ def test_reports_of_0_1_are_read(tmp_path):
         fields = in_old_words(to_json(report))
         del fields["format"]
         disk.write_json(path, fields)
-        assert records.read(path, kind) == report
-        records.write(path, report)
-        assert records.read(path, kind) == report
+        assert disk.read_record(path, kind) == report
+        disk.write_record(path, report)
+        assert disk.read_record(path, kind) == report
 
 
 @pytest.mark.parametrize(
@@ -110,10 +109,10 @@ def test_verdicts_of_0_1_are_read(tmp_path, old, new):
     fields = to_json(parity_report()) | {"verdict": old}
     del fields["format"]
     disk.write_json(tmp_path / "r.json", fields)
-    assert records.read(tmp_path / "r.json", ParityReport).verdict == new
+    assert disk.read_record(tmp_path / "r.json", ParityReport).verdict == new
 
 
 def test_a_report_that_is_none_is_one_line(tmp_path):
     disk.write_json(tmp_path / "r.json", {"format": 2, "kind": "parity"})
     with pytest.raises(EdgeclipError, match=r"r\.json: .*missing required field"):
-        records.read(tmp_path / "r.json", ParityReport)
+        disk.read_record(tmp_path / "r.json", ParityReport)

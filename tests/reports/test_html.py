@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from edgeclip import disk
-from edgeclip.device.records import SetAccuracy, write
+from edgeclip.device.records import SetAccuracy
 from edgeclip.errors import EdgeclipError
 from edgeclip.reports.html import report
 from edgeclip.reports.results import read_results
@@ -81,8 +81,8 @@ def make_run(folder, reports=True, sets=("base", "novel")):
         disk.write_manifest(b, "bundle", manifest_fields())
     digest = disk.sha256(folder / "bundles" / "t" / disk.MANIFEST)
     if reports:
-        write(folder / "reports" / "t.host-cpu.parity.json", parity(bundle=digest))
-        write(folder / "reports" / "t.host-cpu.bench.json", bench(bundle=digest))
+        disk.write_record(folder / "reports" / "t.host-cpu.parity.json", parity(bundle=digest))
+        disk.write_record(folder / "reports" / "t.host-cpu.bench.json", bench(bundle=digest))
     disk.write_json(folder / disk.MANIFEST, {"kind": "run", "student": "this student"})
     return folder
 
@@ -229,7 +229,7 @@ def test_a_run_without_any_report_does_not_ship(tmp_path):
 
 def test_a_report_of_another_bundle_does_not_count(tmp_path):
     run = make_run(tmp_path / "run")
-    write(run / "reports" / "t.host-cpu.parity.json", parity(bundle="0" * 64))
+    disk.write_record(run / "reports" / "t.host-cpu.parity.json", parity(bundle="0" * 64))
     (row,) = collect(run)
     assert row.parity is None
     assert row.bench is not None
@@ -258,7 +258,9 @@ def test_a_bundle_of_an_older_edgeclip_is_one_line(tmp_path):
 def test_each_device_has_its_own_line(tmp_path):
     run = make_run(tmp_path / "run")
     digest = disk.sha256(run / "bundles" / "t" / disk.MANIFEST)
-    write(run / "reports" / "t.board.parity.json", parity(bundle=digest, device="board"))
+    disk.write_record(
+        run / "reports" / "t.board.parity.json", parity(bundle=digest, device="board")
+    )
     rows = {r.device: r.verdict for r in collect(run)}
     assert rows["host-cpu"].startswith("ship") and rows["board"] == "do not ship: not benchmarked"
 
