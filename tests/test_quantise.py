@@ -294,6 +294,15 @@ def test_a_layer_that_int8_would_ruin_stays_in_float(calibrated, pictures):
     assert abs(strict.int8_share - macs[products[2]] / sum(macs.values())) < 1e-3
 
 
+def test_the_damage_of_a_layer_is_its_own_and_not_the_machines(calibrated, pictures):
+    """As the graph means it, without optimisation and so in float: an x86 without VNNI would saturate on the first layer, and call it .85."""
+    products = graph.matrix_products(calibrated.model)
+    expected, exact = run(calibrated.model, pictures), ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for name, left in policy.damage(calibrated, products, pictures, "damage").items():
+        meant = run(quantise(calibrated, [name], activations="uint8"), pictures, exact)
+        assert left > 0.99 and abs(left - policy.centred_cosine(meant, expected)) < 1e-3
+
+
 def test_no_layer_is_probed_twice_or_judged_where_none_is_asked(calibrated, pictures):
     assert choose(calibrated, pictures, probe_layers=0).float_layers == {}
 

@@ -88,10 +88,13 @@ def outer_layers(calibrated: Calibrated, pictures: np.ndarray, spec: Calibration
 
 
 def damage(calibrated: Calibrated, layers: list[str], pictures: np.ndarray, what: str, reduce_range: bool = False) -> dict[str, float]:
-    """The centred cosine that quantising each layer alone leaves (U8S8, whatever the target: it ranks layers)."""
+    """The centred cosine that quantising each layer alone leaves (S8S8, whatever the target: it ranks layers).
+
+    The steps are those of U8S8, and no x86 saturates on them here: the ranking is the layers' own, not this machine's.
+    """
     reference = features(calibrated.model, pictures)
     return {
-        name: centred_cosine(features(quantise(calibrated, [name], activations="uint8", reduce_range=reduce_range), pictures), reference)
+        name: centred_cosine(features(quantise(calibrated, [name], activations="int8", reduce_range=reduce_range), pictures), reference)
         for name in track(layers, what, len(layers))
     }
 
@@ -180,8 +183,10 @@ def correct_bias(calibrated: Calibrated, nodes: list[str], calibration: np.ndarr
 
 
 def features(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    """[n, D] of inputs x [n, 3, H, W], in ONNX Runtime."""
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    """[n, D] of inputs x [n, 3, H, W], in ONNX Runtime, S8S8 in exact integers as `edgeclip.runtime` opens it."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return np.concatenate([session.run(None, {name: x[i : i + PROBES]})[0] for i in range(0, len(x), PROBES)])
 
