@@ -71,8 +71,8 @@ class Target(Config, kw_only=True):
     activations: Literal["uint8", "int8"] | None = None
     """int8 on onnxruntime: uint8 is the fast form on x86 with VNNI, int8 that of ARM"""
     reduce_range: Literal["never", "always", "as_host"] | None = None
-    """uint8 activations only: 7-bit weights, because an x86 without VNNI adds pairs of 8-bit products in 16 bits, which
-    saturates; as_host: by the instruction set of the machine that exports, which the bundle records"""
+    """uint8 activations, and int8 on openvino: 7-bit weights, because an x86 without VNNI adds pairs of 8-bit products in 16 bits,
+    which saturates; as_host: by the instruction set of the machine that exports, which the bundle records; openvino: null is never"""
     text: Literal["fp32", "fp16", "int8"] = "int8"
     """weights of the text encoder, whose embedding table is most of its bytes"""
 
@@ -94,8 +94,10 @@ def load(name: str) -> tuple[str, Target]:
             raise EdgeclipError(f"{path}: calibration.model_types", "belongs to openvino", "remove it")
         if target.runtime != "openvino" and "residual" in target.calibration.layers:
             raise EdgeclipError(f"{path}: calibration.layers", "residual belongs to openvino", "remove it")
-    if (target.activations == "uint8") != (target.reduce_range is not None):
-        raise EdgeclipError(f"{path}: reduce_range", "belongs to activations: uint8, and only to it", "say never, always or as_host, or remove it")
+    on_openvino = target.runtime == "openvino" and target.precision == "int8"
+    if (target.activations == "uint8") != (target.reduce_range is not None) and not on_openvino:
+        what = "belongs to activations: uint8 and to int8 on openvino, and only to them"
+        raise EdgeclipError(f"{path}: reduce_range", what, "say never, always or as_host, or remove it")
     if target.tolerance.optimisation_agreement is not None and target.runtime != "onnxruntime":
         raise EdgeclipError(f"{path}: tolerance.optimisation_agreement", "belongs to onnxruntime: elsewhere there is no BASIC and ALL", "remove it")
     if target.runtime == "tensorrt" and target.calibration and target.opset < 19:

@@ -307,6 +307,26 @@ def test_no_layer_is_probed_twice_or_judged_where_none_is_asked(calibrated, pict
     assert choose(calibrated, pictures, probe_layers=0).float_layers == {}
 
 
+def test_openvino_takes_a_bit_off_every_weight_where_the_machine_saturates(pictures, tmp_path):
+    require("nncf", "pip install 'edgeclip[openvino]'")
+    import openvino as ov
+
+    from edgeclip.export import openvino
+
+    asked = target.load("openvino-int8")[1]
+    model = graph.to_onnx(Residual().eval(), torch.from_numpy(pictures[:1]), "pixels", "image_features", 18)
+    largest = {}
+    for reduce_range in (False, True):
+        chosen = policy.choose(model, pictures, PLAIN, {}, asked.calibration, reduce_range, own_bias=False)
+        folder = tmp_path / str(reduce_range)
+        folder.mkdir()
+        written = ov.Core().read_model(folder / openvino.write(model, asked, chosen, folder))
+        weights = [op.data for op in written.get_ordered_ops() if op.get_type_name() == "Constant" and op.get_element_type() == ov.Type.i8]
+        largest[reduce_range] = [int(np.abs(w.astype(int)).max()) for w in weights]
+    assert len(largest[True]) == len(largest[False]) == 4
+    assert max(largest[True]) <= 64 and max(largest[False]) == 127
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()

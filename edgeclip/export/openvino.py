@@ -21,6 +21,8 @@ def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | N
     ov_model = _convert(model if quantisation is None else quantisation.calibrated.model, folder)
     if target.precision == "int8":
         nncf = _nncf()
+        from nncf.quantization.advanced_parameters import OverflowFix
+
         assert quantisation is not None
         form = quantisation.form
         with contextlib.redirect_stdout(sys.stderr):  # its progress bars: stdout is data
@@ -31,6 +33,8 @@ def write(model: onnx.ModelProto, target: Target, quantisation: Quantisation | N
                 advanced_parameters=nncf.AdvancedQuantizationParameters(
                     smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1),  # ours has been done, and folds
                     activations_range_estimator_params=_ranges(form.method),
+                    # NNCF's own choice gives 7 bits to the weights of the first layer alone
+                    overflow_fix=OverflowFix.ENABLE if quantisation.reduce_range else None,
                 ),
             )  # fmt: skip
     return _save(ov_model, folder / "image_encoder.xml", fp16=target.precision != "fp32")
