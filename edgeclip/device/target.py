@@ -101,9 +101,9 @@ class Target(Config, kw_only=True):
     activations: Literal["uint8", "int8"] | None = None
     """int8 on onnxruntime: uint8 is the fast form on x86 with VNNI, int8 that of ARM"""
     reduce_range: Literal["never", "always", "as_host"] | None = None
-    """uint8 activations only: 7-bit weights, because an x86 without VNNI adds pairs of 8-bit
-    products in 16 bits, which saturates; as_host: by the instruction set of the machine that
-    exports, which the bundle records"""
+    """uint8 activations, and int8 on openvino: 7-bit weights, because an x86 without VNNI adds pairs
+    of 8-bit products in 16 bits, which saturates; as_host: by the instruction set of the machine
+    that exports, which the bundle records; null on openvino: never"""
     text: Literal["fp32", "fp16", "int8"] = "int8"
     """weights of the text encoder, whose embedding table is most of its bytes"""
 
@@ -119,10 +119,11 @@ class Target(Config, kw_only=True):
             raise BrokenRule("activations", "is missing", "say uint8 (x86) or int8 (ARM)")
         if self.calibration is not None:
             self._check_calibration(self.calibration)
-        if (self.activations == "uint8") != (self.reduce_range is not None):
+        on_openvino = self.runtime == "openvino" and self.precision == "int8"
+        if not on_openvino and (self.activations == "uint8") != (self.reduce_range is not None):
             raise BrokenRule(
                 "reduce_range",
-                "belongs to activations: uint8, and only to it",
+                "belongs to activations: uint8 and to int8 on openvino, and only to them",
                 "say never, always or as_host, or remove it",
             )
         if self.tolerance.optimization_agreement is not None and self.runtime != "onnxruntime":

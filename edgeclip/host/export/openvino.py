@@ -38,6 +38,8 @@ def write(
 def _quantize(ov_model: Any, quantization: Quantization) -> Any:
     """Return the model in int8, without NNCF's own smoothing: ours has been done, and folds."""
     nncf = _nncf()
+    from nncf.quantization.advanced_parameters import OverflowFix
+
     candidate = quantization.candidate
     model_type = None
     preset = nncf.QuantizationPreset.PERFORMANCE
@@ -45,9 +47,14 @@ def _quantize(ov_model: Any, quantization: Quantization) -> Any:
         model_type = nncf.ModelType.TRANSFORMER
         preset = None
     images: list[np.ndarray] = [row[None] for row in quantization.calibration]
+    # NNCF's own choice gives 7 bits to the weights of the first layer alone.
+    overflow_fix = None
+    if quantization.reduce_range:
+        overflow_fix = OverflowFix.ENABLE
     advanced = nncf.AdvancedQuantizationParameters(
         smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1),
         activations_range_estimator_params=_ranges(candidate.method),
+        overflow_fix=overflow_fix,
     )
     with contextlib.redirect_stdout(sys.stderr):  # its progress bars: stdout is data
         return nncf.quantize(

@@ -108,12 +108,14 @@ def sensitivity(
 ) -> dict[str, float]:
     """Return the centered cosine that quantizing each layer alone leaves.
 
-    Activations are uint8 whatever the target: this ranks layers. what: what the progress is called.
+    S8S8, whatever the target: this ranks layers. The steps are those of U8S8, and no x86 saturates
+    on them here, so the ranking is the layers' own and not this machine's. what: what the progress
+    is called.
     """
     reference = features(calibrated.model, images)
     cosines = {}
     for name in track(layers, what, len(layers)):
-        model = quantize(calibrated, [name], activations="uint8", reduce_range=reduce_range)
+        model = quantize(calibrated, [name], activations="int8", reduce_range=reduce_range)
         cosines[name] = centered_cosine(features(model, images), reference)
     return cosines
 

@@ -133,10 +133,16 @@ def run_batches(
 
 
 def _session(model: onnx.ModelProto) -> tuple[Any, list[str]]:
-    """Return a session on one model, and the names of its outputs in their order."""
+    """Return a session on one model, and the names of its outputs in their order.
+
+    S8S8 in exact integers, as edgeclip.device.runtime opens it.
+    """
     content = model.SerializeToString()
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
     session = ort.InferenceSession(
         content,
+        options,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=disabled_optimizers(content),
     )

@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 from onnx import numpy_helper
 
@@ -32,6 +33,18 @@ def test_a_layer_that_int8_would_ruin_stays_in_float(calibrated, images):
     assert free.int8_share == 1.0
     macs = graph.macs(strict.calibrated.model, products, images[:1])
     assert abs(strict.int8_share - macs[products[2]] / sum(macs.values())) < 1e-3
+
+
+def test_the_sensitivity_of_a_layer_is_its_own_and_not_the_machines(calibrated, images):
+    """As the graph means it, without optimization and so in float: an x86 without VNNI would
+    saturate on the first layer, and call it .85."""
+    products = graph.matrix_products(calibrated.model)
+    expected = run(calibrated.model, images)
+    exact = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for name, left in policy.sensitivity(calibrated, products, images, "sensitivity").items():
+        meant = run(quantize(calibrated, [name], activations="uint8"), images, exact)
+        assert left > 0.99
+        assert abs(left - policy.centered_cosine(meant, expected)) < 1e-3
 
 
 def test_no_layer_is_probed_twice_or_judged_where_none_is_asked(calibrated, images):

@@ -300,3 +300,29 @@ def test_openvino_rounds_a_residual_additions_operands_only_where_the_form_says_
         o for o in operands if "Constant" not in o and "Convert" not in o
     ]  # the others add a bias
     assert residual.count("FakeQuantize") == rounded
+
+
+def test_openvino_takes_a_bit_off_every_weight_where_the_machine_saturates(images, tmp_path):
+    require("nncf", "pip install 'edgeclip[openvino]'")
+    import openvino as ov
+
+    from edgeclip.host.export import openvino
+
+    asked = target.load("openvino-int8")[1]
+    example = torch.from_numpy(images[:1])
+    model = graph.to_onnx(Residual().eval(), example, "pixels", "image_features", 18)
+    plain = policy.Candidate("minmax", None, "all", None)
+    largest = {}
+    for reduce_range in (False, True):
+        chosen = policy.choose(
+            model, images, plain, {}, asked.calibration, reduce_range, own_bias=False
+        )
+        folder = tmp_path / str(reduce_range)
+        folder.mkdir()
+        written = ov.Core().read_model(folder / openvino.write(model, asked, chosen, folder))
+        constants = [op for op in written.get_ordered_ops() if op.get_type_name() == "Constant"]
+        weights = [op.data for op in constants if op.get_element_type() == ov.Type.i8]
+        largest[reduce_range] = [int(np.abs(w.astype(int)).max()) for w in weights]
+    assert len(largest[True]) == len(largest[False]) == 4
+    assert max(largest[True]) <= 64
+    assert max(largest[False]) == 127
