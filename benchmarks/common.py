@@ -13,7 +13,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -109,16 +108,23 @@ def this_machine() -> dict[str, Any]:
 
 
 def this_process_mib() -> float:
-    """Return the peak memory of the measuring process, MiB: no child of it can be seen to take less."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Return the peak memory of this program, MiB: no child of it can be seen to take less.
+
+    Not getrusage's, which after an exec still holds the peak of the program that made this process.
+    """
+    return _status_mib("VmHWM")
 
 
 def anonymous_mib() -> float:
     """Return this process's anonymous memory now, MiB: what it holds itself, mapped files left out."""
+    return _status_mib("RssAnon")
+
+
+def _status_mib(field: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status has no RssAnon; this needs Linux")
+    raise RuntimeError(f"/proc/self/status has no {field}; this needs Linux")
 
 
 def table(rows: list[list[Any]], headers: list[str]) -> None:

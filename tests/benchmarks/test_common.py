@@ -1,6 +1,7 @@
 """The options that every benchmark has: forms, --check, --json, and what is missing."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -76,3 +77,13 @@ def test_what_is_not_installed_ends_with_77_and_how_to_get_it(capsys):
     assert capsys.readouterr().err == "no_such_module is not installed: pip install it\n"
     with pytest.raises(SystemExit):
         common.require("apt install it", program="no-such-program")
+
+
+def test_a_large_parent_does_not_count_as_this_program_s_own_peak():
+    """Linux hands the peak of whoever starts a process on to it: 200 MiB here, of which the child holds none."""
+    ballast = bytearray(200 * 2**20)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    code = "import common; print(common.this_process_mib())"
+    folder = REPO / "benchmarks"
+    seen = subprocess.check_output([sys.executable, "-c", code], cwd=folder, text=True)
+    assert len(ballast) and 10 < float(seen) < 150
