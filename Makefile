@@ -32,6 +32,7 @@ test-all: .venv/installed
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell .
 	$(BIN)/mypy
 
 # the pages that are generated from the code, and the figures in the others

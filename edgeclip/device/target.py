@@ -101,9 +101,9 @@ class Target(Config, kw_only=True):
     activations: Literal["uint8", "int8"] | None = None
     """int8 on onnxruntime: uint8 is the fast form on x86 with VNNI, int8 that of ARM"""
     reduce_range: Literal["never", "always", "as_host"] | None = None
-    """uint8 activations, and int8 on openvino: 7-bit weights, because an x86 without VNNI adds pairs
-    of 8-bit products in 16 bits, which saturates; as_host: by the instruction set of the machine
-    that exports, which the bundle records; null on openvino: never"""
+    """uint8 activations, and int8 on openvino: 7-bit weights, because an x86 without VNNI adds
+    pairs of 8-bit products in 16 bits, which saturates; as_host: by the instruction set of the
+    machine that exports, which the bundle records; null on openvino: never"""
     text: Literal["fp32", "fp16", "int8"] = "int8"
     """weights of the text encoder, whose embedding table is most of its bytes"""
 
