@@ -221,7 +221,9 @@ def quickstart(found: dict[str, Any]) -> str:
     commands = found["commands"]
     seconds = [f"{of['seconds']:.0f}" for of in commands.values()]
     memory = [f"{of['peak_memory_mib']:,.0f}" for of in commands.values()]
-    return markdown(["", *commands], [["s", *seconds], ["peak MiB", *memory]])
+    here = found["machine"]
+    machine = f"{here['cpu']}, {here['cores']} cores, {', '.join(here['isa'] or ['no SIMD known'])}"
+    return markdown([machine, *commands], [["s", *seconds], ["peak MiB", *memory]])
 
 
 def quickstart_scores(found: dict[str, Any]) -> str:
