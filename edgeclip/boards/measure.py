@@ -83,7 +83,7 @@ class Here:
             engines=bool(names),
             builds=not all((kept / n).exists() for n in names),
         )
-        state = machine.state(Path.cwd())
+        state = machine.state(str(Path.cwd()))
         return P.preflight(self.device, self.facts, state, needs, time.time())
 
     def prepare(

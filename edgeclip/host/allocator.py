@@ -24,7 +24,7 @@ def _glibc() -> ctypes.CDLL | None:
 def give_back_freed_memory() -> None:
     """Return what a model that is gone has left behind, which would else be held to the end."""
     libc = _glibc()
-    if hasattr(libc, "malloc_trim"):
+    if libc is not None and hasattr(libc, "malloc_trim"):
         gc.collect()
         libc.malloc_trim(0)
 
@@ -32,7 +32,7 @@ def give_back_freed_memory() -> None:
 def keep_freed_memory() -> None:
     """Keep what this process frees, where the C library is glibc; elsewhere do nothing."""
     libc = _glibc()
-    if not hasattr(libc, "mallopt"):
+    if libc is None or not hasattr(libc, "mallopt"):
         return
     libc.mallopt(M_MMAP_MAX, 0)
     # Never; the largest int would be 2 GiB, which a step of 128 images exceeds.

@@ -7,7 +7,7 @@ second choice. `timm_model` and `open_clip_model` put them into models.
 
 import importlib.metadata
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from edgeclip import disk
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host.recipe import OpenClip, Timm
+from edgeclip.host.recipe.ingredients import ModelConfig
 from edgeclip.host.towers.hub import hub, unreachable
 from edgeclip.progress import say
 
@@ -173,10 +174,10 @@ def _create_timm(spec: Timm) -> nn.Module:
     return model
 
 
-def _timm_preprocess(spec: Timm, pretrained_cfg: dict[str, Any]) -> Preprocess:
+def _timm_preprocess(spec: Timm, pretrained_cfg: ModelConfig) -> Preprocess:
     package = spec.weights.removeprefix("pip:")
-    config: dict[str, Any] = PIP_NORMALIZATION.get(package, pretrained_cfg)
-    interpolation = "bicubic"
+    config: ModelConfig = PIP_NORMALIZATION.get(package, pretrained_cfg)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     if pretrained_cfg.get("interpolation") == "bilinear":
         interpolation = "bilinear"
     return Preprocess(
@@ -246,7 +247,7 @@ def _open_clip_preprocess(spec: OpenClip, model: nn.Module) -> Preprocess:
     import open_clip
 
     own = getattr(model.visual, "preprocess_cfg", None)
-    cfg: dict[str, Any] = (spec.config or {}).get("preprocess_cfg") or own or {}
+    cfg: ModelConfig = (spec.config or {}).get("preprocess_cfg") or own or {}
     if not spec.weights.startswith("hub:") and spec.config is None:
         cfg = _usual_preprocess(spec.model) or cfg
     size = model.visual.image_size
@@ -261,14 +262,14 @@ def _open_clip_preprocess(spec: OpenClip, model: nn.Module) -> Preprocess:
     )
 
 
-def open_clip_config(spec: OpenClip) -> dict[str, Any]:
+def open_clip_config(spec: OpenClip) -> ModelConfig:
     """Return open_clip's model configuration: the spec's own, or that of a model it lists.
 
     The spec's own may be whole, or what an open_clip_config.json holds.
     """
     import open_clip
 
-    config: dict[str, Any] | None = spec.config
+    config: ModelConfig | None = spec.config
     if config is None:
         config = open_clip.get_model_config(spec.model)
     return config.get("model_cfg", config)
@@ -305,11 +306,11 @@ def _from_config(spec: OpenClip) -> nn.Module:
     return model
 
 
-def _told(config: dict[str, Any]) -> dict[str, Any]:
+def _told(config: ModelConfig) -> ModelConfig:
     return {k: config[k] for k in PREPROCESS_FIELDS if config.get(k)}
 
 
-def _usual_preprocess(model: str) -> dict[str, Any]:
+def _usual_preprocess(model: str) -> ModelConfig:
     """Return what all pretrained tags of a model agree on, which a file of weights does not say.
 
     MobileCLIP2 takes pixels of 0..1 as they are, which no field of its architecture tells.
