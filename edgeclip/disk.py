@@ -26,6 +26,11 @@ MANIFEST = "manifest.json"
 
 T = TypeVar("T")
 
+Json = dict[str, Any]
+"""a JSON object that no record describes: its fields are those of whoever writes it"""
+Description = dict[str, Any]
+"""all that decides what a folder holds, as JSON: `fingerprint` names it, `differences` compares"""
+
 
 def cache_folder() -> Path:
     """Return the user's cache folder for edgeclip: below XDG_CACHE_HOME, or ~/.cache."""
@@ -169,7 +174,7 @@ def _kind(folder: Path) -> str | None:
     return manifest.get("kind") if isinstance(manifest, dict) else None
 
 
-def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> None:
+def write_manifest(folder: Path, kind: str, content: Json) -> None:
     """Write `content`, the kind and the sha256 of every file: the last step of a folder."""
     files = {}
     for file in sorted(folder.rglob("*")):
@@ -178,7 +183,7 @@ def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> None:
     write_json(folder / MANIFEST, {"kind": kind, **content, "files": files})
 
 
-def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+def read_manifest(folder: Path, kind: str) -> Json:
     """Return the manifest of a finished folder of this kind; raises for any other."""
     if not folder.is_dir():
         raise EdgeclipError(folder, "there is no such folder", "check the path")
@@ -194,7 +199,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: Path, manifest: dict[str, Any]) -> None:
+def verify(folder: Path, manifest: Json) -> None:
     """Compare every file of a folder with its manifest. Raises as `verify_files`."""
     verify_files(folder, manifest["files"], manifest["kind"])
 
@@ -279,9 +284,9 @@ def write_record(path: Path, record: Record) -> None:
     write_json(path, to_json(record))
 
 
-def _from_format_1(value: dict[str, Any]) -> dict[str, Any]:
+def _from_format_1(value: Json) -> Json:
     """Return a report of edgeclip 0.1 in the words of format 2."""
-    new: dict[str, Any] = {**renamed(value), "format": FORMAT}
+    new: Json = {**renamed(value), "format": FORMAT}
     if new.get("verdict") in VERDICTS:
         new["verdict"] = VERDICTS[new["verdict"]]
     return new

@@ -31,11 +31,11 @@ MARK = b"edgeclip-reply "  # what a login shell prints before it is not the answ
 OURS = ".edgeclip-board"  # only in a folder with this file is anything ever written or removed
 LEFT = ("store", "trees", "runner", "engines", ".copy", ".run", OURS)
 BLOCK = 1 << 18
-Request = Dict[str, Any]  # noqa: UP006  (an old Python evaluates it)
+Message = Dict[str, Any]  # noqa: UP006  (a request, or an answer; an old Python evaluates it)
 STDIN: Any = sys.stdin.buffer
 
 
-def reply(answer: dict[str, Any], payload: bytes = b"") -> None:
+def reply(answer: Message, payload: bytes = b"") -> None:
     """Write one marked line, which is found among whatever else is printed, then the payload."""
     line = json.dumps(dict(answer, bytes=len(payload))).encode()
     # the first end of line ends a banner that has none
@@ -43,7 +43,7 @@ def reply(answer: dict[str, Any], payload: bytes = b"") -> None:
     sys.stdout.buffer.flush()
 
 
-def home(request: Request) -> str:
+def home(request: Message) -> str:
     """Return the folder, made if need be.
 
     Somebody else's, with files in it, is refused, since --clean could not tell them apart.
@@ -81,7 +81,7 @@ def inside(folder: str, name: str) -> str:
     return path
 
 
-def look(request: Request) -> dict[str, Any]:
+def look(request: Message) -> Message:
     """Run the host's machine.py in the Python that the runner will have; its facts and state."""
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
     source = (
@@ -100,12 +100,12 @@ def look(request: Request) -> dict[str, Any]:
     return {"folder": folder, "facts": facts, "state": state}
 
 
-def clock(request: Request) -> dict[str, Any]:
+def clock(request: Message) -> Message:
     """Return the board's time, seconds since 1970."""
     return {"time": time.time()}
 
 
-def missing(request: Request) -> dict[str, Any]:
+def missing(request: Message) -> Message:
     """Return which of files {sha256: size} are not whole here, their bytes here, and the room."""
     folder = home(request)
     have = {}
@@ -120,7 +120,7 @@ def missing(request: Request) -> dict[str, Any]:
     return {"have": have, "free_bytes": disk.f_bavail * disk.f_frsize}
 
 
-def put(request: Request) -> dict[str, Any]:
+def put(request: Message) -> Message:
     """Keep files [[sha256, size, offset], ...].
 
     Their bytes from `offset` on follow the request one after another.
@@ -170,7 +170,7 @@ def _sha256(path: str) -> str:
     return found.hexdigest()
 
 
-def build(request: Request) -> dict[str, Any]:
+def build(request: Message) -> Message:
     """Make a folder of links to files {name: sha256}, the wheels of `unpack` unzipped in it."""
     folder = home(request)
     path = inside(folder, request["name"])
@@ -201,13 +201,13 @@ def _fill(folder: str, temporary: str, files: dict[str, str], unpack: list[str])
             wheel.extractall(temporary)
 
 
-def exists(request: Request) -> dict[str, Any]:
+def exists(request: Message) -> Message:
     """Return whether there is such a file or folder."""
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
     return {"exists": os.path.exists(inside(folder, request["name"]))}
 
 
-def run(request: Request) -> None:
+def run(request: Message) -> None:
     """Start the runner, with the work on its standard input; the runner itself answers."""
     folder = home(request)
     held = lock(folder, ".run", False)
@@ -241,7 +241,7 @@ def run(request: Request) -> None:
     os._exit(0)  # the watcher is still reading
 
 
-def clean(request: Request) -> dict[str, Any]:
+def clean(request: Message) -> Message:
     """Remove everything edgeclip left, and only that; the folder too when nothing else is in it."""
     folder = os.path.abspath(os.path.expanduser(request["folder"]))
     if not os.path.exists(os.path.join(folder, OURS)):

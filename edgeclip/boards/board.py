@@ -25,7 +25,7 @@ import numpy as np
 from edgeclip import disk
 from edgeclip.boards import loopback, runner
 from edgeclip.boards import preflight as P
-from edgeclip.boards.link import AGAIN, Link, connect
+from edgeclip.boards.link import AGAIN, Link, Message, SshOptions, connect
 from edgeclip.device import energy, machine
 from edgeclip.device.bench import over_budget
 from edgeclip.device.bundle import Bundle
@@ -85,7 +85,7 @@ class Board:
         name: str,
         device: Device,
         cache: Path | None = None,
-        options: dict[str, Any] | None = None,
+        options: SshOptions | None = None,
     ):
         """Describe the board; entering the context opens the link.
 
@@ -145,7 +145,7 @@ class Board:
         if self.options is None:
             self.options = await self.exits.enter_async_context(loopback.sshd(self.name))
 
-    def ask(self, op: str, **request: Any) -> dict[str, Any]:
+    def ask(self, op: str, **request: Any) -> Message:
         """Return the agent's answer to one request (agent.py)."""
         answer, _ = self._wait(self.link.ask(op, folder=self.folder, **request))
         return answer
@@ -324,7 +324,7 @@ class Board:
         answer, _ = self._run("selftest", bundle)
         return from_json(answer, SelftestReport, self.name)
 
-    def _run(self, verb: str, bundle: Bundle, **more: Any) -> tuple[dict[str, Any], bytes]:
+    def _run(self, verb: str, bundle: Bundle, **more: Any) -> tuple[Message, bytes]:
         self._same_boot(verb)
         work = {
             "verb": verb,

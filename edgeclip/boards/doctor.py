@@ -2,10 +2,11 @@
 
 import importlib.metadata
 import importlib.util
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from edgeclip import __version__, config
 from edgeclip.device import machine
+from edgeclip.disk import Json
 
 TRAIN = "pip install 'edgeclip[train]'"
 NEEDS = {
@@ -27,9 +28,9 @@ NEEDS = {
 that installs it"""
 
 
-def doctor() -> dict[str, Any]:
+def doctor() -> Json:
     """Return this machine's facts, each part's version or install line, and what ships, by name."""
-    found: dict[str, Any] = {
+    found: Json = {
         "edgeclip": __version__,
         "machine": vars(machine.facts()),
         "parts": [_part(name) for name in NEEDS],

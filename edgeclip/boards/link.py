@@ -33,6 +33,10 @@ TALK_S = 2
 """seconds that are waited for the rest of what the board prints"""
 AGAIN = "run the command again: what has arrived is kept"
 
+Message = dict[str, Any]
+"""a request of the agent, or its answer: JSON, its fields are the operation's (agent.py)"""
+SshOptions = dict[str, Any]
+"""arguments of asyncssh.connect"""
 Start = Callable[[], Awaitable[Any]]
 """starts COMMAND on the board: a process with stdin, stdout and stderr streams"""
 
@@ -48,7 +52,7 @@ class Link(NamedTuple):
 
     async def ask(
         self, op: str, payload: Iterable[bytes] = (), **request: Any
-    ) -> tuple[dict[str, Any], bytes]:
+    ) -> tuple[Message, bytes]:
         """Return the board's answer and the bytes behind it; pass on what it prints on stderr.
 
         Raises `LinkLost` when the link breaks, and `EdgeclipError` with the board's own reason when
@@ -76,9 +80,7 @@ class Link(NamedTuple):
             raise EdgeclipError(self.name, answer["error"], do)
         return answer, rest
 
-    async def _answer(
-        self, process: Any, talk: "asyncio.Future[None]"
-    ) -> tuple[dict[str, Any], bytes]:
+    async def _answer(self, process: Any, talk: "asyncio.Future[None]") -> tuple[Message, bytes]:
         """Return the marked line among what a login shell prints, and the bytes behind it."""
         while (line := await process.stdout.readline()) and not line.startswith(MARK):
             pass
@@ -102,7 +104,7 @@ class Link(NamedTuple):
                 say(f"{self.name}: {line.decode(errors='replace').rstrip()}")
 
 
-async def _send(process: Any, request: dict[str, Any], payload: Iterable[bytes]) -> None:
+async def _send(process: Any, request: Message, payload: Iterable[bytes]) -> None:
     """Return the agent's text, the request, and what belongs to it."""
     head = b"%d\n" % len(AGENT) + AGENT
     process.stdin.write(head + json.dumps(request).encode() + b"\n")
@@ -120,7 +122,7 @@ def _reason(e: BaseException) -> str:
 
 @contextlib.asynccontextmanager
 async def connect(
-    name: str, reach: Reach, options: dict[str, Any] | None = None
+    name: str, reach: Reach, options: SshOptions | None = None
 ) -> AsyncIterator[Link]:
     """Yield a link to the board.
 
@@ -162,7 +164,7 @@ def _by_command(prefix: tuple[str, ...]) -> Start:
     return spawn
 
 
-async def _connection(name: str, reach: Reach, options: dict[str, Any]) -> Any:
+async def _connection(name: str, reach: Reach, options: SshOptions) -> Any:
     """Return an open ssh connection; each way to fail is one line with what to do."""
     import asyncssh
 

@@ -15,9 +15,9 @@ import subprocess
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 from edgeclip import disk
+from edgeclip.boards.link import SshOptions
 from edgeclip.device.profile import Reach
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
@@ -32,7 +32,7 @@ START_S = 20
 
 
 @contextlib.asynccontextmanager
-async def sshd(name: str, extra: str = "") -> AsyncIterator[dict[str, Any]]:
+async def sshd(name: str, extra: str = "") -> AsyncIterator[SshOptions]:
     """Start an sshd; yield asyncssh's options that reach it and trust its key; end it.
 
     name: the device's, for messages. extra: lines that come first in its configuration. Raises

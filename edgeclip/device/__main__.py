@@ -19,10 +19,11 @@ from edgeclip.device import machine
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Device, Minimum, pinned
 from edgeclip.device.records import Record, to_json
+from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 
 MARK = b"edgeclip-reply "
-Answer = tuple[dict[str, Any], dict[str, np.ndarray]]
+Answer = tuple[Json, dict[str, np.ndarray]]
 
 
 class Work(Record):

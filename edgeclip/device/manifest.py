@@ -11,6 +11,9 @@ from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.records import FORMAT, Record, from_json, to_json
 from edgeclip.device.target import NamedTarget
 
+Parents = dict[str, Any]
+"""what a bundle was made of: sha256 and names, as far as its source has them"""
+
 
 class VocabularyRecord(Record):
     """What `export --vocabulary` kept of the text encoder's embedding table."""
@@ -163,7 +166,7 @@ class BundleManifest(Record, kw_only=True):
     golden: Golden
     licenses: dict[str, str | None]
     """of the models and the data, by what they are"""
-    parents: dict[str, Any]
+    parents: Parents
     """what this was made of, by sha256"""
     calibration: list[CalibrationImage] = msgspec.field(default_factory=list)
     """empty for float targets"""

@@ -12,6 +12,9 @@ from edgeclip.disk import Record as Record
 from edgeclip.disk import from_json as from_json
 from edgeclip.disk import to_json as to_json
 
+BuildOptions = dict[str, int | list[int]]
+"""name of an option of an engine's build, to its value"""
+
 
 class EngineConditions(Record):
     """Everything that a TensorRT engine depends on: another value is another engine."""
@@ -28,7 +31,7 @@ class EngineConditions(Record):
     """version of Jetson Linux"""
     power_mode: str | None
     """nvpmodel's name"""
-    options: dict[str, Any]
+    options: BuildOptions
     """of the build: `batch` (minimum, optimum, maximum) and `workspace_mib`"""
 
 

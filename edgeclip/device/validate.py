@@ -14,7 +14,7 @@ images to tell, and that is the verdict.
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -39,6 +39,7 @@ from edgeclip.device.records import (
 )
 from edgeclip.device.runtime import Port, Session
 from edgeclip.device.target import Tolerance
+from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import track
 
@@ -137,12 +138,12 @@ def _features(
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
-def to_answer(observed: Observed) -> dict[str, Any]:
+def to_answer(observed: Observed) -> Json:
     """Return what goes over the link beside the arrays."""
     return {"ran": to_json(observed.ran), "ports": to_json([observed.input, observed.output])}
 
 
-def from_answer(answer: dict[str, Any], arrays: dict[str, np.ndarray], where: object) -> Observed:
+def from_answer(answer: Json, arrays: dict[str, np.ndarray], where: object) -> Observed:
     """Return what a board observed, from what came over the link."""
     image, features = msgspec.convert(answer["ports"], tuple[Port, Port])
     return Observed(from_json(answer["ran"], Ran, where), image, features, arrays)

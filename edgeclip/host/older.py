@@ -4,17 +4,16 @@ What 0.1 wrote has no `format` number, or 1, and other names for some fields (`c
 bundle's manifest and the reports are read by edgeclip.device.
 """
 
-from typing import Any
-
 from edgeclip import config
+from edgeclip.disk import Json
 
 MOVED = {"distill": ("qat", "quantize", "target"), "train": ("train", "first", "pretrain")}
 """block of a 0.1 recipe, to its name today, and one of its fields before and today"""
 
 
-def recipe_description(value: dict[str, Any]) -> dict[str, Any]:
+def recipe_description(value: Json) -> Json:
     """Return a run's recipe.json in today's words."""
-    new: dict[str, Any] = {}
+    new: Json = {}
     for name, block in config.renamed(value).items():
         today, field, field_today = MOVED.get(name, (name, "", ""))
         if isinstance(block, dict) and field in block:
@@ -23,7 +22,7 @@ def recipe_description(value: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-def student_description(value: dict[str, Any]) -> dict[str, Any]:
+def student_description(value: Json) -> Json:
     """Return a student.json in today's words."""
-    renamed: dict[str, Any] = config.renamed(value)
+    renamed: Json = config.renamed(value)
     return renamed

@@ -12,7 +12,7 @@ asks, a text tower beside it. On disk it is weights and JSON, and it is rebuilt 
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -28,6 +28,7 @@ from edgeclip import disk
 from edgeclip.device import tokenizer
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
+from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import older
 from edgeclip.host import recipe as R
@@ -258,7 +259,7 @@ def save(
     folder: Path,
     student: Student,
     head: EduAttentionHead | None,
-    description: dict[str, Any],
+    description: Json,
     class_features: np.ndarray,
     text: TextTower | None = None,
 ) -> None:
@@ -285,7 +286,7 @@ class Saved(NamedTuple):
     """A student's folder, compared with its hashes and read once."""
 
     folder: Path
-    description: dict[str, Any]
+    description: Json
     """student.json"""
     spec: R.Student
     """its architecture, all weights random: they come from `state`, and what the recipe started
@@ -320,7 +321,7 @@ class Loaded(NamedTuple):
     head: EduAttentionHead | None
     """None: it was trained without EduAttention"""
     preprocess: Preprocess
-    description: dict[str, Any]
+    description: Json
 
 
 def load(source: Path | Saved) -> Loaded:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from edgeclip import disk
+from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 
 FORMAT = 2
@@ -226,8 +227,6 @@ class RetrievalRecord(Protocol, frozen=True, kw_only=True):
 
 
 ProtocolRecord = AccuracyRecord | RetrievalRecord
-Fields = dict[str, Any]
-"""a JSON object as it was read"""
 R = TypeVar("R", bound=msgspec.Struct)
 
 
@@ -291,7 +290,7 @@ RENAMED = {"pictures": "images", "chance_r1": "chance_top1", "data_licence": "da
 RENAMED_LAPS = {"waiting for pictures": "waiting for images", "optimiser": "optimizer"}
 
 
-def _of_first_format(value: Fields) -> Fields:
+def _of_first_format(value: Json) -> Json:
     """Return today's form of a record of edgeclip 0.1, which has other names for a few fields."""
     new = _renamed(value, RENAMED) | {"format": FORMAT}
     retrieval = value.get("protocol") == "retrieval"
@@ -307,7 +306,7 @@ def _of_first_format(value: Fields) -> Fields:
     return new
 
 
-def _set(row: Fields, retrieval: bool) -> Fields:
+def _set(row: Json, retrieval: bool) -> Json:
     if retrieval:
         return _renamed(row, {"pictures": "images"})
     new = _renamed(row, RENAMED)
@@ -317,11 +316,11 @@ def _set(row: Fields, retrieval: bool) -> Fields:
     return new
 
 
-def _log_row(row: Fields) -> Fields:
+def _log_row(row: Json) -> Json:
     # Pea-KD's first training was called `first` in the recipe.
     names = {"first_features": "pretrain_features", "first_predictions": "pretrain_predictions"}
     return _renamed(row, names)
 
 
-def _renamed(value: Fields, names: dict[str, str]) -> Fields:
+def _renamed(value: Json, names: dict[str, str]) -> Json:
     return {names.get(name, name): item for name, item in value.items()}

@@ -7,12 +7,13 @@ import click
 
 from edgeclip.cli.tables.plain import table
 from edgeclip.device.records import PreflightRow, SelftestReport
+from edgeclip.disk import Json
 
 WIDEST = 100
 """characters of a step's detail; the report has all of it"""
 
 
-def doctor(found: dict[str, Any]) -> None:
+def doctor(found: Json) -> None:
     """Print this machine's facts, the parts of edgeclip, and what ships."""
     import msgspec
 

@@ -13,12 +13,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from edgeclip import disk
 from edgeclip.device import machine
 from edgeclip.device.manifest import BundleManifest
-from edgeclip.device.records import EngineConditions, from_json, to_json
+from edgeclip.device.records import BuildOptions, EngineConditions, from_json, to_json
+from edgeclip.device.runtime.tensorrt_build import Built
 
 KEEP = 3
 """engines of one ONNX file; each is about as large as that file"""
@@ -26,7 +27,7 @@ KEEP = 3
 
 class Kept(NamedTuple):
     folder: Path
-    built: dict[str, Any]
+    built: Built
     """what `tensorrt_build.build` said of it"""
 
 
@@ -42,7 +43,7 @@ def names(manifests: Iterable[BundleManifest]) -> list[str]:
 
 
 def conditions(
-    model: Path, version: str, sm: str, options: dict[str, Any], root: Path = machine.ROOT
+    model: Path, version: str, sm: str, options: BuildOptions, root: Path = machine.ROOT
 ) -> EngineConditions:
     """Return everything that an engine depends on.
 
@@ -60,7 +61,7 @@ def conditions(
     )
 
 
-def engine(asked: EngineConditions, make: Callable[[Path], dict[str, Any]]) -> Kept:
+def engine(asked: EngineConditions, make: Callable[[Path], Built]) -> Kept:
     """Return the engine for these conditions; `make` builds the one that is not there.
 
     make writes engine.plan into the folder that it is given, where a timing.cache may lie; nothing

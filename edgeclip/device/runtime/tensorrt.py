@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeclip.device.records import Ran
+from edgeclip.device.records import BuildOptions, Ran
 from edgeclip.device.runtime import INSTALL, Port, Session, tensorrt_build
 from edgeclip.device.runtime import engine as engines
 from edgeclip.errors import EdgeclipError
@@ -23,7 +23,7 @@ from edgeclip.progress import say
 BATCH = (1, 4, 8)
 """smallest, best and largest batch of the optimization profile"""
 WORKSPACE_MIB = 1024
-OPTIONS = {"batch": list(BATCH), "workspace_mib": WORKSPACE_MIB}
+OPTIONS: BuildOptions = {"batch": list(BATCH), "workspace_mib": WORKSPACE_MIB}
 
 
 def open_session(model: Path, threads: int, optimization: str) -> Session:
@@ -59,7 +59,7 @@ def open_session(model: Path, threads: int, optimization: str) -> Session:
     return session(trt, cuda, runtime, engine, ran)
 
 
-def make(trt: Any, model: Path, folder: Path) -> dict[str, Any]:
+def make(trt: Any, model: Path, folder: Path) -> tensorrt_build.Built:
     """Build engine.plan in `folder`, with and into its timing.cache; return what is known of it.
 
     Raises `EdgeclipError` where TensorRT refuses the graph.

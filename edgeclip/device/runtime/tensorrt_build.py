@@ -19,8 +19,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 TYPES = {
     "int8": ("int8",),
@@ -34,6 +35,25 @@ PRODUCTS = ("conv", "gemm", "matmul", "matrix", "fully")
 MOVES = ("reformat", "quantize", "cast", "shuffle")
 """kinds that change how a tensor lies or is written: what they take says nothing of what is
 computed"""
+
+
+class Built(TypedDict):
+    """What is known of an engine that was built."""
+
+    engine_bytes: int
+    seconds: float
+    """that the build took"""
+    module: str
+    """tensorrt or tensorrt_rtx"""
+    version: str
+    """of the module"""
+    batch: list[int]
+    """smallest, best and largest"""
+    workspace_mib: int
+    timing_cache: bool
+    """whether the build took and gave one"""
+    layers: list[dict[str, str]] | None
+    """`layers` of the engine"""
 
 
 class BuildError(Exception):
@@ -77,7 +97,7 @@ def build(
     workspace_mib: int = 1024,
     timing_cache: Path | None = None,
     trt: Any = None,
-) -> dict[str, Any]:
+) -> Built:
     """Build the engine of an ONNX file, write it to `out` (None: nowhere), and return its facts.
 
     batch: the profile's minimum, optimum and maximum of every input's first axis. timing_cache:
@@ -149,7 +169,7 @@ def layers(trt: Any, plan: bytes, logger: Any) -> list[dict[str, str]] | None:
     return read_layers(json.loads(text))
 
 
-def read_layers(information: dict[str, Any]) -> list[dict[str, str]]:
+def read_layers(information: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return the same from an engine inspector's JSON."""
     found = []
     for layer in information.get("Layers", []):

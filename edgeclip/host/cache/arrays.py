@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeclip import disk
 from edgeclip.device.images import ImageRef, Lookup
+from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 
 KIND = "teacher cache"
@@ -214,7 +215,7 @@ class Kept(Lookup):
 
 class TeacherCache(NamedTuple):
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Json
     images: Sequence[ImageRef]
     rows: Rows
     """[n, K, R]"""

@@ -11,7 +11,7 @@ rename makes the folder a cache.
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from edgeclip import disk
+from edgeclip.disk import Description, Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.cache.arrays import FORMAT, KIND, name
 from edgeclip.progress import say
@@ -31,15 +32,15 @@ class Plan(NamedTuple):
     """A cache, and how it is made."""
 
     folder: Path
-    description: dict[str, Any]
+    description: Description
     """everything that decides the rows"""
-    facts: dict[str, Any]
+    facts: Json
     """what the manifest is to say beside the shards"""
     prepare: Callable[[Path], int]
     """write what comes before the shards into the growing folder; return how many there will be"""
     make: Callable[[Path, int, int], None]
     """make shard i of n there, with `write_shard`"""
-    finish: Callable[[Path], dict[str, Any]]
+    finish: Callable[[Path], Json]
     """look at the growing folder once all shards are whole; return further facts"""
 
     @property
@@ -115,16 +116,16 @@ def _finish(plan: Plan, shards: int) -> None:
     files = {"class_features.npy": disk.sha256(partial / "class_features.npy")}
     skipped: list[str] = []
     for i in range(shards):
-        files |= notes[i]["files"]
-        skipped += notes[i]["skipped"]
+        files |= notes[i].files
+        skipped += notes[i].skipped
     manifest = {
         "kind": KIND,
         "format": FORMAT,
         **plan.facts,
-        "pictures": sum(notes[i]["rows"] for i in range(shards)),
+        "pictures": sum(notes[i].rows for i in range(shards)),
         "skipped": skipped,
         "description": plan.description,
-        "shards": [{"rows": notes[i]["rows"], "bytes": notes[i]["bytes"]} for i in range(shards)],
+        "shards": [{"rows": notes[i].rows, "bytes": notes[i].bytes} for i in range(shards)],
         "files": files,
     }
     disk.write_json(partial / disk.MANIFEST, manifest)
@@ -151,7 +152,7 @@ def as_json(value: Any) -> Any:
     return msgspec.json.decode(msgspec.json.encode(value))
 
 
-def _refuse_other(folder: Path, found: Any, asked: dict[str, Any]) -> None:
+def _refuse_other(folder: Path, found: Any, asked: Description) -> None:
     different = disk.differences(found, as_json(asked))
     if different:
         raise EdgeclipError(
@@ -164,12 +165,25 @@ def _refuse_other(folder: Path, found: Any, asked: dict[str, Any]) -> None:
 # --- one shard
 
 
+class ShardNote(msgspec.Struct, frozen=True):
+    """shards/<i>.json: that the files of shard i are whole."""
+
+    rows: int
+    """images"""
+    bytes: dict[str, int]
+    """file name to size"""
+    skipped: list[str]
+    """each image that could not be read, and why"""
+    files: dict[str, str]
+    """file name to sha256"""
+
+
 def write_shard(
     folder: Path,
     shard: int,
     shards: int,
     arrays: dict[str, np.ndarray],
-    metadata: dict[str, Any],
+    metadata: Mapping[str, object],
     skipped: list[str],
 ) -> None:
     """Write the files of one shard, and last what says that they are whole.
@@ -186,13 +200,13 @@ def write_shard(
         files[file] = folder / file
         with disk.new_file(folder / file) as temporary:
             pq.write_table(pa.table(metadata), temporary)
-        note = {
-            "rows": len(arrays["records"]),
-            "bytes": {file: path.stat().st_size for file, path in files.items()},
-            "skipped": skipped,
-            "files": {file: disk.sha256(path) for file, path in files.items()},
-        }
-        disk.write_json(_note(folder, shard), note)
+        note = ShardNote(
+            rows=len(arrays["records"]),
+            bytes={file: path.stat().st_size for file, path in files.items()},
+            skipped=skipped,
+            files={file: disk.sha256(path) for file, path in files.items()},
+        )
+        disk.write_json(_note(folder, shard), msgspec.to_builtins(note))
     except FileNotFoundError:
         raise
     except OSError as e:
@@ -205,12 +219,12 @@ def write_shard(
         ) from e
 
 
-def finished(partial: Path) -> dict[int, dict[str, Any]]:
-    """Return what is noted of each shard that is there: rows, bytes, files, skipped."""
+def finished(partial: Path) -> dict[int, ShardNote]:
+    """Return what is noted of each shard that is there."""
     notes = {}
     for path in (partial / "shards").glob("*.json"):
         if path.stem.isdigit():
-            notes[int(path.stem)] = disk.read_json(path)
+            notes[int(path.stem)] = msgspec.convert(disk.read_json(path), ShardNote)
     return notes
 
 

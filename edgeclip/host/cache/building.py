@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from edgeclip import disk
+from edgeclip.disk import Description, Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.cache import live
@@ -79,7 +80,7 @@ def build(cache: Path, ingredients: Ingredients, out: Path | None = None) -> Tea
     def make(partial: Path, shard: int, shards: int) -> None:
         live.make(job, partial, shard, shards)
 
-    def finish(partial: Path) -> dict[str, Any]:
+    def finish(partial: Path) -> Json:
         return {"replay": live.replay(job, open_folder(partial, data.train))}
 
     facts["views"] = ingredients.views.count
@@ -88,7 +89,7 @@ def build(cache: Path, ingredients: Ingredients, out: Path | None = None) -> Tea
     return open_folder(folder, data.train)
 
 
-def describe(ingredients: Ingredients) -> dict[str, Any]:
+def describe(ingredients: Ingredients) -> Description:
     """Return everything that decides the rows; its fingerprint is the cache's name.
 
     Its words are format 2's, `pictures` among them: with others, nobody would find the caches that
@@ -131,7 +132,7 @@ def _digest(lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _say_nearest(cache: Path, description: dict[str, Any]) -> None:
+def _say_nearest(cache: Path, description: Description) -> None:
     """Say how the nearest cache that there is differs: hours of a teacher are about to be spent."""
     wanted = as_json(description)
     found = []

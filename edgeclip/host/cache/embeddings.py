@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from edgeclip import disk
 from edgeclip.device.images import ImageRef
+from edgeclip.disk import Description
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host.cache.arrays import Shards
 from edgeclip.host.recipe import Embeddings
@@ -120,7 +121,7 @@ def _npy_rows(file: Path) -> tuple[int, int]:
     return shape[0], start + math.prod(shape) * dtype.itemsize
 
 
-def identity(spec: Embeddings) -> dict[str, Any]:
+def identity(spec: Embeddings) -> Description:
     """Return what decides the rows: the files by name and size, and how they are joined.
 
     The first of each kind goes in by its edges too: two models' files are of equal names and sizes,

@@ -1,11 +1,11 @@
 """`edgeclip cache inspect`: says what is inside a cache."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from edgeclip import disk
+from edgeclip.disk import Json
 from edgeclip.host.cache.arrays import KIND, Embeddings, Joined, Shards, TeacherCache, open_folder
 from edgeclip.host.cache.embeddings import open_embeddings
 
@@ -13,7 +13,7 @@ SAMPLE = 4096
 """rows that `inspect` looks at"""
 
 
-def inspect(folder: Path, verify: bool = False) -> dict[str, Any]:
+def inspect(folder: Path, verify: bool = False) -> Json:
     """Return what a cache holds, or a folder of embeddings in clip-retrieval's layout.
 
     verify: also hash every file and compare with the manifest. Raises `EdgeclipError` for what is
@@ -36,7 +36,7 @@ def _rows(rows: Shards | Joined) -> tuple[np.ndarray, np.ndarray]:
     return some, np.linalg.norm(rows[some].astype(np.float32), axis=1)
 
 
-def _embeddings(folder: Path) -> dict[str, Any]:
+def _embeddings(folder: Path) -> Json:
     theirs = open_embeddings(folder)
     files = [p for what in ("img_emb", "text_emb", "metadata") for p in (folder / what).glob("*.*")]
     return {
@@ -60,7 +60,7 @@ def _embeddings(folder: Path) -> dict[str, Any]:
     }
 
 
-def _of(cache: TeacherCache) -> dict[str, Any]:
+def _of(cache: TeacherCache) -> Json:
     m = cache.manifest
     n, k, width = cache.rows.shape
     some, lengths = _rows(cache.rows.first)

@@ -1,11 +1,12 @@
 """Make a cache of rows that others have computed: of embeddings or of reinforced shards."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from edgeclip import disk
+from edgeclip.disk import Description, Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.cache import embeddings, reinforced
@@ -21,9 +22,9 @@ class Join(NamedTuple):
     """A cache to be made without running its teacher."""
 
     folder: Path
-    description: dict[str, Any]
+    description: Description
     """everything that decides the rows"""
-    facts: dict[str, Any]
+    facts: Json
     """what the manifest says beside"""
     teacher: Teacher
     data: Dataset
@@ -125,7 +126,7 @@ def of_reinforced(job: Join, spec: R.Reinforced) -> TeacherCache:
     def make(partial: Path, shard: int, shards: int) -> None:
         reinforced.make(spec, images, place_of, job.captions, partial, shard, shards)
 
-    def finish(partial: Path) -> dict[str, Any]:
+    def finish(partial: Path) -> Json:
         first = np.load(partial / name("records", 0, shards), mmap_mode="r")
         more = 0
         files = sorted((partial / "more_captions").glob("*.npy"))

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from edgeclip import disk
 from edgeclip.device.images import MAX_UNREADABLE, ImageRef, read, refuse_unreadable, stream
 from edgeclip.device.preprocess import normalize, open_image
+from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.cache.arrays import IMAGE, TeacherCache, record
 from edgeclip.host.cache.assemble import discard, finished, write_shard
@@ -76,7 +77,7 @@ def plan(job: Job, partial: Path) -> int:
     disk.write_array(partial / "class_features.npy", features)
     n = len(job.images)
     width, seconds = _try_one_batch(job, partial)
-    done = sum(shard["rows"] for shard in finished(partial).values())
+    done = sum(note.rows for note in finished(partial).values())
     rows = 2 * job.views.count * width
     captions = 2 * job.teacher.embed_dim * job.captions
     each = rows + record(job.views.count, 5).itemsize + METADATA_BYTES + captions
@@ -227,8 +228,8 @@ def _refuse_too_many(
     before: list[str] = []
     seen = len(places)
     for note in finished(partial).values():
-        before += note["skipped"]
-        seen += note["rows"] + len(note["skipped"])
+        before += note.skipped
+        seen += note.rows + len(note.skipped)
     if readable and len(before) + len(skipped) <= MAX_UNREADABLE * len(job.images):
         return
     discard(partial)
@@ -241,7 +242,7 @@ def _refuse_too_many(
 
 
 @torch.inference_mode()
-def replay(job: Job, made: TeacherCache) -> dict[str, Any]:
+def replay(job: Job, made: TeacherCache) -> Json:
     """Put random stored views to the live teacher again; return how many and the least cosine.
 
     What a student will see is then what the rows were made of. Raises `EdgeclipError` where a view

@@ -27,13 +27,14 @@ import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from edgeclip import disk
 from edgeclip.device.images import MAX_UNREADABLE, ImageRef, refuse_cut
+from edgeclip.disk import Description
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.cache.arrays import IMAGE, record
 from edgeclip.host.cache.assemble import write_shard
@@ -50,7 +51,7 @@ def shard_files(spec: Reinforced) -> list[Path]:
     return matching(Path(spec.root), spec.shards)
 
 
-def identity(spec: Reinforced) -> dict[str, Any]:
+def identity(spec: Reinforced) -> Description:
     """Return what decides the rows: the shards by name and size, and how they are read."""
     shards = shard_files(spec)
     files = [disk.edges(shards[0]), *([p.name, p.stat().st_size] for p in shards)]

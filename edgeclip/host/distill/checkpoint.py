@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgeclip import disk
+from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import distributed
 from edgeclip.host.distill.log import Averages, Log
@@ -79,7 +80,7 @@ class Checkpoint(NamedTuple):
 
     position: Position
     tensors: dict[str, Tensor]
-    state: dict[str, Any]
+    state: Json
     """JSON-able"""
 
     def part(self, name: str) -> dict[str, Tensor]:

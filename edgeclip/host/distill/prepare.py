@@ -1,7 +1,7 @@
 """What `edgeclip distill` does before it trains: loads the data and refuses what cannot work."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from edgeclip import disk
 from edgeclip.device import target
 from edgeclip.device.zero_shot import prompts
+from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache, data, distributed, recipe, teachers
 from edgeclip.host import student as students
@@ -146,9 +147,7 @@ def stage_1_data(labeled: Dataset) -> Dataset:
     return labeled._replace(train=labeled.labeled)
 
 
-def build_for(
-    path: Path, roots: tuple[str, ...] = (), out: Path | None = None
-) -> list[dict[str, Any]]:
+def build_for(path: Path, roots: tuple[str, ...] = (), out: Path | None = None) -> list[Json]:
     """Build every cache that `distill` would make of a recipe; return what `inspect` says of each.
 
     out: folder of the only teacher's cache, instead of cache/<fingerprint>. Raises `EdgeclipError`

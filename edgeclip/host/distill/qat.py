@@ -11,7 +11,6 @@ nothing is calibrated again. `graph.learned` has their files and reads them.
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,6 +24,7 @@ from torch.nn.utils import parametrize
 from edgeclip import disk
 from edgeclip.device import target as T
 from edgeclip.device.images import load_pixels
+from edgeclip.device.manifest import Parents
 from edgeclip.device.preprocess import Preprocess, normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import distributed
@@ -180,7 +180,7 @@ def fine_tune(
     path: str,
     folder: Path,
     train: Callable[[nn.Module], Log],
-    parents: dict[str, Any],
+    parents: Parents,
 ) -> Log:
     """Fine-tune a folded copy of `student` for the target at `path`; write it and return the log.
 
@@ -250,7 +250,7 @@ def after_stage_2(
     cache: TeacherCache,
     learner: Learner,
     folder: Path,
-    parents: dict[str, Any],
+    parents: Parents,
     train: Callable[[Learner, Recipe], Log],
 ) -> None:
     """Run stage 2 once more, on a rounding copy of the student, as the recipe's `qat` asks.

@@ -2,12 +2,13 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import torch
 
 from edgeclip import disk
+from edgeclip.disk import Json
 from edgeclip.host import distributed, recipe
 from edgeclip.host import student as students
 from edgeclip.host.distill import qat
@@ -28,7 +29,7 @@ class NewStudent(NamedTuple):
     learner: Learner
     text: TextTower | None
     """the student's own; None: it has none"""
-    description: dict[str, Any]
+    description: Json
     """student.json without the log"""
 
 

@@ -33,6 +33,7 @@ from edgeclip.device import metrics
 from edgeclip.device.images import ImageRef
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import ensemble, prompts
+from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host import cache, distributed, recipe, teachers
 from edgeclip.host import student as students
@@ -88,7 +89,7 @@ class Run(NamedTuple):
     text: TextTower | None
     """the student's own"""
     preprocess: Preprocess
-    description: dict[str, Any]
+    description: Json
     """student.json"""
     teacher: TeacherSide
     device: torch.device

@@ -22,7 +22,7 @@ EduAttention is no part of it: open_clip's class scores are plain cosines.
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +39,7 @@ from edgeclip.host import student as students
 from edgeclip.host import teachers
 from edgeclip.host.export.source import Source
 from edgeclip.host.recipe import OpenClip, Recipe, Timm
+from edgeclip.host.recipe.ingredients import ModelConfig
 from edgeclip.host.student import Student, StudentText
 from edgeclip.host.teachers import TextTower
 from edgeclip.host.teachers.open_clip import ImageTower, TextModule
@@ -80,7 +81,7 @@ class Projector(NamedTuple):
 class Side(NamedTuple):
     """One of the two towers in open_clip's words."""
 
-    config: dict[str, Any]
+    config: ModelConfig
     """vision_cfg or text_cfg"""
     state: State
     quick_gelu: bool | None
@@ -140,7 +141,7 @@ def _joined(image: State, text: State, logit_scale: float) -> State:
     return state
 
 
-def _preprocess(spec: Preprocess) -> dict[str, Any]:
+def _preprocess(spec: Preprocess) -> ModelConfig:
     return {
         "size": spec.size,
         "mean": spec.mean,
@@ -187,7 +188,7 @@ def _image(student: Student, spec: R.Student) -> Side:
     return Side(model_config["vision_cfg"], state, model_config.get("quick_gelu", False))
 
 
-def _timm_inside_open_clip(visual: nn.Module, config: dict[str, Any], projector: Projector) -> Side:
+def _timm_inside_open_clip(visual: nn.Module, config: ModelConfig, projector: Projector) -> Side:
     """Return an open_clip model's timm tower: its own linear end and the projector become one."""
     has_own = hasattr(visual.head, "proj")
     end = visual.head.proj if has_own else visual.trunk.get_classifier()
@@ -206,7 +207,7 @@ def _fold_into_pool(state: State, last: Affine) -> None:
     state["attnpool.c_proj.weight"] = last.weight @ state["attnpool.c_proj.weight"]
 
 
-def _fold_into_vit(state: State, last: Affine, config: dict[str, Any]) -> None:
+def _fold_into_vit(state: State, last: Affine, config: ModelConfig) -> None:
     """Fold the projector into a ViT's proj, and its bias into the last LayerNorm's, in place.
 
     Raises `EdgeclipError` where the bias has no preimage under proj.
@@ -249,7 +250,7 @@ def _projector(projector: nn.Module) -> Projector:
 
 
 def _timm_side(
-    trunk: nn.Module, config: dict[str, Any], projector: Projector, end: nn.Module | None = None
+    trunk: nn.Module, config: ModelConfig, projector: Projector, end: nn.Module | None = None
 ) -> Side:
     """Return a timm trunk without its classifier `end`, and open_clip's head for the projector.
 

@@ -36,6 +36,7 @@ from edgeclip.device.bundle import Bundle
 from edgeclip.device.manifest import TextRecord
 from edgeclip.device.records import to_json
 from edgeclip.device.zero_shot import EduAttention
+from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.graph import trace as graph
 
@@ -106,7 +107,7 @@ def check(runtime: str, text: bool, head: EduAttention | None, where: object) ->
         )
 
 
-def _config(bundle: Bundle) -> dict[str, Any]:
+def _config(bundle: Bundle) -> Json:
     """Return transformers' CLIPConfig as far as it is true here, and open_clip's preprocessing."""
     p = bundle.preprocess
     text = _text(bundle)

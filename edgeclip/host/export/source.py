@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from edgeclip import disk
 from edgeclip.device.images import ImageRef, digest, index_folder, index_tar
+from edgeclip.device.manifest import Parents
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
 from edgeclip.errors import EdgeclipError
@@ -54,7 +55,7 @@ class Source(NamedTuple):
     """images that ship with the bundle as its proof"""
     golden_license: str
     licenses: dict[str, str | None]
-    parents: dict[str, Any]
+    parents: Parents
     vocabulary: list[str] | None = None
     """texts whose tokens, beside those of labels and templates, are all that the text encoder
     keeps; None: it keeps all"""
@@ -278,7 +279,7 @@ def _of_checkpoint(
     )
 
 
-def _parents(spec: OpenClip | Timm, labels: list[str], images: list[ImageRef]) -> dict[str, Any]:
+def _parents(spec: OpenClip | Timm, labels: list[str], images: list[ImageRef]) -> Parents:
     """Return what the bundle is made of, by content: a file may be rewritten under its name."""
     hashes = [(image.key, digest(image)) for image in images]
     return {

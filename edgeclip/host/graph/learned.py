@@ -17,6 +17,7 @@ from torch import nn
 
 from edgeclip import disk
 from edgeclip.device.target import Target
+from edgeclip.disk import Json
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.policy import Candidate, Quantization
@@ -46,11 +47,11 @@ class LearnedScales(msgspec.Struct, frozen=True):
     """the other products, with the centered cosine that quantizing each alone leaves"""
     ranges: dict[str, tuple[float, float]]
     """tensor to the lowest and highest value that its learned scale covers"""
-    log: list[dict[str, Any]]
+    log: list[Json]
     """the training's log, a row an epoch"""
     reduce_range: bool
     """true: weights of 7 bits"""
-    candidate: dict[str, Any] = msgspec.field(name="form")
+    candidate: Json = msgspec.field(name="form")
     """how the first ranges were taken: the fields of `policy.Candidate`"""
 
 

@@ -17,6 +17,7 @@ import msgspec
 
 from edgeclip import config, disk
 from edgeclip.config import BrokenRule, Config
+from edgeclip.disk import Description, Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import older
 from edgeclip.host.recipe.ingredients import (
@@ -282,12 +283,10 @@ def replace_data(recipe: Recipe, change: Callable[[Data], Data]) -> Recipe:
     return msgspec.structs.replace(recipe, **new)
 
 
-def description(recipe: Recipe) -> dict[str, Any]:
+def description(recipe: Recipe) -> Description:
     """Return what decides the outcome, JSON-able: the recipe without the folders where its data
     lie."""
-    value: dict[str, Any] = msgspec.json.decode(
-        msgspec.json.encode(recipe)
-    )  # as it will be read again
+    value: Json = msgspec.json.decode(msgspec.json.encode(recipe))  # as it will be read again
     for field in data_sets(recipe):
         _at(value, field).pop("root", None)
     return value
@@ -310,8 +309,8 @@ def of_run(run: Path) -> Recipe:
     return config.convert(value, Recipe, run / "recipe.json")
 
 
-def _at(value: dict[str, Any], field: str) -> dict[str, Any]:
+def _at(value: Json, field: str) -> Json:
     """Return the data at `field` of a recipe as JSON: "data", or "shifts.0"."""
     name, dot, index = field.partition(".")
-    found: dict[str, Any] = value[name][int(index)] if dot else value[name]
+    found: Json = value[name][int(index)] if dot else value[name]
     return found

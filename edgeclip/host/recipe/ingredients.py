@@ -123,16 +123,19 @@ class Conse(Config, tag="conse", tag_field="kind"):
             )
 
 
+ModelConfig = dict[str, Any]
+"""open_clip's JSON of a model, or a part of it: its fields are open_clip's"""
+
+
 class OpenClip(Config, tag="open_clip", tag_field="kind"):
     """Any open_clip image-text model."""
 
     model: str
     """open_clip's model name, or a name of your own for `config`"""
     weights: str
-    config: dict[str, Any] | None = None
-    """open_clip's JSON model configuration (embed_dim, vision_cfg, text_cfg) of a model that
-    open_clip does not list, or what its open_clip_config.json holds (that as model_cfg, and
-    preprocess_cfg)"""
+    config: ModelConfig | None = None
+    """of a model that open_clip does not list: embed_dim, vision_cfg and text_cfg, or what its
+    open_clip_config.json holds (those as model_cfg, and preprocess_cfg)"""
     seed: int = 0
     """of `weights: random`"""
     license: str = "unknown"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edgeclip.device import tokenizer
 from edgeclip.device.preprocess import Preprocess
+from edgeclip.disk import Description
 from edgeclip.host import recipe as R
 from edgeclip.host.towers.fold import fold
 
@@ -36,7 +37,7 @@ class TextTower:
 class Teacher:
     name: str
     license: str
-    identity: dict[str, Any]
+    identity: Description
     """decides the rows: weights and architecture, for the cache's fingerprint"""
     preprocess: Preprocess
     logit_scale: float

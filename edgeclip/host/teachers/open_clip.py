@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip.device import tokenizer
+from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.recipe import OpenClip
 from edgeclip.host.teachers import Teacher, TextTower
@@ -126,7 +127,7 @@ def clip_tokenizer_json(model: str) -> str:
     bpe.post_processor = TemplateProcessing(
         single="<start_of_text> $A <end_of_text>", special_tokens=ends
     )
-    value: dict[str, Any] = json.loads(bpe.to_str())
+    value: Json = json.loads(bpe.to_str())
     return json.dumps(value, ensure_ascii=False)
 
 
