@@ -18,7 +18,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from edgeclip.device import energy
+from edgeclip.device import power
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Device, Recognize
 from edgeclip.device.selftest import selftest
@@ -201,7 +201,7 @@ def test_the_selftest_fails_where_a_second_opening_is_another(own_bundle, monkey
 
 @pytest.mark.guarantee
 def test_the_selftest_fails_on_rails_that_give_nothing(own_bundle, monkeypatch):
-    monkeypatch.setattr(energy, "find", lambda *_: energy.Source("dead", lambda: None))
+    monkeypatch.setattr(power, "find", lambda *_: power.Source("dead", lambda: None))
     must(status(own_bundle("onnx-fp32"), "power rails") == "fail", "dead rails passed")
 
 
