@@ -155,7 +155,9 @@ def _meant(value: Any, info: Any, where: object, at: str) -> list[Any]:
     structs = [t for t in info.types if isinstance(t, msgspec.inspect.StructType)]
     if not isinstance(value, dict) or len(structs) < 2:
         return structs
-    kinds = {str(t.tag): t for t in structs}
+    kinds = {}
+    for struct in structs:
+        kinds[str(struct.tag)] = struct
     kind = str(value.get("kind"))
     if kind not in kinds:
         raise EdgeclipError(

@@ -35,7 +35,10 @@ def write_parity_set(
     folder: Path, images: list[ParityImage], data: Dataset, max_images: int
 ) -> None:
     """Write the evaluation folder; of more than `max_images`, always the same choice is kept."""
-    held_out = sorted({digest(p.image) for p in images if not p.of.seen})
+    held_out = set()
+    for scored in images:
+        if not scored.of.seen:
+            held_out.add(digest(scored.image))
     if len(images) > max_images:
         places = random.Random(SEED).sample(range(len(images)), max_images)
         images = [images[i] for i in sorted(places)]
@@ -49,7 +52,7 @@ def write_parity_set(
         "labels": [p.image.label for p in images],
         "class_names": data.classes,
         "sets": sets,
-        "held_out": held_out,
+        "held_out": sorted(held_out),
     }
     with disk.new_folder(folder) as temporary:
         _write_tar(temporary / "images.tar", images)

@@ -49,7 +49,7 @@ from edgeclip.host.evaluation.scores import (
     score,
     teacher_features,
 )
-from edgeclip.host.evaluation.sets import Loaded, load_sets
+from edgeclip.host.evaluation.sets import Loaded, headline_images, load_sets
 from edgeclip.host.recipe import Recipe
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.host.teachers import Teacher, TextTower
@@ -329,10 +329,13 @@ def _retrieval(run: Run, text: TextSide, loaded: Loaded) -> RetrievalScore:
     """Return the recall of captions by image and of images by caption."""
     spec, dataset = loaded
     sets = [s for s in dataset.evaluation if s.headline]
-    images = [p for s in sets for p in s.images]
-    texts = list(dict.fromkeys(p.caption for p in images))
-    position = {caption: i for i, caption in enumerate(texts)}
-    groups = np.array([position[p.caption] for p in images])
+    images = headline_images(dataset)
+    position: dict[str, int] = {}
+    text_of = []
+    for image in images:
+        text_of.append(position.setdefault(image.caption, len(position)))
+    texts = list(position)
+    groups = np.array(text_of)
 
     of_student = _student_images(run, images, spec.name)
     of_teacher = _teacher_images(run, images, spec.name)

@@ -5,6 +5,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from edgeclip import config
+from edgeclip.device.images import ImageRef
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import data, recipe
 from edgeclip.host.cache import CACHE
@@ -64,6 +65,15 @@ def _set_of(value: str, known: dict[str, Data]) -> Data:
     return recipe.WebDataset(name=name, root=root, classes=classes)
 
 
+def headline_images(dataset: Dataset) -> list[ImageRef]:
+    """Return the images of all sets of the headline, in their order."""
+    images: list[ImageRef] = []
+    for part in dataset.evaluation:
+        if part.headline:
+            images.extend(part.images)
+    return images
+
+
 def _for_protocol(spec: Data, protocol: str) -> Data:
     """Return the set with the test part that the protocol scores."""
     if isinstance(spec, recipe.OpenMoji):
@@ -112,7 +122,7 @@ def _with_shifts(asked: Recipe, loaded: list[Loaded]) -> Loaded:
 
 def _check(spec: Data, dataset: Dataset, protocol: str) -> None:
     where = f"--data {spec.name}"
-    images = [p for s in dataset.evaluation if s.headline for p in s.images]
+    images = headline_images(dataset)
     if not images:
         raise EdgeclipError(where, "has no test images", "give it a test part")
     if protocol != "retrieval":
