@@ -100,6 +100,9 @@ def load(path: Path, type_: type[T]) -> T:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
+    except OSError as e:
+        do = "give a YAML file"
+        raise EdgeclipError(path, f"cannot be read ({e.strerror})", do) from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise EdgeclipError(
             path, f"not valid YAML ({' '.join(str(e).split())})", "correct it"

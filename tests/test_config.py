@@ -107,6 +107,11 @@ def test_a_missing_file_is_named(tmp_path):
         recipe.load(tmp_path / "nothing.yaml")
 
 
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(EdgeclipError, match=r"cannot be read \(Is a directory\); give a YAML file"):
+        recipe.load(tmp_path)
+
+
 def test_a_repeated_key_is_refused(tmp_path):
     assert "seed" in error(tmp_path, RECIPE + "seed: 1\nseed: 2\n")
 

@@ -45,7 +45,7 @@ def latest_run(run: Path | None) -> Path:
     """
     run = run or DEFAULT_RUN
     if not run.exists():
-        do = "name one with --run, or make one with: edgeclip distill RECIPE"
+        do = "name another, or make one with: edgeclip distill RECIPE"
         raise EdgeclipError(run, "there is no such run", do)
     if run.is_symlink():
         say(f"run: {run.resolve()}")
