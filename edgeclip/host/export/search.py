@@ -291,7 +291,9 @@ def _time(task: Task, trials: list[Trial]) -> np.ndarray | None:
         return None
     folder = task.folder / "float"
     folder.mkdir()
-    plain = replace(task.target, precision="fp32", calibration=None)
+    plain = replace(
+        task.target, precision="fp32", calibration=None, activations=None, reduce_range=None
+    )
     in_float = open_encoder(plain, folder / task.exporter.write(task.model, plain, None, folder))
     return interleaved([in_float, *(trial.run for trial in trials)], task.images.judged[:1])
 
