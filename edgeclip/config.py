@@ -137,7 +137,7 @@ def _as_mistake(error: msgspec.ValidationError, where: object) -> EdgeclipError:
 
 
 def _refuse_unknown(value: Any, info: Any, where: object, at: str) -> None:
-    """Raise `EdgeclipError` for a field that the type does not have, at any depth."""
+    """Raise `EdgeclipError` for a field or a word that the type does not have, at any depth."""
     if isinstance(info, msgspec.inspect.UnionType):
         for struct in _meant(value, info, where, at):
             _refuse_unknown(value, struct, where, at)
@@ -151,6 +151,11 @@ def _refuse_unknown(value: Any, info: Any, where: object, at: str) -> None:
     elif isinstance(info, LISTS) and isinstance(value, list):
         for i, item in enumerate(value):
             _refuse_unknown(item, info.item_type, where, f"{at}{i}.")
+    elif isinstance(info, msgspec.inspect.LiteralType) and isinstance(value, str):
+        known = [str(v) for v in info.values]
+        if value not in known:
+            what = f"unknown value '{value}'"
+            raise EdgeclipError(f"{where}: {at.rstrip('.')}", what, did_you_mean(value, known))
 
 
 def _meant(value: Any, info: Any, where: object, at: str) -> list[Any]:

@@ -107,6 +107,11 @@ def test_a_missing_file_is_named(tmp_path):
         recipe.load(tmp_path / "nothing.yaml")
 
 
+def test_an_unknown_word_offers_the_nearest(tmp_path):
+    said = error(tmp_path, RECIPE + "train: {device: cudaa}\n")
+    assert "train.device: unknown value 'cudaa'; did you mean 'cuda'?" in said
+
+
 def test_a_folder_is_no_recipe(tmp_path):
     with pytest.raises(EdgeclipError, match=r"cannot be read \(Is a directory\); give a YAML file"):
         recipe.load(tmp_path)
