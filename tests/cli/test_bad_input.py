@@ -162,7 +162,7 @@ def test_an_empty_class_list(here, own_bundle):
         says="empty class list",
     )
     mistake("init", "photos", says="empty class list")
-    mistake("distill", "r.yaml", says="empty class list", only_line=False)
+    mistake("distill", "r.yaml", says="the class list is empty", only_line=False)
     same(here, before)
     same(bundle, bundle_before)
 
@@ -214,7 +214,7 @@ def test_a_split_with_an_empty_half(here, half):
     mistake(
         "distill",
         "r.yaml",
-        says=f"its {half} half (1 of 2 classes are base) has no training images",
+        says=f"there are training images, but none of a {half} class",
         only_line=False,
     )
     same(here, before)

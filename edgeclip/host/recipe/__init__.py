@@ -149,6 +149,8 @@ class Recipe(Config):
         self._check_stage_1()
 
     def _check_losses(self) -> None:
+        if not self.losses.names():
+            raise BrokenRule("losses", "has no loss", "add at least one, for example kl: {}")
         if self.losses.captions == "classes" and self.student.text:
             raise BrokenRule(
                 "losses.captions",

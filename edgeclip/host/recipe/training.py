@@ -162,9 +162,11 @@ class Losses(Config):
             raise BrokenRule(
                 "edu_attention", "has no loss of its own", "add losses.kl, which trains it"
             )
+
+    def names(self) -> list[str]:
+        """Return the losses that the recipe has."""
         blocks = [name for name in self.__struct_fields__ if name not in NO_LOSS]
-        if all(getattr(self, name) is None for name in blocks):
-            raise BrokenRule("", "has no loss", "add at least one, for example kl: {}")
+        return [name for name in blocks if getattr(self, name) is not None]
 
 
 class Pretrain(Config):
