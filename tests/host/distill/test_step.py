@@ -170,7 +170,7 @@ def test_scalars_never_decay(of, least, frozen):
     asked = R.Recipe(
         data=R.OpenMoji(),
         teacher=R.Conse(),
-        losses=R.Losses(),
+        losses=R.Losses(kl=R.KL()),
         student=R.Student(tower=R.Timm(model="none", weights="random", image_size=8)),
         train=train,
     )
