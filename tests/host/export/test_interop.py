@@ -330,7 +330,7 @@ def test_open_clip_takes_the_teachers_text_tower_where_the_student_has_none(sour
             STUDENTS["timm, MLP"][0],
             17,
             {},
-            r"17 hidden units, open_clip's has 2 \* 8; distil with projector_hidden: 16 or less",
+            r"17 hidden units, open_clip's has 16; distil with projector_hidden: 16 or less",
         ),
         (
             {**STUDENTS["timm, MLP"][0], "model": "mobilenetv4_conv_small_035"},
@@ -360,12 +360,12 @@ def test_what_open_clip_cannot_say_is_refused(source, tmp_path, tower, hidden, r
     ("arguments", "says"),
     [
         (["--layout", "optimum"], "Missing option '--target'"),
-        (["--layout", "open_clip", "--target", "onnx-fp32"], "without --target"),
+        (["--layout", "open_clip", "--target", "onnx-fp32"], "leave --target out"),
         (
             ["--layout", "open_clip", "--model", "ViT-B-32", "--weights", "random"],
             "is for a run's student",
         ),
-        (["--no-head", "--target", "onnx-fp32"], "--no-head belongs to --layout optimum"),
+        (["--no-head", "--target", "onnx-fp32"], "--no-head needs --layout optimum"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, says):
