@@ -167,6 +167,7 @@ def ours(
     from edgeclip.device import target as T
     from edgeclip.errors import Refused
     from edgeclip.host.export import EXPORTERS
+    from edgeclip.host.export.calibration import CalibrationImages
     from edgeclip.host.export.search import search
 
     found = {}
