@@ -115,7 +115,12 @@ def test_a_device_needs_the_wheel_and_one_runtime_only(wheel, shipped_bundle, tm
         len(json.loads(edgeclip("classify", "cat.png", "--bundle", "bundle", "--json"))["cat.png"])
         == 5
     )
-    edgeclip("labels", "bundle", "words.txt", "--out", "fruit")
+    assert parity["golden"]["text_cosine_min"] is None  # no tokenizer: not compared, and no guess
+    labels = [python.parent / "edgeclip", "labels", "bundle", "words.txt", "--out", "fruit"]
+    call(*labels, code=1)
+    assert not (here / "fruit").exists()
+    call(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", f"{wheel}[text]")
+    call(*labels)
     rows = json.loads(edgeclip("classify", "cat.png", "--bundle", "fruit", "--json"))["cat.png"]
     assert {r["label"] for r in rows} == {"pear", "plum"}
     edgeclip("embed", "cat.png", "--bundle", "bundle", "--out", "f.npy")
@@ -149,7 +154,7 @@ def test_the_device_layers_own_tests_pass_on_python_310_with_one_runtime(
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([PYTHON_310, "-m", "venv", str(tmp_path / "venv")], check=True, env=environment)
     install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*install, f"{REPO}[onnxruntime]", "pytest"], check=True, env=environment)
+    subprocess.run([*install, f"{REPO}[onnxruntime,text]", "pytest"], check=True, env=environment)
     tests = [python, "-m", "pytest", "-p", "no:cacheprovider", "tests/device"]
     done = subprocess.run(tests, cwd=REPO, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

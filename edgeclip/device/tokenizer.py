@@ -3,6 +3,7 @@
 The library `tokenizers` is needed for new words only: baked labels do without it.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 else:
     Tokenizer = Any
+
+
+def installed() -> bool:
+    """Return whether new words can be encoded here."""
+    return importlib.util.find_spec("tokenizers") is not None
 
 
 def load(text: str, context_length: int) -> Tokenizer:

@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from edgeclip import disk
+from edgeclip.device import tokenizer
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.evaluation import Decisions, Evaluation, decide, images_tar
 from edgeclip.device.images import ImageRef, index_tar, read, stream
@@ -41,7 +42,7 @@ from edgeclip.device.runtime import Port, Session
 from edgeclip.device.target import Tolerance
 from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
-from edgeclip.progress import track
+from edgeclip.progress import say, track
 
 Verdict = Literal["pass", "fail", "golden images only", "too few images"]
 BATCH = 16
@@ -99,8 +100,10 @@ def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
     images = bundle.manifest.golden.images
     if images:
         arrays["golden_pixels"] = np.stack([bundle.pixels(bundle.folder / i) for i in images])
-    if bundle.manifest.text is not None:
+    if bundle.manifest.text is not None and tokenizer.installed():
         arrays["text_features"] = bundle.encode_text(disk.read_json(golden / "texts.json"))
+    elif bundle.manifest.text is not None:
+        say("golden texts are not compared: that takes tokenizers (pip install 'edgeclip[text]')")
 
     fits = not _interface(bundle, encoder.input, encoder.output)
     if evaluation is not None and fits and not_compared(bundle, evaluation) is None:
