@@ -44,7 +44,7 @@ class Keeper:
         self.stop = distributed.all_reduce_max(max(self.noted, default=0))
         at = self.progress.at
         every = self.training.recipe.train.checkpoint_every
-        due = every is not None and at.done % every == 0
+        due = every > 0 and at.done % every == 0  # 0: at the end of an epoch and at a signal only
         if at.step < phase.steps and (self.stop or due):
             self._save(self.folder, optimizer)
 
