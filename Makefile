@@ -15,10 +15,16 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,openvino,lint,demo,ssh,dev]'
 	touch $@
 
+# A gate that fails (exit code 3) or cannot tell (4) is an answer of an int8 target on this machine;
+# the float bundle must pass, and anything else is an error.
+TARGETS = onnx-int8 onnx-int8-arm openvino-int8 tensorrt-int8
+
 demo: .venv/installed
 	$(BIN)/edgeclip distill recipes/quickstart.yaml
-	$(BIN)/edgeclip export --run $(RUN) --target onnx-fp32 --target onnx-int8 --target onnx-int8-arm --target openvino-int8 --target tensorrt-int8
-	$(BIN)/edgeclip validate --run $(RUN) --device host-cpu
+	$(BIN)/edgeclip export --run $(RUN) --target onnx-fp32
+	$(BIN)/edgeclip validate --bundle $(RUN)/bundles/onnx-fp32 --device host-cpu
+	for t in $(TARGETS); do $(BIN)/edgeclip export --run $(RUN) --target $$t || [ $$? -eq 3 ] || exit 1; done
+	$(BIN)/edgeclip validate --run $(RUN) --device host-cpu; code=$$?; [ $$code -eq 0 ] || [ $$code -eq 3 ] || [ $$code -eq 4 ]
 	$(BIN)/edgeclip bench --run $(RUN) --device host-cpu
 	$(BIN)/edgeclip report $(RUN)
 
