@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,6 +26,10 @@ from edgeclip.errors import EdgeclipError
 MANIFEST = "manifest.json"
 
 T = TypeVar("T")
+
+_header = threading.Lock()
+"""numpy parses an array's header by `ast`, which until Python 3.12 fails now and then in two threads
+at once ("AST constructor recursion depth mismatch", python/cpython#106905)"""
 
 Json = dict[str, Any]
 """a JSON object that no record describes: its fields are those of whoever writes it"""
@@ -105,6 +110,19 @@ def write_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file without pickled objects."""
     with new_file(path) as temporary:
         np.save(temporary, array, allow_pickle=False)
+
+
+def read_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """Return a .npy file's array, from any thread. Raises as `numpy.load`; pickles are refused."""
+    with _header:
+        array: np.ndarray = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
+    return array
+
+
+def read_arrays(file: Path | BinaryIO) -> dict[str, np.ndarray]:
+    """Return a .npz file's arrays, from any thread. Raises as `numpy.load`; pickles are refused."""
+    with _header, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def read_json(path: Path) -> Any:

@@ -1,7 +1,10 @@
 """What lies on disk is whole, or it is not there."""
 
+import concurrent.futures
+import gc
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -32,8 +35,37 @@ def test_json_and_arrays_come_back(tmp_path):
     assert disk.read_json(tmp_path / "deep" / "x.json") == {"ä": [1, 2.5, None, True]}
     x = np.arange(6, dtype=np.float16).reshape(2, 3)
     disk.write_array(tmp_path / "x.npy", x)
-    back = np.load(tmp_path / "x.npy")
+    back = disk.read_array(tmp_path / "x.npy")
     assert back.dtype == x.dtype and (back == x).all()
+
+
+@pytest.fixture
+def unlucky_collector():
+    """Collect garbage all the time, and let another thread run at each: once in a day otherwise."""
+
+    def yields(*_: object) -> None:
+        time.sleep(0)
+
+    before = gc.get_threshold()
+    gc.callbacks.append(yields)
+    gc.set_threshold(5)
+    yield
+    gc.set_threshold(*before)
+    gc.callbacks.remove(yields)
+
+
+def test_threads_read_arrays_side_by_side(tmp_path, unlucky_collector):
+    rows = np.zeros(4, [("image", "<i8"), ("norm", "<f4", (3,)), ("view", "<f4", (3, 5))])
+    disk.write_array(tmp_path / "rows.npy", rows)
+    np.savez(tmp_path / "rows.npz", rows=rows)
+
+    def read(_: int) -> bool:
+        mapped = disk.read_array(tmp_path / "rows.npy", mmap_mode="r")
+        kept = disk.read_arrays(tmp_path / "rows.npz")["rows"]
+        return mapped.dtype == kept.dtype == rows.dtype
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(400)))
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -265,8 +265,7 @@ class Board:
         if evaluation is not None:
             images = len(evaluation.chosen)
         facts, payload = self._run("validate", bundle, images=images)
-        with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
-            return from_answer(facts, dict(arrays), self.name)
+        return from_answer(facts, disk.read_arrays(io.BytesIO(payload)), self.name)
 
     def bench(self, bundle: Bundle, load: Load) -> BenchReport:
         """Return the bench report; a power meter is read by the host, on the host's clock."""

@@ -158,31 +158,31 @@ class Bundle:
     @cached_property
     def class_features(self) -> np.ndarray:
         """[N, D] unit rows, in the order of `labels`."""
-        features: np.ndarray = np.load(self.file("class_features.npy"))
+        features: np.ndarray = disk.read_array(self.file("class_features.npy"))
         return features
 
     @cached_property
     def head(self) -> EduAttention | None:
         if "head.npz" not in self.manifest.files:
             return None
-        with np.load(self.file("head.npz"), allow_pickle=False) as arrays:
-            normalizes = "normalize"
-            if "normalise" in arrays:  # edgeclip 0.1
-                normalizes = "normalise"
-            if "fc" not in arrays or normalizes not in arrays:
-                raise EdgeclipError(
-                    self.folder,
-                    "was written by an edgeclip before 0.1",
-                    "export it again from its run",
-                )
-            return EduAttention(
-                arrays["weight"],
-                arrays["bias"],
-                float(arrays["alpha"]),
-                float(arrays["temperature"]),
-                str(arrays["fc"]),
-                bool(arrays[normalizes]),
+        arrays = disk.read_arrays(self.file("head.npz"))
+        normalizes = "normalize"
+        if "normalise" in arrays:  # edgeclip 0.1
+            normalizes = "normalise"
+        if "fc" not in arrays or normalizes not in arrays:
+            raise EdgeclipError(
+                self.folder,
+                "was written by an edgeclip before 0.1",
+                "export it again from its run",
             )
+        return EduAttention(
+            arrays["weight"],
+            arrays["bias"],
+            float(arrays["alpha"]),
+            float(arrays["temperature"]),
+            str(arrays["fc"]),
+            bool(arrays[normalizes]),
+        )
 
     # --- images
 
@@ -219,7 +219,7 @@ class Bundle:
         )
         ids = tokenizer.encode(words, texts, text.context_length)
         if text.vocabulary is not None:
-            ids = tokenizer.renumber(words, ids, np.load(self.file("vocabulary.npy")), texts)
+            ids = tokenizer.renumber(words, ids, disk.read_array(self.file("vocabulary.npy")), texts)
         ids = ids.astype(encoder.input.dtype)
         starts = range(0, len(ids), TEXT_BATCH)
         return np.concatenate([encoder.run(ids[i : i + TEXT_BATCH]) for i in starts])

@@ -61,7 +61,7 @@ def load_evaluation(folder: Path, images: int | None = None) -> Evaluation:
     disk.verify(folder, disk.read_manifest(folder, "evaluation"))
     path = folder / "evaluation.json"
     description = from_json(disk.read_json(path), Description, path)
-    features = np.load(folder / "image_features.npy")
+    features = disk.read_array(folder / "image_features.npy")
     labels = np.array(description.labels)
     chosen = list(range(len(labels)))
     sets = description.sets

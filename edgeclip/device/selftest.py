@@ -122,7 +122,7 @@ def _golden(bundle: Bundle, facts: machine.Facts) -> R.GoldenAnswers:
 
 def _golden_input(bundle: Bundle) -> np.ndarray:
     """Return the golden images as the encoder's input, float32 [G, 3, H, W]."""
-    return normalize(np.load(bundle.folder / "golden" / "pixels.npy"), bundle.preprocess)
+    return normalize(disk.read_array(bundle.folder / "golden" / "pixels.npy"), bundle.preprocess)
 
 
 def _batches(bundle: Bundle) -> dict[str, float]:

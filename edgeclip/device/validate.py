@@ -96,7 +96,7 @@ def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
     """
     encoder = bundle.image_encoder
     golden = bundle.folder / "golden"
-    arrays = {"golden_features": bundle.encode_pixels(np.load(golden / "pixels.npy"))}
+    arrays = {"golden_features": bundle.encode_pixels(disk.read_array(golden / "pixels.npy"))}
     images = bundle.manifest.golden.images
     if images:
         arrays["golden_pixels"] = np.stack([bundle.pixels(bundle.folder / i) for i in images])
@@ -232,13 +232,13 @@ def _interface(bundle: Bundle, image: Port, features: Port) -> list[str]:
 def _golden(bundle: Bundle, arrays: dict[str, np.ndarray]) -> tuple[GoldenAnswers, list[str]]:
     """Compare the golden images and texts; return the record and a line for each failure."""
     folder = bundle.folder / "golden"
-    expected = np.load(folder / "image_features.npy")
+    expected = disk.read_array(folder / "image_features.npy")
     failures = []
 
     difference = None
     if "golden_pixels" in arrays:
         pixels = arrays["golden_pixels"].astype(int)
-        difference = int(np.abs(pixels - np.load(folder / "pixels.npy").astype(int)).max())
+        difference = int(np.abs(pixels - disk.read_array(folder / "pixels.npy").astype(int)).max())
         if difference:
             what = f"golden images differ by up to {difference} of 255 from the host's"
             failures.append(f"preprocess: {what}")
@@ -250,7 +250,7 @@ def _golden(bundle: Bundle, arrays: dict[str, np.ndarray]) -> tuple[GoldenAnswer
 
     texts_cosine = None
     if "text_features" in arrays:
-        expected_texts = np.load(folder / "text_features.npy")
+        expected_texts = disk.read_array(folder / "text_features.npy")
         texts_cosine = _lowest_cosine(arrays["text_features"], expected_texts)
         failures += _too_far("golden texts", texts_cosine)
     record = GoldenAnswers(len(expected), difference, images_cosine, texts_cosine)

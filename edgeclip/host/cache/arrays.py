@@ -73,7 +73,7 @@ class Shards:
     def _open(self, shard: int) -> np.ndarray:
         file = self.files[shard]
         try:
-            mapped = np.load(file, mmap_mode="r", allow_pickle=False)
+            mapped = disk.read_array(file, mmap_mode="r")
         except (OSError, ValueError) as e:
             raise EdgeclipError(
                 file, f"cannot be read as a shard ({e})", "make the cache anew, or copy it again"
@@ -302,7 +302,7 @@ def open_folder(
         Kept(images, shards("records", IMAGE)),
         rows,
         shards("records", "view"),
-        np.load(folder / "class_features.npy"),
+        disk.read_array(folder / "class_features.npy"),
         captions,
     )
 

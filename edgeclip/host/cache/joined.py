@@ -127,11 +127,11 @@ def of_reinforced(job: Join, spec: R.Reinforced) -> TeacherCache:
         reinforced.make(spec, images, place_of, job.captions, partial, shard, shards)
 
     def finish(partial: Path) -> Json:
-        first = np.load(partial / name("records", 0, shards), mmap_mode="r")
+        first = disk.read_array(partial / name("records", 0, shards), mmap_mode="r")
         more = 0
         files = sorted((partial / "more_captions").glob("*.npy"))
         if files:
-            more = np.load(files[0], mmap_mode="r").shape[1]
+            more = disk.read_array(files[0], mmap_mode="r").shape[1]
         captions = int(job.captions) + more
         return {"views": first["norm"].shape[1], "replay": None, "captions": captions}
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from edgeclip import disk
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
@@ -73,7 +74,7 @@ def load(spec: R.Embeddings | R.Reinforced) -> Teacher:
 def _class_file(path: Path, width: int) -> np.ndarray:
     """[N, D] float32, unit."""
     try:
-        features = np.load(path, allow_pickle=False)
+        features = disk.read_array(path)
     except FileNotFoundError:
         raise EdgeclipError(
             path, "there is no such file", "check the recipe's teacher.class_features"

@@ -308,8 +308,7 @@ def _arrays(members: dict[str, bytes]) -> dict[str, np.ndarray]:
         raise KeyError("npz or pth.gz")
     try:
         if name == "npz":
-            with np.load(io.BytesIO(members[name]), allow_pickle=False) as z:
-                found = {k: z[k] for k in z.files}
+            found = disk.read_arrays(io.BytesIO(members[name]))
         else:
             loaded = torch.load(io.BytesIO(gzip.decompress(members[name])), weights_only=True)
             found = {

@@ -250,7 +250,7 @@ def _class_features(run: Run, dataset: Dataset) -> ClassFeatures:
     teacher = run.teacher.teacher
     described = (run.description["labels"], tuple(run.description["templates"]))
     if described == (dataset.classes, dataset.templates):
-        own = np.load(run.folder / "student" / "class_features.npy")
+        own = disk.read_array(run.folder / "student" / "class_features.npy")
         if run.recipe.student.class_features == "student":
             what = "the class features that the run keeps, its own text tower's"
             return ClassFeatures(what, own, _teachers(teacher, dataset))

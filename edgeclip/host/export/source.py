@@ -89,7 +89,7 @@ def from_run(run: Path) -> Source:
         load_text=load_text,
         labels=description["labels"],
         templates=description["templates"],
-        class_features=np.load(run / "student" / "class_features.npy"),
+        class_features=disk.read_array(run / "student" / "class_features.npy"),
         head=shipped_head,
         logit_scale=description["logit_scale"],
         calibration=partial(_training_images, run, recipe),
