@@ -56,8 +56,25 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--check", action="store_true", help="exit 3 when a required figure is missed"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=absolute, metavar="FILE", help="write the figures there too")
     return parser
+
+
+def absolute(path: str) -> Path:
+    """Return the path as seen from here, wherever the working folder is later."""
+    return Path(path).resolve()
+
+
+@contextlib.contextmanager
+def workplace() -> Iterator[Path]:
+    """Yield a new working folder that is gone afterwards, with the cache that was made in it."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="edgeclip-toy-") as folder:
+        os.chdir(folder)
+        try:
+            yield Path(folder)
+        finally:
+            os.chdir(before)
 
 
 def run_argument(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +94,8 @@ def measured_run(
     if options.run or options.form != SMOKE:
         yield (options.run or Path("runs/latest")).resolve()
         return
-    with tempfile.TemporaryDirectory(prefix="edgeclip-toy-") as folder:
-        yield toy.run(Path(folder), targets, validated=validated)
+    with workplace() as folder:
+        yield toy.run(folder, targets, validated=validated)
 
 
 def require(install: str, *, module: str | None = None, program: str | None = None) -> None:

@@ -96,8 +96,7 @@ def score(results: dict[str, Any], name: str, model: str, k: str) -> float:
 
 def toy_runs(seeds: tuple[int, ...]) -> dict[int, dict[str, Any]]:
     """Return the results of a recipe of seconds in place of the quickstart's."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with common.workplace() as folder:
         text = toy.write_recipe(folder, toy.RECIPE).read_text(encoding="utf-8")
         return {seed: distilled(seed, True, text, folder / "runs") for seed in seeds}
 

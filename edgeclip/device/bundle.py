@@ -219,7 +219,9 @@ class Bundle:
         )
         ids = tokenizer.encode(words, texts, text.context_length)
         if text.vocabulary is not None:
-            ids = tokenizer.renumber(words, ids, disk.read_array(self.file("vocabulary.npy")), texts)
+            ids = tokenizer.renumber(
+                words, ids, disk.read_array(self.file("vocabulary.npy")), texts
+            )
         ids = ids.astype(encoder.input.dtype)
         starts = range(0, len(ids), TEXT_BATCH)
         return np.concatenate([encoder.run(ids[i : i + TEXT_BATCH]) for i in starts])
