@@ -28,8 +28,8 @@ MANIFEST = "manifest.json"
 T = TypeVar("T")
 
 _header = threading.Lock()
-"""numpy parses an array's header by `ast`, which until Python 3.12 fails now and then in two threads
-at once ("AST constructor recursion depth mismatch", python/cpython#106905)"""
+"""numpy parses an array's header by `ast`, which until Python 3.12 fails now and then in two
+threads at once ("AST constructor recursion depth mismatch", python/cpython#106905)"""
 
 Json = dict[str, Any]
 """a JSON object that no record describes: its fields are those of whoever writes it"""

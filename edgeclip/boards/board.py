@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
-import numpy as np
 
 from edgeclip import disk
 from edgeclip.boards import loopback, runner

@@ -86,7 +86,7 @@ class Shards:
                 "make the cache anew, or copy it again",
             )
         if self.scattered:
-            mapped._mmap.madvise(mmap.MADV_RANDOM)
+            mapped.base.madvise(mmap.MADV_RANDOM)
         return np.asarray(
             mapped[self.field] if self.field else mapped
         )  # a memmap's own indexing costs twice as much

@@ -10,61 +10,23 @@ CLIP-KD 2307.12732, CLIP-RD 2603.25383, TinyCLIP 2309.12314, MobileCLIP 2311.170
 2404.06170. Slips of their codes are not copied: learnable scales are exponentiated, similarities of
 the prototype loss have a temperature.
 
-To add a loss: one function, one line in `LOSSES`, one field in `recipe.Losses`, and its name in
-`NEED_CAPTIONS`, `NEED_LABELS` or `NEED_CLASSES` where it reads those.
+What a loss may read is `batch.Batch`. To add a loss: one function, one line in `LOSSES`, one field
+in `recipe.Losses`, and its name in `NEED_CAPTIONS`, `NEED_LABELS` or `NEED_CLASSES` where it reads
+those.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
-
-
-class OtherTeacher(NamedTuple):
-    """A further teacher, in a space of its own."""
-
-    features: Float[Tensor, "B E"]
-    class_features: Float[Tensor, "N E"]
-    caption_features: Float[Tensor, "B E"] | None
-    logit_scale: float
-
-
-class Batch(NamedTuple):
-    """What teacher and student say of some images."""
-
-    image_features: Float[Tensor, "B D"]
-    """v = P(u_s), what ships"""
-    head_features: Float[Tensor, "B D"]
-    """after EduAttention; the same tensor without it"""
-    teacher_features: Float[Tensor, "B D"]
-    """V"""
-    class_features: Float[Tensor, "N D"]
-    caption_features: Float[Tensor, "B D"] | None
-    """T, of each image's caption"""
-    logit_scale: float
-    """the teacher's, already exponentiated; frozen"""
-    text_features: Float[Tensor, "B D"] | None = None
-    """s, of a student with a text tower"""
-    raw_features: Float[Tensor, "B D"] | None = None
-    """P(u_s) before its norm was divided out"""
-    raw_teacher_features: Float[Tensor, "B D"] | None = None
-    masked_features: Float[Tensor, "B D"] | None = None
-    """v of the same images with most patches hidden"""
-    labels: Int[Tensor, " B"] | None = None
-    """rows of class_features; -1 where an image has no label"""
-    prototypes: Float[Tensor, "N D"] | None = None
-    """mean teacher feature of each class's labeled images; zero rows where there are none"""
-    other_teachers: tuple[OtherTeacher, ...] = ()
-    learned: nn.ParameterDict | None = None
-    """what losses learn beside the student: `learned_parameters`"""
-
+from edgeclip.host.distill.batch import Batch, OtherTeacher
 
 # --- ComKD-CLIP and PromptKD: a class list, no captions
 

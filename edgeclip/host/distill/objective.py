@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgeclip.host.distill import losses as L
+from edgeclip.host.distill.batch import Batch
 from edgeclip.host.distill.step import Metrics, Objective
 from edgeclip.host.distill.text import text_feature
 from edgeclip.host.recipe import Pretrain, Recipe, Weighted
@@ -25,7 +26,7 @@ def objective(
 
 
 def _total(
-    batch: L.Batch, prompts: Tensor | None, recipe: Recipe, prompt_features: Tensor | None
+    batch: Batch, prompts: Tensor | None, recipe: Recipe, prompt_features: Tensor | None
 ) -> tuple[Tensor, Metrics]:
     loss, metrics = L.total(batch, recipe.losses)
     if prompt_features is None:
@@ -34,11 +35,11 @@ def _total(
     return loss + recipe.student.text_weight * text, metrics | {"text_feature": text.detach()}
 
 
-def _pretrain(batch: L.Batch, _: Tensor | None, spec: Pretrain) -> tuple[Tensor, Metrics]:
+def _pretrain(batch: Batch, _: Tensor | None, spec: Pretrain) -> tuple[Tensor, Metrics]:
     return pretrain_loss(batch, spec)
 
 
-def pretrain_loss(batch: L.Batch, spec: Pretrain) -> tuple[Tensor, Metrics]:
+def pretrain_loss(batch: Batch, spec: Pretrain) -> tuple[Tensor, Metrics]:
     """Return the loss of Pea-KD's first training, and the same for the log.
 
     FD, or cross-entropy with the class that the teacher itself finds best. Source:

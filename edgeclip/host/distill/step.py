@@ -33,8 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import distributed
-from edgeclip.host.distill import losses as L
 from edgeclip.host.distill import masking
+from edgeclip.host.distill.batch import Batch
 from edgeclip.host.distill.targets import Known
 from edgeclip.host.recipe import MaskedFeature, Train
 from edgeclip.host.student import EduAttentionHead
@@ -42,7 +42,7 @@ from edgeclip.progress import Clock
 
 Metrics = dict[str, Tensor]
 """each loss before its weight, by its name in the log"""
-Objective = Callable[[L.Batch, Tensor | None], tuple[Tensor, Metrics]]
+Objective = Callable[[Batch, Tensor | None], tuple[Tensor, Metrics]]
 """of a batch and of the features of its class prompts: the loss, and what the log says of it"""
 Features = dict[str, Tensor]
 """a tower's features [rows, T] by what they are of: image, masked, text, prompts"""
@@ -125,7 +125,7 @@ class NewLayers(nn.Module):
         """Return the loss and its terms."""
         raw = self.projector(features["image"])
         v = F.normalize(raw, dim=-1)
-        batch = L.Batch(
+        batch = Batch(
             image_features=v,
             head_features=self._attended(v, raw, known),
             raw_features=raw,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from edgeclip.host import teachers
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
-from edgeclip.host.distill.losses import OtherTeacher
+from edgeclip.host.distill.batch import OtherTeacher
 from edgeclip.host.recipe import Losses
 from edgeclip.host.teachers import Teacher
 
@@ -59,7 +59,7 @@ class Lesson:
 
 
 class Known(NamedTuple):
-    """Fields of `losses.Batch` that are known without the student."""
+    """Fields of `batch.Batch` that are known without the student."""
 
     teacher_features: Float[Tensor, "B D"]
     raw_teacher_features: Float[Tensor, "B D"]

@@ -16,7 +16,7 @@ from edgeclip.device.zero_shot import prompts
 from edgeclip.host import student as students
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.cache.arrays import name
-from edgeclip.host.distill.losses import Batch
+from edgeclip.host.distill.batch import Batch
 from edgeclip.host.teachers import Teacher, TextTower
 
 

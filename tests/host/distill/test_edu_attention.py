@@ -7,6 +7,7 @@ import torch
 from edgeclip.device.zero_shot import class_scores
 from edgeclip.host import recipe as R
 from edgeclip.host.distill import losses as L
+from edgeclip.host.distill.batch import Batch
 from edgeclip.host.student import EduAttentionHead
 
 D = 8
@@ -31,9 +32,7 @@ def test_the_layer_under_alpha_zero_has_no_gradient_and_alpha_has_one():
     head = EduAttentionHead(D, R.EduAttention())
     s = torch.from_numpy(S)
     L.kl(
-        L.Batch(
-            s, head(s, torch.from_numpy(W)), torch.from_numpy(T), torch.from_numpy(W), None, 7.0
-        ),
+        Batch(s, head(s, torch.from_numpy(W)), torch.from_numpy(T), torch.from_numpy(W), None, 7.0),
         R.KL(),
     ).backward()
     assert float(head.fc.weight.grad.abs().max()) == 0 and float(head.alpha.grad.abs()) > 0

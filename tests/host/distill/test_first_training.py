@@ -14,7 +14,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.data import shapes
 from edgeclip.host.distill import stage2
-from edgeclip.host.distill.losses import Batch
+from edgeclip.host.distill.batch import Batch
 from edgeclip.host.distill.objective import pretrain_loss
 from edgeclip.host.distill.run import distill
 from edgeclip.host.distill.train import train

@@ -10,6 +10,7 @@ from edgeclip.device.metrics import l2_normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.distill import losses as L
+from edgeclip.host.distill.batch import Batch, OtherTeacher
 from edgeclip.host.student import EduAttentionHead
 
 B, D, N, SCALE = 6, 8, 5, 7.0
@@ -39,7 +40,7 @@ LEARNED = L.learned_parameters(
 def batch(s=S, h=H, t=T, w=W, c=C, x=X, m=M, p=P, labels=LABELS):
     """s, x, m: the student's image, text and masked features; h after the head; t, c: the teacher's; w classes, p prototypes."""
     s, h, t, w, c, x, m, p, labels = (torch.from_numpy(a) for a in (s, h, t, w, c, x, m, p, labels))
-    return L.Batch(s, h, t, w, c, SCALE, x, 3 * s, 2 * t, m, labels, p, learned=LEARNED)
+    return Batch(s, h, t, w, c, SCALE, x, 3 * s, 2 * t, m, labels, p, learned=LEARNED)
 
 
 def softmax(x):
@@ -108,7 +109,7 @@ def test_several_teachers_are_averaged_as_distributions_each_with_its_own_scale(
         l2_normalize(np.random.default_rng(12).normal(size=(N, 5))),
     )
     p = (softmax(SCALE * T @ W.T) + softmax(3.0 * t2 @ w2.T)) / 2
-    other = (L.OtherTeacher(torch.from_numpy(t2), torch.from_numpy(w2), None, 3.0),)
+    other = (OtherTeacher(torch.from_numpy(t2), torch.from_numpy(w2), None, 3.0),)
     close(
         L.kl(batch()._replace(other_teachers=other), R.KL()),
         (p * (np.log(p) - log_softmax(SCALE * H @ W.T))).sum() / B,
@@ -117,13 +118,13 @@ def test_several_teachers_are_averaged_as_distributions_each_with_its_own_scale(
     rows = (softmax(SCALE * T @ C.T) + softmax(3.0 * t2 @ c2.T)) / 2
     columns = (softmax(SCALE * C @ T.T) + softmax(3.0 * c2 @ t2.T)) / 2
     q = 2.0 * S @ X.T
-    other = (L.OtherTeacher(torch.from_numpy(t2), torch.from_numpy(w2), torch.from_numpy(c2), 3.0),)
+    other = (OtherTeacher(torch.from_numpy(t2), torch.from_numpy(w2), torch.from_numpy(c2), 3.0),)
     found = L.distribution(batch()._replace(other_teachers=other), R.Distribution(logit_scale=2.0))
     close(found, 0.5 * (cross_entropy(q, rows) + cross_entropy(q.T, columns)))
 
 
 def test_two_equal_teachers_are_one():
-    other = (L.OtherTeacher(torch.from_numpy(T), torch.from_numpy(W), None, SCALE),)
+    other = (OtherTeacher(torch.from_numpy(T), torch.from_numpy(W), None, SCALE),)
     close(L.kl(batch()._replace(other_teachers=other), R.KL()), L.kl(batch(), R.KL()))
 
 
