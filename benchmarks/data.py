@@ -14,7 +14,7 @@ What bounds it: libjpeg-turbo's Huffman decoding, which no scaling saves: the la
 the color conversion and the resize of pixels that nobody will see are the rest of the others' work. `most` is that bound: how many
 times as fast as a row any pipeline on libjpeg-turbo could be, if all but the Huffman code cost nothing.
 
-Scaled decoding is for training. Evaluation decodes whole and is PIL's own, bit for bit (`tests/test_preprocess.py`).
+Scaled decoding is for training. Evaluation decodes whole and is PIL's own, bit for bit (`tests/device/test_preprocess.py`).
 
 Required, against the two defaults: never slower, and at least 4 times as fast at 12 megapixels. torchvision's tensors are what nobody
 has to be compared with by default and a sceptic will ask for: shown, at either interpolation; 4 times their speed at 12 megapixels is

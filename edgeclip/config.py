@@ -210,9 +210,10 @@ def shipped(kind: str) -> dict[str, Path]:
 def find(kind: str, name: str) -> Path:
     """Return the path of a YAML: a path as it is, a bare name among the shipped ones.
 
-    Raises `EdgeclipError` with a did-you-mean for an unknown name.
+    What ends in .yaml or names a folder on its way is a path. Raises `EdgeclipError` with a
+    did-you-mean for an unknown name.
     """
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith((".yaml", ".yml")) or "/" in name:
         return Path(name)
     known = shipped(kind)
     if name not in known:
