@@ -73,7 +73,7 @@ class Shards:
     def _open(self, shard: int) -> np.ndarray:
         file = self.files[shard]
         try:
-            mapped = disk.read_array(file, mmap_mode="r")
+            mapped: Any = disk.read_array(file, mmap_mode="r")
         except (OSError, ValueError) as e:
             raise EdgeclipError(
                 file, f"cannot be read as a shard ({e})", "make the cache anew, or copy it again"
@@ -86,7 +86,7 @@ class Shards:
                 "make the cache anew, or copy it again",
             )
         if self.scattered:
-            mapped.base.madvise(mmap.MADV_RANDOM)
+            mapped._mmap.madvise(mmap.MADV_RANDOM)
         return np.asarray(
             mapped[self.field] if self.field else mapped
         )  # a memmap's own indexing costs twice as much

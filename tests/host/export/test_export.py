@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from edgeclip import disk
+from edgeclip.config import shipped
 from edgeclip.device import target
 from edgeclip.device.bundle import Bundle, bake_labels
 from edgeclip.device.metrics import cosine
@@ -21,16 +22,11 @@ from tests.support.images import encoded, toy_image, truncated_jpeg
 from tests.support.optional import require
 from tests.support.toy_bundle import LABELS, SIZE, WIDTH, toy_input, toy_target
 
-RUNNABLE = [
-    "onnx-fp32",
-    "onnx-fp16",
-    "onnx-int8",
-    "onnx-int8-arm",
-    "openvino-fp16",
-    "openvino-int8",
-]
-ALL = [*RUNNABLE, "tensorrt-fp16", "tensorrt-int8", "tensorrt-fp8"]
-QUANTIZED = ["onnx-int8", "onnx-int8-arm", "openvino-int8", "tensorrt-int8", "tensorrt-fp8"]
+ALL = list(shipped("target"))
+TENSORRT = [name for name in ALL if target.load(name)[1].runtime == "tensorrt"]
+RUNNABLE = [name for name in ALL if name not in TENSORRT]
+QUANTIZED = [name for name in ALL if target.load(name)[1].calibration is not None]
+INT8 = [name for name in QUANTIZED if target.load(name)[1].precision == "int8"]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -112,9 +108,7 @@ def test_calibration_images_are_named_by_hash_and_none_is_golden(shipped_bundle,
 
 
 def test_int8_targets_of_every_runtime_quantize_the_same_layers(shipped_bundle):
-    records = [
-        disk.read_manifest(shipped_bundle(n), "bundle")["quantization"] for n in QUANTIZED[:-1]
-    ]  # float8 rounds otherwise, so it may lose others
+    records = [disk.read_manifest(shipped_bundle(n), "bundle")["quantization"] for n in INT8]
     assert records[0]["int8_layers"] >= 1 and records[0]["int8_share_of_macs"] > 0
     assert [r["float_layers"] for r in records] == [records[0]["float_layers"]] * len(records)
     assert all(
@@ -124,7 +118,7 @@ def test_int8_targets_of_every_runtime_quantize_the_same_layers(shipped_bundle):
     )
 
 
-@pytest.mark.parametrize("name", ["tensorrt-fp16", "tensorrt-int8", "tensorrt-fp8"])
+@pytest.mark.parametrize("name", TENSORRT)
 def test_tensorrts_graph_is_parsed_and_built_by_tensorrt_rtx(shipped_bundle, name):
     require("tensorrt_rtx", "pip install 'edgeclip[lint]'")
     lint = disk.read_manifest(shipped_bundle(name), "bundle")["lint"]
