@@ -9,13 +9,14 @@ check the hashes.
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -119,7 +120,7 @@ def read_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     return array
 
 
-def read_arrays(file: Path | BinaryIO) -> dict[str, np.ndarray]:
+def read_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
     """Return a .npz file's arrays, from any thread. Raises as `numpy.load`; pickles are refused."""
     with _header, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
