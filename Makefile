@@ -1,11 +1,11 @@
-# make demo | make test | make test-all | make check. Each makes .venv when it is not there.
+# make demo | make test | make test-all | make check | make campaign. Each makes .venv when it is not there.
 PYTHON ?= python3
 BIN = .venv/bin
 RUN = runs/quickstart
 # Two workers of one thread each (tests/__init__.py); a file's tests stay together, so what they share is made once.
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
-.PHONY: demo test test-all check docs clean distclean
+.PHONY: demo test test-all check campaign docs clean distclean
 .DELETE_ON_ERROR:
 
 # torch first and pinned: an open range elsewhere would bring another build of it.
@@ -40,6 +40,15 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell .
 	$(BIN)/mypy
+
+# hours: every figure of the pages that needs no photos and no board, measured anew on the demo's run
+CAMPAIGN = quickstart quickstart_seeds latency parity cold_start harness cache data scale trainer \
+    export_matrix footprint emulated install
+
+campaign: .venv/installed
+	for name in $(CAMPAIGN); do \
+	  echo "== $$name"; \
+	  $(BIN)/python benchmarks/$$name.py --json results/$$name.json > runs/$$name.log || exit 1; done
 
 # the pages that are generated from the code, and the figures in the others
 docs: .venv/installed
