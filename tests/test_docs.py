@@ -99,7 +99,7 @@ def commands(group: click.Group, before: str) -> Iterator[str]:
             yield from commands(command, f"{before} {word}")
 
 
-@pytest.mark.parametrize("words", commands(main, "edgeclip"))
+@pytest.mark.parametrize("words", list(commands(main, "edgeclip")))
 def test_a_command_is_named(words):
     assert words in whole()
 

@@ -168,13 +168,12 @@ def tegrastats(rails: tuple[str, ...]) -> Source:
 
 
 def _lines(command: list[str]) -> Generator[str, None, None]:
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    try:
-        yield from iter(process.stdout.readline, "")
-    finally:
-        process.terminate()
-        process.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        try:
+            yield from iter(process.stdout.readline, "")
+        finally:
+            process.terminate()
 
 
 def meter(path: Path) -> list[Reading]:

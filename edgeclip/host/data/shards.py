@@ -100,14 +100,13 @@ def _piped(command: str, cache: Path) -> Path:
         return path
 
     with disk.new_file(path) as temporary, temporary.open("wb") as file:
-        process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        shutil.copyfileobj(process.stdout, file, 1 << 20)
-        code = process.wait()
-        if code:
+        with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            shutil.copyfileobj(process.stdout, file, 1 << 20)
+        if process.returncode:
             raise EdgeclipError(
                 f"pipe:{command}",
-                f"failed with exit code {code}",
+                f"failed with exit code {process.returncode}",
                 "read its message above, and run it by hand",
             )
     return path

@@ -138,6 +138,7 @@ def test_tensorrt_rtx_parses_and_builds_every_form_of_every_family(written):
     assert not refused
 
 
+@pytest.mark.slow  # it makes an environment
 def test_the_runtime_of_jetpack_6_loads_every_form_of_every_family(written, tmp_path):
     folder = Path(
         os.environ.get("EDGECLIP_ORT_OLD", tmp_path / "old")
