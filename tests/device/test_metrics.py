@@ -162,21 +162,52 @@ def test_counts_of_several_sets_pool_to_the_drop_of_their_images_together():
     assert 1 - lost / right == np.mean([y for a, b in sets for x, y in zip(a, b, strict=True) if x])
 
 
-def test_the_upper_limit_is_agresti_and_mins():
-    # n 100, lost 6, won 2: adjusted cells 6.5 and 2.5 of 102
-    a = np.ones(100, bool)
-    b = a.copy()
-    b[:6] = False
-    a[6:8] = False
-    expected = (4 + 1.6448536269514722 * math.sqrt(9 - 16 / 102)) / 102
-    assert math.isclose(accuracy_drop(a, b).upper_pp, 100 * expected, rel_tol=1e-9)
+@pytest.mark.parametrize(("lost", "won", "n"), [(6, 2, 100), (1, 0, 40), (0, 3, 60), (40, 25, 900)])
+def test_the_upper_limit_is_where_tangos_score_is_just_not_rejected(lost, won, n):
+    """The share of won images under the limit is searched for, not taken from its closed form."""
+    limit = paired_drop(lost, won, n).upper_pp / 100
+
+    def likelihood(share):
+        return (
+            lost * math.log(share + limit)
+            + won * math.log(share)
+            + (n - lost - won) * math.log(1 - 2 * share - limit)
+        )
+
+    low, high = max(1e-12, 1e-12 - limit), (1 - limit) / 2 - 1e-12
+    for _ in range(200):  # the likelihood has one top
+        a, b = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (a, high) if likelihood(a) < likelihood(b) else (low, b)
+    score = (lost - won - n * limit) / math.sqrt(n * (2 * low + limit * (1 - limit)))
+    assert score == pytest.approx(-1.6448536, abs=1e-3)
+
+
+@pytest.mark.parametrize("n", [20, 400, 10_000])
+def test_no_discordant_pair_is_no_certainty(n):
+    z2 = 1.6448536269514722**2
+    assert paired_drop(0, 0, n).upper_pp == pytest.approx(100 * z2 / (n + z2), abs=1e-6)
+
+
+@pytest.mark.parametrize("lose", [0.002, 0.005, 0.01])
+def test_the_limit_holds_with_few_discordant_pairs(lose):
+    """Of all that 400 images may show of a true drop, no more than 7 % of the mass excludes it."""
+    n, missed = 400, 0.0
+    for lost in range(16):
+        mass = math.comb(n, lost) * lose**lost * (1 - lose) ** (n - lost)
+        missed += mass * (paired_drop(lost, 0, n).upper_pp < 100 * lose)
+    assert missed <= 0.07
+
+
+def test_every_image_lost_or_won_is_within_its_bounds():
+    assert paired_drop(30, 0, 30).upper_pp == pytest.approx(100)
+    assert -100 <= paired_drop(0, 30, 30).upper_pp < 0
 
 
 def test_agreement_on_few_images_is_no_certainty():
     same = np.ones(10, bool)
     assert accuracy_drop(same, same).drop_pp == 0 and accuracy_drop(same, same).upper_pp > 10
     many = np.ones(10_000, bool)
-    assert accuracy_drop(many, many).upper_pp < 0.02
+    assert accuracy_drop(many, many).upper_pp < 0.03
 
 
 def test_the_upper_limit_covers_the_true_drop_in_about_95_of_100():
