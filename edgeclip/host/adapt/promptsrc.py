@@ -170,19 +170,15 @@ def epoch_weights(epochs: int, mean: float, std: float) -> Float[Tensor, "E"]:
 
 
 def learning_rate(epoch: int, spec: R.Prompts) -> float:
-    """Of an epoch, from 0: constant during the warm-up, then a half cosine."""
+    """Return an epoch's rate, from 0: constant during the warm-up, then a half cosine.
+
+    As in PromptSRC's code the cosine starts after the warm-up and is as long as the whole training,
+    so that it is cut off before its end.
+    """
     if epoch < spec.warmup_epochs:
         return spec.warmup_lr
-    return (
-        spec.lr
-        * 0.5
-        * (
-            1
-            + math.cos(
-                math.pi * (epoch - spec.warmup_epochs) / max(1, spec.epochs - spec.warmup_epochs)
-            )
-        )
-    )
+    turn = math.pi * (epoch - spec.warmup_epochs) / spec.epochs
+    return spec.lr * (1 + math.cos(turn)) / 2
 
 
 def losses(
