@@ -20,9 +20,15 @@ from edgeclip.errors import EdgeclipError
     shell_complete=complete.labels,
 )
 @click.option("--top", default=5, show_default=True, help="How many labels to print per image.")
+@click.option("--no-offset", is_flag=True, help="Leave the bundle's class offset out.")
 @json_option
 def classify(
-    images: tuple[Path, ...], bundle: Path | None, labels: str | None, top: int, as_json: bool
+    images: tuple[Path, ...],
+    bundle: Path | None,
+    labels: str | None,
+    top: int,
+    no_offset: bool,
+    as_json: bool,
 ) -> None:
     """Rank labels for each of IMAGES.
 
@@ -35,7 +41,9 @@ def classify(
 
     loaded = Bundle.load(one_bundle(bundle))
     words = _words(labels)
-    results = {str(image): loaded.classify(image, words, top) for image in images}
+    results = {}
+    for image in images:
+        results[str(image)] = loaded.classify(image, words, top, offset=not no_offset)
     if as_json:
         print_json(results)
     else:
@@ -54,19 +62,29 @@ def _words(labels: str | None) -> list[str] | None:
 @click.argument("bundle", type=PATH)
 @click.argument("file", type=PATH)
 @click.option("--out", type=PATH, help="Folder of the new bundle.  [default: replace BUNDLE]")
+@click.option("--no-offset", is_flag=True, help="Leave the class offset out of the new bundle.")
 @json_option
-def labels(bundle: Path, file: Path, out: Path | None, as_json: bool) -> None:
+def labels(bundle: Path, file: Path, out: Path | None, no_offset: bool, as_json: bool) -> None:
     """Give BUNDLE the labels in FILE (one per line); no retraining.
+
+    A label that had labels in training keeps its class offset; a new one has none.
 
     \b
     Example:
         edgeclip labels runs/latest/bundles/onnx-int8 fruit.txt --out fruit-bundle
     """
-    from edgeclip.device.bundle import bake_labels
+    from edgeclip.device.bundle import Bundle, bake_labels
 
     words = label_file(file)
-    path = bake_labels(bundle, words, out or bundle)
-    say(as_json, {"bundle": str(path), "labels": words}, f"{path}: {len(words)} labels")
+    path = bake_labels(bundle, words, out or bundle, offset=not no_offset)
+    known = Bundle.load(path).manifest.class_offset
+    keep: list[str] = []
+    if known is not None:
+        keep = sorted(set(known.labels) & set(words))
+    line = f"{path}: {len(words)} labels"
+    if known is not None:
+        line += f", {len(keep)} of which keep the class offset {known.offset:+.4f}"
+    say(as_json, {"bundle": str(path), "labels": words, "with_class_offset": keep}, line)
 
 
 @command()

@@ -47,7 +47,6 @@ from edgeclip.device.records import (
     Window,
     to_json,
 )
-from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
 
@@ -320,7 +319,7 @@ def _stages(bundle: Bundle, sources: list[bytes]) -> Stages:
         features = bundle.image_encoder.run(x)
         times.append(time.perf_counter())
         if bundle.labels:
-            class_scores(features, bundle.class_features, bundle.head)
+            bundle.scores(features)
         times.append(time.perf_counter())
         laps.append(np.diff(times))
     decode, preprocess, model, head = (float(ms) for ms in 1e3 * np.median(laps, axis=0))

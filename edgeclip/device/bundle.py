@@ -22,7 +22,7 @@ from edgeclip import disk
 from edgeclip.device.manifest import BundleManifest, TextRecord, read_manifest, write_manifest
 from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pixels
 from edgeclip.device.runtime import Session, open_session
-from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, prompts
+from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, offsets, prompts
 from edgeclip.errors import EdgeclipError
 
 TEXT_BATCH = 32
@@ -184,6 +184,15 @@ class Bundle:
             bool(arrays[normalizes]),
         )
 
+    @cached_property
+    def offsets(self) -> np.ndarray | float:
+        """What is taken from the scores of the baked labels, [N]; 0.0: nothing."""
+        return offsets(self.manifest.class_offset, self.labels)
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """Return the scores [B, N] of unit rows [B, D] over the baked labels, `classify`'s own."""
+        return class_scores(features, self.class_features, self.head, offsets=self.offsets)
+
     # --- images
 
     def pixels(self, image: ImageSource) -> np.ndarray:
@@ -246,16 +255,24 @@ class Bundle:
         return ensemble(features.reshape(len(labels), len(templates), -1))
 
     def classify(
-        self, image: ImageSource, labels: list[str] | None = None, top: int = 5
+        self,
+        image: ImageSource,
+        labels: list[str] | None = None,
+        top: int = 5,
+        offset: bool = True,
     ) -> list[RankedLabel]:
         """Return the `top` best labels of an image, best first.
 
         labels: the active ones; None: the baked ones. Labels that are baked need no text encoder.
-        Raises `EdgeclipError` for an image that cannot be read, and as `bake`.
+        offset: False leaves the manifest's `class_offset` out. Raises `EdgeclipError` for an image
+        that cannot be read, and as `bake`.
         """
         active_labels, active = self._active(labels)
         features = self.encode_pixels(self.pixels(image)[None])
-        scores = class_scores(features, active, self.head)[0]
+        set_back: np.ndarray | float = 0.0
+        if offset:
+            set_back = offsets(self.manifest.class_offset, active_labels)
+        scores = class_scores(features, active, self.head, offsets=set_back)[0]
 
         logits = self.logit_scale * (scores - scores.max())
         probability = np.exp(logits) / np.exp(logits).sum()
@@ -284,10 +301,11 @@ class Bundle:
         return labels, self.bake(labels)
 
 
-def bake_labels(bundle_folder: Path, labels: list[str], out: Path) -> Path:
+def bake_labels(bundle_folder: Path, labels: list[str], out: Path, offset: bool = True) -> Path:
     """Write a copy of a bundle with other baked labels to `out`, without training; return `out`.
 
-    The old bundle is its parent. Raises `EdgeclipError` when the bundle has no text encoder, or the
+    The old bundle is its parent. offset: False leaves its class offset out; else those of `labels`
+    that it is for keep it. Raises `EdgeclipError` when the bundle has no text encoder, or the
     list is empty or repeats a label.
     """
     bundle = Bundle.load(bundle_folder, check=True)
@@ -298,5 +316,8 @@ def bake_labels(bundle_folder: Path, labels: list[str], out: Path) -> Path:
         (folder / disk.MANIFEST).unlink()
         disk.write_json(folder / "labels.json", labels)
         disk.write_array(folder / "class_features.npy", features)
-        write_manifest(folder, msgspec.structs.replace(bundle.manifest, parents=parents))
+        manifest = msgspec.structs.replace(bundle.manifest, parents=parents)
+        if not offset:
+            manifest = msgspec.structs.replace(manifest, class_offset=None)
+        write_manifest(folder, manifest)
     return out

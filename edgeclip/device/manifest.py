@@ -139,6 +139,32 @@ class LintRecord(Record):
     """a line each"""
 
 
+class ClassOffset(Record):
+    """What is taken from the scores of the classes that had labels in training.
+
+    They score higher than classes without labels on every image. It is fitted on training images;
+    no label of the other classes takes part.
+    """
+
+    offset: float
+    """in units of the score, a cosine"""
+    labels: list[str]
+    """the classes that had labels"""
+    images: int
+    """training images that it was fitted on"""
+    rule: Literal["labeled images", "prior", "balanced classes"]
+    """as many of them as this says name one of `labels`: those that have a label, the share that
+    the recipe states, or the share that `labels` are of the classes"""
+    labeled_named: float
+    """share of the images with a label that name one of `labels`, 0..1"""
+    others_named: float
+    """share of the images without a label that name another class, 0..1"""
+    labeled_named_without: float
+    """`labeled_named` where no class is set back"""
+    others_named_without: float
+    """`others_named` where no class is set back"""
+
+
 class BundleManifest(Record, kw_only=True):
     """manifest.json of a bundle, format 2."""
 
@@ -163,6 +189,8 @@ class BundleManifest(Record, kw_only=True):
     """prompts with `{c}`; empty: the label alone"""
     text: TextRecord | None = None
     """null: baked labels only"""
+    class_offset: ClassOffset | None = None
+    """null: no class is set back"""
     golden: Golden
     licenses: dict[str, str | None]
     """of the models and the data, by what they are"""

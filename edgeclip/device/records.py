@@ -98,11 +98,16 @@ class Accuracy(PairedDrop):
 
 
 class SetAccuracy(Accuracy):
-    """One evaluation set over its own class list."""
+    """One evaluation set over all labels of the bundle."""
 
     name: str
     note: str
     classes: int
+    """of the set's own list"""
+    reference_own_list_top1: float | None = None
+    """the float student within the set's own list, 0..1; null: a report of edgeclip 0.1, whose
+    other figures are within that list; so below"""
+    bundle_own_list_top1: float | None = None
 
 
 class GoldenAnswers(Record):

@@ -22,7 +22,13 @@ import numpy as np
 from edgeclip import disk
 from edgeclip.device import tokenizer
 from edgeclip.device.bundle import Bundle
-from edgeclip.device.evaluation import Decisions, Evaluation, decide, images_tar
+from edgeclip.device.evaluation import (
+    Decisions,
+    Evaluation,
+    decide,
+    images_tar,
+    own_list_top1,
+)
 from edgeclip.device.images import ImageRef, index_tar, read, stream
 from edgeclip.device.machine import Facts
 from edgeclip.device.metrics import accuracy_drop, agreement, cosine
@@ -316,7 +322,7 @@ def _compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarra
         top1_agreement=top1_agreement,
         agreement_where_right=where_right,
         accuracy=accuracy,
-        sets=_sets(evaluation, reference, own),
+        sets=_sets(bundle, evaluation, features, reference, own),
         optimization=optimization,
         failures=tuple(failures),
         verdict=verdict,
@@ -332,8 +338,14 @@ def _accuracy(before: np.ndarray, after: np.ndarray) -> Accuracy:
     )
 
 
-def _sets(evaluation: Evaluation, reference: Decisions, own: Decisions) -> tuple[SetAccuracy, ...]:
-    """Return a row for each evaluation set that has images."""
+def _sets(
+    bundle: Bundle,
+    evaluation: Evaluation,
+    features: np.ndarray,
+    reference: Decisions,
+    own: Decisions,
+) -> tuple[SetAccuracy, ...]:
+    """Return a row for each evaluation set that has images; features: [n, D], the bundle's."""
     rows = []
     start = 0
     for s in evaluation.sets:
@@ -342,7 +354,14 @@ def _sets(evaluation: Evaluation, reference: Decisions, own: Decisions) -> tuple
         if not s.rows:
             continue
         accuracy = _accuracy(reference.right[part], own.right[part])
-        row = SetAccuracy(name=s.name, note=s.note, classes=len(s.classes), **to_json(accuracy))
+        row = SetAccuracy(
+            name=s.name,
+            note=s.note,
+            classes=len(s.classes),
+            reference_own_list_top1=own_list_top1(bundle, evaluation, s, evaluation.reference),
+            bundle_own_list_top1=own_list_top1(bundle, evaluation, s, features),
+            **to_json(accuracy),
+        )
         rows.append(row)
     return tuple(rows)
 

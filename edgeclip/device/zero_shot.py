@@ -8,6 +8,10 @@ features and the active class matrix:
     scores = norm(u + alpha * f_att) W^T    [B, N]
 
 FC may sit on W or on f_att instead (A4, A5).
+
+Classes that had labels in training score higher than those that had none, on every image: the bias
+that generalized zero-shot learning knows. A `ClassOffset` is taken from the scores of the former
+(calibrated stacking, Chao et al. 2016, arXiv 1605.04253).
 """
 
 from collections.abc import Sequence
@@ -15,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from edgeclip.device.manifest import ClassOffset
 from edgeclip.device.metrics import l2_normalize
 
 
@@ -37,14 +42,16 @@ def class_scores(
     class_features: np.ndarray,
     head: EduAttention | None = None,
     attended: np.ndarray | None = None,
+    offsets: np.ndarray | float = 0.0,
 ) -> np.ndarray:
     """Return scores [B, N] of unit rows image_features [B, D] and class_features [N, D].
 
-    Cosines, which the head sharpens. It attends over `class_features`, the active list, or over
-    `attended` [M, D], say all classes of training (A11).
+    Cosines, which the head sharpens, less `offsets` [N], those of the classes that had labels. The
+    head attends over `class_features`, the active list, or over `attended` [M, D], say all classes
+    of training (A11).
     """
     if head is None or head.alpha == 0.0:
-        return image_features @ class_features.T
+        return image_features @ class_features.T - offsets
 
     key = class_features if attended is None else attended
     if head.fc == "key_value":
@@ -61,7 +68,18 @@ def class_scores(
     sharpened = image_features + head.alpha * f_att
     if head.normalize:
         sharpened = l2_normalize(sharpened)
-    return sharpened @ class_features.T
+    return sharpened @ class_features.T - offsets
+
+
+def offsets(known: ClassOffset | None, labels: Sequence[str]) -> np.ndarray | float:
+    """Return what is taken from each label's score, [N]; 0.0: nothing from any.
+
+    A label that had no labels in training is set back by nothing, and so is one that is new.
+    """
+    if known is None:
+        return 0.0
+    set_back = set(known.labels)
+    return known.offset * np.array([label in set_back for label in labels], np.float32)
 
 
 def ensemble(text_features: np.ndarray) -> np.ndarray:

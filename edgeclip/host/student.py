@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from edgeclip import disk
 from edgeclip.device import tokenizer
+from edgeclip.device.manifest import ClassOffset
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
 from edgeclip.disk import Json
@@ -339,6 +340,11 @@ def load(source: Path | Saved) -> Loaded:
         head.load_state_dict(saved.part("head."))
     preprocess = msgspec.convert(description["preprocess"], Preprocess)
     return Loaded(student.eval(), head, preprocess, description)
+
+
+def class_offset(description: Json) -> ClassOffset | None:
+    """Return what a student's classes with labels are set back by; None: nothing, as in 0.1."""
+    return msgspec.convert(description.get("class_offset"), ClassOffset | None)
 
 
 def load_text(source: Path | Saved) -> TextTower | None:

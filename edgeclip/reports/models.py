@@ -2,7 +2,9 @@
 
 MODELS = {
     "teacher": "teacher",
+    "teacher_without_offset": "teacher without class offset",
     "student": "student",
+    "student_without_offset": "student without class offset",
     "student_with_edu_attention": "student with EduAttention",
     "student_without_edu_attention": "student without EduAttention",
     "student_attending_all_classes": "student, attending over all classes",

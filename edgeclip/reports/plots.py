@@ -10,6 +10,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from edgeclip.device.manifest import CandidateRow, SearchRecord
+from edgeclip.reports.models import MODELS
 from edgeclip.reports.results import EvaluationResults
 from edgeclip.reports.targets import Target, Waterfall, form
 
@@ -29,11 +30,12 @@ class Plot(NamedTuple):
 
 
 def plots(results: EvaluationResults, targets: Sequence[Target], steps: Waterfall) -> list[Plot]:
-    """Return accuracy by step, accuracy against latency, each search, and the losses.
+    """Return accuracy by step, the offsets' trade, accuracy against latency, each search, and the
+    losses.
 
     A plot of which nothing was measured is left out.
     """
-    drawn = [_steps(steps), _latency(targets)]
+    drawn = [_steps(steps), _trade(results), _latency(targets)]
     for target in targets:
         drawn.append(_search(target))
     drawn.append(_losses(results))
@@ -54,6 +56,29 @@ def _steps(steps: Waterfall) -> Plot:
         axes.set_ylabel("top-1 accuracy")
         axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         return Plot("Accuracy of each step; a bundle's on a part of the images", _svg(figure))
+
+
+def _trade(results: EvaluationResults) -> Plot | None:
+    """Return what the unlabeled half gains and the labeled half loses as the offset grows."""
+    if results.trade is None or results.halves is None:
+        return None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.5, 3))
+        axes = figure.subplots()
+        curve = results.trade.curve
+        axes.plot([p.labeled for p in curve], [p.unlabeled for p in curve], label="any offset")
+        by_name = {score.name: score for score in results.sets}
+        labeled, unlabeled = (by_name[name] for name in results.halves)
+        for model, marker in (("student", "*"), ("student_without_offset", "o")):
+            x = getattr(labeled, model)
+            y = getattr(unlabeled, model)
+            if x is not None and y is not None:
+                axes.scatter(x.top1, y.top1, marker=marker, s=60, label=MODELS[model], zorder=3)
+        axes.set_xlabel(f"top-1 over all labels, {results.halves[0]}")
+        axes.set_ylabel(f"top-1, {results.halves[1]}")
+        axes.legend(fontsize=7, frameon=False)
+        caption = "What an offset gives to classes without labels and takes from those with labels"
+        return Plot(caption, _svg(figure))
 
 
 def _or_nan(value: float | int | None) -> float:

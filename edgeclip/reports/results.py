@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from edgeclip import disk
+from edgeclip.device.manifest import ClassOffset
 from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 
@@ -27,10 +28,15 @@ PROTOCOLS = ("zero_shot", "base_to_novel", "cross_dataset", "domain_generalizati
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
     """How often one model is right about the images of one set."""
 
-    top1: float
-    """share of images whose label scores best"""
-    top5: float
+    top1: float | None
+    """share of images whose label scores best among all labels that the bundle answers with; None:
+    a run of edgeclip 0.1, which did not measure it; so below"""
+    top5: float | None
     """share of images whose label is among the five best"""
+    own_list_top1: float
+    """share of images whose label scores best within the set's own class list: the papers'
+    protocol, which knows beforehand whether an image is of a base or of a novel class"""
+    own_list_top5: float
 
 
 class SetScore(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,14 +48,22 @@ class SetScore(msgspec.Struct, frozen=True, kw_only=True):
     """what to know of the figures, for people"""
     images: int
     """how many images were scored"""
+    labels: int | None
+    """how many labels the bundle answers with"""
     classes: int
-    """how many classes an image may be given"""
-    chance_top1: float
-    """top-1 accuracy of a guess"""
+    """how many of them are in the set's own class list"""
+    chance_top1: float | None
+    """top-1 accuracy of a guess among all labels"""
+    own_list_chance_top1: float
+    """top-1 accuracy of a guess within the set's own class list"""
     teacher: Accuracy | None = None
     """None: the teacher's tower is not at hand"""
+    teacher_without_offset: Accuracy | None = None
+    """no class is set back; None: `teacher` is that"""
     student: Accuracy
     """the student as it ships"""
+    student_without_offset: Accuracy | None = None
+    """no class is set back; None: `student` is that"""
     student_with_edu_attention: Accuracy | None = None
     """None: there is no EduAttention, or `student` has it"""
     student_without_edu_attention: Accuracy | None = None
@@ -74,7 +88,9 @@ class ModelScores(msgspec.Struct, frozen=True, kw_only=True):
     """One figure for each model of `SetScore` over several sets; None: not scored on all."""
 
     teacher: float | None = None
+    teacher_without_offset: float | None = None
     student: float | None = None
+    student_without_offset: float | None = None
     student_with_edu_attention: float | None = None
     student_without_edu_attention: float | None = None
     student_attending_all_classes: float | None = None
@@ -117,6 +133,24 @@ class EduAttentionResult(msgspec.Struct, frozen=True, kw_only=True):
     """whether it ships in the classification head"""
 
 
+class TradePoint(msgspec.Struct, frozen=True, kw_only=True):
+    """The student's top-1 accuracy on both halves, over all labels, at one offset."""
+
+    offset: float
+    labeled: float
+    """on the half whose classes had labels"""
+    unlabeled: float
+
+
+class Trade(msgspec.Struct, frozen=True, kw_only=True):
+    """What offsets give and take, over all labels."""
+
+    area: float
+    """AUSUC: the area under the curve of the unlabeled half's accuracy over the labeled one's"""
+    curve: tuple[TradePoint, ...]
+    """by offset, ascending"""
+
+
 class EvaluationResults(msgspec.Struct, frozen=True, kw_only=True):
     """What `edgeclip distill` reached: RUN/results.json."""
 
@@ -129,8 +163,18 @@ class EvaluationResults(msgspec.Struct, frozen=True, kw_only=True):
     """license of training and evaluation data"""
     sets: tuple[SetScore, ...]
     """the evaluation sets"""
+    halves: tuple[str, str] | None = None
+    """names of the sets of classes with labels and of those without; None: there are no such two"""
     harmonic_mean: ModelScores | None = None
-    """of the top-1 accuracies of base and novel classes; None: the sets are others"""
+    """of the top-1 accuracies of both halves over all labels; None: there are no halves"""
+    own_list_harmonic_mean: ModelScores | None = None
+    """the same, each half within its own class list"""
+    class_offset: ClassOffset | None = None
+    """what is taken from the student's scores of classes with labels; None: nothing"""
+    teachers_class_offset: ClassOffset | None = None
+    """the same of the teacher's scores"""
+    trade: Trade | None = None
+    """what other offsets would give; None: there are no halves"""
     models: Models
     log: tuple[dict[str, int | float], ...]
     """an epoch each: its number, every loss before its weight, and alpha"""
@@ -215,9 +259,14 @@ class AccuracyRecord(Protocol, frozen=True, kw_only=True):
 
     sets: tuple[SetScore, ...]
     harmonic_mean: ModelScores | None = None
-    """of the top-1 accuracies of base and novel classes; None: another protocol"""
+    """of the top-1 accuracies of base and novel classes over all labels; None: another protocol"""
+    own_list_harmonic_mean: ModelScores | None = None
+    """the same, each half within its own class list"""
     average: ModelScores | None = None
-    """mean top-1 accuracy (of the shifts under domain_generalization); None: another protocol"""
+    """mean top-1 accuracy (of the shifts under domain_generalization) over all labels; None:
+    another protocol"""
+    own_list_average: ModelScores | None = None
+    """the same within each set's own class list"""
 
 
 class RetrievalRecord(Protocol, frozen=True, kw_only=True):
@@ -285,7 +334,13 @@ def _convert(path: Path, value: Any, kind: type[R]) -> R:
         raise EdgeclipError(path, str(e), "restore the file, or make it again") from None
 
 
-RENAMED = {"pictures": "images", "chance_r1": "chance_top1", "data_licence": "data_license"}
+RENAMED = {
+    "pictures": "images",
+    "chance_r1": "own_list_chance_top1",
+    "data_licence": "data_license",
+    "harmonic_mean": "own_list_harmonic_mean",
+    "average": "own_list_average",
+}
 """fields of edgeclip 0.1"""
 RENAMED_LAPS = {"waiting for pictures": "waiting for images", "optimiser": "optimizer"}
 
@@ -309,10 +364,11 @@ def _of_first_format(value: Json) -> Json:
 def _set(row: Json, retrieval: bool) -> Json:
     if retrieval:
         return _renamed(row, {"pictures": "images"})
-    new = _renamed(row, RENAMED)
+    new = {**_renamed(row, RENAMED), "labels": None, "chance_top1": None}
     for model in MODELS:
         if new.get(model):
-            new[model] = _renamed(new[model], {"r1": "top1", "r5": "top5"})
+            within = _renamed(new[model], {"r1": "own_list_top1", "r5": "own_list_top5"})
+            new[model] = {**within, "top1": None, "top5": None}
     return new
 
 

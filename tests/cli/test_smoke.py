@@ -57,7 +57,9 @@ def test_every_set_is_scored_for_teacher_and_student_with_its_chance_level(workp
     (row,) = results["sets"]
     assert row["images"] == shapes.PARTS["test"] and row["classes"] == len(shapes.CLASSES)
     assert row["chance_top1"] == pytest.approx(1 / 12)
-    assert {"top1", "top5"} <= row["teacher"].keys() & row["student"].keys()
+    assert {"top1", "top5", "own_list_top1", "own_list_top5"} <= row["teacher"].keys() & row[
+        "student"
+    ].keys()
 
 
 def test_the_log_has_every_loss_of_the_recipe_and_alpha(workplace):

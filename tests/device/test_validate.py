@@ -168,7 +168,9 @@ def test_other_labels_are_not_judged_by_the_runs_numbers(
     assert r.not_compared == "its labels are not the run's classes"
 
 
-def test_a_set_is_scored_over_its_own_class_list(shipped_bundle, source, evaluation, tmp_path):
+def test_a_set_is_scored_over_all_labels_and_within_its_own_list(
+    shipped_bundle, source, evaluation, tmp_path
+):
     folder = tmp_path / "evaluation"
     shutil.copytree(evaluation, folder)
     description = disk.read_json(folder / "evaluation.json")
@@ -187,13 +189,15 @@ def test_a_set_is_scored_over_its_own_class_list(shipped_bundle, source, evaluat
 
     for row, (name, classes) in zip(r.sets, parts.items(), strict=True):
         rows = [i for i, y in enumerate(labels) if y in classes]
-        expected = hits(
-            class_scores(features[rows], source.class_features[classes], source.head),
-            np.array([classes.index(labels[i]) for i in rows]),
-        ).mean()
+        own = class_scores(features[rows], source.class_features[classes], source.head)
+        own_labels = np.array([classes.index(labels[i]) for i in rows])
+        every = class_scores(features[rows], source.class_features, source.head)
+        every_label = np.array([labels[i] for i in rows])
         assert row.name == name
         assert row.classes == 3
-        assert row.reference_top1 == pytest.approx(expected)
+        assert row.reference_top1 == pytest.approx(hits(every, every_label).mean())
+        assert row.reference_own_list_top1 == pytest.approx(hits(own, own_labels).mean())
+        assert row.bundle_own_list_top1 == pytest.approx(row.reference_own_list_top1, abs=0.02)
         assert row.images == len(rows)
 
 

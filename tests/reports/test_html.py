@@ -15,7 +15,7 @@ from tests.support.manifests import candidate_row, manifest_fields, search_recor
 from tests.support.optional import require
 from tests.support.reports import accuracy, bench_report, parity_report, scenario
 
-SCORES = {"top1": 0.5, "top5": 0.75}
+SCORES = {"top1": 0.5, "top5": 0.75, "own_list_top1": 0.625, "own_list_top5": 0.875}
 PROTOCOL = {
     "format": 2,
     "run": "r",
@@ -61,8 +61,10 @@ def make_run(folder, reports=True, sets=("base", "novel")):
             "name": n,
             "note": "a <note> & more",
             "images": 40,
+            "labels": 8,
             "classes": 4,
-            "chance_top1": 0.25,
+            "chance_top1": 0.125,
+            "own_list_chance_top1": 0.25,
             "teacher": SCORES,
             "student": SCORES,
             "student_without_edu_attention": SCORES,
@@ -157,7 +159,7 @@ def test_every_reading_and_every_protocol_of_this_student_is_on_the_page(tmp_pat
     run = make_run(tmp_path / "run")
     results = disk.read_json(run / "results.json")
     results["sets"][0] |= {
-        "student_own_text": {"top1": 0.3125, "top5": 0.4},
+        "student_own_text": SCORES | {"top1": 0.3125, "top5": 0.4},
         "teacher": None,
     }  # of a teacher without a tower at hand
     results["models"]["teacher"] |= {"parameters": None, "macs": None}
@@ -167,16 +169,19 @@ def test_every_reading_and_every_protocol_of_this_student_is_on_the_page(tmp_pat
         "of": "night",
         "note": "a shift",
         "images": 9,
+        "labels": 6,
         "classes": 3,
-        "chance_top1": 1 / 3,
+        "chance_top1": 1 / 6,
+        "own_list_chance_top1": 1 / 3,
         "teacher": None,
-        "student": {"top1": 0.8765, "top5": 1.0},
+        "student": SCORES | {"top1": 0.8765, "top5": 1.0},
     }
     record = PROTOCOL | {
         "protocol": "zero_shot",
         "sets": [row],
         "text_side": "the teacher's",
         "average": {"student": 0.765},
+        "own_list_average": {"student": 0.8},
     }
     disk.write_json(run / "reports" / "evaluate-zero_shot-night.json", record)
     disk.write_json(

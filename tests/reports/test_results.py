@@ -9,10 +9,23 @@ from edgeclip import disk
 from edgeclip.errors import EdgeclipError
 from edgeclip.reports import results as R
 
-ACCURACY = R.Accuracy(top1=0.5, top5=0.75)
 SET = R.SetScore(
-    name="base", note="a note", images=40, classes=4, chance_top1=0.25, student=ACCURACY
+    name="base",
+    note="a note",
+    images=40,
+    labels=8,
+    classes=4,
+    chance_top1=0.125,
+    own_list_chance_top1=0.25,
+    student=R.Accuracy(top1=0.25, top5=0.5, own_list_top1=0.5, own_list_top5=0.75),
 )
+OLD_AS_TODAY = msgspec.structs.replace(
+    SET,
+    labels=None,
+    chance_top1=None,
+    student=R.Accuracy(top1=None, top5=None, own_list_top1=0.5, own_list_top5=0.75),
+)
+"""0.1 scored each set within its own class list alone"""
 NET = R.Network(name="net", parameters=10, macs=20, input=64)
 RESULTS = R.EvaluationResults(
     run="runs/r",
@@ -77,8 +90,8 @@ def finished(run):
 
 def old_results():
     value = msgspec.to_builtins(RESULTS)
-    del value["format"], value["data_license"], value["harmonic_mean"]
-    value |= {"data_licence": "CC0", "sets": [OLD_SET]}
+    del value["format"], value["data_license"], value["own_list_harmonic_mean"]
+    value |= {"data_licence": "CC0", "sets": [OLD_SET], "harmonic_mean": {"student": 0.5}}
     value["log"] = [{"epoch": 1, "loss": 0.5, "first_features": 0.25}]
     value["seconds"] = {"data": 1.5, "waiting for pictures": 2.0, "optimiser": 3.0}
     return value
@@ -107,7 +120,9 @@ def test_results_of_the_first_format_have_todays_names(tmp_path):
     disk.write_json(run / "results.json", old_results())
     results = R.read_results(run)
     assert results.format == 2
-    assert results.sets == (SET,)
+    assert results.sets == (OLD_AS_TODAY,)
+    assert results.harmonic_mean is None
+    assert results.own_list_harmonic_mean == R.ModelScores(student=0.5)
     assert results.data_license == "CC0"
     assert results.log[0] == {"epoch": 1, "loss": 0.5, "pretrain_features": 0.25}
     assert results.seconds == {"data": 1.5, "waiting for images": 2.0, "optimizer": 3.0}
@@ -118,7 +133,7 @@ def test_protocols_of_the_first_format_have_todays_names(tmp_path):
     disk.write_json(path, HEAD | {"protocol": "domain_generalisation", "sets": [OLD_SET]})
     record = R.read_protocol(path)
     assert record.protocol == "domain_generalization"
-    assert record.sets == (SET,)
+    assert record.sets == (OLD_AS_TODAY,)
     (row,) = msgspec.to_builtins(RETRIEVED)["sets"]
     row["pictures"] = row.pop("images")
     disk.write_json(path, HEAD | {"protocol": "retrieval", "sets": [row]})

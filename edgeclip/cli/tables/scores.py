@@ -23,12 +23,26 @@ INERT = 0.01
 ALWAYS = ("student", "student_teacher_text", "student_own_text")
 """readings of the student that do not depend on EduAttention"""
 CUTOFFS = (1, 5, 10)
+HEADERS = [
+    "set",
+    "model",
+    "top-1",
+    "top-5",
+    "chance",
+    "top-1 in own list",
+    "top-5 in own list",
+    "images",
+    "labels",
+    "own list",
+]
 
 
 def accuracy(results: EvaluationResults) -> None:
     """Print what a training reached, and where the time went."""
     _sets(results)
-    _figures("harmonic mean of base and novel", results.harmonic_mean, results)
+    halves = " and ".join(results.halves or ("base", "novel"))
+    _harmonic_means(halves, results)
+    _class_offset(results)
     _edu_attention(results)
     _notes(results.sets)
     _networks(results)
@@ -50,8 +64,9 @@ def protocol(record: ProtocolRecord) -> None:
         _retrieval(record)
     else:
         _sets(record)
-        _figures("harmonic mean of base and novel", record.harmonic_mean, record)
-        _figures("average top-1 accuracy", record.average, record)
+        _harmonic_means("base and novel", record)
+        _figures("average top-1 accuracy over all labels", record.average, record)
+        _figures("average top-1 accuracy within own lists", record.own_list_average, record)
         _edu_attention(record)
     _notes(record.sets)
     click.echo(f"text side: {record.text_side}")
@@ -64,14 +79,16 @@ def _sets(results: EvaluationResults | AccuracyRecord) -> None:
     for score in results.sets:
         for model in _shown(score, bool(results.edu_attention)):
             scored = getattr(score, model)
-            top1 = top5 = None
+            every: list[str | None] = [None, None]
+            own: list[str | None] = [None, None]
             if scored is not None:
-                top1 = number(scored.top1, 3)
-                top5 = number(scored.top5, 3)
-            size = [f"{score.chance_top1:.4f}", score.images, score.classes]
-            rows.append([score.name, MODELS[model], top1, top5, *size])
-    headers = ["set", "model", "top-1", "top-5", "chance", "images", "classes"]
-    table(rows, headers)
+                every = [number(scored.top1, 3), number(scored.top5, 3)]
+                own = [number(scored.own_list_top1, 3), number(scored.own_list_top5, 3)]
+            every.append(number(score.chance_top1, 4))
+            sizes = [score.images, score.labels, score.classes]
+            rows.append([score.name, MODELS[model], *every, *own, *sizes])
+    table(rows, HEADERS)
+    click.echo("top-1, top-5, chance: over all labels of the bundle, as it answers")
 
 
 def _shown(score: SetScore, edu_attention: bool) -> list[str]:
@@ -98,6 +115,27 @@ def _figures(
             click.echo(f"{what}, {name}: {value:.3f}")
 
 
+def _harmonic_means(halves: str, results: EvaluationResults | AccuracyRecord) -> None:
+    what = f"harmonic mean of {halves}"
+    _figures(f"{what} over all labels", results.harmonic_mean, results)
+    _figures(f"{what}, each in its own list", results.own_list_harmonic_mean, results)
+
+
+def _class_offset(results: EvaluationResults) -> None:
+    """Print how far the classes with labels are set back, and what other offsets would give."""
+    fitted = results.class_offset
+    if fitted is not None:
+        click.echo(
+            f"class offset: {fitted.offset:+.4f} from the scores of the {len(fitted.labels)} "
+            f"classes with labels, by {fitted.rule} on {fitted.images} training images: "
+            f"{fitted.labeled_named:.1%} of those with a label name one of them "
+            f"({fitted.labeled_named_without:.1%} without it), {fitted.others_named:.1%} of the "
+            f"others another class ({fitted.others_named_without:.1%} without it)"
+        )
+    if results.trade is not None:
+        click.echo(f"area under the curve of all offsets (AUSUC): {results.trade.area:.3f}")
+
+
 def _edu_attention(results: EvaluationResults | AccuracyRecord) -> None:
     """EduAttention's weight, and the top-1 accuracy with it less that without it."""
     if results.edu_attention is None:
@@ -109,7 +147,7 @@ def _edu_attention(results: EvaluationResults | AccuracyRecord) -> None:
     inert = ""
     if abs(alpha) < INERT:
         inert = " (inert)"
-    what = "top-1 with it minus without"
+    what = "top-1 in own lists with it minus without"
     click.echo(f"EduAttention: alpha {alpha:+.3f} at the end{inert}; {what}: {', '.join(gains)}")
 
 
@@ -120,7 +158,7 @@ def _gain(score: SetScore, kept: bool) -> str:
     without = score.student_without_edu_attention
     if with_it is None or without is None:
         return NOT_MEASURED
-    return f"{100 * (with_it.top1 - without.top1):+.1f} pp"
+    return f"{100 * (with_it.own_list_top1 - without.own_list_top1):+.1f} pp"
 
 
 def _notes(sets: Sequence[SetScore] | Sequence[object]) -> None:

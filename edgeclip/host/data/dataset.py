@@ -38,3 +38,13 @@ class Dataset(NamedTuple):
     train_classes: list[int]
     """the class list of the distillation losses: no class that is held out from training"""
     evaluation: list[EvaluationSet]
+    halves: tuple[str, str] | None = None
+    """names of the evaluation sets of classes with labels and of those without, whose harmonic mean
+    is told"""
+    parted: bool = False
+    """whether the training images without a label are all of classes without labels"""
+
+    @property
+    def labeled_classes(self) -> list[int]:
+        """The classes that have labels, ascending."""
+        return sorted({image.label for image in self.labeled})

@@ -84,10 +84,12 @@ def _dataset(
     train: Sequence[ImageRef],
     test: list[ImageRef],
 ) -> Dataset:
+    halves = None
     if spec.protocol == "zero_shot":
         labeled, sets = _zero_shot(spec, classes, train, test)
     else:
         labeled, sets = _base_to_novel(spec, classes, train, test)
+        halves = (sets[0].name, sets[1].name)
     return Dataset(
         name=spec.name,
         license=spec.license,
@@ -97,6 +99,8 @@ def _dataset(
         train=train,
         train_classes=list(range(len(classes))),
         evaluation=sets,
+        halves=halves,
+        parted=halves is not None,
     )
 
 

@@ -202,6 +202,8 @@ def _dataset(
         train=train,
         train_classes=sorted(split.base + split.unlabeled),
         evaluation=evaluation,
+        halves=("line drawings", "held-out concepts"),
+        parted=True,
     )
 
 

@@ -198,6 +198,7 @@ def _with_evaluation(dataset: Dataset, other: Dataset) -> Dataset:
         templates=other.templates,
         train_classes=list(range(len(other.classes))),
         evaluation=other.evaluation,
+        halves=other.halves,
         license=f"{dataset.license}; {other.name}: {other.license}",
     )
 

@@ -13,11 +13,12 @@ from edgeclip.host import student as students
 from edgeclip.host import teachers
 from edgeclip.host.adapt import promptsrc
 from edgeclip.host.data import Dataset
+from edgeclip.host.distill import calibration
 from edgeclip.host.distill.prepare import Inputs, prompts_of
 from edgeclip.host.distill.targets import Lesson
 from edgeclip.host.evaluation.scores import Subject, TeacherFeatures, evaluate, teacher_features
 from edgeclip.host.recipe import Recipe
-from edgeclip.host.student import EduAttentionHead
+from edgeclip.host.student import EduAttentionHead, Saved
 from edgeclip.host.teachers import TextTower
 from edgeclip.host.towers import counting
 from edgeclip.progress import Clock
@@ -40,17 +41,9 @@ def score(
     recipe = inputs.recipe
     dataset = lesson.dataset
     saved = students.read(run / "student")
-    student, head, preprocess, description = students.load(saved)
+    subject = _subject(inputs, lesson, saved)
+    description = saved.description
     text = students.load_text(saved)
-    subject = Subject(
-        student=student,
-        head=head,
-        preprocess=preprocess,
-        class_features=lesson.cache.class_features,
-        own_class_features=_class_features(text, dataset),
-        ships_with=recipe.student.class_features,
-        device=inputs.device,
-    )
     clock.lap("rest of stage 2")
 
     tower = _first_tower(recipe, run)
@@ -67,13 +60,18 @@ def score(
         data=dataset.name,
         data_license=dataset.license,
         sets=tuple(scored.sets),
+        halves=dataset.halves,
         harmonic_mean=scored.harmonic_mean,
+        own_list_harmonic_mean=scored.own_list_harmonic_mean,
+        class_offset=subject.class_offset,
+        teachers_class_offset=subject.teachers_class_offset,
+        trade=scored.trade,
         models=Models(
             teacher=_network(lesson.teacher.name, tower, lesson.teacher.preprocess.size),
-            student=_network(_name(recipe), student, preprocess.size, text),
+            student=_network(_name(recipe), subject.student, subject.preprocess.size, text),
         ),
         log=tuple(description["log"]),
-        edu_attention=_edu_attention(head),
+        edu_attention=_edu_attention(subject.head),
         skipped=tuple(lesson.cache.manifest["skipped"]),
         device=str(inputs.device),
         processes=processes,
@@ -81,14 +79,35 @@ def score(
         peak_memory_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     )
     write_results(run, results)
+    _write_manifest(run, description["parents"]["recipe"])
+    return results
+
+
+def _write_manifest(run: Path, recipe: str) -> None:
+    """Finish the run's folder. recipe: its fingerprint."""
     manifest = {
         "kind": "run",
         "edgeclip": __version__,
         "student": disk.sha256(run / "student" / disk.MANIFEST),
-        "recipe": description["parents"]["recipe"],
+        "recipe": recipe,
     }
     disk.write_json(run / disk.MANIFEST, manifest)
-    return results
+
+
+def _subject(inputs: Inputs, lesson: Lesson, saved: Saved) -> Subject:
+    """Return the student to be scored."""
+    student, head, preprocess, description = students.load(saved)
+    return Subject(
+        student=student,
+        head=head,
+        preprocess=preprocess,
+        class_features=lesson.cache.class_features,
+        own_class_features=_class_features(students.load_text(saved), lesson.dataset),
+        ships_with=inputs.recipe.student.class_features,
+        class_offset=students.class_offset(description),
+        teachers_class_offset=calibration.of_teacher(inputs, lesson),
+        device=inputs.device,
+    )
 
 
 def _class_features(text: TextTower | None, dataset: Dataset) -> np.ndarray | None:

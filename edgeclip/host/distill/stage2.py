@@ -11,7 +11,7 @@ from edgeclip import disk
 from edgeclip.disk import Json
 from edgeclip.host import distributed, recipe
 from edgeclip.host import student as students
-from edgeclip.host.distill import qat
+from edgeclip.host.distill import calibration, qat
 from edgeclip.host.distill.log import Log
 from edgeclip.host.distill.prepare import Inputs
 from edgeclip.host.distill.targets import Lesson
@@ -78,7 +78,7 @@ def stage2(inputs: Inputs, lesson: Lesson, new: NewStudent, run: Path, clock: Cl
     """
     asked = inputs.recipe
     output = Output(
-        keep=lambda log: _save(run / "student.partial", asked, lesson, new, log),
+        keep=lambda log: _save(run / "student.partial", inputs, lesson, new, log),
         checkpoints=run / "checkpoint",
     )
     if asked.train.tensorboard:
@@ -92,18 +92,29 @@ def stage2(inputs: Inputs, lesson: Lesson, new: NewStudent, run: Path, clock: Cl
         parents = new.description["parents"]
         qat.after_stage_2(asked, lesson.cache, new.learner, run / "quantized", parents, again)
     if not distributed.rank():
-        _save(run / "student", asked, lesson, new, log)
+        _save(run / "student", inputs, lesson, new, log, calibrate=True)
         for temporary in ("student.partial", "checkpoint"):
             shutil.rmtree(run / temporary, ignore_errors=True)
 
 
-def _save(folder: Path, asked: Recipe, lesson: Lesson, new: NewStudent, log: Log) -> None:
+def _save(
+    folder: Path,
+    inputs: Inputs,
+    lesson: Lesson,
+    new: NewStudent,
+    log: Log,
+    calibrate: bool = False,
+) -> None:
+    """Write the student; calibrate: with its class offset, which is for the last time alone."""
     class_features = lesson.cache.class_features
-    if new.text is not None and asked.student.class_features == "student":
+    if new.text is not None and inputs.recipe.student.class_features == "student":
         dataset = lesson.dataset
         class_features = students.class_features(new.text, dataset.classes, dataset.templates)
     description = new.description | {"log": log}
     learner = new.learner
+    if calibrate:
+        offset = calibration.of_student(inputs, lesson, learner, class_features)
+        description |= {"class_offset": msgspec.to_builtins(offset)}
     students.save(folder, learner.student, learner.head, description, class_features, new.text)
 
 

@@ -95,7 +95,7 @@ class Targets:
 
     def __call__(self, index: np.ndarray, view: np.ndarray) -> Known:
         """Return what is known of the images `index` [B] in their views `view` [B]."""
-        raw = self._features(index, view)
+        raw = self.features(index, view)
         unit = F.normalize(raw, dim=-1)
         labels = torch.from_numpy(self.labels[index]).to(self.device)
         classes = None
@@ -133,7 +133,7 @@ class Targets:
         return torch.where(labels >= 0, labels, first_choice)
 
     @torch.no_grad()
-    def _features(self, index: np.ndarray, view: np.ndarray) -> Float[Tensor, "B D"]:
+    def features(self, index: np.ndarray, view: np.ndarray) -> Float[Tensor, "B D"]:
         """Return the first teacher's features, or all of them fused; not normalized."""
         if self.fusion is None:
             return self.teachers[0].features(index, view)
@@ -147,7 +147,7 @@ class Targets:
         sums = torch.zeros_like(self.class_features)
         labeled = np.flatnonzero(self.labels >= 0)
         for part in np.array_split(labeled, max(1, len(self.labels) // CHUNK)):
-            features = F.normalize(self._features(part, np.zeros_like(part)), dim=-1)
+            features = F.normalize(self.features(part, np.zeros_like(part)), dim=-1)
             sums.index_add_(0, torch.from_numpy(self.labels[part]).to(self.device), features)
         return F.normalize(sums, dim=-1)
 

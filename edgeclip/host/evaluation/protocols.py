@@ -31,8 +31,9 @@ from torch import nn
 from edgeclip import disk
 from edgeclip.device import metrics
 from edgeclip.device.images import ImageRef
+from edgeclip.device.manifest import ClassOffset
 from edgeclip.device.preprocess import Preprocess
-from edgeclip.device.zero_shot import ensemble, prompts
+from edgeclip.device.zero_shot import ensemble, offsets, prompts
 from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host import cache, distributed, recipe, teachers
@@ -59,12 +60,12 @@ from edgeclip.reports.results import (
     AccuracyRecord,
     BothWays,
     EduAttentionResult,
-    ModelScores,
     ProtocolRecord,
     Recall,
     RetrievalRecord,
     RetrievalScore,
     SetScore,
+    read_results,
     write_protocol,
 )
 
@@ -77,6 +78,8 @@ class TeacherSide(NamedTuple):
     """folded; None: not at hand"""
     missing: str
     """why it is not scored; empty: it is"""
+    class_offset: ClassOffset | None = None
+    """what its scores of classes with labels are set back by"""
 
 
 class Run(NamedTuple):
@@ -154,25 +157,27 @@ def _record(run: Run, protocol: str, loaded: list[Loaded]) -> ProtocolRecord:
             "base_to_novel", f"takes one set, not {len(loaded)}", "call it once for each"
         )
     sets, texts = _zero_shot(run, loaded)
-    harmonic_mean = None
-    if protocol == "base_to_novel":
-        harmonic_mean = mean_over(sets, lambda top1: metrics.harmonic_mean(*top1))
     return AccuracyRecord(
         sets=tuple(sets),
         text_side="; ".join(dict.fromkeys(texts)),
-        harmonic_mean=harmonic_mean,
-        average=_average(protocol, sets),
+        **_means(protocol, sets),
         **common,
     )
 
 
-def _average(protocol: str, sets: list[SetScore]) -> ModelScores | None:
-    """Return the mean top-1 accuracies; None where the protocol has none."""
-    if protocol == "domain_generalization":
-        sets = [s for s in sets if s.shift]
-    elif protocol != "cross_dataset":
-        return None
-    return mean_over(sets, lambda top1: float(np.mean(top1)))
+def _means(protocol: str, sets: list[SetScore]) -> dict[str, Any]:
+    """Return the fields of a record that sum its sets up, as the protocol does."""
+    if protocol == "base_to_novel":
+        means = mean_over(sets, lambda top1: metrics.harmonic_mean(*top1))
+        what = "harmonic_mean"
+    elif protocol in ("cross_dataset", "domain_generalization"):
+        if protocol == "domain_generalization":
+            sets = [s for s in sets if s.shift]
+        means = mean_over(sets, lambda top1: float(np.mean(top1)))
+        what = "average"
+    else:
+        return {}
+    return {what: means.over_all_labels, f"own_list_{what}": means.within_own_lists}
 
 
 # --- the run
@@ -208,7 +213,8 @@ def _teacher(folder: Path, asked: Recipe) -> TeacherSide:
     if asked.fuse:
         missing = "several teachers are fused, and only distill scores them"
         return TeacherSide(teacher, None, missing)
-    return TeacherSide(teacher, teachers.folded(teacher), "")
+    offset = read_results(folder).teachers_class_offset
+    return TeacherSide(teacher, teachers.folded(teacher), "", offset)
 
 
 def text_side(run: Run) -> TextSide:
@@ -278,7 +284,8 @@ def _student_images(run: Run, images: list[ImageRef], what: str) -> ImageFeature
 
 
 def _teacher_images(run: Run, images: list[ImageRef], what: str) -> ImageFeatures | None:
-    teacher, tower, _ = run.teacher
+    teacher = run.teacher.teacher
+    tower = run.teacher.tower
     if teacher is None or tower is None:
         return None
     return teacher_features([(teacher, tower)], None, images, what, run.device)
@@ -306,9 +313,11 @@ def _zero_shot(run: Run, loaded: list[Loaded]) -> tuple[list[SetScore], list[str
             of_teacher = _teacher_images(run, s.images, s.name)
             teacher = None
             if of_teacher is not None and classes.teacher is not None:
-                teacher = Answers(*of_teacher, classes.teacher)
+                set_back = offsets(run.teacher.class_offset, dataset.classes)
+                teacher = Answers(*of_teacher, classes.teacher, set_back)
             known = note(run.recipe, spec, s)
-            student = Answers(*of_student, classes.student)
+            set_back = offsets(students.class_offset(run.description), dataset.classes)
+            student = Answers(*of_student, classes.student, set_back)
             row = score(s._replace(note=known.text), student, teacher, head, keep_head)
             source = spec.name
             if s.shift:

@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip.device.images import ImageRef, read, refuse_unreadable, stream
+from edgeclip.device.manifest import ClassOffset
 from edgeclip.device.metrics import harmonic_mean, hits
 from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pixels
-from edgeclip.device.zero_shot import EduAttention, class_scores
+from edgeclip.device.zero_shot import EduAttention, class_scores, offsets
 from edgeclip.host import recipe as R
+from edgeclip.host.adapt.class_offset import Choices, choices, trade
 from edgeclip.host.data import Dataset, EvaluationSet
 from edgeclip.host.evaluation.parity_set import ParityImage, write_parity_set
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.host.teachers import Teacher
 from edgeclip.progress import say, track
-from edgeclip.reports.results import MODELS, Accuracy, ModelScores, SetScore
+from edgeclip.reports.results import MODELS, Accuracy, ModelScores, SetScore, Trade
 
 TEACHER_BATCH = {"cpu": 8, "cuda": 64}
 """images that a teacher's tower sees at once"""
@@ -137,7 +139,7 @@ def note(recipe: R.Recipe, spec: R.Data, s: EvaluationSet) -> Note:
     if spec.name != recipe.data.name:
         return Note(False, f"not transductive: the student saw no image of this set; {labels}")
     own = "without labels"
-    if _uses_labels(recipe):
+    if uses_labels(recipe):
         own = "with the labels that there are"
     return Note(True, f"transductive: the student saw training images of this set {own}; {labels}")
 
@@ -155,7 +157,7 @@ def _teachers_labels(recipe: R.Recipe, spec: R.Data, s: EvaluationSet) -> str:
     return labels
 
 
-def _uses_labels(recipe: R.Recipe) -> bool:
+def uses_labels(recipe: R.Recipe) -> bool:
     """Whether the student learned from labels of the training data."""
     if recipe.losses.cross_entropy or recipe.losses.prototype:
         return True
@@ -174,6 +176,8 @@ class Answers(NamedTuple):
     """[n, D], unit"""
     class_features: np.ndarray
     """[N, D], unit, over all classes of the data set"""
+    offsets: np.ndarray | float = 0.0
+    """[N], taken from the scores of classes that had labels"""
 
 
 def score(
@@ -188,47 +192,78 @@ def score(
     teacher: None, it is not at hand. keep_head: EduAttention ships.
     """
 
-    def accuracy(
-        answers: Answers, head: EduAttention | None, attended: np.ndarray | None = None
-    ) -> Accuracy:
-        labels = np.array([s.classes.index(s.images[i].label) for i in answers.kept])
-        scores = class_scores(answers.features, answers.class_features[s.classes], head, attended)
-        return Accuracy(
-            top1=float(hits(scores, labels, 1).mean()), top5=float(hits(scores, labels, 5).mean())
-        )
-
-    plain = accuracy(student, None)
+    plain = accuracy(s, student, None)
+    count = len(student.class_features)
     row = SetScore(
         name=s.name,
         note=s.note,
         images=len(student.kept),
+        labels=count,
         classes=len(s.classes),
-        chance_top1=1 / len(s.classes),
+        chance_top1=1 / count,
+        own_list_chance_top1=1 / len(s.classes),
         student=plain,
         student_without_edu_attention=plain,
     )
     if teacher is not None:
-        row = replace(row, teacher=accuracy(teacher, None))
-    if head is None:
-        return row
-    if keep_head:
-        row = replace(row, student=accuracy(student, head))
-    else:
-        row = replace(row, student_with_edu_attention=accuracy(student, head))
-    if len(s.classes) < len(student.class_features):
-        everywhere = accuracy(student, head, student.class_features)
+        row = replace(row, teacher=accuracy(s, teacher, None))
+        if np.any(teacher.offsets):
+            plain_teacher = accuracy(s, teacher._replace(offsets=0.0), None)
+            row = replace(row, teacher_without_offset=plain_teacher)
+    shipped = None
+    if head is not None and keep_head:
+        shipped = head
+        row = replace(row, student=accuracy(s, student, head))
+    elif head is not None:
+        row = replace(row, student_with_edu_attention=accuracy(s, student, head))
+    if np.any(student.offsets):
+        without = accuracy(s, student._replace(offsets=0.0), shipped)
+        row = replace(row, student_without_offset=without)
+    if head is not None and len(s.classes) < count:
+        everywhere = accuracy(s, student, head, student.class_features)
         row = replace(row, student_attending_all_classes=everywhere)
     return row
 
 
-def mean_over(sets: list[SetScore], mean: Callable[[list[float]], float]) -> ModelScores:
+def accuracy(
+    s: EvaluationSet,
+    answers: Answers,
+    head: EduAttention | None,
+    attended: np.ndarray | None = None,
+) -> Accuracy:
+    """Return how often the answers are right over all labels, and within the set's own list."""
+    every = answers.class_features
+    labels = np.array([s.images[i].label for i in answers.kept])
+    scores = class_scores(answers.features, every, head, offsets=answers.offsets)
+    own_labels = np.array([s.classes.index(label) for label in labels])
+    own_scores = class_scores(answers.features, every[s.classes], head, attended)
+    return Accuracy(
+        top1=float(hits(scores, labels, 1).mean()),
+        top5=float(hits(scores, labels, 5).mean()),
+        own_list_top1=float(hits(own_scores, own_labels, 1).mean()),
+        own_list_top5=float(hits(own_scores, own_labels, 5).mean()),
+    )
+
+
+class Means(NamedTuple):
+    """One figure for each model over several sets."""
+
+    over_all_labels: ModelScores
+    within_own_lists: ModelScores
+
+
+def mean_over(sets: list[SetScore], mean: Callable[[list[float]], float]) -> Means:
     """Return one number of the top-1 accuracies of each model that all `sets` have."""
-    found: dict[str, float] = {}
-    for model in MODELS:
-        accuracies = [getattr(s, model) for s in sets]
-        if sets and None not in accuracies:
-            found[model] = mean([a.top1 for a in accuracies])
-    return ModelScores(**found)
+
+    def of(field: str) -> ModelScores:
+        found: dict[str, float] = {}
+        for model in MODELS:
+            scored = [getattr(s, model) for s in sets]
+            if sets and None not in scored:
+                found[model] = mean([getattr(accuracies, field) for accuracies in scored])
+        return ModelScores(**found)
+
+    return Means(of("top1"), of("own_list_top1"))
 
 
 class Subject(NamedTuple):
@@ -244,6 +279,10 @@ class Subject(NamedTuple):
     """the same of the student's own text tower; None: it has none"""
     ships_with: Literal["teacher", "student"]
     """whose class features its bundle has"""
+    class_offset: ClassOffset | None
+    """what its bundle takes from the scores of classes with labels"""
+    teachers_class_offset: ClassOffset | None
+    """the same, fitted on what the teacher says"""
     device: torch.device
 
     @property
@@ -258,8 +297,12 @@ class Scores(NamedTuple):
     """What a student is worth on its evaluation sets."""
 
     sets: list[SetScore]
-    harmonic_mean: ModelScores | None
-    """of base and novel classes; None: the sets are others"""
+    harmonic_mean: ModelScores | None = None
+    """of the data's two halves over all labels; None: it has none; so below"""
+    own_list_harmonic_mean: ModelScores | None = None
+    """the same, each half within its own class list"""
+    trade: Trade | None = None
+    """what other offsets would give"""
 
 
 def evaluate(
@@ -274,13 +317,9 @@ def evaluate(
     teacher: None, its tower is not at hand. max_images: kept for `validate`. A student with a text
     tower of its own is scored with either text's class features.
     """
-    head = None
-    keep_head = False
-    if subject.head is not None:
-        head = subject.head.numpy()
-        keep_head = subject.head.spec.keep
     sets: list[SetScore] = []
     parity: list[ParityImage] = []
+    halves: dict[str, Choices] = {}
     for s in data.evaluation:
         kept, features = image_features(
             subject.student, s.images, subject.preprocess, f"student: {s.name}", subject.device
@@ -289,23 +328,53 @@ def evaluate(
             parity.append(ParityImage(s, s.images[i], row))
         if not s.headline:
             continue
+        own = Answers(kept, features, subject.shipped, offsets(subject.class_offset, data.classes))
         theirs = None
         if teacher is not None:
-            theirs = Answers(*teacher(s.images, s.name), subject.class_features)
-        own = Answers(kept, features, subject.shipped)
-        scored = score(s, own, theirs, head, keep_head)
-        if subject.own_class_features is not None:
-            by_teacher = own._replace(class_features=subject.class_features)
-            by_own = own._replace(class_features=subject.own_class_features)
-            scored = replace(
-                scored,
-                student_teacher_text=score(s, by_teacher, None, head, keep_head).student,
-                student_own_text=score(s, by_own, None, head, keep_head).student,
-            )
-        sets.append(scored)
+            set_back = offsets(subject.teachers_class_offset, data.classes)
+            theirs = Answers(*teacher(s.images, s.name), subject.class_features, set_back)
+        sets.append(_set_score(subject, s, own, theirs))
+        if data.halves is not None and s.name in data.halves:
+            halves[s.name] = _choices(subject, s, own, data.labeled_classes)
     write_parity_set(folder, parity, data, max_images)
+    if data.halves is None:
+        return Scores(sets)
     by_name = {s.name: s for s in sets}
-    mean = None
-    if {"base", "novel"} <= by_name.keys():
-        mean = mean_over([by_name["base"], by_name["novel"]], lambda top1: harmonic_mean(*top1))
-    return Scores(sets, mean)
+    means = mean_over([by_name[name] for name in data.halves], lambda top1: harmonic_mean(*top1))
+    labeled, unlabeled = data.halves
+    return Scores(sets, *means, trade(halves[labeled], halves[unlabeled]))
+
+
+def _set_score(
+    subject: Subject, s: EvaluationSet, own: Answers, theirs: Answers | None
+) -> SetScore:
+    """Return one set's row, with both texts' readings where the student has a text of its own."""
+    head, keep_head = _head(subject)
+    scored = score(s, own, theirs, head, keep_head)
+    if subject.own_class_features is None:
+        return scored
+    by_teacher = own._replace(class_features=subject.class_features)
+    by_own = own._replace(class_features=subject.own_class_features)
+    return replace(
+        scored,
+        student_teacher_text=score(s, by_teacher, None, head, keep_head).student,
+        student_own_text=score(s, by_own, None, head, keep_head).student,
+    )
+
+
+def _head(subject: Subject) -> tuple[EduAttention | None, bool]:
+    """Return EduAttention, and whether it ships."""
+    if subject.head is None:
+        return None, False
+    return subject.head.numpy(), subject.head.spec.keep
+
+
+def _choices(subject: Subject, s: EvaluationSet, own: Answers, labeled: list[int]) -> Choices:
+    """Return what an offset chooses between on the images of one set, as the student ships."""
+    head, keep_head = _head(subject)
+    shipped = None
+    if keep_head:
+        shipped = head
+    scores = class_scores(own.features, own.class_features, shipped)
+    truth = np.array([s.images[i].label for i in own.kept])
+    return choices(scores, labeled, truth)

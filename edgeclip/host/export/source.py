@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from edgeclip import disk
 from edgeclip.device.images import ImageRef, digest, index_folder, index_tar
-from edgeclip.device.manifest import Parents
+from edgeclip.device.manifest import ClassOffset, Parents
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
 from edgeclip.errors import EdgeclipError
@@ -61,6 +61,8 @@ class Source(NamedTuple):
     keeps; None: it keeps all"""
     quantized: Path | None = None
     """folder of the copy that learned with an int8 target's rounding; None: there is none"""
+    class_offset: ClassOffset | None = None
+    """what is taken from the scores of classes with labels"""
 
 
 def from_run(run: Path) -> Source:
@@ -91,6 +93,7 @@ def from_run(run: Path) -> Source:
         templates=description["templates"],
         class_features=disk.read_array(run / "student" / "class_features.npy"),
         head=shipped_head,
+        class_offset=students.class_offset(description),
         logit_scale=description["logit_scale"],
         calibration=partial(_training_images, run, recipe),
         evaluation_hashes=partial(_evaluation_hashes, evaluation),

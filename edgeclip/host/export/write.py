@@ -207,6 +207,7 @@ def manifest(source: Source, name: str, target: Target, **written: Any) -> Bundl
         runtime=target.runtime,
         preprocess=source.preprocess,
         logit_scale=source.logit_scale,
+        class_offset=source.class_offset,
         templates=source.templates,
         licenses=source.licenses,
         parents=source.parents,

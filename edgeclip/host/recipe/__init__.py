@@ -49,6 +49,7 @@ from edgeclip.host.recipe.training import (
     QAT,
     Affinity,
     Bench,
+    Calibration,
     Distribution,
     EduAttention,
     IFAlign,
@@ -66,6 +67,7 @@ __all__ = [
     "Adapt",
     "Affinity",
     "Bench",
+    "Calibration",
     "Conse",
     "Csv",
     "Data",
@@ -133,6 +135,8 @@ class Recipe(Config):
     train: Train = Train()
     qat: QAT | None = None
     """null: the student is quantized after training alone"""
+    calibration: Calibration | None = Calibration()
+    """of classes with labels against those without; null: none is set back"""
     parity: Parity = Parity()
     bench: Bench | None = None
     """a short run for this recipe's `bench`; null: the device profile's own minimum"""

@@ -227,6 +227,17 @@ class Train(Config):
     """write curves to the run's tensorboard folder"""
 
 
+class Calibration(Config):
+    """How far the classes with labels are set back against the others (docs/calibration.md)."""
+
+    labeled_weight: PositiveFloat = 1.0
+    """odds of a labeled class, times as much: 2 keeps more of their answers, 0.5 gives more to the
+    classes without labels"""
+    prior: Annotated[float, Meta(gt=0.0, lt=1.0)] | None = None
+    """share of the training images that is to name a labeled class; null: as many as have a label,
+    or where those without one may be of labeled classes too, each class as often as another"""
+
+
 class Parity(Config):
     """What `validate` compares on: images that the run keeps, with the fp32 student's features of
     them."""

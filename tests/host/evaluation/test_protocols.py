@@ -163,7 +163,7 @@ def test_zero_shot_on_the_runs_own_set_repeats_what_distill_found(workplace):
     (row,) = evaluate("zero_shot")["sets"]
     for model in MODELS:
         assert row.get(model) == results["sets"][0].get(model)
-    assert row["chance_top1"] == 1 / 6 and row["templates"] == 2
+    assert row["chance_top1"] == row["own_list_chance_top1"] == 1 / 6 and row["templates"] == 2
     assert row["transductive"] and "adapted on no label of it" in row["note"]
 
 
@@ -184,18 +184,25 @@ def test_zero_shot_on_a_folder_has_class_features_from_its_own_words_and_prompts
     assert not row["transductive"]
 
 
-def test_base_to_novel_scores_each_half_within_itself(workplace):
+def test_base_to_novel_scores_each_half_over_all_labels_and_within_itself(workplace):
     record = evaluate("base_to_novel")
     base, novel = record["sets"]
-    assert [(s["name"], s["classes"], s["images"], s["chance_top1"]) for s in (base, novel)] == [
-        ("base", 3, 9, 1 / 3),
-        ("novel", 3, 9, 1 / 3),
-    ]
+    sizes = [(s["name"], s["labels"], s["classes"], s["images"]) for s in (base, novel)]
+    assert sizes == [("base", 6, 3, 9), ("novel", 6, 3, 9)]
+    assert {s["chance_top1"] for s in (base, novel)} == {1 / 6}
+    assert {s["own_list_chance_top1"] for s in (base, novel)} == {1 / 3}
     assert record["harmonic_mean"]["teacher"] == 1.0
     for model in ("student", "student_without_edu_attention", "student_attending_all_classes"):
-        assert record["harmonic_mean"][model] == harmonic_mean(
-            base[model]["top1"], novel[model]["top1"]
-        )
+        for prefix in ("", "own_list_"):
+            expected = harmonic_mean(base[model][f"{prefix}top1"], novel[model][f"{prefix}top1"])
+            assert record[f"{prefix}harmonic_mean"][model] == expected
+
+
+def test_no_figure_over_all_labels_is_above_the_one_within_the_own_list(workplace):
+    for s in evaluate("base_to_novel")["sets"]:
+        plain = s["student_without_edu_attention"]
+        assert plain["top1"] <= plain["own_list_top1"]
+        assert plain["top5"] <= plain["own_list_top5"]
 
 
 def test_cross_dataset_is_one_table_with_the_average(workplace):
@@ -208,7 +215,7 @@ def test_cross_dataset_is_one_table_with_the_average(workplace):
     )
     assert record["report"].endswith("evaluate-cross_dataset-paint+other.json")
     assert (
-        "average top-1 accuracy, student: "
+        "average top-1 accuracy over all labels, student: "
         in run("evaluate", "runs/r", "--protocol", "cross_dataset").stdout
     )
 
@@ -348,16 +355,18 @@ def test_every_reading_of_edu_attention_is_scored_once():
         score(s, student, None, head, False),
         score(s, student, None, None, False),
     )
-    assert kept.student.top1 == not_kept.student_with_edu_attention.top1 == r1(head)
     assert (
-        kept.student_without_edu_attention.top1
-        == not_kept.student.top1
-        == none.student.top1
+        kept.student.own_list_top1 == not_kept.student_with_edu_attention.own_list_top1 == r1(head)
+    )
+    assert (
+        kept.student_without_edu_attention.own_list_top1
+        == not_kept.student.own_list_top1
+        == none.student.own_list_top1
         == r1(None)
     )
     assert (
-        kept.student_attending_all_classes.top1
-        == not_kept.student_attending_all_classes.top1
+        kept.student_attending_all_classes.own_list_top1
+        == not_kept.student_attending_all_classes.own_list_top1
         == r1(head, w)
     )
     assert kept.student_with_edu_attention is None

@@ -1,0 +1,133 @@
+"""The class offset is what its closed forms say, and knows no label of an unlabeled class."""
+
+import msgspec
+import numpy as np
+import pytest
+
+from edgeclip import config
+from edgeclip.device.images import ImageRef
+from edgeclip.device.zero_shot import class_scores, offsets
+from edgeclip.errors import EdgeclipError
+from edgeclip.host import recipe as R
+from edgeclip.host.adapt.class_offset import choices, fit, trade
+from edgeclip.host.data import Dataset
+
+LABELED = [0, 2]
+
+
+def rows(seed: int = 0, n: int = 400):
+    return np.random.default_rng(seed).normal(size=(n, 5)).astype(np.float32)
+
+
+@pytest.mark.parametrize("offset", [-0.7, 0.0, 0.3, 5.0])
+def test_choices_answer_as_the_scores_less_the_offset(offset):
+    scores = rows()
+    truth = np.random.default_rng(1).integers(5, size=len(scores))
+    set_back = offset * np.isin(np.arange(5), LABELED)
+    expected = ((scores - set_back).argmax(axis=1) == truth).mean()
+    assert choices(scores, LABELED, truth).top1(np.array([offset])) == pytest.approx(expected)
+
+
+def test_the_area_is_that_of_the_curve_of_every_offset():
+    truth = np.random.default_rng(4).integers(5, size=400)
+    every = choices(rows(4), LABELED, truth)
+    labeled = type(every)(*(field[np.isin(truth, LABELED)] for field in every))
+    others = type(every)(*(field[~np.isin(truth, LABELED)] for field in every))
+    found = trade(labeled, others)
+    steps = np.linspace(-8, 8, 20001)
+    x = labeled.top1(steps)
+    y = others.top1(steps)
+    area = ((y[1:] + y[:-1]) / 2 * -np.diff(x)).sum()
+    assert found.area == pytest.approx(area, abs=1e-3)
+    ends = found.curve[0], found.curve[-1]
+    assert (ends[0].unlabeled, ends[1].labeled) == (0.0, 0.0)
+    assert [p.offset for p in found.curve] == sorted(p.offset for p in found.curve)
+
+
+@pytest.fixture
+def parted():
+    classes = ["cat", "dog", "car", "tree", "fern"]
+    labeled = [ImageRef("a", "a.jpg", label=0), ImageRef("b", "b.jpg", label=2)]
+    return Dataset("toy", "", classes, ("a {c}",), labeled, [], [], [], None, True)
+
+
+PLAIN = R.Calibration()
+
+
+def fitted(data, spec=PLAIN):
+    labeled = data.labeled_classes
+    rng = np.random.default_rng(5)
+    scores = rng.normal(size=(600, len(data.classes)))
+    has_label = np.arange(600) < 300
+    scores[:, labeled] += np.where(has_label[:, None], 3.0, 1.5)
+    return fit(scores, data, has_label, spec), scores, has_label
+
+
+def test_the_record_says_what_the_offset_does(parted):
+    record, scores, has_label = fitted(parted)
+    assert record.rule == "labeled images" and record.images == 600
+    assert record.labels == [parted.classes[c] for c in parted.labeled_classes]
+    named = (scores - offsets(record, parted.classes)).argmax(axis=1)
+    on_labeled = np.isin(named, parted.labeled_classes)
+    assert record.labeled_named == pytest.approx(on_labeled[has_label].mean())
+    assert record.others_named == pytest.approx(1 - on_labeled[~has_label].mean())
+    assert record.others_named > record.others_named_without
+    assert msgspec.convert(msgspec.to_builtins(record), type(record)) == record
+
+
+def test_as_many_images_name_a_labeled_class_as_have_a_label(parted):
+    record, _, has_label = fitted(parted)
+    assert share_that_names_labeled(record, has_label) == pytest.approx(0.5, abs=0.01)
+
+
+def share_that_names_labeled(record, has_label):
+    of_labeled = has_label.mean() * record.labeled_named
+    return of_labeled + (~has_label).mean() * (1 - record.others_named)
+
+
+@pytest.mark.parametrize(("weight", "share"), [(0.5, 1 / 3), (3.0, 0.75)])
+def test_a_weight_is_a_factor_of_the_odds(parted, weight, share):
+    record, _, has_label = fitted(parted, R.Calibration(labeled_weight=weight))
+    assert share_that_names_labeled(record, has_label) == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize("prior", [0.3, 0.5, 0.8])
+def test_a_prior_is_the_share_that_names_a_labeled_class(parted, prior):
+    record, _, has_label = fitted(parted, R.Calibration(prior=prior))
+    assert record.rule == "prior"
+    assert share_that_names_labeled(record, has_label) == pytest.approx(prior, abs=0.01)
+
+
+def test_where_images_without_a_label_may_be_of_any_class_a_class_is_as_frequent_as_another(parted):
+    record, _, has_label = fitted(parted._replace(parted=False))
+    expected = len(parted.labeled_classes) / len(parted.classes)
+    assert record.rule == "balanced classes"
+    assert share_that_names_labeled(record, has_label) == pytest.approx(expected, abs=0.01)
+
+
+def test_a_label_that_is_new_is_set_back_by_nothing(parted):
+    record, *_ = fitted(parted)
+    words = [parted.classes[parted.labeled_classes[0]], "a word that was typed"]
+    assert offsets(record, words).tolist() == pytest.approx([record.offset, 0.0])
+    assert offsets(None, words) == 0.0
+
+
+def test_an_offset_within_one_side_moves_no_answer(parted):
+    record, *_ = fitted(parted)
+    rng = np.random.default_rng(6)
+    u, w = rng.normal(size=(20, 4)), rng.normal(size=(3, 4))
+    labels = [parted.classes[c] for c in parted.labeled_classes[:1]] * 3
+    plain = class_scores(u, w)
+    set_back = class_scores(u, w, offsets=offsets(record, labels))
+    assert (plain.argmax(axis=1) == set_back.argmax(axis=1)).all()
+
+
+@pytest.mark.parametrize("prior", ["0", "1", "1.5", "-0.1", ".nan"])
+def test_a_prior_outside_0_and_1_is_refused_in_one_line(tmp_path, prior):
+    path = tmp_path / "r.yaml"
+    text = "data: {kind: openmoji}\nteacher: {kind: conse, classifier: a, weights: random, image_size: 64, text: b}\n"
+    text += "student: {tower: {kind: timm, model: a, weights: random, image_size: 32}}\nlosses: {kl: {}}\n"
+    path.write_text(text + f"calibration: {{prior: {prior}}}\n")
+    with pytest.raises(EdgeclipError, match=r"calibration\.prior") as e:
+        config.load(path, R.Recipe)
+    assert "\n" not in str(e.value)

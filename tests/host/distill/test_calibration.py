@@ -1,0 +1,145 @@
+"""What is measured over all labels is what the bundle answers: one head, through the whole chain."""
+
+import json
+
+import numpy as np
+import pytest
+
+from edgeclip import disk
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.images import index_tar, read
+from edgeclip.device.metrics import harmonic_mean
+from edgeclip.device.zero_shot import offsets
+from edgeclip.host.data import shapes
+from edgeclip.reports.results import read_results
+from tests.support.command import run
+
+RECIPE = """
+data: {kind: webdataset, name: shapes, root: shapes, protocol: base_to_novel}
+teacher:
+  kind: open_clip
+  model: tiny
+  weights: random
+  config:
+    embed_dim: 32
+    vision_cfg: {image_size: 32, layers: 1, width: 32, head_width: 16, patch_size: 16}
+    text_cfg: {context_length: 16, vocab_size: 49408, width: 16, heads: 2, layers: 1}
+views: {count: 1}
+student:
+  tower: {kind: timm, model: test_efficientnet, weights: random, image_size: 32}
+  projector_hidden: null
+losses: {cross_entropy: {}, kl: {}, edu_attention: {keep: true}}
+train: {warmup_steps: 0, epochs: 2, batch_size: 32, lr: 3e-3, device: cpu, threads: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibration")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shapes.write(folder / "shapes")
+        (folder / "r.yaml").write_text(RECIPE)
+        done = run("distill", "r.yaml", "--json")
+        assert done.exit_code == 0, done.output
+        assert run("export", "--run", "runs/r", "--target", "onnx-fp32").exit_code == 0
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def results(workplace):
+    return read_results(workplace / "runs/r")
+
+
+@pytest.fixture(scope="module")
+def bundle(workplace):
+    return Bundle.load(workplace / "runs/r/bundles/onnx-fp32")
+
+
+def images_of(folder, name):
+    """The evaluation images of one set, encoded, with their labels."""
+    evaluation = disk.read_json(folder / "runs/r/evaluation/evaluation.json")
+    every = index_tar(folder / "runs/r/evaluation/images.tar")
+    (rows,) = (s["rows"] for s in evaluation["sets"] if s["name"] == name)
+    names = evaluation["class_names"]
+    return [(read(every[i]), names[evaluation["labels"][i]]) for i in rows]
+
+
+@pytest.mark.parametrize("name", ["base", "novel"])
+@pytest.mark.parametrize("offset", [True, False])
+def test_classify_is_right_as_often_as_the_table_says(workplace, results, bundle, name, offset):
+    (row,) = (s for s in results.sets if s.name == name)
+    scored = row.student if offset else row.student_without_offset
+    images = images_of(workplace, name)
+    ranked = [bundle.classify(image, top=5, offset=offset) for image, _ in images]
+    truth = [label for _, label in images]
+    first = [one[0]["label"] == label for one, label in zip(ranked, truth, strict=True)]
+    among = [label in [r["label"] for r in one] for one, label in zip(ranked, truth, strict=True)]
+    assert row.labels == len(bundle.labels)
+    assert scored.top1 == pytest.approx(np.mean(first))
+    assert scored.top5 == pytest.approx(np.mean(among))
+
+
+def test_the_offset_that_was_fitted_ships(results, bundle):
+    record = bundle.manifest.class_offset
+    assert record == results.class_offset and record.rule == "labeled images"
+    assert record.labels == bundle.labels[: len(bundle.labels) // 2]
+    assert results.teachers_class_offset is not None
+    assert results.teachers_class_offset.labels == record.labels
+
+
+def test_as_many_training_images_name_a_labeled_class_as_have_a_label(results):
+    record = results.class_offset
+    named = record.labeled_named * 0.5 + (1 - record.others_named) * 0.5
+    assert named == pytest.approx(0.5, abs=0.02)  # half of the shapes have labels
+    assert record.others_named >= record.others_named_without
+
+
+def test_the_harmonic_mean_is_of_the_shipped_answers(results):
+    base, novel = results.sets
+    assert results.halves == ("base", "novel")
+    expected = harmonic_mean(base.student.top1, novel.student.top1)
+    assert results.harmonic_mean.student == pytest.approx(expected)
+    own = harmonic_mean(base.student.own_list_top1, novel.student.own_list_top1)
+    assert results.own_list_harmonic_mean.student == pytest.approx(own)
+
+
+def test_the_trade_passes_through_what_ships(results):
+    base, novel = results.sets
+    curve = results.trade.curve
+    ahead = [p for p in curve if p.offset <= results.class_offset.offset]
+    assert ahead and ahead[-1].labeled >= base.student.top1 - 0.05
+    assert 0.0 <= results.trade.area <= 1.0
+    assert curve[0].unlabeled == 0.0 and curve[-1].labeled == 0.0
+    assert novel.student.top1 <= max(p.unlabeled for p in curve) + 0.05
+
+
+def test_validate_judges_the_shipped_answers(workplace, results):
+    done = run("validate", "--bundle", "runs/r/bundles/onnx-fp32", "--json")
+    (report,) = json.loads(done.stdout)
+    for row in results.sets:
+        (found,) = (s for s in report["sets"] if s["name"] == row.name)
+        assert found["bundle_top1"] == pytest.approx(row.student.top1, abs=0.02)
+        assert found["bundle_own_list_top1"] == pytest.approx(row.student.own_list_top1, abs=0.02)
+
+
+def test_a_relabeled_bundle_says_which_labels_keep_their_offset(workplace, bundle):
+    kept = bundle.manifest.class_offset.labels[0]
+    (workplace / "words.txt").write_text(f"{kept}\na word of mine\n")
+    command = ("labels", "runs/r/bundles/onnx-fp32", "words.txt", "--out")
+    done = run(*command, "relabeled")
+    assert "2 labels, 1 of which keep the class offset" in done.output
+    other = Bundle.load(workplace / "relabeled")
+    offset = bundle.manifest.class_offset.offset
+    assert offsets(other.manifest.class_offset, other.labels).tolist() == pytest.approx([offset, 0])
+    done = run(*command, "plain", "--no-offset")
+    assert done.exit_code == 0
+    assert Bundle.load(workplace / "plain").manifest.class_offset is None
+
+
+def test_it_can_be_switched_off_in_the_recipe(workplace):
+    (workplace / "off.yaml").write_text(RECIPE + "calibration: null\n")
+    assert run("distill", "off.yaml").exit_code == 0
+    found = read_results(workplace / "runs/off")
+    assert found.class_offset is None and found.teachers_class_offset is None
+    assert all(s.student_without_offset is None for s in found.sets)
