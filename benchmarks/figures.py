@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import folds_table
 import methods_table
 import readings_table
 from compare import Interval
@@ -98,6 +99,11 @@ def _beside_promptkd(newest: dict[tuple[str, str, str], Any], name: str, method:
     if low > 0 or high < 0:
         return f"**{cell}**"
     return cell
+
+
+def folds(log: list[dict[str, Any]]) -> str:
+    """Render results/folds.jsonl: the harmonic mean over all labels by offset, means over folds."""
+    return markdown(folds_table.HEADERS, folds_table.rows(log))
 
 
 def readings(runs: list[dict[str, Any]]) -> str:
@@ -227,20 +233,20 @@ def quickstart(found: dict[str, Any]) -> str:
 
 
 def quickstart_scores(found: dict[str, Any]) -> str:
-    """Render benchmarks/quickstart.py: top-1 and top-5 accuracy of teacher and student."""
+    """Render benchmarks/quickstart.py: accuracy over all labels and within each set's own list."""
     rows = []
     for one in found["sets"]:
-        teacher = None
-        if one["teacher"] is not None:
-            teacher = _top_1_and_5(one["teacher"])
-        chance = short(one["chance_top1"], 4)
-        rows.append([one["name"], one["images"], teacher, _top_1_and_5(one["student"]), chance])
-    headers = ["top-1 / top-5 accuracy", "images", "teacher", "student", "chance"]
+        of = [one["teacher"], one["student"], one["student_without_offset"] or one["student"]]
+        every = [model and _top_1_and_5(model) for model in of]
+        own = [model and _top_1_and_5(model, "own_list_") for model in of[:2]]
+        rows.append([one["name"], one["images"], *every, short(one["chance_top1"], 4), *own])
+    headers = ["top-1 / top-5 over all labels", "images", "teacher", "student"]
+    headers += ["without offset", "chance", "teacher, own list", "student, own list"]
     return markdown(headers, rows)
 
 
-def _top_1_and_5(accuracy: dict[str, float]) -> str:
-    return f"{short(accuracy['top1'])} / {short(accuracy['top5'])}"
+def _top_1_and_5(accuracy: dict[str, float], prefix: str = "") -> str:
+    return f"{short(accuracy[f'{prefix}top1'])} / {short(accuracy[f'{prefix}top5'])}"
 
 
 def quickstart_targets(found: dict[str, Any]) -> str:
@@ -435,6 +441,7 @@ def bench(reports: list[dict[str, Any]]) -> str:
 
 OF_LOGS: dict[str, Callable[[Any], str]] = {
     "families": families,
+    "folds": folds,
     "methods": methods,
     "methods_summary": methods_summary,
     "readings": readings,

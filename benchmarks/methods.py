@@ -50,7 +50,7 @@ from torch.nn import functional as F
 
 from edgeclip import config, disk
 from edgeclip.device.metrics import harmonic_mean, hits
-from edgeclip.device.zero_shot import class_scores
+from edgeclip.device.zero_shot import EduAttention, class_scores
 from edgeclip.host import cache, data, recipe, teachers
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
@@ -227,11 +227,10 @@ def adapted(bench: Bench, seed: int, folder: Path = HEADS) -> teachers.Teacher:
     return adapt(bench.teacher, bench.cached, bench.dataset, bench.recipe.adapt, seed, folder / key)
 
 
-def run(
+def learn(
     bench: Bench, losses: dict[str, Any], regime: str, seed: int, teacher: teachers.Teacher
-) -> dict[str, Any]:
-    """Trains and scores one student; returns its scores on validation and test parts, hits and all."""
-    start = time.perf_counter()
+) -> tuple[Learner, float]:
+    """Trains one student; returns it and its last loss."""
     asked = described(bench, losses, regime, seed)
     torch.manual_seed(seed)
     student, preprocess = students.build(asked.student, teacher.embed_dim)
@@ -251,27 +250,55 @@ def run(
         dataclasses.replace(teacher, features=lambda answers: answers),
         bench.cached._replace(rows=known),
     )
+    learner = Learner(student, head, preprocess)
     log = train(
-        Learner(student, head, preprocess),
+        learner,
         Lesson(bench.dataset, [Taught(teacher, cached)]),
         asked,
         cpu,
         tower_features=bench.tower_features,
     )
+    return learner, log[-1]["loss"]
+
+
+def projected(student: students.Student, part: Part) -> np.ndarray:
+    """The student's features of a part whose tower features are at hand."""
+    with torch.inference_mode():
+        return F.normalize(student.projector(torch.from_numpy(part.tower_features)), dim=-1).numpy()
+
+
+def taught(teacher: teachers.Teacher, part: Part) -> np.ndarray:
+    """The teacher's features of a part."""
+    with torch.inference_mode():
+        return F.normalize(teacher.features(torch.from_numpy(part.teacher_rows)), dim=-1).numpy()
+
+
+def shipped_head(learner: Learner) -> EduAttention | None:
+    """EduAttention where the student keeps it."""
+    if learner.head is None or not learner.head.spec.keep:
+        return None
+    return learner.head.numpy()
+
+
+def run(
+    bench: Bench, losses: dict[str, Any], regime: str, seed: int, teacher: teachers.Teacher
+) -> dict[str, Any]:
+    """Trains and scores one student; returns its scores on validation and test parts, hits and all."""
+    start = time.perf_counter()
+    learner, loss = learn(bench, losses, regime, seed, teacher)
     seconds = time.perf_counter() - start
 
     def features(part: Part) -> np.ndarray:
-        if regime != "frozen":
-            return image_features(student, part.images, preprocess, part.name, cpu)[1]
-        with torch.inference_mode():
-            return F.normalize(
-                student.projector(torch.from_numpy(part.tower_features)), dim=-1
-            ).numpy()
+        if regime == "frozen":
+            return projected(learner.student, part)
+        cpu = torch.device("cpu")
+        return image_features(
+            learner.student, part.images, learner.preprocess, part.name, cpu
+        ).features
 
-    result = scored(bench, features, head.numpy() if head and head.spec.keep else None)
-    return result | {
-        "alpha": head.alpha.item() if head else None,
-        "loss": log[-1]["loss"],
+    return scored(bench, features, shipped_head(learner)) | {
+        "alpha": learner.head.alpha.item() if learner.head else None,
+        "loss": loss,
         "seconds": round(seconds, 1),
     }
 
@@ -346,10 +373,7 @@ def trial_of_seed(
     counts = {p.name: len(p.labels) for p in bench.parts["test"]}
 
     def features(part: Part) -> np.ndarray:
-        with torch.inference_mode():
-            return F.normalize(
-                teacher.features(torch.from_numpy(part.teacher_rows)), dim=-1
-            ).numpy()
+        return taught(teacher, part)
 
     for method in ["teacher", *methods]:
         key = {

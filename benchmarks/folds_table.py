@@ -1,0 +1,50 @@
+"""The table of results/folds.jsonl: means over the folds of a set."""
+
+from typing import Any
+
+import numpy as np
+
+HEADERS = [
+    "set, model",
+    "folds",
+    "no offset",
+    "shipped",
+    "best",
+    "gap closed",
+    "with / without labels",
+    "AUSUC",
+    "in own lists",
+]
+
+
+def averages(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Means over the folds, by "set, model"."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, model in dict.fromkeys((x["set"], x["model"]) for x in log):
+        lines = [x for x in log if (x["set"], x["model"]) == (name, model)]
+        of = {r: float(np.mean([x["rules"][r]["mean"] for x in lines])) for r in lines[0]["rules"]}
+        gap = of["best"] - of["none"]
+        found[f"{name}, {model}"] = {
+            "folds": len(lines),
+            "mean": of,
+            "labeled": float(np.mean([x["rules"]["shipped"]["labeled"] for x in lines])),
+            "unlabeled": float(np.mean([x["rules"]["shipped"]["unlabeled"] for x in lines])),
+            "own_lists": float(np.mean([x["own_lists"]["mean"] for x in lines])),
+            "area": float(np.mean([x["area"] for x in lines])),
+            "closed": (of["shipped"] - of["none"]) / gap if gap else None,
+        }
+    return found
+
+
+def rows(log: list[dict[str, Any]]) -> list[list[Any]]:
+    """A row a set and model; harmonic means over all labels, but for the last column."""
+    found = []
+    for name, of in averages(log).items():
+        means = [f"{of['mean'][rule]:.3f}" for rule in ("none", "shipped", "best")]
+        closed = None
+        if of["closed"] is not None:
+            closed = f"{of['closed']:.0%}"
+        halves = f"{of['labeled']:.3f} / {of['unlabeled']:.3f}"
+        own = f"{of['own_lists']:.3f}"
+        found.append([name, of["folds"], *means, closed, halves, f"{of['area']:.3f}", own])
+    return found
