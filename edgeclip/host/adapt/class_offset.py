@@ -4,8 +4,8 @@ Training on labels lifts the scores of the labeled classes on every image, so ov
 image of another class is hardly ever named. One offset, taken from the labeled classes' scores,
 moves answers from the ones to the others (calibrated stacking, Chao et al. 2016, arXiv 1605.04253).
 It is fitted on training images, of which is only known whether they have a label: with it as many
-of them name a labeled class as have a label. What the offset decides between is the best labeled and the best unlabeled class of each image, so an image is three
-numbers here: `Choices`.
+of them name a labeled class as have a label. What the offset decides between is the best labeled
+and the best unlabeled class of each image, so an image is three numbers here: `Choices`.
 """
 
 from typing import Literal, NamedTuple

@@ -7,12 +7,12 @@ labels in training, or no training image is without one.
 import random
 
 import numpy as np
+import torch
 from torch.nn import functional as F
 
 from edgeclip.device.manifest import ClassOffset
 from edgeclip.device.zero_shot import class_scores
 from edgeclip.host.adapt.class_offset import fit
-from edgeclip.host.distill.prepare import Inputs
 from edgeclip.host.distill.targets import Lesson, Targets
 from edgeclip.host.distill.training import Learner
 from edgeclip.host.evaluation.scores import image_features, uses_labels
@@ -24,41 +24,44 @@ IMAGES = 4096
 CHUNK = 1024
 
 
-def of_teacher(inputs: Inputs, lesson: Lesson) -> ClassOffset | None:
+def of_teacher(recipe: Recipe, lesson: Lesson, device: torch.device) -> ClassOffset | None:
     """Return what the teacher's scores of classes with labels are set back by."""
-    places = _places(inputs, lesson)
+    places = _places(recipe, lesson)
     if places is None:
         return None
-    targets = Targets(lesson, inputs.recipe.losses, inputs.device)
+    targets = Targets(lesson, recipe.losses, device)
     scores = []
     for part in np.array_split(places, max(1, len(places) // CHUNK)):
         unit = F.normalize(targets.features(part, np.zeros_like(part)), dim=-1)
         scores.append(class_scores(unit.cpu().numpy(), lesson.cache.class_features))
-    return _fit(inputs.recipe, lesson, places, np.concatenate(scores))
+    return _fit(recipe, lesson, places, np.concatenate(scores))
 
 
 def of_student(
-    inputs: Inputs, lesson: Lesson, learner: Learner, class_features: np.ndarray
+    recipe: Recipe,
+    lesson: Lesson,
+    learner: Learner,
+    class_features: np.ndarray,
+    device: torch.device,
 ) -> ClassOffset | None:
     """Return the same for the student as it ships. class_features: [N, D], its bundle's."""
-    places = _places(inputs, lesson)
+    places = _places(recipe, lesson)
     if places is None:
         return None
     images = [lesson.cache.images[int(i)] for i in places]
     learner.student.eval()
     kept, features = image_features(
-        learner.student, images, learner.preprocess, "class offset", inputs.device
+        learner.student, images, learner.preprocess, "class offset", device
     )
     head = None
     if learner.head is not None and learner.head.spec.keep:
         head = learner.head.numpy()
     scores = class_scores(features, class_features, head)
-    return _fit(inputs.recipe, lesson, places[kept], scores)
+    return _fit(recipe, lesson, places[kept], scores)
 
 
-def _places(inputs: Inputs, lesson: Lesson) -> np.ndarray | None:
+def _places(recipe: Recipe, lesson: Lesson) -> np.ndarray | None:
     """Return the places in the cache of the images to fit on; None: there is nothing to fit."""
-    recipe = inputs.recipe
     dataset = lesson.dataset
     some = 0 < len(dataset.labeled_classes) < len(dataset.classes)
     if recipe.calibration is None or not some or not learns_labels(recipe):

@@ -1,5 +1,6 @@
 """What `edgeclip distill` does before it trains: loads the data and refuses what cannot work."""
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +73,7 @@ def load_inputs(path: Path, recipe: Recipe, device: torch.device) -> Inputs:
     _check_losses(inputs)
     _check_class_list(inputs)
     _check_images(inputs)
+    _refuse_telling_captions(inputs)
     if recipe.qat:
         qat.check(*target.load(recipe.qat.target), len(dataset.train))
     return inputs
@@ -291,6 +293,27 @@ def _check_images(inputs: Inputs) -> None:
             f"gives each of {processes} processes {share} images"
             f" for {spec.accumulate} micro-batches",
             "raise it, or lower accumulate",
+        )
+
+
+def _refuse_telling_captions(inputs: Inputs) -> None:
+    """Raise where captions tell the classes of images whose labels are kept back."""
+    dataset = inputs.dataset
+    if not inputs.captions or not dataset.parted:
+        return
+    labeled = set(dataset.labeled_classes)
+    names = [re.compile(rf"\b{re.escape(c)}\b", re.IGNORECASE) for c in dataset.classes]
+    telling = []
+    for image in dataset.train:
+        novel = image.label >= 0 and image.label not in labeled
+        if novel and names[image.label].search(image.caption):
+            telling.append(image)
+    if telling:
+        raise EdgeclipError(
+            f"{inputs.path}: losses.captions",
+            f"the captions of {len(telling)} training images name the class that is to be novel"
+            f" (the first: '{telling[0].caption}')",
+            "use captions: classes, or a loss that needs none",
         )
 
 

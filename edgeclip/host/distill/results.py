@@ -13,7 +13,6 @@ from edgeclip.host import student as students
 from edgeclip.host import teachers
 from edgeclip.host.adapt import promptsrc
 from edgeclip.host.data import Dataset
-from edgeclip.host.distill import calibration
 from edgeclip.host.distill.prepare import Inputs, prompts_of
 from edgeclip.host.distill.targets import Lesson
 from edgeclip.host.evaluation.scores import Subject, TeacherFeatures, evaluate, teacher_features
@@ -105,7 +104,7 @@ def _subject(inputs: Inputs, lesson: Lesson, saved: Saved) -> Subject:
         own_class_features=_class_features(students.load_text(saved), lesson.dataset),
         ships_with=inputs.recipe.student.class_features,
         class_offset=students.class_offset(description),
-        teachers_class_offset=calibration.of_teacher(inputs, lesson),
+        teachers_class_offset=lesson.class_offset,
         device=inputs.device,
     )
 

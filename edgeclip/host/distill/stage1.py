@@ -1,5 +1,6 @@
 """ComKD stage 1 and what comes with it: teachers are adapted, cached and, if asked, made one."""
 
+import dataclasses
 from pathlib import Path
 
 from torch import nn
@@ -9,6 +10,7 @@ from edgeclip.host import cache, distributed, recipe, teachers
 from edgeclip.host.adapt import promptsrc
 from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.cache import TeacherCache
+from edgeclip.host.distill import calibration
 from edgeclip.host.distill.fuse import Fusion, fuse
 from edgeclip.host.distill.prepare import (
     FirstTeacher,
@@ -52,7 +54,8 @@ def stage1(inputs: Inputs, first: FirstTeacher, run: Path, clock: Clock) -> Less
         lesson = Lesson(dataset, taught, _fuse(inputs, lesson, run / "fusion"))
     if recipe.other_teachers:
         clock.lap("other teachers")
-    return lesson
+    class_offset = calibration.of_teacher(recipe, lesson, inputs.device)
+    return dataclasses.replace(lesson, class_offset=class_offset)
 
 
 def _train_prompts(inputs: Inputs, teacher: Teacher, prompted: Teacher, folder: Path) -> Teacher:

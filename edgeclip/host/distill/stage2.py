@@ -113,7 +113,9 @@ def _save(
     description = new.description | {"log": log}
     learner = new.learner
     if calibrate:
-        offset = calibration.of_student(inputs, lesson, learner, class_features)
+        offset = calibration.of_student(
+            inputs.recipe, lesson, learner, class_features, inputs.device
+        )
         description |= {"class_offset": msgspec.to_builtins(offset)}
     students.save(folder, learner.student, learner.head, description, class_features, new.text)
 

@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgeclip.device.manifest import ClassOffset
+from edgeclip.device.zero_shot import offsets
 from edgeclip.host import teachers
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
@@ -41,6 +43,8 @@ class Lesson:
     """the student lives in the space of the first; all have the same views of the same images"""
     fusion: nn.Module | None = None
     """makes one teacher of all of them; None: the losses average the teachers"""
+    class_offset: ClassOffset | None = None
+    """what the teacher's scores of classes with labels are set back by, where it names a class"""
 
     @property
     def teacher(self) -> Teacher:
@@ -88,6 +92,8 @@ class Targets:
             self.fusion = lesson.fusion.to(device)
         self.logit_scale = lesson.teacher.logit_scale
         self.class_features = self.teachers[0].class_features
+        names = [lesson.dataset.classes[c] for c in classes]
+        self.offsets = torch.as_tensor(offsets(lesson.class_offset, names), device=device)
         self.labels = labels(lesson.cache, lesson.dataset)
         self.prototypes = None
         if (self.labels >= 0).any():
@@ -126,8 +132,11 @@ class Targets:
         )
 
     def _caption_classes(self, unit: Tensor, labels: Tensor) -> Int[Tensor, " B"]:
-        """Return each image's label where stage 1 had it, else the teacher's own first choice."""
-        first_choice = (unit @ self.class_features.T).argmax(dim=-1)
+        """Return each image's label where stage 1 had it, else the teacher's own first choice.
+
+        Classes with labels are set back: without that hardly an image of another class has one.
+        """
+        first_choice = (unit @ self.class_features.T - self.offsets).argmax(dim=-1)
         if not self.adapted_here:
             return first_choice
         return torch.where(labels >= 0, labels, first_choice)

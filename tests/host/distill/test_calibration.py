@@ -12,7 +12,7 @@ from edgeclip.device.metrics import harmonic_mean
 from edgeclip.device.zero_shot import offsets
 from edgeclip.host.data import shapes
 from edgeclip.reports.results import read_results
-from tests.support.command import run
+from tests.support.command import mistake, run
 
 RECIPE = """
 data: {kind: webdataset, name: shapes, root: shapes, protocol: base_to_novel}
@@ -135,6 +135,17 @@ def test_a_relabeled_bundle_says_which_labels_keep_their_offset(workplace, bundl
     done = run(*command, "plain", "--no-offset")
     assert done.exit_code == 0
     assert Bundle.load(workplace / "plain").manifest.class_offset is None
+
+
+def test_captions_that_name_a_novel_class_are_refused(workplace):
+    losses = "losses: {cross_entropy: {}, kl: {}, edu_attention: {keep: true}}"
+    telling = RECIPE.replace(losses, "losses: {kl: {}, contrastive: {}}")
+    (workplace / "telling.yaml").write_text(telling)
+    mistake("distill", "telling.yaml", says="name the class that is to be novel", only_line=False)
+    assert not (workplace / "runs/telling").exists()
+    told = telling.replace("contrastive: {}", "contrastive: {}, captions: classes")
+    (workplace / "told.yaml").write_text(told)
+    assert run("distill", "told.yaml").exit_code == 0
 
 
 def test_it_can_be_switched_off_in_the_recipe(workplace):

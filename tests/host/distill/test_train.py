@@ -12,6 +12,7 @@ import torch
 
 from edgeclip.config import convert
 from edgeclip.device.images import ImageRef
+from edgeclip.device.manifest import ClassOffset
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
@@ -166,6 +167,28 @@ def test_captions_of_classes_use_no_label_that_is_not_given():
     expected = np.where(labels < 3, labels, first)
     assert torch.equal(known.caption_features, known.class_features[expected])
     assert known.labels.tolist() == np.where(labels < 3, labels, -1).tolist()
+
+
+def test_captions_of_classes_are_chosen_with_the_classes_with_labels_set_back():
+    teacher, cache, data, _, _ = toy()
+    spec = R.Losses(contrastive=R.Weighted(), captions="classes")
+    index = np.arange(IMAGES)
+    set_back = ClassOffset(
+        offset=10.0,
+        labels=data.classes[:3],
+        images=1,
+        rule="prior",
+        labeled_named=0.0,
+        others_named=1.0,
+        labeled_named_without=0.0,
+        others_named_without=0.0,
+    )
+    lesson = Lesson(data, [Taught(teacher, cache)], class_offset=set_back)
+    known = Targets(lesson, spec, torch.device("cpu"))(index, np.zeros_like(index))
+    others = (known.teacher_features @ known.class_features[3:].T).argmax(dim=1).numpy() + 3
+    labels = np.array([p.label for p in cache.images])
+    expected = np.where(labels < 3, labels, others)
+    assert torch.equal(known.caption_features, known.class_features[expected])
 
 
 def test_captions_of_classes_use_no_label_at_all_where_stage_1_had_another_set():
