@@ -56,6 +56,7 @@ from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.allocator import keep_freed_memory
+from edgeclip.host.distill import calibration
 from edgeclip.host.distill.pixels import frozen_features
 from edgeclip.host.distill.targets import Lesson, Taught
 from edgeclip.host.distill.train import train
@@ -251,9 +252,11 @@ def learn(
         bench.cached._replace(rows=known),
     )
     learner = Learner(student, head, preprocess)
+    lesson = Lesson(bench.dataset, [Taught(teacher, cached)])
+    lesson = dataclasses.replace(lesson, class_offset=calibration.of_teacher(asked, lesson, cpu))
     log = train(
         learner,
-        Lesson(bench.dataset, [Taught(teacher, cached)]),
+        lesson,
         asked,
         cpu,
         tower_features=bench.tower_features,
