@@ -37,6 +37,8 @@ def load(spec: R.Data, cache: Path) -> Dataset:
     _refuse_labels(data, data.labeled)
     for evaluation in data.evaluation:
         _refuse_labels(data, evaluation.images)
+    if data.parted:
+        _refuse_names_on_both_sides(data)
     return data
 
 
@@ -66,6 +68,19 @@ def _refuse_labels(data: Dataset, images: list[ImageRef]) -> None:
                 image.path,
                 f"image '{image.key}' has class index {image.label}, and there are {count} classes",
                 "correct the labels or the class list",
+            )
+
+
+def _refuse_names_on_both_sides(data: Dataset) -> None:
+    """Refuse a name that a class with labels shares with one without."""
+    labeled = set(data.labeled_classes)
+    names = {data.classes[c] for c in labeled}
+    for c, name in enumerate(data.classes):
+        if c not in labeled and name in names:
+            raise EdgeclipError(
+                f"classes of the data '{data.name}'",
+                f"'{name}' is the name of a class with labels and of one without",
+                "give each class a name of its own",
             )
 
 

@@ -29,13 +29,27 @@ def load_webdataset(spec: WebDataset, cache: Path) -> Dataset:
         if not templates:
             templates = tuple(read_lines(root / TEMPLATES, "prompt template"))
 
-    train: Sequence[ImageRef] = []
+    train_shards: list[Path] = []
+    test_shards: list[Path] = []
     if spec.train:
-        train = index(find(root, spec.train, spec.pipe, cache), cache, index_tar)
-    test: list[ImageRef] = []
+        train_shards = find(root, spec.train, spec.pipe, cache)
     if spec.test:
-        test = list(index(find(root, spec.test, spec.pipe, cache), cache, index_tar))
-    return _dataset(spec, classes, templates, train, test)
+        test_shards = find(root, spec.test, spec.pipe, cache)
+    train: Sequence[ImageRef] = []
+    if train_shards:
+        train = index(train_shards, cache, index_tar)
+    test: list[ImageRef] = []
+    if test_shards:
+        test = list(index(test_shards, cache, index_tar))
+    data = _dataset(spec, classes, templates, train, test)
+    if set(train_shards) & set(test_shards):
+        return data._replace(evaluation=[_of_training(s) for s in data.evaluation])
+    return data
+
+
+def _of_training(s: EvaluationSet) -> EvaluationSet:
+    """Return a set whose images are training images, and that says so."""
+    return s._replace(note=f"TRAINING IMAGES are among these: {s.note}", seen=True)
 
 
 def load_folders(spec: Folders, cache: Path) -> Dataset:

@@ -133,6 +133,8 @@ def note(recipe: R.Recipe, spec: R.Data, s: EvaluationSet) -> Note:
     """Return what to know of the figure of `s`, a set of the data `spec`."""
     if isinstance(spec, R.OpenMoji) and isinstance(recipe.data, R.OpenMoji):
         return Note(s.note.startswith("transductive"), s.note)
+    if s.seen:
+        return Note(True, s.note)
     if s.shift:
         return Note(False, "shift; not transductive")
     labels = _teachers_labels(recipe, spec, s)

@@ -130,6 +130,24 @@ def test_base_to_novel_without_images_of_one_half_is_refused(tmp_path, part, hal
         data.load(spec, tmp_path)
 
 
+def test_a_test_part_of_training_images_says_so(tmp_path):
+    root = str(webdataset(tmp_path))
+    (own,) = data.load(R.WebDataset(name="w", root=root), tmp_path).evaluation
+    assert not own.seen and "TRAINING" not in own.note
+    (same,) = data.load(R.WebDataset(name="w", root=root, test="train/*.tar"), tmp_path).evaluation
+    assert same.seen and same.note.startswith("TRAINING IMAGES are among these")
+
+
+def test_a_name_on_both_sides_is_refused(tmp_path):
+    for part in ("train", "test"):
+        shard(tmp_path / part / "0.tar", [(0, ""), (1, ""), (2, ""), (3, "")])
+    (tmp_path / "classnames.txt").write_text("cat\ndog\ncar\ncat\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+    spec = R.WebDataset(name="w", root=str(tmp_path), protocol="base_to_novel")
+    with pytest.raises(EdgeclipError, match="'cat' is the name of a class with labels and of one"):
+        data.load(spec, tmp_path)
+
+
 def test_an_empty_class_list_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(EdgeclipError, match="class list is empty"):

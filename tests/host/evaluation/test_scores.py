@@ -53,3 +53,16 @@ def test_what_is_transductive_and_whose_labels_were_seen():
         in said({**cross, "losses": {"affinity": {}, "captions": "classes"}}, "a")[1]
     )
     assert said(cross, "a", shift=True) == (False, "shift; not transductive")
+
+
+def test_a_set_of_training_images_says_so_whatever_else_is_known():
+    asked = recipe.Recipe(
+        data=recipe.WebDataset(name="shop", root="shop"),
+        teacher=recipe.OpenClip(model="x", weights="random"),
+        student=recipe.Student(tower=recipe.Timm(model="x", weights="random", image_size=32)),
+        losses=recipe.Losses(kl=recipe.KL()),
+    )
+    s = EvaluationSet("val", [], [0], "TRAINING IMAGES are among these: test images", seen=True)
+    known = note(asked, asked.data, s)
+    assert known.transductive and known.text == s.note
+    assert "TRAINING" not in note(asked, asked.data, s._replace(seen=False)).text
