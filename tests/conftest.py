@@ -133,11 +133,11 @@ def own_bundle(shipped_bundle, tmp_path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def evaluation(request, tmp_path_factory) -> Path:
-    """400 images: enough for a margin of half a percentage point."""
+    """600 images: enough for a margin of half a percentage point."""
     if EXPORTED:
         return exported("evaluation")
     source = request.getfixturevalue("source")
-    return write_evaluation(tmp_path_factory.mktemp("run") / "evaluation", source, 400)
+    return write_evaluation(tmp_path_factory.mktemp("run") / "evaluation", source, 600)
 
 
 @pytest.fixture

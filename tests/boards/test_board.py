@@ -41,7 +41,7 @@ def test_validate_and_bench_through_the_users_own_ssh_setup(a_run, sshd, home, t
     (far,) = json.loads(result.stdout)
     (near,) = json.loads(run("validate", "--run", a_run, "--json").stdout)
     assert far["verdict"] == "pass"
-    assert far["images"] == 400
+    assert far["images"] == 600
     assert far["golden"]["largest_pixel_difference"] == 0
     assert (
         far["cosine"]["centered_min"] == pytest.approx(near["cosine"]["centered_min"], abs=1e-5)

@@ -28,7 +28,7 @@ def report(folder, evaluation):
 
 def test_a_float_bundle_passes_against_its_own_student(shipped_bundle, evaluation):
     r = report(shipped_bundle("onnx-fp32"), evaluation)
-    assert (r.verdict, r.failures, r.images) == ("pass", [], 400)
+    assert (r.verdict, r.failures, r.images) == ("pass", [], 600)
     assert r.cosine.centered_min > 0.9999
     assert r.top1_agreement == 1.0
     assert r.accuracy.drop_pp == 0
@@ -43,7 +43,7 @@ def test_a_float_bundle_passes_against_its_own_student(shipped_bundle, evaluatio
 def test_agreement_where_right_is_what_is_left_of_the_right_answers(own_bundle, evaluation):
     folder = own_bundle("onnx-fp32")
     r = report(damage(folder, 0.05), evaluation)
-    a, right = r.accuracy, 320  # of 400: every fifth label is wrong
+    a, right = r.accuracy, 480  # of 600: every fifth label is wrong
     assert (
         r.agreement_where_right == pytest.approx(1 - a.lost / right)
         and 0.9 < r.agreement_where_right < 1
@@ -154,7 +154,7 @@ def test_other_labels_are_not_judged_by_the_runs_numbers(
                 if k != "class_names"
             },
         )
-        disk.write_manifest(evaluation, "evaluation", {"license": "", "images": 400})
+        disk.write_manifest(evaluation, "evaluation", {"license": "", "images": 600})
         assert report(own_bundle("onnx-fp32"), evaluation).verdict == "pass"
         shutil.rmtree(tmp_path / "bundle")
     folder = own_bundle("onnx-fp32")
@@ -181,7 +181,7 @@ def test_a_set_is_scored_over_all_labels_and_within_its_own_list(
         for n, c in parts.items()
     ]
     disk.write_json(folder / "evaluation.json", description)
-    disk.write_manifest(folder, "evaluation", {"license": "", "images": 400})
+    disk.write_manifest(folder, "evaluation", {"license": "", "images": 600})
     r = report(shipped_bundle("onnx-fp32"), folder)
     features = np.load(folder / "image_features.npy")
     from edgeclip.device.metrics import hits

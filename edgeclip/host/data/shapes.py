@@ -20,7 +20,7 @@ from edgeclip import disk
 COLORS = ("red", "green", "blue", "black")
 SHAPES = ("circle", "square", "triangle")
 CLASSES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-PARTS = {"train": 192, "test": 384}
+PARTS = {"train": 192, "test": 600}
 
 
 def draw(label: int, rng: random.Random, size: int = 72) -> Image.Image:
