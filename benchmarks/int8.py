@@ -268,7 +268,6 @@ def measure(
     from edgeclip.device.images import index_tar, read
     from edgeclip.device.metrics import cosine
     from edgeclip.device.preprocess import normalize, open_image, to_pixels
-    from edgeclip.device.zero_shot import class_scores
 
     label, source = Path(name).name, student(name)
     images = source.calibration() or photos
@@ -279,7 +278,7 @@ def measure(
         np.save(folder / "fresh.npy", inputs["fresh"])
 
         def answers(features: np.ndarray) -> np.ndarray:
-            return class_scores(features, source.class_features, source.head).argmax(axis=1)
+            return source.scores(features).argmax(axis=1)
 
         labeled = answers if len(source.class_features) else None
         evaluation = (

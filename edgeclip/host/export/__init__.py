@@ -24,7 +24,6 @@ from edgeclip.device.manifest import (
     write_manifest,
 )
 from edgeclip.device.target import Target
-from edgeclip.device.zero_shot import class_scores, offsets
 from edgeclip.host.export import calibration, tensorrt, write
 from edgeclip.host.export.search import search
 from edgeclip.host.export.source import Source
@@ -148,12 +147,7 @@ def _answers(source: Source) -> Callable[[np.ndarray], np.ndarray] | None:
     if not source.labels:
         return None
 
-    def answers(features: np.ndarray) -> np.ndarray:
-        set_back = offsets(source.class_offset, source.labels)
-        scores = class_scores(features, source.class_features, source.head, offsets=set_back)
-        return scores.argmax(axis=1)
-
-    return answers
+    return lambda features: source.scores(features).argmax(axis=1)
 
 
 def _check_for_tensorrt(

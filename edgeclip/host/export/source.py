@@ -16,7 +16,7 @@ from edgeclip import disk
 from edgeclip.device.images import ImageRef, digest, index_folder, index_tar
 from edgeclip.device.manifest import ClassOffset, Parents
 from edgeclip.device.preprocess import Preprocess
-from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
+from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, offsets, prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import data, teachers
 from edgeclip.host import student as students
@@ -63,6 +63,11 @@ class Source(NamedTuple):
     """folder of the copy that learned with an int8 target's rounding; None: there is none"""
     class_offset: ClassOffset | None = None
     """what is taken from the scores of classes with labels"""
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """Return the scores [B, N] of unit rows [B, D] over all labels, as the bundle's."""
+        set_back = offsets(self.class_offset, self.labels)
+        return class_scores(features, self.class_features, self.head, offsets=set_back)
 
 
 def from_run(run: Path) -> Source:
