@@ -65,6 +65,8 @@ class Fold(NamedTuple):
     """test images of classes with labels"""
     unlabeled: list[int]
     """test images of the others"""
+    lists: tuple[list[int], list[int]]
+    """the own class lists of the two"""
 
 
 def pool(path: Path, roots: tuple[str, ...], folder: Path) -> Bench:
@@ -130,13 +132,14 @@ def fold_of(bench: Bench, k: int, folder: Path) -> Fold:
     if isinstance(bench.recipe.data, R.OpenMoji):
         place = {(image.path, image.key): i for i, image in enumerate(images)}
         dataset = data.load(replace(bench.recipe.data, split_seed=k), folder)
-        by_name = {s.name: s.images for s in dataset.evaluation}
+        by_name = {s.name: s for s in dataset.evaluation}
 
         def places(found: Any) -> list[int]:
             return [place[(image.path, image.key)] for image in found]
 
         labeled, unlabeled = (by_name[name] for name in dataset.halves or ())
-        return Fold(dataset, places(dataset.train), places(labeled), places(unlabeled))
+        tests = places(labeled.images), places(unlabeled.images)
+        return Fold(dataset, places(dataset.train), *tests, (labeled.classes, unlabeled.classes))
     order = list(range(len(bench.dataset.classes)))
     random.Random(k).shuffle(order)
     base = set(order[: len(order) // 2])
@@ -153,7 +156,8 @@ def fold_of(bench: Bench, k: int, folder: Path) -> Fold:
         labeled=[images[i] for i in train if images[i].label in base],
         parted=True,
     )
-    return Fold(dataset, train, labeled, unlabeled)
+    novel = sorted(set(order) - base)
+    return Fold(dataset, train, labeled, unlabeled, (sorted(base), novel))
 
 
 def bench_of(bench: Bench, fold: Fold) -> Bench:
@@ -162,10 +166,11 @@ def bench_of(bench: Bench, fold: Fold) -> Bench:
     rows = np.array([place[(image.path, image.key)] for image in fold.dataset.train])
     every = bench.parts["all"][0]
 
-    def part(name: str, places: list[int]) -> Part:
+    def part(name: str, places: list[int], own_list: list[int]) -> Part:
         at = np.array(places)
         return every._replace(
             name=name,
+            classes=own_list,
             labels=every.labels[at],
             images=[every.images[i] for i in places],
             teacher_rows=every.teacher_rows[at],
@@ -178,8 +183,11 @@ def bench_of(bench: Bench, fold: Fold) -> Bench:
         views=np.asarray(bench.cached.views[rows]),
     )
     parts = {
-        "train": [part("train", fold.train)],
-        "test": [part("labeled", fold.labeled), part("unlabeled", fold.unlabeled)],
+        "train": [part("train", fold.train, every.classes)],
+        "test": [
+            part("labeled", fold.labeled, fold.lists[0]),
+            part("unlabeled", fold.unlabeled, fold.lists[1]),
+        ],
     }
     assert bench.tower_features is not None
     views = bench.tower_features[torch.from_numpy(rows)]
@@ -214,14 +222,12 @@ def scored(
         top1 = [float(half.top1(at)[0]) for half in halves]
         mean = float(means(*halves, at)[0])
         rules[name] = {"offset": offset, "labeled": top1[0], "unlabeled": top1[1], "mean": mean}
-    others = [c for c in range(len(dataset.classes)) if c not in set(classes)]
     own = []
-    for part, active in ((labeled, classes), (unlabeled, others)):
-        place = {c: i for i, c in enumerate(active)}
+    for part in (labeled, unlabeled):
+        place = {c: i for i, c in enumerate(part.classes)}
         truth = np.array([place[c] for c in part.labels])
-        own.append(
-            float(hits(class_scores(features[part.name], every[active], head), truth).mean())
-        )
+        active = every[part.classes]
+        own.append(float(hits(class_scores(features[part.name], active, head), truth).mean()))
     return {
         "rules": rules,
         "area": trade(*halves).area,
@@ -246,20 +252,23 @@ def trial(
     name: str, bench: Bench, names: list[str], folds: list[int], folder: Path, log: Path
 ) -> None:
     """Every line of a set that `log` does not hold yet."""
+    spec = bench.recipe.adapt
+    assert isinstance(spec, R.ResidualHead)
     recorded = disk.fingerprint(R.description(bench.recipe))[:16]
+    key = {"set": name, "balanced": spec.self_training is not None, "recipe": recorded}
     for k in folds:
-        known = {(x["set"], x["fold"], x["model"]) for x in methods_table.read(log)}
-        missing = [m for m in ("teacher", *names) if (name, k, m) not in known]
+        lines = [x for x in methods_table.read(log) if x["fold"] == k and key.items() <= x.items()]
+        done = {x["model"] for x in lines}
+        missing = [m for m in ("teacher", *names) if m not in done]
         if not missing:
             continue
         fold = fold_of(bench, k, folder)
         own = bench_of(bench, fold)
-        assert isinstance(own.recipe.adapt, R.ResidualHead)
         head = folder / "folds-heads" / f"{recorded}-{k}"
-        teacher = adapt(own.teacher, own.cached, fold.dataset, own.recipe.adapt, k, head)
+        teacher = adapt(own.teacher, own.cached, fold.dataset, spec, k, head)
         for model in missing:
             line = scored(own, *answers(own, model, k, teacher))
-            methods.append({"set": name, "fold": k, "model": model, "recipe": recorded} | line, log)
+            methods.append(key | {"fold": k, "model": model} | line, log)
             print(f"{name} fold {k} {model}: {line['rules']['shipped']}", flush=True)
 
 

@@ -18,13 +18,14 @@ HEADERS = [
 
 
 def averages(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Means over the folds, by "set, model"."""
+    """Means over the folds, by "set, model"; whether stage 1 learned balanced pseudo-labels as well."""
     found: dict[str, dict[str, Any]] = {}
-    for name, model in dict.fromkeys((x["set"], x["model"]) for x in log):
-        lines = [x for x in log if (x["set"], x["model"]) == (name, model)]
+    for name, balanced, model in dict.fromkeys(_row(x) for x in log):
+        lines = [x for x in log if _row(x) == (name, balanced, model)]
         of = {r: float(np.mean([x["rules"][r]["mean"] for x in lines])) for r in lines[0]["rules"]}
         gap = of["best"] - of["none"]
-        found[f"{name}, {model}"] = {
+        stage_1 = ", balanced stage 1" if balanced else ""
+        found[f"{name}{stage_1}, {model}"] = {
             "folds": len(lines),
             "mean": of,
             "labeled": float(np.mean([x["rules"]["shipped"]["labeled"] for x in lines])),
@@ -34,6 +35,10 @@ def averages(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "closed": (of["shipped"] - of["none"]) / gap if gap else None,
         }
     return found
+
+
+def _row(line: dict[str, Any]) -> tuple[str, bool, str]:
+    return line["set"], line["balanced"], line["model"]
 
 
 def rows(log: list[dict[str, Any]]) -> list[list[Any]]:
