@@ -10,7 +10,7 @@ HEADERS = [
     "no offset",
     "shipped",
     "best",
-    "gap closed",
+    "of its gap closed",
     "with / without labels",
     "AUSUC",
     "in own lists",
@@ -35,6 +35,17 @@ def averages(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "closed": (of["shipped"] - of["none"]) / gap if gap else None,
         }
     return found
+
+
+def closed_since(log: list[dict[str, Any]], name: str, model: str) -> tuple[float | None, int]:
+    """How much of the gap of a set's first rows its last ones close, and on how many folds."""
+    found = averages([x for x in log if (x["set"], x["model"]) == (name, model)])
+    rows_of_set = list(found.values())
+    before, now = rows_of_set[0], rows_of_set[-1]
+    gap = before["mean"]["best"] - before["mean"]["none"]
+    if not gap:
+        return None, now["folds"]
+    return (now["mean"]["shipped"] - before["mean"]["none"]) / gap, now["folds"]
 
 
 def _row(line: dict[str, Any]) -> tuple[str, bool, str]:
