@@ -137,6 +137,25 @@ def test_a_relabeled_bundle_says_which_labels_keep_their_offset(workplace, bundl
     assert Bundle.load(workplace / "plain").manifest.class_offset is None
 
 
+def test_the_report_draws_the_trade_and_says_the_offset(workplace, results):
+    assert run("report", "runs/r").exit_code in (0, 3)
+    page = (workplace / "runs/r/report.html").read_text()
+    assert f"Class offset: {results.class_offset.offset:.4f}" in page
+    assert f"(AUSUC): {results.trade.area:.3f}" in page
+    assert "What an offset gives to classes without labels" in page
+    assert "student without class offset" in page and "top-1 in own list" in page
+
+
+def test_words_of_one_side_alone_are_ranked_as_without_an_offset(workplace, bundle):
+    (image, _), *_ = images_of(workplace, "base")
+    words = bundle.manifest.class_offset.labels[:3]
+    ranked = bundle.classify(image, words)
+    plain = bundle.classify(image, words, offset=False)
+    assert [r["label"] for r in ranked] == [r["label"] for r in plain]
+    for one, other in zip(ranked, plain, strict=True):
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-6)
+
+
 def test_captions_that_name_a_novel_class_are_refused(workplace):
     losses = "losses: {cross_entropy: {}, kl: {}, edu_attention: {keep: true}}"
     telling = RECIPE.replace(losses, "losses: {kl: {}, contrastive: {}}")
