@@ -8,11 +8,13 @@ of them name a labeled class as have a label. What the offset decides between is
 and the best unlabeled class of each image, so an image is three numbers here: `Choices`.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from edgeclip.device.manifest import ClassOffset
+from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.data import Dataset
 from edgeclip.reports.results import Trade, TradePoint
@@ -87,7 +89,7 @@ def fit(
     """Return the offset for the labeled classes of `data`.
 
     scores: [n, N] of training images over all classes, without an offset. has_label: bool [n], some
-    and not all of them.
+    and not all of them. Raises `EdgeclipError` where they are not finite.
     """
     labeled = data.labeled_classes
     lead = choices(scores, labeled, np.full(len(scores), -1)).lead
@@ -104,6 +106,12 @@ def fit(
         share = len(labeled) / len(data.classes)
     odds = spec.labeled_weight * share / (1 - share)
     offset = float(np.quantile(lead, 1 / (1 + odds)))
+    if not math.isfinite(offset):
+        raise EdgeclipError(
+            "class offset",
+            "is not finite: neither are the scores of the training images",
+            "train with a lower learning rate, or set calibration to null",
+        )
     return ClassOffset(
         offset=offset,
         labels=[data.classes[c] for c in labeled],

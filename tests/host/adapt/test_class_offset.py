@@ -80,6 +80,12 @@ def test_as_many_images_name_a_labeled_class_as_have_a_label(parted):
     assert share_that_names_labeled(record, has_label) == pytest.approx(0.5, abs=0.01)
 
 
+def test_scores_that_are_not_finite_have_no_offset(parted):
+    scores = np.full((4, len(parted.classes)), np.nan)
+    with pytest.raises(EdgeclipError, match="is not finite"):
+        fit(scores, parted, np.array([True, True, False, False]), PLAIN)
+
+
 def share_that_names_labeled(record, has_label):
     of_labeled = has_label.mean() * record.labeled_named
     return of_labeled + (~has_label).mean() * (1 - record.others_named)
