@@ -240,13 +240,13 @@ def quickstart_scores(found: dict[str, Any]) -> str:
         every = [model and _top_1_and_5(model) for model in of]
         own = [model and _top_1_and_5(model, "own_list_") for model in of[:2]]
         rows.append([one["name"], one["images"], *every, short(one["chance_top1"], 4), *own])
-    headers = ["top-1 / top-5 over all labels", "images", "teacher", "student"]
-    headers += ["without offset", "chance", "teacher, own list", "student, own list"]
+    headers = ["top-1 / top-5", "images", "teacher", "student", "no offset", "chance"]
+    headers += ["own list: teacher", "student"]
     return markdown(headers, rows)
 
 
 def _top_1_and_5(accuracy: dict[str, float], prefix: str = "") -> str:
-    return f"{short(accuracy[f'{prefix}top1'])} / {short(accuracy[f'{prefix}top5'])}"
+    return f"{short(accuracy[f'{prefix}top1'])}/{short(accuracy[f'{prefix}top5'])}"
 
 
 def quickstart_targets(found: dict[str, Any]) -> str:
@@ -263,6 +263,7 @@ def quickstart_targets(found: dict[str, Any]) -> str:
         verdict = of["verdict"]
         if verdict.startswith("ship:"):
             verdict = "ship"
+        verdict = verdict.replace("do not ship:", "no:")
         rows.append([of["target"], f"{of['image_encoder_mib']:.1f}", lost, p90, verdict])
     headers = ["target", "image encoder MiB", "top-1 lost, pp (95 % limit)", "p90 ms", "verdict"]
     return markdown(headers, rows)
