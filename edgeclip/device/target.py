@@ -11,6 +11,7 @@ from edgeclip import config
 from edgeclip.config import BrokenRule, Config
 
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+Cosine = Annotated[float, Meta(ge=-1.0, le=1.0)]
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("fp32", "fp16", "int8"),
     "openvino": ("fp32", "fp16", "int8"),
@@ -39,7 +40,7 @@ class Calibration(Config):
     judged_on: Annotated[int, Meta(ge=0)] = 128
     """so many further training images, none of which gave ranges, are what candidates are judged
     on; 0: the images of the ranges"""
-    judged_cosine_p1: Fraction = 0.0
+    judged_cosine_p1: Cosine = 0.0
     """what the search asks of the centered cosine on those images where it is more than the
     tolerance: images that training has seen are answered with a wider lead than new ones, so their
     answers survive a rounding that costs new ones theirs"""
@@ -76,7 +77,7 @@ class Calibration(Config):
 class Tolerance(Config, kw_only=True):
     """Limits on error, each against the fp32 torch student on the same images."""
 
-    centered_cosine_p1: Fraction
+    centered_cosine_p1: Cosine
     """first percentile of the cosine after the mean feature is taken away"""
     top1_agreement: Fraction
     """share of images with the same first answer"""
