@@ -1,7 +1,7 @@
 """The class offsets of a run, teacher's and student's, fitted on its training images.
 
 Where nothing says that some classes score too high there is none: no class or every class had
-labels in training, or no training image is without one.
+labels in training, or all of the training images that are looked at have one, or none has.
 """
 
 import random
@@ -69,8 +69,8 @@ def _places(recipe: Recipe, lesson: Lesson) -> np.ndarray | None:
     count = len(lesson.cache.images)
     places = np.array(sorted(random.Random(recipe.seed).sample(range(count), min(count, IMAGES))))
     has_label = _has_label(lesson, places)
-    if has_label.all():
-        say("class offset: left out, since every training image has a label to fit on")
+    if has_label.all() or not has_label.any():
+        say(f"class offset: left out, {has_label.sum()} of {len(places)} images have a label")
         return None
     return places
 

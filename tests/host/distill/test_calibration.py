@@ -11,6 +11,7 @@ from edgeclip.device.images import index_tar, read
 from edgeclip.device.metrics import harmonic_mean
 from edgeclip.device.zero_shot import offsets
 from edgeclip.host.data import shapes
+from edgeclip.host.distill import calibration
 from edgeclip.reports.results import read_results
 from tests.support.command import mistake, run
 
@@ -165,6 +166,15 @@ def test_captions_that_name_a_novel_class_are_refused(workplace):
     told = telling.replace("contrastive: {}", "contrastive: {}, captions: classes")
     (workplace / "told.yaml").write_text(told)
     assert run("distill", "told.yaml").exit_code == 0
+
+
+def test_too_few_labels_to_meet_one_leave_the_offset_out(workplace, monkeypatch):
+    """Where hardly an image has a label, the sample that is looked at may hold none."""
+    monkeypatch.setattr(calibration, "IMAGES", 1)
+    (workplace / "few.yaml").write_text(RECIPE)
+    done = run("distill", "few.yaml")
+    assert done.exit_code == 0 and "class offset: left out" in done.stderr
+    assert read_results(workplace / "runs/few").class_offset is None
 
 
 def test_it_can_be_switched_off_in_the_recipe(workplace):
