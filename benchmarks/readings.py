@@ -77,6 +77,15 @@ READINGS: dict[str, dict[str, Any]] = {
     "A7 axis: batch": reading(edu_attention={"axis": "batch", "keep": False}),
     "A8 adds to the teacher's": reading(edu_attention={"residual": "teacher"}),
     "A10 f_e not normalized": reading(edu_attention={"normalize": False}),
+    "deviations": reading({"spread": "deviation"}),
+    "each half's own scale": reading({"scale": "teacher", "weight": 5}),
+    "deviations, own scale": reading({"spread": "deviation", "scale": "teacher", "weight": 5}),
+    "centered": reading(edu_attention={"center": True}),
+    "centered, C .03": reading(edu_attention={"center": True, "temperature": 0.03}),
+    "FC from identity": reading(edu_attention={"fc_start": "identity"}),
+    "centered, FC from identity, C .03": reading(
+        edu_attention={"center": True, "fc_start": "identity", "temperature": 0.03}
+    ),
     "tau .0125": reading(kl={"temperature": 0.25}),
     "tau .025": reading(kl={"temperature": 0.5}),
     "tau .1": reading(kl={"temperature": 2.0}),

@@ -182,6 +182,7 @@ class Bundle:
             float(arrays["temperature"]),
             str(arrays["fc"]),
             bool(arrays[normalizes]),
+            bool(arrays.get("center", False)),
         )
 
     @cached_property

@@ -35,6 +35,8 @@ class EduAttention(NamedTuple):
     """where it sits: query, key_value, output, none"""
     normalize: bool = True
     """A10: unit rows before the class scores"""
+    center: bool = False
+    """keys and values less their mean over the classes that are attended"""
 
 
 def class_scores(
@@ -54,6 +56,8 @@ def class_scores(
         return image_features @ class_features.T - offsets
 
     key = class_features if attended is None else attended
+    if head.center:
+        key = key - key.mean(axis=0)
     if head.fc == "key_value":
         key = key @ head.weight.T + head.bias
     query = image_features

@@ -85,6 +85,9 @@ class EduAttentionHead(nn.Module):
         bound = embed_dim**-0.5
         for p in self.fc.parameters():
             nn.init.uniform_(p, -bound, bound, generator=generator)
+        if spec.fc_start == "identity":
+            nn.init.eye_(self.fc.weight)
+            nn.init.zeros_(self.fc.bias)
 
     def forward(
         self,
@@ -98,6 +101,8 @@ class EduAttentionHead(nn.Module):
         spec = self.spec
         query = image_features if raw is None else raw
         key = class_features
+        if spec.center:
+            key = key - key.mean(dim=0)
         if spec.fc == "query":
             query = self.fc(query)
         if spec.fc == "key_value":
@@ -132,6 +137,7 @@ class EduAttentionHead(nn.Module):
             self.log_temperature.exp().item(),
             self.spec.fc,
             self.spec.normalize,
+            self.spec.center,
         )
 
 

@@ -48,7 +48,10 @@ def kl(batch: Batch, spec: R.KL) -> Float[Tensor, ""]:
 
 
 def if_align(batch: Batch, spec: R.IFAlign) -> Float[Tensor, ""]:
-    """Return equations 3 to 5: L1 between the means, plus L1 between the biased variances."""
+    """Return equations 3 to 5: L1 between the means, plus L1 between the biased variances.
+
+    Or between the standard deviations; or each over its own scale.
+    """
     s = batch.image_features
     t = batch.teacher_features
     if not spec.normalize:
@@ -59,15 +62,26 @@ def if_align(batch: Batch, spec: R.IFAlign) -> Float[Tensor, ""]:
     axis = {"batch": 0, "channels": 1}[spec.axis]
     pairs = {
         "mean": (s.mean(dim=axis), t.mean(dim=axis)),
-        "variance": (s.var(dim=axis, correction=0), t.var(dim=axis, correction=0)),
+        "variance": (_spread(s, axis, spec), _spread(t, axis, spec)),
     }
     losses = []
     for name, (of_s, of_t) in pairs.items():
         if spec.momentum:
             of_s = _smoothed(batch, f"{name}_student", of_s, spec.momentum)
             of_t = _smoothed(batch, f"{name}_teacher", of_t, spec.momentum)
-        losses.append(F.l1_loss(of_s, of_t, reduction=spec.reduction))
+        loss = F.l1_loss(of_s, of_t, reduction=spec.reduction)
+        if spec.scale == "teacher":
+            loss = loss / of_t.abs().mean()
+        losses.append(loss)
     return losses[0] + losses[1]
+
+
+def _spread(x: Float[Tensor, "B D"], axis: int, spec: R.IFAlign) -> Tensor:
+    variance = x.var(dim=axis, correction=0)
+    if spec.spread == "deviation":
+        # The floor keeps the gradient finite where a channel is constant.
+        return variance.clamp(min=1e-12).sqrt()
+    return variance
 
 
 def cross_entropy(batch: Batch, spec: R.Weighted) -> Float[Tensor, ""]:

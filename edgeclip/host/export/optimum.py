@@ -183,6 +183,7 @@ def _scores(
         constants["fc_bias"] = head.bias
         constants["alpha"] = np.float32(head.alpha)
         constants["temperature"] = np.float32(head.temperature)
+        constants["rows"] = np.int64(0)
     lines += [
         "w_t = Transpose<perm=[1, 0]>(w)",
         "cosine = MatMul(v, w_t)",
@@ -198,7 +199,7 @@ def _scores(
     body = "\n".join(lines)
     model = onnx.parser.parse_model(f"{header} scores ({inputs}) => ({outputs}) {{ {body} }}")
     for name, value in constants.items():
-        array = np.ascontiguousarray(value, np.float32)
+        array = np.ascontiguousarray(value)
         model.graph.initializer.append(numpy_helper.from_array(array, name))
     return model
 
@@ -210,7 +211,8 @@ def _edu_attention(head: EduAttention) -> list[str]:
         normalization = "v = LpNormalization<axis=1, p=2>(sum)"
     return [
         *_through_layer("query", "u", head.fc == "query"),
-        *_through_layer("key", "w", head.fc == "key_value"),
+        *_centered(head.center),
+        *_through_layer("key", "centered", head.fc == "key_value"),
         "key_t = Transpose<perm=[1, 0]>(key)",
         "raw = MatMul(query, key_t)",
         "logits = Div(raw, temperature)",
@@ -220,6 +222,19 @@ def _edu_attention(head: EduAttention) -> list[str]:
         "added = Mul(alpha, f_att)",
         "sum = Add(u, added)",
         normalization,
+    ]
+
+
+def _centered(center: bool) -> list[str]:
+    """Return lines for the class rows, less their mean where the head asks for it."""
+    if not center:
+        return ["centered = Identity(w)"]
+    return [
+        "total = ReduceSum<keepdims=1>(w, rows)",
+        "shape = Shape<start=0, end=1>(w)",
+        "count = Cast<to=1>(shape)",
+        "mean = Div(total, count)",
+        "centered = Sub(w, mean)",
     ]
 
 

@@ -184,6 +184,7 @@ def _write_head(head: EduAttention, path: Path) -> None:
         temperature=np.float32(head.temperature),
         fc=np.str_(head.fc),
         normalize=np.bool_(head.normalize),
+        center=np.bool_(head.center),
     )
 
 

@@ -30,6 +30,12 @@ class IFAlign(Config):
     sides"""
     reduction: Literal["mean", "sum"] = "mean"
     """A3: of the L1 norm over the channels; sum is D times mean"""
+    spread: Literal["variance", "deviation"] = "variance"
+    """equation 4, or its square root: unit features have variances of about 1 / D, so that beside
+    the means' half the variances' hardly weighs"""
+    scale: Literal["none", "teacher"] = "none"
+    """teacher: each half over the mean magnitude of the teacher's own statistic, so that both are
+    relative errors; weights of about 1 are its usual ones"""
     features: Literal["image", "head"] = "image"
     """A9: P(u_s), or what EduAttention made of it"""
     momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
@@ -67,6 +73,11 @@ class EduAttention(Config):
     """A6: the query is P(u_s) as a unit row, or before its norm is divided out"""
     fc: Literal["query", "key_value", "output", "none"] = "query"
     """A4, A5: where the fully connected layer sits"""
+    fc_start: Literal["random", "identity"] = "random"
+    """what that layer starts as; as the identity the first attention is the student's own"""
+    center: bool = False
+    """keys and values are the class features less their mean over the active list: what classes
+    share says nothing about which one it is"""
     axis: Literal["classes", "batch"] = "classes"
     """A7: of the softmax"""
     residual: Literal["student", "teacher"] = "student"

@@ -47,20 +47,47 @@ def test_a_head_with_its_own_generator_leaves_the_global_one_alone():
 
 
 READINGS = [
-    R.EduAttention(fc=fc, normalize=n, temperature=c)
+    R.EduAttention(fc=fc, normalize=n, temperature=c, center=center)
     for fc in ("query", "key_value", "output", "none")
     for n in (True, False)
     for c in (0.1, 1.0)
+    for center in (False, True)
 ]
 
 
-@pytest.mark.parametrize("spec", READINGS, ids=lambda s: f"{s.fc}-{s.normalize}-{s.temperature}")
+@pytest.mark.parametrize(
+    "spec", READINGS, ids=lambda s: f"{s.fc}-{s.normalize}-{s.temperature}-{s.center}"
+)
 def test_every_reading_of_edu_attention_is_the_device_layers(spec):
     head = EduAttentionHead(D, spec, torch.Generator().manual_seed(0))
     with torch.no_grad():
         head.alpha.fill_(0.4)
         theirs = head(torch.from_numpy(S).float(), torch.from_numpy(W).float()).numpy() @ W.T
     np.testing.assert_allclose(class_scores(S, W, head.numpy()), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_centered_attention_does_not_see_what_all_classes_share():
+    spec = R.EduAttention(fc="none", center=True, normalize=False)
+    head = EduAttentionHead(D, spec)
+    with torch.no_grad():
+        head.alpha.fill_(0.4)
+    u = torch.from_numpy(S).float()
+    w = torch.from_numpy(W).float()
+    plain = head(u, w) - u
+    torch.testing.assert_close(head(u, w + torch.ones(D)) - u, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_starts_as_the_identity_is_no_layer_at_first():
+    heads = [
+        EduAttentionHead(D, R.EduAttention(fc_start="identity")),
+        EduAttentionHead(D, R.EduAttention(fc="none")),
+    ]
+    found = []
+    for head in heads:
+        with torch.no_grad():
+            head.alpha.fill_(0.4)
+            found.append(head(torch.from_numpy(S).float(), torch.from_numpy(W).float()))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
 
 
 def test_edu_attention_over_the_batch_from_a_raw_query_and_on_the_teachers_feature():

@@ -148,6 +148,21 @@ def test_if_align_in_every_reading(reduction, axis, numpy_axis, normalize, featu
     )
 
 
+def test_if_align_of_deviations_and_over_the_teachers_own_scale():
+    of_s, of_t = S.std(axis=0), T.std(axis=0)
+    mean = np.abs(S.mean(axis=0) - T.mean(axis=0)).mean()
+    deviation = np.abs(of_s - of_t).mean()
+    close(L.if_align(batch(), R.IFAlign(spread="deviation")), mean + deviation)
+    relative = mean / np.abs(T.mean(axis=0)).mean() + deviation / of_t.mean()
+    close(L.if_align(batch(), R.IFAlign(spread="deviation", scale="teacher")), relative)
+    # Relative errors do not know in which unit features are told.
+    spec = R.IFAlign(normalize=False, scale="teacher")
+    tenfold = batch()._replace(
+        raw_features=10 * batch().image_features, raw_teacher_features=10 * batch().teacher_features
+    )
+    close(L.if_align(tenfold, spec), float(L.if_align(batch(), R.IFAlign(scale="teacher"))))
+
+
 def test_if_aligns_moving_average_starts_at_the_first_batch():
     spec = R.IFAlign(momentum=0.9)
     learned = L.learned_parameters(R.Losses(if_align=spec), D, 0)

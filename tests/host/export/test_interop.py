@@ -113,11 +113,15 @@ def test_optimum_gives_the_bundles_answers(
 
 @pytest.mark.parametrize("fc", ["query", "key_value", "output", "none"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_class_scores_as_a_graph_are_the_bundles(source, fc, normalize):
+@pytest.mark.parametrize("center", [True, False])
+def test_class_scores_as_a_graph_are_the_bundles(source, fc, normalize, center):
     import onnxruntime as ort
 
     head = source.head._replace(
-        fc=fc, normalize=normalize, bias=np.linspace(-1, 1, len(source.head.bias), dtype=np.float32)
+        fc=fc,
+        normalize=normalize,
+        center=center,
+        bias=np.linspace(-1, 1, len(source.head.bias), dtype=np.float32),
     )
     rng = np.random.default_rng(0)
     u, w = (
