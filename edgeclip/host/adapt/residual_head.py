@@ -70,6 +70,12 @@ def adapt(
 
     The head is kept in `folder` and read from there next time.
     """
+    if spec.others and not data.parted:
+        raise EdgeclipError(
+            "adapt.others",
+            f"images of {data.name} that have no label may be of classes with labels",
+            "leave it out, or take self_training",
+        )
     if not (folder / disk.MANIFEST).exists():
         torch.manual_seed(seed)
         head = ResidualHead(cache.rows.shape[2] - teacher.embed_dim, teacher.embed_dim, spec)
@@ -111,14 +117,20 @@ def _train(
     seed: int,
 ) -> None:
     rows, target, classes = _labeled_rows(cache, data)
-    class_features = torch.from_numpy(cache.class_features[classes])
-
+    position = {c: i for i, c in enumerate(data.train_classes)}
+    labeled = [position[c] for c in classes]
+    names = torch.from_numpy(cache.class_features[data.train_classes])
+    competing = labeled if spec.margin is None else list(range(len(names)))
+    forward = torch.zeros(len(names))
+    forward[labeled] = spec.margin or 0.0
     own = spec.self_training
-    others = _unlabeled_rows(cache, data) if own else rows[:0]
-    one_hot = F.one_hot(torch.tensor(classes)[target], len(cache.class_features)).float()
-    known = one_hot[:, data.train_classes]
-    all_features = torch.from_numpy(cache.class_features[data.train_classes])
+    unlabeled = rows[:0]
+    if own or spec.others:
+        unlabeled = _unlabeled_rows(cache, data, "self_training" if own else "others")
+    known = F.one_hot(torch.tensor(labeled)[target], len(names)).float()
     pseudo = torch.empty(0)
+    if spec.margin is not None:
+        target = torch.tensor(labeled)[target]
 
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
@@ -127,25 +139,43 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.lr, spec.steps)
     head.train()
     for step in track(range(spec.steps), "stage 1: adapt the teacher", spec.steps):
-        pick = torch.randint(len(rows), (spec.batch_size,), generator=generator)
-        view = torch.randint(rows.shape[1], (spec.batch_size,), generator=generator)
-        r = rows[pick, view]
+        pick, r = _draw(rows, spec.batch_size, generator)
         u = F.normalize(head(r), dim=-1)
         unadapted = F.normalize(teacher.features(r), dim=-1)
-        loss = F.cross_entropy(teacher.logit_scale * u @ class_features.T, target[pick])
+        answers = teacher.logit_scale * u @ names[competing].T + forward[competing]
+        loss = F.cross_entropy(answers, target[pick])
         loss = loss + spec.toward_unadapted * (1.0 - (u * unadapted).sum(dim=-1)).mean()
-        if own and step >= own.start:
-            if (step - own.start) % own.every == 0:
-                pseudo = pseudo_labels(head, others, all_features, teacher.logit_scale, known)
-            pick = torch.randint(len(others), (spec.batch_size,), generator=generator)
-            view = torch.randint(others.shape[1], (spec.batch_size,), generator=generator)
-            u = F.normalize(head(others[pick, view]), dim=-1)
-            answers = teacher.logit_scale * u @ all_features.T
-            loss = loss + own.weight * F.cross_entropy(answers, pseudo[pick])
+        learns_own = own is not None and step >= own.start
+        if learns_own or spec.others:
+            pick, r = _draw(unlabeled, spec.batch_size, generator)
+            answers = teacher.logit_scale * F.normalize(head(r), dim=-1) @ names.T
+            if own is not None and learns_own:
+                if (step - own.start) % own.every == 0:
+                    pseudo = pseudo_labels(head, unlabeled, names, teacher.logit_scale, known)
+                loss = loss + own.weight * F.cross_entropy(answers, pseudo[pick])
+            if spec.others:
+                loss = loss + spec.others * none_of(answers, labeled)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+
+
+def _draw(
+    rows: Float[Tensor, "n K R"], count: int, generator: torch.Generator
+) -> tuple[Tensor, Float[Tensor, "B R"]]:
+    """Return the places of some images, and their rows in a view each."""
+    pick = torch.randint(len(rows), (count,), generator=generator)
+    view = torch.randint(rows.shape[1], (count,), generator=generator)
+    return pick, rows[pick, view]
+
+
+def none_of(answers: Float[Tensor, "B C"], classes: list[int]) -> Float[Tensor, ""]:
+    """Return the mean of -log of the probability of all other classes together."""
+    log_probability = F.log_softmax(answers, dim=-1)
+    others = torch.ones(answers.shape[1], dtype=torch.bool)
+    others[classes] = False
+    return -torch.logsumexp(log_probability[:, others], dim=-1).mean()
 
 
 def _labeled_rows(cache: TeacherCache, data: Dataset) -> tuple[Tensor, Tensor, list[int]]:
@@ -164,13 +194,13 @@ def _labeled_rows(cache: TeacherCache, data: Dataset) -> tuple[Tensor, Tensor, l
     return torch.from_numpy(cache.rows[positions].astype("float32")), target, classes
 
 
-def _unlabeled_rows(cache: TeacherCache, data: Dataset) -> Tensor:
+def _unlabeled_rows(cache: TeacherCache, data: Dataset, asked_by: str) -> Tensor:
     """Return the rows [n, K, R] of the images that have no label."""
     labeled = {p.key for p in data.labeled}
     positions = [i for i, p in enumerate(cache.images) if p.key not in labeled]
     if not positions:
         raise EdgeclipError(
-            "adapt.self_training", f"every image of {data.name} has a label", "set it to null"
+            f"adapt.{asked_by}", f"every image of {data.name} has a label", "leave it out"
         )
     return torch.from_numpy(cache.rows[positions].astype("float32"))
 

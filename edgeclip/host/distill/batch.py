@@ -46,5 +46,7 @@ class Batch(NamedTuple):
     prototypes: Float[Tensor, "N D"] | None = None
     """mean teacher feature of each class's labeled images; zero rows where there are none"""
     other_teachers: tuple[OtherTeacher, ...] = ()
+    offsets: Float[Tensor, " N"] | None = None
+    """what the first teacher's scores of classes with labels are set back by; None: nothing"""
     learned: nn.ParameterDict | None = None
     """what losses learn beside the student: `learned_parameters`"""

@@ -34,13 +34,18 @@ from edgeclip.host.distill.batch import Batch, OtherTeacher
 def kl(batch: Batch, spec: R.KL) -> Float[Tensor, ""]:
     """Return equation 8: tau^2 KL(teacher || student) over the class list.
 
-    Of several teachers the distributions are averaged.
+    Of several teachers the distributions are averaged. With `spec.offset` the classes that had
+    labels are set back in the teacher's scores, as they are where it answers.
     """
     tau = spec.temperature
     q_s = batch.logit_scale * batch.head_features @ batch.class_features.T
     others = [(t.features, t.class_features, t.logit_scale) for t in batch.other_teachers]
     first = (batch.teacher_features, batch.class_features, batch.logit_scale)
-    p_t = log_average([first, *others], tau)
+    if spec.offset and batch.offsets is not None:
+        q_t = batch.logit_scale * (first[0] @ first[1].T - batch.offsets)
+        p_t = F.log_softmax(q_t / tau, dim=-1)
+    else:
+        p_t = log_average([first, *others], tau)
     loss = F.kl_div(F.log_softmax(q_s / tau, dim=-1), p_t, reduction="batchmean", log_target=True)
     if spec.reduction == "promptkd":
         return loss * tau**2 / q_s.shape[1]

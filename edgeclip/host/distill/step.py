@@ -167,6 +167,7 @@ class Step:
         self.device = device
         self.clock = clock
         self.recomputes = spec.accumulate > 1 or spec.gradient_checkpointing
+        self.max_grad_norm = spec.max_grad_norm
         self.dtype = PRECISIONS[spec.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
         self.parallel_towers = _parallel(towers)
@@ -205,6 +206,8 @@ class Step:
                 buffer.copy_(buffers[name])
         self._lap("backward")
 
+        if self.max_grad_norm is not None:
+            self._clip(optimizer, self.max_grad_norm)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * factor
@@ -278,6 +281,12 @@ class Step:
         names = [name for name in features if name in gradients and features[name].requires_grad]
         if names:
             torch.autograd.backward([features[n] for n in names], [gradients[n] for n in names])
+
+    def _clip(self, optimizer: torch.optim.Optimizer, norm: float) -> None:
+        """Shorten the gradient of all weights together to `norm`, without fp16's loss scale."""
+        self.scaler.unscale_(optimizer)
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(weights, norm)
 
     def _buffers(self) -> Features:
         """Return copies of the towers' buffers where a second pass would change them twice."""

@@ -73,6 +73,7 @@ class Known(NamedTuple):
     prototypes: Float[Tensor, "N D"] | None
     logit_scale: float
     other_teachers: tuple[OtherTeacher, ...]
+    offsets: Float[Tensor, " N"] | None
 
 
 class Targets:
@@ -93,7 +94,10 @@ class Targets:
         self.logit_scale = lesson.teacher.logit_scale
         self.class_features = self.teachers[0].class_features
         names = [lesson.dataset.classes[c] for c in classes]
-        self.offsets = torch.as_tensor(offsets(lesson.class_offset, names), device=device)
+        self.offsets = None
+        if lesson.class_offset is not None:
+            set_back = offsets(lesson.class_offset, names)
+            self.offsets = torch.as_tensor(set_back, dtype=torch.float32, device=device)
         self.labels = labels(lesson.cache, lesson.dataset)
         self.prototypes = None
         if (self.labels >= 0).any():
@@ -129,6 +133,7 @@ class Targets:
             prototypes=self.prototypes,
             logit_scale=self.logit_scale,
             other_teachers=tuple(others),
+            offsets=self.offsets,
         )
 
     def _caption_classes(self, unit: Tensor, labels: Tensor) -> Int[Tensor, " B"]:
@@ -136,7 +141,10 @@ class Targets:
 
         Classes with labels are set back: without that hardly an image of another class has one.
         """
-        first_choice = (unit @ self.class_features.T - self.offsets).argmax(dim=-1)
+        scores = unit @ self.class_features.T
+        if self.offsets is not None:
+            scores = scores - self.offsets
+        first_choice = scores.argmax(dim=-1)
         if not self.adapted_here:
             return first_choice
         return torch.where(labels >= 0, labels, first_choice)

@@ -87,6 +87,8 @@ def train(
                 _end_epoch(training, phase, progress, output.keep, last)
                 keeper.after_epoch(optimizer, last)
                 training.clock.lap("rest of stage 2")
+    for name, mean in training.means.items():
+        mean.give(training.modules[name])
     learner.student.eval()
     return progress.log
 
@@ -170,7 +172,12 @@ def _step(
         objective=objective(recipe, phase.pretrain, prompt_features),
         where=_where(phase, progress, position),
     )
-    return training.step(optimizer, cosine(position, phase.epochs * phase.steps), work)
+    steps = phase.epochs * phase.steps
+    metrics = training.step(optimizer, cosine(position, steps), work)
+    if phase is training.phases[-1] and position >= steps * (1 - recipe.train.average_last):
+        for name, mean in training.means.items():
+            mean.add(training.modules[name])
+    return metrics
 
 
 def _where(phase: Phase, progress: Progress, position: int) -> str:

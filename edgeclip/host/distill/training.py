@@ -11,6 +11,7 @@ from torch import nn
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.host import distributed
 from edgeclip.host.distill import losses as L
+from edgeclip.host.distill.average import Average
 from edgeclip.host.distill.batches import Phase, phases
 from edgeclip.host.distill.log import Log
 from edgeclip.host.distill.step import NewLayers, Step, Towers
@@ -62,6 +63,8 @@ class Training:
     """everything that has weights, by its name in a checkpoint"""
     targets: Targets
     step: Step
+    means: dict[str, Average]
+    """of those of `modules` that are averaged, by the name that they have there; empty: none is"""
 
 
 def set_up(
@@ -77,9 +80,13 @@ def set_up(
     if head is not None:
         modules["head"] = head.to(device)
     modules["learned"] = learned
+    means = {}
     text_tower = None
     if texts is not None:
         text_tower = modules["text"] = texts.tower.to(device)
+    if recipe.train.average_last:
+        means = {name: Average(module) for name, module in modules.items() if name != "learned"}
+        modules |= {f"mean_{name}": mean for name, mean in means.items()}
     if recipe.train.gradient_checkpointing:
         checkpoint_gradients(student.tower)
     layers = NewLayers(student.projector, head, learned, recipe.losses.masked_feature is not None)
@@ -96,4 +103,5 @@ def set_up(
         modules=modules,
         targets=targets,
         step=Step(towers, layers, recipe.train, device, clock),
+        means=means,
     )

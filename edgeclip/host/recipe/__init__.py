@@ -20,21 +20,23 @@ from edgeclip.config import BrokenRule, Config
 from edgeclip.disk import Description, Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import older
-from edgeclip.host.recipe.ingredients import (
+from edgeclip.host.recipe.adaptation import (
     Adapt,
+    Fuse,
+    Prompts,
+    ResidualHead,
+    SelfTraining,
+)
+from edgeclip.host.recipe.ingredients import (
     Conse,
     Csv,
     Data,
     DataFile,
     Embeddings,
     Folders,
-    Fuse,
     OpenClip,
     OpenMoji,
-    Prompts,
     Reinforced,
-    ResidualHead,
-    SelfTraining,
     Share,
     Stem,
     Student,
@@ -161,6 +163,7 @@ class Recipe(Config):
                 "classes is not possible with student.text, which reads the captions themselves",
                 "use captions: data",
             )
+        self._check_offset()
         align = self.losses.if_align
         if align is None or align.normalize:
             return
@@ -171,6 +174,20 @@ class Recipe(Config):
                     f"needs the teacher's norms, which {field} (kind: embeddings) has lost",
                     "use normalize: true",
                 )
+
+    def _check_offset(self) -> None:
+        if self.losses.kl is None or not self.losses.kl.offset:
+            return
+        if self.calibration is None:
+            raise BrokenRule(
+                "losses.kl.offset", "needs the offset of calibration", "set it to false"
+            )
+        if self.other_teachers and not self.fuse:
+            raise BrokenRule(
+                "losses.kl.offset",
+                "is of one teacher's scores, and there are several",
+                "set it to false, or fuse the teachers",
+            )
 
     def _check_batch_norm(self) -> None:
         if not self.student.projector_hidden:

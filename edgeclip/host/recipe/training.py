@@ -16,6 +16,9 @@ class KL(Config):
     temperature: PositiveFloat = 1.0
     reduction: Literal["batchmean", "promptkd"] = "batchmean"
     """A12. promptkd divides by B * N, not B, so weights of 200 to 1000 are its usual ones"""
+    offset: bool = False
+    """set the classes with labels back in the target, as `calibration` does where a teacher
+    answers: then the student's features learn it, and its own offset is what is left"""
 
 
 class IFAlign(Config):
@@ -214,6 +217,12 @@ class Train(Config):
     weight_decay_of: Literal["all", "matrices"] = "all"
     """matrices: of weights with two or more dimensions only, as CLIP was trained; biases and norms
     keep theirs. Scalars (alpha, log scales) never decay"""
+    max_grad_norm: PositiveFloat | None = None
+    """a step's gradient over all weights that is longer is shortened to this norm; null: it is
+    taken as it is"""
+    average_last: Fraction = 0.0
+    """share of the steps of the epochs, from the end, whose weights' mean the student becomes
+    (stochastic weight averaging, arXiv 1803.05407); 0: the last step's weights"""
     freeze_batch_norm: bool = False
     """keep the pretrained tower's batch-norm statistics (its weights are trained all the same): a
     small set's batches have other statistics than those its filters were learned with"""
@@ -242,11 +251,13 @@ class Calibration(Config):
     """How far the classes with labels are set back against the others (docs/calibration.md)."""
 
     labeled_weight: PositiveFloat = 1.0
-    """odds of a labeled class, times as much: 2 keeps more of their answers, 0.5 gives more to the
-    classes without labels"""
+    """more than 1 keeps more of the labeled classes' answers, less gives more to the others: a
+    factor of the labeled classes' odds, or of how far the offset is from the images with a label,
+    as against the others"""
     prior: Annotated[float, Meta(gt=0.0, lt=1.0)] | None = None
-    """share of the training images that is to name a labeled class; null: as many as have a label,
-    or where those without one may be of labeled classes too, each class as often as another"""
+    """share of the training images that is to name a labeled class; null: the offset is midway
+    between the images with a label and those without; or where these may be of labeled classes too,
+    each class is named as often as another"""
 
 
 class Parity(Config):

@@ -44,6 +44,12 @@ CASES = {
         "precision": "fp16",
         "weight_decay_of": "matrices",
     },
+    "mean of the last weights, clipped": {
+        "losses": EVERYTHING,
+        "kind": "batch norm",
+        "average_last": 0.5,
+        "max_grad_norm": 0.1,
+    },
     "no projector steps": {"losses": {"kl": {}}, "warmup_steps": 0},
 }
 

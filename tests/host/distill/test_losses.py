@@ -148,6 +148,17 @@ def test_if_align_in_every_reading(reduction, axis, numpy_axis, normalize, featu
     )
 
 
+def test_kl_with_the_offset_is_that_of_a_teacher_whose_labeled_classes_are_set_back():
+    set_back = np.float32([0.3, 0, 0.3, 0, 0])
+    p = softmax(SCALE * (T @ W.T - set_back))
+    q = softmax(SCALE * H @ W.T)
+    expected = (p * np.log(p / q)).sum(axis=1).mean()
+    known = batch()._replace(offsets=torch.from_numpy(set_back))
+    close(L.kl(known, R.KL(offset=True)), expected)
+    close(L.kl(known, R.KL()), float(L.kl(batch(), R.KL())))
+    close(L.kl(batch(), R.KL(offset=True)), float(L.kl(batch(), R.KL())))
+
+
 def test_if_align_of_deviations_and_over_the_teachers_own_scale():
     of_s, of_t = S.std(axis=0), T.std(axis=0)
     mean = np.abs(S.mean(axis=0) - T.mean(axis=0)).mean()
