@@ -1,9 +1,10 @@
 """The table of results/folds.jsonl: means over the folds of a set."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+REGIMES = {"full": "every weight", "small": "every weight, 80 px"}
 HEADERS = [
     "set, model",
     "folds",
@@ -17,15 +18,38 @@ HEADERS = [
 ]
 
 
+class Row(NamedTuple):
+    """What the lines of a row share."""
+
+    set: str
+    stage_1: str
+    regime: str
+    model: str
+
+    def title(self) -> str:
+        """What the table calls it."""
+        stage_1 = ""
+        if self.stage_1 != "labels":
+            stage_1 = f" ({self.stage_1.removeprefix('labels, ')})"
+        regime = ""
+        if self.regime not in ("teacher", "frozen"):
+            regime = f", {REGIMES[self.regime]}"
+        return f"{self.set}, {self.model}{stage_1}{regime}"
+
+
+def row(line: dict[str, Any]) -> Row:
+    """The row that a line belongs to."""
+    return Row(*(line[field] for field in Row._fields))
+
+
 def averages(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Means over the folds, by "set, model"; whether stage 1 learned balanced pseudo-labels as well."""
+    """Means over the folds, by the row's title."""
     found: dict[str, dict[str, Any]] = {}
-    for name, balanced, model in dict.fromkeys(_row(x) for x in log):
-        lines = [x for x in log if _row(x) == (name, balanced, model)]
+    for key in dict.fromkeys(row(x) for x in log):
+        lines = [x for x in log if row(x) == key]
         of = {r: float(np.mean([x["rules"][r]["mean"] for x in lines])) for r in lines[0]["rules"]}
         gap = of["best"] - of["none"]
-        stage_1 = ", balanced stage 1" if balanced else ""
-        found[f"{name}{stage_1}, {model}"] = {
+        found[key.title()] = {
             "folds": len(lines),
             "mean": of,
             "labeled": float(np.mean([x["rules"]["shipped"]["labeled"] for x in lines])),
@@ -39,8 +63,10 @@ def averages(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def closed_since(log: list[dict[str, Any]], name: str, model: str) -> tuple[float | None, int]:
     """How much of the gap of a set's first rows its last ones close, and on how many folds."""
-    found = averages([x for x in log if (x["set"], x["model"]) == (name, model)])
-    rows_of_set = list(found.values())
+    own = [x for x in log if (x["set"], x["model"], x["regime"]) == (name, model, "frozen")]
+    rows_of_set = list(averages(own).values())
+    if not rows_of_set:
+        return None, 0
     before, now = rows_of_set[0], rows_of_set[-1]
     gap = before["mean"]["best"] - before["mean"]["none"]
     if not gap:
@@ -48,8 +74,21 @@ def closed_since(log: list[dict[str, Any]], name: str, model: str) -> tuple[floa
     return (now["mean"]["shipped"] - before["mean"]["none"]) / gap, now["folds"]
 
 
-def _row(line: dict[str, Any]) -> tuple[str, bool, str]:
-    return line["set"], line["balanced"], line["model"]
+def of_teacher(log: list[dict[str, Any]], name: str, model: str, regime: str) -> list[float]:
+    """A student's harmonic mean as it ships over that of its fold's teacher, fold by fold."""
+    own = [x for x in log if x["set"] == name]
+    found = []
+    for line in own:
+        if (line["model"], line["regime"]) != (model, regime):
+            continue
+        same = ("fold", "stage_1")
+        teachers = [
+            x for x in own if x["model"] == "teacher" and all(x[k] == line[k] for k in same)
+        ]
+        if teachers:
+            mean = teachers[-1]["rules"]["shipped"]["mean"]
+            found.append(line["rules"]["shipped"]["mean"] / mean)
+    return found
 
 
 def rows(log: list[dict[str, Any]]) -> list[list[Any]]:

@@ -130,15 +130,19 @@ def recipe_of(name: str, regime: str) -> Path:
     return RECIPES / f"{SETS[name]}{'-vit' if regime == 'vit' else ''}.yaml"
 
 
+def at_size(asked: R.Recipe, regime: str) -> R.Recipe:
+    """The recipe with the student of a regime."""
+    if regime != "small":
+        return asked
+    tower = asked.student.tower
+    assert isinstance(tower, R.Timm)
+    return replace(asked, student=replace(asked.student, tower=replace(tower, image_size=80)))
+
+
 def prepare(path: Path, regime: str, roots: tuple[str, ...], folder: Path) -> Bench:
     """Builds or opens the teacher cache and the frozen features of the recipe at `path`; `folder`: where the cache lies."""
     keep_freed_memory()
-    asked = recipe.load(path, roots)
-    if regime == "small":
-        assert isinstance(asked.student.tower, R.Timm)
-        asked = replace(
-            asked, student=replace(asked.student, tower=replace(asked.student.tower, image_size=80))
-        )
+    asked = at_size(recipe.load(path, roots), regime)
     dataset = data.load(asked.data, folder)
     if isinstance(asked.data, R.WebDataset):
         sets = {

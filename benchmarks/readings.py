@@ -86,6 +86,7 @@ READINGS: dict[str, dict[str, Any]] = {
     "centered, FC from identity, C .03": reading(
         edu_attention={"center": True, "fc_start": "identity", "temperature": 0.03}
     ),
+    "KL with the offset": reading(kl={"offset": True}),
     "tau .0125": reading(kl={"temperature": 0.25}),
     "tau .025": reading(kl={"temperature": 0.5}),
     "tau .1": reading(kl={"temperature": 2.0}),

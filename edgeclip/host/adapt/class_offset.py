@@ -3,12 +3,13 @@
 Training on labels lifts the scores of the labeled classes on every image, so over all labels an
 image of another class is hardly ever named. One offset, taken from the labeled classes' scores,
 moves answers from the ones to the others (calibrated stacking, Chao et al. 2016, arXiv 1605.04253).
-It is fitted on training images, of which is only known whether they have a label: with it as many
-of them name a labeled class as have a label. What the offset decides between is the best labeled
-and the best unlabeled class of each image, so an image is three numbers here: `Choices`.
+It is fitted on training images, of which is only known whether they have a label. What it decides
+between is the best labeled and the best unlabeled class of each image, so an image is three numbers
+here, `Choices`; the first is the labeled class's lead. The offset is midway between the mean lead
+of the images with a label and that of the others: how many there are of either does not move it,
+nor does it hug one half where training has set them apart.
 """
 
-import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from edgeclip.reports.results import Trade, TradePoint
 
 POINTS = 41
 """of the trade's curve"""
-Rule = Literal["labeled images", "prior", "balanced classes"]
+Rule = Literal["midway", "prior", "balanced classes"]
 
 
 class Choices(NamedTuple):
@@ -83,6 +84,23 @@ def trade(labeled: Choices, unlabeled: Choices) -> Trade:
     return Trade(area=area, curve=tuple(curve))
 
 
+def of_share(lead: np.ndarray, share: float, weight: float = 1.0) -> float:
+    """Return the offset with which this share of the images names a labeled class.
+
+    weight: a factor of its odds.
+    """
+    odds = weight * share / (1 - share)
+    return float(np.quantile(lead, 1 / (1 + odds)))
+
+
+def midway(lead: np.ndarray, has_label: np.ndarray, weight: float = 1.0) -> float:
+    """Return the offset midway between the mean lead of images with a label and of the others.
+
+    weight: how much closer it is to the others than to the labeled ones.
+    """
+    return float((lead[has_label].mean() + weight * lead[~has_label].mean()) / (1 + weight))
+
+
 def fit(
     scores: np.ndarray, data: Dataset, has_label: np.ndarray, spec: R.Calibration
 ) -> ClassOffset:
@@ -93,25 +111,23 @@ def fit(
     """
     labeled = data.labeled_classes
     lead = choices(scores, labeled, np.full(len(scores), -1)).lead
-    rule: Rule
-    if spec.prior is not None:
-        rule = "prior"
-        share = spec.prior
-    elif data.parted:
-        rule = "labeled images"
-        share = float(has_label.mean())
-    else:
-        # Assigned in balance (Sinkhorn), each class gets as many images as another.
-        rule = "balanced classes"
-        share = len(labeled) / len(data.classes)
-    odds = spec.labeled_weight * share / (1 - share)
-    offset = float(np.quantile(lead, 1 / (1 + odds)))
-    if not math.isfinite(offset):
+    if not np.isfinite(lead).all():
         raise EdgeclipError(
             "class offset",
             "is not finite: neither are the scores of the training images",
             "train with a lower learning rate, or set calibration to null",
         )
+    rule: Rule
+    if spec.prior is not None:
+        rule = "prior"
+        offset = of_share(lead, spec.prior, spec.labeled_weight)
+    elif data.parted:
+        rule = "midway"
+        offset = midway(lead, has_label, spec.labeled_weight)
+    else:
+        # Assigned in balance (Sinkhorn), each class gets as many images as another.
+        rule = "balanced classes"
+        offset = of_share(lead, len(labeled) / len(data.classes), spec.labeled_weight)
     return ClassOffset(
         offset=offset,
         labels=[data.classes[c] for c in labeled],

@@ -55,6 +55,12 @@ def stage1(inputs: Inputs, first: FirstTeacher, run: Path, clock: Clock) -> Less
     if recipe.other_teachers:
         clock.lap("other teachers")
     class_offset = calibration.of_teacher(recipe, lesson, inputs.device)
+    if class_offset is None and recipe.losses.kl is not None and recipe.losses.kl.offset:
+        raise EdgeclipError(
+            "losses.kl.offset",
+            "there is no class to set back: no image or every image has a label that is learned",
+            "set it to false",
+        )
     return dataclasses.replace(lesson, class_offset=class_offset)
 
 

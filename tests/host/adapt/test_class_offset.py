@@ -65,7 +65,7 @@ def fitted(data, spec=PLAIN):
 
 def test_the_record_says_what_the_offset_does(parted):
     record, scores, has_label = fitted(parted)
-    assert record.rule == "labeled images" and record.images == 600
+    assert record.rule == "midway" and record.images == 600
     assert record.labels == [parted.classes[c] for c in parted.labeled_classes]
     named = (scores - offsets(record, parted.classes)).argmax(axis=1)
     on_labeled = np.isin(named, parted.labeled_classes)
@@ -75,9 +75,26 @@ def test_the_record_says_what_the_offset_does(parted):
     assert msgspec.convert(msgspec.to_builtins(record), type(record)) == record
 
 
-def test_as_many_images_name_a_labeled_class_as_have_a_label(parted):
-    record, _, has_label = fitted(parted)
-    assert share_that_names_labeled(record, has_label) == pytest.approx(0.5, abs=0.01)
+def test_halves_of_one_spread_are_named_alike(parted):
+    record, *_ = fitted(parted)
+    assert record.labeled_named == pytest.approx(record.others_named, abs=0.03)
+    assert record.labeled_named_without > record.others_named_without + 0.2
+
+
+def test_how_many_images_have_a_label_does_not_move_it(parted):
+    record, scores, has_label = fitted(parted)
+    few = np.concatenate([scores[has_label], np.repeat(scores[~has_label], 5, axis=0)])
+    labels = np.arange(len(few)) < has_label.sum()
+    assert fit(few, parted, labels, PLAIN).offset == pytest.approx(record.offset)
+
+
+def test_between_halves_that_are_apart_it_is_in_the_middle(parted):
+    scores = np.zeros((4, 5))
+    scores[:2, 0] = 0.4, 0.6
+    scores[2:, 1] = 0.2, 0.4
+    record = fit(scores, parted, np.array([True, True, False, False]), PLAIN)
+    assert record.offset == pytest.approx((0.5 - 0.3) / 2)
+    assert (record.labeled_named, record.others_named) == (1.0, 1.0)
 
 
 def test_scores_that_are_not_finite_have_no_offset(parted):
@@ -91,9 +108,18 @@ def share_that_names_labeled(record, has_label):
     return of_labeled + (~has_label).mean() * (1 - record.others_named)
 
 
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+def test_a_weight_keeps_the_offset_farther_from_the_images_with_a_label(parted, weight):
+    record, scores, has_label = fitted(parted, R.Calibration(labeled_weight=weight))
+    lead = choices(scores, parted.labeled_classes, np.full(600, -1)).lead
+    labeled, others = lead[has_label].mean(), lead[~has_label].mean()
+    assert labeled - record.offset == pytest.approx(weight * (record.offset - others))
+
+
 @pytest.mark.parametrize(("weight", "share"), [(0.5, 1 / 3), (3.0, 0.75)])
-def test_a_weight_is_a_factor_of_the_odds(parted, weight, share):
-    record, _, has_label = fitted(parted, R.Calibration(labeled_weight=weight))
+def test_a_weight_is_a_factor_of_a_priors_odds(parted, weight, share):
+    spec = R.Calibration(labeled_weight=weight, prior=0.5)
+    record, _, has_label = fitted(parted, spec)
     assert share_that_names_labeled(record, has_label) == pytest.approx(share, abs=0.01)
 
 

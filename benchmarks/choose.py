@@ -1,0 +1,235 @@
+"""Stage 1 and readings of the losses, chosen inside the folds: by labels that training has, without a look at a test image.
+
+Each fold of `pools.py` parts its training images once more: half of the classes with labels lose them (`inner_fold`), twice. A
+candidate is trained on what is left and scored over all labels of the set, with the class offset that would ship: top-1 on withheld
+images of the half that kept its labels, on those of the half that lost them, and their harmonic mean. No label of a class that has
+none in the fold takes part. What a fold prefers is the candidate with the best mean over its inner folds; a recipe takes what most
+folds of its set prefer, and `folds.py` then scores that on test images.
+
+    stage1     settings of `adapt`, scored as a teacher
+    readings   losses of ComKD, scored as a student on frozen features; the head is the recipe's own stage 1
+
+    results/choices.jsonl  a line a candidate and inner fold, appended when it is done
+
+    python benchmarks/choose.py stage1 --data clothing=DIR --data grocery=DIR
+    python benchmarks/choose.py readings --sets openmoji
+"""
+
+from pathlib import Path
+from typing import Any
+
+import common
+import folds
+import methods
+import methods_table
+import numpy as np
+import pools
+import torch
+import toy
+from methods import Bench
+from msgspec.structs import replace
+from readings import DEFAULT, READINGS
+from torch.nn import functional as F
+
+from edgeclip import disk
+from edgeclip.device.zero_shot import EduAttention
+from edgeclip.host import recipe as R
+from edgeclip.host import student as students
+from edgeclip.host import teachers
+from edgeclip.host.adapt.residual_head import adapt
+from edgeclip.host.distill.optimizer import cosine
+
+LOG = Path(__file__).parent.parent / "results" / "choices.jsonl"
+INNER = range(2)
+STAGE_1: dict[str, dict[str, Any]] = {
+    "labels alone": {},
+    "pull .1": {"toward_unadapted": 0.1},
+    "pull 1": {"toward_unadapted": 1.0},
+    "pull 3": {"toward_unadapted": 3.0},
+    "margin 2": {"margin": 2.0},
+    "others 1": {"others": 1.0},
+    "others 1, pull 1": {"others": 1.0, "toward_unadapted": 1.0},
+    "others .3": {"others": 0.3},
+    "balanced": {},
+    "balanced, pull 1": {"toward_unadapted": 1.0},
+    "balanced, others 1": {"others": 1.0},
+}
+"""beside labels alone at a pull of .3"""
+LAST = "EduAttention last, projector frozen"
+LOSSES = (
+    DEFAULT,
+    "lambda 0",
+    "lambda 10",
+    "KL with the offset",
+    "deviations",
+    "each half's own scale",
+    "deviations, own scale",
+    "without EduAttention",
+    "centered",
+    "centered, C .03",
+    "FC from identity",
+    "centered, FC from identity, C .03",
+    LAST,
+)
+KINDS = {"stage1": tuple(STAGE_1), "readings": LOSSES}
+
+
+def stage_1(base: R.ResidualHead, name: str) -> R.ResidualHead:
+    """The candidate's settings; the rest is the set's own."""
+    settings = STAGE_1[name]
+    own = R.SelfTraining(start=min(100, base.steps // 2)) if "balanced" in name else None
+    plain = replace(base, toward_unadapted=0.3, margin=None, others=0.0, self_training=own)
+    return replace(plain, **settings)
+
+
+def adapted(bench: Bench, spec: R.ResidualHead, seed: int, folder: Path) -> teachers.Teacher:
+    """The teacher after stage 1 on the bench's labels; kept below `folder`."""
+    images = [image.key for image in bench.dataset.labeled]
+    key = [str(spec), images, len(bench.cached.images), bench.cached.folder.name, seed]
+    head = folder / "choose-heads" / disk.fingerprint(key)[:16]
+    return adapt(bench.teacher, bench.cached, bench.dataset, spec, seed, head)
+
+
+def answers(
+    bench: Bench, name: str, seed: int, teacher: teachers.Teacher
+) -> tuple[dict[str, np.ndarray], EduAttention | None]:
+    """A reading's features of every part, by its name, and the head that it ships with."""
+    without = methods.METHODS["ComKD without EduAttention"]
+    if name == "without EduAttention":
+        return folds.answers(bench, without, "frozen", seed, teacher)
+    if name == LAST:
+        learner, _ = methods.learn(bench, without, "frozen", seed, teacher)
+        parts = bench.parts["train"] + bench.parts["test"]
+        features = {part.name: methods.projected(learner.student, part) for part in parts}
+        return features, attention_alone(bench, learner.student, seed, teacher).numpy()
+    return folds.answers(bench, READINGS[name], "frozen", seed, teacher)
+
+
+def attention_alone(
+    bench: Bench, student: students.Student, seed: int, teacher: teachers.Teacher
+) -> students.EduAttentionHead:
+    """EduAttention trained by the KL on a student whose projector stays as it is, in as many steps as the projector had."""
+    classes = torch.from_numpy(bench.cached.class_features[bench.dataset.train_classes])
+    spec, train = R.EduAttention(), bench.recipe.train
+    head = students.EduAttentionHead(teacher.embed_dim, spec, torch.Generator().manual_seed(seed))
+    rows = torch.from_numpy(bench.cached.rows)
+    assert bench.tower_features is not None
+    with torch.no_grad():
+        u = F.normalize(student.projector(bench.tower_features.flatten(0, 1)), dim=-1)
+        t = F.normalize(teacher.features(rows.flatten(0, 1)), dim=-1)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=train.warmup_lr, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(train.warmup_steps):
+        pick = torch.randint(len(u), (train.warmup_batch_size,), generator=generator)
+        answer = teacher.logit_scale * head(u[pick], classes) @ classes.T
+        target = (teacher.logit_scale * t[pick] @ classes.T).log_softmax(dim=-1)
+        loss = F.kl_div(answer.log_softmax(dim=-1), target, reduction="batchmean", log_target=True)
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = train.warmup_lr * cosine(step, train.warmup_steps)
+        optimizer.step()
+    return head
+
+
+def trial(kind: str, name: str, bench: Bench, ks: list[int], folder: Path, log: Path) -> None:
+    """Every line of a set that `log` does not hold yet."""
+    own = bench.recipe.adapt
+    assert isinstance(own, R.ResidualHead)
+    for k in ks:
+        fold = pools.fold_of(bench, k, folder)
+        for i in INNER:
+            key = {"kind": kind, "set": name, "fold": k, "inner": i}
+            if kind == "readings":
+                key["stage_1"] = folds.stage_1(own)
+            known = [x["candidate"] for x in methods_table.read(log) if key.items() <= x.items()]
+            missing = [candidate for candidate in KINDS[kind] if candidate not in known]
+            if not missing:
+                continue
+            inner = pools.bench_of(bench, pools.inner_fold(bench, fold, 10 * k + i))
+            for candidate in missing:
+                if kind == "stage1":
+                    teacher = adapted(inner, stage_1(own, candidate), k, folder)
+                    found = folds.answers(inner, None, "teacher", k, teacher)
+                else:
+                    found = answers(inner, candidate, k, adapted(inner, own, k, folder))
+                line = folds.scored(inner, *found)
+                methods.append(key | {"candidate": candidate} | line, log)
+                print(f"{name} {k}.{i} {candidate}: {line['rules']['shipped']}", flush=True)
+
+
+def preferred(log: list[dict[str, Any]], kind: str) -> dict[str, list[str]]:
+    """What each fold of a set prefers, fold by fold, by set."""
+    found: dict[str, list[str]] = {}
+    for name, k in dict.fromkeys((x["set"], x["fold"]) for x in log if x["kind"] == kind):
+        own = [x for x in log if (x["kind"], x["set"], x["fold"]) == (kind, name, k)]
+        means = {c: _mean([x for x in own if x["candidate"] == c]) for c in KINDS[kind]}
+        found.setdefault(name, []).append(max(means, key=lambda c: means[c]))
+    return found
+
+
+def _mean(lines: list[dict[str, Any]]) -> float:
+    if not lines:
+        return -1.0
+    return float(np.mean([x["rules"]["shipped"]["mean"] for x in lines]))
+
+
+def rows(log: list[dict[str, Any]], kind: str) -> list[list[Any]]:
+    """A row a candidate: its mean over all inner folds of a set, and how many folds prefer it."""
+    found = []
+    chosen = preferred(log, kind)
+    for candidate in KINDS[kind]:
+        cells: list[Any] = [candidate]
+        for name in chosen:
+            own = [x for x in log if (x["kind"], x["set"]) == (kind, name)]
+            mean = _mean([x for x in own if x["candidate"] == candidate])
+            cells += [f"{mean:.3f}", chosen[name].count(candidate)]
+        found.append(cells)
+    return found
+
+
+def headers(log: list[dict[str, Any]], kind: str) -> list[str]:
+    """Of the table."""
+    cells = [kind]
+    for name in preferred(log, kind):
+        cells += [name, "folds"]
+    return cells
+
+
+def smoke(kinds: list[str], folder: Path) -> list[dict[str, Any]]:
+    """One fold of generated shapes; returns the log's lines."""
+    log = folder / "choices.jsonl"
+    bench = pools.pool(toy.write_recipe(folder, toy.TRIAL), (), folder / "cache")
+    for kind in kinds:
+        trial(kind, "shapes", bench, [0], folder / "cache", log)
+    return methods_table.read(log)
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=" or ".join(KINDS))
+    parser.add_argument("--sets", nargs="+", choices=list(methods.SETS), default=list(methods.SETS))
+    parser.add_argument("--folds", nargs="+", type=int, choices=pools.FOLDS, default=pools.FOLDS)
+    parser.add_argument("--data", action="append", default=[], help="NAME=DIR")
+    parser.add_argument("--cache", type=Path, default=Path("cache"))
+    options = parser.parse_args()
+    here = common.this_machine()
+    kinds = options.kinds or list(KINDS)
+    if options.form == common.SMOKE:
+        with common.workplace() as folder:
+            log = smoke(kinds, folder)
+    else:
+        for name in options.sets:
+            roots = tuple(r for r in options.data if r.partition("=")[0] == name)
+            bench = pools.pool(methods.recipe_of(name, "frozen"), roots, options.cache)
+            for kind in kinds:
+                trial(kind, name, bench, list(options.folds), options.cache, LOG)
+        log = methods_table.read(LOG)
+    for kind in kinds:
+        common.table(rows(log, kind), headers(log, kind))
+    chosen = {kind: preferred(log, kind) for kind in kinds}
+    common.finish({"benchmark": "choose", "preferred": chosen}, [], here, options)
+
+
+if __name__ == "__main__":
+    main()
