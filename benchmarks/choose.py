@@ -43,6 +43,7 @@ LOG = Path(__file__).parent.parent / "results" / "choices.jsonl"
 INNER = range(2)
 STAGE_1: dict[str, dict[str, Any]] = {
     "labels alone": {},
+    "no pull": {"toward_unadapted": 0.0},
     "pull .1": {"toward_unadapted": 0.1},
     "pull 1": {"toward_unadapted": 1.0},
     "pull 3": {"toward_unadapted": 3.0},
@@ -52,7 +53,10 @@ STAGE_1: dict[str, dict[str, Any]] = {
     "others .3": {"others": 0.3},
     "balanced": {},
     "balanced, pull 1": {"toward_unadapted": 1.0},
+    "balanced, pull 3": {"toward_unadapted": 3.0},
     "balanced, others 1": {"others": 1.0},
+    "balanced, others 1, pull 1": {"others": 1.0, "toward_unadapted": 1.0},
+    "balanced, others 3": {"others": 3.0},
 }
 """beside labels alone at a pull of .3"""
 LAST = "EduAttention last, projector frozen"

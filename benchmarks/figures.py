@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import folds_compare
 import folds_table
 import methods_table
 import readings_table
@@ -99,6 +100,11 @@ def _beside_promptkd(newest: dict[tuple[str, str, str], Any], name: str, method:
     if low > 0 or high < 0:
         return f"**{cell}**"
     return cell
+
+
+def folds_differences(log: list[dict[str, Any]]) -> str:
+    """Render results/folds.jsonl: each method less PromptKD, paired by fold, and what it allows to say."""
+    return markdown(folds_compare.HEADERS, folds_compare.rows(log))
 
 
 def folds(log: list[dict[str, Any]]) -> str:
@@ -443,6 +449,7 @@ def bench(reports: list[dict[str, Any]]) -> str:
 OF_LOGS: dict[str, Callable[[Any], str]] = {
     "families": families,
     "folds": folds,
+    "folds_differences": folds_differences,
     "methods": methods,
     "methods_summary": methods_summary,
     "readings": readings,
