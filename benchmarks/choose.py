@@ -1,6 +1,6 @@
 """Stage 1 and readings of the losses, chosen inside the folds: by labels that training has, without a look at a test image.
 
-Each fold of `pools.py` parts its training images once more: half of the classes with labels lose them (`inner_fold`), twice. A
+Each fold of `pools.py` parts its training images once more: half of the classes with labels lose them (`inner_fold`), twice for stage 1, once for students. A
 candidate is trained on what is left and scored over all labels of the set, with the class offset that would ship: top-1 on withheld
 images of the half that kept its labels, on those of the half that lost them, and their harmonic mean. No label of a class that has
 none in the fold takes part. What a fold prefers is the candidate with the best mean over its inner folds; a recipe takes what most
@@ -18,6 +18,7 @@ folds of its set prefer, and `folds.py` then scores that on test images.
 from pathlib import Path
 from typing import Any
 
+import choose_table
 import common
 import folds
 import methods
@@ -40,7 +41,8 @@ from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.distill.optimizer import cosine
 
 LOG = Path(__file__).parent.parent / "results" / "choices.jsonl"
-INNER = range(2)
+INNER = {"stage1": range(2), "readings": range(1)}
+"""inner folds of a fold"""
 STAGE_1: dict[str, dict[str, Any]] = {
     "labels alone": {},
     "no pull": {"toward_unadapted": 0.0},
@@ -48,15 +50,13 @@ STAGE_1: dict[str, dict[str, Any]] = {
     "pull 1": {"toward_unadapted": 1.0},
     "pull 3": {"toward_unadapted": 3.0},
     "margin 2": {"margin": 2.0},
+    "margin 2, pull .1": {"margin": 2.0, "toward_unadapted": 0.1},
     "others 1": {"others": 1.0},
-    "others 1, pull 1": {"others": 1.0, "toward_unadapted": 1.0},
-    "others .3": {"others": 0.3},
     "balanced": {},
     "balanced, pull 1": {"toward_unadapted": 1.0},
     "balanced, pull 3": {"toward_unadapted": 3.0},
     "balanced, others 1": {"others": 1.0},
     "balanced, others 1, pull 1": {"others": 1.0, "toward_unadapted": 1.0},
-    "balanced, others 3": {"others": 3.0},
 }
 """beside labels alone at a pull of .3"""
 LAST = "EduAttention last, projector frozen"
@@ -66,10 +66,8 @@ LOSSES = (
     "lambda 10",
     "KL with the offset",
     "deviations",
-    "each half's own scale",
     "deviations, own scale",
     "without EduAttention",
-    "centered",
     "centered, C .03",
     "FC from identity",
     "centered, FC from identity, C .03",
@@ -142,7 +140,7 @@ def trial(kind: str, name: str, bench: Bench, ks: list[int], folder: Path, log: 
     assert isinstance(own, R.ResidualHead)
     for k in ks:
         fold = pools.fold_of(bench, k, folder)
-        for i in INNER:
+        for i in INNER[kind]:
             key = {"kind": kind, "set": name, "fold": k, "inner": i}
             if kind == "readings":
                 key["stage_1"] = folds.stage_1(own)
@@ -160,44 +158,6 @@ def trial(kind: str, name: str, bench: Bench, ks: list[int], folder: Path, log: 
                 line = folds.scored(inner, *found)
                 methods.append(key | {"candidate": candidate} | line, log)
                 print(f"{name} {k}.{i} {candidate}: {line['rules']['shipped']}", flush=True)
-
-
-def preferred(log: list[dict[str, Any]], kind: str) -> dict[str, list[str]]:
-    """What each fold of a set prefers, fold by fold, by set."""
-    found: dict[str, list[str]] = {}
-    for name, k in dict.fromkeys((x["set"], x["fold"]) for x in log if x["kind"] == kind):
-        own = [x for x in log if (x["kind"], x["set"], x["fold"]) == (kind, name, k)]
-        means = {c: _mean([x for x in own if x["candidate"] == c]) for c in KINDS[kind]}
-        found.setdefault(name, []).append(max(means, key=lambda c: means[c]))
-    return found
-
-
-def _mean(lines: list[dict[str, Any]]) -> float:
-    if not lines:
-        return -1.0
-    return float(np.mean([x["rules"]["shipped"]["mean"] for x in lines]))
-
-
-def rows(log: list[dict[str, Any]], kind: str) -> list[list[Any]]:
-    """A row a candidate: its mean over all inner folds of a set, and how many folds prefer it."""
-    found = []
-    chosen = preferred(log, kind)
-    for candidate in KINDS[kind]:
-        cells: list[Any] = [candidate]
-        for name in chosen:
-            own = [x for x in log if (x["kind"], x["set"]) == (kind, name)]
-            mean = _mean([x for x in own if x["candidate"] == candidate])
-            cells += [f"{mean:.3f}", chosen[name].count(candidate)]
-        found.append(cells)
-    return found
-
-
-def headers(log: list[dict[str, Any]], kind: str) -> list[str]:
-    """Of the table."""
-    cells = [kind]
-    for name in preferred(log, kind):
-        cells += [name, "folds"]
-    return cells
 
 
 def smoke(kinds: list[str], folder: Path) -> list[dict[str, Any]]:
@@ -230,8 +190,8 @@ def main() -> None:
                 trial(kind, name, bench, list(options.folds), options.cache, LOG)
         log = methods_table.read(LOG)
     for kind in kinds:
-        common.table(rows(log, kind), headers(log, kind))
-    chosen = {kind: preferred(log, kind) for kind in kinds}
+        common.table(choose_table.rows(log, kind), choose_table.headers(log, kind))
+    chosen = {kind: choose_table.preferred(log, kind) for kind in kinds}
     common.finish({"benchmark": "choose", "preferred": chosen}, [], here, options)
 
 

@@ -21,11 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import folds_compare
-import folds_table
 import methods_table
-import readings_table
 from compare import Interval
+from figure_cells import markdown, median, short
+from figures_of_logs import OF_LOGS
 
 from edgeclip import disk
 
@@ -34,128 +33,6 @@ BLOCK = re.compile(
     r"(?P<start><!-- figures: (?P<file>\S+) table=(?P<table>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)",
     re.DOTALL,
 )
-
-
-# --- cells
-
-
-def short(value: float, digits: int = 3) -> str:
-    """Return a share as the pages write it: .916, not 0.916."""
-    text = f"{value:.{digits}f}"
-    if abs(value) < 1:
-        return text.replace("0.", ".", 1)
-    return text
-
-
-def median(interval: dict[str, Any]) -> str:
-    """Return a median with its 95 % interval, from an Interval as JSON."""
-    return str(Interval(**interval))
-
-
-def markdown(headers: list[str], rows: list[list[Any]]) -> str:
-    """Return a table of Markdown; None reads "not measured"."""
-    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
-    for row in rows:
-        cells = ["not measured" if cell is None else str(cell) for cell in row]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-# --- tables of logs (JSON lines)
-
-
-def methods(runs: list[dict[str, Any]]) -> str:
-    """Render every table of the trial, a regime and set each."""
-    return "\n" + methods_table.tables(runs) + "\n"
-
-
-def methods_summary(runs: list[dict[str, Any]]) -> str:
-    """Render the trial's reference rows: a method's figure on each set, and its difference to PromptKD."""
-    newest = methods_table.newest(runs)
-    sets = ("clothing", "grocery", "openmoji")
-    names = {method for regime, _, method in newest if regime == "full"} - {"PromptKD"}
-    ordered = sorted(names, key=lambda m: -methods_table.mean(newest["full", "clothing", m]))
-    rows = []
-    teacher = [short(methods_table.mean(newest["teacher", name, "teacher"])) for name in sets]
-    rows.append(["teacher, adapted", *teacher])
-    for method in ["PromptKD", *ordered]:
-        cells = [_beside_promptkd(newest, name, method) for name in sets]
-        rows.append([SHOWN_AS.get(method, method), *cells])
-    return markdown(["", "clothing", "grocery", "OpenMoji"], rows)
-
-
-SHOWN_AS = {"student alone": "hard labels, no teacher"}
-
-
-def _beside_promptkd(newest: dict[tuple[str, str, str], Any], name: str, method: str) -> str:
-    own = newest["full", name, method]
-    figure = short(methods_table.mean(own))
-    if method == "PromptKD":
-        return figure
-    difference = methods_table.difference(own, newest["full", name, "PromptKD"])
-    if difference is None:
-        return figure
-    low, high = difference["t"]
-    cell = f"{figure} ({100 * difference['mean']:+.1f}: {100 * low:+.1f} to {100 * high:+.1f})"
-    if low > 0 or high < 0:
-        return f"**{cell}**"
-    return cell
-
-
-def folds_differences(log: list[dict[str, Any]]) -> str:
-    """Render results/folds.jsonl: each method less PromptKD, paired by fold, and what it allows to say."""
-    return markdown(folds_compare.HEADERS, folds_compare.rows(log))
-
-
-def folds(log: list[dict[str, Any]]) -> str:
-    """Render results/folds.jsonl: the harmonic mean over all labels by offset, means over folds."""
-    return markdown(folds_table.HEADERS, folds_table.rows(log))
-
-
-def readings(runs: list[dict[str, Any]]) -> str:
-    """Render each reading's gain over the default, the best one on average first."""
-    rows = []
-    for reading in readings_table.sorted_readings(runs):
-        if reading == readings_table.DEFAULT:
-            continue
-        if reading == readings_table.DEFAULT:
-            continue
-        cells = [readings_table.cell(runs, name, reading) for name in readings_table.CHOOSE]
-        rows.append([reading, *cells])
-    return markdown(["reading", *readings_table.CHOOSE], rows)
-
-
-def families(rows: list[dict[str, Any]]) -> str:
-    """Render a line a family: does it export, does it build, how large and how fast are float32 and int8."""
-    built = {True: "yes", False: "**no**", None: "not checked"}
-    cells = []
-    for r in rows:
-        text = built[r["text_tensorrt_builds"]] if "text_tensorrt_builds" in r else "no text"
-        cells.append(
-            [
-                r["family"],
-                r["image_size"],
-                f"{r['float_error']:.0e}",
-                r["int8_layers"],
-                f"{r['float_ms']} / {r['float_mib']}",
-                f"{r['onnx-int8_ms']} / {r['onnx-int8_mib']}",
-                f"{r['float_ms'] / r['onnx-int8_ms']:.2f}",
-                f"{r['tensorrt_mib']}, {built[r['tensorrt_builds']]} / {text} ({r['tensorrt_s']})",
-                r.get("text_mib", ""),
-            ]
-        )
-    headers = [
-        "family",
-        "input",
-        "float error",
-        "int8 layers",
-        "onnx-fp32 ms / MiB",
-        "onnx-int8 ms / MiB",
-        "times as fast",
-        "tensorrt-int8 MiB, image / text build (s)",
-        "text int8 MiB",
-    ]
-    return markdown(headers, cells)
 
 
 # --- tables of a benchmark's JSON
@@ -446,14 +323,6 @@ def bench(reports: list[dict[str, Any]]) -> str:
     return markdown([*headers, "load ms", "peak MiB"], rows)
 
 
-OF_LOGS: dict[str, Callable[[Any], str]] = {
-    "families": families,
-    "folds": folds,
-    "folds_differences": folds_differences,
-    "methods": methods,
-    "methods_summary": methods_summary,
-    "readings": readings,
-}
 OF_BENCHMARKS: dict[str, Callable[[Any], str]] = {
     "cache": cache,
     "cold_start": cold_start,

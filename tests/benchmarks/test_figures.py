@@ -9,6 +9,7 @@ import pytest
 from tests.support.files import REPO
 
 sys.path.insert(0, str(REPO / "benchmarks"))
+import figure_cells
 import figures
 
 PAGE = """before
@@ -77,4 +78,6 @@ def test_a_table_that_is_unknown_and_a_file_that_is_not_there_are_named(tmp_path
 
 
 def test_what_was_not_measured_says_so():
-    assert figures.markdown(["a", "b"], [["x", None]]).splitlines()[-1] == "| x | not measured |"
+    assert (
+        figure_cells.markdown(["a", "b"], [["x", None]]).splitlines()[-1] == "| x | not measured |"
+    )

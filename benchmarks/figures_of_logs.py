@@ -1,0 +1,133 @@
+"""The pages' tables of logs (JSON lines): trials, folds, choices, families."""
+
+from collections.abc import Callable
+from typing import Any
+
+import choose_table
+import folds_compare
+import folds_table
+import methods_table
+import readings_table
+from figure_cells import markdown, short
+
+
+def methods(runs: list[dict[str, Any]]) -> str:
+    """Render every table of the trial, a regime and set each."""
+    return "\n" + methods_table.tables(runs) + "\n"
+
+
+def methods_summary(runs: list[dict[str, Any]]) -> str:
+    """Render the trial's reference rows: a method's figure on each set, and its difference to PromptKD."""
+    newest = methods_table.newest(runs)
+    sets = ("clothing", "grocery", "openmoji")
+    names = {method for regime, _, method in newest if regime == "full"} - {"PromptKD"}
+    ordered = sorted(names, key=lambda m: -methods_table.mean(newest["full", "clothing", m]))
+    rows = []
+    teacher = [short(methods_table.mean(newest["teacher", name, "teacher"])) for name in sets]
+    rows.append(["teacher, adapted", *teacher])
+    for method in ["PromptKD", *ordered]:
+        cells = [_beside_promptkd(newest, name, method) for name in sets]
+        rows.append([SHOWN_AS.get(method, method), *cells])
+    return markdown(["", "clothing", "grocery", "OpenMoji"], rows)
+
+
+SHOWN_AS = {"student alone": "hard labels, no teacher"}
+
+
+def _beside_promptkd(newest: dict[tuple[str, str, str], Any], name: str, method: str) -> str:
+    own = newest["full", name, method]
+    figure = short(methods_table.mean(own))
+    if method == "PromptKD":
+        return figure
+    difference = methods_table.difference(own, newest["full", name, "PromptKD"])
+    if difference is None:
+        return figure
+    low, high = difference["t"]
+    cell = f"{figure} ({100 * difference['mean']:+.1f}: {100 * low:+.1f} to {100 * high:+.1f})"
+    if low > 0 or high < 0:
+        return f"**{cell}**"
+    return cell
+
+
+def choices_stage_1(log: list[dict[str, Any]]) -> str:
+    """Render results/choices.jsonl: stage 1 by inner folds."""
+    return markdown(choose_table.headers(log, "stage1"), choose_table.rows(log, "stage1"))
+
+
+def choices_readings(log: list[dict[str, Any]]) -> str:
+    """Render results/choices.jsonl: readings of ComKD by inner folds."""
+    return markdown(choose_table.headers(log, "readings"), choose_table.rows(log, "readings"))
+
+
+def choices_offsets(log: list[dict[str, Any]]) -> str:
+    """Render results/choices.jsonl: rules of the class offset by inner folds."""
+    return markdown(choose_table.OFFSET_HEADERS, choose_table.offset_rows(log))
+
+
+def folds_differences(log: list[dict[str, Any]]) -> str:
+    """Render results/folds.jsonl: each method less PromptKD, paired by fold, and what it allows to say."""
+    return markdown(folds_compare.HEADERS, folds_compare.rows(log))
+
+
+def folds(log: list[dict[str, Any]]) -> str:
+    """Render results/folds.jsonl: the harmonic mean over all labels by offset, means over folds."""
+    return markdown(folds_table.HEADERS, folds_table.rows(log))
+
+
+def readings(runs: list[dict[str, Any]]) -> str:
+    """Render each reading's gain over the default, the best one on average first."""
+    rows = []
+    for reading in readings_table.sorted_readings(runs):
+        if reading == readings_table.DEFAULT:
+            continue
+        if reading == readings_table.DEFAULT:
+            continue
+        cells = [readings_table.cell(runs, name, reading) for name in readings_table.CHOOSE]
+        rows.append([reading, *cells])
+    return markdown(["reading", *readings_table.CHOOSE], rows)
+
+
+def families(rows: list[dict[str, Any]]) -> str:
+    """Render a line a family: does it export, does it build, how large and how fast are float32 and int8."""
+    built = {True: "yes", False: "**no**", None: "not checked"}
+    cells = []
+    for r in rows:
+        text = built[r["text_tensorrt_builds"]] if "text_tensorrt_builds" in r else "no text"
+        cells.append(
+            [
+                r["family"],
+                r["image_size"],
+                f"{r['float_error']:.0e}",
+                r["int8_layers"],
+                f"{r['float_ms']} / {r['float_mib']}",
+                f"{r['onnx-int8_ms']} / {r['onnx-int8_mib']}",
+                f"{r['float_ms'] / r['onnx-int8_ms']:.2f}",
+                f"{r['tensorrt_mib']}, {built[r['tensorrt_builds']]} / {text} ({r['tensorrt_s']})",
+                r.get("text_mib", ""),
+            ]
+        )
+    headers = [
+        "family",
+        "input",
+        "float error",
+        "int8 layers",
+        "onnx-fp32 ms / MiB",
+        "onnx-int8 ms / MiB",
+        "times as fast",
+        "tensorrt-int8 MiB, image / text build (s)",
+        "text int8 MiB",
+    ]
+    return markdown(headers, cells)
+
+
+OF_LOGS: dict[str, Callable[[Any], str]] = {
+    "families": families,
+    "choices_stage_1": choices_stage_1,
+    "choices_readings": choices_readings,
+    "choices_offsets": choices_offsets,
+    "folds": folds,
+    "folds_differences": folds_differences,
+    "methods": methods,
+    "methods_summary": methods_summary,
+    "readings": readings,
+}
