@@ -20,6 +20,7 @@ from typing import Any
 
 import choose_table
 import common
+import family
 import folds
 import methods
 import methods_table
@@ -27,7 +28,7 @@ import numpy as np
 import pools
 import torch
 import toy
-from methods import Bench
+from family import Bench
 from msgspec.structs import replace
 from readings import DEFAULT, READINGS
 from torch.nn import functional as F
@@ -96,13 +97,13 @@ def answers(
     bench: Bench, name: str, seed: int, teacher: teachers.Teacher
 ) -> tuple[dict[str, np.ndarray], EduAttention | None]:
     """A reading's features of every part, by its name, and the head that it ships with."""
-    without = methods.METHODS["ComKD without EduAttention"]
+    without = family.METHODS["ComKD without EduAttention"]
     if name == "without EduAttention":
         return folds.answers(bench, without, "frozen", seed, teacher)
     if name == LAST:
-        learner, _ = methods.learn(bench, without, "frozen", seed, teacher)
+        learner, _ = family.learn(bench, without, "frozen", seed, teacher)
         parts = bench.parts["train"] + bench.parts["test"]
-        features = {part.name: methods.projected(learner.student, part) for part in parts}
+        features = {part.name: family.projected(learner.student, part) for part in parts}
         return features, attention_alone(bench, learner.student, seed, teacher).numpy()
     return folds.answers(bench, READINGS[name], "frozen", seed, teacher)
 
@@ -172,7 +173,7 @@ def smoke(kinds: list[str], folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=" or ".join(KINDS))
-    parser.add_argument("--sets", nargs="+", choices=list(methods.SETS), default=list(methods.SETS))
+    parser.add_argument("--sets", nargs="+", choices=list(family.SETS), default=list(family.SETS))
     parser.add_argument("--folds", nargs="+", type=int, choices=pools.FOLDS, default=pools.FOLDS)
     parser.add_argument("--data", action="append", default=[], help="NAME=DIR")
     parser.add_argument("--cache", type=Path, default=Path("cache"))
@@ -185,7 +186,7 @@ def main() -> None:
     else:
         for name in options.sets:
             roots = tuple(r for r in options.data if r.partition("=")[0] == name)
-            bench = pools.pool(methods.recipe_of(name, "frozen"), roots, options.cache)
+            bench = pools.pool(family.recipe_of(name, "frozen"), roots, options.cache)
             for kind in kinds:
                 trial(kind, name, bench, list(options.folds), options.cache, LOG)
         log = methods_table.read(LOG)

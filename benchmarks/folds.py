@@ -29,6 +29,7 @@ from typing import Any
 
 import common
 import compare
+import family
 import folds_table
 import methods
 import methods_table
@@ -36,7 +37,7 @@ import numpy as np
 import pools
 import toy
 import yaml
-from methods import Bench
+from family import Bench
 from pools import CPU, FOLDS
 
 from edgeclip import disk
@@ -112,16 +113,16 @@ def answers(
     """A student's features of every part, by its name, and the head that it ships with; no losses: the teacher's."""
     parts = bench.parts["train"] + bench.parts["test"]
     if losses is None:
-        return {part.name: methods.taught(teacher, part) for part in parts}, None
-    learner, _ = methods.learn(bench, losses, regime, seed, teacher)
+        return {part.name: family.taught(teacher, part) for part in parts}, None
+    learner, _ = family.learn(bench, losses, regime, seed, teacher)
     features = {}
     for part in parts:
         if regime == "frozen":
-            features[part.name] = methods.projected(learner.student, part)
+            features[part.name] = family.projected(learner.student, part)
         else:
             seen = image_features(learner.student, part.images, learner.preprocess, part.name, CPU)
             features[part.name] = seen.features
-    return features, methods.shipped_head(learner)
+    return features, family.shipped_head(learner)
 
 
 def key_of(name: str, bench: Bench, regime: str, model: str) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def key_of(name: str, bench: Bench, regime: str, model: str) -> dict[str, Any]:
     losses = None
     if model != "teacher":
         parts += ["student", "train"]
-        losses = methods.METHODS[model]
+        losses = family.METHODS[model]
     spec = bench.recipe.adapt
     assert isinstance(spec, R.ResidualHead)
     recorded = {part: written[part] for part in parts} | {"losses": losses}
@@ -179,7 +180,7 @@ def trial(
         head = folder / "folds-heads" / f"{keys[0]['recipe']}-{k}"
         teacher = adapt(own.teacher, own.cached, fold.dataset, spec, k, head)
         for key in missing:
-            losses = methods.METHODS.get(key["model"])
+            losses = family.METHODS.get(key["model"])
             start = time.perf_counter()
             line = scored(own, *answers(own, losses, regime, k, teacher))
             line["seconds"] = round(time.perf_counter() - start, 1)
@@ -217,8 +218,8 @@ def main() -> None:
     parser = common.arguments(__doc__)
     for regime, what in REGIMES.items():
         parser.add_argument(f"--{regime}", action="store_true", help=what)
-    parser.add_argument("--sets", nargs="+", choices=list(methods.SETS), default=list(methods.SETS))
-    parser.add_argument("--methods", nargs="+", choices=list(methods.METHODS), default=METHODS)
+    parser.add_argument("--sets", nargs="+", choices=list(family.SETS), default=list(family.SETS))
+    parser.add_argument("--methods", nargs="+", choices=list(family.METHODS), default=METHODS)
     parser.add_argument("--folds", nargs="+", type=int, choices=FOLDS, default=list(FOLDS))
     parser.add_argument("--data", action="append", default=[], help="NAME=DIR")
     parser.add_argument("--cache", type=Path, default=Path("cache"))
@@ -241,7 +242,7 @@ def measure(regime: str, options: argparse.Namespace) -> None:
     """Every line of a regime that was asked for and is not in the log."""
     for name in options.sets:
         roots = tuple(r for r in options.data if r.partition("=")[0] == name)
-        bench = pools.pool(methods.recipe_of(name, regime), roots, options.cache, regime)
+        bench = pools.pool(family.recipe_of(name, regime), roots, options.cache, regime)
         trial(name, bench, regime, list(options.methods), options.folds, options.cache, LOG)
 
 

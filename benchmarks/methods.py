@@ -29,16 +29,16 @@ paired (same photos, same seed), so their differences are known better than them
     python benchmarks/methods.py --quick --check --data clothing=DIR      # identities and signs
 """
 
-import dataclasses
 import json
 import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import common
 import compare
+import family
 import methods_table
 import msgspec
 import numpy as np
@@ -46,103 +46,28 @@ import torch
 import toy
 import yaml
 from msgspec.structs import replace
-from torch.nn import functional as F
 
-from edgeclip import config, disk
+from edgeclip import disk
 from edgeclip.device.metrics import harmonic_mean, hits
-from edgeclip.device.zero_shot import EduAttention, class_scores
+from edgeclip.device.zero_shot import class_scores
 from edgeclip.host import cache, data, recipe, teachers
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
 from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.allocator import keep_freed_memory
-from edgeclip.host.distill import calibration
 from edgeclip.host.distill.pixels import frozen_features
-from edgeclip.host.distill.targets import Lesson, Taught
-from edgeclip.host.distill.train import train
-from edgeclip.host.distill.training import Learner
 from edgeclip.host.evaluation.scores import image_features
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 LOG = Path(__file__).parent.parent / "results" / "methods.jsonl"
 HEADS = Path("runs/methods")
 """where the adapted heads are kept"""
-SETS = {"clothing": "clothing", "grocery": "grocery", "openmoji": "quickstart"}
 SEEDS = range(5)
-EPOCHS = {"full": 3, "small": 3, "vit": 5, "frozen": 0}
-"""after the projector's steps, which a ViT from random blocks does without"""
-
-CLIP_KD = {
-    "contrastive": {},
-    "affinity": {"form": "kl"},
-    "feature": {"weight": 7.8},
-    "interactive": {},
-    "captions": "classes",
-}
-COMKD = {"kl": {}, "if_align": {"weight": 100}, "edu_attention": {"temperature": 0.1}}
-METHODS: dict[str, dict[str, Any]] = {
-    "student alone": {"cross_entropy": {}},
-    "contrastive": {"contrastive": {}, "captions": "classes"},
-    "feature": {"feature": {}},
-    "affinity": {"affinity": {}, "captions": "classes"},
-    "CLIP-KD": CLIP_KD,
-    "CLIP-RD": CLIP_KD | {"vrd": {}, "xrd": {}},
-    "CLIP-Embed-KD": {"cross_entropy": {}, "prototype": {"weight": 0.5}},
-    "PromptKD": {"kl": {}},
-    "ComKD": COMKD,
-    "ComKD without IFAlign": {k: v for k, v in COMKD.items() if k != "if_align"},
-    "ComKD without EduAttention": {k: v for k, v in COMKD.items() if k != "edu_attention"},
-    "ComKD without both": {
-        "kl": {},
-        "if_align": {"weight": 0},
-        "edu_attention": {"temperature": 0.1, "learn_alpha": False},
-    },
-}
 
 
-class Part(NamedTuple):
-    """One evaluation set's images through the two frozen towers."""
-
-    name: str
-    classes: list[int]
-    labels: np.ndarray
-    images: list[Any]
-    teacher_rows: np.ndarray
-    tower_features: np.ndarray
-
-
-class Bench(NamedTuple):
-    """A data set, its teacher and its student's frozen features: all that runs share."""
-
-    path: Path
-    """of the recipe"""
-    recipe: R.Recipe
-    dataset: data.Dataset
-    teacher: teachers.Teacher
-    cached: cache.TeacherCache
-    tower_features: torch.Tensor | None
-    """None: no projector's steps"""
-    parts: dict[str, list[Part]]
-
-
-def recipe_of(name: str, regime: str) -> Path:
-    """Of the data, the teacher and the regime's student."""
-    return RECIPES / f"{SETS[name]}{'-vit' if regime == 'vit' else ''}.yaml"
-
-
-def at_size(asked: R.Recipe, regime: str) -> R.Recipe:
-    """The recipe with the student of a regime."""
-    if regime != "small":
-        return asked
-    tower = asked.student.tower
-    assert isinstance(tower, R.Timm)
-    return replace(asked, student=replace(asked.student, tower=replace(tower, image_size=80)))
-
-
-def prepare(path: Path, regime: str, roots: tuple[str, ...], folder: Path) -> Bench:
+def prepare(path: Path, regime: str, roots: tuple[str, ...], folder: Path) -> family.Bench:
     """Builds or opens the teacher cache and the frozen features of the recipe at `path`; `folder`: where the cache lies."""
     keep_freed_memory()
-    asked = at_size(recipe.load(path, roots), regime)
+    asked = family.at_size(recipe.load(path, roots), regime)
     dataset = data.load(asked.data, folder)
     if isinstance(asked.data, R.WebDataset):
         sets = {
@@ -166,7 +91,7 @@ def prepare(path: Path, regime: str, roots: tuple[str, ...], folder: Path) -> Be
         if asked.train.warmup_steps
         else None
     )
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[family.Part]] = {}
     for which, evaluation in sets.items():
         parts[which] = []
         for s in evaluation:
@@ -178,18 +103,14 @@ def prepare(path: Path, regime: str, roots: tuple[str, ...], folder: Path) -> Be
             )
             labels = np.array([s.classes.index(s.images[i].label) for i in kept])
             parts[which].append(
-                Part(s.name, s.classes, labels, [s.images[i] for i in kept], of_teacher, of_student)
+                family.Part(
+                    s.name, s.classes, labels, [s.images[i] for i in kept], of_teacher, of_student
+                )
             )
-    return Bench(path, asked, dataset, teacher, cached, features, parts)
+    return family.Bench(path, asked, dataset, teacher, cached, features, parts)
 
 
-def described(bench: Bench, losses: dict[str, Any], regime: str, seed: int) -> R.Recipe:
-    schedule = replace(bench.recipe.train, epochs=EPOCHS[regime])
-    losses_of_recipe = config.convert(losses, R.Losses, "losses")
-    return replace(bench.recipe, losses=losses_of_recipe, train=schedule, seed=seed)
-
-
-def fingerprints(bench: Bench, method: str, regime: str) -> dict[str, str]:
+def fingerprints(bench: family.Bench, method: str, regime: str) -> dict[str, str]:
     """Of what every method of a set shares, of the schedule, and of the run: only runs that share the first two are paired.
 
     Of the recipe as it is written down, so that a new field with a default makes no old run a stranger; who changes what the
@@ -202,8 +123,8 @@ def fingerprints(bench: Bench, method: str, regime: str) -> dict[str, str]:
     }
     shared = {f: written[f] for f in ("teacher", "adapt", "views")} | {"images": images}
     schedule = {}
-    if method in METHODS:
-        resolved = described(bench, METHODS[method], regime, 0).train
+    if method in family.METHODS:
+        resolved = family.described(bench, family.METHODS[method], regime, 0).train
         schedule = {
             "student": written["student"],
             "train": written["train"],
@@ -214,12 +135,12 @@ def fingerprints(bench: Bench, method: str, regime: str) -> dict[str, str]:
     whole = {
         "shared": shared,
         "schedule": schedule,
-        "fingerprint": shared | schedule | {"losses": METHODS.get(method)},
+        "fingerprint": shared | schedule | {"losses": family.METHODS.get(method)},
     }
     return {name: disk.fingerprint(what)[:16] for name, what in whole.items()}
 
 
-def adapted(bench: Bench, seed: int, folder: Path = HEADS) -> teachers.Teacher:
+def adapted(bench: family.Bench, seed: int, folder: Path = HEADS) -> teachers.Teacher:
     """The bench's teacher with the head of this seed, which is kept below `folder`."""
     assert isinstance(bench.recipe.adapt, R.ResidualHead)
     key = disk.fingerprint(
@@ -232,85 +153,30 @@ def adapted(bench: Bench, seed: int, folder: Path = HEADS) -> teachers.Teacher:
     return adapt(bench.teacher, bench.cached, bench.dataset, bench.recipe.adapt, seed, folder / key)
 
 
-def learn(
-    bench: Bench, losses: dict[str, Any], regime: str, seed: int, teacher: teachers.Teacher
-) -> tuple[Learner, float]:
-    """Trains one student; returns it and its last loss."""
-    asked = described(bench, losses, regime, seed)
-    torch.manual_seed(seed)
-    student, preprocess = students.build(asked.student, teacher.embed_dim)
-    edu = asked.losses.edu_attention
-    head = (
-        students.EduAttentionHead(teacher.embed_dim, edu, torch.Generator().manual_seed(seed))
-        if edu
-        else None
-    )
-    cpu = torch.device("cpu")
-    with (
-        torch.no_grad()
-    ):  # the adapted head's answers once, not in every step: no method changes them
-        rows = torch.from_numpy(bench.cached.rows[:])
-        known = teacher.features(rows.flatten(0, 1)).unflatten(0, rows.shape[:2]).numpy()
-    teacher, cached = (
-        dataclasses.replace(teacher, features=lambda answers: answers),
-        bench.cached._replace(rows=known),
-    )
-    learner = Learner(student, head, preprocess)
-    lesson = Lesson(bench.dataset, [Taught(teacher, cached)])
-    lesson = dataclasses.replace(lesson, class_offset=calibration.of_teacher(asked, lesson, cpu))
-    log = train(
-        learner,
-        lesson,
-        asked,
-        cpu,
-        tower_features=bench.tower_features,
-    )
-    return learner, log[-1]["loss"]
-
-
-def projected(student: students.Student, part: Part) -> np.ndarray:
-    """The student's features of a part whose tower features are at hand."""
-    with torch.inference_mode():
-        return F.normalize(student.projector(torch.from_numpy(part.tower_features)), dim=-1).numpy()
-
-
-def taught(teacher: teachers.Teacher, part: Part) -> np.ndarray:
-    """The teacher's features of a part."""
-    with torch.inference_mode():
-        return F.normalize(teacher.features(torch.from_numpy(part.teacher_rows)), dim=-1).numpy()
-
-
-def shipped_head(learner: Learner) -> EduAttention | None:
-    """EduAttention where the student keeps it."""
-    if learner.head is None or not learner.head.spec.keep:
-        return None
-    return learner.head.numpy()
-
-
 def run(
-    bench: Bench, losses: dict[str, Any], regime: str, seed: int, teacher: teachers.Teacher
+    bench: family.Bench, losses: dict[str, Any], regime: str, seed: int, teacher: teachers.Teacher
 ) -> dict[str, Any]:
     """Trains and scores one student; returns its scores on validation and test parts, hits and all."""
     start = time.perf_counter()
-    learner, loss = learn(bench, losses, regime, seed, teacher)
+    learner, loss = family.learn(bench, losses, regime, seed, teacher)
     seconds = time.perf_counter() - start
 
-    def features(part: Part) -> np.ndarray:
+    def features(part: family.Part) -> np.ndarray:
         if regime == "frozen":
-            return projected(learner.student, part)
+            return family.projected(learner.student, part)
         cpu = torch.device("cpu")
         return image_features(
             learner.student, part.images, learner.preprocess, part.name, cpu
         ).features
 
-    return scored(bench, features, shipped_head(learner)) | {
+    return scored(bench, features, family.shipped_head(learner)) | {
         "alpha": learner.head.alpha.item() if learner.head else None,
         "loss": loss,
         "seconds": round(seconds, 1),
     }
 
 
-def scored(bench: Bench, features: Any, head: Any) -> dict[str, Any]:
+def scored(bench: family.Bench, features: Any, head: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for which, parts in bench.parts.items():
         scores: dict[str, Any] = {}
@@ -358,17 +224,17 @@ def trial(
 ) -> None:
     """Every run that the log does not hold yet, seed by seed, so that whatever is there is paired."""
     for name in names:
-        if not recipe_of(name, regime).exists():
-            print(f"{name}: left out, {recipe_of(name, regime).name} is not there")
+        if not family.recipe_of(name, regime).exists():
+            print(f"{name}: left out, {family.recipe_of(name, regime).name} is not there")
             continue
         given = tuple(r for r in roots if r.partition("=")[0] == name)
-        bench = prepare(recipe_of(name, regime), regime, given, folder)
+        bench = prepare(family.recipe_of(name, regime), regime, given, folder)
         for seed in seeds:
             trial_of_seed(bench, name, regime, methods, seed, adapted(bench, seed), LOG)
 
 
 def trial_of_seed(
-    bench: Bench,
+    bench: family.Bench,
     name: str,
     regime: str,
     methods: list[str],
@@ -379,8 +245,8 @@ def trial_of_seed(
     """The runs of one set and seed that `log` does not hold yet: the teacher's own score, then each method's."""
     counts = {p.name: len(p.labels) for p in bench.parts["test"]}
 
-    def features(part: Part) -> np.ndarray:
-        return taught(teacher, part)
+    def features(part: family.Part) -> np.ndarray:
+        return family.taught(teacher, part)
 
     for method in ["teacher", *methods]:
         key = {
@@ -395,7 +261,7 @@ def trial_of_seed(
         if method == "teacher":
             result = scored(bench, features, None)
         else:
-            result = run(bench, METHODS[method], regime, seed, teacher)
+            result = run(bench, family.METHODS[method], regime, seed, teacher)
         append(key | {"images": counts, "threads": torch.get_num_threads()} | result, log)
         print(
             f"{name} {method} seed {seed}: {result['test']} ({result.get('seconds', 0)} s)",
@@ -419,7 +285,7 @@ def smoke() -> list[dict[str, Any]]:
 def quick(roots: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:
     """Identities and signs on clothing, frozen features, two seeds; nothing goes to the log."""
     bench = prepare(
-        recipe_of("clothing", "frozen"),
+        family.recipe_of("clothing", "frozen"),
         "frozen",
         tuple(r for r in roots if r.startswith("clothing=")),
         folder,
@@ -429,7 +295,7 @@ def quick(roots: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:
     for seed in (0, 1):
         teacher = adapted(bench, seed)
         for method in ("student alone", "PromptKD", "ComKD without both", "ComKD"):
-            result = run(bench, METHODS[method], "frozen", seed, teacher)
+            result = run(bench, family.METHODS[method], "frozen", seed, teacher)
             means.setdefault(method, []).append(result["test"]["harmonic mean"])
             means.setdefault(f"{method}: loss", []).append(result["loss"])
     same = float(
@@ -455,8 +321,10 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the rows with every weight trained")
     parser.add_argument("--small", action="store_true", help="the same with the student at 80 px")
     parser.add_argument("--vit", action="store_true", help="the same with a ViT as the student")
-    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--sets", nargs="+", choices=list(family.SETS), default=list(family.SETS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(family.METHODS), default=list(family.METHODS)
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--data", action="append", default=[], help="NAME=DIR")
     parser.add_argument("--cache", type=Path, default=Path("cache"))
@@ -469,7 +337,7 @@ def main() -> None:
     if options.form == common.SMOKE:
         log = smoke()
     else:
-        for regime in EPOCHS:
+        for regime in family.EPOCHS:
             if getattr(options, regime):
                 trial(regime, options.sets, options.methods, options.seeds, roots, options.cache)
         log = methods_table.read(LOG)

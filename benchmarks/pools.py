@@ -10,10 +10,10 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import methods
+import family
 import numpy as np
 import torch
-from methods import Bench, Part
+from family import Bench, Part
 from msgspec.structs import replace
 
 from edgeclip import disk
@@ -47,7 +47,7 @@ class Fold(NamedTuple):
 
 def pool(path: Path, roots: tuple[str, ...], folder: Path, regime: str = "frozen") -> Bench:
     """Every image of a set through both towers, once for all folds; kept below `folder`."""
-    asked = methods.at_size(recipe.load(path, roots), regime)
+    asked = family.at_size(recipe.load(path, roots), regime)
     dataset = everything(asked.data, folder)
     images = dataset.evaluation[0].images
     teacher = teachers.load(asked.teacher)

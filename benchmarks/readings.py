@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
+import family
 import methods
 import methods_table
 import toy
@@ -45,7 +46,7 @@ def reading(
     edu_attention: dict[str, Any] | None = None,
     kl: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    losses = methods.COMKD
+    losses = family.COMKD
     return {
         "kl": losses["kl"] | (kl or {}),
         "if_align": losses["if_align"] | (if_align or {}),
@@ -101,7 +102,7 @@ class Trial(NamedTuple):
     cache: Path
     heads: Path
     roots: tuple[str, ...]
-    bench: methods.Bench | None
+    bench: family.Bench | None
     """of every set; None: each set's own"""
 
 
@@ -114,7 +115,7 @@ def runs(name: str, readings: list[str], trial: Trial) -> None:
     bench = trial.bench
     if bench is None:
         roots = tuple(r for r in trial.roots if r.partition("=")[0] == name)
-        recipe = methods.recipe_of(name, "frozen")
+        recipe = family.recipe_of(name, "frozen")
         bench = methods.prepare(recipe, "frozen", roots, trial.cache)
     part = "test" if name == CHECK else "val"
     for r, seed in missing:
