@@ -26,10 +26,10 @@ import methods
 import methods_table
 import numpy as np
 import pools
+import stage1
 import torch
 import toy
 from family import Bench
-from msgspec.structs import replace
 from readings import DEFAULT, READINGS
 from torch.nn import functional as F
 
@@ -44,22 +44,6 @@ from edgeclip.host.distill.optimizer import cosine
 LOG = Path(__file__).parent.parent / "results" / "choices.jsonl"
 INNER = {"stage1": range(2), "readings": range(1)}
 """inner folds of a fold"""
-STAGE_1: dict[str, dict[str, Any]] = {
-    "labels alone": {},
-    "no pull": {"toward_unadapted": 0.0},
-    "pull .1": {"toward_unadapted": 0.1},
-    "pull 1": {"toward_unadapted": 1.0},
-    "pull 3": {"toward_unadapted": 3.0},
-    "margin 2": {"margin": 2.0},
-    "margin 2, pull .1": {"margin": 2.0, "toward_unadapted": 0.1},
-    "others 1": {"others": 1.0},
-    "balanced": {},
-    "balanced, pull 1": {"toward_unadapted": 1.0},
-    "balanced, pull 3": {"toward_unadapted": 3.0},
-    "balanced, others 1": {"others": 1.0},
-    "balanced, others 1, pull 1": {"others": 1.0, "toward_unadapted": 1.0},
-}
-"""beside labels alone at a pull of .3"""
 LAST = "EduAttention last, projector frozen"
 LOSSES = (
     DEFAULT,
@@ -74,15 +58,7 @@ LOSSES = (
     "centered, FC from identity, C .03",
     LAST,
 )
-KINDS = {"stage1": tuple(STAGE_1), "readings": LOSSES}
-
-
-def stage_1(base: R.ResidualHead, name: str) -> R.ResidualHead:
-    """The candidate's settings; the rest is the set's own."""
-    settings = STAGE_1[name]
-    own = R.SelfTraining(start=min(100, base.steps // 2)) if "balanced" in name else None
-    plain = replace(base, toward_unadapted=0.3, margin=None, others=0.0, self_training=own)
-    return replace(plain, **settings)
+KINDS = {"stage1": tuple(stage1.STAGE_1), "readings": LOSSES}
 
 
 def adapted(bench: Bench, spec: R.ResidualHead, seed: int, folder: Path) -> teachers.Teacher:
@@ -143,8 +119,11 @@ def trial(kind: str, name: str, bench: Bench, ks: list[int], folder: Path, log: 
         fold = pools.fold_of(bench, k, folder)
         for i in INNER[kind]:
             key = {"kind": kind, "set": name, "fold": k, "inner": i}
+            spec = own
             if kind == "readings":
-                key["stage_1"] = folds.stage_1(own)
+                key["stage_1"] = stage1.chosen(name, k) or stage1.RECIPES
+                if key["stage_1"] != stage1.RECIPES:
+                    spec = stage1.settings(own, key["stage_1"])
             known = [x["candidate"] for x in methods_table.read(log) if key.items() <= x.items()]
             missing = [candidate for candidate in KINDS[kind] if candidate not in known]
             if not missing:
@@ -152,10 +131,10 @@ def trial(kind: str, name: str, bench: Bench, ks: list[int], folder: Path, log: 
             inner = pools.bench_of(bench, pools.inner_fold(bench, fold, 10 * k + i))
             for candidate in missing:
                 if kind == "stage1":
-                    teacher = adapted(inner, stage_1(own, candidate), k, folder)
+                    teacher = adapted(inner, stage1.settings(own, candidate), k, folder)
                     found = folds.answers(inner, None, "teacher", k, teacher)
                 else:
-                    found = answers(inner, candidate, k, adapted(inner, own, k, folder))
+                    found = answers(inner, candidate, k, adapted(inner, spec, k, folder))
                 line = folds.scored(inner, *found)
                 methods.append(key | {"candidate": candidate} | line, log)
                 print(f"{name} {k}.{i} {candidate}: {line['rules']['shipped']}", flush=True)

@@ -8,13 +8,13 @@ Log = list[dict[str, Any]]
 TITLES = {"stage1": "stage 1", "readings": "reading"}
 
 
-def preferred(log: Log, kind: str) -> dict[str, list[str]]:
-    """What each fold of a set prefers, fold by fold, by set: the best mean over its inner folds."""
-    found: dict[str, list[str]] = {}
+def preferred(log: Log, kind: str) -> dict[str, dict[int, str]]:
+    """What each fold of a set prefers, by set and fold: the best mean over its inner folds."""
+    found: dict[str, dict[int, str]] = {}
     for name, k in dict.fromkeys((x["set"], x["fold"]) for x in log if x["kind"] == kind):
         own = [x for x in log if (x["kind"], x["set"], x["fold"]) == (kind, name, k)]
         means = {c: mean([x for x in own if x["candidate"] == c]) for c in candidates(own, kind)}
-        found.setdefault(name, []).append(max(means, key=lambda c: means[c]))
+        found.setdefault(name, {})[k] = max(means, key=lambda c: means[c])
     return found
 
 
@@ -37,7 +37,10 @@ def rows(log: Log, kind: str) -> list[list[Any]]:
         for name in chosen:
             own = [x for x in log if (x["kind"], x["set"]) == (kind, name)]
             lines = [x for x in own if x["candidate"] == candidate]
-            cells += [f"{mean(lines):.3f}" if lines else "", chosen[name].count(candidate)]
+            cells += [
+                f"{mean(lines):.3f}" if lines else "",
+                list(chosen[name].values()).count(candidate),
+            ]
         found.append(cells)
     return found
 
