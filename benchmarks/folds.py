@@ -4,8 +4,9 @@ Each fold (`pools.py`) parts the classes anew into those with labels and those w
 fixed test part can be learned by heart. A fold adapts the teacher, trains each method, and scores:
 
     none     no class is set back
-    shares   as many training images name a labeled class as have a label: the rule before
-    shipped  the product's rule (`class_offset.fit`)
+    shares   as many training images name a labeled class as have a label
+    midway   between the mean lead of training images with a label and that of the others
+    shipped  the product's rule (`class_offset.fit`): the smaller of the two
     best     the best harmonic mean that any offset has on the test images: a diagnosis by their labels, never shipped
 
 Students learn on the tower's frozen features (--frozen, seconds) or with every weight from pixels (--full; --small at 80 px, under a
@@ -47,7 +48,7 @@ from edgeclip.device.metrics import harmonic_mean, hits
 from edgeclip.device.zero_shot import EduAttention, class_scores
 from edgeclip.host import recipe as R
 from edgeclip.host import teachers
-from edgeclip.host.adapt.class_offset import Choices, choices, fit, of_share, trade
+from edgeclip.host.adapt.class_offset import Choices, choices, fit, midway, of_share, trade
 from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.evaluation.scores import image_features
 
@@ -82,6 +83,7 @@ def scored(
     shipped = fit(on_train, dataset, has_label, R.Calibration()).offset
     lead = choices(on_train, classes, train.labels).lead
     shares = of_share(lead, float(has_label.mean()))
+    half = midway(lead, has_label)
     halves = [
         choices(class_scores(features[part.name], every, head), classes, part.labels)
         for part in (labeled, unlabeled)
@@ -89,7 +91,7 @@ def scored(
     leads = np.unique(np.concatenate([half.lead for half in halves]))
     best = float(leads[means(*halves, leads).argmax()])
     rules = {}
-    tried = {"none": 0.0, "shares": shares, "shipped": shipped, "best": best}
+    tried = {"none": 0.0, "shares": shares, "midway": half, "shipped": shipped, "best": best}
     for name, offset in tried.items():
         at = np.array([offset])
         top1 = [float(half.top1(at)[0]) for half in halves]

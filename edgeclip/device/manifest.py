@@ -152,10 +152,10 @@ class ClassOffset(Record):
     """the classes that had labels"""
     images: int
     """training images that it was fitted on"""
-    rule: Literal["midway", "prior", "balanced classes"]
+    rule: Literal["midway", "labeled images", "prior", "balanced classes"]
     """midway: between the mean lead of `labels` on the images with a label and on the others; else
-    how large a share of all images name one of `labels`: as the recipe states it, or the share that
-    `labels` are of the classes"""
+    how many images name one of `labels`: as many as have a label, the share that the recipe states,
+    or the share that `labels` are of the classes"""
     labeled_named: float
     """share of the images with a label that name one of `labels`, 0..1"""
     others_named: float

@@ -6,8 +6,10 @@ moves answers from the ones to the others (calibrated stacking, Chao et al. 2016
 It is fitted on training images, of which is only known whether they have a label. What it decides
 between is the best labeled and the best unlabeled class of each image, so an image is three numbers
 here, `Choices`; the first is the labeled class's lead. The offset is midway between the mean lead
-of the images with a label and that of the others: how many there are of either does not move it,
-nor does it hug one half where training has set them apart.
+of the images with a label and that of the others, so it does not hug one half where training has
+set them apart. Images that were learned by heart lead by more than new ones will, so it is a bound;
+the other one is the offset at which as many images name a labeled class as have a label: classes
+without labels get no more answers than there are images of them. The smaller one counts.
 """
 
 from typing import Literal, NamedTuple
@@ -22,7 +24,7 @@ from edgeclip.reports.results import Trade, TradePoint
 
 POINTS = 41
 """of the trade's curve"""
-Rule = Literal["midway", "prior", "balanced classes"]
+Rule = Literal["midway", "labeled images", "prior", "balanced classes"]
 
 
 class Choices(NamedTuple):
@@ -122,8 +124,13 @@ def fit(
         rule = "prior"
         offset = of_share(lead, spec.prior, spec.labeled_weight)
     elif data.parted:
-        rule = "midway"
-        offset = midway(lead, has_label, spec.labeled_weight)
+        weight = spec.labeled_weight
+        bounds: dict[Rule, float] = {
+            "midway": midway(lead, has_label, weight),
+            "labeled images": of_share(lead, float(has_label.mean()), weight),
+        }
+        rule = min(bounds, key=lambda r: bounds[r])
+        offset = bounds[rule]
     else:
         # Assigned in balance (Sinkhorn), each class gets as many images as another.
         rule = "balanced classes"

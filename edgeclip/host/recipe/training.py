@@ -256,7 +256,8 @@ class Calibration(Config):
     as against the others"""
     prior: Annotated[float, Meta(gt=0.0, lt=1.0)] | None = None
     """share of the training images that is to name a labeled class; null: the offset is midway
-    between the images with a label and those without; or where these may be of labeled classes too,
+    between the images with a label and those without, and at most so large that as many name a
+    labeled class as have a label; or where images without a label may be of labeled classes too,
     each class is named as often as another"""
 
 

@@ -9,7 +9,7 @@ from edgeclip.device.images import ImageRef
 from edgeclip.device.zero_shot import class_scores, offsets
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
-from edgeclip.host.adapt.class_offset import choices, fit, trade
+from edgeclip.host.adapt.class_offset import choices, fit, midway, of_share, trade
 from edgeclip.host.data import Dataset
 
 LABELED = [0, 2]
@@ -65,7 +65,7 @@ def fitted(data, spec=PLAIN):
 
 def test_the_record_says_what_the_offset_does(parted):
     record, scores, has_label = fitted(parted)
-    assert record.rule == "midway" and record.images == 600
+    assert record.rule in ("midway", "labeled images") and record.images == 600
     assert record.labels == [parted.classes[c] for c in parted.labeled_classes]
     named = (scores - offsets(record, parted.classes)).argmax(axis=1)
     on_labeled = np.isin(named, parted.labeled_classes)
@@ -81,11 +81,18 @@ def test_halves_of_one_spread_are_named_alike(parted):
     assert record.labeled_named_without > record.others_named_without + 0.2
 
 
-def test_how_many_images_have_a_label_does_not_move_it(parted):
-    record, scores, has_label = fitted(parted)
-    few = np.concatenate([scores[has_label], np.repeat(scores[~has_label], 5, axis=0)])
-    labels = np.arange(len(few)) < has_label.sum()
-    assert fit(few, parted, labels, PLAIN).offset == pytest.approx(record.offset)
+def test_it_is_the_smaller_of_midway_and_as_many_as_have_a_label(parted):
+    _, scores, has_label = fitted(parted)
+    many = np.concatenate([np.repeat(scores[has_label], 9, axis=0), scores[~has_label]])
+    few = np.concatenate([scores[has_label], np.repeat(scores[~has_label], 9, axis=0)])
+    for rows, count, rule in ((many, 2700, "labeled images"), (few, 300, "midway")):
+        labels = np.arange(len(rows)) < count
+        record = fit(rows, parted, labels, PLAIN)
+        lead = choices(rows, parted.labeled_classes, np.full(len(rows), -1)).lead
+        shares, half = of_share(lead, labels.mean()), midway(lead, labels)
+        assert record.rule == rule
+        assert record.offset == pytest.approx(min(shares, half))
+        assert abs(shares - half) > 0.1
 
 
 def test_between_halves_that_are_apart_it_is_in_the_middle(parted):
@@ -110,10 +117,15 @@ def share_that_names_labeled(record, has_label):
 
 @pytest.mark.parametrize("weight", [0.5, 3.0])
 def test_a_weight_keeps_the_offset_farther_from_the_images_with_a_label(parted, weight):
-    record, scores, has_label = fitted(parted, R.Calibration(labeled_weight=weight))
+    _, scores, has_label = fitted(parted)
     lead = choices(scores, parted.labeled_classes, np.full(600, -1)).lead
     labeled, others = lead[has_label].mean(), lead[~has_label].mean()
-    assert labeled - record.offset == pytest.approx(weight * (record.offset - others))
+    found = midway(lead, has_label, weight)
+    assert labeled - found == pytest.approx(weight * (found - others))
+    offsets = [
+        fit(scores, parted, has_label, R.Calibration(labeled_weight=w)).offset for w in (1.0, weight)
+    ]
+    assert (offsets[1] < offsets[0]) == (weight > 1)
 
 
 @pytest.mark.parametrize(("weight", "share"), [(0.5, 1 / 3), (3.0, 0.75)])
