@@ -23,8 +23,8 @@ from edgeclip.device.records import to_json
 
 
 def counted(name: str, target: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """reports: parity reports; their images are pooled."""
-    sets = [s for r in reports for s in r["sets"]]
+    """reports: parity reports; their images are pooled, those that took no part in training."""
+    sets = [s for r in reports for s in r["sets"] if s["role"] == "unseen" and not s["at_floor"]]
     n, lost, won = (int(sum(s[k] for s in sets)) for k in ("images", "lost", "won"))
     right = round(sum(s["reference_top1"] * s["images"] for s in sets))
     if right == 0:

@@ -2,7 +2,7 @@
 
 A user's mistake is an `EdgeclipError`: one line, *where: what; what to do*, exit code 1. A failed
 gate (parity, budget) is no exception at all: the report is written and the command exits 3, or 4
-when there were too few images to tell. Everything else is a bug and keeps its traceback.
+where what was measured cannot tell. Everything else is a bug and keeps its traceback.
 """
 
 import difflib

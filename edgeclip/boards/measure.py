@@ -274,7 +274,7 @@ def bench(
             report = _bench_one(measurer, chosen, bundle, load)
             report = msgspec.structs.replace(report, preflight=rows)
             parity = _parity(measurer, chosen, bundle, evaluation, report)
-            if report.ran.engine is not None and parity is not None and parity.verdict == "fail":
+            if report.ran.engine is not None and parity is not None and parity.verdict == "fails":
                 of_engine = [f"parity of this engine: {f}" for f in parity.failures]
                 failures = [*report.failures, *of_engine]
                 report = msgspec.structs.replace(report, failures=failures)

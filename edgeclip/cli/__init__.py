@@ -6,7 +6,7 @@ Results go to stdout as a table, or as JSON with --json; progress goes to stderr
     1          a mistake of the user's, in one line: where, what, what to do
     2          a malformed command line
     3          a gate failed
-    4          too few images to tell
+    4          no gate failed, but one cannot be told from what was measured
     130, 143   interrupted, terminated
 
 The host layer (torch) is imported inside the commands that need it, so `edgeclip --help` answers

@@ -44,8 +44,8 @@ def validate(images: int | None, as_json: bool, **selection: Any) -> None:
     """Compare bundles with the fp32 student, on a device.
 
     Compares features, answers and accuracy on the run's evaluation images. A board is reached over
-    ssh; what it lacks is copied there. Exits 3 when a tolerance failed, 4 when there are too few
-    images to tell.
+    ssh; what it lacks is copied there. Exits 3 when a tolerance fails, 4 when these images cannot
+    tell whether all hold; then it says how many would.
 
     \b
     Example:

@@ -9,8 +9,9 @@
 
 import random
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import msgspec
 import numpy as np
 
 from edgeclip import disk
@@ -18,6 +19,9 @@ from edgeclip.device.bundle import Bundle
 from edgeclip.device.metrics import hits
 from edgeclip.device.records import Record, from_json
 from edgeclip.device.zero_shot import class_scores
+
+Role = Literal["unseen", "seen without names", "trained with names"]
+"""what training had of a set's images"""
 
 
 class EvaluationSet(Record):
@@ -28,6 +32,17 @@ class EvaluationSet(Record):
     """its images"""
     classes: list[int]
     """class indices that an image of it may be given, ascending"""
+    role: Role | None = None
+    """null: a run that is older than this field; `seen` says whether it is unseen"""
+    seen: bool | None = None
+    """of such a run; null: as old as 0.1, whose sets may be training images"""
+
+    @property
+    def unseen(self) -> bool:
+        """Whether its images took no part in training."""
+        if self.role is None:
+            return self.seen is False
+        return self.role == "unseen"
 
 
 class Description(Record):
@@ -76,7 +91,7 @@ def load_evaluation(folder: Path, images: int | None = None) -> Evaluation:
 def _subset(whole: EvaluationSet, chosen: list[int]) -> EvaluationSet:
     place = {row: i for i, row in enumerate(chosen)}
     rows = [place[row] for row in whole.rows if row in place]
-    return EvaluationSet(whole.name, whole.note, rows, whole.classes)
+    return msgspec.structs.replace(whole, rows=rows)
 
 
 def images_tar(folder: Path) -> Path:
@@ -95,6 +110,11 @@ class Decisions(NamedTuple):
     lead: np.ndarray
     """[m], by how much the best score leads the second"""
 
+    @property
+    def least_lead(self) -> float:
+        """The smallest lead; infinite without an image."""
+        return float(self.lead.min(initial=np.inf))
+
 
 def decide(bundle: Bundle, evaluation: Evaluation, features: np.ndarray) -> Decisions:
     """Return the first answers of features [n, D] over all labels of the bundle, as it ships."""
@@ -110,6 +130,21 @@ def decide(bundle: Bundle, evaluation: Evaluation, features: np.ndarray) -> Deci
         right.append(hits(scores, evaluation.labels[s.rows]))
         lead.append(best[:, -1] - best[:, 0])
     return Decisions(np.concatenate(answers), np.concatenate(right), np.concatenate(lead))
+
+
+def largest_difference(
+    bundle: Bundle, evaluation: Evaluation, before: np.ndarray, after: np.ndarray
+) -> float:
+    """Return by how much a score of the evaluation images differs at most between features [n, D].
+
+    Not a number where one of them is none.
+    """
+    largest = [0.0]
+    for s in evaluation.sets:
+        if s.rows:
+            difference = bundle.scores(after[s.rows]) - bundle.scores(before[s.rows])
+            largest.append(float(np.abs(difference).max()))
+    return float(np.max(largest))
 
 
 def own_list_top1(

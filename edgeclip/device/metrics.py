@@ -103,6 +103,13 @@ def chance_recall(positives: np.ndarray, candidates: int, k: int) -> np.ndarray:
     return 1.0 - missed
 
 
+def centered_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return [B] the row-wise cosine after the mean of the reference b [B, D] is subtracted."""
+    mean = b.mean(axis=0) if len(b) > 1 else 0.0
+    found: np.ndarray = (l2_normalize(a - mean) * l2_normalize(b - mean)).sum(axis=1)
+    return found
+
+
 def cosine(a: np.ndarray, b: np.ndarray) -> Closeness:
     """Return the row-wise cosine of features a [B, D] with the reference b [B, D].
 
@@ -110,9 +117,8 @@ def cosine(a: np.ndarray, b: np.ndarray) -> Closeness:
     is left after subtracting the reference's mean from both is what decides. Of a single row no
     mean can be taken: its centered values are the raw ones.
     """
-    mean = b.mean(axis=0) if len(b) > 1 else 0.0
     raw = (l2_normalize(a) * l2_normalize(b)).sum(axis=1)
-    centered = (l2_normalize(a - mean) * l2_normalize(b - mean)).sum(axis=1)
+    centered = centered_cosines(a, b)
     return Closeness(
         raw_p1=float(np.percentile(raw, 1)),
         raw_p5=float(np.percentile(raw, 5)),
@@ -161,21 +167,26 @@ def paired_drop(lost: int, won: int, images: int) -> PairedDrop:
     few discordant pairs, and none of them does not mean certainty. A set whose `upper_pp` exceeds
     the margin cannot vouch for it, whatever its point estimate.
     """
-    low = (lost - won) / images
-    high = 1.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        if _score(middle, lost, won, images) < -Z_ONE_SIDED:
-            high = middle
-        else:
-            low = middle
     return PairedDrop(
         drop_pp=100 * (lost - won) / images,
-        upper_pp=100 * high,
+        upper_pp=100 * drop_limit(lost, won, images, Z_ONE_SIDED),
         lost=lost,
         won=won,
         images=images,
     )
+
+
+def drop_limit(lost: int, won: int, images: int, z: float) -> float:
+    """Return the largest drop, 0..1, that paired images do not reject by `z` standard errors."""
+    low = (lost - won) / images
+    high = 1.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        if _score(middle, lost, won, images) < -z:
+            high = middle
+        else:
+            low = middle
+    return high
 
 
 def _score(drop: float, lost: int, won: int, images: int) -> float:

@@ -104,10 +104,34 @@ class SetAccuracy(Accuracy):
     note: str
     classes: int
     """of the set's own list"""
+    role: str | None = None
+    """what training had of its images; null: not known"""
+    at_floor: bool = False
+    """hardly an image was right before: there is nothing to lose, so it is not judged"""
     reference_own_list_top1: float | None = None
     """the float student within the set's own list, 0..1; null: a report of edgeclip 0.1, whose
     other figures are within that list; so below"""
     bundle_own_list_top1: float | None = None
+
+
+class Rule(Record, kw_only=True):
+    """One question of the gate; figures in percent of the images, a drop in percentage points."""
+
+    rule: str
+    allowed: float
+    """at most so much"""
+    found: float | None = None
+    """null: not measured; so below"""
+    low: float | None = None
+    """one-sided 95 % limit"""
+    high: float | None = None
+    images: int = 0
+    """that it was asked of"""
+    answer: Literal["holds", "fails", "cannot tell"]
+    needed: int | None = None
+    """images that would settle it, if they answer as these did; null: settled, or not known"""
+    why: str | None = None
+    """what the answer rests on where it was not counted"""
 
 
 class GoldenAnswers(Record):
@@ -155,13 +179,15 @@ class ParityReport(Record, kw_only=True):
     agreement_where_right: float | None = None
     """the same over the images that the float32 student answers rightly; null: there is none"""
     accuracy: Accuracy | None = None
-    """null: not compared"""
+    """over the unseen images; null: there is none, or not compared"""
     sets: list[SetAccuracy] = []
+    rules: list[Rule] = []
+    """what the verdict rests on, beside `failures` of another kind"""
     optimization: OptimizationAgreement | None = None
     """null: not asked for by the target"""
     failures: list[str] = []
-    """every tolerance that failed, a line each"""
-    verdict: Literal["pass", "fail", "golden images only", "too few images"]
+    """everything that failed, a line each"""
+    verdict: Literal["holds", "fails", "cannot tell"]
 
 
 # --- bench

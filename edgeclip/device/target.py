@@ -85,7 +85,11 @@ class Tolerance(Config, kw_only=True):
     """the same over the images that the student answers rightly, which needs labels; null: not
     asked for"""
     accuracy_drop_pp: Annotated[float, Meta(ge=0.0)]
-    """margin in percentage points; the one-sided 95 % limit of the paired drop must lie below it"""
+    """margin in percentage points over all images that took no part in training; the one-sided 95 %
+    limit of the paired drop must lie below it"""
+    worst_set_drop_pp: Annotated[float, Meta(ge=0.0)] | None = None
+    """the same for the evaluation set that loses most, at a level that all of them together keep;
+    null: not asked for"""
     optimization_agreement: Fraction | None = None
     """ONNX Runtime only: top-1 agreement of the graph optimizations BASIC and ALL; null: not
     compared"""

@@ -8,52 +8,42 @@ evaluation images cosine, decisions and accuracy. Every failed tolerance is list
 first.
 
 How to read it: the raw cosine flatters, since embeddings share a large mean; the centered one does
-not. Accuracy is paired, and `upper_pp` is the largest drop (one-sided 95 %) that these images do
-not exclude: where it exceeds the margin although the measured drop does not, there are too few
-images to tell, and that is the verdict.
+not. Each tolerance is a question with three answers (rules.py): it holds, it fails, or these images
+cannot tell; the verdict is the worst of them, and what was not asked cannot be told.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from edgeclip import disk
-from edgeclip.device import tokenizer
+from edgeclip.device import rules, tokenizer
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.compared import Compared, compare
 from edgeclip.device.evaluation import (
-    Decisions,
     Evaluation,
     decide,
     images_tar,
-    own_list_top1,
 )
 from edgeclip.device.images import ImageRef, index_tar, read, stream
+from edgeclip.device.intervals import Answer, worst
 from edgeclip.device.machine import Facts
-from edgeclip.device.metrics import accuracy_drop, agreement, cosine
 from edgeclip.device.preprocess import normalize, open_image
 from edgeclip.device.records import (
-    Accuracy,
-    Closeness,
     GoldenAnswers,
-    OptimizationAgreement,
     ParityReport,
     Ran,
-    SetAccuracy,
     from_json,
     to_json,
 )
 from edgeclip.device.runtime import Port, Session
-from edgeclip.device.target import Tolerance
 from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say, track
 
-Verdict = Literal["pass", "fail", "golden images only", "too few images"]
 BATCH = 16
-TIE = 1e-5
-"""two processors may order scores that are closer than this differently"""
 GOLDEN_COSINE = 0.9
 """of the golden images, raw: only a broken bundle or preprocess falls below; the tolerances judge
 the rest"""
@@ -161,20 +151,6 @@ def from_answer(answer: Json, arrays: dict[str, np.ndarray], where: object) -> O
 # --- on the host
 
 
-class Compared(NamedTuple):
-    """The evaluation images, as far as they were compared, and what fails there."""
-
-    images: int = 0
-    cosine: Closeness | None = None
-    top1_agreement: float | None = None
-    agreement_where_right: float | None = None
-    accuracy: Accuracy | None = None
-    sets: tuple[SetAccuracy, ...] = ()
-    optimization: OptimizationAgreement | None = None
-    failures: tuple[str, ...] = ()
-    verdict: Verdict = "golden images only"
-
-
 def judge(
     bundle: Bundle, evaluation: Evaluation | None, observed: Observed, machine: Facts
 ) -> ParityReport:
@@ -187,7 +163,7 @@ def judge(
     reason = not_compared(bundle, evaluation)
     compared = Compared()
     if evaluation is not None and reason is None and not interface:
-        compared = _compare(bundle, evaluation, observed.arrays)
+        compared = compare(bundle, evaluation, observed.arrays)
     failures += compared.failures
 
     layers = observed.ran.layers
@@ -195,7 +171,12 @@ def judge(
         what = f"no layer takes {target.precision} (found {layers})"
         failures.append(f"engine: {what}: it is not what it is called")
 
-    verdict: Verdict = "fail" if failures else compared.verdict
+    answer: Answer = "fails"
+    if not failures:
+        answer = worst([rule.answer for rule in compared.rules])
+        if not compared.rules:
+            answer = "cannot tell"
+    failures += [rules.line(rule) for rule in compared.rules if rule.answer == "fails"]
     return ParityReport(
         target=target.name,
         bundle=disk.sha256(bundle.folder / disk.MANIFEST),
@@ -211,8 +192,9 @@ def judge(
         accuracy=compared.accuracy,
         sets=list(compared.sets),
         optimization=compared.optimization,
+        rules=list(compared.rules),
         failures=failures,
-        verdict=verdict,
+        verdict=answer,
     )
 
 
@@ -275,118 +257,3 @@ def _too_far(what: str, lowest: float | None) -> list[str]:
     if lowest < GOLDEN_COSINE:
         return [f"{what}: cosine {lowest:.3f}, below {GOLDEN_COSINE}"]
     return []
-
-
-def _compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray]) -> Compared:
-    """Compare the evaluation images: features, answers, accuracy."""
-    tolerance = bundle.manifest.target.tolerance
-    features = arrays["features_all"]
-    if not np.isfinite(features).all():
-        failure = "values: not finite on the evaluation images"
-        return Compared(failures=(failure,), verdict="fail")
-
-    reference = decide(bundle, evaluation, evaluation.reference)
-    own = decide(bundle, evaluation, features)
-    failures = []
-    unlike = int(((own.answers != arrays["answers"]) & (own.lead > TIE)).sum())
-    if unlike:
-        what = f"the device's own answers are not those of its features on {unlike} images"
-        failures.append(f"head: {what}")
-
-    optimization = None
-    if "features_basic" in arrays:
-        basic = arrays["features_basic"]
-        same = agreement(own.answers, decide(bundle, evaluation, basic).answers)
-        close = to_json(cosine(features, basic))
-        optimization = OptimizationAgreement(top1_agreement=same, **close)
-        failures += _optimizations_differ(tolerance, same)
-
-    close = cosine(features, evaluation.reference)
-    accuracy = _accuracy(reference.right, own.right)
-    top1_agreement = agreement(own.answers, reference.answers)
-    where_right = agreement(own.answers, reference.answers, reference.right)
-    if not close.centered_p1 >= tolerance.centered_cosine_p1:
-        limit = tolerance.centered_cosine_p1
-        failures.append(f"centered cosine p1 {close.centered_p1:.4f}, below {limit}")
-    failures += short_of_agreement(tolerance, top1_agreement, where_right)
-    if not accuracy.drop_pp <= tolerance.accuracy_drop_pp:
-        limit = tolerance.accuracy_drop_pp
-        failures.append(f"accuracy drop {accuracy.drop_pp:.2f} pp, above {limit}")
-
-    verdict: Verdict = "too few images"
-    if accuracy.upper_pp <= tolerance.accuracy_drop_pp:
-        verdict = "pass"
-    return Compared(
-        images=len(features),
-        cosine=close,
-        top1_agreement=top1_agreement,
-        agreement_where_right=where_right,
-        accuracy=accuracy,
-        sets=_sets(bundle, evaluation, features, reference, own),
-        optimization=optimization,
-        failures=tuple(failures),
-        verdict=verdict,
-    )
-
-
-def _accuracy(before: np.ndarray, after: np.ndarray) -> Accuracy:
-    """Return the accuracies of two bool vectors [n] over the same images, and the paired drop."""
-    return Accuracy(
-        reference_top1=float(before.mean()),
-        bundle_top1=float(after.mean()),
-        **to_json(accuracy_drop(before, after)),
-    )
-
-
-def _sets(
-    bundle: Bundle,
-    evaluation: Evaluation,
-    features: np.ndarray,
-    reference: Decisions,
-    own: Decisions,
-) -> tuple[SetAccuracy, ...]:
-    """Return a row for each evaluation set that has images; features: [n, D], the bundle's."""
-    rows = []
-    start = 0
-    for s in evaluation.sets:
-        part = slice(start, start + len(s.rows))
-        start = part.stop
-        if not s.rows:
-            continue
-        accuracy = _accuracy(reference.right[part], own.right[part])
-        row = SetAccuracy(
-            name=s.name,
-            note=s.note,
-            classes=len(s.classes),
-            reference_own_list_top1=own_list_top1(bundle, evaluation, s, evaluation.reference),
-            bundle_own_list_top1=own_list_top1(bundle, evaluation, s, features),
-            **to_json(accuracy),
-        )
-        rows.append(row)
-    return tuple(rows)
-
-
-def _optimizations_differ(tolerance: Tolerance, same: float | None) -> list[str]:
-    limit = tolerance.optimization_agreement or 0.0
-    if same is None or same >= limit:  # not a number is short too
-        return []
-    return [f"graph optimizations BASIC and ALL agree on {same:.4f} of the answers, below {limit}"]
-
-
-def short_of_agreement(
-    tolerance: Tolerance, same: float | None, where_right: float | None
-) -> list[str]:
-    """Return a line for each agreement below its limit; None: there is nothing to judge."""
-    measured = (
-        ("top-1 agreement", same, tolerance.top1_agreement),
-        (
-            "top-1 agreement where the student is right",
-            where_right,
-            tolerance.agreement_where_right,
-        ),
-    )
-    short = []
-    for what, value, limit in measured:
-        if value is not None and limit is not None and not value >= limit:
-            short.append(f"{what} {value:.4f}, below {limit}")
-    return short

@@ -1,6 +1,7 @@
 """Where a run's reports lie, and which one of them counts.
 
-    RUN/reports/<bundle folder>.<device>.parity.json    `edgeclip validate`
+    RUN/reports/<bundle folder>.<device>.parity.json    `edgeclip validate`, of the most images
+    RUN/reports/<bundle folder>.<device>.parity-<n>-images.json    a quicker look afterwards
     RUN/reports/<bundle folder>.<device>.bench.json     `edgeclip bench`
     RUN/reports/<bundle folder>.<device>.engines.json   TensorRT engines seen there (engines.py)
 
@@ -31,8 +32,8 @@ KINDS: dict[type, str] = {ParityReport: "parity", BenchReport: "bench"}
 DEFAULT_RUN = Path("runs/latest")
 GATE_FAILED = 3
 """exit code: a gate failed"""
-TOO_FEW = 4
-"""exit code: no gate failed, but there are too few images to tell"""
+CANNOT_TELL = 4
+"""exit code: no gate failed, but what was measured cannot tell whether all hold"""
 
 
 # --- which run, which bundle
@@ -102,7 +103,7 @@ def write(report: Report, device: str, run: Path | None, bundle: Bundle) -> Repo
     """Write a report of `device` beside its run, and return it with the device's name in it.
 
     A bundle without a run (run=None) has no place for reports: then nothing is written. A parity
-    report also enters the history of engines.
+    report also enters the history of engines; it does not replace one of more images.
     """
     report = msgspec.structs.replace(report, device=device)
     if run is None:
@@ -112,8 +113,21 @@ def write(report: Report, device: str, run: Path | None, bundle: Bundle) -> Repo
         line = engines.remember(path(run, bundle, device, "engines"), report, now)
         if line:
             say(line)
+        if _lesser(report, read(run, bundle, device, ParityReport)):
+            aside = path(run, bundle, device, f"{report.kind}-{report.images}-images")
+            disk.write_record(aside, report)
+            say(f"{aside}: kept beside the report of more images, which counts")
+            return report
     disk.write_record(path(run, bundle, device, report.kind), report)
     return report
+
+
+def _lesser(report: ParityReport, earlier: ParityReport | None) -> bool:
+    """Return whether an earlier report of the same bundle and runtime saw more images."""
+    if earlier is None:
+        return False
+    same = earlier.ran == report.ran and earlier.tolerance == report.tolerance
+    return same and earlier.images > report.images
 
 
 # --- what a report says
@@ -147,22 +161,22 @@ def _conditions(report: BenchReport) -> tuple[Any, ...]:
 
 
 def exit_code(reports: Iterable[ParityReport | BenchReport | SelftestReport]) -> int:
-    """Return the exit code of a gate: 0 all passed, 3 one failed, 4 too few images to tell.
+    """Return the exit code of a gate: 0 all hold, 3 one fails, 4 it cannot be told.
 
-    A failure outranks "too few images".
+    A failure outranks what cannot be told.
     """
     code = 0
     for report in reports:
         if _failed(report):
             return GATE_FAILED
-        if isinstance(report, ParityReport) and report.verdict == "too few images":
-            code = TOO_FEW
+        if isinstance(report, ParityReport) and report.verdict == "cannot tell":
+            code = CANNOT_TELL
     return code
 
 
 def _failed(report: ParityReport | BenchReport | SelftestReport) -> bool:
     if isinstance(report, SelftestReport):
         return any(step.status == "fail" for step in report.steps)
-    if isinstance(report, ParityReport) and report.verdict == "fail":
+    if isinstance(report, ParityReport) and report.verdict == "fails":
         return True
     return bool(report.failures)

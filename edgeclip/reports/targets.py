@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgeclip import disk
+from edgeclip.device import rules
+from edgeclip.device.intervals import Answer
 from edgeclip.device.manifest import CandidateRow, LintRecord, SearchRecord, read_manifest
 from edgeclip.device.records import BenchReport, ParityReport
 from edgeclip.reports.results import EvaluationResults
@@ -32,8 +34,13 @@ class Target(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Ship, or do not ship and why."""
+        """Ship, do not ship, or cannot say, and why."""
         return verdict(self.parity, self.bench)
+
+    @property
+    def answer(self) -> Answer:
+        """Whether everything that was asked holds."""
+        return answer(self.parity, self.bench)
 
 
 class Scored(NamedTuple):
@@ -107,39 +114,56 @@ def _reports(run: Path, folder: Path, word: str, kind: type[Any]) -> dict[str | 
 
 
 def verdict(parity: ParityReport | None, bench: BenchReport | None) -> str:
-    """Return one line: ship, or do not ship and why."""
-    reasons = [*_against_parity(parity), *_against_bench(bench)]
-    if reasons:
-        return f"do not ship: {'; '.join(reasons)}"
+    """Return one line: ship, do not ship, or cannot say; and why."""
+    against = _failures(parity, bench)
+    if against:
+        return f"do not ship: {'; '.join(against)}"
+    unknown = _unknown(parity, bench)
+    if unknown:
+        return f"cannot say: {'; '.join(unknown)}"
     assert parity is not None
-    assert parity.accuracy is not None
     assert bench is not None
     assert bench.single_stream is not None
-    lost = parity.accuracy
-    accuracy = f"accuracy drop {lost.drop_pp:.2f} pp (at most {lost.upper_pp:.2f})"
     latency = f"p90 {bench.single_stream.latency_ms_p90:.2f} ms"
-    return f"ship: {accuracy} on {parity.images} images, {latency}"
+    lost = parity.accuracy
+    if lost is None:  # held by proof, without an unseen image
+        return f"ship: no answer can change, {latency}"
+    accuracy = f"accuracy drop {lost.drop_pp:.2f} pp (at most {lost.upper_pp:.2f})"
+    return f"ship: {accuracy} on {lost.images} unseen images, {latency}"
 
 
-def _against_parity(parity: ParityReport | None) -> list[str]:
-    if parity is None:
-        return ["not validated"]
-    if parity.verdict == "pass":
-        return []
-    return parity.failures or [parity.verdict]
+def answer(parity: ParityReport | None, bench: BenchReport | None) -> Answer:
+    """Return whether everything that was asked holds; what was not measured cannot be told."""
+    if _failures(parity, bench):
+        return "fails"
+    return "cannot tell" if _unknown(parity, bench) else "holds"
 
 
-def _against_bench(bench: BenchReport | None) -> list[str]:
-    if bench is None:
-        return ["not benchmarked"]
-    reasons = []
-    for failure in bench.failures:
+def _failures(parity: ParityReport | None, bench: BenchReport | None) -> list[str]:
+    """Return what speaks against the bundle."""
+    found = []
+    if parity is not None and parity.verdict == "fails":
+        found += parity.failures or ["validate failed"]
+    for failure in bench.failures if bench is not None else []:
         if "budget" in failure:
             failure = f"over budget: {failure}"
-        reasons.append(failure)
-    if bench.single_stream is None and not reasons:
-        reasons.append("single_stream not measured")
-    return reasons
+        found.append(failure)
+    return found
+
+
+def _unknown(parity: ParityReport | None, bench: BenchReport | None) -> list[str]:
+    """Return what is not known of the bundle."""
+    found = []
+    if parity is None:
+        found.append("not validated")
+    elif parity.verdict != "holds":
+        open_rules = [rules.line(r) for r in parity.rules if r.answer == "cannot tell"]
+        found += open_rules or [parity.not_compared or "validated by an older edgeclip"]
+    if bench is None:
+        found.append("not benchmarked")
+    elif bench.single_stream is None:
+        found.append("single_stream not measured")
+    return found
 
 
 def waterfall(results: EvaluationResults, targets: list[Target]) -> Waterfall:

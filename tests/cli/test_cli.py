@@ -16,6 +16,7 @@ from edgeclip.cli.group import SECTIONS
 from edgeclip.cli.options import recipe_path
 from edgeclip.device.bundle import Bundle
 from tests.support.command import mistake, run
+from tests.support.damage import damage
 from tests.support.files import REPO, snapshot
 from tests.support.images import encoded, toy_image, truncated_jpeg
 from tests.support.toy_bundle import write_evaluation
@@ -182,12 +183,13 @@ def test_validate_exits_0_3_and_4_by_the_verdict(shipped_bundle, source, here, e
     shutil.copytree(shipped_bundle("onnx-fp32"), here / "good" / "bundles" / "onnx-fp32")
     shutil.copytree(evaluation, here / "good" / "evaluation")
     result = run("validate", "--run", "good", "--json")
-    assert result.exit_code == 0 and json.loads(result.stdout)[0]["verdict"] == "pass"
+    assert result.exit_code == 0 and json.loads(result.stdout)[0]["verdict"] == "holds"
     assert (
         disk.read_json(here / "good" / "reports" / "onnx-fp32.host-cpu.parity.json")["device"]
         == "host-cpu"
     )
     shutil.copytree(here / "good" / "bundles", here / "few" / "bundles")
+    damage(here / "few" / "bundles" / "onnx-fp32", 0.001)
     write_evaluation(here / "few" / "evaluation", source, 20)
     assert run("validate", "--run", "few").exit_code == 4
     bundle = here / "good" / "bundles" / "onnx-fp32"

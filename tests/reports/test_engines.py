@@ -19,7 +19,7 @@ CONDITIONS = EngineConditions(
 )
 
 
-def parity(key, top1, jetpack, verdict="pass"):
+def parity(key, top1, jetpack, verdict="holds"):
     conditions = msgspec.structs.replace(CONDITIONS, jetpack=jetpack)
     ran = Ran(
         runtime="tensorrt",
@@ -36,8 +36,8 @@ def test_a_jetpack_upgrade_that_moves_accuracy_is_seen(tmp_path):
     path = tmp_path / "h.json"
     assert remember(path, parity("k1", 0.716, "6.1"), "monday") is None
     assert remember(path, parity("k1", 0.716, "6.1"), "tuesday") is None
-    line = remember(path, parity("k2", 0.684, "6.2", "fail"), "friday")
-    moved = "top-1 0.7160 -> 0.6840 (-3.20 pp), pass -> fail"
+    line = remember(path, parity("k2", 0.684, "6.2", "fails"), "friday")
+    moved = "top-1 0.7160 -> 0.6840 (-3.20 pp), holds -> fails"
     assert line == f"t: a new engine (jetpack 6.1 -> 6.2): {moved}"
     assert [e["when"] for e in json.loads(path.read_text())] == ["monday", "tuesday", "friday"]
 

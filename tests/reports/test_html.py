@@ -6,11 +6,11 @@ import pytest
 from msgspec.structs import replace
 
 from edgeclip import disk
-from edgeclip.device.records import SetAccuracy
+from edgeclip.device.records import Rule, SetAccuracy
 from edgeclip.errors import EdgeclipError
 from edgeclip.reports.html import report
 from edgeclip.reports.results import read_results
-from edgeclip.reports.targets import collect, verdict, waterfall
+from edgeclip.reports.targets import answer, collect, verdict, waterfall
 from tests.support.manifests import candidate_row, manifest_fields, search_record
 from tests.support.optional import require
 from tests.support.reports import accuracy, bench_report, parity_report, scenario
@@ -94,8 +94,11 @@ def test_what_passed_and_was_measured_ships():
     assert line.startswith("ship: ")
     assert "0.25 pp" in line
     assert "0.75" in line
-    assert "400 images" in line
+    assert "400 unseen images" in line
     assert "2.25 ms" in line
+
+
+UNTOLD = Rule(rule="accuracy lost", allowed=1.0, answer="cannot tell", needed=900)
 
 
 @pytest.mark.parametrize(
@@ -105,16 +108,33 @@ def test_what_passed_and_was_measured_ships():
         (parity(), None, ["not benchmarked"]),
         (parity(), bench(single_stream=None), ["single_stream not measured"]),
         (None, bench(), ["not validated"]),
+        (parity(verdict="cannot tell", rules=[UNTOLD]), bench(), ["about 900 images would tell"]),
+        (
+            parity(verdict="cannot tell", accuracy=None, not_compared="no run beside it"),
+            bench(),
+            ["no run beside it"],
+        ),
+        (parity(verdict="cannot tell"), bench(), ["validated by an older edgeclip"]),
+    ],
+)
+def test_what_is_not_known_of_a_bundle_is_on_the_line(p, b, reasons):
+    line = verdict(p, b)
+    assert line.startswith("cannot say: ") and answer(p, b) == "cannot tell"
+    assert all(r in line for r in reasons)
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("p", "b", "reasons"),
+    [
         (
             parity(
-                verdict="fail",
+                verdict="fails",
                 failures=["top-1 agreement 0.5, below 0.9", "accuracy drop 9 pp, above 1"],
             ),
             bench(),
             ["top-1 agreement", "accuracy drop"],
         ),
-        (parity(verdict="too few images"), bench(), ["too few images"]),
-        (parity(verdict="golden images only", accuracy=None), bench(), ["golden images only"]),
         (
             parity(),
             bench(failures=["latency_ms_p90 9.0, budget 5.0"]),
@@ -229,7 +249,7 @@ def test_retrieval_is_on_the_page_both_ways(tmp_path):
 def test_a_run_without_any_report_does_not_ship(tmp_path):
     require("matplotlib", "pip install 'edgeclip[train]'")
     _, verdicts = report(make_run(tmp_path / "run", reports=False))
-    assert verdicts == {"t": "do not ship: not validated; not benchmarked"}
+    assert verdicts == {"t": "cannot say: not validated; not benchmarked"}
 
 
 def test_a_report_of_another_bundle_does_not_count(tmp_path):
@@ -267,7 +287,7 @@ def test_each_device_has_its_own_line(tmp_path):
         run / "reports" / "t.board.parity.json", parity(bundle=digest, device="board")
     )
     rows = {r.device: r.verdict for r in collect(run)}
-    assert rows["host-cpu"].startswith("ship") and rows["board"] == "do not ship: not benchmarked"
+    assert rows["host-cpu"].startswith("ship") and rows["board"] == "cannot say: not benchmarked"
 
 
 def test_the_waterfall_has_each_step_on_the_same_sets(tmp_path):

@@ -5,8 +5,19 @@ import dataclasses
 import pytest
 from msgspec.structs import replace
 
+from edgeclip import disk
+from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Budget, Device
-from edgeclip.reports.store import GATE_FAILED, TOO_FEW, exit_code, joined, one_bundle
+from edgeclip.device.records import ParityReport
+from edgeclip.reports.store import (
+    CANNOT_TELL,
+    GATE_FAILED,
+    exit_code,
+    joined,
+    one_bundle,
+    read,
+    write,
+)
 from tests.support.reports import bench_report, parity_report, scenario, selftest_report
 
 
@@ -35,8 +46,8 @@ def parity(verdict, failures=()):
     return parity_report(verdict=verdict, failures=list(failures))
 
 
-PASS, FEW, GOLDEN = parity("pass"), parity("too few images"), parity("golden images only")
-FAIL = parity("fail", ["accuracy drop 3.00 pp, above 1.0"])
+PASS, FEW = parity("holds"), parity("cannot tell")
+FAIL = parity("fails", ["accuracy drop 3.00 pp, above 1.0"])
 FAST = bench_report()
 SLOW = bench_report(failures=["latency_ms_p90 9.00, budget 5.0"])
 WELL = selftest_report("pass", "not possible here")
@@ -47,8 +58,7 @@ ILL = selftest_report("pass", "fail")
     ("reports", "code"),
     [
         ([], 0),
-        ([PASS, GOLDEN], 0),
-        ([PASS, FEW], TOO_FEW),
+        ([PASS, FEW], CANNOT_TELL),
         ([FEW, FAIL], GATE_FAILED),
         ([FAIL, FEW], GATE_FAILED),
         ([FAST], 0),
@@ -63,7 +73,7 @@ def test_the_exit_code_of_a_gate(reports, code):
 
 def test_the_codes_are_those_of_the_docs():
     assert GATE_FAILED == 3
-    assert TOO_FEW == 4
+    assert CANNOT_TELL == 4
 
 
 def test_the_bundle_that_is_meant_is_of_this_processor(tmp_path, monkeypatch):
@@ -73,3 +83,20 @@ def test_the_bundle_that_is_meant_is_of_this_processor(tmp_path, monkeypatch):
     for arch, name in (("x86_64", "onnx-int8"), ("aarch64", "onnx-int8-arm")):
         monkeypatch.setattr("platform.machine", lambda arch=arch: arch)
         assert one_bundle(None).name == name
+
+
+def test_a_quick_look_does_not_replace_the_verdict_of_more_images(own_bundle, tmp_path, capsys):
+    bundle = Bundle.load(own_bundle("onnx-fp32"))
+    digest = disk.sha256(bundle.folder / disk.MANIFEST)
+    whole = parity_report(bundle=digest, images=400)
+    quick = parity_report(bundle=digest, images=40, verdict="cannot tell")
+    write(whole, "host-cpu", tmp_path, bundle)
+    assert write(quick, "host-cpu", tmp_path, bundle).verdict == "cannot tell"
+    assert read(tmp_path, bundle, "host-cpu", ParityReport).images == 400
+    assert "which counts" in capsys.readouterr().err
+    (aside,) = (tmp_path / "reports").glob("*.parity-40-images.json")
+    assert disk.read_record(aside, ParityReport).images == 40
+    # Another runtime is another question.
+    other = replace(quick, ran=replace(quick.ran, version="2"))
+    write(other, "host-cpu", tmp_path, bundle)
+    assert read(tmp_path, bundle, "host-cpu", ParityReport).images == 40

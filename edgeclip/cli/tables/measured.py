@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from edgeclip.cli.tables.plain import NOT_MEASURED, mebibytes, number, table
+from edgeclip.device import rules
 from edgeclip.device.machine import processor
 from edgeclip.device.records import BenchReport, Energy, ParityReport, Sustained
 from edgeclip.reports.comparison import Row
@@ -68,12 +69,15 @@ def _parity_row(report: ParityReport) -> list[Any]:
     cells: list[str | None] = [None] * 8
     accuracy = report.accuracy
     cosine = report.cosine
-    if accuracy is not None and cosine is not None:
-        cells = [
+    if cosine is not None:
+        cells[:4] = [
             number(cosine.centered_p1, 4),
             number(cosine.raw_p1, 4),
             number(report.top1_agreement, 4),
             number(report.agreement_where_right, 4),
+        ]
+    if accuracy is not None:
+        cells[4:] = [
             number(accuracy.reference_top1, 4),
             number(accuracy.bundle_top1, 4),
             number(accuracy.drop_pp, 2),
@@ -83,19 +87,12 @@ def _parity_row(report: ParityReport) -> list[Any]:
 
 
 def _parity_lines(report: ParityReport) -> list[str]:
-    lines = []
-    accuracy = report.accuracy
-    if accuracy is not None:
-        lost = f"top-1 lost on {report.images} unseen images: {accuracy.drop_pp:.2f}"
-        lines.append(f"{lost} percentage points, at most {accuracy.upper_pp:.2f} (95 %)")
-    lines += report.failures
-    if report.verdict == "golden images only":
+    lines = [rules.line(rule) for rule in report.rules]
+    lines += [failure for failure in report.failures if failure not in lines]
+    if report.not_compared is not None:
         cosine = number(report.golden.cosine_min, 4) or "not finite"
         why = f"only its golden images were compared (cosine {cosine})"
         lines.append(f"{report.not_compared}: {why}")
-    if report.verdict == "too few images" and accuracy is not None:
-        cannot = f"{report.images} images cannot exclude a drop of {accuracy.upper_pp:.2f} pp"
-        lines.append(cannot)
     return lines
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from edgeclip.device.evaluation import Role
 from edgeclip.device.images import ImageRef
 
 
@@ -19,8 +20,13 @@ class EvaluationSet(NamedTuple):
     """False: kept for parity only, never scored for the teacher"""
     shift: bool = False
     """of another style or data set than what was trained on"""
-    seen: bool = False
-    """its images are training images, and its figure says so"""
+    role: Role = "unseen"
+    """what training had of its images; its figure says so"""
+
+    @property
+    def seen(self) -> bool:
+        """Whether there are training images among its images."""
+        return self.role != "unseen"
 
 
 class Dataset(NamedTuple):

@@ -49,7 +49,7 @@ def load_webdataset(spec: WebDataset, cache: Path) -> Dataset:
 
 def _of_training(s: EvaluationSet) -> EvaluationSet:
     """Return a set whose images are training images, and that says so."""
-    return s._replace(note=f"TRAINING IMAGES are among these: {s.note}", seen=True)
+    return s._replace(note=f"TRAINING IMAGES are among these: {s.note}", role="trained with names")
 
 
 def load_folders(spec: Folders, cache: Path) -> Dataset:

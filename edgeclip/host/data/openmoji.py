@@ -174,7 +174,7 @@ def _dataset(
             seen,
             split.unlabeled,
             "transductive: the student saw these very images without names",
-            seen=True,
+            role="seen without names",
         ),
         EvaluationSet(
             "line drawings",
@@ -189,7 +189,7 @@ def _dataset(
             everything,
             "training images: parity only",
             headline=False,
-            seen=True,
+            role="trained with names",
         ),
         EvaluationSet("line drawings, other", others, everything, "parity only", headline=False),
     ]

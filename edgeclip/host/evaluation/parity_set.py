@@ -46,7 +46,7 @@ def write_parity_set(
     for s in data.evaluation:
         rows = [i for i, p in enumerate(images) if p.of is s]
         sets.append(
-            {"name": s.name, "note": s.note, "rows": rows, "classes": s.classes, "seen": s.seen}
+            {"name": s.name, "note": s.note, "rows": rows, "classes": s.classes, "role": s.role}
         )
     record = {
         "labels": [p.image.label for p in images],

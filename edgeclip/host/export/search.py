@@ -27,10 +27,10 @@ import numpy as np
 import onnx
 from msgspec.structs import replace
 
+from edgeclip.device.compared import short_of_agreement
 from edgeclip.device.manifest import CandidateRow, Interval, SearchRecord
 from edgeclip.device.metrics import agreement, cosine, median_interval
 from edgeclip.device.target import Calibration, Target
-from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
 from edgeclip.host.export.calibration import CalibrationImages
 from edgeclip.host.export.speed import (

@@ -123,7 +123,8 @@ def test_a_weight_keeps_the_offset_farther_from_the_images_with_a_label(parted, 
     found = midway(lead, has_label, weight)
     assert labeled - found == pytest.approx(weight * (found - others))
     offsets = [
-        fit(scores, parted, has_label, R.Calibration(labeled_weight=w)).offset for w in (1.0, weight)
+        fit(scores, parted, has_label, R.Calibration(labeled_weight=w)).offset
+        for w in (1.0, weight)
     ]
     assert (offsets[1] < offsets[0]) == (weight > 1)
 

@@ -62,7 +62,9 @@ def test_a_set_of_training_images_says_so_whatever_else_is_known():
         student=recipe.Student(tower=recipe.Timm(model="x", weights="random", image_size=32)),
         losses=recipe.Losses(kl=recipe.KL()),
     )
-    s = EvaluationSet("val", [], [0], "TRAINING IMAGES are among these: test images", seen=True)
+    s = EvaluationSet(
+        "val", [], [0], "TRAINING IMAGES are among these: test images", role="trained with names"
+    )
     known = note(asked, asked.data, s)
     assert known.transductive and known.text == s.note
-    assert "TRAINING" not in note(asked, asked.data, s._replace(seen=False)).text
+    assert "TRAINING" not in note(asked, asked.data, s._replace(role="unseen")).text

@@ -12,9 +12,9 @@ import torch
 from onnx import numpy_helper
 
 from edgeclip.device import target
+from edgeclip.device.compared import short_of_agreement
 from edgeclip.device.metrics import cosine
 from edgeclip.device.target import Calibration, Tolerance
-from edgeclip.device.validate import short_of_agreement
 from edgeclip.errors import EdgeclipError, Refused
 from edgeclip.host.export import EXPORTERS, speed
 from edgeclip.host.export.calibration import CalibrationImages

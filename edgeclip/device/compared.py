@@ -1,0 +1,167 @@
+"""The evaluation images of a run, before and after: the float student's answers and a bundle's."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from edgeclip.device import rules
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.evaluation import (
+    Decisions,
+    Evaluation,
+    decide,
+    largest_difference,
+    own_list_top1,
+)
+from edgeclip.device.metrics import accuracy_drop, agreement, centered_cosines, cosine
+from edgeclip.device.records import (
+    Accuracy,
+    Closeness,
+    OptimizationAgreement,
+    Rule,
+    SetAccuracy,
+    to_json,
+)
+from edgeclip.device.target import Tolerance
+
+TIE = 1e-5
+"""two processors may order scores that are closer than this differently"""
+
+
+class Compared(NamedTuple):
+    """The evaluation images, as far as they were compared, and what fails there."""
+
+    images: int = 0
+    cosine: Closeness | None = None
+    top1_agreement: float | None = None
+    agreement_where_right: float | None = None
+    accuracy: Accuracy | None = None
+    sets: tuple[SetAccuracy, ...] = ()
+    optimization: OptimizationAgreement | None = None
+    rules: tuple[Rule, ...] = ()
+    failures: tuple[str, ...] = ()
+
+
+def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray]) -> Compared:
+    """Compare features, answers and accuracy; arrays: as `validate.Observed` has them."""
+    tolerance = bundle.manifest.target.tolerance
+    features = arrays["features_all"]
+    if not np.isfinite(features).all():
+        return Compared(failures=("values: not finite on the evaluation images",))
+
+    reference = decide(bundle, evaluation, evaluation.reference)
+    own = decide(bundle, evaluation, features)
+    failures = []
+    unlike = int(((own.answers != arrays["answers"]) & (own.lead > TIE)).sum())
+    if unlike:
+        what = f"the device's own answers are not those of its features on {unlike} images"
+        failures.append(f"head: {what}")
+
+    parts = _parts(evaluation, reference, own)
+    same = own.answers == reference.answers
+    close = centered_cosines(features, evaluation.reference)
+    asked = [rules.closeness(tolerance, close), *_agreement(tolerance, same, reference.right)]
+    asked += rules.accuracy(tolerance, parts)
+    difference = largest_difference(bundle, evaluation, evaluation.reference, features)
+    decided = rules.proven(asked, difference, reference.least_lead)
+
+    optimization = None
+    if "features_basic" in arrays:
+        basic = arrays["features_basic"]
+        as_basic = own.answers == decide(bundle, evaluation, basic).answers
+        agreed = float(as_basic.mean()) if len(as_basic) else None
+        near = to_json(cosine(features, basic))
+        optimization = OptimizationAgreement(top1_agreement=agreed, **near)
+        changed = int((~as_basic).sum())
+        allowed = 1 - (tolerance.optimization_agreement or 0.0)
+        asked = [rules.share(rules.OPTIMIZED, allowed, changed, len(as_basic))]
+        difference = largest_difference(bundle, evaluation, basic, features)
+        decided += rules.proven(asked, difference, own.least_lead)
+
+    judged = [p for p in parts if p.judged]
+    return Compared(
+        images=len(features),
+        cosine=cosine(features, evaluation.reference),
+        top1_agreement=agreement(own.answers, reference.answers),
+        agreement_where_right=agreement(own.answers, reference.answers, reference.right),
+        accuracy=_accuracy(judged) if judged else None,
+        sets=_sets(bundle, evaluation, features, parts),
+        optimization=optimization,
+        rules=tuple(decided),
+        failures=tuple(failures),
+    )
+
+
+def _agreement(tolerance: Tolerance, same: np.ndarray, right: np.ndarray) -> list[Rule]:
+    """Return the rules of equal answers. same, right with the float student: bool [m]."""
+    found = [
+        rules.share(rules.CHANGED, 1 - tolerance.top1_agreement, int((~same).sum()), len(same))
+    ]
+    if tolerance.agreement_where_right is not None and right.any():
+        changed = int((~same & right).sum())
+        allowed = 1 - tolerance.agreement_where_right
+        found.append(rules.share(rules.RIGHT_CHANGED, allowed, changed, int(right.sum())))
+    return found
+
+
+def _parts(evaluation: Evaluation, before: Decisions, after: Decisions) -> list[rules.Part]:
+    """Return each evaluation set that has images, before and after."""
+    parts = []
+    start = 0
+    for s in evaluation.sets:
+        own = slice(start, start + len(s.rows))
+        start = own.stop
+        parts.append(rules.Part(s.name, s.unseen, before.right[own], after.right[own]))
+    return parts
+
+
+def _accuracy(parts: list[rules.Part]) -> Accuracy:
+    """Return the accuracies over the images of some sets, and the paired drop."""
+    before = np.concatenate([p.before for p in parts])
+    after = np.concatenate([p.after for p in parts])
+    return Accuracy(
+        reference_top1=float(before.mean()),
+        bundle_top1=float(after.mean()),
+        **to_json(accuracy_drop(before, after)),
+    )
+
+
+def _sets(
+    bundle: Bundle, evaluation: Evaluation, features: np.ndarray, parts: list[rules.Part]
+) -> tuple[SetAccuracy, ...]:
+    """Return a row for each evaluation set that has images; features: [n, D], the bundle's."""
+    rows = []
+    for s, part in zip(evaluation.sets, parts, strict=True):
+        if not s.rows:
+            continue
+        row = SetAccuracy(
+            name=s.name,
+            note=s.note,
+            classes=len(s.classes),
+            role=s.role,
+            at_floor=part.at_floor,
+            reference_own_list_top1=own_list_top1(bundle, evaluation, s, evaluation.reference),
+            bundle_own_list_top1=own_list_top1(bundle, evaluation, s, features),
+            **to_json(_accuracy([part])),
+        )
+        rows.append(row)
+    return tuple(rows)
+
+
+def short_of_agreement(
+    tolerance: Tolerance, same: float | None, where_right: float | None
+) -> list[str]:
+    """Return a line for each agreement below its limit; None: there is nothing to judge."""
+    measured = (
+        ("top-1 agreement", same, tolerance.top1_agreement),
+        (
+            "top-1 agreement where the student is right",
+            where_right,
+            tolerance.agreement_where_right,
+        ),
+    )
+    short = []
+    for what, value, limit in measured:
+        if value is not None and limit is not None and not value >= limit:
+            short.append(f"{what} {value:.4f}, below {limit}")
+    return short
