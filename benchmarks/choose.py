@@ -1,13 +1,14 @@
 """Stage 1 and readings of the losses, chosen inside the folds: by labels that training has, without a look at a test image.
 
-Each fold of `pools.py` parts its training images once more: half of the classes with labels lose them (`inner_fold`), twice for stage 1, once for students. A
-candidate is trained on what is left and scored over all labels of the set, with the class offset that would ship: top-1 on withheld
-images of the half that kept its labels, on those of the half that lost them, and their harmonic mean. No label of a class that has
-none in the fold takes part. What a fold prefers is the candidate with the best mean over its inner folds; a recipe takes what most
-folds of its set prefer, and `folds.py` then scores that on test images.
+Each fold of `pools.py` parts its training images once more: some of the classes with labels lose them (`inner_fold`). A candidate is
+trained on what is left and scored over all labels of the set, with the class offset that would ship: top-1 on withheld images of the
+classes that kept their labels, on those of the classes that lost them, and their harmonic mean. No label of a class that has none in
+the fold takes part. A recipe takes the simplest candidate that lies within one standard error of the best mean over all inner folds
+of all folds (Breiman et al. 1984); `folds.py` then scores the recipe on test images. So an image that one fold is tested on may have
+had a label in another fold's choice.
 
     stage1     settings of `adapt`, scored as a teacher
-    readings   losses of ComKD, scored as a student on frozen features; the head is the recipe's own stage 1
+    readings   losses of ComKD, scored as a student on frozen features, under the recipe's stage 1
 
     results/choices.jsonl  a line a candidate and inner fold, appended when it is done
 
@@ -42,8 +43,8 @@ from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.distill.optimizer import cosine
 
 LOG = Path(__file__).parent.parent / "results" / "choices.jsonl"
-INNER = {"stage1": range(2), "readings": range(1)}
-"""inner folds of a fold"""
+INNER = {"stage1": (2, 2, 5, 5), "readings": (2,)}
+"""of each inner fold of a fold, into how many parts the labeled classes are parted"""
 LAST = "EduAttention last, projector frozen"
 LOSSES = (
     DEFAULT,
@@ -111,30 +112,33 @@ def attention_alone(
     return head
 
 
-def trial(kind: str, name: str, bench: Bench, ks: list[int], folder: Path, log: Path) -> None:
+def trial(
+    kind: str,
+    name: str,
+    bench: Bench,
+    ks: list[int],
+    folder: Path,
+    log: Path,
+    names: list[str] | None = None,
+) -> None:
     """Every line of a set that `log` does not hold yet."""
     own = bench.recipe.adapt
     assert isinstance(own, R.ResidualHead)
     for k in ks:
         fold = pools.fold_of(bench, k, folder)
-        for i in INNER[kind]:
-            key = {"kind": kind, "set": name, "fold": k, "inner": i}
-            spec = own
-            if kind == "readings":
-                key["stage_1"] = stage1.chosen(name, k) or stage1.RECIPES
-                if key["stage_1"] != stage1.RECIPES:
-                    spec = stage1.settings(own, key["stage_1"])
+        for i, parts in enumerate(INNER[kind]):
+            key: dict[str, Any] = {"kind": kind, "set": name, "fold": k, "inner": i}
             known = [x["candidate"] for x in methods_table.read(log) if key.items() <= x.items()]
-            missing = [candidate for candidate in KINDS[kind] if candidate not in known]
+            missing = [c for c in names or KINDS[kind] if c not in known]
             if not missing:
                 continue
-            inner = pools.bench_of(bench, pools.inner_fold(bench, fold, 10 * k + i))
+            inner = pools.bench_of(bench, pools.inner_fold(bench, fold, 10 * k + i % 2, parts))
             for candidate in missing:
                 if kind == "stage1":
                     teacher = adapted(inner, stage1.settings(own, candidate), k, folder)
                     found = folds.answers(inner, None, "teacher", k, teacher)
                 else:
-                    found = answers(inner, candidate, k, adapted(inner, spec, k, folder))
+                    found = answers(inner, candidate, k, adapted(inner, own, k, folder))
                 line = folds.scored(inner, *found)
                 methods.append(key | {"candidate": candidate} | line, log)
                 print(f"{name} {k}.{i} {candidate}: {line['rules']['shipped']}", flush=True)
@@ -152,6 +156,7 @@ def smoke(kinds: list[str], folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=" or ".join(KINDS))
+    parser.add_argument("--candidates", nargs="+", help="[default: all]")
     parser.add_argument("--sets", nargs="+", choices=list(family.SETS), default=list(family.SETS))
     parser.add_argument("--folds", nargs="+", type=int, choices=pools.FOLDS, default=pools.FOLDS)
     parser.add_argument("--data", action="append", default=[], help="NAME=DIR")
@@ -167,12 +172,14 @@ def main() -> None:
             roots = tuple(r for r in options.data if r.partition("=")[0] == name)
             bench = pools.pool(family.recipe_of(name, "frozen"), roots, options.cache)
             for kind in kinds:
-                trial(kind, name, bench, list(options.folds), options.cache, LOG)
+                trial(
+                    kind, name, bench, list(options.folds), options.cache, LOG, options.candidates
+                )
         log = methods_table.read(LOG)
     for kind in kinds:
         common.table(choose_table.rows(log, kind), choose_table.headers(log, kind))
-    chosen = {kind: choose_table.preferred(log, kind) for kind in kinds}
-    common.finish({"benchmark": "choose", "preferred": chosen}, [], here, options)
+    chosen = {kind: choose_table.chosen(log, kind) for kind in kinds}
+    common.finish({"benchmark": "choose", "chosen": chosen}, [], here, options)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,36 @@
-"""The tables of results/choices.jsonl: a candidate's mean over the inner folds of a set, and how many folds prefer it."""
+"""The tables of results/choices.jsonl: a candidate's mean over the inner folds of a set, and which one is chosen."""
 
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 Log = list[dict[str, Any]]
 TITLES = {"stage1": "stage 1", "readings": "reading"}
 
 
-def preferred(log: Log, kind: str) -> dict[str, dict[int, str]]:
-    """What each fold of a set prefers, by set and fold: the best mean over its inner folds."""
-    found: dict[str, dict[int, str]] = {}
-    for name, k in dict.fromkeys((x["set"], x["fold"]) for x in log if x["kind"] == kind):
-        own = [x for x in log if (x["kind"], x["set"], x["fold"]) == (kind, name, k)]
-        means = {c: mean([x for x in own if x["candidate"] == c]) for c in candidates(own, kind)}
-        found.setdefault(name, {})[k] = max(means, key=lambda c: means[c])
+def shared(log: Log, kind: str, name: str) -> dict[str, np.ndarray]:
+    """The harmonic means of each candidate over the inner folds that all candidates of a set have, in the log's order."""
+    own = [x for x in log if (x["kind"], x["set"]) == (kind, name)]
+    means: dict[str, dict[tuple[int, int], float]] = {}
+    for line in own:
+        place = (line["fold"], line["inner"])
+        means.setdefault(line["candidate"], {})[place] = line["rules"]["shipped"]["mean"]
+    places = sorted(set.intersection(*[set(of) for of in means.values()]))
+    return {c: np.array([of[p] for p in places]) for c, of in means.items()}
+
+
+def chosen(log: Log, kind: str) -> dict[str, str]:
+    """By set, the first candidate within one standard error of the best; the paired differences give the error."""
+    found = {}
+    for name in dict.fromkeys(x["set"] for x in log if x["kind"] == kind):
+        of = shared(log, kind, name)
+        best = max(of.values(), key=np.mean)
+        for candidate, means in of.items():
+            behind = best - means
+            if behind.mean() <= (stats.sem(behind) if len(behind) > 1 else 0.0):
+                found[name] = candidate
+                break
     return found
 
 
@@ -29,48 +45,48 @@ def mean(lines: Log, rule: str = "shipped") -> float:
 
 
 def rows(log: Log, kind: str) -> list[list[Any]]:
-    """A row a candidate."""
-    chosen = preferred(log, kind)
+    """A row a candidate: its mean on each set; the one that is chosen is bold."""
+    of = {name: shared(log, kind, name) for name in chosen(log, kind)}
     found = []
     for candidate in candidates(log, kind):
         cells: list[Any] = [candidate]
-        for name in chosen:
-            own = [x for x in log if (x["kind"], x["set"]) == (kind, name)]
-            lines = [x for x in own if x["candidate"] == candidate]
-            cells += [
-                f"{mean(lines):.3f}" if lines else "",
-                list(chosen[name].values()).count(candidate),
-            ]
+        for name, taken in chosen(log, kind).items():
+            cell = ""
+            if candidate in of[name]:
+                cell = f"{of[name][candidate].mean():.3f}"
+            cells.append(f"**{cell}**" if candidate == taken else cell)
         found.append(cells)
     return found
 
 
 def headers(log: Log, kind: str) -> list[str]:
-    """Of the table."""
+    """Of the table; how many inner folds a set's means are over."""
     cells = [TITLES[kind]]
-    for name in preferred(log, kind):
-        cells += [name, "folds that prefer it"]
+    for name in chosen(log, kind):
+        (count,) = {len(means) for means in shared(log, kind, name).values()}
+        cells.append(f"{name} ({count} inner folds)")
     return cells
 
 
+OFFSETS = ("none", "shares", "midway", "shipped", "best")
+OFFSET_HEADERS = [
+    "set, stage 1",
+    "no offset",
+    "as many as have a label",
+    "midway",
+    "the smaller (ships)",
+    "best",
+]
+
+
 def offset_rows(log: Log) -> list[list[Any]]:
-    """A row a set and stage 1: the harmonic mean by the rule that sets the offset."""
+    """The harmonic mean by the rule that sets the offset: of labels alone, and of the stage 1 that is chosen."""
     found = []
-    for name in dict.fromkeys(x["set"] for x in log):
-        for candidate in candidates(log, "stage1"):
+    for name, taken in chosen(log, "stage1").items():
+        for candidate in dict.fromkeys(("labels alone", taken)):
             key = ("stage1", name, candidate)
             lines = [x for x in log if (x["kind"], x["set"], x["candidate"]) == key]
             if lines:
                 means = [f"{mean(lines, rule):.3f}" for rule in OFFSETS]
                 found.append([f"{name}, {candidate}", *means])
     return found
-
-
-OFFSETS = ("none", "shares", "shipped", "best")
-OFFSET_HEADERS = [
-    "set, stage 1",
-    "no offset",
-    "as many as have a label",
-    "midway (ships)",
-    "best",
-]

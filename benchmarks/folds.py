@@ -36,7 +36,6 @@ import methods
 import methods_table
 import numpy as np
 import pools
-import stage1
 import toy
 import yaml
 from family import Bench
@@ -112,7 +111,8 @@ def scored(
 
 
 DEFAULTS = to_builtins(R.ResidualHead())
-STAGE_1 = "chosen inside the fold"
+BEFORE = 0.3
+"""toward_unadapted of the rows of before"""
 
 
 def answers(
@@ -133,19 +133,19 @@ def answers(
     return features, family.shipped_head(learner)
 
 
-def stage_1(name: str, bench: Bench, fold: int) -> tuple[str, R.ResidualHead]:
-    """What a fold's teacher is adapted by: its own choice, or the recipe's settings where it has made none."""
-    own = bench.recipe.adapt
-    assert isinstance(own, R.ResidualHead)
-    candidate = stage1.chosen(name, fold)
-    if candidate is None:
-        return stage1.RECIPES, own
-    return candidate, stage1.settings(own, candidate)
+def stage_1(spec: R.ResidualHead) -> str:
+    """What stage 1 learns from, in words."""
+    terms = ["labels"]
+    if spec.margin is not None:
+        terms.append(f"margin {spec.margin:g}")
+    if spec.self_training is not None:
+        terms.append("balanced pseudo-labels")
+    if spec.toward_unadapted != BEFORE:
+        terms.append(f"pull {spec.toward_unadapted:g}")
+    return ", ".join(terms)
 
 
-def key_of(
-    name: str, bench: Bench, regime: str, model: str, spec: R.ResidualHead
-) -> dict[str, Any]:
+def key_of(name: str, bench: Bench, regime: str, model: str) -> dict[str, Any]:
     """What a line is of; of the recipe as it is written down, so that a new field with a default makes no line a stranger."""
     written = yaml.safe_load(bench.path.read_text(encoding="utf-8"))
     parts = ["teacher", "views"]
@@ -153,10 +153,13 @@ def key_of(
     if model != "teacher":
         parts += ["student", "train"]
         losses = family.METHODS[model]
+    spec = bench.recipe.adapt
+    assert isinstance(spec, R.ResidualHead)
     settings = {k: v for k, v in to_builtins(spec).items() if v != DEFAULTS[k]}
     recorded = {part: written[part] for part in parts} | {"losses": losses, "adapt": settings}
     return {
         "set": name,
+        "stage_1": stage_1(spec),
         "regime": "teacher" if model == "teacher" else regime,
         "model": model,
         "recipe": disk.fingerprint(recorded)[:16],
@@ -173,10 +176,11 @@ def trial(
     log: Path,
 ) -> None:
     """Every line of a set that `log` does not hold yet."""
+    spec = bench.recipe.adapt
+    assert isinstance(spec, R.ResidualHead)
     for k in folds:
-        candidate, spec = stage_1(name, bench, k)
         done = [x for x in methods_table.read(log) if x["fold"] == k]
-        keys = [key_of(name, bench, regime, model, spec) for model in ("teacher", *names)]
+        keys = [key_of(name, bench, regime, model) for model in ("teacher", *names)]
         missing = [key for key in keys if not any(key.items() <= x.items() for x in done)]
         if not missing:
             continue
@@ -189,9 +193,7 @@ def trial(
             start = time.perf_counter()
             line = scored(own, *answers(own, losses, regime, k, teacher))
             line["seconds"] = round(time.perf_counter() - start, 1)
-            methods.append(
-                key | {"stage_1": STAGE_1, "fold": k, "candidate": candidate} | line, log
-            )
+            methods.append(key | {"fold": k} | line, log)
             print(f"{name} fold {k} {key['model']}: {line['rules']['shipped']}", flush=True)
 
 

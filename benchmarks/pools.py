@@ -136,18 +136,23 @@ def fold_of(bench: Bench, k: int, folder: Path) -> Fold:
     return Fold(dataset, train, labeled, unlabeled, (sorted(base), novel))
 
 
-def inner_fold(bench: Bench, fold: Fold, seed: int) -> Fold:
-    """A fold of a fold's training images: half of its labeled classes keep their labels, and the other half is judged without.
+def inner_fold(bench: Bench, fold: Fold, seed: int, parts: int) -> Fold:
+    """A fold of a fold's training images: some of its labeled classes lose their labels and are judged without.
 
-    Photos: every fourth of the labeled images is judged on, in training no more. OpenMoji, which has one image a concept: of the
-    concepts that lose their labels the images of five in eight are judged on, and of the others the training images themselves.
+    parts: 2, half of the classes lose them, so that there are many to judge on; 5, one in five (at least two), so that stage 1 has
+    nearly as many labels as in the fold itself. Photos: every fourth of the labeled images is judged on, in training no more.
+    OpenMoji, which has one image a concept: of the concepts that lose their labels the images of five in eight are judged on, and
+    of the others the training images themselves.
     """
     dataset = fold.dataset
     place = {(image.path, image.key): i for i, image in enumerate(bench.parts["all"][0].images)}
     order = dataset.labeled_classes
     draw = random.Random(seed)
     draw.shuffle(order)
-    kept, others = order[: len(order) // 2], order[len(order) // 2 :]
+    lost = max(2, len(order) // parts)
+    kept, others = order[lost:], order[:lost]
+    if parts == 2:
+        kept, others = order[: len(order) // 2], order[len(order) // 2 :]
     own: dict[int, list[ImageRef]] = {c: [] for c in order}
     for image in dataset.labeled:
         own[image.label].append(image)

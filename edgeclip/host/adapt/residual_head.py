@@ -70,12 +70,6 @@ def adapt(
 
     The head is kept in `folder` and read from there next time.
     """
-    if spec.others and not data.parted:
-        raise EdgeclipError(
-            "adapt.others",
-            f"images of {data.name} that have no label may be of classes with labels",
-            "leave it out, or take self_training",
-        )
     if not (folder / disk.MANIFEST).exists():
         torch.manual_seed(seed)
         head = ResidualHead(cache.rows.shape[2] - teacher.embed_dim, teacher.embed_dim, spec)
@@ -125,8 +119,8 @@ def _train(
     forward[labeled] = spec.margin or 0.0
     own = spec.self_training
     unlabeled = rows[:0]
-    if own or spec.others:
-        unlabeled = _unlabeled_rows(cache, data, "self_training" if own else "others")
+    if own is not None:
+        unlabeled = _unlabeled_rows(cache, data)
     known = F.one_hot(torch.tensor(labeled)[target], len(names)).float()
     pseudo = torch.empty(0)
     if spec.margin is not None:
@@ -145,16 +139,12 @@ def _train(
         answers = teacher.logit_scale * u @ names[competing].T + forward[competing]
         loss = F.cross_entropy(answers, target[pick])
         loss = loss + spec.toward_unadapted * (1.0 - (u * unadapted).sum(dim=-1)).mean()
-        learns_own = own is not None and step >= own.start
-        if learns_own or spec.others:
+        if own is not None and step >= own.start:
+            if (step - own.start) % own.every == 0:
+                pseudo = pseudo_labels(head, unlabeled, names, teacher.logit_scale, known)
             pick, r = _draw(unlabeled, spec.batch_size, generator)
             answers = teacher.logit_scale * F.normalize(head(r), dim=-1) @ names.T
-            if own is not None and learns_own:
-                if (step - own.start) % own.every == 0:
-                    pseudo = pseudo_labels(head, unlabeled, names, teacher.logit_scale, known)
-                loss = loss + own.weight * F.cross_entropy(answers, pseudo[pick])
-            if spec.others:
-                loss = loss + spec.others * none_of(answers, labeled)
+            loss = loss + own.weight * F.cross_entropy(answers, pseudo[pick])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -168,14 +158,6 @@ def _draw(
     pick = torch.randint(len(rows), (count,), generator=generator)
     view = torch.randint(rows.shape[1], (count,), generator=generator)
     return pick, rows[pick, view]
-
-
-def none_of(answers: Float[Tensor, "B C"], classes: list[int]) -> Float[Tensor, ""]:
-    """Return the mean of -log of the probability of all other classes together."""
-    log_probability = F.log_softmax(answers, dim=-1)
-    others = torch.ones(answers.shape[1], dtype=torch.bool)
-    others[classes] = False
-    return -torch.logsumexp(log_probability[:, others], dim=-1).mean()
 
 
 def _labeled_rows(cache: TeacherCache, data: Dataset) -> tuple[Tensor, Tensor, list[int]]:
@@ -194,13 +176,13 @@ def _labeled_rows(cache: TeacherCache, data: Dataset) -> tuple[Tensor, Tensor, l
     return torch.from_numpy(cache.rows[positions].astype("float32")), target, classes
 
 
-def _unlabeled_rows(cache: TeacherCache, data: Dataset, asked_by: str) -> Tensor:
+def _unlabeled_rows(cache: TeacherCache, data: Dataset) -> Tensor:
     """Return the rows [n, K, R] of the images that have no label."""
     labeled = {p.key for p in data.labeled}
     positions = [i for i, p in enumerate(cache.images) if p.key not in labeled]
     if not positions:
         raise EdgeclipError(
-            f"adapt.{asked_by}", f"every image of {data.name} has a label", "leave it out"
+            "adapt.self_training", f"every image of {data.name} has a label", "set it to null"
         )
     return torch.from_numpy(cache.rows[positions].astype("float32"))
 

@@ -39,10 +39,6 @@ class ResidualHead(Config, tag="residual_head", tag_field="kind"):
     margin: NonNegative | None = None
     """logit adjustment (arXiv 2007.07314): classes without labels compete for the labeled images
     too, those with labels set forward by so much of a logit; null: only classes with labels do"""
-    others: NonNegative = 0.0
-    """weight of -log of the probability that an image without a label gives to all classes without
-    labels together, which keeps the labeled ones from rising on it; for data whose images without
-    labels are of such classes alone"""
     self_training: SelfTraining | None = None
     """null: labeled images only"""
 

@@ -10,7 +10,7 @@ from edgeclip.device.preprocess import Preprocess
 from edgeclip.disk import MANIFEST
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
-from edgeclip.host.adapt.residual_head import ResidualHead, adapt, balanced, none_of
+from edgeclip.host.adapt.residual_head import ResidualHead, adapt, balanced
 from edgeclip.host.cache import TeacherCache
 from edgeclip.host.data import Dataset
 from edgeclip.host.teachers import Teacher
@@ -187,12 +187,6 @@ def test_without_labels_it_says_so_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "teacher" / MANIFEST).exists()
 
 
-def test_none_of_is_the_probability_of_all_other_classes():
-    answers = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    others = answers.softmax(dim=-1)[:, [1, 3]].sum(dim=-1)
-    torch.testing.assert_close(none_of(answers, [0, 2]), -others.log().mean())
-
-
 def test_a_wide_margin_leaves_the_competition_to_classes_with_labels(tmp_path):
     from msgspec.structs import replace
 
@@ -207,24 +201,3 @@ def test_a_wide_margin_leaves_the_competition_to_classes_with_labels(tmp_path):
     # Of labeled images alone the one-hot rows differ in width, and nothing else does.
     torch.testing.assert_close(features(100.0), features(None), rtol=1e-4, atol=1e-4)
     assert (features(0.0) - features(None)).abs().max() > 0.01
-
-
-def test_images_without_labels_name_classes_without_labels(tmp_path):
-    from msgspec.structs import replace
-
-    teacher, cache, data = toy(tmp_path, labeled=True)
-    data = data._replace(labeled=[p for p in data.labeled if p.label < 2])
-    with pytest.raises(EdgeclipError, match=r"adapt\.others.*may be of classes with labels"):
-        adapt(teacher, cache, data, replace(SPEC, others=1.0), 0, tmp_path / "refused")
-    data = data._replace(parted=True)
-    rows = torch.from_numpy(cache.rows[:, 0].astype(np.float32))
-    without = np.array([p.label >= 2 for p in cache.images])
-
-    def tilt(others):
-        spec = replace(SPEC, others=others)
-        adapted = adapt(teacher, cache, data, spec, 0, tmp_path / str(others))
-        u = F.normalize(adapted.features(rows), dim=-1).numpy()
-        return (np.argmax(u @ cache.class_features.T, axis=1)[without] < 2).mean()
-
-    assert tilt(0.0) > 0.3
-    assert tilt(1.0) < 0.05
