@@ -254,6 +254,9 @@ def test_init_writes_a_recipe_that_loads(here):
     assert result.exit_code == 0, result.output
     loaded = recipe.load(here / "p.yaml")
     assert loaded.data.root == str(here / "my photos") and "2 classes" in result.stdout
+    assert loaded.data.test_fraction == 0.2
+    # Every photo has a label, so there is none to give pseudo-labels to: stage 1 would refuse.
+    assert loaded.data.protocol == "zero_shot" and loaded.adapt.self_training is None
     mistake("init", "my photos", "--out", "p.yaml", says="exists already")
 
 

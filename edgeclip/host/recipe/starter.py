@@ -22,9 +22,10 @@ data:
   kind: folders
   name: {quoted_name}
   root: {quoted_root}
-  test_fraction: 0.2
+  test_fraction: 0.2    # of each class's photos: they test, the others train, none validates
   templates: ["a photo of a {{c}}"]
-  protocol: zero_shot   # base_to_novel: labels of the first half of the classes only
+  protocol: zero_shot   # every class has labels; base_to_novel: the first half of the classes only,
+                        # and then adapt.self_training: {{}} learns the others as well
 
 """
 
@@ -54,8 +55,10 @@ def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
     if path.exists():
         raise EdgeclipError(path, "exists already", "choose another --out")
     # The rest is the clothing recipe's, from its teacher on: one set of values that was measured on
-    # photos.
-    rest = config.find("recipe", "clothing").read_text(encoding="utf-8")
+    # photos. Self-training is for images without labels, and here every one has its class.
+    clothing = config.find("recipe", "clothing").read_text(encoding="utf-8")
+    lines = clothing[clothing.index("teacher:\n") :].splitlines(keepends=True)
+    rest = "".join(line for line in lines if not line.startswith("  self_training:"))
     header = TEMPLATE.format(
         name=name,
         classes=len(counts),
@@ -64,5 +67,5 @@ def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
         quoted_name=json.dumps(name),
         quoted_root=json.dumps(str(folder.resolve())),
     )
-    disk.write_text(path, header + rest[rest.index("teacher:\n") :])
+    disk.write_text(path, header + rest)
     return path, len(counts)
