@@ -28,9 +28,7 @@ class Row(NamedTuple):
 
     def title(self) -> str:
         """What the table calls it."""
-        stage_1 = ""
-        if self.stage_1 != "labels":
-            stage_1 = f" ({self.stage_1.removeprefix('labels, ')})"
+        stage_1 = f" ({self.stage_1.removeprefix('labels, ').replace(' (before)', ', before')})"
         regime = ""
         if self.regime not in ("teacher", "frozen"):
             regime = f", {REGIMES[self.regime]}"
