@@ -5,6 +5,7 @@ Unknown keys are errors with a did-you-mean, wrong types are errors with the pat
 msgspec does the converting.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -117,10 +118,24 @@ def convert(value: Any, type_: type[T], where: object) -> T:
             where, "is not a mapping of fields", "see the files that `edgeclip list` names"
         )
     _refuse_unknown(value, msgspec.inspect.type_info(type_), where, "")
+    _refuse_infinite(value, where, "")
     try:
         return msgspec.convert(value, type_)
     except msgspec.ValidationError as e:
         raise _as_mistake(e, where) from None
+
+
+def _refuse_infinite(value: Any, where: object, at: str) -> None:
+    """Raise `EdgeclipError` for a number that is none or has no end, at any depth."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise EdgeclipError(f"{where}: {at}", f"is {value}", "give a number that is finite")
+    items: Any = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, item in items:
+        _refuse_infinite(item, where, f"{at}.{key}" if at else str(key))
 
 
 def _as_mistake(error: msgspec.ValidationError, where: object) -> EdgeclipError:

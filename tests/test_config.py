@@ -1,5 +1,7 @@
 """YAML is read strictly: every shipped file loads, and every mistake is named with its field."""
 
+import re
+
 import pytest
 
 from edgeclip import config
@@ -282,3 +284,20 @@ def test_every_new_word_is_a_field_that_somebody_reads():
         for found in vars(module).values():
             known.update(getattr(found, "__struct_fields__", ()))
     assert set(config.RENAMED.values()) <= known
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize(
+    ("field", "path"),
+    [
+        ("train: {lr: NUMBER}", "train.lr"),
+        ("losses: {kl: {temperature: NUMBER}}", "losses.kl.temperature"),
+        ("bench: {min_duration_s: NUMBER}", "bench.min_duration_s"),
+        ("views: {scale: [0.5, NUMBER]}", "views.scale.1"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused_where_it_stands(tmp_path, number, field, path):
+    whole = tmp_path / "r.yaml"
+    whole.write_text("data: {kind: openmoji}\n" + field.replace("NUMBER", number) + "\n")
+    with pytest.raises(EdgeclipError, match=rf"{re.escape(path)}: is .*finite"):
+        config.load(whole, recipe.Recipe)

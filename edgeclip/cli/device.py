@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from edgeclip.cli.group import command
-from edgeclip.cli.options import PATH, F, device_option, json_option, print_json
+from edgeclip.cli.options import PATH, F, FiniteFloat, device_option, json_option, print_json
 
 A_DEVICE = "A name from `edgeclip list devices`, or a YAML file."
 SCENARIOS: tuple[str, ...] = ("single_stream", "multi_stream", "offline")
@@ -77,6 +77,7 @@ def validate(images: int | None, as_json: bool, **selection: Any) -> None:
 )
 @click.option(
     "--minutes",
+    type=FiniteFloat(min=0),
     default=0.0,
     help="Also run N minutes of sustained load: temperature, throttling and p90 drift.",
 )

@@ -1,6 +1,7 @@
 """Options and arguments that several commands share."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,16 @@ def device_option(name: str, help: str, **more: Any) -> Callable[[F], F]:
     return click.option(
         "--device", name, help=help, shell_complete=complete.names("device"), **more
     )
+
+
+class FiniteFloat(click.FloatRange):
+    """A number of at least `min`; click's own range takes "nan" for one that is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
 
 
 class Choice(click.Choice):  # type: ignore[type-arg]

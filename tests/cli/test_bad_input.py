@@ -330,3 +330,9 @@ def test_a_run_folder_that_is_something_else_is_left_alone(here):
         before = snapshot(here)
         mistake("distill", "r.yaml", "--out", "mine", *extra, says="is not empty and not a run")
         same(here, before)
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "-1", "soon"])
+def test_a_time_that_is_none_is_refused(minutes):
+    result = run("bench", "--minutes", minutes)
+    assert result.exit_code == 2 and "'--minutes'" in result.stderr
