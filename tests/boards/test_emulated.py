@@ -103,7 +103,8 @@ def test_the_verbs_go_there_and_timings_are_refused(bundles, tmp_path):
         "validate", "--run", run_folder, "--device", "arm64-emulated", "--images", 20, "--json"
     )
     (report,) = json.loads(result.stdout)
-    assert result.exit_code == 4
+    # Twenty images are few, but no answer of the float model can change on another processor.
+    assert result.exit_code == 0 and report["verdict"] == "holds"
     assert report["failures"] == []
     assert report["images"] == 20
     assert report["machine"]["arch"] == "aarch64"

@@ -304,7 +304,7 @@ for part in range(2):
 """
 
 READ = """
-import json, sys
+import json, os, sys
 import numpy as np
 from embedding_reader import EmbeddingReader
 reader = EmbeddingReader(embeddings_folder=sys.argv[1] + "/img_emb", metadata_folder=sys.argv[1] + "/metadata",
@@ -312,7 +312,8 @@ reader = EmbeddingReader(embeddings_folder=sys.argv[1] + "/img_emb", metadata_fo
 rows, keys = [], []
 for emb, meta in reader(batch_size=7, start=0, end=reader.count, show_progress=False):
     rows.append(emb); keys += meta["image_path"].tolist()
-np.save(sys.argv[2], np.concatenate(rows)); print(json.dumps([int(reader.dimension), keys]))
+np.save(sys.argv[2], np.concatenate(rows)); print(json.dumps([int(reader.dimension), keys]), flush=True)
+os._exit(0)  # its reading threads may still run, and then the interpreter's end aborts
 """
 
 
