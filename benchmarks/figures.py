@@ -143,13 +143,25 @@ def quickstart_targets(found: dict[str, Any]) -> str:
         p90 = None
         if of["bench"] and of["bench"]["single_stream"]:
             p90 = f"{of['bench']['single_stream']['latency_ms_p90']:.2f}"
-        verdict = of["verdict"]
-        if verdict.startswith("ship:"):
-            verdict = "ship"
-        verdict = verdict.replace("do not ship:", "no:")
+        verdict = _verdict(of["verdict"])
         rows.append([of["target"], f"{of['image_encoder_mib']:.1f}", lost, p90, verdict])
     headers = ["target", "image encoder MiB", "top-1 lost, pp (95 % limit)", "p90 ms", "verdict"]
     return markdown(headers, rows)
+
+
+def _verdict(text: str) -> str:
+    """Return a target's verdict with the names of the rules alone; their figures are on the run's page."""
+    for said, short_form in (
+        ("ship: ", "ship"),
+        ("do not ship: ", "no: "),
+        ("cannot say: ", "cannot say: "),
+    ):
+        if text.startswith(said):
+            named = [reason.partition(": ")[0] for reason in text.removeprefix(said).split("; ")]
+            return (
+                short_form if short_form == "ship" else short_form + "; ".join(dict.fromkeys(named))
+            )
+    return text
 
 
 def install(found: dict[str, Any]) -> str:
