@@ -25,6 +25,12 @@ import methods_table
 from compare import Interval
 from figure_cells import markdown, median, short
 from figures_of_logs import OF_LOGS
+from figures_of_quickstart import (
+    quickstart,
+    quickstart_scores,
+    quickstart_seeds,
+    quickstart_targets,
+)
 
 from edgeclip import disk
 
@@ -79,89 +85,6 @@ def cold_start(found: dict[str, Any]) -> str:
             [side, median(of["seconds"]), f"{of['memory_mib']['median']:.0f}", of["seconds"]["n"]]
         )
     return markdown(["", "s to the answer (95 %)", "peak MiB", "runs"], rows)
-
-
-def quickstart_seeds(found: dict[str, Any]) -> str:
-    """Render benchmarks/quickstart_seeds.py: top-1 accuracy of teacher and student, a column a seed."""
-    runs = list(found["runs"].values())
-    rows = []
-    for label, means in found["means"].items():
-        name, model = label.rsplit(", ", 1)
-        sets = [next(s for s in run["sets"] if s["name"] == name) for run in runs]
-        each = [short(s[model]["top1"]) for s in sets]
-        first = sets[0]
-        rows.append(
-            [
-                name,
-                model,
-                *each,
-                short(means["top1"]),
-                short(means["top5"]),
-                short(first["chance_top1"], 4),
-                first["images"],
-            ]
-        )
-    seeds = [f"seed {s}" for s in found["seeds"]]
-    return markdown(["set", "model", *seeds, "mean top-1", "mean top-5", "chance", "images"], rows)
-
-
-def quickstart(found: dict[str, Any]) -> str:
-    """Render benchmarks/quickstart.py: time and memory, a column a command."""
-    commands = found["commands"]
-    seconds = [f"{of['seconds']:.0f}" for of in commands.values()]
-    memory = [f"{of['peak_memory_mib']:,.0f}" for of in commands.values()]
-    here = found["machine"]
-    machine = f"{here['cpu']}, {here['cores']} cores, {', '.join(here['isa'] or ['no SIMD known'])}"
-    return markdown([machine, *commands], [["s", *seconds], ["peak MiB", *memory]])
-
-
-def quickstart_scores(found: dict[str, Any]) -> str:
-    """Render benchmarks/quickstart.py: accuracy over all labels and within each set's own list."""
-    rows = []
-    for one in found["sets"]:
-        of = [one["teacher"], one["student"], one["student_without_offset"] or one["student"]]
-        every = [model and _top_1_and_5(model) for model in of]
-        own = [model and _top_1_and_5(model, "own_list_") for model in of[:2]]
-        rows.append([one["name"], one["images"], *every, short(one["chance_top1"], 4), *own])
-    headers = ["top-1 / top-5", "images", "teacher", "student", "no offset", "chance"]
-    headers += ["own list: teacher", "student"]
-    return markdown(headers, rows)
-
-
-def _top_1_and_5(accuracy: dict[str, float], prefix: str = "") -> str:
-    return f"{short(accuracy[f'{prefix}top1'])}/{short(accuracy[f'{prefix}top5'])}"
-
-
-def quickstart_targets(found: dict[str, Any]) -> str:
-    """Render benchmarks/quickstart.py: size, accuracy lost, latency and verdict of each target."""
-    rows = []
-    for of in found["targets"]:
-        lost = None
-        if of["parity"] and of["parity"]["accuracy"]:
-            drop = of["parity"]["accuracy"]
-            lost = f"{drop['drop_pp']:.2f} ({drop['upper_pp']:.2f})"
-        p90 = None
-        if of["bench"] and of["bench"]["single_stream"]:
-            p90 = f"{of['bench']['single_stream']['latency_ms_p90']:.2f}"
-        verdict = _verdict(of["verdict"])
-        rows.append([of["target"], f"{of['image_encoder_mib']:.1f}", lost, p90, verdict])
-    headers = ["target", "image encoder MiB", "top-1 lost, pp (95 % limit)", "p90 ms", "verdict"]
-    return markdown(headers, rows)
-
-
-def _verdict(text: str) -> str:
-    """Return a target's verdict with the names of the rules alone; their figures are on the run's page."""
-    for said, short_form in (
-        ("ship: ", "ship"),
-        ("do not ship: ", "no: "),
-        ("cannot say: ", "cannot say: "),
-    ):
-        if text.startswith(said):
-            named = [reason.partition(": ")[0] for reason in text.removeprefix(said).split("; ")]
-            return (
-                short_form if short_form == "ship" else short_form + "; ".join(dict.fromkeys(named))
-            )
-    return text
 
 
 def install(found: dict[str, Any]) -> str:

@@ -36,16 +36,12 @@ from typing import Any
 
 import common
 import compare
+import int8_table
 import numpy as np
 import toy
 
-EDGECLIP = {"edgeclip onnx-int8": "onnx-int8", "edgeclip openvino-int8": "openvino-int8"}
-RIVALS = {
-    "edgeclip onnx-int8": ("ORT dynamic", "ORT static", "ModelOpt"),
-    "edgeclip openvino-int8": ("NNCF", "NNCF as optimum-intel"),
-}
 WARM_UP, QUERIES = 10, 5
-SAME, SCORED = 0.005, 400
+SCORED = 400
 IMAGES = {"whole": 96, "quick": 32, "smoke": 16}
 ROUNDS = {"whole": 2 * compare.MIN_PAIRS, "quick": compare.MIN_PAIRS, "smoke": 2}
 SLOW_TO_MAKE = ("NNCF", "NNCF as optimum-intel", "ModelOpt", "edgeclip openvino-int8")
@@ -171,7 +167,7 @@ def ours(
     from edgeclip.host.export.search import search
 
     found = {}
-    for name, target_name in EDGECLIP.items():
+    for name, target_name in int8_table.EDGECLIP.items():
         if form == common.SMOKE and name in SLOW_TO_MAKE:
             continue
         target = T.load(target_name)[1]
@@ -293,6 +289,7 @@ def measure(
                 ]
             )
             np.save(folder / "scored.npy", normalize(pixels, source.preprocess))
+            evaluation = evaluation._replace(sets=[s for s in evaluation.sets if s.unseen])
 
         def of(engine: Any, which: str) -> np.ndarray:
             return np.array(engine(features=which)["features"], np.float32)
@@ -322,11 +319,10 @@ def measure(
                             if labeled
                             else None
                         )
-                        right = (
-                            decide(source, evaluation, of(ask[e], "scored")).right.mean()
-                            if evaluation
-                            else None
-                        )
+                        right = None
+                        if evaluation and any(s.rows for s in evaluation.sets):
+                            scored = of(ask[e], "scored")
+                            right = decide(source, evaluation, scored).right.mean()
                         figures[e] = {
                             "bytes": size,
                             "centered_cosine_p1": cosine(features, reference).centered_p1,
@@ -342,58 +338,8 @@ def measure(
                 figures[e][f"times_torch_{threads}"] = compare.interval(
                     compare.ratios(laps, "torch fp32", e)
                 )._asdict()
-            for own, others in RIVALS.items():
-                for rival in (r for r in others if r in files and own in files):
-                    if figures[rival]["centered_cosine_p1"] > figures[own]["centered_cosine_p1"]:
-                        required.append(
-                            compare.judge(
-                                f"{label}, {threads} thread(s): {own} over {rival} (more exact)",
-                                compare.ratios(laps, rival, own),
-                                at_least=1.0,
-                            )
-                        )
-            there = [e for e in EDGECLIP if e in files]
-            if there:
-                best = min(there, key=lambda e: figures[e][f"latency_ms_{threads}"]["median"])
-                for rival in (
-                    e
-                    for e in files
-                    if e not in EDGECLIP
-                    and figures[e]["centered_cosine_p1"]
-                    >= figures[best]["centered_cosine_p1"] - SAME
-                ):
-                    required.append(
-                        compare.judge(
-                            f"{label}, {threads} thread(s): {best} over {rival}",
-                            compare.ratios(laps, rival, best),
-                            at_least=1.0,
-                        )
-                    )
-        rows = []
-        for e, f in figures.items():
-            times = [
-                str(compare.Interval(**f[f"{what}_{t}"]))
-                for t in options.threads
-                for what in ("latency_ms", "times_torch")
-            ]
-            same, right = (
-                None if f[k] is None else f"{f[k]:.3f}" for k in ("top1_agreement", "accuracy")
-            )
-            rows.append(
-                [
-                    e,
-                    *times,
-                    f"{f['bytes'] / 2**20:.1f}",
-                    f"{f['centered_cosine_p1']:.4f}",
-                    same,
-                    right,
-                ]
-            )
-        heads = [h for t in options.threads for h in (f"ms, {t} thread(s)", "times torch")]
-        print(f"{label}, batch 1")
-        common.table(
-            rows, ["engine", *heads, "MiB", "centered cosine p1", "top-1 agreement", "R@1"]
-        )
+            required += int8_table.judged(label, threads, figures, laps)
+        int8_table.show(label, figures, options.threads)
     return figures, required
 
 

@@ -115,9 +115,11 @@ class SetAccuracy(Accuracy):
 
 
 class Rule(Record, kw_only=True):
-    """One question of the gate; figures in percent of the images, a drop in percentage points."""
+    """One question of the gate."""
 
     rule: str
+    unit: Literal["%", "pp"]
+    """of the figures: percent of the images, or percentage points of accuracy lost"""
     allowed: float
     """at most so much"""
     found: float | None = None

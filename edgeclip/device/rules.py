@@ -7,7 +7,7 @@ needs to be counted.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -34,7 +34,7 @@ WORST = "accuracy lost on the worst unseen set"
 CHANGED = "images with another first answer"
 RIGHT_CHANGED = "rightly answered images with another answer"
 OPTIMIZED = "answers that graph optimizations change"
-NOTHING_UNSEEN = "every image that the run kept took part in training"
+NOTHING_UNSEEN = "of no image that the run kept is known that training never saw it"
 AT_FLOOR = "the student is right on hardly any of them"
 
 
@@ -67,7 +67,7 @@ def share(rule: str, allowed: float, count: int, images: int) -> Rule:
     if answer == "cannot tell":
         needed = images_for_share(count, images, allowed)
     found = count / images if images else None
-    return _rule(rule, allowed, found, limits, images, answer, needed)
+    return _rule(rule, "%", allowed, found, limits, images, answer, needed)
 
 
 def drop(rule: str, allowed: float, parts: Sequence[Part], level: float = LEVEL) -> Rule:
@@ -81,11 +81,12 @@ def drop(rule: str, allowed: float, parts: Sequence[Part], level: float = LEVEL)
     if answer == "cannot tell":
         needed = images_for_drop(lost, won, images, allowed, level)
     found = (lost - won) / images if images else None
-    return _rule(rule, allowed, found, limits, images, answer, needed)
+    return _rule(rule, "pp", allowed, found, limits, images, answer, needed)
 
 
 def _rule(
     rule: str,
+    unit: Literal["%", "pp"],
     allowed: float,
     found: float | None,
     limits: Limits,
@@ -96,6 +97,7 @@ def _rule(
     measured = None if found is None else 100 * found
     return Rule(
         rule=rule,
+        unit=unit,
         allowed=100 * allowed,
         found=measured,
         low=None if measured is None else 100 * limits.low,
@@ -162,7 +164,8 @@ def line(rule: Rule) -> str:
     text = f"{rule.rule}: {rule.answer}"
     if rule.found is not None:
         between = f"({rule.low:.2f} to {rule.high:.2f})"
-        text += f", {rule.found:.2f} % {between} of {rule.images}, allowed {rule.allowed:g}"
+        text += f", {rule.found:.2f} {rule.unit} {between} of {rule.images}"
+        text += f", allowed {rule.allowed:g}"
     if rule.why is not None:
         text += f"; {rule.why}"
     if rule.needed is not None:

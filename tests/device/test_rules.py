@@ -76,6 +76,6 @@ def test_what_fails_is_not_proven_away():
 
 def test_a_line_says_what_was_found_allowed_and_needed():
     (lost,) = rules.accuracy(TOLERANCE, [part(images=100, right=80, lost=1, won=1)])
-    assert line(lost).startswith(f"{rules.LOST}: cannot tell, 0.00 % (")
+    assert line(lost).startswith(f"{rules.LOST}: cannot tell, 0.00 pp (")
     assert "of 100, allowed 1; about" in line(lost)
     assert line(lost).endswith("images would tell")

@@ -98,7 +98,7 @@ def test_what_passed_and_was_measured_ships():
     assert "2.25 ms" in line
 
 
-UNTOLD = Rule(rule="accuracy lost", allowed=1.0, answer="cannot tell", needed=900)
+UNTOLD = Rule(rule="accuracy lost", unit="pp", allowed=1.0, answer="cannot tell", needed=900)
 
 
 @pytest.mark.parametrize(

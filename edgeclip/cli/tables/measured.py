@@ -18,6 +18,7 @@ PARITY = (
     "raw",
     "top-1 agreement",
     "where fp32 is right",
+    "unseen images",
     "top-1 fp32",
     "top-1",
     "top-1 lost pp",
@@ -66,7 +67,7 @@ def parity(reports: Sequence[ParityReport]) -> None:
 
 
 def _parity_row(report: ParityReport) -> list[Any]:
-    cells: list[str | None] = [None] * 8
+    cells: list[str | int | None] = [None] * 9
     accuracy = report.accuracy
     cosine = report.cosine
     if cosine is not None:
@@ -78,6 +79,7 @@ def _parity_row(report: ParityReport) -> list[Any]:
         ]
     if accuracy is not None:
         cells[4:] = [
+            accuracy.images,
             number(accuracy.reference_top1, 4),
             number(accuracy.bundle_top1, 4),
             number(accuracy.drop_pp, 2),
