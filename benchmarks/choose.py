@@ -9,6 +9,7 @@ had a label in another fold's choice.
 
     stage1     settings of `adapt`, scored as a teacher
     readings   losses of ComKD, scored as a student on frozen features, under the recipe's stage 1
+    schedules  stage 2 of every weight, scored as a student at 80 px (two fifths of the time of the recipe's size)
 
     results/choices.jsonl  a line a candidate and inner fold, appended when it is done
 
@@ -16,6 +17,8 @@ had a label in another fold's choice.
     python benchmarks/choose.py readings --sets openmoji
 """
 
+import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ import methods
 import methods_table
 import numpy as np
 import pools
+import schedules
 import stage1
 import torch
 import toy
@@ -43,7 +47,7 @@ from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.distill.optimizer import cosine
 
 LOG = Path(__file__).parent.parent / "results" / "choices.jsonl"
-INNER = {"stage1": (2, 2, 5, 5), "readings": (2,)}
+INNER = {"stage1": (2, 2, 5, 5), "readings": (2,), "schedules": (2,)}
 """of each inner fold of a fold, into how many parts the labeled classes are parted"""
 LAST = "EduAttention last, projector frozen"
 LOSSES = (
@@ -59,7 +63,11 @@ LOSSES = (
     "centered, FC from identity, C .03",
     LAST,
 )
-KINDS = {"stage1": tuple(stage1.STAGE_1), "readings": LOSSES}
+KINDS = {
+    "stage1": tuple(stage1.STAGE_1),
+    "readings": LOSSES,
+    "schedules": tuple(schedules.SCHEDULES),
+}
 
 
 def adapted(bench: Bench, spec: R.ResidualHead, seed: int, folder: Path) -> teachers.Teacher:
@@ -73,8 +81,10 @@ def adapted(bench: Bench, spec: R.ResidualHead, seed: int, folder: Path) -> teac
 def answers(
     bench: Bench, name: str, seed: int, teacher: teachers.Teacher
 ) -> tuple[dict[str, np.ndarray], EduAttention | None]:
-    """A reading's features of every part, by its name, and the head that it ships with."""
+    """A student's features of every part, by its name, and the head that it ships with."""
     without = family.METHODS["ComKD without EduAttention"]
+    if name in schedules.SCHEDULES:
+        return folds.answers(schedules.scheduled(bench, name), without, "small", seed, teacher)
     if name == "without EduAttention":
         return folds.answers(bench, without, "frozen", seed, teacher)
     if name == LAST:
@@ -119,7 +129,7 @@ def trial(
     ks: list[int],
     folder: Path,
     log: Path,
-    names: list[str] | None = None,
+    names: Sequence[str],
 ) -> None:
     """Every line of a set that `log` does not hold yet."""
     own = bench.recipe.adapt
@@ -129,7 +139,7 @@ def trial(
         for i, parts in enumerate(INNER[kind]):
             key: dict[str, Any] = {"kind": kind, "set": name, "fold": k, "inner": i}
             known = [x["candidate"] for x in methods_table.read(log) if key.items() <= x.items()]
-            missing = [c for c in names or KINDS[kind] if c not in known]
+            missing = [c for c in names if c not in known]
             if not missing:
                 continue
             inner = pools.bench_of(bench, pools.inner_fold(bench, fold, 10 * k + i % 2, parts))
@@ -149,8 +159,27 @@ def smoke(kinds: list[str], folder: Path) -> list[dict[str, Any]]:
     log = folder / "choices.jsonl"
     bench = pools.pool(toy.write_recipe(folder, toy.TRIAL), (), folder / "cache")
     for kind in kinds:
-        trial(kind, "shapes", bench, [0], folder / "cache", log)
+        names = KINDS[kind]
+        if kind == "schedules":
+            names = schedules.of_views(bench.recipe.views.count)
+        trial(kind, "shapes", bench, [0], folder / "cache", log, names)
     return methods_table.read(log)
+
+
+def benches(
+    kind: str, name: str, options: argparse.Namespace
+) -> Iterator[tuple[Bench, Sequence[str]]]:
+    """The pools of a set, and the candidates that are tried on each."""
+    roots = tuple(r for r in options.data if r.partition("=")[0] == name)
+    asked = options.candidates or KINDS[kind]
+    if kind != "schedules":
+        yield pools.pool(family.recipe_of(name, "frozen"), roots, options.cache), asked
+        return
+    for count in sorted({schedule.views for schedule in schedules.SCHEDULES.values()}):
+        names = [c for c in schedules.of_views(count) if c in asked]
+        if names:
+            path = family.recipe_of(name, "small")
+            yield pools.pool(path, roots, options.cache, "small", count), names
 
 
 def main() -> None:
@@ -169,12 +198,9 @@ def main() -> None:
             log = smoke(kinds, folder)
     else:
         for name in options.sets:
-            roots = tuple(r for r in options.data if r.partition("=")[0] == name)
-            bench = pools.pool(family.recipe_of(name, "frozen"), roots, options.cache)
             for kind in kinds:
-                trial(
-                    kind, name, bench, list(options.folds), options.cache, LOG, options.candidates
-                )
+                for bench, names in benches(kind, name, options):
+                    trial(kind, name, bench, list(options.folds), options.cache, LOG, names)
         log = methods_table.read(LOG)
     for kind in kinds:
         common.table(choose_table.rows(log, kind), choose_table.headers(log, kind))

@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 Log = list[dict[str, Any]]
-TITLES = {"stage1": "stage 1", "readings": "reading"}
+TITLES = {"stage1": "stage 1", "readings": "reading", "schedules": "schedule of stage 2"}
 
 
 def shared(log: Log, kind: str, name: str) -> dict[str, np.ndarray]:

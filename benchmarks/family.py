@@ -26,8 +26,8 @@ from edgeclip.host.distill.training import Learner
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SETS = {"clothing": "clothing", "grocery": "grocery", "openmoji": "quickstart"}
-EPOCHS = {"full": 3, "small": 3, "vit": 5, "frozen": 0}
-"""after the projector's steps, which a ViT from random blocks does without"""
+REGIMES = ("full", "small", "vit", "frozen")
+"""of which the last stops after the projector's steps; the others train as the recipe says"""
 CLIP_KD = {
     "contrastive": {},
     "affinity": {"form": "kl"},
@@ -96,7 +96,9 @@ def at_size(asked: R.Recipe, regime: str) -> R.Recipe:
 
 
 def described(bench: Bench, losses: dict[str, Any], regime: str, seed: int) -> R.Recipe:
-    schedule = replace(bench.recipe.train, epochs=EPOCHS[regime])
+    schedule = bench.recipe.train
+    if regime == "frozen":
+        schedule = replace(schedule, epochs=0)
     losses_of_recipe = config.convert(losses, R.Losses, "losses")
     return replace(bench.recipe, losses=losses_of_recipe, train=schedule, seed=seed)
 

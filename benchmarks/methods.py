@@ -337,7 +337,7 @@ def main() -> None:
     if options.form == common.SMOKE:
         log = smoke()
     else:
-        for regime in family.EPOCHS:
+        for regime in family.REGIMES:
             if getattr(options, regime):
                 trial(regime, options.sets, options.methods, options.seeds, roots, options.cache)
         log = methods_table.read(LOG)

@@ -45,9 +45,20 @@ class Fold(NamedTuple):
     """the own class lists of the two"""
 
 
-def pool(path: Path, roots: tuple[str, ...], folder: Path, regime: str = "frozen") -> Bench:
-    """Every image of a set through both towers, once for all folds; kept below `folder`."""
+def pool(
+    path: Path,
+    roots: tuple[str, ...],
+    folder: Path,
+    regime: str = "frozen",
+    views: int | None = None,
+) -> Bench:
+    """Every image of a set through both towers, once for all folds; kept below `folder`.
+
+    views: cached of an image; none: as many as the recipe has.
+    """
     asked = family.at_size(recipe.load(path, roots), regime)
+    if views is not None:
+        asked = replace(asked, views=replace(asked.views, count=views))
     dataset = everything(asked.data, folder)
     images = dataset.evaluation[0].images
     teacher = teachers.load(asked.teacher)
