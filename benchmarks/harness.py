@@ -1,6 +1,6 @@
 """Are bench's figures the runtime's own? The harness alone, beside a bare loop, beside OpenVINO's tool, and through ssh.
 
-    the harness      `edgeclip.device.bench.run_scenario` drives a runtime that answers at once: what a query costs, all in, and what
+    the harness      `edgeclip.device.load.run_scenario` drives a runtime that answers at once: what a query costs, all in, and what
                      the harness adds to every latency that it reports
     bare loop        onnxruntime's session.run in a loop of ten lines that imports nothing of edgeclip, beside bench's own path
     benchmark_app    OpenVINO's tool with -hint latency -nireq 1, beside bench's own path
@@ -28,8 +28,8 @@ import common
 import compare
 import numpy as np
 
-from edgeclip.device.bench import WARM_UP, run_scenario
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.load import WARM_UP, run_scenario
 from edgeclip.device.preprocess import normalize
 from edgeclip.device.runtime import open_session
 from edgeclip.errors import EdgeclipError

@@ -25,7 +25,7 @@ from msgspec import inspect as types
 
 from edgeclip import cli, disk
 from edgeclip.cli.group import HELP
-from edgeclip.device import manifest, profile, records, target
+from edgeclip.device import bench_report, manifest, profile, records, target
 from edgeclip.host import recipe
 from edgeclip.reports import results
 
@@ -36,7 +36,7 @@ SCHEMAS = (
     manifest.BundleManifest,
     manifest.SearchRecord,
     records.ParityReport,
-    records.BenchReport,
+    bench_report.BenchReport,
     records.SelftestReport,
     results.EvaluationResults,
     results.AccuracyRecord,

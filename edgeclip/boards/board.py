@@ -26,18 +26,20 @@ from edgeclip.boards import loopback, runner
 from edgeclip.boards import preflight as P
 from edgeclip.boards.link import AGAIN, Link, Message, SshOptions, connect
 from edgeclip.device import energy, machine
-from edgeclip.device.bench import over_budget
+from edgeclip.device.bench_report import (
+    BenchReport,
+    EnergyMarks,
+    PreflightRow,
+)
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.evaluation import Evaluation
 from edgeclip.device.profile import Device, Minimum, Reach
 from edgeclip.device.records import (
-    BenchReport,
-    EnergyMarks,
     ParityReport,
-    PreflightRow,
     SelftestReport,
     from_json,
 )
+from edgeclip.device.rules import judged
 from edgeclip.device.runtime import engine
 from edgeclip.device.validate import Observed, from_answer, judge
 from edgeclip.errors import EdgeclipError, LinkLost
@@ -299,8 +301,7 @@ class Board:
         report = msgspec.structs.replace(
             report, marks=None, energy=measured, energy_mj_per_image=per_image
         )
-        failures = unread + over_budget(report, self.device)
-        return msgspec.structs.replace(report, failures=failures)
+        return judged(report, self.device, unread)
 
     def clock(self) -> tuple[float, float]:
         """Return (the board's clock less the host's, half-width), seconds.

@@ -23,11 +23,18 @@ from edgeclip.device import machine, power
 from edgeclip.device import profile as D
 from edgeclip.device.bench import SCENARIOS, Plan, incomplete
 from edgeclip.device.bench import bench as bench_here
+from edgeclip.device.bench_report import (
+    BenchReport,
+    PreflightRow,
+)
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.evaluation import Evaluation, load_evaluation
 from edgeclip.device.machine import Facts
 from edgeclip.device.profile import Device, Minimum
-from edgeclip.device.records import BenchReport, ParityReport, PreflightRow, SelftestReport
+from edgeclip.device.records import (
+    ParityReport,
+    SelftestReport,
+)
 from edgeclip.device.runtime import engine
 from edgeclip.device.selftest import selftest as selftest_here
 from edgeclip.device.validate import validate as validate_here
@@ -277,7 +284,7 @@ def bench(
             if report.ran.engine is not None and parity is not None and parity.verdict == "fails":
                 of_engine = [f"parity of this engine: {f}" for f in parity.failures]
                 failures = [*report.failures, *of_engine]
-                report = msgspec.structs.replace(report, failures=failures)
+                report = msgspec.structs.replace(report, failures=failures, verdict="fails")
             out.reports.append(store.write(report, chosen.name, chosen.run, bundle))
             out.parities.append(parity)
     return out

@@ -7,9 +7,9 @@ Jetson Nano's p99 from 148 to 9.4 ms. What cannot be read is a warning too.
 
 from typing import Literal, NamedTuple
 
+from edgeclip.device.bench_report import PreflightRow
 from edgeclip.device.machine import COUNTERS, Facts, State
 from edgeclip.device.profile import Device, differences
-from edgeclip.device.records import PreflightRow
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
 

@@ -12,8 +12,12 @@ import yaml
 
 from edgeclip import config, disk
 from edgeclip.device import profile, target
+from edgeclip.device.bench_report import BenchReport
 from edgeclip.device.manifest import read_manifest, write_manifest
-from edgeclip.device.records import FORMAT, BenchReport, ParityReport
+from edgeclip.device.records import (
+    FORMAT,
+    ParityReport,
+)
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import older, recipe
 from edgeclip.reports import results

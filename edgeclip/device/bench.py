@@ -1,11 +1,10 @@
 """`edgeclip bench`: latency, throughput, stages, cold start and memory of a bundle on this device.
 
-The load generator below knows no model, no data and no accuracy (MLPerf LoadGen's scope): it takes
-a callable and prepared samples. `single_stream` sends one query after another and its result is the
-p90 latency; `multi_stream` sends queries of eight images and its result is the p99; `offline` sends
-batches and its result is images a second. A run ends when its minimum duration *and* its minimum
-count are reached; loading and preprocessing happen before the clock starts. A percentile is quoted
-only where enough samples carry it: p99 from 1,000 on, otherwise it is null.
+MLPerf's scenarios time the image encoder alone: `single_stream` sends one query after another and
+its result is the p90 latency; `multi_stream` sends queries of eight images and its result is the
+p99; `offline` sends batches and its result is images a second. `whole_image` is what a user waits
+for: one `classify` after another, from an encoded image's bytes to its label, and from a camera's
+buffer to it, with the stages between. How a run is timed: load.py.
 
 `sustained` goes on for minutes and says what the load does to the board: p90, temperature and
 throttling of each tenth (what throttles at its end, or has counted in it), and the drift of p90
@@ -20,7 +19,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,34 +27,35 @@ import numpy as np
 
 from edgeclip import disk
 from edgeclip.device import energy, machine, power
-from edgeclip.device.bundle import Bundle
-from edgeclip.device.evaluation import images_tar
-from edgeclip.device.images import index_tar, read
-from edgeclip.device.preprocess import normalize, open_image
-from edgeclip.device.profile import Device, Minimum
-from edgeclip.device.records import (
+from edgeclip.device.bench_report import (
     BenchReport,
     ColdStart,
     Energy,
     EnergyMarks,
-    Latency,
-    Ran,
     Scenario,
     Stages,
-    Sustained,
-    Window,
+    WholeImage,
+)
+from edgeclip.device.bundle import Bundle
+from edgeclip.device.evaluation import images_tar
+from edgeclip.device.images import index_tar, read
+from edgeclip.device.load import WARM_UP, OtherWork, run_scenario, summary, sustained
+from edgeclip.device.preprocess import normalize, open_image
+from edgeclip.device.profile import Device, Minimum
+from edgeclip.device.records import (
+    Ran,
     to_json,
 )
+from edgeclip.device.rules import judged
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
 
-WARM_UP = 10
-STAGE_QUERIES = 50
 SAMPLES = 32
-SCENARIOS = ("single_stream", "multi_stream", "offline")
+MLPERF = ("single_stream", "multi_stream", "offline")
+"""scenarios that time the image encoder alone"""
+SCENARIOS = (*MLPERF, "whole_image")
 STREAMS = 8
 """images of one multi_stream query: MLPerf's samples_per_query"""
-WINDOWS = 10
 REFUSED = "timings refused: the processor is emulated, which says nothing about a board"
 
 
@@ -75,82 +74,6 @@ class Plan(NamedTuple):
     """what starts a fresh process here"""
 
 
-# --- the load generator
-
-
-def run_scenario(
-    query: Callable[[Any], Any], samples: list[Any], min_duration_s: float, min_query_count: int
-) -> list[float]:
-    """Return latencies in seconds of one query after another, after WARM_UP untimed ones.
-
-    `samples` are cycled through until both minima are reached.
-    """
-    for i in range(WARM_UP):
-        query(samples[i % len(samples)])
-    latencies: list[float] = []
-    clock = time.perf_counter
-    start = clock()
-    while len(latencies) < min_query_count or clock() - start < min_duration_s:
-        sample = samples[len(latencies) % len(samples)]
-        before = clock()
-        query(sample)
-        latencies.append(clock() - before)
-    return latencies
-
-
-def summary(latencies: list[float]) -> Latency:
-    """Return percentiles in milliseconds of latencies in seconds; p99 from 1,000 samples on."""
-    ms = np.array(latencies) * 1e3
-    p50, p90, p95 = (float(v) for v in np.percentile(ms, [50, 90, 95]))
-    p99 = None
-    if len(ms) >= 1000:
-        p99 = float(np.percentile(ms, 99))
-    return Latency(
-        queries=len(ms),
-        seconds=round(float(ms.sum()) / 1e3, 2),
-        latency_ms_min=float(ms.min()),
-        latency_ms_mean=float(ms.mean()),
-        latency_ms_p50=p50,
-        latency_ms_p90=p90,
-        latency_ms_p95=p95,
-        latency_ms_p99=p99,
-    )
-
-
-def sustained(query: Callable[[Any], Any], samples: list[Any], seconds: float) -> Sustained:
-    """Send one query after another for so long, and return what became of each tenth."""
-    readings = [machine.throttled()]
-    windows = []
-    for _ in range(WINDOWS):
-        latency = summary(run_scenario(query, samples, seconds / WINDOWS, 1))
-        readings.append(machine.throttled())
-        windows.append(
-            Window(
-                queries=latency.queries,
-                latency_ms_p50=latency.latency_ms_p50,
-                latency_ms_p90=latency.latency_ms_p90,
-                temperature_c=machine.temperature_c(),
-                throttled=machine.slowed(*readings[-2:]),
-            )
-        )
-    return Sustained(
-        minutes=seconds / 60,
-        windows=windows,
-        p90_drift=windows[-1].latency_ms_p90 / windows[0].latency_ms_p90,
-        throttled=_ever_throttled(windows),
-        throttled_before=(readings[0] or {}).get("get_throttled", 0) > 0xFFFF,
-    )
-
-
-def _ever_throttled(windows: list[Window]) -> list[str] | None:
-    names = set()
-    for window in windows:
-        if window.throttled is None:
-            return None
-        names.update(window.throttled)
-    return sorted(names)
-
-
 # --- a bundle
 
 
@@ -166,15 +89,19 @@ def bench(
     ran = msgspec.structs.replace(session.facts, precision=bundle.precision)
     blank = _blank(bundle, here, ran, plan.minimum)
     if here.emulated or device.reach.emulate:
-        return msgspec.structs.replace(blank, failures=[REFUSED])
+        return judged(blank, device, [REFUSED])
 
     name = bundle.manifest.target.name
     sources = _images(bundle, evaluation)
     inputs = [normalize(bundle.pixels(open_image(s))[None], bundle.preprocess) for s in sources]
     found: dict[str, Any] = {}
-    for scenario in SCENARIOS:
+    others = OtherWork()
+    for scenario in MLPERF:
         if scenario in plan.scenarios:
             found[scenario] = _scenario(bundle, device, scenario, inputs, plan.minimum)
+    if "whole_image" in plan.scenarios:
+        found |= _whole_image(bundle, sources, plan.minimum)
+    found["others_busy"] = others.processors()
     cold = cold_start(bundle, plan.python)
     if plan.minutes:
         say(f"bench {name}: sustained, {plan.minutes:g} minutes")
@@ -188,12 +115,11 @@ def bench(
     report = msgspec.structs.replace(
         blank,
         **found,
-        stages=_stages(bundle, sources),
         cold_start=cold,
         peak_memory_mib=cold.peak_memory_mib,
         temperature_end_c=machine.temperature_c(),
     )
-    return msgspec.structs.replace(report, failures=unread + over_budget(report, device))
+    return judged(report, device, unread)
 
 
 def _scenario(
@@ -273,7 +199,7 @@ def incomplete(bundle: Bundle, here: machine.Facts, minimum: Minimum, reason: st
     )
     blank = _blank(bundle, here, ran, minimum)
     failures = [f"incomplete: {reason}"]
-    return msgspec.structs.replace(blank, incomplete=reason, failures=failures)
+    return msgspec.structs.replace(blank, incomplete=reason, failures=failures, verdict="fails")
 
 
 def _blank(bundle: Bundle, here: machine.Facts, ran: Ran, minimum: Minimum) -> BenchReport:
@@ -291,6 +217,7 @@ def _blank(bundle: Bundle, here: machine.Facts, ran: Ran, minimum: Minimum) -> B
         min_query_count=minimum.min_query_count,
         short_run=short_time or few_queries,
         image_encoder_bytes=bundle.manifest.image_encoder_bytes,
+        bundle_bytes=bundle.size_bytes,
         check_with=check_with(bundle, minimum),
     )
 
@@ -307,25 +234,41 @@ def _images(bundle: Bundle, evaluation: Path | None) -> list[bytes]:
     return found
 
 
-def _stages(bundle: Bundle, sources: list[bytes]) -> Stages:
-    """Return median milliseconds of each stage of one `classify`, measured apart."""
-    laps = []
-    for i in range(STAGE_QUERIES):
-        times = [time.perf_counter()]
-        image = open_image(sources[i % len(sources)])
-        times.append(time.perf_counter())
-        x = normalize(bundle.pixels(image)[None], bundle.preprocess)
-        times.append(time.perf_counter())
-        features = bundle.image_encoder.run(x)
-        times.append(time.perf_counter())
-        if bundle.labels:
-            bundle.scores(features)
-        times.append(time.perf_counter())
-        laps.append(np.diff(times))
-    decode, preprocess, model, head = (float(ms) for ms in 1e3 * np.median(laps, axis=0))
-    if not bundle.labels:
-        return Stages(decode, preprocess, model, None)
-    return Stages(decode, preprocess, model, head)
+def _whole_image(bundle: Bundle, sources: list[bytes], minimum: Minimum) -> dict[str, Any]:
+    """Time one `classify` after another; return the report's fields `whole_image` and `stages`."""
+    least = f"at least {minimum.min_duration_s:g} s and {minimum.min_query_count} queries"
+    say(f"bench {bundle.manifest.target.name}: whole_image, {least}")
+
+    laps: list[np.ndarray] = []
+
+    def classify(source: bytes) -> None:
+        laps.append(_laps(bundle, source))
+
+    run_scenario(classify, sources, minimum.min_duration_s, minimum.min_query_count)
+    seconds = np.array(laps[WARM_UP:])
+    decode, preprocess, model, head = (float(ms) for ms in 1e3 * np.median(seconds, axis=0))
+    return {
+        "whole_image": WholeImage(
+            from_file=summary(list(seconds.sum(axis=1))),
+            from_frame=summary(list(seconds[:, 1:].sum(axis=1))),
+        ),
+        "stages": Stages(decode, preprocess, model, head if bundle.labels else None),
+    }
+
+
+def _laps(bundle: Bundle, source: bytes) -> np.ndarray:
+    """Return [4] the seconds of each stage of one `classify`: decode, preprocess, model, head."""
+    times = [time.perf_counter()]
+    image = open_image(source)
+    times.append(time.perf_counter())
+    x = normalize(bundle.pixels(image)[None], bundle.preprocess)
+    times.append(time.perf_counter())
+    features = bundle.image_encoder.run(x)
+    times.append(time.perf_counter())
+    if bundle.labels:
+        bundle.scores(features)
+    times.append(time.perf_counter())
+    return np.diff(times)
 
 
 COLD_START = r"""
@@ -373,26 +316,3 @@ def cold_start(
         first_inference_ms=1e3 * first,
         peak_memory_mib=round(memory),
     )
-
-
-def over_budget(report: BenchReport, device: Device) -> list[str]:
-    """Return what exceeds the device's budget, a line each.
-
-    A budget whose quantity was not measured is reported as such, not as exceeded.
-    """
-    budget = device.budget
-    p90 = report.single_stream.latency_ms_p90 if report.single_stream else None
-    measured = (
-        ("latency_ms_p90", p90, budget.latency_ms_p90),
-        ("peak_memory_mib", report.peak_memory_mib, budget.peak_memory_mib),
-        ("energy_mj_per_image", report.energy_mj_per_image, budget.energy_mj_per_image),
-    )
-    lines = []
-    for name, value, limit in measured:
-        if limit is None:
-            continue
-        if value is None:
-            lines.append(f"{name} not measured, budget {limit}")
-        elif not value <= limit:
-            lines.append(f"{name} {value:.2f}, budget {limit}")
-    return lines

@@ -116,6 +116,12 @@ class Bundle:
         return self.open_image_encoder()
 
     @property
+    def size_bytes(self) -> int:
+        """Of all files that ship."""
+        names = [*self.manifest.files, disk.MANIFEST]
+        return sum((self.folder / name).stat().st_size for name in names)
+
+    @property
     def precision(self) -> str:
         """What is stored, and where it may differ what is computed.
 

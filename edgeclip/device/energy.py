@@ -22,8 +22,12 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from edgeclip.device.bench_report import (
+    Energy,
+    EnergyMarks,
+    Reading,
+)
 from edgeclip.device.power import HZ, Sampler, Source, meter
-from edgeclip.device.records import Energy, EnergyMarks, Reading
 
 IDLE_S = 10.0
 """at least; half the load's time where that is longer"""

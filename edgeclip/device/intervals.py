@@ -92,6 +92,30 @@ def images_for_share(count: int, images: int, allowed: float, level: float = LEV
     return _fewest(settles)
 
 
+def percentile_limits(
+    values: np.ndarray, percent: float, level: float = LEVEL
+) -> tuple[float | None, float | None]:
+    """Return the limits of a percentile of values [n] by order statistics.
+
+    None: too few values for a limit. Values are taken for independent of each other.
+    """
+    ordered = np.sort(values)
+    n = len(ordered)
+    k = np.arange(n + 1)
+    log_ways = _log_factorial(n)[n] - _log_factorial(n)[k] - _log_factorial(n)[n - k]
+    q = percent / 100
+    below = np.cumsum(np.exp(log_ways + k * math.log(q) + (n - k) * math.log1p(-q)))
+    # The k-th smallest lies at or above the percentile where fewer than k values lie below it.
+    low, high = None, None
+    ranks = np.flatnonzero(below[:n] <= 1 - level)
+    if len(ranks):
+        low = float(ordered[ranks[-1]])
+    ranks = np.flatnonzero(below[:n] >= level)
+    if len(ranks):
+        high = float(ordered[ranks[0]])
+    return low, high
+
+
 def _at_most(count: int, images: int, p: float) -> float:
     """Return P(X <= count) of X ~ Binomial(images, p)."""
     if p <= 0:

@@ -160,6 +160,18 @@ def _load_average(root: Path) -> float | None:
     return float(load[0]) if load else None
 
 
+def busy_seconds(root: Path = ROOT) -> float | None:
+    """Return for how long processors have worked since the start, all together; None: unknown.
+
+    What the host took away from this guest counts as work: user, nice, system, irq, softirq, steal.
+    """
+    first = (_read(root / "proc/stat") or "").partition("\n")[0].split()
+    if first[:1] != ["cpu"] or len(first) < 9:
+        return None
+    ticks = [int(first[i]) for i in (1, 2, 3, 6, 7, 8)]
+    return sum(ticks) / os.sysconf("SC_CLK_TCK")
+
+
 def _cores() -> int | None:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgeclip.device import machine
-from edgeclip.device.records import Reading
+from edgeclip.device.bench_report import Reading
 from edgeclip.errors import EdgeclipError
 
 HZ = 10.0

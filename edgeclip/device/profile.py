@@ -66,12 +66,28 @@ class Minimum(Config):
     min_query_count: int = 1024
 
 
-class Budget(Config):
-    """Limits on cost; null: none."""
+Limit = Annotated[float, Meta(gt=0.0)]
 
-    latency_ms_p90: float | None = None
-    peak_memory_mib: float | None = None
-    energy_mj_per_image: float | None = None
+
+class Budget(Config):
+    """Limits on cost, each asked by its 95 % interval where there is one; null: none."""
+
+    latency_ms_p90: Limit | None = None
+    """of the image encoder alone, one image after another"""
+    latency_ms_p99: Limit | None = None
+    """the same; it takes 1,000 queries"""
+    from_frame_ms_p90: Limit | None = None
+    """of a whole answer: from a camera's buffer to the label"""
+    from_frame_ms_p99: Limit | None = None
+    from_file_ms_p90: Limit | None = None
+    """of a whole answer: from an encoded image's bytes to the label"""
+    from_file_ms_p99: Limit | None = None
+    peak_memory_mib: Limit | None = None
+    """resident, of a fresh process that opens the bundle and answers one query"""
+    energy_mj_per_image: Limit | None = None
+    """millijoules above idle"""
+    bundle_mib: Limit | None = None
+    """of all files of the bundle"""
 
 
 class Device(Config, kw_only=True):

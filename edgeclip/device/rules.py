@@ -1,9 +1,10 @@
-"""The questions of `validate`'s gate, each with one of three answers.
+"""The questions of `validate`'s gate, and of a device's budget, each with one of three answers.
 
 Closeness and agreement are asked of every image; accuracy of those that took no part in training,
 all together and for the set that loses most. A set of which the student knows hardly an image has
 nothing to lose and is left out. Where scores differ by so little that no answer can change, nothing
-needs to be counted.
+needs to be counted. A budget is asked by its figure's interval; times that were taken while other
+work had the machine tell nothing.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Literal, NamedTuple
 import msgspec
 import numpy as np
 
+from edgeclip.device.bench_report import BenchReport, Latency
 from edgeclip.device.intervals import (
     LEVEL,
     Answer,
@@ -22,6 +24,7 @@ from edgeclip.device.intervals import (
     share_limits,
     worst,
 )
+from edgeclip.device.profile import Device
 from edgeclip.device.records import Rule
 from edgeclip.device.target import Tolerance
 
@@ -159,13 +162,146 @@ def proven(rules: Sequence[Rule], largest_difference: float, least_lead: float) 
     ]
 
 
+# --- a device's budget
+
+
+QUIET = 0.25
+"""processors that other work may have while something is timed (this project's choice)"""
+TIMED = "ms"
+"""unit of the rules that a loaded machine cannot answer"""
+
+
+def judged(report: BenchReport, device: Device, failures: Sequence[str] = ()) -> BenchReport:
+    """Return the report with the answer to each budget of the device, and what they come to.
+
+    failures: of another kind.
+    """
+    asked = budgets(report, device)
+    over = [line(rule) for rule in asked if rule.answer == "fails"]
+    answer: Answer = "fails"
+    if not failures:
+        answer = worst([rule.answer for rule in asked])
+    return msgspec.structs.replace(report, rules=asked, failures=[*failures, *over], verdict=answer)
+
+
+def budgets(report: BenchReport, device: Device) -> list[Rule]:
+    """Return a rule for each limit of the device's budget."""
+    limits = msgspec.structs.asdict(device.budget)
+    found = []
+    for name, (what, unit) in BUDGETS.items():
+        if limits[name] is not None:
+            found.append(_budget(report, name, what, unit, limits[name]))
+    return found
+
+
+BUDGETS: dict[str, tuple[str, Literal["ms", "MiB", "mJ"]]] = {
+    "latency_ms_p90": ("p90 of the model alone", "ms"),
+    "latency_ms_p99": ("p99 of the model alone", "ms"),
+    "from_frame_ms_p90": ("p90 from a camera's buffer to the label", "ms"),
+    "from_frame_ms_p99": ("p99 from a camera's buffer to the label", "ms"),
+    "from_file_ms_p90": ("p90 from an image's bytes to the label", "ms"),
+    "from_file_ms_p99": ("p99 from an image's bytes to the label", "ms"),
+    "peak_memory_mib": ("peak memory", "MiB"),
+    "energy_mj_per_image": ("energy an image", "mJ"),
+    "bundle_mib": ("size of the bundle", "MiB"),
+}
+"""a budget's field, and what it is asked of"""
+
+
+class Cost(NamedTuple):
+    """One measured cost with its limits; None: not measured, or too few for a limit."""
+
+    found: float | None = None
+    low: float | None = None
+    high: float | None = None
+    queries: int = 0
+    """that it was measured on"""
+
+
+def loaded(report: BenchReport) -> bool:
+    """Return whether other work had too much of the machine while it was timed."""
+    return report.others_busy is not None and not report.others_busy <= QUIET
+
+
+def _budget(
+    report: BenchReport, name: str, what: str, unit: Literal["ms", "MiB", "mJ"], allowed: float
+) -> Rule:
+    cost = _cost(report, name)
+    answer: Answer = "cannot tell"
+    why = None
+    if cost.found is None:
+        why = "not measured"
+    elif cost.low is None or cost.high is None:
+        why = f"too few queries for its limits: {cost.queries:,}"
+    else:
+        answer = Limits(cost.low, cost.high).answer(allowed)
+    if unit == TIMED and loaded(report) and cost.found is not None:
+        answer = "cannot tell"
+        why = under_load(report)
+    return Rule(
+        rule=what,
+        unit=unit,
+        allowed=allowed,
+        found=cost.found,
+        low=cost.low,
+        high=cost.high,
+        images=cost.queries,
+        answer=answer,
+        why=why,
+    )
+
+
+def under_load(report: BenchReport) -> str:
+    """Return why a report's times say nothing."""
+    return (
+        f"other work had {report.others_busy:.1f} processors meanwhile:"
+        " repeat edgeclip bench when the machine is quiet"
+    )
+
+
+def _cost(report: BenchReport, name: str) -> Cost:
+    """Return what a budget's field is about."""
+    if name == "peak_memory_mib" and report.peak_memory_mib is not None:
+        return _exact(float(report.peak_memory_mib))
+    if name == "bundle_mib" and report.bundle_bytes is not None:
+        return _exact(report.bundle_bytes / 2**20)
+    if name == "energy_mj_per_image" and report.energy_mj_per_image is not None:
+        return _energy(report)
+    scenario, _, percentile = name.rpartition("_ms_")
+    if not scenario:
+        return Cost()
+    latency: Latency | None = report.single_stream
+    if scenario != "latency":
+        latency = getattr(report.whole_image, scenario, None)
+    if latency is None:
+        return Cost()
+    found, low, high = (getattr(latency, f"latency_ms_{percentile}{x}") for x in LIMITS)
+    return Cost(found, low, high, latency.queries)
+
+
+LIMITS = ("", "_low", "_high")
+"""endings of a percentile's fields"""
+
+
+def _exact(value: float) -> Cost:
+    return Cost(value, value, value, 1)
+
+
+def _energy(report: BenchReport) -> Cost:
+    value = report.energy_mj_per_image
+    assert value is not None
+    half = getattr(report.energy, "mj_per_image_half_width", None) or 0.0
+    return Cost(value, value - half, value + half, 1)
+
+
 def line(rule: Rule) -> str:
     """Return one rule in one line."""
     text = f"{rule.rule}: {rule.answer}"
     if rule.found is not None:
-        between = f"({rule.low:.2f} to {rule.high:.2f})"
-        text += f", {rule.found:.2f} {rule.unit} {between} of {rule.images}"
-        text += f", allowed {rule.allowed:g}"
+        between = ""
+        if rule.low is not None and rule.high is not None and rule.low < rule.high:
+            between = f" ({rule.low:.2f} to {rule.high:.2f}) of {rule.images:,}"
+        text += f", {rule.found:.2f} {rule.unit}{between}, allowed {rule.allowed:g}"
     if rule.why is not None:
         text += f"; {rule.why}"
     if rule.needed is not None:

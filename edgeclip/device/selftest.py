@@ -18,8 +18,9 @@ import numpy as np
 from edgeclip import __version__, disk
 from edgeclip.device import machine, power
 from edgeclip.device import records as R
-from edgeclip.device.bench import run_scenario, summary
+from edgeclip.device.bench_report import Latency
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.load import run_scenario, summary
 from edgeclip.device.preprocess import normalize
 from edgeclip.device.profile import Device, differences
 from edgeclip.device.validate import judge, observe
@@ -140,7 +141,7 @@ def _batches(bundle: Bundle) -> dict[str, float]:
     return lowest
 
 
-def _queries(bundle: Bundle) -> R.Latency:
+def _queries(bundle: Bundle) -> Latency:
     samples = [_golden_input(bundle)[:1]]
     return summary(run_scenario(bundle.image_encoder.run, samples, 0.0, QUERIES))
 

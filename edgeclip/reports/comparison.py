@@ -10,7 +10,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from edgeclip.device.records import BenchReport, ParityReport, Record
+from edgeclip.device.bench_report import BenchReport
+from edgeclip.device.records import (
+    ParityReport,
+    Record,
+)
 
 AXES = {"accuracy": 1, "latency_ms_p90": -1, "energy_mj_per_image": -1, "image_encoder_bytes": -1}
 """field of a row, and whether more (1) or less (-1) of it is better"""

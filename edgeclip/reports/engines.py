@@ -7,8 +7,8 @@ the same graph (TensorRT issue 3908).
 from pathlib import Path
 
 from edgeclip import disk
+from edgeclip.device.bench_report import BenchReport
 from edgeclip.device.records import (
-    BenchReport,
     EngineConditions,
     ParityReport,
     Record,

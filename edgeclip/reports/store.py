@@ -2,7 +2,10 @@
 
     RUN/reports/<bundle folder>.<device>.parity.json    `edgeclip validate`, of the most images
     RUN/reports/<bundle folder>.<device>.parity-<n>-images.json    a quicker look afterwards
-    RUN/reports/<bundle folder>.<device>.bench.json     `edgeclip bench`
+    RUN/reports/<bundle folder>.<device>.bench.json     `edgeclip bench`, quiet and of full length
+                                                        where there is one
+    RUN/reports/<bundle folder>.<device>.bench-short.json         a shorter one afterwards
+    RUN/reports/<bundle folder>.<device>.bench-under-load.json    one while other work went on
     RUN/reports/<bundle folder>.<device>.engines.json   TensorRT engines seen there (engines.py)
 
 A report counts for the bundle that it was made with, by the hash of the bundle's manifest: after
@@ -19,10 +22,15 @@ from typing import Any, TypeVar
 import msgspec
 
 from edgeclip import disk
-from edgeclip.device.bench import SCENARIOS, over_budget
+from edgeclip.device import rules
+from edgeclip.device.bench import SCENARIOS
+from edgeclip.device.bench_report import BenchReport
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Device
-from edgeclip.device.records import BenchReport, ParityReport, SelftestReport
+from edgeclip.device.records import (
+    ParityReport,
+    SelftestReport,
+)
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
 from edgeclip.reports import engines
@@ -113,21 +121,32 @@ def write(report: Report, device: str, run: Path | None, bundle: Bundle) -> Repo
         line = engines.remember(path(run, bundle, device, "engines"), report, now)
         if line:
             say(line)
-        if _lesser(report, read(run, bundle, device, ParityReport)):
-            aside = path(run, bundle, device, f"{report.kind}-{report.images}-images")
-            disk.write_record(aside, report)
-            say(f"{aside}: kept beside the report of more images, which counts")
-            return report
-    disk.write_record(path(run, bundle, device, report.kind), report)
+    earlier = read(run, bundle, device, type(report))
+    lesser = None if earlier is None else _lesser(report, earlier)
+    if lesser is None:
+        disk.write_record(path(run, bundle, device, report.kind), report)
+        return report
+    aside = path(run, bundle, device, f"{report.kind}-{lesser}")
+    disk.write_record(aside, report)
+    say(f"{aside}: kept beside the report that is better evidence, which counts")
     return report
 
 
-def _lesser(report: ParityReport, earlier: ParityReport | None) -> bool:
-    """Return whether an earlier report of the same bundle and runtime saw more images."""
-    if earlier is None:
-        return False
-    same = earlier.ran == report.ran and earlier.tolerance == report.tolerance
-    return same and earlier.images > report.images
+def _lesser(report: Report, earlier: Report) -> str | None:
+    """Return a word for how `report` is worse evidence than an earlier one of the same; None: not.
+
+    More images count before fewer, quiet machines before loaded ones, full length before short.
+    """
+    if isinstance(report, ParityReport) and isinstance(earlier, ParityReport):
+        same = earlier.ran == report.ran and earlier.tolerance == report.tolerance
+        return f"{report.images}-images" if same and earlier.images > report.images else None
+    assert isinstance(report, BenchReport)
+    assert isinstance(earlier, BenchReport)
+    if earlier.ran != report.ran or earlier.incomplete is not None:
+        return None
+    if rules.loaded(report) != rules.loaded(earlier):
+        return "under-load" if rules.loaded(report) else None
+    return "short" if report.short_run and not earlier.short_run else None
 
 
 # --- what a report says
@@ -142,7 +161,7 @@ def joined(report: BenchReport, earlier: BenchReport, device: Device) -> BenchRe
         return report
 
     kept: dict[str, Any] = {}
-    for name in (*SCENARIOS, "sustained", "energy"):
+    for name in (*SCENARIOS, "stages", "sustained", "energy"):
         before = getattr(earlier, name)
         if getattr(report, name) is None and before is not None:
             kept[name] = before
@@ -150,14 +169,14 @@ def joined(report: BenchReport, earlier: BenchReport, device: Device) -> BenchRe
     energy = whole.energy.mj_per_image if whole.energy else None
     whole = msgspec.structs.replace(whole, energy_mj_per_image=energy)
 
-    own_budget = over_budget(report, device)
-    others = [f for f in report.failures if f not in own_budget]
-    return msgspec.structs.replace(whole, failures=others + over_budget(whole, device))
+    over = [rules.line(rule) for rule in report.rules]
+    return rules.judged(whole, device, [f for f in report.failures if f not in over])
 
 
 def _conditions(report: BenchReport) -> tuple[Any, ...]:
     machine = dataclasses.replace(report.machine, temperature_c=None)
-    return machine, report.bundle, report.ran, report.min_duration_s, report.min_query_count
+    minimum = report.min_duration_s, report.min_query_count
+    return machine, report.bundle, report.ran, *minimum, rules.loaded(report)
 
 
 def exit_code(reports: Iterable[ParityReport | BenchReport | SelftestReport]) -> int:
@@ -169,7 +188,7 @@ def exit_code(reports: Iterable[ParityReport | BenchReport | SelftestReport]) ->
     for report in reports:
         if _failed(report):
             return GATE_FAILED
-        if isinstance(report, ParityReport) and report.verdict == "cannot tell":
+        if not isinstance(report, SelftestReport) and report.verdict == "cannot tell":
             code = CANNOT_TELL
     return code
 

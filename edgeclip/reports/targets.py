@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 from edgeclip import disk
 from edgeclip.device import rules
+from edgeclip.device.bench_report import BenchReport
 from edgeclip.device.intervals import Answer
 from edgeclip.device.manifest import CandidateRow, LintRecord, SearchRecord, read_manifest
-from edgeclip.device.records import BenchReport, ParityReport
+from edgeclip.device.records import ParityReport
 from edgeclip.reports.results import EvaluationResults
 
 
@@ -124,12 +125,22 @@ def verdict(parity: ParityReport | None, bench: BenchReport | None) -> str:
     assert parity is not None
     assert bench is not None
     assert bench.single_stream is not None
-    latency = f"p90 {bench.single_stream.latency_ms_p90:.2f} ms"
+    latency = _latency(bench)
     lost = parity.accuracy
     if lost is None:  # held by proof, without an unseen image
         return f"ship: no answer can change, {latency}"
     accuracy = f"accuracy drop {lost.drop_pp:.2f} pp (at most {lost.upper_pp:.2f})"
     return f"ship: {accuracy} on {lost.images} unseen images, {latency}"
+
+
+def _latency(bench: BenchReport) -> str:
+    """Return the p90 of a whole image; of the model alone where the whole was not measured."""
+    assert bench.single_stream is not None
+    model = f"{bench.single_stream.latency_ms_p90:.2f} ms"
+    if bench.whole_image is None:
+        return f"p90 {model} for the model alone"
+    whole = f"{bench.whole_image.from_file.latency_ms_p90:.2f} ms"
+    return f"p90 {whole} from image to label, {model} of it the model"
 
 
 def answer(parity: ParityReport | None, bench: BenchReport | None) -> Answer:
@@ -144,11 +155,7 @@ def _failures(parity: ParityReport | None, bench: BenchReport | None) -> list[st
     found = []
     if parity is not None and parity.verdict == "fails":
         found += parity.failures or ["validate failed"]
-    for failure in bench.failures if bench is not None else []:
-        if "budget" in failure:
-            failure = f"over budget: {failure}"
-        found.append(failure)
-    return found
+    return found + (bench.failures if bench is not None else [])
 
 
 def _unknown(parity: ParityReport | None, bench: BenchReport | None) -> list[str]:
@@ -160,9 +167,12 @@ def _unknown(parity: ParityReport | None, bench: BenchReport | None) -> list[str
         open_rules = [rules.line(r) for r in parity.rules if r.answer == "cannot tell"]
         found += open_rules or [parity.not_compared or "validated by an older edgeclip"]
     if bench is None:
-        found.append("not benchmarked")
-    elif bench.single_stream is None:
+        return [*found, "not benchmarked"]
+    if bench.single_stream is None:
         found.append("single_stream not measured")
+    elif rules.loaded(bench):
+        found.append(f"times unknown: {rules.under_load(bench)}")
+    found += [rules.line(r) for r in bench.rules if r.answer == "cannot tell"]
     return found
 
 

@@ -15,9 +15,16 @@ import pytest
 from edgeclip import disk
 from edgeclip.boards import runner
 from edgeclip.boards.board import Board, Load
+from edgeclip.device.bench_report import (
+    BenchReport,
+    EnergyMarks,
+)
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import load as load_device
-from edgeclip.device.records import BenchReport, EnergyMarks, from_json, to_json
+from edgeclip.device.records import (
+    from_json,
+    to_json,
+)
 from edgeclip.errors import EdgeclipError, LinkLost
 from tests.support.command import mistake, run
 from tests.support.reports import bench_report

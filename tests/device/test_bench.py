@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,22 +13,12 @@ import pytest
 
 from edgeclip.cli.tables import measured as tables
 from edgeclip.device import machine
-from edgeclip.device.bench import (
-    WARM_UP,
-    Plan,
-    _images,
-    _stages,
-    bench,
-    check_with,
-    cold_start,
-    over_budget,
-    run_scenario,
-    summary,
-    sustained,
-)
+from edgeclip.device.bench import Plan, _images, _whole_image, bench, check_with, cold_start
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.load import WARM_UP, OtherWork, run_scenario, summary, sustained
 from edgeclip.device.profile import Budget, Device, Minimum
 from edgeclip.device.records import to_json
+from edgeclip.device.rules import budgets, judged
 from edgeclip.device.runtime import open_session
 from edgeclip.errors import EdgeclipError
 
@@ -181,7 +172,8 @@ def test_what_was_not_measured_is_null(measured, shipped_bundle):
     assert measured.energy_mj_per_image is None
     bundle = Bundle.load(shipped_bundle("onnx-fp32"))
     bundle.labels = []  # one that only embeds
-    assert _stages(bundle, _images(bundle, None)).head_ms is None
+    found = _whole_image(bundle, _images(bundle, None), Minimum(0.0, 5))
+    assert found["stages"].head_ms is None
 
 
 def test_a_meter_that_cannot_be_read_costs_the_energy_alone(shipped_bundle, tmp_path, monkeypatch):
@@ -215,7 +207,13 @@ def test_what_a_core_has_not_is_not_unknown(measured, capsys, isa, says):
 
 
 def test_only_the_exceeded_budget_is_a_failure(measured):
-    assert len(measured.failures) == 1 and measured.failures[0].startswith("latency_ms_p90")
+    quiet = msgspec.structs.replace(measured, others_busy=0.0)
+    budget = Budget(latency_ms_p90=1e-6, peak_memory_mib=1e9)
+    told = judged(quiet, Device(runtimes=["onnxruntime"], budget=budget))
+    (failure,) = told.failures
+    assert failure.startswith("p90 of the model alone: fails, ")
+    assert [r.answer for r in told.rules] == ["fails", "holds"]
+    assert told.verdict == "fails"
 
 
 def test_a_scenario_that_was_not_asked_for_is_null(shipped_bundle):
@@ -248,7 +246,7 @@ def test_sustained_load_is_told_in_tenths(shipped_bundle):
 
 def test_the_drift_is_the_last_tenths_p90_over_the_firsts(monkeypatch):
     runs = iter([[0.002] * 20] * 9 + [[0.006] * 20])
-    monkeypatch.setattr("edgeclip.device.bench.run_scenario", lambda *_: next(runs))
+    monkeypatch.setattr("edgeclip.device.load.run_scenario", lambda *_: next(runs))
     assert sustained(lambda x: x, [0], 1.0).p90_drift == pytest.approx(3.0)
 
 
@@ -287,16 +285,82 @@ def test_the_times_of_an_emulated_processor_are_refused(shipped_bundle):
     )
 
 
-def test_a_budget_on_what_was_not_measured_is_not_kept(measured):
-    failures = over_budget(
-        measured, Device(runtimes=["onnxruntime"], budget=Budget(energy_mj_per_image=5.0))
+def asked(report, **budget):
+    device = Device(runtimes=["onnxruntime"], budget=Budget(**budget))
+    (rule,) = budgets(report, device)
+    return rule
+
+
+def test_a_budget_on_what_was_not_measured_cannot_be_told(measured):
+    rule = asked(measured, energy_mj_per_image=5.0)
+    assert (rule.answer, rule.found, rule.why) == ("cannot tell", None, "not measured")
+    rule = asked(
+        msgspec.structs.replace(measured, energy_mj_per_image=0.94), energy_mj_per_image=0.9
     )
-    assert failures == ["energy_mj_per_image not measured, budget 5.0"]
-    failures = over_budget(
-        msgspec.structs.replace(measured, energy_mj_per_image=0.94),
-        Device(runtimes=["onnxruntime"], budget=Budget(energy_mj_per_image=0.9)),
+    assert rule.answer == "fails"
+    assert (
+        asked(measured, latency_ms_p99=1e6).answer == "cannot tell"
+    )  # of fewer than 1,000 queries
+
+
+def test_every_budget_is_asked_of_a_figure(measured):
+    many = msgspec.structs.replace(
+        measured.single_stream, latency_ms_p99=1.0, latency_ms_p99_low=1.0
     )
-    assert failures == ["energy_mj_per_image 0.94, budget 0.9"]
+    many = msgspec.structs.replace(many, latency_ms_p99_high=1.0)
+    whole = msgspec.structs.replace(measured.whole_image, from_file=many, from_frame=many)
+    report = msgspec.structs.replace(
+        measured, energy_mj_per_image=1.0, single_stream=many, whole_image=whole, others_busy=0.0
+    )
+    for name in Budget.__struct_fields__:
+        assert asked(report, **{name: 1e-9}).answer == "fails", name
+        assert asked(report, **{name: 1e9}).answer == "holds", name
+
+
+def test_an_interval_around_the_budget_cannot_tell(measured):
+    single = msgspec.structs.replace(
+        measured.single_stream, latency_ms_p90=2.0, latency_ms_p90_low=1.5, latency_ms_p90_high=2.5
+    )
+    report = msgspec.structs.replace(measured, single_stream=single, others_busy=0.0)
+    answers = [asked(report, latency_ms_p90=ms).answer for ms in (1.4, 2.2, 2.6)]
+    assert answers == ["fails", "cannot tell", "holds"]
+
+
+def test_times_under_load_tell_nothing_and_sizes_still_do(measured):
+    busy = msgspec.structs.replace(measured, others_busy=1.3)
+    rule = asked(busy, latency_ms_p90=1e6)
+    assert rule.answer == "cannot tell" and "1.3 processors" in rule.why
+    assert asked(busy, bundle_mib=1e6).answer == "holds"
+    lost = msgspec.structs.replace(measured, others_busy=float("nan"))
+    assert asked(lost, latency_ms_p90=1e6).answer == "cannot tell"
+
+
+def test_a_whole_image_is_more_than_its_model(measured):
+    whole = measured.whole_image
+    assert whole.from_file.queries >= 30
+    assert whole.from_file.latency_ms_p50 > whole.from_frame.latency_ms_p50 > 0
+    parts = sum(to_json(measured.stages).values())
+    assert whole.from_file.latency_ms_min < parts < 2 * whole.from_file.latency_ms_mean
+    assert measured.bundle_bytes > measured.image_encoder_bytes
+
+
+def test_other_work_is_told_from_ones_own():
+    spin = "import time; end = time.time() + 1.2\nwhile time.time() < end: pass"
+    others = OtherWork()
+    own = time.process_time()
+    while time.process_time() - own < 0.4:
+        pass
+    alone = others.processors()
+    with subprocess.Popen([sys.executable, "-c", spin]):
+        others = OtherWork()
+        time.sleep(0.8)
+        beside = others.processors()
+    assert beside > 0.3
+    assert alone is not None
+
+
+def test_other_work_is_unknown_where_the_kernel_does_not_say(tmp_path):
+    assert OtherWork(tmp_path).processors() is None
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from edgeclip.device import energy, power
+from edgeclip.device.bench_report import (
+    EnergyMarks,
+    Reading,
+)
 from edgeclip.device.energy import by_the_hosts_meter, half_width, per_image, steady_from
 from edgeclip.device.power import find, meter
-from edgeclip.device.records import EnergyMarks, Reading
 from edgeclip.errors import EdgeclipError
 from tests.support.machine_files import fake
 

@@ -10,6 +10,7 @@ from edgeclip.device.intervals import (
     drop_limits,
     images_for_drop,
     images_for_share,
+    percentile_limits,
     share_limits,
     worst,
 )
@@ -117,3 +118,22 @@ def test_the_images_that_are_named_settle_a_share_either_way(count, images, allo
 
 def test_a_share_at_its_limit_is_never_settled():
     assert images_for_share(5, 100, 0.05) is None
+
+
+def test_a_percentiles_limits_keep_their_level():
+    """Of 400 samples of an exponential whose 90th percentile is known: each limit misses in at most 5 %."""
+    rng = np.random.default_rng(0)
+    truth = math.log(10)
+    missed = [0, 0]
+    for _ in range(400):
+        low, high = percentile_limits(rng.exponential(size=200), 90.0)
+        missed[0] += not low <= truth
+        missed[1] += not truth <= high
+    assert max(missed) <= 400 * 0.05 + 2 * math.sqrt(400 * 0.05 * 0.95)
+
+
+def test_too_few_values_have_no_limit():
+    assert percentile_limits(np.arange(10.0), 90.0)[1] is None
+    assert percentile_limits(np.arange(29.0), 90.0)[1] == 28.0  # .9 ** 29 < .05
+    assert percentile_limits(np.arange(28.0), 90.0)[1] is None
+    assert percentile_limits(np.arange(10.0), 99.0)[0] is not None

@@ -5,9 +5,13 @@ import json
 import pytest
 
 from edgeclip import disk
+from edgeclip.device.bench_report import BenchReport
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.manifest import read_manifest, write_manifest
-from edgeclip.device.records import BenchReport, ParityReport, to_json
+from edgeclip.device.records import (
+    ParityReport,
+    to_json,
+)
 from edgeclip.errors import EdgeclipError
 from tests.support.manifests import manifest_fields, search_record
 from tests.support.reports import bench_report, parity_report

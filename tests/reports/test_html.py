@@ -98,6 +98,7 @@ def test_what_passed_and_was_measured_ships():
     assert "2.25 ms" in line
 
 
+SLOW = Rule(rule="p90", unit="ms", allowed=1.0, answer="cannot tell", why="too few queries: 9")
 UNTOLD = Rule(rule="accuracy lost", unit="pp", allowed=1.0, answer="cannot tell", needed=900)
 
 
@@ -108,6 +109,8 @@ UNTOLD = Rule(rule="accuracy lost", unit="pp", allowed=1.0, answer="cannot tell"
         (parity(), None, ["not benchmarked"]),
         (parity(), bench(single_stream=None), ["single_stream not measured"]),
         (None, bench(), ["not validated"]),
+        (parity(), bench(others_busy=1.5), ["times unknown", "1.5 processors", "repeat"]),
+        (parity(), bench(rules=[SLOW], verdict="cannot tell"), ["p90", "too few queries"]),
         (parity(verdict="cannot tell", rules=[UNTOLD]), bench(), ["about 900 images would tell"]),
         (
             parity(verdict="cannot tell", accuracy=None, not_compared="no run beside it"),
@@ -137,8 +140,8 @@ def test_what_is_not_known_of_a_bundle_is_on_the_line(p, b, reasons):
         ),
         (
             parity(),
-            bench(failures=["latency_ms_p90 9.0, budget 5.0"]),
-            ["over budget: latency_ms_p90"],
+            bench(failures=["p90 of the model alone: fails, 9.00 ms, allowed 5"]),
+            ["p90 of the model alone: fails", "allowed 5"],
         ),
     ],
 )

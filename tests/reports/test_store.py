@@ -6,9 +6,11 @@ import pytest
 from msgspec.structs import replace
 
 from edgeclip import disk
+from edgeclip.device.bench_report import BenchReport
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Budget, Device
 from edgeclip.device.records import ParityReport
+from edgeclip.device.rules import judged
 from edgeclip.reports.store import (
     CANNOT_TELL,
     GATE_FAILED,
@@ -24,18 +26,21 @@ from tests.support.reports import bench_report, parity_report, scenario, selftes
 def test_what_was_not_measured_again_is_kept_from_the_report_before():
     measured = bench_report(multi_stream=scenario(batch=8), offline=scenario(batch=9))
     again = scenario(batch=1, queries=1)
-    budget = ["latency_ms_p90 not measured, budget 1000.0", "another"]
-    new = replace(measured, single_stream=None, multi_stream=None, offline=again, failures=budget)
     device = Device(runtimes=["onnxruntime"], budget=Budget(latency_ms_p90=1e3))
+    new = replace(measured, single_stream=None, multi_stream=None, offline=again)
+    new = judged(new, device, ["another"])
+    assert new.rules[0].why == "not measured"
     cool = dataclasses.replace(measured.machine, temperature_c=1.0)
     whole = joined(new, replace(measured, machine=cool), device)
     assert whole.single_stream == measured.single_stream
     assert whole.offline == again
     assert whole.kept == ["single_stream", "multi_stream"]
     assert whole.failures == ["another"]
+    assert [rule.answer for rule in whole.rules] == ["holds"]
     for change in (
         {"bundle": "another"},
         {"min_query_count": 31},
+        {"others_busy": 2.0},
         {"ran": replace(measured.ran, threads=2)},
         {"machine": dataclasses.replace(measured.machine, cpu="c")},
     ):
@@ -49,7 +54,8 @@ def parity(verdict, failures=()):
 PASS, FEW = parity("holds"), parity("cannot tell")
 FAIL = parity("fails", ["accuracy drop 3.00 pp, above 1.0"])
 FAST = bench_report()
-SLOW = bench_report(failures=["latency_ms_p90 9.00, budget 5.0"])
+SLOW = bench_report(failures=["p90 of the model alone: fails"], verdict="fails")
+BUSY = bench_report(verdict="cannot tell")
 WELL = selftest_report("pass", "not possible here")
 ILL = selftest_report("pass", "fail")
 
@@ -63,6 +69,8 @@ ILL = selftest_report("pass", "fail")
         ([FAIL, FEW], GATE_FAILED),
         ([FAST], 0),
         ([FAST, SLOW], GATE_FAILED),
+        ([FAST, BUSY], CANNOT_TELL),
+        ([BUSY, SLOW], GATE_FAILED),
         ([WELL], 0),
         ([WELL, ILL], GATE_FAILED),
     ],
@@ -100,3 +108,34 @@ def test_a_quick_look_does_not_replace_the_verdict_of_more_images(own_bundle, tm
     other = replace(quick, ran=replace(quick.ran, version="2"))
     write(other, "host-cpu", tmp_path, bundle)
     assert read(tmp_path, bundle, "host-cpu", ParityReport).images == 40
+
+
+@pytest.mark.parametrize(
+    ("worse", "word"),
+    [
+        ({"others_busy": 1.5}, "under-load"),
+        ({"short_run": True}, "short"),
+        ({"others_busy": 1.5, "short_run": True}, "under-load"),
+    ],
+)
+def test_worse_times_do_not_replace_better_ones(own_bundle, tmp_path, worse, word):
+    bundle = Bundle.load(own_bundle("onnx-fp32"))
+    good = bench_report(
+        bundle=disk.sha256(bundle.folder / disk.MANIFEST), others_busy=0.0, short_run=False
+    )
+    write(good, "host-cpu", tmp_path, bundle)
+    write(replace(good, **worse, warm_up=11), "host-cpu", tmp_path, bundle)
+    assert read(tmp_path, bundle, "host-cpu", BenchReport).warm_up == 10
+    (aside,) = (tmp_path / "reports").glob(f"*.bench-{word}.json")
+    assert disk.read_record(aside, BenchReport).warm_up == 11
+    write(replace(good, warm_up=12), "host-cpu", tmp_path, bundle)  # as good and newer
+    assert read(tmp_path, bundle, "host-cpu", BenchReport).warm_up == 12
+
+
+def test_a_quiet_short_run_replaces_a_loaded_long_one(own_bundle, tmp_path):
+    bundle = Bundle.load(own_bundle("onnx-fp32"))
+    digest = disk.sha256(bundle.folder / disk.MANIFEST)
+    loaded = bench_report(bundle=digest, others_busy=1.0, short_run=False)
+    write(loaded, "host-cpu", tmp_path, bundle)
+    write(replace(loaded, others_busy=0.1, short_run=True), "host-cpu", tmp_path, bundle)
+    assert read(tmp_path, bundle, "host-cpu", BenchReport).others_busy == 0.1

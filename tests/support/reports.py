@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 
+from edgeclip.device import bench_report as B
 from edgeclip.device import records as R
 from edgeclip.device.machine import Facts
 from edgeclip.device.target import Tolerance
@@ -48,8 +49,8 @@ def parity_report(**changes: Any) -> R.ParityReport:
     return msgspec.structs.replace(report, **changes)
 
 
-def scenario(p50: float = 1.0, p90: float = 2.0, batch: int = 1, queries: int = 2000) -> R.Scenario:
-    return R.Scenario(
+def scenario(p50: float = 1.0, p90: float = 2.0, batch: int = 1, queries: int = 2000) -> B.Scenario:
+    return B.Scenario(
         queries=queries,
         seconds=1.0,
         latency_ms_min=p50,
@@ -58,13 +59,17 @@ def scenario(p50: float = 1.0, p90: float = 2.0, batch: int = 1, queries: int = 
         latency_ms_p90=p90,
         latency_ms_p95=p90,
         latency_ms_p99=p90,
+        latency_ms_p90_low=p90,
+        latency_ms_p90_high=p90,
+        latency_ms_p99_low=p90,
+        latency_ms_p99_high=p90,
         batch=batch,
         images_per_second=1e3 * batch / p50,
     )
 
 
-def energy(source: str = "RAPL: package", mj: float = 3.0) -> R.Energy:
-    return R.Energy(
+def energy(source: str = "RAPL: package", mj: float = 3.0) -> B.Energy:
+    return B.Energy(
         source=source,
         samples_idle=100,
         samples_load=600,
@@ -79,9 +84,9 @@ def energy(source: str = "RAPL: package", mj: float = 3.0) -> R.Energy:
     )
 
 
-def bench_report(**changes: Any) -> R.BenchReport:
+def bench_report(**changes: Any) -> B.BenchReport:
     """Return a bench report of the single stream alone, within its budget."""
-    report = R.BenchReport(
+    report = B.BenchReport(
         target="t",
         bundle="b",
         machine=MACHINE,
@@ -91,8 +96,8 @@ def bench_report(**changes: Any) -> R.BenchReport:
         min_query_count=1024,
         short_run=False,
         single_stream=scenario(),
-        stages=R.Stages(1.0, 1.0, 1.0, 1.0),
-        cold_start=R.ColdStart(3, 500.0, 400.0, 10.0, 90),
+        stages=B.Stages(1.0, 1.0, 1.0, 1.0),
+        cold_start=B.ColdStart(3, 500.0, 400.0, 10.0, 90),
         peak_memory_mib=90,
         image_encoder_bytes=3 << 20,
         check_with="a tool",

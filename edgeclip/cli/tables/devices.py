@@ -6,7 +6,8 @@ from typing import Any
 import click
 
 from edgeclip.cli.tables.plain import table
-from edgeclip.device.records import PreflightRow, SelftestReport
+from edgeclip.device.bench_report import PreflightRow
+from edgeclip.device.records import SelftestReport
 from edgeclip.disk import Json
 
 WIDEST = 100

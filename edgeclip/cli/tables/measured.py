@@ -7,8 +7,13 @@ import click
 
 from edgeclip.cli.tables.plain import NOT_MEASURED, mebibytes, number, table
 from edgeclip.device import rules
+from edgeclip.device.bench_report import (
+    BenchReport,
+    Energy,
+    Sustained,
+)
 from edgeclip.device.machine import processor
-from edgeclip.device.records import BenchReport, Energy, ParityReport, Sustained
+from edgeclip.device.records import ParityReport
 from edgeclip.reports.comparison import Row
 
 PARITY = (
@@ -32,6 +37,8 @@ BENCH = (
     "p99 ms",
     "multi p99 ms",
     "offline /s",
+    "image to label p90 ms",
+    "camera to label p90 ms",
     "decode ms",
     "preprocess ms",
     "model ms",
@@ -125,6 +132,8 @@ def _bench_row(report: BenchReport) -> list[Any]:
         getattr(single, "latency_ms_p99", None),
         getattr(report.multi_stream, "latency_ms_p99", None),
         getattr(report.offline, "images_per_second", None),
+        getattr(getattr(report.whole_image, "from_file", None), "latency_ms_p90", None),
+        getattr(getattr(report.whole_image, "from_frame", None), "latency_ms_p90", None),
         getattr(stages, "decode_ms", None),
         getattr(stages, "preprocess_ms", None),
         getattr(stages, "model_ms", None),
@@ -156,11 +165,10 @@ def _bench_lines(report: BenchReport) -> list[str]:
         lines.append(_sustained(report.sustained))
     if report.kept:
         lines.append(f"kept from the last report, not measured now: {', '.join(report.kept)}")
-    for failure in report.failures:
-        if "budget" in failure:
-            failure = f"over budget: {failure}"
-        lines.append(failure)
-    return lines
+    if rules.loaded(report):
+        lines.append(f"times unknown: {rules.under_load(report)}")
+    told = [rules.line(rule) for rule in report.rules]
+    return lines + told + [failure for failure in report.failures if failure not in told]
 
 
 def _energy(energy: Energy) -> str:
