@@ -82,9 +82,10 @@ def answers(
     bench: Bench, name: str, seed: int, teacher: teachers.Teacher
 ) -> tuple[dict[str, np.ndarray], EduAttention | None]:
     """A student's features of every part, by its name, and the head that it ships with."""
-    without = family.METHODS["ComKD without EduAttention"]
+    without = {k: v for k, v in READINGS[DEFAULT].items() if k != "edu_attention"}
     if name in schedules.SCHEDULES:
-        return folds.answers(schedules.scheduled(bench, name), without, "small", seed, teacher)
+        losses = family.METHODS[folds.JUDGED]
+        return folds.answers(schedules.scheduled(bench, name), losses, "small", seed, teacher)
     if name == "without EduAttention":
         return folds.answers(bench, without, "frozen", seed, teacher)
     if name == LAST:

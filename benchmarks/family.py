@@ -35,7 +35,7 @@ CLIP_KD = {
     "interactive": {},
     "captions": "classes",
 }
-COMKD = {"kl": {}, "if_align": {"weight": 100}, "edu_attention": {"temperature": 0.1}}
+COMKD = {"kl": {}, "if_align": {"weight": 10}, "edu_attention": {"temperature": 0.1}}
 METHODS: dict[str, dict[str, Any]] = {
     "student alone": {"cross_entropy": {}},
     "contrastive": {"contrastive": {}, "captions": "classes"},

@@ -14,7 +14,7 @@ fifteenth of the teacher's multiply-accumulates): the same teacher, views, order
 
     results/folds.jsonl  a line a fold and model, appended when it is done; a line that is there is not made again
 
-Required of each set, for the student of ComKD: what the recipe now ships closes at least 80 % of the way from no offset to
+Required of each set, for the student of its recipe: what the recipe now ships closes at least 80 % of the way from no offset to
 the best one of the recipe before (stage 1 by labels alone, where the log has it), in harmonic mean over all labels, on average
 over the folds; and with every weight trained it has .97 of its teacher's, at 80 px .93. An offset moves no answer within a set's own
 list.
@@ -52,8 +52,9 @@ from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.evaluation.scores import image_features
 
 LOG = Path(__file__).parent.parent / "results" / "folds.jsonl"
-METHODS = ("PromptKD", "ComKD")
-JUDGED = "ComKD"
+METHODS = ("PromptKD", "ComKD", "ComKD without EduAttention")
+JUDGED = "ComKD without EduAttention"
+"""what the recipes train"""
 CLOSED = 0.8
 KEPT = {"full": 0.97, "small": 0.93}
 """of the teacher's harmonic mean over all labels, by regime"""

@@ -59,13 +59,18 @@ def averages(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
+BEFORE = "ComKD"
+"""what the recipes trained before the readings were judged"""
+
+
 def closed_since(log: list[dict[str, Any]], name: str, model: str) -> tuple[float | None, int]:
-    """How much of the gap of a set's first rows its last ones close, and on how many folds."""
-    own = [x for x in log if (x["set"], x["model"], x["regime"]) == (name, model, "frozen")]
-    rows_of_set = list(averages(own).values())
-    if not rows_of_set:
+    """How much of the gap of a set's first rows its last ones of `model` close, and on how many folds."""
+    own = [x for x in log if (x["set"], x["regime"]) == (name, "frozen")]
+    first = list(averages([x for x in own if x["model"] == BEFORE]).values())
+    last = list(averages([x for x in own if x["model"] == model]).values())
+    if not first or not last:
         return None, 0
-    before, now = rows_of_set[0], rows_of_set[-1]
+    before, now = first[0], last[-1]
     gap = before["mean"]["best"] - before["mean"]["none"]
     if not gap:
         return None, now["folds"]

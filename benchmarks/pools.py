@@ -7,6 +7,7 @@ a class without labels.
 """
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from edgeclip.device.images import ImageRef
 from edgeclip.host import cache, data, recipe, teachers
 from edgeclip.host import recipe as R
 from edgeclip.host import student as students
+from edgeclip.host.allocator import keep_freed_memory
 from edgeclip.host.data import Dataset, EvaluationSet
 from edgeclip.host.distill.pixels import frozen_features
 from edgeclip.host.evaluation.scores import image_features
@@ -50,15 +52,16 @@ def pool(
     roots: tuple[str, ...],
     folder: Path,
     regime: str = "frozen",
-    views: int | None = None,
+    count: int | None = None,
 ) -> Bench:
     """Every image of a set through both towers, once for all folds; kept below `folder`.
 
-    views: cached of an image; none: as many as the recipe has.
+    count: views cached of an image; none: as many as the recipe has.
     """
+    keep_freed_memory()
     asked = family.at_size(recipe.load(path, roots), regime)
-    if views is not None:
-        asked = replace(asked, views=replace(asked.views, count=views))
+    if count is not None:
+        asked = replace(asked, views=replace(asked.views, count=count))
     dataset = everything(asked.data, folder)
     images = dataset.evaluation[0].images
     teacher = teachers.load(asked.teacher)
@@ -67,27 +70,39 @@ def pool(
     ingredients = cache.Ingredients(teacher, tower, dataset, asked.views, 0, False, CPU, threads)
     cached = cache.build(folder, ingredients)
     student, preprocess = students.build(asked.student, teacher.embed_dim)
-    key = [cached.folder.name, disk.fingerprint(R.description(asked)["student"]), len(images)]
-    kept = folder / f"folds-{disk.fingerprint(key)[:16]}"
-    if not (kept / disk.MANIFEST).exists():
-        with disk.new_folder(kept) as new:
-            views = frozen_features(student, cached, preprocess, asked, CPU).numpy()
-            disk.write_array(new / "views.npy", views)
-            of_teacher = image_features(tower, images, teacher.preprocess, "teacher", CPU, 8)
-            disk.write_array(new / "teacher.npy", of_teacher.features)
-            of_student = image_features(student.tower, images, preprocess, "student", CPU)
-            disk.write_array(new / "student.npy", of_student.features)
-            disk.write_manifest(new, "folds", {})
+    described = R.description(asked)
+
+    def of_teacher() -> np.ndarray:
+        return image_features(tower, images, teacher.preprocess, "teacher", CPU, 8).features
+
+    def of_student() -> np.ndarray:
+        return image_features(student.tower, images, preprocess, "student", CPU).features
+
+    def of_views() -> np.ndarray:
+        return frozen_features(student, cached, preprocess, asked, CPU).numpy()
+
+    keys = [image.key for image in images]
+    of = {"teacher": [described["teacher"], keys], "student": [described["student"], keys]}
     part = Part(
         "all",
         list(range(len(dataset.classes))),
         np.array([image.label for image in images]),
         images,
-        disk.read_array(kept / "teacher.npy"),
-        disk.read_array(kept / "student.npy"),
+        kept(folder, of["teacher"], of_teacher),
+        kept(folder, of["student"], of_student),
     )
-    views = torch.from_numpy(disk.read_array(kept / "views.npy"))
-    return Bench(path, asked, dataset, teacher, cached, views, {"all": [part]})
+    views = kept(folder, [described["student"], cached.folder.name], of_views)
+    return Bench(path, asked, dataset, teacher, cached, torch.from_numpy(views), {"all": [part]})
+
+
+def kept(folder: Path, key: Any, made: Callable[[], np.ndarray]) -> np.ndarray:
+    """An array that is made once, by what it is of."""
+    own = folder / f"folds-{disk.fingerprint(key)[:16]}"
+    if not (own / disk.MANIFEST).exists():
+        with disk.new_folder(own) as new:
+            disk.write_array(new / "features.npy", made())
+            disk.write_manifest(new, "folds", {})
+    return disk.read_array(own / "features.npy")
 
 
 def everything(spec: Any, folder: Path) -> Dataset:

@@ -46,11 +46,10 @@ def reading(
     edu_attention: dict[str, Any] | None = None,
     kl: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    losses = family.COMKD
     return {
-        "kl": losses["kl"] | (kl or {}),
-        "if_align": losses["if_align"] | (if_align or {}),
-        "edu_attention": losses["edu_attention"] | (edu_attention or {}),
+        "kl": kl or {},
+        "if_align": {"weight": 100} | (if_align or {}),
+        "edu_attention": {"temperature": 0.1} | (edu_attention or {}),
     }
 
 
