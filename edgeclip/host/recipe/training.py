@@ -24,7 +24,8 @@ class KL(Config):
 class IFAlign(Config):
     """Equations 3 to 5: L1 between the means and variances of student's and teacher's features."""
 
-    weight: NonNegative = 100.0
+    weight: NonNegative = 10.0
+    """lambda, beside a KL of 1"""
     axis: Literal["batch", "tokens", "channels"] = "batch"
     """A1: over the batch, a channel each; over the channels, an image each; tokens are not in a
     cache, so that reading is refused"""
