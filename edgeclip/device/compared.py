@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgeclip.device import rules
+from edgeclip.device import per_class, rules
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.evaluation import (
     Decisions,
@@ -12,10 +12,13 @@ from edgeclip.device.evaluation import (
     decide,
     largest_difference,
     own_list_top1,
+    rows,
 )
 from edgeclip.device.metrics import accuracy_drop, agreement, centered_cosines, cosine
 from edgeclip.device.records import (
     Accuracy,
+    ChangedImage,
+    ClassAccuracy,
     Closeness,
     OptimizationAgreement,
     Rule,
@@ -37,6 +40,9 @@ class Compared(NamedTuple):
     agreement_where_right: float | None = None
     accuracy: Accuracy | None = None
     sets: tuple[SetAccuracy, ...] = ()
+    classes: tuple[ClassAccuracy, ...] = ()
+    classes_of_few: int | None = None
+    changed: tuple[ChangedImage, ...] = ()
     optimization: OptimizationAgreement | None = None
     rules: tuple[Rule, ...] = ()
     failures: tuple[str, ...] = ()
@@ -64,6 +70,9 @@ def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray
     asked += rules.accuracy(tolerance, parts)
     difference = largest_difference(bundle, evaluation, evaluation.reference, features)
     decided = rules.proven(asked, difference, reference.least_lead)
+    unseen = _unseen(evaluation, reference, own)
+    decided += per_class.floors(bundle.manifest.target.floor, unseen, bundle.labels)
+    classes, classes_of_few = per_class.per_class(unseen, bundle.labels)
 
     optimization = None
     if "features_basic" in arrays:
@@ -86,6 +95,9 @@ def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray
         agreement_where_right=agreement(own.answers, reference.answers, reference.right),
         accuracy=_accuracy(judged) if judged else None,
         sets=_sets(bundle, evaluation, features, parts),
+        classes=tuple(classes),
+        classes_of_few=classes_of_few,
+        changed=tuple(per_class.changed(unseen, bundle.labels)),
         optimization=optimization,
         rules=tuple(decided),
         failures=tuple(failures),
@@ -113,6 +125,25 @@ def _parts(evaluation: Evaluation, before: Decisions, after: Decisions) -> list[
         start = own.stop
         parts.append(rules.Part(s.name, s.unseen, before.right[own], after.right[own]))
     return parts
+
+
+def _unseen(evaluation: Evaluation, before: Decisions, after: Decisions) -> per_class.Answered:
+    """Return the images of unseen sets, each once."""
+    image = rows(evaluation)
+    own = np.zeros(0, bool)
+    for s in evaluation.sets:
+        own = np.concatenate([own, np.full(len(s.rows), s.unseen)])
+    places = np.flatnonzero(own)
+    _, first = np.unique(image[places], return_index=True)
+    at = places[first]
+    return per_class.Answered(
+        images=np.array(evaluation.chosen, int)[image[at]],
+        labels=evaluation.labels[image[at]],
+        before=before.answers[at],
+        after=after.answers[at],
+        before_scores=before.scores[at],
+        after_scores=after.scores[at],
+    )
 
 
 def _accuracy(parts: list[rules.Part]) -> Accuracy:

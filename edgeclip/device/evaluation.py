@@ -109,6 +109,8 @@ class Decisions(NamedTuple):
     """bool [m]"""
     lead: np.ndarray
     """[m], by how much the best score leads the second"""
+    scores: np.ndarray
+    """[m], the best score"""
 
     @property
     def least_lead(self) -> float:
@@ -121,6 +123,7 @@ def decide(bundle: Bundle, evaluation: Evaluation, features: np.ndarray) -> Deci
     answers = [np.zeros(0, int)]
     right = [np.zeros(0, bool)]
     lead = [np.zeros(0)]
+    first = [np.zeros(0)]
     for s in evaluation.sets:
         if not s.rows:
             continue
@@ -129,7 +132,15 @@ def decide(bundle: Bundle, evaluation: Evaluation, features: np.ndarray) -> Deci
         answers.append(scores.argmax(axis=1))
         right.append(hits(scores, evaluation.labels[s.rows]))
         lead.append(best[:, -1] - best[:, 0])
-    return Decisions(np.concatenate(answers), np.concatenate(right), np.concatenate(lead))
+        first.append(best[:, -1])
+    columns = (np.concatenate(parts) for parts in (answers, right, lead, first))
+    return Decisions(*columns)
+
+
+def rows(evaluation: Evaluation) -> np.ndarray:
+    """Return [m], the image that each of `decide`'s answers is of."""
+    of_sets = [np.array(s.rows, int) for s in evaluation.sets]
+    return np.concatenate([np.zeros(0, int), *of_sets])
 
 
 def largest_difference(

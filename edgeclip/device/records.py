@@ -114,6 +114,32 @@ class SetAccuracy(Accuracy):
     bundle_own_list_top1: float | None = None
 
 
+class ClassAccuracy(Accuracy, kw_only=True):
+    """One class's unseen images over all labels of the bundle; limits hold for all classes."""
+
+    name: str
+    lower_pp: float
+    """percentage points: the other one-sided limit of the drop"""
+    confused_with: str | None = None
+    """the label that its images are most often given wrongly; null: none is wrong"""
+    confused: int = 0
+    """how often"""
+
+
+class ChangedImage(Record):
+    """An unseen image that one system is right about and the other is not."""
+
+    image: int
+    """its place in the run's evaluation images"""
+    label: str
+    before: str
+    """the float student's answer"""
+    after: str
+    """the bundle's"""
+    before_score: float
+    after_score: float
+
+
 class Rule(Record, kw_only=True):
     """One question of the gate, or of a device's budget."""
 
@@ -183,6 +209,12 @@ class ParityReport(Record, kw_only=True):
     accuracy: Accuracy | None = None
     """over the unseen images; null: there is none, or not compared"""
     sets: list[SetAccuracy] = []
+    classes: list[ClassAccuracy] = []
+    """those that lose most and those that are right least, of unseen images"""
+    classes_of_few: int | None = None
+    """classes with too few unseen images to say anything of; null: not compared"""
+    changed: list[ChangedImage] = []
+    """unseen images that were lost, then such that were won; the surest answers"""
     rules: list[Rule] = []
     """what the verdict rests on, beside `failures` of another kind"""
     optimization: OptimizationAgreement | None = None

@@ -62,13 +62,13 @@ class Part(NamedTuple):
         return self.unseen and len(self.before) > 0 and not self.at_floor
 
 
-def share(rule: str, allowed: float, count: int, images: int) -> Rule:
+def share(rule: str, allowed: float, count: int, images: int, level: float = LEVEL) -> Rule:
     """Return whether at most `allowed` (0..1) of the images are such; `count` of them were."""
-    limits = share_limits(count, images)
+    limits = share_limits(count, images, level)
     answer = limits.answer(allowed)
     needed = None
     if answer == "cannot tell":
-        needed = images_for_share(count, images, allowed)
+        needed = images_for_share(count, images, allowed, level)
     found = count / images if images else None
     return _rule(rule, "%", allowed, found, limits, images, answer, needed)
 

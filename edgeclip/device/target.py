@@ -95,12 +95,22 @@ class Tolerance(Config, kw_only=True):
     compared"""
 
 
+class Floor(Config):
+    """What a bundle must reach by itself on unseen images, over all its labels; null: not asked."""
+
+    top1: Fraction | None = None
+    worst_class_top1: Fraction | None = None
+    """of the class that is worst off, at a level that all classes together keep"""
+
+
 class Target(Config, kw_only=True):
     runtime: Literal["onnxruntime", "openvino", "tensorrt"]
     precision: Literal["fp32", "fp16", "int8", "fp8"]
     opset: Annotated[int, Meta(ge=17, le=20)] = 18
     """of the ONNX graph; TensorRT 10.3 (JetPack 6) stops at 20"""
     tolerance: Tolerance
+    floor: Floor = Floor()
+    """a recipe's `floor` counts where this is empty"""
     calibration: Calibration | None = None
     """int8 and fp8 only"""
     activations: Literal["uint8", "int8"] | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgeclip import __version__, disk
 from edgeclip.device.machine import processor
+from edgeclip.device.target import Floor
 from edgeclip.reports.models import MODELS
 from edgeclip.reports.results import ProtocolRecord, read_protocols, read_results
 from edgeclip.reports.targets import collect, form, waterfall
@@ -32,6 +33,7 @@ def report(run: Path) -> tuple[Path, dict[str, str]]:
         protocols=_protocols(run, manifest.get("student")),
         recipe=(run / "recipe.yaml").read_text(encoding="utf-8"),
         targets=targets,
+        asked_floor=any(target.floor != Floor() for target in targets),
         waterfall=steps,
         plots=plots(results, targets, steps),
     )

@@ -9,6 +9,7 @@ from edgeclip.device.bench_report import BenchReport
 from edgeclip.device.intervals import Answer
 from edgeclip.device.manifest import CandidateRow, LintRecord, SearchRecord, read_manifest
 from edgeclip.device.records import ParityReport
+from edgeclip.device.target import Floor
 from edgeclip.reports.results import EvaluationResults
 
 
@@ -25,6 +26,8 @@ class Target(NamedTuple):
     """of the image encoder"""
     quantization: SearchRecord | None
     lint: LintRecord | None
+    floor: Floor = Floor()
+    """what the bundle must reach by itself"""
 
     @property
     def row(self) -> str:
@@ -98,6 +101,7 @@ def _targets(run: Path, folder: Path) -> list[Target]:
             bytes=manifest.image_encoder_bytes,
             quantization=manifest.quantization,
             lint=manifest.lint,
+            floor=manifest.target.floor,
         )
         targets.append(target)
     return targets

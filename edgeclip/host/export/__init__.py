@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import onnx
 import torch
@@ -23,7 +24,7 @@ from edgeclip.device.manifest import (
     TextRecord,
     write_manifest,
 )
-from edgeclip.device.target import Target
+from edgeclip.device.target import Floor, Target
 from edgeclip.host.export import calibration, tensorrt, write
 from edgeclip.host.export.search import search
 from edgeclip.host.export.source import Source
@@ -60,6 +61,8 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
     an exported graph does not compute what torch computes, and `Refused` where int8 does not hold
     what the target asks for. Nothing is written then.
     """
+    if target.floor == Floor():
+        target = msgspec.structs.replace(target, floor=source.floor)
     if write.up_to_date(out, name, target, source):
         say(f"{out}: up to date (delete it to export again)")
         return out

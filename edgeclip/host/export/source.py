@@ -16,6 +16,7 @@ from edgeclip import disk
 from edgeclip.device.images import ImageRef, digest, index_folder, index_tar
 from edgeclip.device.manifest import ClassOffset, Parents
 from edgeclip.device.preprocess import Preprocess
+from edgeclip.device.target import Floor
 from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, offsets, prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import data, teachers
@@ -63,6 +64,8 @@ class Source(NamedTuple):
     """folder of the copy that learned with an int8 target's rounding; None: there is none"""
     class_offset: ClassOffset | None = None
     """what is taken from the scores of classes with labels"""
+    floor: Floor = Floor()
+    """what a bundle must reach where its target does not say"""
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """Return the scores [B, N] of unit rows [B, D] over all labels, as the bundle's."""
@@ -107,6 +110,7 @@ def from_run(run: Path) -> Source:
         licenses=description["licenses"],
         parents=parents,
         quantized=quantized,
+        floor=recipe.floor,
     )
 
 

@@ -17,6 +17,7 @@ import msgspec
 
 from edgeclip import config, disk
 from edgeclip.config import BrokenRule, Config
+from edgeclip.device.target import Floor
 from edgeclip.disk import Description, Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import older
@@ -140,6 +141,8 @@ class Recipe(Config):
     calibration: Calibration | None = Calibration()
     """of classes with labels against those without; null: none is set back"""
     parity: Parity = Parity()
+    floor: Floor = Floor()
+    """what every bundle of this run must reach; a target's own comes before it"""
     bench: Bench | None = None
     """a short run for this recipe's `bench`; null: the device profile's own minimum"""
     text_encoder: bool = True

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -48,6 +49,17 @@ def test_the_manifest_names_every_file_parents_versions_and_licenses(shipped_bun
     )
     encoder = [p for p in folder.glob("image_encoder.*")]
     assert manifest.image_encoder_bytes == sum(p.stat().st_size for p in encoder) > 0
+
+
+def test_a_recipes_floor_is_in_the_bundle_where_the_target_has_none(source, tmp_path):
+    floor, own = target.Floor(top1=0.8, worst_class_top1=0.5), target.Floor(top1=0.9)
+    source = source._replace(floor=floor)
+    name, plain = target.load("onnx-fp32")
+    bundle = export(source, name, plain, tmp_path / "plain")
+    assert Bundle.load(bundle).manifest.target.floor == floor
+    stricter = msgspec.structs.replace(plain, floor=own)
+    bundle = export(source, name, stricter, tmp_path / "stricter")
+    assert Bundle.load(bundle).manifest.target.floor == own
 
 
 @pytest.mark.parametrize(
