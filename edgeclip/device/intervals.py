@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from edgeclip.device.metrics import drop_limit
+from edgeclip.device.metrics import drop_limit, harmonic_mean
 
 Answer = Literal["holds", "fails", "cannot tell"]
 LEVEL = 0.95
@@ -31,7 +31,8 @@ POWER = 0.8
 MOST = 1_000_000
 """images; a question that takes more is not settled by counting"""
 NORMAL = statistics.NormalDist()
-Z_POWER = NORMAL.inv_cdf(POWER)
+Z_POWER = NORMAL.inv_cdf(POWER + 0.01)
+"""a little more than `POWER`, because counts are whole (benchmarks/verdict_power.py)"""
 
 
 class Limits(NamedTuple):
@@ -71,6 +72,19 @@ def share_limits(count: int, images: int, level: float = LEVEL) -> Limits:
     if count < images:
         high = _least(lambda p: _at_most(count, images, p) <= 1 - level)
     return Limits(low, high)
+
+
+def harmonic_mean_limits(
+    first: tuple[int, int], second: tuple[int, int], level: float = LEVEL
+) -> Limits:
+    """Return the limits of the harmonic mean of two accuracies, each (right, images).
+
+    The mean grows with either, so it lies between the means of both lower and of both upper limits
+    where each is taken at half the error. Wider than need be, never too narrow.
+    """
+    each = 1 - (1 - level) / 2
+    of = [share_limits(right, images, each) for right, images in (first, second)]
+    return Limits(*(harmonic_mean(a, b) for a, b in zip(*of, strict=True)))
 
 
 def images_for_share(count: int, images: int, allowed: float, level: float = LEVEL) -> int | None:
@@ -178,12 +192,12 @@ def images_for_drop(
     spread = math.sqrt(max(0.0, changed - truth**2))
 
     def settles(n: int) -> bool:
-        drop = truth * n + towards * Z_POWER * spread * math.sqrt(n)
-        both = max(changed * n, abs(drop))
-        after = math.ceil((both + drop) / 2), math.floor(max(0.0, both - drop) / 2)
-        if towards < 0:
-            after = math.floor((both + drop) / 2), math.ceil((both - drop) / 2)
-        return drop_limits(*after, n, level).answer(allowed) == wanted
+        # Half a count for continuity: the net loss is a whole number.
+        unlucky = truth * n + towards * (Z_POWER * spread * math.sqrt(n) - 0.5)
+        net = math.ceil(unlucky) if towards > 0 else math.floor(unlucky)
+        after_won = max(0, round((changed * n - net) / 2))
+        after_lost = max(0, after_won + net)
+        return drop_limits(after_lost, after_won, n, level).answer(allowed) == wanted
 
     return _fewest(settles)
 

@@ -8,6 +8,7 @@ import pytest
 from edgeclip.device.intervals import (
     Limits,
     drop_limits,
+    harmonic_mean_limits,
     images_for_drop,
     images_for_share,
     percentile_limits,
@@ -137,3 +138,23 @@ def test_too_few_values_have_no_limit():
     assert percentile_limits(np.arange(29.0), 90.0)[1] == 28.0  # .9 ** 29 < .05
     assert percentile_limits(np.arange(28.0), 90.0)[1] is None
     assert percentile_limits(np.arange(10.0), 99.0)[0] is not None
+
+
+def test_a_harmonic_means_limits_cover():
+    rng = np.random.default_rng(1)
+    truth = 2 * 0.9 * 0.4 / 1.3
+    missed = [0, 0]
+    for _ in range(300):
+        right = rng.binomial((60, 80), (0.9, 0.4))
+        low, high = harmonic_mean_limits((int(right[0]), 60), (int(right[1]), 80))
+        missed[0] += not low <= truth
+        missed[1] += not truth <= high
+    assert max(missed) <= 15
+    assert harmonic_mean_limits((0, 0), (3, 5)) == (
+        0.0,
+        pytest.approx(2 * 1.0 * high_of(3, 5) / (1 + high_of(3, 5))),
+    )
+
+
+def high_of(count, images):
+    return share_limits(count, images, 0.975).high
