@@ -59,6 +59,11 @@ def choices_readings(log: list[dict[str, Any]]) -> str:
     return markdown(choose_table.headers(log, "readings"), choose_table.rows(log, "readings"))
 
 
+def choices_schedules(log: list[dict[str, Any]]) -> str:
+    """Render results/choices.jsonl: schedules of stage 2 by inner folds."""
+    return markdown(choose_table.headers(log, "schedules"), choose_table.rows(log, "schedules"))
+
+
 def choices_offsets(log: list[dict[str, Any]]) -> str:
     """Render results/choices.jsonl: rules of the class offset by inner folds."""
     return markdown(choose_table.OFFSET_HEADERS, choose_table.offset_rows(log))
@@ -124,6 +129,7 @@ OF_LOGS: dict[str, Callable[[Any], str]] = {
     "families": families,
     "choices_stage_1": choices_stage_1,
     "choices_readings": choices_readings,
+    "choices_schedules": choices_schedules,
     "choices_offsets": choices_offsets,
     "folds": folds,
     "folds_differences": folds_differences,

@@ -154,6 +154,9 @@ def key_of(name: str, bench: Bench, regime: str, model: str) -> dict[str, Any]:
     if model != "teacher":
         parts += ["student", "train"]
         losses = family.METHODS[model]
+    if regime == "frozen" and "train" in parts:  # of the projector's steps alone
+        own = written["train"].items()
+        written["train"] = {k: v for k, v in own if k.startswith("warmup") or k == "weight_decay"}
     spec = bench.recipe.adapt
     assert isinstance(spec, R.ResidualHead)
     settings = {k: v for k, v in to_builtins(spec).items() if v != DEFAULTS[k]}
