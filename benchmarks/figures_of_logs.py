@@ -125,11 +125,32 @@ def families(rows: list[dict[str, Any]]) -> str:
     return markdown(headers, cells)
 
 
+def power(figures: dict[str, Any]) -> str:
+    """Render results/verdict_power.json: the gate's errors and the named numbers."""
+    headers = [
+        "images, answers that change",
+        "fails though nothing is lost",
+        "holds though twice the margin is lost",
+        "images that are named",
+        "holds with so many",
+        "named over needed",
+    ]
+    return markdown(headers, figures["rows"])
+
+
+def power_misses(figures: dict[str, Any]) -> str:
+    """Render results/verdict_power.json: how often limits miss."""
+    cells = [[name, f"{share:.1%}"] for name, share in figures["misses"].items()]
+    return markdown(["limits of", "misses"], cells)
+
+
 OF_LOGS: dict[str, Callable[[Any], str]] = {
     "families": families,
     "choices_stage_1": choices_stage_1,
     "choices_readings": choices_readings,
     "choices_schedules": choices_schedules,
+    "power": power,
+    "power_misses": power_misses,
     "choices_offsets": choices_offsets,
     "folds": folds,
     "folds_differences": folds_differences,
