@@ -64,13 +64,20 @@ def quickstart_targets(found: dict[str, Any]) -> str:
         if of["parity"] and of["parity"]["accuracy"]:
             drop = of["parity"]["accuracy"]
             lost = f"{drop['drop_pp']:.2f} ({drop['upper_pp']:.2f})"
-        p90 = None
-        if of["bench"] and of["bench"]["single_stream"]:
-            p90 = f"{of['bench']['single_stream']['latency_ms_p90']:.2f}"
-        verdict = _verdict(of["verdict"])
-        rows.append([of["target"], f"{of['image_encoder_mib']:.1f}", lost, p90, verdict])
-    headers = ["target", "image encoder MiB", "top-1 lost, pp (95 % limit)", "p90 ms", "verdict"]
+        bench = of["bench"] or {}
+        size = f"{of['image_encoder_mib']:.1f}"
+        if bench.get("bundle_bytes"):
+            size += f" of {bench['bundle_bytes'] / 2**20:.1f}"
+        whole, model = bench.get("whole_image"), bench.get("single_stream")
+        p90 = [_p90(whole and whole["from_file"]), _p90(model)]
+        rows.append([of["target"], size, lost, *p90, _verdict(of["verdict"])])
+    headers = ["target", "image encoder of bundle, MiB", "top-1 lost, pp (95 % limit)"]
+    headers += ["image to label, p90 ms", "model alone", "verdict"]
     return markdown(headers, rows)
+
+
+def _p90(latency: dict[str, float] | None) -> str | None:
+    return f"{latency['latency_ms_p90']:.2f}" if latency else None
 
 
 def _verdict(text: str) -> str:

@@ -107,6 +107,9 @@ def target_row(target: reported.Target) -> dict[str, Any]:
     if target.bench is not None:
         row["bench"] = {
             "single_stream": to_json(target.bench.single_stream),
+            "whole_image": to_json(target.bench.whole_image),
+            "others_busy": target.bench.others_busy,
+            "bundle_bytes": target.bench.bundle_bytes,
             "offline": to_json(target.bench.offline),
             "cold_start": to_json(target.bench.cold_start),
             "peak_memory_mib": target.bench.peak_memory_mib,
