@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
-BAR = "{desc:<28} {bar} {n_fmt}/{total_fmt} {remaining}{postfix}"
+BAR = "{desc:<28} {n_fmt}/{total_fmt} {remaining} {bar}{postfix}"
+"""count and estimate first: a narrow terminal cuts at the right"""
+LOG_S = 30.0
+"""without a terminal, seconds between two lines of one step"""
 
 
 def track(
@@ -19,13 +22,13 @@ def track(
     """Yield `items` while drawing a bar; at the end write one line with the time taken.
 
     what: the step's name. total: the number of items. note: what else to show. Without a terminal
-    only the line is written.
+    a line is written every `LOG_S` seconds instead of the bar.
     """
     start = time.perf_counter()
     if sys.stderr.isatty() and is_rank_zero():
         yield from _bar(items, what, total, note)
     else:
-        yield from items
+        yield from _logged(items, what, total, note)
 
     line = f"{what:<28} {total} in {time.perf_counter() - start:.1f} s"
     last = ""
@@ -39,12 +42,53 @@ def track(
 def _bar(items: Iterable[T], what: str, total: int, note: Callable[[], str] | None) -> Iterator[T]:
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, file=sys.stderr, leave=False, bar_format=BAR) as bar:
+    how = {"file": sys.stderr, "leave": False, "bar_format": BAR, "dynamic_ncols": True}
+    with tqdm(total=total, desc=what, **how) as bar:
         for item in items:
             yield item
             if note is not None:
                 bar.set_postfix_str(note(), refresh=False)
             bar.update()
+
+
+def _logged(
+    items: Iterable[T], what: str, total: int, note: Callable[[], str] | None
+) -> Iterator[T]:
+    pace = Pace(total)
+    told = time.perf_counter()
+    for done, item in enumerate(items, start=1):
+        yield item
+        if time.perf_counter() - told < LOG_S:
+            continue
+        told = time.perf_counter()
+        parts = [f"{what:<28} {done} of {total}", pace.left(done)]
+        if note is not None:
+            parts.append(note())
+        say(", ".join(part for part in parts if part))
+
+
+class Pace:
+    """How long what is left will take, at the speed since this was made."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.start = time.perf_counter()
+
+    def left(self, done: int) -> str:
+        """Return "12 min left" after so many items; "" where it is not known, or nothing is left."""
+        if done < 1 or done >= self.total:
+            return ""
+        spent = time.perf_counter() - self.start
+        return f"{duration(spent / done * (self.total - done))} left"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: "45 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def say(line: str) -> None:

@@ -101,6 +101,7 @@ def bench_report(**changes: Any) -> B.BenchReport:
         peak_memory_mib=90,
         image_encoder_bytes=3 << 20,
         check_with="a tool",
+        verdict="holds",
     )
     return msgspec.structs.replace(report, **changes)
 

@@ -7,11 +7,8 @@ import click
 
 from edgeclip.cli.tables.plain import NOT_MEASURED, mebibytes, number, table
 from edgeclip.device import rules
-from edgeclip.device.bench_report import (
-    BenchReport,
-    Energy,
-    Sustained,
-)
+from edgeclip.device.bench_report import BenchReport, Energy, Latency, Sustained
+from edgeclip.device.load import P99_QUERIES
 from edgeclip.device.machine import processor
 from edgeclip.device.records import ParityReport
 from edgeclip.reports.comparison import Row
@@ -47,6 +44,8 @@ BENCH = (
     "mJ",
     "peak MiB",
     "image encoder MiB",
+    "bundle MiB",
+    "verdict",
 )
 COMPARISON = (
     "device",
@@ -126,14 +125,15 @@ def bench(reports: Sequence[BenchReport]) -> None:
 def _bench_row(report: BenchReport) -> list[Any]:
     single = report.single_stream
     stages = report.stages
+    whole = report.whole_image
     values = [
         getattr(single, "latency_ms_p50", None),
         getattr(single, "latency_ms_p90", None),
-        getattr(single, "latency_ms_p99", None),
-        getattr(report.multi_stream, "latency_ms_p99", None),
+        _p99(single),
+        _p99(report.multi_stream),
         getattr(report.offline, "images_per_second", None),
-        getattr(getattr(report.whole_image, "from_file", None), "latency_ms_p90", None),
-        getattr(getattr(report.whole_image, "from_frame", None), "latency_ms_p90", None),
+        getattr(whole and whole.from_file, "latency_ms_p90", None),
+        getattr(whole and whole.from_frame, "latency_ms_p90", None),
         getattr(stages, "decode_ms", None),
         getattr(stages, "preprocess_ms", None),
         getattr(stages, "model_ms", None),
@@ -141,9 +141,21 @@ def _bench_row(report: BenchReport) -> list[Any]:
         getattr(report.cold_start, "process_ms", None),
         report.energy_mj_per_image,
     ]
-    numbers = [number(value, 2) for value in values]
+    cells = [v if isinstance(v, str) else number(v, 2) for v in values]
     size = mebibytes(report.image_encoder_bytes)
-    return [report.target, *numbers, report.peak_memory_mib, size]
+    whole_size = None
+    if report.bundle_bytes is not None:
+        whole_size = mebibytes(report.bundle_bytes)
+    return [report.target, *cells, report.peak_memory_mib, size, whole_size, report.verdict]
+
+
+def _p99(latency: Latency | None) -> float | str | None:
+    """Return a p99, or why it was withheld."""
+    if latency is None:
+        return None
+    if latency.latency_ms_p99 is None:
+        return f"too few: {latency.queries:,} of {P99_QUERIES:,}"
+    return latency.latency_ms_p99
 
 
 def _machine(report: BenchReport) -> str:

@@ -57,9 +57,16 @@ class Board:
         self.images = 0
         self.note = ""
         """for the progress bar"""
+        self.whole = ""
+        """how long all epochs will take"""
 
     def __enter__(self) -> "Board":
         return self
+
+    def said(self) -> str:
+        """Return what the progress bar shows beside the step."""
+        whole = self.whole and f"all epochs {self.whole}"
+        return ", ".join(part for part in (whole, self.note) if part)
 
     def __exit__(
         self,

@@ -34,7 +34,7 @@ from edgeclip.host.distill.text import Texts
 from edgeclip.host.distill.training import NOTHING, Learner, Output, Training, set_up
 from edgeclip.host.recipe import Recipe
 from edgeclip.host.student import EduAttentionHead, Student
-from edgeclip.progress import Clock, track
+from edgeclip.progress import Clock, Pace, track
 
 
 def train(
@@ -69,18 +69,21 @@ def train(
             optimizer = _optimizer(training, phase)
             restore_optimizer(optimizer, optimizer_state)
             optimizer_state = {}
+            first = progress.at.epoch * phase.steps + progress.at.step
+            pace = Pace(phase.epochs * phase.steps - first)
             for epoch in range(progress.at.epoch, phase.epochs):
                 _set_modes(phase, learner.student, recipe)
                 progress.epoch_began()
                 board.note = ""
                 batches = source.batches(phase, progress.at.step, progress.order)
                 left = phase.steps - progress.at.step
-                for batch in track(batches, _title(phase, epoch), left, lambda: board.note):
+                for batch in track(batches, _title(phase, epoch), left, board.said):
                     training.clock.lap("waiting for images")
                     metrics = _step(training, phase, progress, optimizer, batch)
                     progress.step_done(metrics)
                     rates = _rates(optimizer, learner.head)
                     board.step(progress.at.done, len(batch.rows), metrics, rates)
+                    board.whole = pace.left(epoch * phase.steps + progress.at.step - first)
                     keeper.after_step(phase, optimizer)
                     training.clock.lap("rest of stage 2")
                 last = epoch + 1 == phase.epochs
