@@ -107,6 +107,16 @@ def parity(found: dict[str, Any]) -> str:
     return markdown([*headers, "same answer where float32 is right"], rows)
 
 
+def clip_benchmark(found: dict[str, Any]) -> str:
+    """Render benchmarks/clip_benchmark.py: what both sides count, a line a bundle."""
+    rows = []
+    for r in found["rows"]:
+        both = [f"{r[key]:,} / {r[f'{key}_clip_benchmark']:,}" for key in ("top1", "top5")]
+        rows.append([r["run"], r["target"], f"{r['images']:,}", *both, f"{r['least_lead']:.0e}"])
+    headers = ["run", "target", "images", "top-1: edgeclip / CLIP_benchmark", "top-5: both"]
+    return markdown([*headers, "least lead of a first answer"], rows)
+
+
 def int8(found: dict[str, Any]) -> str:
     """Render benchmarks/int8.py: each engine of each model beside torch fp32."""
     rows = []
@@ -260,6 +270,7 @@ def bench(reports: list[dict[str, Any]]) -> str:
 
 OF_BENCHMARKS: dict[str, Callable[[Any], str]] = {
     "cache": cache,
+    "clip_benchmark": clip_benchmark,
     "cold_start": cold_start,
     "data": data,
     "emulated": emulated,

@@ -74,6 +74,7 @@ def write_shards(folder: Path) -> None:
                 shapes.draw(label, rng).save(jpeg, "JPEG", quality=92)
                 add_member(tar, f"{i:05d}.jpg", jpeg.getvalue())
                 add_member(tar, f"{i:05d}.cls", str(label).encode())
+        disk.write_text(folder / part / "nshards.txt", "1\n")
     disk.write_text(folder / "classnames.txt", "\n".join(shapes.CLASSES) + "\n")
     disk.write_text(folder / "zeroshot_classification_templates.txt", "a {c}\n")
 

@@ -70,7 +70,7 @@ def floor(floors: list[list[str]], name: str) -> int:
     return next(i for i, names in enumerate(floors) if name in names)
 
 
-FACES = ("edgeclip", "edgeclip.bundle", "edgeclip.__main__")
+FACES = ("edgeclip", "edgeclip.bundle", "edgeclip.clip_benchmark", "edgeclip.__main__")
 """what users import or start: each hands on to the wing that has it"""
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if module(p) not in FACES]
 

@@ -226,10 +226,13 @@ class Bundle:
         Raises `EdgeclipError` for a text that is too long or has a token that the bundle was
         exported without, and where the bundle has no text encoder.
         """
+        return self.encode_tokens(self.tokens(texts))
+
+    def tokens(self, texts: list[str]) -> np.ndarray:
+        """Return the token ids [N, L] that the text encoder takes. Raises as `encode_text`."""
         from edgeclip.device import tokenizer  # its library is needed for new words only
 
         text = self._text()
-        encoder = self.text_encoder
         words = tokenizer.load(
             self.file("tokenizer.json").read_text(encoding="utf-8"), text.context_length
         )
@@ -238,6 +241,11 @@ class Bundle:
             ids = tokenizer.renumber(
                 words, ids, disk.read_array(self.file("vocabulary.npy")), texts
             )
+        return ids
+
+    def encode_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """Return unit rows [N, D] of token ids [N, L], those of `tokens`."""
+        encoder = self.text_encoder
         ids = ids.astype(encoder.input.dtype)
         starts = range(0, len(ids), TEXT_BATCH)
         return np.concatenate([encoder.run(ids[i : i + TEXT_BATCH]) for i in starts])

@@ -52,10 +52,21 @@ def class_scores(
     head attends over `class_features`, the active list, or over `attended` [M, D], say all classes
     of training (A11).
     """
-    if head is None or head.alpha == 0.0:
-        return image_features @ class_features.T - offsets
+    attended = class_features if attended is None else attended
+    return sharpened(image_features, attended, head) @ class_features.T - offsets
 
-    key = class_features if attended is None else attended
+
+def sharpened(
+    image_features: np.ndarray, attended: np.ndarray, head: EduAttention | None
+) -> np.ndarray:
+    """Return image features [B, D] as the head sharpens them, attending over `attended` [M, D].
+
+    image_features: unit rows [B, D], which are returned as they are where there is no head.
+    """
+    if head is None or head.alpha == 0.0:
+        return image_features
+
+    key = attended
     if head.center:
         key = key - key.mean(axis=0)
     if head.fc == "key_value":
@@ -69,10 +80,10 @@ def class_scores(
     if head.fc == "output":
         f_att = f_att @ head.weight.T + head.bias
 
-    sharpened = image_features + head.alpha * f_att
+    features = image_features + head.alpha * f_att
     if head.normalize:
-        sharpened = l2_normalize(sharpened)
-    return sharpened @ class_features.T - offsets
+        features = l2_normalize(features)
+    return features
 
 
 def offsets(known: ClassOffset | None, labels: Sequence[str]) -> np.ndarray | float:

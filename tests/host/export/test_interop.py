@@ -4,9 +4,6 @@ import json
 import math
 import os
 import subprocess
-import sys
-import sysconfig
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +14,10 @@ from edgeclip.device.bundle import Bundle
 from edgeclip.device.zero_shot import class_scores
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.export import optimum
+from tests.support.environments import python_with
 from tests.support.images import toy_image
 
 TEXTS = ["a photo of a cat", "a car", "red umbrella"]
-PACKAGES = {"optimum-onnx": "optimum-onnx==0.1.0", "optimum-intel": "optimum-intel==2.2.0"}
 LOAD = """
 import json, sys, numpy as np, torch
 from tokenizers import Tokenizer
@@ -43,30 +40,7 @@ CLASSES = {
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """A Python that has one of them and sees this one's packages: one wants an older transformers than the other."""
-
-    def get(package):
-        variable = (
-            f"EDGECLIP_{package.upper().replace('-', '_')}"  # names a folder that has it already
-        )
-        folder = Path(os.environ.get(variable) or tmp_path_factory.mktemp(package) / "env")
-        if not folder.exists():
-            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-            below = (
-                folder
-                / "lib"
-                / f"python{sys.version_info.major}.{sys.version_info.minor}"
-                / "site-packages"
-            )
-            (below / "zz_host.pth").write_text(sysconfig.get_path("purelib") + "\n")
-            if subprocess.run(
-                [folder / "bin" / "pip", "install", "--quiet", PACKAGES[package]]
-            ).returncode:
-                pytest.skip(
-                    f"no {package}: pip install {PACKAGES[package]}, in an environment of its own that {variable} names"
-                )
-        return folder / "bin" / "python"
-
-    return get
+    return lambda package: python_with(package, tmp_path_factory)
 
 
 def answers(python, package, folder, tmp_path, x):
