@@ -75,7 +75,7 @@ class Pace:
         self.start = time.perf_counter()
 
     def left(self, done: int) -> str:
-        """Return "12 min left" after so many items; "" where it is not known, or nothing is left."""
+        """Return "12 min left" after so many items; "" where it is unknown, or nothing is left."""
         if done < 1 or done >= self.total:
             return ""
         spent = time.perf_counter() - self.start
