@@ -6,6 +6,7 @@
                                                         where there is one
     RUN/reports/<bundle folder>.<device>.bench-short.json         a shorter one afterwards
     RUN/reports/<bundle folder>.<device>.bench-under-load.json    one while other work went on
+    RUN/reports/<bundle folder>.<device>.history.json   every report in short (history.py)
     RUN/reports/<bundle folder>.<device>.engines.json   TensorRT engines seen there (engines.py)
 
 A report counts for the bundle that it was made with, by the hash of the bundle's manifest: after
@@ -33,7 +34,7 @@ from edgeclip.device.records import (
 )
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
-from edgeclip.reports import engines
+from edgeclip.reports import engines, history
 
 Report = TypeVar("Report", ParityReport, BenchReport)
 KINDS: dict[type, str] = {ParityReport: "parity", BenchReport: "bench"}
@@ -116,8 +117,9 @@ def write(report: Report, device: str, run: Path | None, bundle: Bundle) -> Repo
     report = msgspec.structs.replace(report, device=device)
     if run is None:
         return report
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    history.remember(path(run, bundle, device, "history"), report, now)
     if isinstance(report, ParityReport):
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         line = engines.remember(path(run, bundle, device, "engines"), report, now)
         if line:
             say(line)

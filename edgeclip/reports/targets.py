@@ -1,5 +1,6 @@
 """What a run's reports say of each bundle on each device, and whether it ships."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from edgeclip.device.intervals import Answer
 from edgeclip.device.manifest import CandidateRow, LintRecord, SearchRecord, read_manifest
 from edgeclip.device.records import ParityReport
 from edgeclip.device.target import Floor
+from edgeclip.reports.history import Entry, read
 from edgeclip.reports.results import EvaluationResults
 
 
@@ -28,6 +30,8 @@ class Target(NamedTuple):
     lint: LintRecord | None
     floor: Floor = Floor()
     """what the bundle must reach by itself"""
+    history: Sequence[Entry] = ()
+    """every report of it there, the oldest first"""
 
     @property
     def row(self) -> str:
@@ -102,6 +106,7 @@ def _targets(run: Path, folder: Path) -> list[Target]:
             quantization=manifest.quantization,
             lint=manifest.lint,
             floor=manifest.target.floor,
+            history=read(run / "reports" / f"{folder.name}.{device}.history.json"),
         )
         targets.append(target)
     return targets

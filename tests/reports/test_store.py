@@ -11,12 +11,14 @@ from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Budget, Device
 from edgeclip.device.records import ParityReport
 from edgeclip.device.rules import judged
+from edgeclip.reports import history
 from edgeclip.reports.store import (
     CANNOT_TELL,
     GATE_FAILED,
     exit_code,
     joined,
     one_bundle,
+    path,
     read,
     write,
 )
@@ -108,6 +110,21 @@ def test_a_quick_look_does_not_replace_the_verdict_of_more_images(own_bundle, tm
     other = replace(quick, ran=replace(quick.ran, version="2"))
     write(other, "host-cpu", tmp_path, bundle)
     assert read(tmp_path, bundle, "host-cpu", ParityReport).images == 40
+
+
+def test_every_report_is_remembered_the_lesser_ones_too(own_bundle, tmp_path):
+    bundle = Bundle.load(own_bundle("onnx-fp32"))
+    digest = disk.sha256(bundle.folder / disk.MANIFEST)
+    write(parity_report(bundle=digest, images=400), "host-cpu", tmp_path, bundle)
+    write(parity_report(bundle=digest, images=40), "host-cpu", tmp_path, bundle)
+    write(bench_report(bundle=digest), "host-cpu", tmp_path, bundle)
+    entries = history.read(path(tmp_path, bundle, "host-cpu", "history"))
+    assert [(e.kind, e.images, e.model_ms_p90) for e in entries] == [
+        ("parity", 400, None),
+        ("parity", 40, None),
+        ("bench", None, 2.0),
+    ]
+    assert {e.bundle for e in entries} == {digest}
 
 
 @pytest.mark.parametrize(
