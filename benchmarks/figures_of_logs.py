@@ -49,6 +49,11 @@ def _beside_promptkd(newest: dict[tuple[str, str, str], Any], name: str, method:
     return cell
 
 
+def folds_kept(log: list[dict[str, Any]]) -> str:
+    """Render results/folds.jsonl: what students keep of their teachers."""
+    return markdown(folds_table.KEPT_HEADERS, folds_table.kept_rows(log))
+
+
 def choices_stage_1(log: list[dict[str, Any]]) -> str:
     """Render results/choices.jsonl: stage 1 by inner folds."""
     return markdown(choose_table.headers(log, "stage1"), choose_table.rows(log, "stage1"))
@@ -154,6 +159,7 @@ OF_LOGS: dict[str, Callable[[Any], str]] = {
     "choices_offsets": choices_offsets,
     "folds": folds,
     "folds_differences": folds_differences,
+    "folds_kept": folds_kept,
     "methods": methods,
     "methods_summary": methods_summary,
     "readings": readings,

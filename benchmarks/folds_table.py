@@ -106,3 +106,19 @@ def rows(log: list[dict[str, Any]]) -> list[list[Any]]:
         own = f"{of['own_lists']:.3f}"
         found.append([name, of["folds"], *means, closed, halves, f"{of['area']:.3f}", own])
     return found
+
+
+KEPT_HEADERS = ["set, model, regime", "folds", "over its teacher, all labels", "each fold"]
+
+
+def kept_rows(log: list[dict[str, Any]]) -> list[list[Any]]:
+    """A row a set, model and regime of today's stage 1: a student's harmonic mean over its teacher's."""
+    now = [x for x in log if "before" not in x["stage_1"] and x["model"] != "teacher"]
+    found = []
+    for name, model, regime in dict.fromkeys((x["set"], x["model"], x["regime"]) for x in now):
+        ratios = of_teacher(now + [x for x in log if x["model"] == "teacher"], name, model, regime)
+        if ratios:
+            title = f"{name}, {model}, {REGIMES.get(regime, 'frozen features')}"
+            each = ", ".join(f"{r:.2f}" for r in ratios)
+            found.append([title, len(ratios), f"{np.mean(ratios):.3f}", each])
+    return sorted(found)
