@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from edgeclip import __version__, disk
+from edgeclip.device.intervals import Limits, harmonic_mean_limits
 from edgeclip.device.machine import processor
+from edgeclip.device.per_class import shown
 from edgeclip.device.target import Floor
 from edgeclip.reports.models import MODELS
-from edgeclip.reports.results import ProtocolRecord, read_protocols, read_results
+from edgeclip.reports.results import (
+    EvaluationResults,
+    ProtocolRecord,
+    read_protocols,
+    read_results,
+)
 from edgeclip.reports.targets import collect, form, waterfall
+from edgeclip.reports.thumbnails import changed
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 
@@ -33,6 +41,8 @@ def report(run: Path) -> tuple[Path, dict[str, str]]:
         protocols=_protocols(run, manifest.get("student")),
         recipe=(run / "recipe.yaml").read_text(encoding="utf-8"),
         targets=targets,
+        changed={target.row: changed(run, target.parity) for target in targets},
+        mean_limits=_mean_limits(results),
         asked_floor=any(target.floor != Floor() for target in targets),
         waterfall=steps,
         plots=plots(results, targets, steps),
@@ -41,13 +51,33 @@ def report(run: Path) -> tuple[Path, dict[str, str]]:
     return run / "report.html", {target.row: target.verdict for target in targets}
 
 
+def _mean_limits(results: EvaluationResults) -> Limits | None:
+    """Return the limits of the student's harmonic mean over all labels; None: there is none."""
+    if results.halves is None:
+        return None
+    counts = []
+    for s in results.sets:
+        if s.name in results.halves and s.student.top1 is not None:
+            counts.append((round(s.student.top1 * s.images), s.images))
+    if len(counts) != len(results.halves):
+        return None
+    first, second = counts
+    return harmonic_mean_limits(first, second)
+
+
 def _template() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    filters = {"number": _number, "millions": _millions, "form": form, "processor": processor}
+    filters = {
+        "shown": shown,
+        "number": _number,
+        "millions": _millions,
+        "form": form,
+        "processor": processor,
+    }
     environment.filters.update(filters)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 

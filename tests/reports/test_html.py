@@ -1,16 +1,21 @@
 """The report says ship or do not ship and why, from what was measured and nothing else, on one page without a network."""
 
+import io
 import re
+import tarfile
 
 import pytest
 from msgspec.structs import replace
 
 from edgeclip import disk
-from edgeclip.device.records import Rule, SetAccuracy
+from edgeclip.device.intervals import harmonic_mean_limits
+from edgeclip.device.records import ChangedImage, ClassAccuracy, Rule, SetAccuracy
 from edgeclip.errors import EdgeclipError
+from edgeclip.reports import history
 from edgeclip.reports.html import report
 from edgeclip.reports.results import read_results
 from edgeclip.reports.targets import answer, collect, verdict, waterfall
+from tests.support.images import encoded, toy_image
 from tests.support.manifests import candidate_row, manifest_fields, search_record
 from tests.support.optional import require
 from tests.support.reports import accuracy, bench_report, parity_report, scenario
@@ -341,3 +346,58 @@ def test_every_form_that_was_tried_is_listed_and_those_that_were_timed_are_drawn
         and "centered cosine p1 0.5, below 0.9" in page
     )
     assert "the star was chosen" in page and page.count("not measured") >= 2
+
+
+def test_the_page_shows_what_was_lost_and_which_classes(tmp_path):
+    require("matplotlib", "pip install 'edgeclip[train]'")
+    run = make_run(tmp_path / "run", reports=False)
+    digest = disk.sha256(run / "bundles" / "t" / disk.MANIFEST)
+    hostile = "<b>" + "x" * 300 + "\x1b[31m"
+    row = ClassAccuracy(
+        name=hostile,
+        lower_pp=-1.5,
+        drop_pp=2.5,
+        upper_pp=6.25,
+        lost=1,
+        won=0,
+        images=40,
+        reference_top1=0.75,
+        bundle_top1=0.725,
+        confused_with="pear",
+        confused=7,
+    )
+    lost = ChangedImage(0, hostile, hostile, "pear", 0.5, 0.625)
+    won = ChangedImage(1, "pear", "dog", "pear", 0.25, 0.375)
+    gone = ChangedImage(99, "pear", "dog", "pear", 0.25, 0.375)
+    report_of = parity(bundle=digest, classes=[row], classes_of_few=3, changed=[lost, won, gone])
+    (run / "evaluation").mkdir()
+    with tarfile.open(run / "evaluation" / "images.tar", "w") as tar:
+        for i in range(2):
+            content = encoded(toy_image(i), "PNG")
+            member = tarfile.TarInfo(f"{i:06d}.png")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    disk.write_record(run / "reports" / "t.host-cpu.parity.json", report_of)
+    history.remember(run / "reports" / "t.host-cpu.history.json", report_of, "2026-01-01T00:00:00")
+    history.remember(run / "reports" / "t.host-cpu.history.json", bench(), "2026-01-02T00:00:00")
+    path, _ = report(run)
+    page = path.read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert "3 others have fewer than 30 unseen images" in page
+    assert "-1.50 to 6.25" in page and "pear (7)" in page
+    assert "<b>xxx" not in page and "x" * 61 not in page and "\x1b" not in page
+    assert "2026-01-02T00:00:00" in page
+    assert len(page) < 3 << 20
+
+
+def test_the_harmonic_mean_has_limits_where_there_are_halves(tmp_path):
+    require("matplotlib", "pip install 'edgeclip[train]'")
+    run = make_run(tmp_path / "run")
+    path, _ = report(run)
+    assert "95 % limits" not in path.read_text(encoding="utf-8").split("<h2>What was trained")[1]
+    results = disk.read_json(run / "results.json")
+    halves = {"halves": ["base", "novel"], "harmonic_mean": {"student": 0.5}}
+    disk.write_json(run / "results.json", results | halves)
+    path, _ = report(run)
+    low, high = harmonic_mean_limits((20, 40), (20, 40))
+    assert f"0.500, 95 % limits {low:.3f} to {high:.3f}" in path.read_text(encoding="utf-8")
