@@ -268,6 +268,34 @@ def bench(reports: list[dict[str, Any]]) -> str:
     return markdown([*headers, "load ms", "peak MiB"], rows)
 
 
+def conformance_images(reports: list[dict[str, Any]]) -> str:
+    """Render `edgeclip conformance --json`, a line a bundle: the images of the first one, by kind."""
+    rows = []
+    for r in reports[0]["images"]:
+        share = None if r["pixels_changed"] is None else f"{100 * r['pixels_changed']:.0f}"
+        largest = r["largest_difference"]
+        levels = None if largest is None else f"{largest:.0f}"
+        must = "yes" if r["required"] else ""
+        changed = r["answers_changed_pp"]
+        points = None if changed is None else f"{changed:.0f}"
+        rows.append([r["kind"], must, f"{r['equal']} of {r['count']}", levels, share, points])
+    headers = ["images", "must be equal", "equal bit for bit", "largest difference, levels"]
+    return markdown([*headers, "pixels changed, %", "answers changed, pp"], rows)
+
+
+def conformance_texts(reports: list[dict[str, Any]]) -> str:
+    """Render `edgeclip conformance --json`, a line a bundle: the strings of each, by kind."""
+    rows = []
+    for kinds in zip(*(r["texts"] for r in reports), strict=True):
+        cells = []
+        for of in kinds:
+            refused = f", {of['refused']} refused" if of["refused"] else ""
+            cells.append(f"{of['equal']} of {of['count']}{refused}")
+        rows.append([kinds[0]["kind"], "yes" if kinds[0]["required"] else "", *cells])
+    names = [f"ids equal: {r['tokenizer']}" for r in reports]
+    return markdown(["strings", "must be equal", *names], rows)
+
+
 OF_BENCHMARKS: dict[str, Callable[[Any], str]] = {
     "cache": cache,
     "clip_benchmark": clip_benchmark,
@@ -288,6 +316,8 @@ OF_BENCHMARKS: dict[str, Callable[[Any], str]] = {
 OF_VERBS: dict[str, Callable[[Any], str]] = {
     "accuracy": accuracy,
     "bench": bench,
+    "conformance_images": conformance_images,
+    "conformance_texts": conformance_texts,
     "validate": validate,
 }
 OF_QUICKSTART: dict[str, Callable[[Any], str]] = {

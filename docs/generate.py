@@ -25,8 +25,9 @@ from msgspec import inspect as types
 
 from edgeclip import cli, disk
 from edgeclip.cli.group import HELP
-from edgeclip.device import bench_report, manifest, profile, records, target
+from edgeclip.device import bench_report, conformance, manifest, profile, records, target
 from edgeclip.host import recipe
+from edgeclip.reports import conformance as conformance_report
 from edgeclip.reports import results
 
 DOCS = Path(__file__).parent
@@ -38,6 +39,8 @@ SCHEMAS = (
     records.ParityReport,
     bench_report.BenchReport,
     records.SelftestReport,
+    conformance.PackManifest,
+    conformance_report.ConformanceReport,
     results.EvaluationResults,
     results.AccuracyRecord,
     results.RetrievalRecord,

@@ -15,6 +15,7 @@ from tests.support.toy_bundle import (
     LABELS,
     SIZE,
     WIDTH,
+    export_tiny_clip,
     torch_student,
     toy_target,
     toy_text,
@@ -119,6 +120,22 @@ def shipped_bundle(request, tmp_path_factory) -> Callable[[str], Path]:
         return once(tmp_path_factory, name, lambda folder: make(name, folder))
 
     return get
+
+
+@pytest.fixture(scope="session")
+def clip_bundle(tmp_path_factory) -> Path:
+    """A bundle of a tiny open_clip model, with CLIP's own tokenizer; read only."""
+    require("open_clip", "pip install 'edgeclip[train]'")
+    return once(tmp_path_factory, "clip", export_tiny_clip)
+
+
+@pytest.fixture(scope="session")
+def clip_pack(clip_bundle, tmp_path_factory) -> Path:
+    """The conformance pack of that bundle; read only."""
+    from edgeclip.device.bundle import Bundle
+    from edgeclip.host.evaluation.conformance import pack_for
+
+    return once(tmp_path_factory, "pack", lambda f: pack_for(Bundle.load(clip_bundle), f))
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from edgeclip.device.bench_report import (
     PreflightRow,
 )
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.conformance import Answers, Pack, from_link
 from edgeclip.device.evaluation import Evaluation
 from edgeclip.device.profile import Device, Minimum, Reach
 from edgeclip.device.records import (
@@ -322,6 +323,12 @@ class Board:
         """Return the self-test's report."""
         answer, _ = self._run("selftest", bundle)
         return from_json(answer, SelftestReport, self.name)
+
+    def answer(self, bundle: Bundle, pack: Pack) -> Answers:
+        """Return what the board makes of a conformance pack, whose reference stays here."""
+        place = self._tree(pack.folder, pack.questions)
+        answer, payload = self._run("conformance", bundle, pack=place)
+        return from_link(answer, disk.read_arrays(io.BytesIO(payload)))
 
     def _run(self, verb: str, bundle: Bundle, **more: Any) -> tuple[Message, bytes]:
         self._same_boot(verb)

@@ -28,6 +28,8 @@ from edgeclip.device.bench_report import (
     PreflightRow,
 )
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.conformance import Answers, Pack
+from edgeclip.device.conformance import answer as answer_here
 from edgeclip.device.evaluation import Evaluation, load_evaluation
 from edgeclip.device.machine import Facts
 from edgeclip.device.profile import Device, Minimum
@@ -59,7 +61,8 @@ class Measurer(Protocol):
     ) -> list[PreflightRow]:
         """Make ready for `verb`; raise `EdgeclipError` when the device is not fit for it.
 
-        verb: "validate", "bench" or "selftest". Returns the preflight's rows; [] where none ran.
+        verb: "validate", "bench", "selftest" or "conformance". Returns the preflight's rows; []
+        where none ran.
         """
 
     def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> ParityReport:
@@ -70,6 +73,9 @@ class Measurer(Protocol):
 
     def selftest(self, bundle: Bundle) -> SelftestReport:
         """Return the self-test's report."""
+
+    def answer(self, bundle: Bundle, pack: Pack) -> Answers:
+        """Return what the device makes of a conformance pack."""
 
 
 class Here:
@@ -122,6 +128,9 @@ class Here:
 
     def selftest(self, bundle: Bundle) -> SelftestReport:
         return selftest_here(bundle, self.device)
+
+    def answer(self, bundle: Bundle, pack: Pack) -> Answers:
+        return answer_here(bundle, pack)
 
 
 @contextlib.contextmanager
@@ -199,7 +208,7 @@ def choose(selection: Selection) -> Chosen:
 def _folders(selection: Selection) -> tuple[list[Path], Path | None]:
     """Return (the folders of the selected bundles, their run)."""
     if selection.bundle is not None:
-        return [selection.bundle], _run_of(selection.bundle)
+        return [selection.bundle], run_of(selection.bundle)
 
     run = store.latest_run(selection.run)
     manifests = sorted((run / "bundles").glob(f"*/{disk.MANIFEST}"))
@@ -209,7 +218,8 @@ def _folders(selection: Selection) -> tuple[list[Path], Path | None]:
     return [manifest.parent for manifest in manifests], run
 
 
-def _run_of(bundle: Path) -> Path | None:
+def run_of(bundle: Path) -> Path | None:
+    """Return the run that a bundle's folder lies in; None where it lies in none."""
     for parent in bundle.resolve().parents:
         if (parent / "evaluation" / disk.MANIFEST).exists():
             return parent
@@ -333,6 +343,24 @@ def selftest(selection: Selection) -> list[SelftestReport]:
     with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
         measurer.prepare(chosen.bundles, None, "selftest")
         return [measurer.selftest(bundle) for bundle in chosen.bundles]
+
+
+class Answered(NamedTuple):
+    """What a device made of a conformance pack."""
+
+    name: str
+    """the device's"""
+    machine: Facts
+    answers: Answers
+
+
+def answer(selection: Selection, pack: Pack) -> Answered:
+    """Return what the selected bundle's preprocess and tokenizer make of a pack on a device."""
+    chosen = choose(selection)
+    (bundle,) = chosen.bundles
+    with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
+        measurer.prepare(chosen.bundles, None, "conformance")
+        return Answered(chosen.name, measurer.facts, measurer.answer(bundle, pack))
 
 
 class Preflight(NamedTuple):

@@ -15,7 +15,7 @@ at once.
 
 import click
 
-from edgeclip.cli import bundle, cache, device, export, look, more, run, train
+from edgeclip.cli import bundle, cache, conformance, device, export, look, more, run, train
 from edgeclip.cli.group import HELP, Group
 
 
@@ -41,6 +41,7 @@ COMMANDS = (
     look.list_,
     device.doctor,
     device.selftest,
+    conformance.conformance,
     more.migrate,
     more.completion,
 )

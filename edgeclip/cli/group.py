@@ -14,7 +14,7 @@ HELP = {"max_content_width": 100, "help_option_names": ["-h", "--help"]}
 SECTIONS = {
     "Train and ship": ("init", "distill", "export", "validate", "bench", "report"),
     "Use a bundle": ("classify", "labels", "embed"),
-    "Look": ("evaluate", "cache", "lint", "list", "doctor", "selftest"),
+    "Look": ("evaluate", "cache", "lint", "list", "doctor", "selftest", "conformance"),
     "More": ("migrate", "completion"),
 }
 """the commands, in the order of work"""

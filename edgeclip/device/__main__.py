@@ -45,6 +45,8 @@ class Work(Record):
     scenarios: tuple[str, ...] = ()
     minutes: float = 0.0
     metered: bool = False
+    pack: str | None = None
+    """of conformance: the pack's folder on the board"""
 
 
 def validate(work: Work, bundle: Bundle) -> Answer:
@@ -80,7 +82,21 @@ def selftest(work: Work, bundle: Bundle) -> Answer:
     return to_json(examine(bundle, work.device)), {}
 
 
-VERBS = {"validate": validate, "bench": bench, "selftest": selftest}
+def conformance(work: Work, bundle: Bundle) -> Answer:
+    """Answer the golden images and strings; the host compares."""
+    from edgeclip.device.conformance import answer, load_pack, to_link
+
+    assert work.pack is not None  # the host names it with this verb
+    answers = answer(bundle, load_pack(Path(work.pack), answered=False))
+    return to_link(answers), answers.images
+
+
+VERBS = {
+    "validate": validate,
+    "bench": bench,
+    "selftest": selftest,
+    "conformance": conformance,
+}
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import msgspec
 import numpy as np
@@ -24,6 +24,9 @@ from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pix
 from edgeclip.device.runtime import Session, open_session
 from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, offsets, prompts
 from edgeclip.errors import EdgeclipError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TEXT_BATCH = 32
 ImageSource = str | Path | bytes | Image.Image
@@ -220,35 +223,45 @@ class Bundle:
 
     # --- words
 
+    @cached_property
+    def words(self) -> "Tokenizer":
+        """The tokenizer. Raises `EdgeclipError` without a text encoder or its library."""
+        from edgeclip.device import tokenizer  # its library is needed for new words only
+
+        length = self._text().context_length
+        return tokenizer.load(self.file("tokenizer.json").read_text(encoding="utf-8"), length)
+
+    def token_ids(self, texts: list[str]) -> np.ndarray:
+        """Return int64 [N, L], ids of the tokenizer's whole vocabulary, padded with 0.
+
+        Raises `EdgeclipError` for a text that is too long, and as `words`.
+        """
+        from edgeclip.device import tokenizer
+
+        return tokenizer.encode(self.words, texts, self._text().context_length)
+
+    def encode_ids(self, ids: np.ndarray, texts: list[str]) -> np.ndarray:
+        """Return unit rows [N, D] of `token_ids` [N, L]; texts: what messages call them.
+
+        Raises `EdgeclipError` for a token that the bundle was exported without.
+        """
+        from edgeclip.device import tokenizer
+
+        if self._text().vocabulary is not None:
+            kept = disk.read_array(self.file("vocabulary.npy"))
+            ids = tokenizer.renumber(self.words, ids, kept, texts)
+        encoder = self.text_encoder
+        ids = ids.astype(encoder.input.dtype)
+        starts = range(0, len(ids), TEXT_BATCH)
+        return np.concatenate([encoder.run(ids[i : i + TEXT_BATCH]) for i in starts])
+
     def encode_text(self, texts: list[str]) -> np.ndarray:
         """Return unit rows [N, D] of texts as they are: no prompt template is put around them.
 
         Raises `EdgeclipError` for a text that is too long or has a token that the bundle was
         exported without, and where the bundle has no text encoder.
         """
-        return self.encode_tokens(self.tokens(texts))
-
-    def tokens(self, texts: list[str]) -> np.ndarray:
-        """Return the token ids [N, L] that the text encoder takes. Raises as `encode_text`."""
-        from edgeclip.device import tokenizer  # its library is needed for new words only
-
-        text = self._text()
-        words = tokenizer.load(
-            self.file("tokenizer.json").read_text(encoding="utf-8"), text.context_length
-        )
-        ids = tokenizer.encode(words, texts, text.context_length)
-        if text.vocabulary is not None:
-            ids = tokenizer.renumber(
-                words, ids, disk.read_array(self.file("vocabulary.npy")), texts
-            )
-        return ids
-
-    def encode_tokens(self, ids: np.ndarray) -> np.ndarray:
-        """Return unit rows [N, D] of token ids [N, L], those of `tokens`."""
-        encoder = self.text_encoder
-        ids = ids.astype(encoder.input.dtype)
-        starts = range(0, len(ids), TEXT_BATCH)
-        return np.concatenate([encoder.run(ids[i : i + TEXT_BATCH]) for i in starts])
+        return self.encode_ids(self.token_ids(texts), texts)
 
     def bake(self, labels: list[str]) -> np.ndarray:
         """Return class features [N, D] of any labels, through the bundle's prompt templates.

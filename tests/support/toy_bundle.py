@@ -85,6 +85,23 @@ def toy_text():
     return TextTower(module=Mean().eval(), tokenizer=tokenizer.to_str(), context_length=12)
 
 
+def export_tiny_clip(folder: Path) -> None:
+    """Write the fp32 bundle of a tiny open_clip model with random weights and CLIP's tokenizer."""
+    import torch
+
+    from edgeclip import disk
+    from edgeclip.host.export import export
+    from edgeclip.host.export.source import from_model
+
+    vision = {"image_size": SIZE, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = folder.parent / "tiny-clip.json"
+    disk.write_json(config, {"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": text})
+    torch.manual_seed(0)
+    source = from_model(str(config), "random", LABELS, None)
+    export(source, "onnx-fp32", toy_target("onnx-fp32"), folder)
+
+
 def toy_target(name: str):
     """The shipped target of that name, with the calibration of a toy."""
     import msgspec

@@ -117,17 +117,21 @@ class PlainFeatures:
 
     def __init__(self, bundle: Bundle):
         self.bundle = bundle
+        self.texts: list[str] = []
+        """those whose ids come next"""
 
     def eval(self) -> None:
         """Do nothing: a bundle has no other mode."""
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Return token ids [T, L]."""
-        return torch.from_numpy(self.bundle.tokens(texts))
+        self.texts = texts
+        return torch.from_numpy(self.bundle.token_ids(texts))
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Return unit rows [T, D] of token ids [T, L]."""
-        return torch.from_numpy(self.bundle.encode_tokens(ids.cpu().numpy())).to(ids.device)
+        rows = self.bundle.encode_ids(ids.cpu().numpy(), self.texts)
+        return torch.from_numpy(rows).to(ids.device)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Return unit rows [B, D] of uint8 [B, H, W, 3]."""
