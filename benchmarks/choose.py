@@ -50,6 +50,12 @@ LOG = Path(__file__).parent.parent / "results" / "choices.jsonl"
 INNER = {"stage1": (2, 2, 5, 5), "readings": (2,), "schedules": (2,)}
 """of each inner fold of a fold, into how many parts the labeled classes are parted"""
 LAST = "EduAttention last, projector frozen"
+MIXES: dict[str, dict[str, Any]] = {
+    "lambda 10, without EduAttention": family.METHODS[folds.PLAIN],
+    "the same with class captions": family.METHODS[folds.WITH_CAPTIONS],
+    "class captions alone": family.METHODS["contrastive"],
+}
+"""with and without a contrastive term on the balanced captions of classes"""
 LOSSES = (
     DEFAULT,
     "lambda 0",
@@ -62,6 +68,7 @@ LOSSES = (
     "FC from identity",
     "centered, FC from identity, C .03",
     LAST,
+    *MIXES,
 )
 KINDS = {
     "stage1": tuple(stage1.STAGE_1),
@@ -84,8 +91,10 @@ def answers(
     """A student's features of every part, by its name, and the head that it ships with."""
     without = {k: v for k, v in READINGS[DEFAULT].items() if k != "edu_attention"}
     if name in schedules.SCHEDULES:
-        losses = family.METHODS[folds.JUDGED]
+        losses = family.METHODS[folds.PLAIN]
         return folds.answers(schedules.scheduled(bench, name), losses, "small", seed, teacher)
+    if name in MIXES:
+        return folds.answers(bench, MIXES[name], "frozen", seed, teacher)
     if name == "without EduAttention":
         return folds.answers(bench, without, "frozen", seed, teacher)
     if name == LAST:

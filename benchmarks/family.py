@@ -48,6 +48,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "ComKD": COMKD,
     "ComKD without IFAlign": {k: v for k, v in COMKD.items() if k != "if_align"},
     "ComKD without EduAttention": {k: v for k, v in COMKD.items() if k != "edu_attention"},
+    "ComKD without EduAttention, class captions": {
+        **{k: v for k, v in COMKD.items() if k != "edu_attention"},
+        "contrastive": {},
+        "captions": "classes",
+    },
     "ComKD without both": {
         "kl": {},
         "if_align": {"weight": 0},
