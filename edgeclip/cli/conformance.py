@@ -30,7 +30,7 @@ def conformance(
     clean: bool,
     as_json: bool,
 ) -> None:
-    """Compare a bundle's pixels and token ids with torchvision's and open_clip's.
+    """Compare a bundle's pixels and token ids with open_clip's.
 
     Golden images and strings of every kind, scored in levels, ids and answers that change. Exits 3
     when color or grey images or plain strings differ; docs/conformance.md has the layout of

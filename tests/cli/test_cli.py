@@ -206,8 +206,10 @@ def test_validate_exits_0_3_and_4_by_the_verdict(shipped_bundle, source, here, e
 
 
 def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_the_rest(
-    shipped_bundle, evaluation, here
+    shipped_bundle, evaluation, here, monkeypatch
 ):
+    # Reports of a quiet and of a loaded machine are not joined, and tests share theirs.
+    monkeypatch.setattr("edgeclip.device.load.OtherWork.processors", lambda self: 0.0)
     for name in ("onnx-fp32", "rev"):
         shutil.copytree(shipped_bundle("onnx-fp32"), here / "r" / "bundles" / name)
     shutil.copytree(evaluation, here / "r" / "evaluation")
@@ -215,7 +217,10 @@ def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_t
         here / "r" / "recipe.json", {"bench": {"min_duration_s": 0.01, "min_query_count": 5}}
     )
     assert run("validate", "--bundle", "r/bundles/rev").exit_code == 0
-    assert [p.name for p in (here / "r" / "reports").iterdir()] == ["rev.host-cpu.parity.json"]
+    assert sorted(p.name for p in (here / "r" / "reports").iterdir()) == [
+        "rev.host-cpu.history.json",
+        "rev.host-cpu.parity.json",
+    ]
     assert run("bench", "--bundle", "r/bundles/rev").exit_code == 0
     before = disk.read_json(here / "r/reports/rev.host-cpu.bench.json")
     result = run("bench", "--bundle", "r/bundles/rev", "--scenario", "offline")
@@ -227,6 +232,7 @@ def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_t
     )
     assert sorted(p.name for p in (here / "r" / "reports").iterdir()) == [
         "rev.host-cpu.bench.json",
+        "rev.host-cpu.history.json",
         "rev.host-cpu.parity.json",
     ]
 

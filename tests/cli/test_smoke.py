@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -132,9 +133,10 @@ def test_bench_and_report_give_a_page_that_needs_no_network(workplace):
         )
         assert r["cold_start"]["peak_memory_mib"] > 10
     out = call("report")
-    assert "onnx-fp32 on host-cpu: ship" in out
+    # Other tests are other work: then the times, and nothing else, are unknown.
+    assert re.search("onnx-fp32 on host-cpu: (ship: |cannot say: times unknown: [^;]*$)", out, re.M)
     page = (folder / "runs/smoke/report.html").read_text()
-    assert "src=" not in page
+    assert not re.search('src="(?!data:)', page)
     assert "<link" not in page
     assert "not measured" in page
 
