@@ -267,7 +267,7 @@ def test_a_device_in_the_words_of_0_1_is_told_the_new_one(tmp_path):
 
 def test_every_new_word_is_a_field_that_somebody_reads():
     """A table that names a field nobody has would send the user from one error to the next."""
-    from edgeclip.device import manifest, records
+    from edgeclip.device import bench_report, manifest, records
     from edgeclip.device.zero_shot import EduAttention
     from edgeclip.host import recipe as recipes
 
@@ -275,6 +275,7 @@ def test_every_new_word_is_a_field_that_somebody_reads():
     for module in (
         manifest,
         records,
+        bench_report,
         target,
         device,
         recipes,

@@ -38,6 +38,7 @@ CLIP_KD = {
 }
 COMKD = {"kl": {}, "if_align": {"weight": 100}, "edu_attention": {}}
 METHODS = {name: {name: {}} for name in L.LOSSES} | {
+    "if_align": {"if_align": {"weight": 100}},
     "CLIP-KD": CLIP_KD,
     "CLIP-RD": CLIP_KD | {"vrd": {}, "xrd": {}},
     "ComKD": COMKD,
