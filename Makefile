@@ -16,13 +16,13 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 	touch $@
 
 # A gate that fails (exit code 3) or cannot tell (4) is an answer of an int8 target on this machine;
-# the float bundle must pass, and anything else is an error.
+# the float bundle must not fail (a near tie cannot be told), and anything else is an error.
 TARGETS = onnx-int8 onnx-int8-arm openvino-int8 tensorrt-int8
 
 demo: .venv/installed
 	$(BIN)/edgeclip distill recipes/quickstart.yaml
 	$(BIN)/edgeclip export --run $(RUN) --target onnx-fp32
-	$(BIN)/edgeclip validate --bundle $(RUN)/bundles/onnx-fp32 --device host-cpu
+	$(BIN)/edgeclip validate --bundle $(RUN)/bundles/onnx-fp32 --device host-cpu || [ $$? -eq 4 ]
 	for t in $(TARGETS); do $(BIN)/edgeclip export --run $(RUN) --target $$t || [ $$? -eq 3 ] || exit 1; done
 	$(BIN)/edgeclip validate --run $(RUN) --device host-cpu; code=$$?; [ $$code -eq 0 ] || [ $$code -eq 3 ] || [ $$code -eq 4 ]
 	$(BIN)/edgeclip bench --run $(RUN) --device host-cpu

@@ -10,7 +10,7 @@ from edgeclip.device.evaluation import (
     Decisions,
     Evaluation,
     decide,
-    largest_difference,
+    differences,
     own_list_top1,
     rows,
 )
@@ -66,10 +66,18 @@ def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray
     parts = _parts(evaluation, reference, own)
     same = own.answers == reference.answers
     close = centered_cosines(features, evaluation.reference)
-    asked = [rules.closeness(tolerance, close), *_agreement(tolerance, same, reference.right)]
-    asked += rules.accuracy(tolerance, parts)
-    difference = largest_difference(bundle, evaluation, evaluation.reference, features)
-    decided = rules.proven(asked, difference, reference.least_lead)
+    everything = np.ones(len(same), bool)
+    judged_rows = np.concatenate(
+        [everything[:0], *(np.full(len(p.before), p.judged) for p in parts)]
+    )
+    moved = differences(bundle, evaluation, evaluation.reference, features)
+    decided: list[Rule] = []
+    for asked, of in (
+        ([rules.closeness(tolerance, close), _same(tolerance, same)], everything),
+        (_same_where_right(tolerance, same, reference.right), reference.right),
+        (rules.accuracy(tolerance, parts), judged_rows),
+    ):
+        decided += rules.proven(asked, reference.lead, moved, of)
     unseen = _unseen(evaluation, reference, own)
     decided += per_class.floors(bundle.manifest.target.floor, unseen, bundle.labels)
     classes, classes_of_few = per_class.per_class(unseen, bundle.labels)
@@ -83,9 +91,9 @@ def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray
         optimization = OptimizationAgreement(top1_agreement=agreed, **near)
         changed = int((~as_basic).sum())
         allowed = 1 - (tolerance.optimization_agreement or 0.0)
-        asked = [rules.share(rules.OPTIMIZED, allowed, changed, len(as_basic))]
-        difference = largest_difference(bundle, evaluation, basic, features)
-        decided += rules.proven(asked, difference, own.least_lead)
+        optimized = [rules.share(rules.OPTIMIZED, allowed, changed, len(as_basic))]
+        moved = differences(bundle, evaluation, basic, features)
+        decided += rules.proven(optimized, own.lead, moved, everything)
 
     judged = [p for p in parts if p.judged]
     return Compared(
@@ -104,16 +112,18 @@ def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray
     )
 
 
-def _agreement(tolerance: Tolerance, same: np.ndarray, right: np.ndarray) -> list[Rule]:
-    """Return the rules of equal answers. same, right with the float student: bool [m]."""
-    found = [
-        rules.share(rules.CHANGED, 1 - tolerance.top1_agreement, int((~same).sum()), len(same))
-    ]
-    if tolerance.agreement_where_right is not None and right.any():
-        changed = int((~same & right).sum())
-        allowed = 1 - tolerance.agreement_where_right
-        found.append(rules.share(rules.RIGHT_CHANGED, allowed, changed, int(right.sum())))
-    return found
+def _same(tolerance: Tolerance, same: np.ndarray) -> Rule:
+    """Return the rule of equal answers; same: bool [m]."""
+    return rules.share(rules.CHANGED, 1 - tolerance.top1_agreement, int((~same).sum()), len(same))
+
+
+def _same_where_right(tolerance: Tolerance, same: np.ndarray, right: np.ndarray) -> list[Rule]:
+    """Return the rule of equal answers where the float student is right: bool [m] each."""
+    if tolerance.agreement_where_right is None or not right.any():
+        return []
+    changed = int((~same & right).sum())
+    allowed = 1 - tolerance.agreement_where_right
+    return [rules.share(rules.RIGHT_CHANGED, allowed, changed, int(right.sum()))]
 
 
 def _parts(evaluation: Evaluation, before: Decisions, after: Decisions) -> list[rules.Part]:

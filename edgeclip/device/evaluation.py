@@ -112,11 +112,6 @@ class Decisions(NamedTuple):
     scores: np.ndarray
     """[m], the best score"""
 
-    @property
-    def least_lead(self) -> float:
-        """The smallest lead; infinite without an image."""
-        return float(self.lead.min(initial=np.inf))
-
 
 def decide(bundle: Bundle, evaluation: Evaluation, features: np.ndarray) -> Decisions:
     """Return the first answers of features [n, D] over all labels of the bundle, as it ships."""
@@ -143,19 +138,19 @@ def rows(evaluation: Evaluation) -> np.ndarray:
     return np.concatenate([np.zeros(0, int), *of_sets])
 
 
-def largest_difference(
+def differences(
     bundle: Bundle, evaluation: Evaluation, before: np.ndarray, after: np.ndarray
-) -> float:
-    """Return by how much a score of the evaluation images differs at most between features [n, D].
+) -> np.ndarray:
+    """Return [m] by how much a score of each image differs at most between features [n, D].
 
-    Not a number where one of them is none.
+    In the order of `decide`'s answers. Not a number where one of them is none.
     """
-    largest = [0.0]
+    largest = [np.zeros(0)]
     for s in evaluation.sets:
         if s.rows:
             difference = bundle.scores(after[s.rows]) - bundle.scores(before[s.rows])
-            largest.append(float(np.abs(difference).max()))
-    return float(np.max(largest))
+            largest.append(np.abs(difference).max(axis=1))
+    return np.concatenate(largest)
 
 
 def own_list_top1(

@@ -143,18 +143,22 @@ def _worst_set(allowed: float, judged: list[Part]) -> Rule:
     return max(decisive, key=lambda rule: rule.high or 0.0)
 
 
-def proven(rules: Sequence[Rule], largest_difference: float, least_lead: float) -> list[Rule]:
-    """Return the rules as they are, or as held where no answer can change.
+def proven(
+    rules: Sequence[Rule], lead: np.ndarray, difference: np.ndarray, asked: np.ndarray
+) -> list[Rule]:
+    """Return the rules as they are, or as held where no answer of the asked images can change.
 
-    largest_difference: of a score, before and after; least_lead: of a best score over the second
-    one, before. An answer changes only where two scores move by more than the lead between them. A
-    rule that fails all the same is left to fail.
+    lead: [m] of a best score over the second one, before; difference: [m] of an image's scores at
+    most, before and after; asked: bool [m], the images that the rules are about. An answer changes
+    only where two scores move by more than the lead between them. A rule that fails all the same is
+    left to fail.
     """
-    if not least_lead > 2 * largest_difference:
+    safe = lead[asked] > 2 * difference[asked]
+    if not len(safe) or not safe.all():
         return list(rules)
     why = (
-        f"no answer can change: scores differ by at most {largest_difference:.1e},"
-        f" and the closest two are {least_lead:.1e} apart"
+        f"no answer can change: scores differ by at most {difference[asked].max():.1e},"
+        f" and the closest two are {lead[asked].min():.1e} apart"
     )
     held = msgspec.structs.replace
     return [

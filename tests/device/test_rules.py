@@ -65,13 +65,25 @@ def test_a_cosine_that_is_not_a_number_lies_below():
 )
 def test_a_proof_needs_a_lead_of_more_than_twice_the_difference(difference, lead, proven):
     (lost,) = rules.accuracy(TOLERANCE, [part(images=20, right=16)])
-    (found,) = rules.proven([lost], difference, lead)
+    leads, moved = np.full(20, 0.9), np.full(20, 1e-9)
+    leads[3], moved[3] = lead, difference
+    (found,) = rules.proven([lost], leads, moved, np.ones(20, bool))
     assert found.answer == ("holds" if proven else "cannot tell")
+    # A tie among images that the rule is not about says nothing of it.
+    (found,) = rules.proven([lost], leads, moved, np.arange(20) != 3)
+    assert found.answer == "holds"
+    # Nor does a large move of an image whose lead is larger.
+    moved[5] = 0.4
+    (found,) = rules.proven([lost], leads, moved, np.arange(20) != 3)
+    assert found.answer == "holds"
 
 
 def test_what_fails_is_not_proven_away():
     rule = rules.closeness(TOLERANCE, np.full(500, 0.5))
-    assert rules.proven([rule], 0.0, 1.0) == [rule]
+    everything = np.ones(500, bool)
+    assert rules.proven([rule], np.ones(500), np.zeros(500), everything) == [rule]
+    none = rules.closeness(TOLERANCE, np.zeros(0))
+    assert rules.proven([none], np.zeros(0), np.zeros(0), everything[:0]) == [none]
 
 
 def test_a_line_says_what_was_found_allowed_and_needed():
