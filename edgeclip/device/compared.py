@@ -84,16 +84,8 @@ def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray
 
     optimization = None
     if "features_basic" in arrays:
-        basic = arrays["features_basic"]
-        as_basic = own.answers == decide(bundle, evaluation, basic).answers
-        agreed = float(as_basic.mean()) if len(as_basic) else None
-        near = to_json(cosine(features, basic))
-        optimization = OptimizationAgreement(top1_agreement=agreed, **near)
-        changed = int((~as_basic).sum())
-        allowed = 1 - (tolerance.optimization_agreement or 0.0)
-        optimized = [rules.share(rules.OPTIMIZED, allowed, changed, len(as_basic))]
-        moved = differences(bundle, evaluation, basic, features)
-        decided += rules.proven(optimized, own.lead, moved, everything)
+        optimization, rule = _optimization(bundle, evaluation, own, features, arrays)
+        decided += rule
 
     judged = [p for p in parts if p.judged]
     return Compared(
@@ -110,6 +102,24 @@ def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray
         rules=tuple(decided),
         failures=tuple(failures),
     )
+
+
+def _optimization(
+    bundle: Bundle,
+    evaluation: Evaluation,
+    own: Decisions,
+    features: np.ndarray,
+    arrays: dict[str, np.ndarray],
+) -> tuple[OptimizationAgreement, list[Rule]]:
+    """Compare the answers of ONNX Runtime's graph optimizations `all` and `basic`."""
+    basic = arrays["features_basic"]
+    as_basic = own.answers == decide(bundle, evaluation, basic).answers
+    agreed = float(as_basic.mean()) if len(as_basic) else None
+    found = OptimizationAgreement(top1_agreement=agreed, **to_json(cosine(features, basic)))
+    allowed = 1 - (bundle.manifest.target.tolerance.optimization_agreement or 0.0)
+    rule = rules.share(rules.OPTIMIZED, allowed, int((~as_basic).sum()), len(as_basic))
+    moved = differences(bundle, evaluation, basic, features)
+    return found, rules.proven([rule], own.lead, moved, np.ones(len(moved), bool))
 
 
 def _same(tolerance: Tolerance, same: np.ndarray) -> Rule:
