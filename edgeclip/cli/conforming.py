@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from edgeclip import disk
 from edgeclip.boards import measure
+from edgeclip.device import profile
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.conformance import ANSWERS, Answers, Pack, read_answers, write_answers
 from edgeclip.host.evaluation.conformance import pack_for
@@ -33,6 +34,7 @@ def run(request: Request) -> ConformanceReport:
     """
     if request.keep is not None:
         disk.refuse_foreign(request.keep, ANSWERS)  # before the work, not after it
+    profile.load(request.device)
     bundle = Bundle.load(request.bundle, check=True)
     pack = pack_for(bundle, request.pack)
     answers, by = _answers(request, pack)

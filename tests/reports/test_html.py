@@ -5,20 +5,20 @@ import re
 import tarfile
 
 import pytest
-from msgspec.structs import replace
 
 from edgeclip import disk
 from edgeclip.device.intervals import harmonic_mean_limits
-from edgeclip.device.records import ChangedImage, ClassAccuracy, Rule, SetAccuracy
+from edgeclip.device.records import ChangedImage, ClassAccuracy
 from edgeclip.errors import EdgeclipError
 from edgeclip.reports import history
 from edgeclip.reports.html import report
 from edgeclip.reports.results import read_results
-from edgeclip.reports.targets import answer, collect, verdict, waterfall
+from edgeclip.reports.targets import collect, waterfall
 from tests.support.images import encoded, toy_image
 from tests.support.manifests import candidate_row, manifest_fields, search_record
 from tests.support.optional import require
-from tests.support.reports import accuracy, bench_report, parity_report, scenario
+from tests.support.reports import host_bench as bench
+from tests.support.reports import host_parity as parity
 
 SCORES = {"top1": 0.5, "top5": 0.75, "own_list_top1": 0.625, "own_list_top5": 0.875}
 PROTOCOL = {
@@ -30,34 +30,6 @@ PROTOCOL = {
     "edu_attention": None,
     "report": "r/reports/evaluate.json",
 }
-
-
-NOVEL = SetAccuracy(
-    name="novel",
-    note="",
-    classes=4,
-    reference_top1=0.44,
-    bundle_top1=0.4321,
-    drop_pp=0.79,
-    upper_pp=2.0,
-    lost=1,
-    won=0,
-    images=17,
-)
-
-
-def parity(**changes):
-    fields = {
-        "device": "host-cpu",
-        "accuracy": accuracy(0.4975, drop_pp=0.25, upper_pp=0.75),
-        "sets": [NOVEL],
-    }
-    return parity_report(**fields | changes)
-
-
-def bench(**changes):
-    single = replace(scenario(p50=1.5, p90=2.25), latency_ms_p99=None)
-    return bench_report(**{"device": "host-cpu", "single_stream": single} | changes)
 
 
 def make_run(folder, reports=True, sets=("base", "novel")):
@@ -92,69 +64,6 @@ def make_run(folder, reports=True, sets=("base", "novel")):
         disk.write_record(folder / "reports" / "t.host-cpu.bench.json", bench(bundle=digest))
     disk.write_json(folder / disk.MANIFEST, {"kind": "run", "student": "this student"})
     return folder
-
-
-def test_what_passed_and_was_measured_ships():
-    line = verdict(parity(), bench())
-    assert line.startswith("ship: ")
-    assert "0.25 pp" in line
-    assert "0.75" in line
-    assert "400 unseen images" in line
-    assert "2.25 ms" in line
-
-
-SLOW = Rule(rule="p90", unit="ms", allowed=1.0, answer="cannot tell", why="too few queries: 9")
-UNTOLD = Rule(rule="accuracy lost", unit="pp", allowed=1.0, answer="cannot tell", needed=900)
-
-
-@pytest.mark.parametrize(
-    ("p", "b", "reasons"),
-    [
-        (None, None, ["not validated", "not benchmarked"]),
-        (parity(), None, ["not benchmarked"]),
-        (parity(), bench(single_stream=None), ["single_stream not measured"]),
-        (None, bench(), ["not validated"]),
-        (parity(), bench(others_busy=1.5), ["times unknown", "1.5 processors", "repeat"]),
-        (parity(), bench(rules=[SLOW], verdict="cannot tell"), ["p90", "too few queries"]),
-        (parity(verdict="cannot tell", rules=[UNTOLD]), bench(), ["about 900 images would tell"]),
-        (
-            parity(verdict="cannot tell", accuracy=None, not_compared="no run beside it"),
-            bench(),
-            ["no run beside it"],
-        ),
-        (parity(verdict="cannot tell"), bench(), ["validated by an older edgeclip"]),
-    ],
-)
-def test_what_is_not_known_of_a_bundle_is_on_the_line(p, b, reasons):
-    line = verdict(p, b)
-    assert line.startswith("cannot say: ") and answer(p, b) == "cannot tell"
-    assert all(r in line for r in reasons)
-    assert "\n" not in line
-
-
-@pytest.mark.parametrize(
-    ("p", "b", "reasons"),
-    [
-        (
-            parity(
-                verdict="fails",
-                failures=["top-1 agreement 0.5, below 0.9", "accuracy drop 9 pp, above 1"],
-            ),
-            bench(),
-            ["top-1 agreement", "accuracy drop"],
-        ),
-        (
-            parity(),
-            bench(failures=["p90 of the model alone: fails, 9.00 ms, allowed 5"]),
-            ["p90 of the model alone: fails", "allowed 5"],
-        ),
-    ],
-)
-def test_every_reason_against_shipping_is_on_the_line(p, b, reasons):
-    line = verdict(p, b)
-    assert line.startswith("do not ship: ")
-    assert all(r in line for r in reasons)
-    assert "\n" not in line
 
 
 def test_the_page_needs_no_network_and_runs_no_script(tmp_path):

@@ -106,6 +106,36 @@ def bench_report(**changes: Any) -> B.BenchReport:
     return msgspec.structs.replace(report, **changes)
 
 
+NOVEL = R.SetAccuracy(
+    name="novel",
+    note="",
+    classes=4,
+    reference_top1=0.44,
+    bundle_top1=0.4321,
+    drop_pp=0.79,
+    upper_pp=2.0,
+    lost=1,
+    won=0,
+    images=17,
+)
+
+
+def host_parity(**changes: Any) -> R.ParityReport:
+    """Return a parity report of host-cpu that passes, with one set."""
+    fields = {
+        "device": "host-cpu",
+        "accuracy": accuracy(0.4975, drop_pp=0.25, upper_pp=0.75),
+        "sets": [NOVEL],
+    }
+    return parity_report(**fields | changes)
+
+
+def host_bench(**changes: Any) -> B.BenchReport:
+    """Return a bench report of host-cpu without a p99."""
+    single = msgspec.structs.replace(scenario(p50=1.5, p90=2.25), latency_ms_p99=None)
+    return bench_report(**{"device": "host-cpu", "single_stream": single} | changes)
+
+
 def selftest_report(*statuses: str) -> R.SelftestReport:
     """Return a self-test's report with steps of these statuses."""
     from edgeclip.device.machine import State
