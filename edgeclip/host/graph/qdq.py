@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
-from onnxruntime.quantization.calibrate import create_calibrator
+from onnxruntime.quantization.calibrate import TensorData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -83,7 +83,42 @@ def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> C
             extra_options=options,
         )
         calibrator.collect_data(_Reader(calibration, model.graph.input[0].name, size))
-        return Calibrated(onnx.load(prepared), calibrator.compute_data())
+        ready = onnx.load(prepared)
+        ranges = calibrator.compute_data()
+    _cut_off(ready, ranges)
+    return Calibrated(ready, ranges)
+
+
+def _cut_off(model: onnx.ModelProto, ranges: Any) -> None:
+    """Take from each convolution's range, in place, what a Relu or Clip behind it cuts off.
+
+    Steps of the rounding that the activation throws away are lost to the rest: with depthwise
+    layers in float, whose neighbors are rounded before their ReLU6, EfficientNet-Lite0's features
+    were off by twice as much.
+    """
+    view = GraphView(model)
+    for conv in model.graph.node:
+        readers = view.consumers.get(conv.output[0], [])
+        if conv.op_type != "Conv" or len(readers) != 1 or conv.output[0] in view.outputs:
+            continue
+        bounds = _bounds(view, readers[0])
+        if bounds is not None:
+            lowest, highest = ranges[conv.output[0]].range_value
+            ranges[conv.output[0]] = TensorData(
+                lowest=np.clip(lowest, *bounds), highest=np.clip(highest, *bounds)
+            )
+
+
+def _bounds(view: GraphView, node: onnx.NodeProto) -> tuple[float, float] | None:
+    """Return what a Relu or Clip lets through; None where that is not known."""
+    if node.op_type == "Relu":
+        return 0.0, float("inf")
+    if node.op_type != "Clip" or len(node.input) != 3:
+        return None
+    if not all(view.is_constant(name) for name in node.input[1:]):
+        return None
+    low, high = (float(view.value(name)) for name in node.input[1:])
+    return low, high
 
 
 def quantize(

@@ -111,6 +111,29 @@ def test_a_relu6_stays_in_the_graph_with_its_bounds(calibrated):
     assert clips(model) == clips(calibrated.model) != []
 
 
+@pytest.mark.parametrize("method", ["minmax", "entropy"])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()])
+def test_a_convolution_before_a_float_reader_is_rounded_within_its_activation(activation, method):
+    """The mean reads the activation in float, so the convolution's own output is rounded: to what the activation lets through."""
+    torch.manual_seed(0)
+    tower = nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        tower[0].weight *= 20
+    x = torch.randn(32, 3, 16, 16)
+    model = graph.to_onnx(tower.eval(), x[:1], "pixels", "image_features", 18)
+    ready = calibrate(model, x.numpy(), method)
+    [conv] = [n for n in ready.model.graph.node if n.op_type == "Conv"]
+    low, high = (float(np.asarray(v).item()) for v in ready.ranges[conv.output[0]].range_value)
+    with torch.inference_mode():
+        before = tower[0](x)
+        expected = tower(x).numpy()
+    assert before.min() < -20 and before.max() > 20
+    assert low == 0.0
+    assert high == 6.0 if isinstance(activation, nn.ReLU6) else high > 6.0
+    found = run(quantize(ready, [conv.name], activations="int8"), x.numpy())
+    assert np.abs(found - expected).max() < (high - low) / 255
+
+
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
 def test_what_an_activation_cuts_off_takes_no_step_of_the_rounding(
     calibrated, activations, tmp_path
