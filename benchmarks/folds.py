@@ -55,7 +55,7 @@ LOG = Path(__file__).parent.parent / "results" / "folds.jsonl"
 METHODS = ("PromptKD", "ComKD", "ComKD without EduAttention", "contrastive")
 PLAIN = "ComKD without EduAttention"
 WITH_CAPTIONS = "ComKD without EduAttention, class captions"
-JUDGED = {"clothing": WITH_CAPTIONS, "grocery": WITH_CAPTIONS, "openmoji": PLAIN, "shapes": PLAIN}
+JUDGED = dict.fromkeys(family.SETS, WITH_CAPTIONS) | {"shapes": PLAIN}
 """what the recipes train"""
 CLOSED = 0.8
 KEPT = {"full": 0.97, "small": 0.93}
@@ -151,6 +151,7 @@ def stage_1(spec: R.ResidualHead) -> str:
 def key_of(name: str, bench: Bench, regime: str, model: str) -> dict[str, Any]:
     """What a line is of; of the recipe as it is written down, so that a new field with a default makes no line a stranger."""
     written = yaml.safe_load(bench.path.read_text(encoding="utf-8"))
+    written["train"]["epochs"] = bench.recipe.train.epochs  # family.at_size
     parts = ["teacher", "views"]
     losses = None
     if model != "teacher":

@@ -95,10 +95,10 @@ def prepare(path: Path, regime: str, roots: tuple[str, ...], folder: Path) -> fa
     for which, evaluation in sets.items():
         parts[which] = []
         for s in evaluation:
-            _, of_teacher = image_features(
+            _, of_teacher, _ = image_features(
                 tower, s.images, teacher.preprocess, f"teacher: {which} {s.name}", cpu, 8
             )
-            kept, of_student = image_features(
+            kept, of_student, _ = image_features(
                 student.tower, s.images, preprocess, f"student: {which} {s.name}", cpu
             )
             labels = np.array([s.classes.index(s.images[i].label) for i in kept])

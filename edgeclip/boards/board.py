@@ -2,7 +2,7 @@
 
     with Board(name, device) as board:
         board.prepare(bundles, evaluation)
-        report = board.validate(bundle, evaluation)
+        report = judge(bundle, evaluation, board.observe(bundle, evaluation), board.facts)
 
 What travels there, by content: the runner (once per version), the bundle's files and, for parity,
 the run's evaluation folder (images and the fp32 student's features). What comes back: features and
@@ -36,13 +36,12 @@ from edgeclip.device.conformance import Answers, Pack, from_link
 from edgeclip.device.evaluation import Evaluation
 from edgeclip.device.profile import Device, Minimum, Reach
 from edgeclip.device.records import (
-    ParityReport,
     SelftestReport,
     from_json,
 )
 from edgeclip.device.rules import judged
 from edgeclip.device.runtime import engine
-from edgeclip.device.validate import Observed, from_answer, judge
+from edgeclip.device.validate import Observed, from_answer
 from edgeclip.errors import EdgeclipError, LinkLost
 from edgeclip.progress import say
 
@@ -256,10 +255,6 @@ class Board:
         return size
 
     # --- the verbs
-
-    def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> ParityReport:
-        """Return the parity report: the board answers, the host judges."""
-        return judge(bundle, evaluation, self.observe(bundle, evaluation), self.facts)
 
     def observe(self, bundle: Bundle, evaluation: Evaluation | None) -> Observed:
         """Return the board's features and answers, which the host judges or compares."""

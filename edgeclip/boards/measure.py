@@ -19,6 +19,7 @@ import msgspec
 from edgeclip import disk
 from edgeclip.boards import preflight as P
 from edgeclip.boards.board import Board, Load
+from edgeclip.boards.judging import Judge
 from edgeclip.device import machine, power
 from edgeclip.device import profile as D
 from edgeclip.device.bench import SCENARIOS, Plan, incomplete
@@ -39,7 +40,8 @@ from edgeclip.device.records import (
 )
 from edgeclip.device.runtime import engine
 from edgeclip.device.selftest import selftest as selftest_here
-from edgeclip.device.validate import validate as validate_here
+from edgeclip.device.validate import Observed
+from edgeclip.device.validate import observe as observe_here
 from edgeclip.errors import EdgeclipError, LinkLost
 from edgeclip.progress import say
 from edgeclip.reports import store
@@ -65,8 +67,8 @@ class Measurer(Protocol):
         where none ran.
         """
 
-    def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> ParityReport:
-        """Return the parity report."""
+    def observe(self, bundle: Bundle, evaluation: Evaluation | None) -> Observed:
+        """Return the device's features and answers, which the host judges."""
 
     def bench(self, bundle: Bundle, load: Load) -> BenchReport:
         """Return the bench report."""
@@ -117,8 +119,8 @@ class Here:
         P.require(self.name, rows)
         return rows
 
-    def validate(self, bundle: Bundle, evaluation: Evaluation | None) -> ParityReport:
-        return validate_here(bundle, evaluation, self.facts)
+    def observe(self, bundle: Bundle, evaluation: Evaluation | None) -> Observed:
+        return observe_here(bundle, evaluation)
 
     def bench(self, bundle: Bundle, load: Load) -> BenchReport:
         images = None
@@ -255,8 +257,9 @@ def validate(selection: Selection, images: int | None = None) -> list[ParityRepo
     reports = []
     with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
         measurer.prepare(chosen.bundles, evaluation, "validate")
+        judge = Judge(chosen.run, chosen.device, evaluation)
         for bundle in chosen.bundles:
-            report = measurer.validate(bundle, evaluation)
+            report = judge.report(bundle, measurer.observe(bundle, evaluation), measurer.facts)
             reports.append(store.write(report, chosen.name, chosen.run, bundle))
     return reports
 
@@ -333,7 +336,9 @@ def _parity(
     parity = store.read(chosen.run, bundle, chosen.name, ParityReport)
     if report.ran.engine is None or validated(parity, report):
         return parity
-    fresh = measurer.validate(bundle, evaluation)
+    observed = measurer.observe(bundle, evaluation)
+    judge = Judge(chosen.run, chosen.device, evaluation)
+    fresh = judge.report(bundle, observed, measurer.facts)
     return store.write(fresh, chosen.name, chosen.run, bundle)
 
 

@@ -1,7 +1,9 @@
 """The evaluation folder of a run: what a bundle is compared on, without torch.
 
-    evaluation.json       labels, class names, and the sets with their own class lists
+    evaluation.json       labels, class names, the sets with their own class lists, the student's
+                          preprocess, and the teacher's answers
     image_features.npy    [n, D], the float32 student's features
+    teacher_features.npy  [n, D], the teacher's, where it was at hand
     images.tar            the images' own bytes, in order
 
 `edgeclip distill` writes it (edgeclip/host/evaluation/scores.py).
@@ -17,6 +19,7 @@ import numpy as np
 from edgeclip import disk
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.metrics import hits
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.records import Record, from_json
 from edgeclip.device.zero_shot import class_scores
 
@@ -53,6 +56,24 @@ class Description(Record):
     sets: list[EvaluationSet]
     class_names: list[str] | None = None
     """what labels and classes number; None: a run that is older than this field"""
+    preprocess: Preprocess | None = None
+    """the student's in training; None: a run that is older than this field, and the two below"""
+    pixels: list[int] | None = None
+    """[n], what it makes of each image (`preprocess.fingerprint`)"""
+    teacher: list[int | None] | None = None
+    """[n], the teacher's answers; null: it was not asked"""
+
+
+class Student(NamedTuple):
+    """What the student saw in training, and who taught it."""
+
+    preprocess: Preprocess
+    pixels: np.ndarray
+    """uint64 [n], fingerprints"""
+    teacher: np.ndarray
+    """int [n], the teacher's answers as class indices; -1: it was not asked"""
+    teacher_features: np.ndarray | None
+    """[n, D], not a number where it was not asked; None: it never was"""
 
 
 class Evaluation(NamedTuple):
@@ -66,6 +87,8 @@ class Evaluation(NamedTuple):
     """[n], which of the folder's images take part"""
     class_names: list[str] | None = None
     """what labels and classes number; None: a run that is older than this field"""
+    student: Student | None = None
+    """None: a run that is older than this field"""
 
 
 def load_evaluation(folder: Path, images: int | None = None) -> Evaluation:
@@ -84,7 +107,28 @@ def load_evaluation(folder: Path, images: int | None = None) -> Evaluation:
         chosen = sorted(random.Random(0).sample(chosen, images))
         sets = [_subset(s, chosen) for s in sets]
     return Evaluation(
-        folder, features[chosen], labels[chosen], sets, chosen, description.class_names
+        folder,
+        features[chosen],
+        labels[chosen],
+        sets,
+        chosen,
+        description.class_names,
+        _student(folder, description, chosen),
+    )
+
+
+def _student(folder: Path, description: Description, chosen: list[int]) -> Student | None:
+    if description.preprocess is None or description.pixels is None:
+        return None
+    answers = description.teacher or [None] * len(description.labels)
+    features = None
+    if (folder / "teacher_features.npy").exists():
+        features = disk.read_array(folder / "teacher_features.npy")[chosen]
+    return Student(
+        preprocess=description.preprocess,
+        pixels=np.array(description.pixels, np.uint64)[chosen],
+        teacher=np.array([-1 if a is None else a for a in answers])[chosen],
+        teacher_features=features,
     )
 
 
@@ -136,6 +180,12 @@ def rows(evaluation: Evaluation) -> np.ndarray:
     """Return [m], the image that each of `decide`'s answers is of."""
     of_sets = [np.array(s.rows, int) for s in evaluation.sets]
     return np.concatenate([np.zeros(0, int), *of_sets])
+
+
+def unseen_places(evaluation: Evaluation) -> np.ndarray:
+    """Return [m] the images of unseen sets, each once, in their order."""
+    of_sets = [np.array(s.rows, int) for s in evaluation.sets if s.unseen]
+    return np.unique(np.concatenate([np.zeros(0, int), *of_sets]))
 
 
 def differences(

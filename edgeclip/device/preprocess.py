@@ -7,6 +7,7 @@ squash), center crop, then `(pixel / 255 - mean) / std`. TensorRT cannot do the 
 in a graph, so it is host code on every runtime.
 """
 
+import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,12 @@ def to_pixels(image: Image.Image, spec: Preprocess) -> np.ndarray:
     top = round((resized[1] - size) / 2.0)
     cropped = image.resize(resized, resample).crop((left, top, left + size, top + size))
     return np.asarray(cropped)
+
+
+def fingerprint(pixels: np.ndarray) -> int:
+    """Return 64 bits that tell one image's pixels, uint8 [H, W, 3], from others."""
+    content = np.ascontiguousarray(pixels).data
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def normalize(pixels: np.ndarray, spec: Preprocess) -> np.ndarray:

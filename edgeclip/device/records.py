@@ -140,6 +140,36 @@ class ChangedImage(Record):
     after_score: float
 
 
+class WaterfallStep(PairedDrop, kw_only=True):
+    """What one step lost of the answers of the step before it, on the same unseen images."""
+
+    name: str
+    top1: float
+    """after it, 0..1"""
+    lower_pp: float
+    """percentage points: the other one-sided 95 % limit of the drop"""
+    centered_cosine_p1: float | None = None
+    """of its features with those of the step before; null: one of them is not at hand. Of typed
+    words: the lowest of a label"""
+
+
+class Waterfall(Record, kw_only=True):
+    """Which step lost what, from the teacher to the device."""
+
+    start: str
+    """teacher; student where the teacher was not asked of these images"""
+    start_top1: float
+    """0..1"""
+    whole: WaterfallStep
+    """from the start to the device: its lost less its won are those of all steps"""
+    steps: list[WaterfallStep]
+    typed_words: WaterfallStep | None = None
+    """what would be lost where all labels were typed on the device; null: no text encoder, or too
+    many labels"""
+    most: str
+    """a sentence: which step lost most, and its usual cause"""
+
+
 class Rule(Record, kw_only=True):
     """One question of the gate, or of a device's budget."""
 
@@ -219,6 +249,8 @@ class ParityReport(Record, kw_only=True):
     """what the verdict rests on, beside `failures` of another kind"""
     optimization: OptimizationAgreement | None = None
     """null: not asked for by the target"""
+    waterfall: Waterfall | None = None
+    """null: a run of an older edgeclip, no unseen image, or not compared"""
     failures: list[str] = []
     """everything that failed, a line each"""
     verdict: Literal["holds", "fails", "cannot tell"]

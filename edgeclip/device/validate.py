@@ -26,11 +26,12 @@ from edgeclip.device.evaluation import (
     Evaluation,
     decide,
     images_tar,
+    unseen_places,
 )
 from edgeclip.device.images import ImageRef, index_tar, read, stream
 from edgeclip.device.intervals import Answer, worst
 from edgeclip.device.machine import Facts
-from edgeclip.device.preprocess import normalize, open_image
+from edgeclip.device.preprocess import fingerprint, normalize, open_image
 from edgeclip.device.records import (
     GoldenAnswers,
     ParityReport,
@@ -44,6 +45,8 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say, track
 
 BATCH = 16
+MOST_PIXELS = 256 << 20
+"""bytes of pixels that go back to the host, at most"""
 GOLDEN_COSINE = 0.9
 """of the golden images, raw: only a broken bundle or preprocess falls below; the tolerances judge
 the rest"""
@@ -82,7 +85,9 @@ class Observed(NamedTuple):
     output: Port
     arrays: dict[str, np.ndarray]
     """golden_features, and where the bundle has them golden_pixels and text_features; of the
-    evaluation images features_all and features_basic [n, D], and answers [n], the device's own"""
+    evaluation images features_all and features_basic [n, D], answers [n], the device's own, and
+    of the unseen ones whose pixels are not those of training their pixels uint8 [k, H, W, 3] and
+    pixels_of [k]; pixels_of alone where they are too many to be sent"""
 
 
 def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
@@ -125,16 +130,63 @@ def _features(
     def pixels(i: int) -> np.ndarray:
         return bundle.pixels(open_image(read(images[i]), images[i].key))
 
+    other = _OtherPixels(evaluation)
     batches = stream(range(len(images)), pixels, BATCH, skipped)
     count = math.ceil(len(images) / BATCH)
-    for _, batch in track(batches, f"validate {bundle.manifest.target.name}", count):
+    for places, batch in track(batches, f"validate {bundle.manifest.target.name}", count):
+        other.look(places, batch)
         x = normalize(batch, bundle.preprocess)
         for name, session in sessions.items():
             rows[name].append(session.run(x))
     if skipped:  # the run wrote them: a single one is wrong
         what = f"{len(skipped)} of {len(images)} images are unreadable (first: {skipped[0]})"
         raise EdgeclipError(evaluation.folder, what, "copy the run again, or make it again")
-    return {name: np.concatenate(parts) for name, parts in rows.items()}
+    return {name: np.concatenate(parts) for name, parts in rows.items()} | other.arrays()
+
+
+class _OtherPixels:
+    """The unseen images that the device sees otherwise than training did."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.expected = evaluation.student.pixels if evaluation.student is not None else None
+        self.unseen = set(unseen_places(evaluation).tolist())
+        self.of: list[int] = []
+        self.pixels: list[np.ndarray] = []
+        self.size = 0
+
+    def look(self, places: np.ndarray, batch: np.ndarray) -> None:
+        """Keep those of batch [B, H, W, 3], the images at places [B], that differ."""
+        if self.expected is None:
+            return
+        for i, pixels in zip(places.tolist(), batch, strict=True):
+            if i not in self.unseen or fingerprint(pixels) == self.expected[i]:
+                continue
+            self.of.append(i)
+            self.size += pixels.nbytes
+            if self.size <= MOST_PIXELS:
+                self.pixels.append(pixels)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what goes back to the host; nothing where all are as in training."""
+        if not self.of:
+            return {}
+        found = {"pixels_of": np.array(self.of)}
+        if self.size <= MOST_PIXELS:
+            found["pixels"] = np.stack(self.pixels)
+        return found
+
+
+def own_pixels(observed: Observed) -> dict[int, np.ndarray] | None:
+    """Return the pixels [H, W, 3] of the images that the device sees otherwise than training did.
+
+    None: they were too many to be sent.
+    """
+    places = observed.arrays.get("pixels_of")
+    if places is None:
+        return {}
+    if "pixels" not in observed.arrays:
+        return None
+    return dict(zip(places.tolist(), observed.arrays["pixels"], strict=True))
 
 
 def to_answer(observed: Observed) -> Json:

@@ -20,6 +20,7 @@ from edgeclip.device.machine import Facts
 from edgeclip.device.profile import Minimum
 from edgeclip.device.profile import load as load_device
 from edgeclip.errors import EdgeclipError
+from tests.support.boards import validated
 from tests.support.command import run
 from tests.support.files import REPO
 from tests.support.sshd import profile, working_below, write_ssh_config
@@ -117,7 +118,7 @@ def test_the_shipped_loopback_needs_no_setup(shipped_bundle, tmp_path, home):
     bundle = Bundle.load(shipped_bundle("onnx-fp32"))
     with Board(name, device, options=None) as board:
         board.prepare([bundle], None)
-        assert board.validate(bundle, None).verdict == "cannot tell"
+        assert validated(board, bundle).verdict == "cannot tell"
         assert board.bench(bundle, Load(Minimum(0.0, 5), ("offline",))).offline.queries >= 1
 
 
@@ -129,7 +130,7 @@ def test_a_command_prefix_is_a_way_too(shipped_bundle, tmp_path):
     bundle = Bundle.load(shipped_bundle("onnx-fp32"))
     with Board(name, device) as board:
         board.prepare([bundle], None)
-        assert board.validate(bundle, None).failures == []
+        assert validated(board, bundle).failures == []
     result = run(
         "selftest",
         "--bundle",
@@ -255,10 +256,10 @@ def test_two_at_once_would_measure_each_other(shipped_bundle, tmp_path):
         with open(tmp_path / "b" / ".run", "a") as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             with pytest.raises(EdgeclipError, match="another edgeclip is at work there"):
-                board.validate(bundle, None)
+                validated(board, bundle)
             with pytest.raises(EdgeclipError, match="another edgeclip is at work there"):
                 board.clean()  # nor does it take away what another is measuring
-        assert board.validate(bundle, None).failures == []
+        assert validated(board, bundle).failures == []
         assert board.clean() and not (tmp_path / "b").exists()
 
 

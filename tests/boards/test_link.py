@@ -26,6 +26,7 @@ from edgeclip.device.records import (
     to_json,
 )
 from edgeclip.errors import EdgeclipError, LinkLost
+from tests.support.boards import validated
 from tests.support.command import mistake, run
 from tests.support.reports import bench_report
 from tests.support.sshd import mount_tmpfs, profile, working_below, write_ssh_config
@@ -259,9 +260,9 @@ def test_a_board_that_rebooted_between_the_build_and_the_run(shipped_bundle, ssh
         board.prepare([bundle], None)
         boot.write_text("second")
         with pytest.raises(LinkLost, match="was restarted before"):
-            board.validate(bundle, None)
+            validated(board, bundle)
         board.prepare([bundle], None)  # what lies there is whole: nothing travels again
-        assert board.validate(bundle, None).failures == []
+        assert validated(board, bundle).failures == []
 
 
 def test_a_board_that_is_another_one_is_not_measured(a_run, sshd, home, tmp_path):

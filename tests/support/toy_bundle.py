@@ -121,19 +121,23 @@ def toy_target(name: str):
     return msgspec.structs.replace(loaded, calibration=spec) if loaded.calibration else loaded
 
 
-def write_evaluation(folder: Path, source, count: int) -> Path:
-    """An evaluation folder as `distill` leaves it; the labels are the student's own answers, every fifth one wrong."""
+def write_evaluation(folder: Path, source, count: int, size: int = SIZE) -> Path:
+    """An evaluation folder as `distill` leaves it; the labels are the student's own answers, every fifth one wrong.
+
+    size: of the images, px. The teacher is right wherever the student is, and nowhere else.
+    """
+    import msgspec
     import torch
 
     from edgeclip import disk
+    from edgeclip.device.preprocess import fingerprint, normalize, to_pixels
     from edgeclip.device.zero_shot import class_scores
 
-    images = [toy_image(5000 + i, SIZE, SIZE) for i in range(count)]
-    x = np.stack(
-        [((np.asarray(p, np.float32) / 255 - 0.5) / 0.25).transpose(2, 0, 1) for p in images]
-    )
+    images = [toy_image(5000 + i, size, size) for i in range(count)]
+    pixels = np.stack([to_pixels(image, source.preprocess) for image in images])
     with torch.inference_mode():
-        features = source.image_encoder(torch.from_numpy(x)).numpy()
+        x = torch.from_numpy(normalize(pixels, source.preprocess))
+        features = source.image_encoder(x).numpy()
     answers = class_scores(features, source.class_features, source.head).argmax(axis=1)
     labels = [int((a + (i % 5 == 0)) % len(LABELS)) for i, a in enumerate(answers)]
     folder.mkdir(parents=True)
@@ -141,6 +145,7 @@ def write_evaluation(folder: Path, source, count: int) -> Path:
         for i, p in enumerate(images):
             add_member(tar, f"{i:06d}.png", encoded(p))
     np.save(folder / "image_features.npy", features)
+    np.save(folder / "teacher_features.npy", features)
     sets = [
         {
             "name": "all",
@@ -150,8 +155,14 @@ def write_evaluation(folder: Path, source, count: int) -> Path:
             "classes": list(range(len(LABELS))),
         }
     ]
-    disk.write_json(
-        folder / "evaluation.json", {"labels": labels, "class_names": LABELS, "sets": sets}
-    )
+    record = {
+        "labels": labels,
+        "class_names": LABELS,
+        "sets": sets,
+        "preprocess": msgspec.to_builtins(source.preprocess),
+        "pixels": [fingerprint(p) for p in pixels],
+        "teacher": [int(a) for a in answers],
+    }
+    disk.write_json(folder / "evaluation.json", record)
     disk.write_manifest(folder, "evaluation", {"license": "made up", "images": count})
     return folder

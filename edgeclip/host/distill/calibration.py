@@ -50,7 +50,7 @@ def of_student(
         return None
     images = [lesson.cache.images[int(i)] for i in places]
     learner.student.eval()
-    kept, features = image_features(
+    kept, features, _ = image_features(
         learner.student, images, learner.preprocess, "class offset", device
     )
     head = None

@@ -2,7 +2,10 @@
 
 evaluation/images.tar          the images' own bytes, in order (pictures.tar in runs of 0.1)
            image_features.npy  [n, D] float32, the student's unit features of them
-           evaluation.json     labels, each set's name, note, classes and rows, sha256 of every
+           teacher_features.npy  [n, D] float32, the teacher's; not a number where it was not asked;
+                               no file where it never was
+           evaluation.json     the student's preprocess and what its pixels are known by, labels,
+                               the teacher's answers, each set's name, note, classes and rows, sha256 of every
                                image that was held out
 """
 
@@ -12,14 +15,25 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from edgeclip import disk
 from edgeclip.device.images import ImageRef, digest, read
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.host.data import Dataset, EvaluationSet
 
 SEED = 0
 """of the choice among more images than are kept"""
+
+
+class TeachersAnswer(NamedTuple):
+    """What the teacher says of an image."""
+
+    features: np.ndarray
+    """[D], unit"""
+    answer: int
+    """class index, over all labels, with its class offset"""
 
 
 class ParityImage(NamedTuple):
@@ -29,12 +43,23 @@ class ParityImage(NamedTuple):
     image: ImageRef
     features: np.ndarray
     """[D], the float student's"""
+    pixels: int
+    """fingerprint of what the student saw"""
+    teacher: TeachersAnswer | None = None
+    """None: not asked, or no longer at hand"""
 
 
 def write_parity_set(
-    folder: Path, images: list[ParityImage], data: Dataset, max_images: int
+    folder: Path,
+    images: list[ParityImage],
+    data: Dataset,
+    preprocess: Preprocess,
+    max_images: int,
 ) -> None:
-    """Write the evaluation folder; of more than `max_images`, always the same choice is kept."""
+    """Write the evaluation folder; of more than `max_images`, always the same choice is kept.
+
+    preprocess: the student's.
+    """
     held_out = set()
     for scored in images:
         if not scored.of.seen:
@@ -51,6 +76,9 @@ def write_parity_set(
     record = {
         "labels": [p.image.label for p in images],
         "class_names": data.classes,
+        "preprocess": msgspec.to_builtins(preprocess),
+        "pixels": [p.pixels for p in images],
+        "teacher": [p.teacher.answer if p.teacher else None for p in images],
         "sets": sets,
         "held_out": sorted(held_out),
     }
@@ -58,9 +86,21 @@ def write_parity_set(
         _write_tar(temporary / "images.tar", images)
         features = np.stack([p.features for p in images])
         disk.write_array(temporary / "image_features.npy", features)
+        if any(p.teacher for p in images):
+            disk.write_array(temporary / "teacher_features.npy", _teachers_features(images))
         disk.write_json(temporary / "evaluation.json", record)
         facts = {"license": data.license, "images": len(images)}
         disk.write_manifest(temporary, "evaluation", facts)
+
+
+def _teachers_features(images: list[ParityImage]) -> np.ndarray:
+    """[n, D] float32; not a number where it was not asked."""
+    width = max(len(p.teacher.features) for p in images if p.teacher)
+    rows = np.full((len(images), width), np.nan, np.float32)
+    for row, image in zip(rows, images, strict=True):
+        if image.teacher is not None:
+            row[:] = image.teacher.features
+    return rows
 
 
 def _write_tar(path: Path, images: list[ParityImage]) -> None:

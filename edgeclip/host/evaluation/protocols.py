@@ -314,10 +314,10 @@ def _zero_shot(run: Run, loaded: list[Loaded]) -> tuple[list[SetScore], list[str
             teacher = None
             if of_teacher is not None and classes.teacher is not None:
                 set_back = offsets(run.teacher.class_offset, dataset.classes)
-                teacher = Answers(*of_teacher, classes.teacher, set_back)
+                teacher = Answers(*of_teacher[:2], classes.teacher, set_back)
             known = note(run.recipe, spec, s)
             set_back = offsets(students.class_offset(run.description), dataset.classes)
-            student = Answers(*of_student, classes.student, set_back)
+            student = Answers(*of_student[:2], classes.student, set_back)
             row = score(s._replace(note=known.text), student, teacher, head, keep_head)
             source = spec.name
             if s.shift:

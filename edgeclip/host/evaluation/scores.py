@@ -20,12 +20,18 @@ from torch.nn import functional as F
 from edgeclip.device.images import ImageRef, read, refuse_unreadable, stream
 from edgeclip.device.manifest import ClassOffset
 from edgeclip.device.metrics import harmonic_mean, hits
-from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pixels
+from edgeclip.device.preprocess import (
+    Preprocess,
+    fingerprint,
+    normalize,
+    open_image,
+    to_pixels,
+)
 from edgeclip.device.zero_shot import EduAttention, class_scores, offsets
 from edgeclip.host import recipe as R
 from edgeclip.host.adapt.class_offset import Choices, choices, trade
 from edgeclip.host.data import Dataset, EvaluationSet
-from edgeclip.host.evaluation.parity_set import ParityImage, write_parity_set
+from edgeclip.host.evaluation.parity_set import ParityImage, TeachersAnswer, write_parity_set
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.host.teachers import Teacher
 from edgeclip.progress import say, track
@@ -42,6 +48,8 @@ class ImageFeatures(NamedTuple):
     """[n] their places"""
     features: np.ndarray
     """[n, D] float32"""
+    fingerprints: np.ndarray
+    """uint64 [n], of their pixels"""
 
 
 TeacherFeatures = Callable[[list[ImageRef], str], ImageFeatures]
@@ -62,10 +70,13 @@ def image_features(
     what: for the progress line. Raises `EdgeclipError` where more than 1 % cannot be read.
     """
     skipped: list[str] = []
+    fingerprints = np.zeros(len(images), np.uint64)
 
     def make(i: int) -> np.ndarray:
         name = f"{images[i].path} ({images[i].key})"
-        return to_pixels(open_image(read(images[i]), name), preprocess)
+        pixels = to_pixels(open_image(read(images[i]), name), preprocess)
+        fingerprints[i] = fingerprint(pixels)
+        return pixels
 
     module.to(device)
     indices: list[np.ndarray] = []
@@ -79,7 +90,8 @@ def image_features(
     refuse_unreadable(skipped, len(images), what)
     for line in skipped:
         say(f"skipped: {line}")
-    return ImageFeatures(np.concatenate(indices), np.concatenate(out))
+    kept = np.concatenate(indices)
+    return ImageFeatures(kept, np.concatenate(out), fingerprints[kept])
 
 
 def teacher_features(
@@ -106,7 +118,7 @@ def teacher_features(
     with torch.inference_mode():
         # An image that is readable is so for all of them.
         fused = fusion.cpu()([torch.from_numpy(each.features) for each in found])
-        return ImageFeatures(found[0].kept, F.normalize(fused, dim=-1).numpy())
+        return found[0]._replace(features=F.normalize(fused, dim=-1).numpy())
 
 
 class _UnitFeatures(nn.Module):
@@ -323,28 +335,44 @@ def evaluate(
     parity: list[ParityImage] = []
     halves: dict[str, Choices] = {}
     for s in data.evaluation:
-        kept, features = image_features(
+        seen = image_features(
             subject.student, s.images, subject.preprocess, f"student: {s.name}", subject.device
         )
-        for i, row in zip(kept, features, strict=True):
-            parity.append(ParityImage(s, s.images[i], row))
-        if not s.headline:
-            continue
+        kept, features, _ = seen
         own = Answers(kept, features, subject.shipped, offsets(subject.class_offset, data.classes))
         theirs = None
-        if teacher is not None:
+        if s.headline and teacher is not None:
             set_back = offsets(subject.teachers_class_offset, data.classes)
-            theirs = Answers(*teacher(s.images, s.name), subject.class_features, set_back)
+            kept_by_teacher, of_teacher, _ = teacher(s.images, s.name)
+            theirs = Answers(kept_by_teacher, of_teacher, subject.class_features, set_back)
+        parity += _parity_images(s, seen, theirs)
+        if not s.headline:
+            continue
         sets.append(_set_score(subject, s, own, theirs))
         if data.halves is not None and s.name in data.halves:
             halves[s.name] = _choices(subject, s, own, data.labeled_classes)
-    write_parity_set(folder, parity, data, max_images)
+    write_parity_set(folder, parity, data, subject.preprocess, max_images)
     if data.halves is None:
         return Scores(sets)
     by_name = {s.name: s for s in sets}
     means = mean_over([by_name[name] for name in data.halves], lambda top1: harmonic_mean(*top1))
     labeled, unlabeled = data.halves
     return Scores(sets, *means, trade(halves[labeled], halves[unlabeled]))
+
+
+def _parity_images(
+    s: EvaluationSet, seen: ImageFeatures, theirs: Answers | None
+) -> list[ParityImage]:
+    """Return what `validate` compares a bundle with; theirs: the teacher's, where it is at hand."""
+    taught: dict[int, TeachersAnswer] = {}
+    if theirs is not None:
+        scores = class_scores(theirs.features, theirs.class_features, offsets=theirs.offsets)
+        rows = zip(theirs.kept, theirs.features, scores.argmax(axis=1), strict=True)
+        taught = {int(i): TeachersAnswer(row, int(answer)) for i, row, answer in rows}
+    images = []
+    for i, row, pixels in zip(*seen, strict=True):
+        images.append(ParityImage(s, s.images[i], row, int(pixels), taught.get(int(i))))
+    return images
 
 
 def _set_score(

@@ -188,7 +188,7 @@ def test_a_fused_run_end_to_end_learns_from_and_scores_the_fused_teacher(tmp_pat
     images = load(asked.evaluation_data, Path("cache")).evaluation[0].images
     units = []
     for teacher in map(teachers.load, (asked.teacher, *asked.other_teachers)):
-        kept, features = image_features(
+        kept, features, _ = image_features(
             torch.nn.Sequential(teacher.tower), images, teacher.preprocess, "by hand", CPU
         )
         units.append(F.normalize(teacher.features(torch.from_numpy(features)), dim=-1))
