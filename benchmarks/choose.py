@@ -91,7 +91,8 @@ def answers(
     """A student's features of every part, by its name, and the head that it ships with."""
     without = {k: v for k, v in READINGS[DEFAULT].items() if k != "edu_attention"}
     if name in schedules.SCHEDULES:
-        losses = family.METHODS[folds.PLAIN]
+        captions = schedules.SCHEDULES[name].captions
+        losses = family.METHODS[folds.WITH_CAPTIONS if captions else folds.PLAIN]
         return folds.answers(schedules.scheduled(bench, name), losses, "small", seed, teacher)
     if name in MIXES:
         return folds.answers(bench, MIXES[name], "frozen", seed, teacher)

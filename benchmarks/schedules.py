@@ -14,6 +14,8 @@ class Schedule(NamedTuple):
     """times the recipe's"""
     views: int = 2
     """cached of an image"""
+    captions: bool = False
+    """whether a contrastive term on balanced class captions is beside the rest"""
 
 
 LAST_THIRD = {"average_last": 1 / 3}
@@ -25,6 +27,7 @@ SCHEDULES = {
     "twice the epochs": Schedule(epochs=2),
     "twice the epochs, mean of the last third": Schedule(LAST_THIRD, epochs=2),
     "twice the epochs, 4 views": Schedule(epochs=2, views=4),
+    "class captions": Schedule(captions=True),
 }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from edgeclip.cli.group import command
-from edgeclip.cli.options import Choice, json_option, print_json, run_argument, say
+from edgeclip.cli.options import PATH, Choice, json_option, print_json, run_argument, say
 
 PROTOCOLS = ("zero_shot", "base_to_novel", "cross_dataset", "domain_generalization", "retrieval")
 RENAMED = {"domain_generalisation": "domain_generalization"}
@@ -47,21 +47,39 @@ def evaluate(run: Path | None, protocol: str, data: tuple[str, ...], as_json: bo
 
 
 @command()
-@run_argument
+@click.argument("runs", type=PATH, nargs=-1)
+@click.option("--open", "show", is_flag=True, help="Open the page in the browser.")
 @json_option
-def report(run: Path | None, as_json: bool) -> None:
-    """Write RUN's report.html: accuracy step by step, and ship or not.
+def report(runs: tuple[Path, ...], show: bool, as_json: bool) -> None:
+    """Write report.html into each of RUNS: ship or not, and why.
 
-    RUN is a run folder, runs/latest by default. Nothing is measured here: a figure that `validate`
-    or `bench` did not write is shown as "not measured".
+    RUNS are run folders, runs/latest by default. Of several one more page has all side by side.
+    Nothing is measured here: a figure that `validate` or `bench` did not write is shown as "not
+    measured".
 
     \b
-    Example:
+    Examples:
         edgeclip report runs/quickstart
+        edgeclip report runs/clothing runs/grocery --open
     """
     from edgeclip.reports.html import report as write
+    from edgeclip.reports.html import side_by_side
     from edgeclip.reports.store import latest_run
 
-    path, verdicts = write(latest_run(run))
+    folders = [latest_run(run) for run in runs or (None,)]
+    pages = []
+    verdicts: dict[str, str] = {}
+    for folder in folders:
+        path, of_targets = write(folder)
+        pages.append(path)
+        before = f"{folder.name}: " if len(folders) > 1 else ""
+        verdicts |= {f"{before}{target}": verdict for target, verdict in of_targets.items()}
+    if len(folders) > 1:
+        pages.append(side_by_side(folders))
     lines = [f"{target}: {verdict}" for target, verdict in verdicts.items()]
-    say(as_json, {"report": str(path), "verdicts": verdicts}, "\n".join([*lines, str(path)]))
+    record: dict[str, object] = {"report": str(pages[-1]), "verdicts": verdicts}
+    if len(folders) > 1:
+        record["reports"] = [str(page) for page in pages]
+    say(as_json, record, "\n".join([*lines, *(str(page) for page in pages)]))
+    if show:
+        click.launch(str(pages[-1]))

@@ -8,6 +8,19 @@ from edgeclip.disk import FORMAT as FORMAT
 from edgeclip.disk import Record as Record
 
 
+class Histogram(Record):
+    """How latencies are spread."""
+
+    low_ms: float
+    """the least"""
+    high_ms: float
+    """the 99th percentile; of few queries the largest"""
+    counts: list[int]
+    """queries in bins of equal width between the two"""
+    beyond: int
+    """queries above"""
+
+
 class Latency(Record):
     """Latencies of one query after another."""
 
@@ -26,6 +39,8 @@ class Latency(Record):
     latency_ms_p90_high: float | None = None
     latency_ms_p99_low: float | None = None
     latency_ms_p99_high: float | None = None
+    histogram: Histogram | None = None
+    """null: a report of an older edgeclip"""
 
 
 class Scenario(Latency, kw_only=True):

@@ -19,6 +19,7 @@ import numpy as np
 
 from edgeclip.device import machine
 from edgeclip.device.bench_report import (
+    Histogram,
     Latency,
     Sustained,
     Window,
@@ -29,6 +30,8 @@ WARM_UP = 10
 P99_QUERIES = 1000
 """a p99 of fewer is not quoted"""
 WINDOWS = 10
+BINS = 24
+"""of a histogram"""
 
 
 def run_scenario(
@@ -76,7 +79,15 @@ def summary(latencies: list[float]) -> Latency:
         latency_ms_p90_high=high,
         latency_ms_p99_low=p99_low,
         latency_ms_p99_high=p99_high,
+        histogram=_histogram(ms),
     )
+
+
+def _histogram(ms: np.ndarray) -> Histogram:
+    low, high = float(ms.min()), float(np.percentile(ms, 99))
+    within = ms[ms <= high]
+    counts, _ = np.histogram(within, bins=BINS, range=(low, max(high, low + 1e-6)))
+    return Histogram(low_ms=low, high_ms=high, counts=counts.tolist(), beyond=len(ms) - len(within))
 
 
 def sustained(query: Callable[[Any], Any], samples: list[Any], seconds: float) -> Sustained:

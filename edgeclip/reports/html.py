@@ -1,28 +1,65 @@
-"""`edgeclip report`: one self-contained HTML page: what was lost at each step, ship or not.
+"""`edgeclip report`: one self-contained HTML page: ship or not, and why.
 
 Everything on it is read from the run's JSON; nothing is measured here. A figure that nobody
-measured is printed as "not measured". The page needs no network: plots are inline SVG.
+measured is printed as "not measured". The page needs no network and runs no script: plots are
+inline SVG, images data URIs.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgeclip import __version__, disk
+from edgeclip.device import rules
 from edgeclip.device.intervals import Limits, harmonic_mean_limits
 from edgeclip.device.machine import processor
 from edgeclip.device.per_class import shown
 from edgeclip.device.target import Floor
+from edgeclip.reports import tables
+from edgeclip.reports.headline import headline
 from edgeclip.reports.models import MODELS
+from edgeclip.reports.provenance import provenance
 from edgeclip.reports.results import (
     EvaluationResults,
     ProtocolRecord,
     read_protocols,
     read_results,
 )
-from edgeclip.reports.targets import collect, form, waterfall
-from edgeclip.reports.thumbnails import changed
+from edgeclip.reports.tables import Table
+from edgeclip.reports.targets import Target, collect
+from edgeclip.reports.thumbnails import Shown, changed
 
-TEMPLATE = Path(__file__).parent / "report.html.j2"
+TEMPLATES = Path(__file__).parent
+GLOSSARY = {
+    "top-1": "share of images whose first answer over all labels of the bundle is right",
+    "fp32": "the float32 student in torch, before export",
+    "lost pp": "top-1 lost from one system to another on the same images, in percentage points",
+    "unseen": "images that took no part in training, calibration or the search",
+    "95 % limits": "the figure lies between them in 95 of 100 such samples, at either side",
+    "centered cosine": "closeness of features after their common mean is taken away; 1 is equal",
+    "p90": "nine of ten queries take at most so long",
+    "floor": "the least accuracy that a recipe or target asks of a bundle by itself",
+    "own list": "answers among the classes of one set alone, as papers do",
+    "would take": "so many images would settle it, if they answer as these did",
+}
+
+
+class Detail(NamedTuple):
+    """What the page says of one bundle on one device."""
+
+    target: Target
+    asked: Table
+    failures: list[str]
+    """of another kind than a rule"""
+    dumbbells: Any
+    steps: Table | None
+    changed: list[Shown]
+    classes: Table | None
+    sets: Table | None
+    spread: Any
+    load: Any
+    times: str
+    history: Table | None
+    candidates: Table | None
 
 
 def report(run: Path) -> tuple[Path, dict[str, str]]:
@@ -32,23 +69,82 @@ def report(run: Path) -> tuple[Path, dict[str, str]]:
     manifest = disk.read_manifest(run, "run")
     results = read_results(run)
     targets = collect(run)
-    steps = waterfall(results, targets)
-    page = _template().render(
+    name = f"runs/{run.name}"
+    head = headline(name, targets)
+    details = [_detail(run, target) for target in targets]
+    if head is not None:
+        details.sort(key=lambda d: d.target is not head.target)
+    parity = head.target.parity if head else None
+    page = _template("report.html.j2").render(
         run=run.name,
+        path=name,
         version=__version__,
-        results=results,
-        models=MODELS,
-        protocols=_protocols(run, manifest.get("student")),
-        recipe=(run / "recipe.yaml").read_text(encoding="utf-8"),
+        head=head,
+        steps=parity.waterfall if parity else None,
+        times=tables.times(head.target) if head else "",
+        details=details,
         targets=targets,
-        changed={target.row: changed(run, target.parity) for target in targets},
-        mean_limits=_mean_limits(results),
+        every_target=tables.every_target(targets),
         asked_floor=any(target.floor != Floor() for target in targets),
-        waterfall=steps,
-        plots=plots(results, targets, steps),
+        results=results,
+        networks=tables.networks(results),
+        models=MODELS,
+        mean_limits=_mean_limits(results),
+        protocols=_protocols(run, manifest.get("student")),
+        plots=plots(results, targets),
+        glossary=GLOSSARY.items(),
+        **provenance(run, name, targets)._asdict(),
     )
     disk.write_text(run / "report.html", page)
     return run / "report.html", {target.row: target.verdict for target in targets}
+
+
+def side_by_side(runs: list[Path]) -> Path:
+    """Write one page of several runs beside the first one's folder; return its path."""
+    heads = []
+    rows: list[list[str]] = []
+    trained: list[list[str]] = []
+    for run in runs:
+        targets = collect(run)
+        heads.append((run.name, headline(f"runs/{run.name}", targets)))
+        of_targets = tables.every_target(targets)
+        rows += [[f"{run.name}: {row[0]}", *row[1:]] for row in of_targets.rows]
+        trained.append(tables.trained(run.name, read_results(run)))
+    page = _template("several.html.j2").render(
+        names=[run.name for run in runs],
+        heads=heads,
+        every_target=Table(tables.TARGET_HEADERS, rows),
+        trained=Table(tables.TRAINED_HEADERS, trained),
+        glossary=GLOSSARY.items(),
+        version=__version__,
+    )
+    path = runs[0].parent / f"report-{'-'.join(run.name for run in runs)}.html"
+    disk.write_text(path, page)
+    return path
+
+
+def _detail(run: Path, target: Target) -> Detail:
+    from edgeclip.reports import plots
+
+    parity, bench = target.parity, target.bench
+    ruled = [rule for r in (parity, bench) if r is not None for rule in r.rules]
+    lines = {rules.line(rule) for rule in ruled}
+    failures = [f for r in (parity, bench) if r is not None for f in r.failures if f not in lines]
+    return Detail(
+        target=target,
+        asked=tables.asked(target),
+        failures=failures,
+        dumbbells=plots.dumbbells(parity) if parity else None,
+        steps=tables.steps(parity) if parity and parity.waterfall else None,
+        changed=changed(run, parity),
+        classes=tables.worst_classes(parity) if parity and parity.classes else None,
+        sets=tables.sets(parity) if parity and parity.sets else None,
+        spread=plots.spread(bench) if bench else None,
+        load=plots.load_curve(bench.sustained) if bench and bench.sustained else None,
+        times=tables.times(target),
+        history=tables.history(target) if len(target.history) > 1 else None,
+        candidates=tables.candidates(target) if target.quantization else None,
+    )
 
 
 def _mean_limits(results: EvaluationResults) -> Limits | None:
@@ -65,33 +161,35 @@ def _mean_limits(results: EvaluationResults) -> Limits | None:
     return harmonic_mean_limits(first, second)
 
 
-def _template() -> Any:
+def _template(name: str) -> Any:
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     filters = {
         "shown": shown,
-        "number": _number,
-        "millions": _millions,
-        "form": form,
+        "number": tables.number,
+        "linked": _linked,
         "processor": processor,
     }
     environment.filters.update(filters)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return environment.get_template(name)
 
 
-def _number(value: float | int | None, digits: int = 2) -> str:
-    if value is None:
-        return "not measured"
-    return f"{value:.{digits}f}"
+def _linked(header: str) -> Any:
+    """Return a header that links to the first word of the glossary in it."""
+    import markupsafe
 
-
-def _millions(value: float | int | None, digits: int) -> str:
-    if value is None:
-        return _number(None)
-    return f"{value / 1e6:.{digits}f} M"
+    for word in GLOSSARY:
+        if word in header:
+            place = word.replace(" ", "-")
+            return markupsafe.Markup('<a href="#{}">{}</a>').format(place, header)
+    return header
 
 
 def _protocols(run: Path, student: str | None) -> list[ProtocolRecord]:

@@ -9,10 +9,12 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from edgeclip.device.bench_report import BenchReport, Histogram, Sustained
 from edgeclip.device.manifest import CandidateRow, SearchRecord
+from edgeclip.device.records import ParityReport
 from edgeclip.reports.models import MODELS
 from edgeclip.reports.results import EvaluationResults
-from edgeclip.reports.targets import Target, Waterfall, form
+from edgeclip.reports.targets import Target, form
 
 STYLE: Any = {
     "svg.hashsalt": "edgeclip",
@@ -29,33 +31,89 @@ class Plot(NamedTuple):
     svg: str
 
 
-def plots(results: EvaluationResults, targets: Sequence[Target], steps: Waterfall) -> list[Plot]:
-    """Return accuracy by step, the offsets' trade, accuracy against latency, each search, and the
-    losses.
+def plots(results: EvaluationResults, targets: Sequence[Target]) -> list[Plot]:
+    """Return the offsets' trade, accuracy against latency, each search, and the losses.
 
     A plot of which nothing was measured is left out.
     """
-    drawn = [_steps(steps), _trade(results), _latency(targets)]
+    drawn = [_latency(targets), _trade(results)]
     for target in targets:
         drawn.append(_search(target))
     drawn.append(_losses(results))
     return [plot for plot in drawn if plot is not None]
 
 
-def _steps(steps: Waterfall) -> Plot:
+def dumbbells(parity: ParityReport) -> Plot | None:
+    """Return the steps from the teacher to the device, each with its interval; None: not known."""
+    found = parity.waterfall
+    if found is None:
+        return None
+    steps = [*found.steps, found.whole]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7, 0.45 * len(steps) + 1.1))
+        axes = figure.subplots()
+        allowed = parity.tolerance.accuracy_drop_pp
+        axes.axvspan(-allowed, allowed, color="C2", alpha=0.15, label=f"allowed: {allowed:g} pp")
+        axes.axvline(0, color="0.5", linewidth=0.8)
+        for i, step in enumerate(steps):
+            axes.plot([step.lower_pp, step.upper_pp], [i, i], color="C0", linewidth=2)
+            axes.plot([0, step.drop_pp], [i, i], color="C1", linewidth=4, alpha=0.5)
+            axes.scatter([0, step.drop_pp], [i, i], color=["0.5", "C1"], zorder=3)
+        axes.set_yticks(range(len(steps)), [step.name for step in steps])
+        axes.invert_yaxis()
+        axes.set_xlabel("top-1 lost, percentage points (line: 95 % limits)")
+        axes.legend(fontsize=7, frameon=False, loc="lower right")
+        return Plot(
+            "What each step lost of the one before it, on the same unseen images", _svg(figure)
+        )
+
+
+def spread(bench: BenchReport) -> Plot | None:
+    """Return the stages of an image, and how the times of whole images are spread."""
+    whole, stages = bench.whole_image, bench.stages
+    if whole is None or stages is None or whole.from_file.histogram is None:
+        return None
     with rc_context(STYLE):
         figure = Figure(figsize=(7, 3))
+        bar, axes = figure.subplots(2, 1, height_ratios=(1, 4))
+        left = 0.0
+        for name in ("decode", "preprocess", "model", "head"):
+            ms = getattr(stages, f"{name}_ms") or 0.0
+            bar.barh([0], [ms], left=left, label=f"{name} {ms:.2f} ms")
+            left += ms
+        bar.set_yticks([])
+        bar.set_xlim(left=0)
+        bar.legend(fontsize=7, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+        for what, of in (("from bytes", whole.from_file), ("from a camera", whole.from_frame)):
+            if of.histogram is not None:
+                _bins(axes, of.histogram, f"{what}: p90 {of.latency_ms_p90:.2f} ms")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("milliseconds from an image to its label")
+        axes.set_ylabel("queries")
+        axes.legend(fontsize=7, frameon=False)
+        return Plot("Median stages of an image, and all queries up to their p99", _svg(figure))
+
+
+def _bins(axes: Any, histogram: Histogram, label: str) -> None:
+    width = (histogram.high_ms - histogram.low_ms) / len(histogram.counts)
+    edges = [histogram.low_ms + i * width for i in range(len(histogram.counts) + 1)]
+    axes.stairs(histogram.counts, edges, fill=True, alpha=0.5, label=label)
+
+
+def load_curve(sustained: Sustained) -> Plot:
+    """Return the p90 of each tenth of a sustained load."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7, 2.2))
         axes = figure.subplots()
-        width = 0.8 / len(steps.steps)
-        for i, step in enumerate(steps.steps):
-            places = [x + i * width for x in range(len(step.scores))]
-            heights = [_or_nan(score.top1) for score in step.scores]
-            axes.bar(places, heights, width, label=step.name)
-        ticks = [x + 0.4 - width / 2 for x in range(len(steps.sets))]
-        axes.set_xticks(ticks, steps.sets)
-        axes.set_ylabel("top-1 accuracy")
-        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        return Plot("Accuracy of each step; a bundle's on a part of the images", _svg(figure))
+        tenth = sustained.minutes / len(sustained.windows)
+        minutes = [(i + 0.5) * tenth for i in range(len(sustained.windows))]
+        axes.plot(minutes, [w.latency_ms_p90 for w in sustained.windows], marker="o", label="p90")
+        axes.plot(minutes, [w.latency_ms_p50 for w in sustained.windows], marker=".", label="p50")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("minutes of sustained load")
+        axes.set_ylabel("model, ms")
+        axes.legend(fontsize=7, frameon=False)
+        return Plot("The model under sustained load", _svg(figure))
 
 
 def _trade(results: EvaluationResults) -> Plot | None:

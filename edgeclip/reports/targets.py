@@ -12,7 +12,6 @@ from edgeclip.device.manifest import CandidateRow, LintRecord, SearchRecord, rea
 from edgeclip.device.records import ParityReport
 from edgeclip.device.target import Floor
 from edgeclip.reports.history import Entry, read
-from edgeclip.reports.results import EvaluationResults
 
 
 class Target(NamedTuple):
@@ -28,6 +27,8 @@ class Target(NamedTuple):
     """of the image encoder"""
     quantization: SearchRecord | None
     lint: LintRecord | None
+    digest: str = ""
+    """sha256 of the bundle's manifest"""
     floor: Floor = Floor()
     """what the bundle must reach by itself"""
     history: Sequence[Entry] = ()
@@ -49,33 +50,6 @@ class Target(NamedTuple):
     def answer(self) -> Answer:
         """Whether everything that was asked holds."""
         return answer(self.parity, self.bench)
-
-
-class Scored(NamedTuple):
-    """Top-1 accuracy on one set."""
-
-    top1: float | None
-    """None: not measured"""
-    images: int
-
-
-class Step(NamedTuple):
-    """What one step left: the teacher, the student, or a bundle on a device."""
-
-    name: str
-    scores: list[Scored]
-    """one per set"""
-
-
-class Waterfall(NamedTuple):
-    """Top-1 accuracy, step by step.
-
-    A bundle is compared on a part of the images, so what it lost stands in its parity report, not
-    between two rows of this.
-    """
-
-    sets: list[str]
-    steps: list[Step]
 
 
 def collect(run: Path) -> list[Target]:
@@ -105,6 +79,7 @@ def _targets(run: Path, folder: Path) -> list[Target]:
             bytes=manifest.image_encoder_bytes,
             quantization=manifest.quantization,
             lint=manifest.lint,
+            digest=disk.sha256(folder / disk.MANIFEST),
             floor=manifest.target.floor,
             history=read(run / "reports" / f"{folder.name}.{device}.history.json"),
         )
@@ -183,28 +158,6 @@ def _unknown(parity: ParityReport | None, bench: BenchReport | None) -> list[str
         found.append(f"times unknown: {rules.under_load(bench)}")
     found += [rules.line(r) for r in bench.rules if r.answer == "cannot tell"]
     return found
-
-
-def waterfall(results: EvaluationResults, targets: list[Target]) -> Waterfall:
-    """Return the top-1 accuracy of teacher, student, and each validated bundle."""
-    names = [score.name for score in results.sets]
-    steps = []
-    for model in ("teacher", "student"):
-        scores = []
-        for score in results.sets:
-            top1 = getattr(getattr(score, model), "top1", None)
-            scores.append(Scored(top1, score.images))
-        steps.append(Step(model, scores))
-
-    for target in targets:
-        if target.parity is None or not target.parity.sets:
-            continue
-        known = {}
-        for bundle in target.parity.sets:
-            known[bundle.name] = Scored(bundle.bundle_top1, bundle.images)
-        scores = [known.get(name, Scored(None, 0)) for name in names]
-        steps.append(Step(target.row, scores))
-    return Waterfall(names, steps)
 
 
 def form(candidate: CandidateRow) -> str:

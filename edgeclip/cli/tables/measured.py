@@ -97,6 +97,8 @@ def _parity_row(report: ParityReport) -> list[Any]:
 def _parity_lines(report: ParityReport) -> list[str]:
     lines = [rules.line(rule) for rule in report.rules]
     lines += [failure for failure in report.failures if failure not in lines]
+    if report.waterfall is not None:
+        lines.append(f"steps: {report.waterfall.most}")
     if report.not_compared is not None:
         cosine = number(report.golden.cosine_min, 4) or "not finite"
         why = f"only its golden images were compared (cosine {cosine})"

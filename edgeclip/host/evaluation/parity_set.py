@@ -5,8 +5,8 @@ evaluation/images.tar          the images' own bytes, in order (pictures.tar in 
            teacher_features.npy  [n, D] float32, the teacher's; not a number where it was not asked;
                                no file where it never was
            evaluation.json     the student's preprocess and what its pixels are known by, labels,
-                               the teacher's answers, each set's name, note, classes and rows, sha256 of every
-                               image that was held out
+                               the teacher's answers, each set's name, note, classes and rows,
+                               sha256 of every image that was held out
 """
 
 import io
@@ -47,6 +47,24 @@ class ParityImage(NamedTuple):
     """fingerprint of what the student saw"""
     teacher: TeachersAnswer | None = None
     """None: not asked, or no longer at hand"""
+
+
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def parity_images(s: EvaluationSet, seen: Columns, taught: Columns | None) -> list[ParityImage]:
+    """Return a set's images as the student and its teacher answer them.
+
+    seen: places [n], the student's features [n, D], fingerprints [n]. taught: places [m], the
+    teacher's features [m, D], its answers [m]; None: it is not at hand.
+    """
+    known: dict[int, TeachersAnswer] = {}
+    for i, features, answer in zip(*(taught or ((), (), ())), strict=True):
+        known[int(i)] = TeachersAnswer(features, int(answer))
+    images = []
+    for i, row, pixels in zip(*seen, strict=True):
+        images.append(ParityImage(s, s.images[i], row, int(pixels), known.get(int(i))))
+    return images
 
 
 def write_parity_set(
@@ -105,9 +123,9 @@ def _teachers_features(images: list[ParityImage]) -> np.ndarray:
 
 def _write_tar(path: Path, images: list[ParityImage]) -> None:
     with tarfile.open(path, "w") as tar:
-        for i, (_, image, _) in enumerate(images):
-            content = read(image)
-            suffix = Path(image.key).suffix or ".jpg"
+        for i, scored in enumerate(images):
+            content = read(scored.image)
+            suffix = Path(scored.image.key).suffix or ".jpg"
             member = tarfile.TarInfo(f"{i:06d}{suffix}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))

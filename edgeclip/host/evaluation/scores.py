@@ -31,7 +31,7 @@ from edgeclip.device.zero_shot import EduAttention, class_scores, offsets
 from edgeclip.host import recipe as R
 from edgeclip.host.adapt.class_offset import Choices, choices, trade
 from edgeclip.host.data import Dataset, EvaluationSet
-from edgeclip.host.evaluation.parity_set import ParityImage, TeachersAnswer, write_parity_set
+from edgeclip.host.evaluation.parity_set import ParityImage, parity_images, write_parity_set
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.host.teachers import Teacher
 from edgeclip.progress import say, track
@@ -345,7 +345,12 @@ def evaluate(
             set_back = offsets(subject.teachers_class_offset, data.classes)
             kept_by_teacher, of_teacher, _ = teacher(s.images, s.name)
             theirs = Answers(kept_by_teacher, of_teacher, subject.class_features, set_back)
-        parity += _parity_images(s, seen, theirs)
+        taught = None
+        if theirs is not None:
+            every = theirs.class_features
+            said = class_scores(theirs.features, every, offsets=theirs.offsets).argmax(axis=1)
+            taught = (theirs.kept, theirs.features, said)
+        parity += parity_images(s, seen, taught)
         if not s.headline:
             continue
         sets.append(_set_score(subject, s, own, theirs))
@@ -358,21 +363,6 @@ def evaluate(
     means = mean_over([by_name[name] for name in data.halves], lambda top1: harmonic_mean(*top1))
     labeled, unlabeled = data.halves
     return Scores(sets, *means, trade(halves[labeled], halves[unlabeled]))
-
-
-def _parity_images(
-    s: EvaluationSet, seen: ImageFeatures, theirs: Answers | None
-) -> list[ParityImage]:
-    """Return what `validate` compares a bundle with; theirs: the teacher's, where it is at hand."""
-    taught: dict[int, TeachersAnswer] = {}
-    if theirs is not None:
-        scores = class_scores(theirs.features, theirs.class_features, offsets=theirs.offsets)
-        rows = zip(theirs.kept, theirs.features, scores.argmax(axis=1), strict=True)
-        taught = {int(i): TeachersAnswer(row, int(answer)) for i, row, answer in rows}
-    images = []
-    for i, row, pixels in zip(*seen, strict=True):
-        images.append(ParityImage(s, s.images[i], row, int(pixels), taught.get(int(i))))
-    return images
 
 
 def _set_score(
