@@ -28,6 +28,7 @@ from edgeclip.boards.link import AGAIN, Link, Message, SshOptions, connect
 from edgeclip.device import energy, machine
 from edgeclip.device.bench_report import (
     BenchReport,
+    Beside,
     EnergyMarks,
     PreflightRow,
 )
@@ -281,6 +282,19 @@ class Board:
         if meter_csv is None or before is None or report.marks is None:
             return report
         return self._metered(report, report.marks, meter_csv, before)
+
+    def beside(self, bundles: list[Bundle]) -> Beside:
+        """Return the times of several bundles turn by turn."""
+        first, *others = bundles
+        places = [self.places[bundle.folder] for bundle in others]
+        answer, _ = self._run("beside", first, beside=places)
+        found = from_json(answer, Beside, self.name)
+        names = [bundle.folder.name for bundle in bundles]
+        rows = [
+            msgspec.structs.replace(row, name=name)
+            for row, name in zip(found.rows, names, strict=True)
+        ]
+        return msgspec.structs.replace(found, rows=rows)
 
     def _metered(
         self, report: BenchReport, marks: EnergyMarks, meter_csv: Path, before: tuple[float, float]

@@ -22,12 +22,11 @@ from edgeclip.boards.board import Board, Load
 from edgeclip.boards.judging import Judge
 from edgeclip.device import machine, power
 from edgeclip.device import profile as D
-from edgeclip.device.bench import SCENARIOS, Plan, incomplete
+from edgeclip.device.bench import REFUSED, SCENARIOS, Plan, incomplete
 from edgeclip.device.bench import bench as bench_here
-from edgeclip.device.bench_report import (
-    BenchReport,
-    PreflightRow,
-)
+from edgeclip.device.bench_report import BenchReport, Beside, PreflightRow
+from edgeclip.device.beside import beside as beside_here
+from edgeclip.device.beside import of_one_student
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.conformance import Answers, Pack
 from edgeclip.device.conformance import answer as answer_here
@@ -72,6 +71,9 @@ class Measurer(Protocol):
 
     def bench(self, bundle: Bundle, load: Load) -> BenchReport:
         """Return the bench report."""
+
+    def beside(self, bundles: list[Bundle]) -> Beside:
+        """Return the times of several bundles turn by turn, against the first one's."""
 
     def selftest(self, bundle: Bundle) -> SelftestReport:
         """Return the self-test's report."""
@@ -123,10 +125,13 @@ class Here:
         return observe_here(bundle, evaluation)
 
     def bench(self, bundle: Bundle, load: Load) -> BenchReport:
-        images = None
-        if self.evaluation is not None:
-            images = self.evaluation.folder
-        return bench_here(bundle, self.device, self.facts, images, Plan(*load))
+        return bench_here(bundle, self.device, self.facts, self._images(), Plan(*load))
+
+    def beside(self, bundles: list[Bundle]) -> Beside:
+        return beside_here(bundles, self._images())
+
+    def _images(self) -> Path | None:
+        return None if self.evaluation is None else self.evaluation.folder
 
     def selftest(self, bundle: Bundle) -> SelftestReport:
         return selftest_here(bundle, self.device)
@@ -270,6 +275,8 @@ class Benched(NamedTuple):
     reports: list[BenchReport]
     parities: list[ParityReport | None]
     """the parity report that counts for each; None: not validated there"""
+    beside: list[Beside]
+    """the bundles turn by turn, one; none: fewer than two of one student, or not asked"""
 
 
 def bench(
@@ -287,7 +294,7 @@ def bench(
     chosen = choose(selection)
     evaluation = _evaluation(chosen.run)
     load = Load(_minimum(chosen), scenarios, minutes, meter_csv)
-    out = Benched([], [])
+    out = Benched([], [], [])
     with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
         rows = measurer.prepare(chosen.bundles, evaluation, "bench")
         for bundle in chosen.bundles:
@@ -300,6 +307,11 @@ def bench(
                 report = msgspec.structs.replace(report, failures=failures, verdict="fails")
             out.reports.append(store.write(report, chosen.name, chosen.run, bundle))
             out.parities.append(parity)
+        together = of_one_student(chosen.bundles)
+        timed = all(REFUSED not in report.failures for report in out.reports)
+        if len(together) > 1 and timed and "whole_image" in scenarios:
+            found = measurer.beside(together)
+            out.beside.append(store.write_beside(found, chosen.name, chosen.run))
     return out
 
 

@@ -124,7 +124,7 @@ def bench(
         chosen = measure.Selection(device, **selection)
         benched.append(measure.bench(chosen, scenarios, minutes, meter_csv))
         if not as_json:
-            measured.bench(benched[-1].reports)
+            measured.bench(benched[-1].reports, benched[-1].beside)
     reports = _compared(benched, as_json)
     sys.exit(exit_code(reports))
 
@@ -140,7 +140,9 @@ def _compared(benched: list[Any], as_json: bool) -> list[Any]:
         reports += one.reports
         parities += one.parities
     rows = comparison.rows(reports, parities)
-    lines = comparison.int8_gain(reports)
+    lines: list[str] = []
+    if not any(one.beside for one in benched):  # else they were timed turn by turn, which is better
+        lines = comparison.int8_gain(reports)
     if as_json and len(benched) == 1:
         print_json(reports)
     elif as_json:

@@ -45,6 +45,8 @@ class Work(Record):
     scenarios: tuple[str, ...] = ()
     minutes: float = 0.0
     metered: bool = False
+    beside: tuple[str, ...] = ()
+    """of beside: the other bundles' folders on the board"""
     pack: str | None = None
     """of conformance: the pack's folder on the board"""
 
@@ -75,6 +77,19 @@ def bench(work: Work, bundle: Bundle) -> Answer:
     return to_json(measure(bundle, work.device, machine.facts(), images, plan)), {}
 
 
+def beside(work: Work, bundle: Bundle) -> Answer:
+    """Time the bundles turn by turn."""
+    from edgeclip.device.beside import beside as measure
+
+    device = work.device
+    others = [
+        Bundle.load(folder, threads=device.threads, check=True, providers=device.providers)
+        for folder in work.beside
+    ]
+    images = None if work.evaluation is None else Path(work.evaluation)
+    return to_json(measure([bundle, *others], images)), {}
+
+
 def selftest(work: Work, bundle: Bundle) -> Answer:
     """Try the machine."""
     from edgeclip.device.selftest import selftest as examine
@@ -94,6 +109,7 @@ def conformance(work: Work, bundle: Bundle) -> Answer:
 VERBS = {
     "validate": validate,
     "bench": bench,
+    "beside": beside,
     "selftest": selftest,
     "conformance": conformance,
 }

@@ -92,7 +92,7 @@ def bench(
         return judged(blank, device, [REFUSED])
 
     name = bundle.manifest.target.name
-    sources = _images(bundle, evaluation)
+    sources = images_of(bundle, evaluation)
     inputs = [normalize(bundle.pixels(open_image(s))[None], bundle.preprocess) for s in sources]
     found: dict[str, Any] = {}
     others = OtherWork()
@@ -222,7 +222,7 @@ def _blank(bundle: Bundle, here: machine.Facts, ran: Ran, minimum: Minimum) -> B
     )
 
 
-def _images(bundle: Bundle, evaluation: Path | None) -> list[bytes]:
+def images_of(bundle: Bundle, evaluation: Path | None) -> list[bytes]:
     """Return encoded images to measure with."""
     if evaluation is not None:
         return [read(image) for image in index_tar(images_tar(evaluation))[:SAMPLES]]
@@ -242,7 +242,7 @@ def _whole_image(bundle: Bundle, sources: list[bytes], minimum: Minimum) -> dict
     laps: list[np.ndarray] = []
 
     def classify(source: bytes) -> None:
-        laps.append(_laps(bundle, source))
+        laps.append(stage_seconds(bundle, source))
 
     run_scenario(classify, sources, minimum.min_duration_s, minimum.min_query_count)
     seconds = np.array(laps[WARM_UP:])
@@ -256,7 +256,7 @@ def _whole_image(bundle: Bundle, sources: list[bytes], minimum: Minimum) -> dict
     }
 
 
-def _laps(bundle: Bundle, source: bytes) -> np.ndarray:
+def stage_seconds(bundle: Bundle, source: bytes) -> np.ndarray:
     """Return [4] the seconds of each stage of one `classify`: decode, preprocess, model, head."""
     times = [time.perf_counter()]
     image = open_image(source)

@@ -220,3 +220,42 @@ class BenchReport(Record, kw_only=True):
     """budgets exceeded, timings refused, a line each"""
     verdict: Literal["holds", "fails", "cannot tell"] | None = None
     """null: a report of an older edgeclip"""
+
+
+class Ratio(Record):
+    """How many times as fast, with the 95 % interval of the median."""
+
+    median: float
+    low: float
+    high: float
+
+
+class BesideRow(Record, kw_only=True):
+    """One of several bundles that were timed turn by turn."""
+
+    name: str
+    """of the bundle's folder"""
+    bundle: str
+    """sha256 of the bundle's manifest"""
+    precision: str
+    whole_ms: float
+    """median of an image's bytes to its label"""
+    model_ms: float
+    whole: Ratio
+    """times as fast as the first row for a whole image"""
+    model: Ratio
+    """the same for the model alone"""
+
+
+class Beside(Record, kw_only=True):
+    """Bundles of one student on one device, turn by turn; the first row is the reference."""
+
+    kind: Literal["beside"] = "beside"
+    format: int = FORMAT
+    device: str | None = None
+    """the profile's name"""
+    machine: Facts
+    rounds: int
+    others_busy: float | None
+    """processors that other work had on average meanwhile; null: cannot be read"""
+    rows: list[BesideRow]

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import msgspec
 import numpy as np
 
-from edgeclip.device.bench_report import BenchReport, Latency
+from edgeclip.device.bench_report import BenchReport, Beside, Latency
 from edgeclip.device.intervals import (
     LEVEL,
     Answer,
@@ -222,7 +222,7 @@ class Cost(NamedTuple):
     """that it was measured on"""
 
 
-def loaded(report: BenchReport) -> bool:
+def loaded(report: BenchReport | Beside) -> bool:
     """Return whether other work had too much of the machine while it was timed."""
     return report.others_busy is not None and not report.others_busy <= QUIET
 

@@ -2,14 +2,17 @@
 
 Of bundles that hold everything that was asked, the accuracies are equal for all that the margin
 says, so the one with the quickest whole image is recommended, and why the others are not is told.
+Times of bundles that were timed turn by turn are compared before such of one after another.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from edgeclip.device import rules
+from edgeclip.device.bench_report import Beside
 from edgeclip.device.intervals import Answer
 from edgeclip.reports.targets import Target
+from edgeclip.reports.worth import row_of
 
 WORDS: dict[Answer, str] = {
     "holds": "SHIP",
@@ -34,39 +37,44 @@ class Headline(NamedTuple):
     """date of its newest report; empty: it has none"""
 
 
-def headline(run: str, targets: Sequence[Target]) -> Headline | None:
+def headline(
+    run: str, targets: Sequence[Target], besides: Sequence[Beside] = ()
+) -> Headline | None:
     """Return what the page says first; None: no bundle. run: as commands name it."""
     if not targets:
         return None
-    ordered = sorted(targets, key=_rank)
+    ordered = sorted(targets, key=lambda target: _rank(target, besides))
     best = ordered[0]
     return Headline(
         target=best,
         word=WORDS[best.answer],
         sentence=best.verdict.partition(": ")[2],
         next_step=_next_step(run, best),
-        others=[f"{other.row}: {_why_not(best, other)}" for other in ordered[1:]],
+        others=[f"{other.row}: {_why_not(best, other, besides)}" for other in ordered[1:]],
         when=max((entry.when for entry in best.history), default="")[:10],
     )
 
 
-def whole_image_ms(target: Target) -> float | None:
-    """Return the p90 from an image's bytes to its label; None: not measured, or under load."""
+def _whole_image_ms(target: Target, besides: Sequence[Beside]) -> float | None:
+    """Return an image's time to its label; None: not measured, or under load."""
+    row = row_of(besides, target.name, target.device)
+    if row is not None:
+        return row.whole_ms
     bench = target.bench
     if bench is None or bench.whole_image is None or rules.loaded(bench):
         return None
     return bench.whole_image.from_file.latency_ms_p90
 
 
-def _rank(target: Target) -> tuple[int, float, int]:
-    ms = whole_image_ms(target)
+def _rank(target: Target, besides: Sequence[Beside]) -> tuple[int, float, int]:
+    ms = _whole_image_ms(target, besides)
     return ORDER.index(target.answer), float("inf") if ms is None else ms, target.bytes
 
 
-def _why_not(best: Target, other: Target) -> str:
+def _why_not(best: Target, other: Target, besides: Sequence[Beside]) -> str:
     if other.answer != best.answer:
         return other.verdict
-    own, least = whole_image_ms(other), whole_image_ms(best)
+    own, least = (_whole_image_ms(target, besides) for target in (other, best))
     if own is None or least is None:
         return f"{WORDS[other.answer].lower()} too; its time is not known"
     return f"{WORDS[other.answer].lower()} too; {own:.2f} ms from image to label, not {least:.2f}"

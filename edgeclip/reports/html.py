@@ -14,7 +14,7 @@ from edgeclip.device.intervals import Limits, harmonic_mean_limits
 from edgeclip.device.machine import processor
 from edgeclip.device.per_class import shown
 from edgeclip.device.target import Floor
-from edgeclip.reports import tables
+from edgeclip.reports import tables, worth
 from edgeclip.reports.headline import headline
 from edgeclip.reports.models import MODELS
 from edgeclip.reports.provenance import provenance
@@ -70,7 +70,8 @@ def report(run: Path) -> tuple[Path, dict[str, str]]:
     results = read_results(run)
     targets = collect(run)
     name = f"runs/{run.name}"
-    head = headline(name, targets)
+    besides = worth.read(run)
+    head = headline(name, targets, besides)
     details = [_detail(run, target) for target in targets]
     if head is not None:
         details.sort(key=lambda d: d.target is not head.target)
@@ -83,6 +84,7 @@ def report(run: Path) -> tuple[Path, dict[str, str]]:
         steps=parity.waterfall if parity else None,
         times=tables.times(head.target) if head else "",
         details=details,
+        worth=[(b.device, worth.answer(b), worth.table(b)) for b in besides],
         targets=targets,
         every_target=tables.every_target(targets),
         asked_floor=any(target.floor != Floor() for target in targets),
@@ -106,7 +108,7 @@ def side_by_side(runs: list[Path]) -> Path:
     trained: list[list[str]] = []
     for run in runs:
         targets = collect(run)
-        heads.append((run.name, headline(f"runs/{run.name}", targets)))
+        heads.append((run.name, headline(f"runs/{run.name}", targets, worth.read(run))))
         of_targets = tables.every_target(targets)
         rows += [[f"{run.name}: {row[0]}", *row[1:]] for row in of_targets.rows]
         trained.append(tables.trained(run.name, read_results(run)))

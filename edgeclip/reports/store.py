@@ -7,6 +7,7 @@
     RUN/reports/<bundle folder>.<device>.bench-short.json         a shorter one afterwards
     RUN/reports/<bundle folder>.<device>.bench-under-load.json    one while other work went on
     RUN/reports/<bundle folder>.<device>.history.json   every report in short (history.py)
+    RUN/reports/<device>.beside.json                    the bundles of one student turn by turn
     RUN/reports/<bundle folder>.<device>.engines.json   TensorRT engines seen there (engines.py)
 
 A report counts for the bundle that it was made with, by the hash of the bundle's manifest: after
@@ -25,7 +26,7 @@ import msgspec
 from edgeclip import disk
 from edgeclip.device import rules
 from edgeclip.device.bench import SCENARIOS
-from edgeclip.device.bench_report import BenchReport
+from edgeclip.device.bench_report import BenchReport, Beside
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Device
 from edgeclip.device.records import (
@@ -132,6 +133,25 @@ def write(report: Report, device: str, run: Path | None, bundle: Bundle) -> Repo
     disk.write_record(aside, report)
     say(f"{aside}: kept beside the report that is better evidence, which counts")
     return report
+
+
+def write_beside(found: Beside, device: str, run: Path | None) -> Beside:
+    """Write how bundles compare on a device beside their run, and return it with the device in it.
+
+    One of a quiet machine is not replaced by one under load.
+    """
+    found = msgspec.structs.replace(found, device=device)
+    if run is None:
+        return found
+    place = run / "reports" / f"{device}.beside.json"
+    earlier = disk.read_record(place, Beside) if place.exists() else None
+    same = earlier is not None and [r.bundle for r in earlier.rows] == [
+        r.bundle for r in found.rows
+    ]
+    if earlier is not None and same and rules.loaded(found) and not rules.loaded(earlier):
+        place = place.with_name(f"{device}.beside-under-load.json")
+    disk.write_record(place, found)
+    return found
 
 
 def _lesser(report: Report, earlier: Report) -> str | None:

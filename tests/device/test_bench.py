@@ -7,7 +7,7 @@ import pytest
 
 from edgeclip.cli.tables import measured as tables
 from edgeclip.device import machine
-from edgeclip.device.bench import Plan, _images, _whole_image, bench, check_with, cold_start
+from edgeclip.device.bench import Plan, _whole_image, bench, check_with, cold_start, images_of
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.profile import Budget, Device, Minimum
 from edgeclip.device.records import to_json
@@ -86,7 +86,7 @@ def test_what_was_not_measured_is_null(measured, shipped_bundle):
     assert measured.energy_mj_per_image is None
     bundle = Bundle.load(shipped_bundle("onnx-fp32"))
     bundle.labels = []  # one that only embeds
-    found = _whole_image(bundle, _images(bundle, None), Minimum(0.0, 5))
+    found = _whole_image(bundle, images_of(bundle, None), Minimum(0.0, 5))
     assert found["stages"].head_ms is None
 
 

@@ -7,10 +7,11 @@ import click
 
 from edgeclip.cli.tables.plain import NOT_MEASURED, mebibytes, number, table
 from edgeclip.device import rules
-from edgeclip.device.bench_report import BenchReport, Energy, Latency, Sustained
+from edgeclip.device.bench_report import BenchReport, Beside, Energy, Latency, Sustained
 from edgeclip.device.load import P99_QUERIES
 from edgeclip.device.machine import processor
 from edgeclip.device.records import ParityReport
+from edgeclip.reports import worth
 from edgeclip.reports.comparison import Row
 
 PARITY = (
@@ -109,8 +110,8 @@ def _parity_lines(report: ParityReport) -> list[str]:
 # --- bench
 
 
-def bench(reports: Sequence[BenchReport]) -> None:
-    """Print what each bundle costs on one device."""
+def bench(reports: Sequence[BenchReport], besides: Sequence[Beside] = ()) -> None:
+    """Print what each bundle costs on one device; besides: how they compare turn by turn."""
     table([_bench_row(report) for report in reports], BENCH)
     first = reports[0]
     click.echo(_machine(first))
@@ -120,6 +121,9 @@ def bench(reports: Sequence[BenchReport]) -> None:
     for report in reports:
         for line in _bench_lines(report):
             click.echo(f"{report.target}: {line}")
+    for beside in besides:
+        for line in worth.lines(beside):
+            click.echo(line)
     for report in reports:
         click.echo(f"check {report.target} with: {report.check_with}")
 
