@@ -8,6 +8,7 @@
     int8        the bundle's own graph on this host; called by its precision
     device      the bundle on the device
 
+The images are the unseen ones that the teacher was asked about; all unseen ones where it was not.
 Each step is compared with the one before it, answer by answer over all labels and with the head
 that ships, so what the steps lost less what they won is that of the whole way. Steps that cannot be
 told apart are one: without a float32 bundle in the run there is no `export`, and where this host
@@ -76,6 +77,9 @@ class Steps:
         self.evaluation = evaluation
         self.student = student
         self.places = unseen_places(evaluation)
+        asked = self.places[student.teacher[self.places] >= 0]
+        if len(asked):  # the whole way, on the images that all of it is known of
+            self.places = asked
         self.labels = evaluation.labels[self.places]
         self._done: dict[tuple[str, Preprocess], np.ndarray] = {}
 

@@ -19,7 +19,15 @@ from edgeclip.device import validate as V
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.evaluation import load_evaluation
 from edgeclip.host.export import export
-from tests.support.toy_bundle import toy_target, toy_text, write_evaluation
+from edgeclip.host.export.source import from_model
+from tests.support.optional import require
+from tests.support.toy_bundle import (
+    LABELS,
+    export_tiny_clip,
+    toy_target,
+    toy_text,
+    write_evaluation,
+)
 
 IMAGES = 300
 HERE = profile.load("host-cpu")[1]
@@ -166,6 +174,27 @@ def test_a_lost_mask_of_the_text_encoder_is_named_by_typed_words(run, source):
     assert found.typed_words.lower_pp > 0
     assert "typed words" in found.most
     assert abs(lost(found)["int8"]) < 20
+
+
+def test_a_lost_causal_mask_of_clip_is_named_by_typed_words(tmp_path):
+    require("open_clip", "pip install 'edgeclip[train]'")
+    export_tiny_clip(tmp_path / "run" / "bundles" / "onnx-fp32")
+    source = from_model(
+        str(tmp_path / "run" / "bundles" / "tiny-clip.json"), "random", LABELS, None
+    )
+    text = source.load_text()
+    write_evaluation(tmp_path / "run" / "evaluation", source, IMAGES)
+    sound = steps_of(tmp_path / "run", "onnx-fp32").typed_words
+    assert sound.lost == sound.won == 0
+    for module in text.module.modules():
+        if getattr(module, "attn_mask", None) is not None:
+            module.attn_mask = None
+    shutil.rmtree(tmp_path / "run" / "bundles" / "onnx-fp32")
+    wrong = source._replace(load_text=lambda: text)
+    export(wrong, "onnx-fp32", toy_target("onnx-fp32"), tmp_path / "run" / "bundles" / "onnx-fp32")
+    found = steps_of(tmp_path / "run", "onnx-fp32")
+    assert found.typed_words.centered_cosine_p1 < sound.centered_cosine_p1 - 0.01
+    assert set(lost(found).values()) == {0}
 
 
 def test_a_device_that_computes_otherwise_is_named_as_device(made):
