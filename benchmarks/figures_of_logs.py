@@ -149,6 +149,50 @@ def power_misses(figures: dict[str, Any]) -> str:
     return markdown(["limits of", "misses"], cells)
 
 
+def waterfall_steps(figures: dict[str, Any]) -> str:
+    """Render results/waterfall.json: what each step of the bundles as they are lost."""
+    names = ("student", "export", "preprocess", "int8", "typed words")
+    rows = []
+    for r in figures["rows"]:
+        if r["at"] is not None:
+            continue
+        cells = []
+        for name in names:
+            step = r["steps"].get(name)
+            cells.append(
+                f"{step['drop_pp']:.2f} ({step['low']:.2f} to {step['high']:.2f})" if step else ""
+            )
+        apart = f"{r['apart']:d}"
+        rows.append(
+            [f"{r['run']}, {r['fault']}", r["images"], f"{r['start_top1']:.4f}", *cells, apart]
+        )
+    headers = ["run, bundle", "images", "teacher's top-1", *(f"{n}: pp lost" for n in names)]
+    return markdown([*headers, "images that steps and whole way differ by"], rows)
+
+
+def waterfall_faults(figures: dict[str, Any]) -> str:
+    """Render results/waterfall.json: what each planted fault did, and what the sentence named."""
+    rows = []
+    for r in figures["rows"]:
+        if r["at"] is None:
+            continue
+        step = r["steps"][r["at"]]
+        lost = f"{step['drop_pp']:.2f} ({step['low']:.2f} to {step['high']:.2f})"
+        cosine = "" if step["cosine"] is None else f"{step['cosine']:.3f}"
+        _, named, rest = r["most"].partition("most was lost by ")
+        says = rest.partition(":")[0] if named else "none loses so much that these images can tell"
+        rows.append([r["run"], r["fault"], r["at"], lost, cosine, says])
+    headers = [
+        "run",
+        "fault",
+        "planted in",
+        "pp lost there",
+        "cosine p1 there",
+        "step that is named",
+    ]
+    return markdown(headers, rows)
+
+
 OF_LOGS: dict[str, Callable[[Any], str]] = {
     "families": families,
     "choices_stage_1": choices_stage_1,
@@ -163,4 +207,6 @@ OF_LOGS: dict[str, Callable[[Any], str]] = {
     "methods": methods,
     "methods_summary": methods_summary,
     "readings": readings,
+    "waterfall_faults": waterfall_faults,
+    "waterfall_steps": waterfall_steps,
 }
