@@ -120,7 +120,8 @@ class SearchRecord(Record):
     judged_in: str
     """the runtime that answered; for tensorrt ONNX Runtime, a proxy"""
     latency_ms_float: float | None
-    """ms an image of the float32 graph on the exporting machine; null: not measured there"""
+    """ms an image of the float32 graph on the exporting machine; null: not measured there, or under
+    load"""
     learned: bool
     """true: the scales come from training with the rounding (`qat:`)"""
     frontier: list[CandidateRow]

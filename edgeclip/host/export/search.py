@@ -4,7 +4,8 @@ Every candidate that the target lists (range method, smoothing, layer set, model
 it would ship, opened in its own runtime and compared with the float student on training images that
 gave no ranges. Of those inside the tolerance the fastest is chosen; within 5 % the more exact one.
 Times are noise, so they are compared in pairs, and what lies within the interval of a comparison
-decides nothing: equal inputs make equal bundles. Where none holds, the layers of the best candidate
+decides nothing: equal inputs make equal bundles. Times under load are unknown: after three
+attempts the most exact candidate is taken. Where none holds, the layers of the best candidate
 are ranked by their sensitivity, and the worst fall back to float, by bisection, until the tolerance
 holds.
 
@@ -35,10 +36,10 @@ from edgeclip.errors import EdgeclipError, Refused
 from edgeclip.host.export.calibration import CalibrationImages
 from edgeclip.host.export.speed import (
     Run,
-    interleaved,
     measured_here,
     milliseconds,
     open_encoder,
+    quiet,
     slower,
 )
 from edgeclip.host.graph import policy
@@ -285,7 +286,7 @@ def _fallbacks(task: Task, best: Quantization) -> list[Quantization]:
 def _time(task: Task, trials: list[Trial]) -> np.ndarray | None:
     """Milliseconds [ROUNDS, 1 + trials] of float32 and of each trial, batch 1 on one thread.
 
-    None: this machine is not of the target's kind.
+    None: this machine is not of the target's kind, or other work has it.
     """
     if not measured_here(task.target):
         return None
@@ -295,7 +296,7 @@ def _time(task: Task, trials: list[Trial]) -> np.ndarray | None:
         task.target, precision="fp32", calibration=None, activations=None, reduce_range=None
     )
     in_float = open_encoder(plain, folder / task.exporter.write(task.model, plain, None, folder))
-    return interleaved([in_float, *(trial.run for trial in trials)], task.images.judged[:1])
+    return quiet([in_float, *(trial.run for trial in trials)], task.images.judged[:1])
 
 
 def _rows(

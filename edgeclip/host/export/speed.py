@@ -8,13 +8,18 @@ import numpy as np
 import onnxruntime as ort
 
 from edgeclip.device import machine
+from edgeclip.device.load import OtherWork
 from edgeclip.device.metrics import median_interval
+from edgeclip.device.rules import QUIET
 from edgeclip.device.runtime import open_session
 from edgeclip.device.runtime.onnxruntime import disabled_optimizers
 from edgeclip.device.target import Target
+from edgeclip.progress import say
 
 ROUNDS = 31
 QUERIES = 4
+ATTEMPTS = 3
+"""under load, before times are given up"""
 SAME_SPEED = 1.05
 """a candidate is slower than another when the whole interval of their paired times' ratio lies
 above this"""
@@ -54,6 +59,19 @@ def interleaved(runs: list[Run], x: np.ndarray) -> np.ndarray:
                 times.append(1e3 * (time.perf_counter() - before))
             laps[turn, i] = min(times)
     return laps
+
+
+def quiet(runs: list[Run], x: np.ndarray) -> np.ndarray | None:
+    """Return the laps of `interleaved`; None where other work had the machine `ATTEMPTS` times."""
+    for _ in range(ATTEMPTS):
+        others = OtherWork()
+        laps = interleaved(runs, x)
+        busy = others.processors()
+        if busy is None or busy <= QUIET:
+            return laps
+        say(f"other work had {busy:.1f} processors while candidates were timed: once more")
+    say("times are unknown: the most exact candidate is taken; export again on a quiet machine")
+    return None
 
 
 def slower(laps: np.ndarray, i: int) -> bool:
