@@ -1,12 +1,14 @@
-"""What a cached teacher saves: the same student on the same images with a live teacher, with the cache, with no teacher.
+"""What a cached teacher saves: the same student on the same images with a live teacher, with the
+cache, with no teacher.
 
     (a) live     teacher forward on the image's view, student forward, backward, step
     (b) cache    the teacher's row from disk instead
     (c) none     student forward, backward, step on tensors that were loaded before: the limit
 
-Student ViT-Ti/16, teachers ViT-B/32, B/16 and L/14 of open_clip with random weights (timing does not care), at 224 px, on
-JPEGs of 256 px. (a) and (b) read, decode and normalize the images with the training's own stream of two threads; torch has
-one thread. Each way is a process of its own; they take turns, a round being one batch of each (a), two of (b) and of (c).
+Student ViT-Ti/16, teachers ViT-B/32, B/16 and L/14 of open_clip with random weights (timing does
+not care), at 224 px, on JPEGs of 256 px. (a) and (b) read, decode and normalize the images with the
+training's own stream of two threads; torch has one thread. Each way is a process of its own; they
+take turns, a round being one batch of each (a), two of (b) and of (c).
 
     s/1000       wall time of 1,000 images                    CPU          user + system seconds of 1,000 images
     memory       highest anonymous memory while it trains       beyond (c)   less that of (c), which imports the same
@@ -15,8 +17,8 @@ one thread. Each way is a process of its own; they take turns, a round being one
 
 What bounds (b): decoding. What bounds (a): the teacher.
 
-Required, with L/14: (a)/(b) at least 8 in wall time; memory beyond (c) at least 9 times smaller in (b) than in (a); CPU of
-(b) at most 1.08 of (c).
+Required, with L/14: (a)/(b) at least 8 in wall time; memory beyond (c) at least 9 times smaller in
+(b) than in (a); CPU of (b) at most 1.08 of (c).
 
     python benchmarks/cache.py --check            # --quick has ViT-B/32 alone
 """
@@ -65,7 +67,9 @@ def load_teacher(model: str) -> Any:
 
 
 def build(folder: Path, model: str) -> Any:
-    """The cache of (b), by the smallest teacher; a row's width is all that another teacher would change."""
+    """The cache of (b), by the smallest teacher; a row's width is all that another teacher would
+    change.
+    """
     import torch
 
     from edgeclip.device.images import index_folder

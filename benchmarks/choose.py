@@ -1,11 +1,14 @@
-"""Stage 1 and readings of the losses, chosen inside the folds: by labels that training has, without a look at a test image.
+"""Stage 1 and readings of the losses, chosen inside the folds: by labels that training has, without
+a look at a test image.
 
-Each fold of `pools.py` parts its training images once more: some of the classes with labels lose them (`inner_fold`). A candidate is
-trained on what is left and scored over all labels of the set, with the class offset that would ship: top-1 on withheld images of the
-classes that kept their labels, on those of the classes that lost them, and their harmonic mean. No label of a class that has none in
-the fold takes part. A recipe takes the simplest candidate that lies within one standard error of the best mean over all inner folds
-of all folds (Breiman et al. 1984); `folds.py` then scores the recipe on test images. So an image that one fold is tested on may have
-had a label in another fold's choice.
+Each fold of `pools.py` parts its training images once more: some of the classes with labels lose
+them (`inner_fold`). A candidate is trained on what is left and scored over all labels of the set,
+with the class offset that would ship: top-1 on withheld images of the classes that kept their
+labels, on those of the classes that lost them, and their harmonic mean. No label of a class that
+has none in the fold takes part. A recipe takes the simplest candidate that lies within one standard
+error of the best mean over all inner folds of all folds (Breiman et al. 1984); `folds.py` then
+scores the recipe on test images. So an image that one fold is tested on may have had a label in
+another fold's choice.
 
     stage1     settings of `adapt`, scored as a teacher
     readings   losses of ComKD, scored as a student on frozen features, under the recipe's stage 1
@@ -109,7 +112,9 @@ def answers(
 def attention_alone(
     bench: Bench, student: students.Student, seed: int, teacher: teachers.Teacher
 ) -> students.EduAttentionHead:
-    """EduAttention trained by the KL on a student whose projector stays as it is, in as many steps as the projector had."""
+    """EduAttention trained by the KL on a student whose projector stays as it is, in as many steps
+    as the projector had.
+    """
     classes = torch.from_numpy(bench.cached.class_features[bench.dataset.train_classes])
     spec, train = R.EduAttention(), bench.recipe.train
     head = students.EduAttentionHead(teacher.embed_dim, spec, torch.Generator().manual_seed(seed))

@@ -1,4 +1,6 @@
-"""The tables of results/choices.jsonl: a candidate's mean over the inner folds of a set, and which one is chosen."""
+"""The tables of results/choices.jsonl: a candidate's mean over the inner folds of a set, and which
+one is chosen.
+"""
 
 from typing import Any
 
@@ -10,7 +12,9 @@ TITLES = {"stage1": "stage 1", "readings": "reading", "schedules": "schedule of 
 
 
 def shared(log: Log, kind: str, name: str) -> dict[str, np.ndarray]:
-    """The harmonic means of each candidate over the inner folds that all candidates of a set have, in the log's order."""
+    """The harmonic means of each candidate over the inner folds that all candidates of a set have,
+    in the log's order.
+    """
     own = [x for x in log if (x["kind"], x["set"]) == (kind, name)]
     means: dict[str, dict[tuple[int, int], float]] = {}
     for line in own:
@@ -21,7 +25,9 @@ def shared(log: Log, kind: str, name: str) -> dict[str, np.ndarray]:
 
 
 def chosen(log: Log, kind: str) -> dict[str, str]:
-    """By set, the first candidate within one standard error of the best; the paired differences give the error."""
+    """By set, the first candidate within one standard error of the best; the paired differences
+    give the error.
+    """
     found = {}
     for name in dict.fromkeys(x["set"] for x in log if x["kind"] == kind):
         of = shared(log, kind, name)
@@ -80,7 +86,9 @@ OFFSET_HEADERS = [
 
 
 def offset_rows(log: Log) -> list[list[Any]]:
-    """The harmonic mean by the rule that sets the offset: of labels alone, and of the stage 1 that is chosen."""
+    """The harmonic mean by the rule that sets the offset: of labels alone, and of the stage 1 that
+    is chosen.
+    """
     found = []
     for name, taken in chosen(log, "stage1").items():
         for candidate in dict.fromkeys(("labels alone", taken)):

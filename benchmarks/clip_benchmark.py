@@ -1,20 +1,23 @@
 """CLIP_benchmark as judge: does it count the images that edgeclip counts, to the last one?
 
-CLIP_benchmark 1.6.2 from the package index, unchanged, in an environment of its own, started by `python -m
-edgeclip.clip_benchmark`: it reads the test images of the run's own data set, makes the prompts, multiplies and counts. Ours
-are the same shards through edgeclip's reader and `Bundle.scores`, what `classify` answers: over all labels, with the
-EduAttention and the class offset that ship. Shared by both: the graph and its runtime, resize and crop, the head's
-arithmetic up to the product. Not shared: reading and decoding shards, labels, the classifier, product, ranking, count.
+CLIP_benchmark 1.6.2 from the package index, unchanged, in an environment of its own, started by
+`python -m edgeclip.clip_benchmark`: it reads the test images of the run's own data set, makes the
+prompts, multiplies and counts. Ours are the same shards through edgeclip's reader and
+`Bundle.scores`, what `classify` answers: over all labels, with the EduAttention and the class
+offset that ship. Shared by both: the graph and its runtime, resize and crop, the head's arithmetic
+up to the product. Not shared: reading and decoding shards, labels, the classifier, product,
+ranking, count.
 
-What bounds it: the score is a float32 sum here and a float64 sum there, so an image whose two best labels are nearer than
-about 1e-6 may fall either way; the least lead of each bundle is given.
+What bounds it: the score is a float32 sum here and a float64 sum there, so an image whose two best
+labels are nearer than about 1e-6 may fall either way; the least lead of each bundle is given.
 
 Required: the same number of images right at first, for every run and target.
 
-    python benchmarks/clip_benchmark.py --run runs/clothing --run runs/grocery --check --json results/clip_benchmark.json
+    python benchmarks/clip_benchmark.py --run runs/clothing --run runs/grocery --check --json
+    results/clip_benchmark.json
 
---environment names a folder with CLIP_benchmark, made there where it is not; without it a temporary one is made. --quick
-takes the first target only.
+--environment names a folder with CLIP_benchmark, made there where it is not; without it a temporary
+one is made. --quick takes the first target only.
 """
 
 import argparse
@@ -42,7 +45,9 @@ BATCH = 64
 
 
 def ours(bundle: Bundle, data: Path) -> dict[str, Any]:
-    """Return how many test images there are, how many are right at first and among five, and the least lead."""
+    """Return how many test images there are, how many are right at first and among five, and the
+    least lead.
+    """
     scores, labels = [], []
     for shard in sorted((data / "test").glob("*.tar")):
         images = index_tar(shard)
@@ -64,7 +69,9 @@ def ours(bundle: Bundle, data: Path) -> dict[str, Any]:
 
 
 def theirs(python: Path, bundle: Bundle, name: str, data: Path) -> dict[str, float]:
-    """Return what CLIP_benchmark writes of the bundle: acc1, acc5 and mean_per_class_recall, 0..1."""
+    """Return what CLIP_benchmark writes of the bundle: acc1, acc5 and mean_per_class_recall,
+    0..1.
+    """
     with tempfile.TemporaryDirectory(prefix="edgeclip-judge-") as folder:
         command = [python, "-m", "edgeclip.clip_benchmark", "eval", "--model_type", "edgeclip"]
         command += ["--model", bundle.folder, "--pretrained", "", "--dataset", f"wds/{name}"]

@@ -1,24 +1,25 @@
 """Cold start: from the start of a process to the printed answer, and the memory that takes.
 
-`edgeclip classify` opens an int8 bundle with a MobileCLIP2-S0-shaped image tower and ranks ten baked labels for one
-image. Two peers do the same:
+`edgeclip classify` opens an int8 bundle with a MobileCLIP2-S0-shaped image tower and ranks ten
+baked labels for one image. Two peers do the same:
 
     open_clip         torch and open_clip, the fp32 checkpoint (8 s and 1,100 MiB seen)
     bare onnxruntime  numpy, PIL and ONNX Runtime on the bundle's own model file, with nothing around it: the limit
 
-The weights are random: neither time nor memory depends on their values. Text features are baked on all sides and the
-page cache is warm (each peer ran once, untimed). Time is taken when the answer arrives in the pipe, memory is the peak
-resident set of the whole process.
+The weights are random: neither time nor memory depends on their values. Text features are baked on
+all sides and the page cache is warm (each peer ran once, untimed). Time is taken when the answer
+arrives in the pipe, memory is the peak resident set of the whole process.
 
-What bounds it: importing numpy and ONNX Runtime, and ONNX Runtime's optimization of the graph; both are in the bare
-script too. What edgeclip adds is its imports, the command line, and the sha256 of the files it opens.
+What bounds it: importing numpy and ONNX Runtime, and ONNX Runtime's optimization of the graph; both
+are in the bare script too. What edgeclip adds is its imports, the command line, and the sha256 of
+the files it opens.
 
-The bundle's form is the shipped target's first one (every product that the policy allows, minmax): random weights
-answer every image almost alike, so the search could judge nothing.
+The bundle's form is the shipped target's first one (every product that the policy allows, minmax):
+random weights answer every image almost alike, so the search could judge nothing.
 
-Required: at least 12 times as fast as open_clip in at most 0.12 of its memory; at most 1.4 times the time and memory
-of the bare script. 30 rounds; with --quick open_clip takes part in three of them only, which judges nothing. --smoke has
-a tiny ViT in place of MobileCLIP2-S0.
+Required: at least 12 times as fast as open_clip in at most 0.12 of its memory; at most 1.4 times
+the time and memory of the bare script. 30 rounds; with --quick open_clip takes part in three of
+them only, which judges nothing. --smoke has a tiny ViT in place of MobileCLIP2-S0.
 
     python benchmarks/cold_start.py --work /tmp/cold     # keeps checkpoint and bundle there for the next call
 """
@@ -78,7 +79,9 @@ EDGECLIP = (str(Path(sys.executable).with_name("edgeclip")),)
 
 
 def prepare(work: Path, model: str) -> None:
-    """Images, labels and a checkpoint, in a process of its own so that the measuring one stays small."""
+    """Images, labels and a checkpoint, in a process of its own so that the measuring one stays
+    small.
+    """
     import numpy as np
     import open_clip
     import torch
@@ -108,7 +111,9 @@ def prepare(work: Path, model: str) -> None:
 
 
 def target(work: Path) -> Path:
-    """Write onnx-int8 as a target of this benchmark's own: one form, few images, nothing asked of random weights."""
+    """Write onnx-int8 as a target of this benchmark's own: one form, few images, nothing asked of
+    random weights.
+    """
     shipped = yaml.safe_load((TARGETS / "onnx-int8.yaml").read_text(encoding="utf-8"))
     own = shipped | {"calibration": CALIBRATION, "tolerance": shipped["tolerance"] | TOLERANCE}
     path = work / "onnx-int8.yaml"
@@ -117,7 +122,9 @@ def target(work: Path) -> Path:
 
 
 def model_name(work: Path, form: str) -> str:
-    """Return what open_clip and edgeclip call the model: a name, or the file of its configuration."""
+    """Return what open_clip and edgeclip call the model: a name, or the file of its
+    configuration.
+    """
     name = MODELS[form]
     if name.endswith(".json"):
         return str(work / name)
@@ -125,7 +132,9 @@ def model_name(work: Path, form: str) -> str:
 
 
 def bundle(work: Path, form: str) -> Path:
-    """Return the int8 bundle below `work`, exported by edgeclip itself unless an earlier call left it there."""
+    """Return the int8 bundle below `work`, exported by edgeclip itself unless an earlier call left
+    it there.
+    """
     folder = work / "bundles" / "onnx-int8"
     if not (folder / "manifest.json").exists():
         print(f"making a {MODELS[form]} checkpoint and its int8 bundle in {work}", file=sys.stderr)
@@ -138,7 +147,9 @@ def bundle(work: Path, form: str) -> Path:
 
 
 def run(command: list[str]) -> dict[str, Any]:
-    """One cold start: seconds to the first bytes of the answer and to the end, peak MiB, and the answer itself."""
+    """One cold start: seconds to the first bytes of the answer and to the end, peak MiB, and the
+    answer itself.
+    """
     with tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=0)

@@ -1,11 +1,12 @@
-"""What every benchmark shares: its options, its table, and its figures as JSON on the last line and in a file.
+"""What every benchmark shares: its options, its table, and its figures as JSON on the last line and
+in a file.
 
     (nothing)   the whole benchmark: the figures that the pages quote
     --quick     minutes; still judged, and "not resolved" where it has too few rounds
     --smoke     seconds, on tiny data and models: shows that the script runs end to end, and judges nothing
 
-Exit codes: 0; 3 with --check, where a required figure is missed; 77 where something that the benchmark needs is not
-installed, with a line that says how to get it.
+Exit codes: 0; 3 with --check, where a required figure is missed; 77 where something that the
+benchmark needs is not installed, with a line that says how to get it.
 """
 
 import argparse
@@ -78,7 +79,9 @@ def workplace() -> Iterator[Path]:
 
 
 def run_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --run: the finished run that is measured; the smoke form makes a toy one where it is not given."""
+    """Add --run: the finished run that is measured; the smoke form makes a toy one where it is not
+    given.
+    """
     what = "a finished run with its bundles  [default: runs/latest; with --smoke a toy run]"
     parser.add_argument("--run", type=Path, help=what)
 
@@ -87,7 +90,8 @@ def run_argument(parser: argparse.ArgumentParser) -> None:
 def measured_run(
     options: argparse.Namespace, targets: tuple[str, ...], *, validated: bool = False
 ) -> Iterator[Path]:
-    """Yield the folder of the run that is measured: --run, the newest one, or a toy run exported to `targets`.
+    """Yield the folder of the run that is measured: --run, the newest one, or a toy run exported to
+    `targets`.
 
     validated: the toy run is to have its parity reports.
     """
@@ -99,7 +103,9 @@ def measured_run(
 
 
 def require(install: str, *, module: str | None = None, program: str | None = None) -> None:
-    """Leave with EXIT_UNAVAILABLE where the optional module or program is not installed; `install` says how to get it."""
+    """Leave with EXIT_UNAVAILABLE where the optional module or program is not installed; `install`
+    says how to get it.
+    """
     missing = None
     if module and importlib.util.find_spec(module) is None:
         missing = module
@@ -118,7 +124,9 @@ def require_board() -> None:
 
 
 def this_machine() -> dict[str, Any]:
-    """Return what is stated with every figure; the load is that before the work began, other people's jobs included."""
+    """Return what is stated with every figure; the load is that before the work began, other
+    people's jobs included.
+    """
     here = machine.facts()
     facts = {k: getattr(here, k) for k in ("cpu", "cores", "isa", "os", "python")}
     return facts | {"load_average": round(os.getloadavg()[0], 2)}
@@ -133,7 +141,9 @@ def this_process_mib() -> float:
 
 
 def anonymous_mib() -> float:
-    """Return this process's anonymous memory now, MiB: what it holds itself, mapped files left out."""
+    """Return this process's anonymous memory now, MiB: what it holds itself, mapped files left
+    out.
+    """
     return _status_mib("RssAnon")
 
 
@@ -156,9 +166,11 @@ def finish(
     here: dict[str, Any],
     options: argparse.Namespace,
 ) -> None:
-    """Print the required figures and, as the last line, everything as one JSON object; write it to --json's file.
+    """Print the required figures and, as the last line, everything as one JSON object; write it to
+    --json's file.
 
-    Exits 3 where --check asks for it and a required figure is missed. Raises ValueError for a figure that is not finite.
+    Exits 3 where --check asks for it and a required figure is missed. Raises ValueError for a
+    figure that is not finite.
     """
     if options.form == SMOKE:
         required = [r | {"verdict": "not judged"} for r in required]

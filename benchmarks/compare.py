@@ -1,15 +1,17 @@
 """Peers measured side by side, a median with its interval, and a verdict.
 
-Peers take turns, round by round, so that a slow minute of the machine hits all of them; a ratio is formed within a
-round and only then are the rounds summed up. A required ratio is judged by the median over at least 30 rounds and its
-95 % interval (order statistics, so no distribution is assumed):
+Peers take turns, round by round, so that a slow minute of the machine hits all of them; a ratio is
+formed within a round and only then are the rounds summed up. A required ratio is judged by the
+median over at least 30 rounds and its 95 % interval (order statistics, so no distribution is
+assumed):
 
     met           the whole interval lies on the right side of the limit
     missed        the whole interval lies beyond it; with --check the script then exits 3 (common.py)
     not resolved  the interval holds the limit, or there are fewer than 30 rounds
 
-Only the standard library is used: Linux starts a child's peak memory at that of the process that made it (`ru_maxrss`
-survives exec), so whoever measures small processes must stay smaller than they are.
+Only the standard library is used: Linux starts a child's peak memory at that of the process that
+made it (`ru_maxrss` survives exec), so whoever measures small processes must stay smaller than they
+are.
 """
 
 import contextlib
@@ -30,7 +32,9 @@ MIN_PAIRS = 30
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """A worker's main loop: a JSON request a line on stdin, a JSON answer a line on stdout, until stdin closes."""
+    """A worker's main loop: a JSON request a line on stdin, a JSON answer a line on stdout, until
+    stdin closes.
+    """
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not come between the answers
     for line in sys.stdin:
@@ -39,7 +43,9 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def workers(commands: dict[str, list[str]]) -> Iterator[dict[str, Callable[..., dict[str, Any]]]]:
-    """Starts each command as a process of its own; yields name to a function that asks it and waits for the answer."""
+    """Starts each command as a process of its own; yields name to a function that asks it and
+    waits for the answer.
+    """
     running: dict[str, subprocess.Popen[str]] = {}
 
     def asker(name: str) -> Callable[..., dict[str, Any]]:
@@ -75,7 +81,8 @@ def workers(commands: dict[str, list[str]]) -> Iterator[dict[str, Callable[..., 
 def interleave(
     measures: dict[str, Callable[[], Any]], rounds: int, every: dict[str, int] | None = None
 ) -> list[dict[str, Any]]:
-    """One dict of results a round. The order rotates and turns round, so that no peer always follows the same one.
+    """One dict of results a round. The order rotates and turns round, so that no peer always
+    follows the same one.
 
     every: a slow peer's name to n: it takes part in every n-th round only.
     """
@@ -140,7 +147,9 @@ class Interval(NamedTuple):
 
 
 def interval(values: list[float]) -> Interval:
-    """The median and the narrowest symmetric pair of order statistics that covers it with at least 95 %."""
+    """The median and the narrowest symmetric pair of order statistics that covers it with at least
+    95 %.
+    """
     x, n = sorted(values), len(values)
     k, tail = -1, 1 / 2**n
     # P(fewer than k + 1 of n values lie below the median) is a binomial tail with p = 1/2.
@@ -183,7 +192,9 @@ def exact(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> dict[str, Any]:
-    """A required figure that is counted, or averaged over n runs as the requirement says: it has no interval."""
+    """A required figure that is counted, or averaged over n runs as the requirement says: it has
+    no interval.
+    """
     met = value >= at_least if at_least is not None else value <= (at_most or 0.0)
     verdict = "met" if met else "missed"
     return {

@@ -1,4 +1,5 @@
-"""From a JPEG's bytes to a normalized input of 224 px: images a second on one core, ours against the usual pipelines.
+"""From a JPEG's bytes to a normalized input of 224 px: images a second on one core, ours against
+the usual pipelines.
 
     edgeclip               one stored view as training reads it: decoded at the smallest eighth that is large enough, cut out,
                            resized, normalized. Bicubic, as CLIP is, but where the row says bilinear
@@ -7,18 +8,22 @@
     torchvision, tensors   the fastest that it offers: decode_jpeg to a tensor, RandomResizedCrop of uint8; bilinear and bicubic
     an eighth              no pipeline: libjpeg-turbo decodes at an eighth, the smallest it can, and nothing else is done
 
-for JPEGs of 224 x 224 and of 4000 x 3000 pixels (12 megapixels). All crop nine tenths to all of the image's area, so that
-they decode the same images and resize the same share of them; each is a process of its own, one thread, and they take turns.
+for JPEGs of 224 x 224 and of 4000 x 3000 pixels (12 megapixels). All crop nine tenths to all of the
+image's area, so that they decode the same images and resize the same share of them; each is a
+process of its own, one thread, and they take turns.
 
-What bounds it: libjpeg-turbo's Huffman decoding, which no scaling saves: the last row. At 12 megapixels the inverse transform,
-the color conversion and the resize of pixels that nobody will see are the rest of the others' work. `most` is that bound: how many
-times as fast as a row any pipeline on libjpeg-turbo could be, if all but the Huffman code cost nothing.
+What bounds it: libjpeg-turbo's Huffman decoding, which no scaling saves: the last row. At 12
+megapixels the inverse transform, the color conversion and the resize of pixels that nobody will see
+are the rest of the others' work. `most` is that bound: how many times as fast as a row any pipeline
+on libjpeg-turbo could be, if all but the Huffman code cost nothing.
 
-Scaled decoding is for training. Evaluation decodes whole and is PIL's own, bit for bit (`tests/device/test_preprocess.py`).
+Scaled decoding is for training. Evaluation decodes whole and is PIL's own, bit for bit
+(`tests/device/test_preprocess.py`).
 
-Required, against the two defaults: never slower, and at least 4 times as fast at 12 megapixels. torchvision's tensors are what nobody
-has to be compared with by default and a sceptic will ask for: shown, at either interpolation; 4 times their speed at 12 megapixels is
-beyond the bound for images of 3 bits a pixel.
+Required, against the two defaults: never slower, and at least 4 times as fast at 12 megapixels.
+torchvision's tensors are what nobody has to be compared with by default and a sceptic will ask for:
+shown, at either interpolation; 4 times their speed at 12 megapixels is beyond the bound for images
+of 3 bits a pixel.
 
     python benchmarks/data.py --check             # --quick has 31 rounds
 """
@@ -50,9 +55,11 @@ PEERS = ("edgeclip", "edgeclip, bilinear", *DEFAULTS, *TENSORS, FLOOR)
 
 
 def images(size: tuple[int, int]) -> list[bytes]:
-    """JPEGs of quality 90 with a photograph's spectrum: amplitude falling with frequency, faster and weaker in the colors.
+    """JPEGs of quality 90 with a photograph's spectrum: amplitude falling with frequency, faster
+    and weaker in the colors.
 
-    Bits a pixel, which Huffman decoding depends on, are printed: a phone's 12 megapixels take 3 to 5 MB, 2 to 3.3 bits.
+    Bits a pixel, which Huffman decoding depends on, are printed: a phone's 12 megapixels take 3 to
+    5 MB, 2 to 3.3 bits.
     """
     import io
 
@@ -176,7 +183,9 @@ def worker(peer: str, folder: Path) -> None:
 
 
 def threads(size: tuple[int, int], files: list[bytes], count: int, n: int) -> dict[str, float]:
-    """Images a second in wall time through the training's own stream of n threads, and how many cores that kept busy."""
+    """Images a second in wall time through the training's own stream of n threads, and how many
+    cores that kept busy.
+    """
     import random
 
     import torch

@@ -1,15 +1,18 @@
-"""Is a bundle on an ARM core the model that it is on x86? The same bundle, photos and onnxruntime version on both sides.
+"""Is a bundle on an ARM core the model that it is on x86? The same bundle, photos and onnxruntime
+version on both sides.
 
-`arm64-emulated` runs aarch64 code under qemu behind an sshd, `loopback` the same way on this machine's own processor,
-both with onnxruntime 1.26.0. Compared are the features of each photo, then the answers over the run's own classes. No time
-is taken: an emulator's says nothing about a board.
+`arm64-emulated` runs aarch64 code under qemu behind an sshd, `loopback` the same way on this
+machine's own processor, both with onnxruntime 1.26.0. Compared are the features of each photo, then
+the answers over the run's own classes. No time is taken: an emulator's says nothing about a board.
 
-What bounds it: float additions in another order. fp32 differs in the last bits; int8 sums are exact, so a difference
-there comes from a float on a rounding boundary, and moves a whole step (docs/devices.md says which). The run may be of any
-student, a convolutional one or a ViT, that has the two bundles.
+What bounds it: float additions in another order. fp32 differs in the last bits; int8 sums are
+exact, so a difference there comes from a float on a rounding boundary, and moves a whole step
+(docs/devices.md says which). The run may be of any student, a convolutional one or a ViT, that has
+the two bundles.
 
-Required: fp32 cosine at least 0.99999 on every photo; S8S8 the same first answer on every photo whose two best scores differ by 1e-3
-or more on x86; a core without dot-product (cortex-a72) and one with it (cortex-a76) told apart by the machine's facts.
+Required: fp32 cosine at least 0.99999 on every photo; S8S8 the same first answer on every photo
+whose two best scores differ by 1e-3 or more on x86; a core without dot-product (cortex-a72) and one
+with it (cortex-a76) told apart by the machine's facts.
 
     python benchmarks/emulated.py --run runs/clothing --check       # bundles onnx-fp32 and onnx-int8-arm; 200 photos take a quarter of an hour
 """

@@ -1,4 +1,6 @@
-"""Environments of peers that want other packages than edgeclip's: theirs above, and below them all that is installed here."""
+"""Environments of peers that want other packages than edgeclip's: theirs above, and below them all
+that is installed here.
+"""
 
 import shutil
 import subprocess

@@ -1,18 +1,21 @@
-"""Every family at full size through onnx-int8 and tensorrt-int8: sizes, times, and whether TensorRT-RTX builds it.
+"""Every family at full size through onnx-int8 and tensorrt-int8: sizes, times, and whether
+TensorRT-RTX builds it.
 
-Random weights: what is shown is that the graph exports, that its float form equals torch, that int8 runs in ONNX Runtime
-and that TensorRT-RTX parses and builds both towers; accuracy is for trained students. Forms are the policy's own, without
-the search (8 calibration images, minmax, every candidate layer), so that a family costs a minute or two.
+Random weights: what is shown is that the graph exports, that its float form equals torch, that int8
+runs in ONNX Runtime and that TensorRT-RTX parses and builds both towers; accuracy is for trained
+students. Forms are the policy's own, without the search (8 calibration images, minmax, every
+candidate layer), so that a family costs a minute or two.
 
     results/targets.jsonl  a line a family, appended when it is done; a family that is there is not run again
     docs/targets.md        the table, by benchmarks/figures.py
 
 The short forms leave that file alone.
 
-Required: the float form within 1e-5 of torch; every tower that TensorRT-RTX was asked to build, built.
+Required: the float form within 1e-5 of torch; every tower that TensorRT-RTX was asked to build,
+built.
 
-What bounds it: tracing and building; the latencies are single, on a machine that may be shared, and only their ratio
-within a row means something.
+What bounds it: tracing and building; the latencies are single, on a machine that may be shared, and
+only their ratio within a row means something.
 
     python benchmarks/export_matrix.py                    # all that are missing
     python benchmarks/export_matrix.py --families RN50    # one
@@ -120,7 +123,9 @@ def towers(model: Any) -> tuple[Any, Any, int, int]:
 
 
 def latencies_ms(paths: list[Path], x: np.ndarray, rounds: int) -> list[float]:
-    """Medians over rounds in which each graph runs once, so that other work on the machine meets them alike."""
+    """Medians over rounds in which each graph runs once, so that other work on the machine meets
+    them alike.
+    """
     from edgeclip.device.runtime import open_session
 
     runs = [open_session("onnxruntime", path, 1).run for path in paths]

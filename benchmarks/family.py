@@ -1,8 +1,8 @@
 """The family of methods that trials compare, and what trains one student by one of them.
 
-A trial has one teacher cache a set; its head is adapted once a seed or fold, and every method gets that same head, the same views,
-order and start of the student. Methods differ in `losses` alone. Weights within a mix are the papers' own (CLIP-KD, CLIP-RD,
-CLIP-Embed-KD).
+A trial has one teacher cache a set; its head is adapted once a seed or fold, and every method gets
+that same head, the same views, order and start of the student. Methods differ in `losses` alone.
+Weights within a mix are the papers' own (CLIP-KD, CLIP-RD, CLIP-Embed-KD).
 """
 
 import dataclasses
@@ -94,7 +94,8 @@ def recipe_of(name: str, regime: str) -> Path:
 def at_size(asked: R.Recipe, regime: str) -> R.Recipe:
     """The recipe with the student of a regime.
 
-    At 80 px an epoch takes two fifths of the time, so the quickstart's few epochs are twice as many there.
+    At 80 px an epoch takes two fifths of the time, so the quickstart's few epochs are twice as many
+    there.
     """
     if regime != "small":
         return asked

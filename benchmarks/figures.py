@@ -1,13 +1,15 @@
-"""Write what was measured into the pages, from the JSON that each command wrote; nothing is measured here.
+"""Write what was measured into the pages, from the JSON that each command wrote; nothing is
+measured here.
 
-A table of README.md or docs/*.md stands between two marks, and the first one says where it comes from:
+A table of README.md or docs/*.md stands between two marks, and the first one says where it comes
+from:
 
     <!-- figures: results/latency.json table=latency -->
     ...
     <!-- end -->
 
-The file is what a benchmark's --json left, its log (JSON lines), or what a verb of edgeclip prints with --json. To measure
-a table anew, run that command with that file, then this script.
+The file is what a benchmark's --json left, its log (JSON lines), or what a verb of edgeclip prints
+with --json. To measure a table anew, run that command with that file, then this script.
 
     python benchmarks/figures.py             # write the tables
     python benchmarks/figures.py --check     # exit 1 and name each table that is not what its file gives
@@ -269,7 +271,9 @@ def bench(reports: list[dict[str, Any]]) -> str:
 
 
 def conformance_images(reports: list[dict[str, Any]]) -> str:
-    """Render `edgeclip conformance --json`, a line a bundle: the images of the first one, by kind."""
+    """Render `edgeclip conformance --json`, a line a bundle: the images of the first one, by
+    kind.
+    """
     rows = []
     for r in reports[0]["images"]:
         share = None if r["pixels_changed"] is None else f"{100 * r['pixels_changed']:.0f}"
@@ -341,7 +345,9 @@ def read(path: Path) -> Any:
 
 
 def rendered(page: str, root: Path = ROOT) -> str:
-    """Return the page's text with every marked table as its file gives it. Exits for a table that is unknown."""
+    """Return the page's text with every marked table as its file gives it. Exits for a table that
+    is unknown.
+    """
 
     def block(found: re.Match[str]) -> str:
         if found["table"] not in TABLES:

@@ -17,7 +17,9 @@ def methods(runs: list[dict[str, Any]]) -> str:
 
 
 def methods_summary(runs: list[dict[str, Any]]) -> str:
-    """Render the trial's reference rows: a method's figure on each set, and its difference to PromptKD."""
+    """Render the trial's reference rows: a method's figure on each set, and its difference to
+    PromptKD.
+    """
     newest = methods_table.newest(runs)
     sets = ("clothing", "grocery", "openmoji")
     names = {method for regime, _, method in newest if regime == "full"} - {"PromptKD"}
@@ -75,7 +77,9 @@ def choices_offsets(log: list[dict[str, Any]]) -> str:
 
 
 def folds_differences(log: list[dict[str, Any]]) -> str:
-    """Render results/folds.jsonl: each method less PromptKD, paired by fold, and what it allows to say."""
+    """Render results/folds.jsonl: each method less PromptKD, paired by fold, and what it allows to
+    say.
+    """
     return markdown(folds_compare.HEADERS, folds_compare.rows(log))
 
 
@@ -98,7 +102,9 @@ def readings(runs: list[dict[str, Any]]) -> str:
 
 
 def families(rows: list[dict[str, Any]]) -> str:
-    """Render a line a family: does it export, does it build, how large and how fast are float32 and int8."""
+    """Render a line a family: does it export, does it build, how large and how fast are float32
+    and int8.
+    """
     built = {True: "yes", False: "**no**", None: "not checked"}
     cells = []
     for r in rows:

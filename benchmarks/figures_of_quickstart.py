@@ -6,7 +6,9 @@ from figure_cells import markdown, short
 
 
 def quickstart_seeds(found: dict[str, Any]) -> str:
-    """Render benchmarks/quickstart_seeds.py: top-1 accuracy of teacher and student, a column a seed."""
+    """Render benchmarks/quickstart_seeds.py: top-1 accuracy of teacher and student, a column a
+    seed.
+    """
     runs = list(found["runs"].values())
     rows = []
     for label, means in found["means"].items():

@@ -1,7 +1,9 @@
-"""Accuracy over all labels, over folds: what the class offset gives, beside none and beside the best that any could give.
+"""Accuracy over all labels, over folds: what the class offset gives, beside none and beside the
+best that any could give.
 
-Each fold (`pools.py`) parts the classes anew into those with labels and those without, and the images into training and test: no
-fixed test part can be learned by heart. A fold adapts the teacher, trains each method, and scores:
+Each fold (`pools.py`) parts the classes anew into those with labels and those without, and the
+images into training and test: no fixed test part can be learned by heart. A fold adapts the
+teacher, trains each method, and scores:
 
     none     no class is set back
     shares   as many training images name a labeled class as have a label
@@ -9,14 +11,16 @@ fixed test part can be learned by heart. A fold adapts the teacher, trains each 
     shipped  the product's rule (`class_offset.fit`): the smaller of the two
     best     the best harmonic mean that any offset has on the test images: a diagnosis by their labels, never shipped
 
-Students learn on the tower's frozen features (--frozen, seconds) or with every weight from pixels (--full; --small at 80 px, under a
-fifteenth of the teacher's multiply-accumulates): the same teacher, views, order, start and steps for every method of a fold.
+Students learn on the tower's frozen features (--frozen, seconds) or with every weight from pixels
+(--full; --small at 80 px, under a fifteenth of the teacher's multiply-accumulates): the same
+teacher, views, order, start and steps for every method of a fold.
 
     results/folds.jsonl  a line a fold and model, appended when it is done; a line that is there is not made again
 
-Required of each set, for the student of its recipe: what the recipe now ships closes at least 80 % of the way from no offset to
-the best one of the recipe before (stage 1 by labels alone, where the log has it), in harmonic mean over all labels, on average
-over the folds; and with every weight trained it has .97 of its teacher's, at 80 px .93. An offset moves no answer within a set's own
+Required of each set, for the student of its recipe: what the recipe now ships closes at least 80 %
+of the way from no offset to the best one of the recipe before (stage 1 by labels alone, where the
+log has it), in harmonic mean over all labels, on average over the folds; and with every weight
+trained it has .97 of its teacher's, at 80 px .93. An offset moves no answer within a set's own
 list.
 
     python benchmarks/folds.py --frozen --data clothing=DIR --data grocery=DIR --check
@@ -76,7 +80,9 @@ def means(labeled: Choices, unlabeled: Choices, offsets: np.ndarray) -> np.ndarr
 def scored(
     bench: Bench, features: dict[str, np.ndarray], head: EduAttention | None
 ) -> dict[str, Any]:
-    """One model's line: top-1 of both halves and their harmonic mean, by rule; the area; within own lists."""
+    """One model's line: top-1 of both halves and their harmonic mean, by rule; the area; within
+    own lists.
+    """
     dataset, every = bench.dataset, bench.cached.class_features
     classes = dataset.labeled_classes
     (train,), (labeled, unlabeled) = bench.parts["train"], bench.parts["test"]
@@ -121,7 +127,9 @@ BEFORE = 0.3
 def answers(
     bench: Bench, losses: dict[str, Any] | None, regime: str, seed: int, teacher: teachers.Teacher
 ) -> tuple[dict[str, np.ndarray], EduAttention | None]:
-    """A student's features of every part, by its name, and the head that it ships with; no losses: the teacher's."""
+    """A student's features of every part, by its name, and the head that it ships with; no losses:
+    the teacher's.
+    """
     parts = bench.parts["train"] + bench.parts["test"]
     if losses is None:
         return {part.name: family.taught(teacher, part) for part in parts}, None
@@ -149,7 +157,9 @@ def stage_1(spec: R.ResidualHead) -> str:
 
 
 def key_of(name: str, bench: Bench, regime: str, model: str) -> dict[str, Any]:
-    """What a line is of; of the recipe as it is written down, so that a new field with a default makes no line a stranger."""
+    """What a line is of; of the recipe as it is written down, so that a new field with a default
+    makes no line a stranger.
+    """
     written = yaml.safe_load(bench.path.read_text(encoding="utf-8"))
     written["train"]["epochs"] = bench.recipe.train.epochs  # family.at_size
     parts = ["teacher", "views"]
@@ -223,7 +233,9 @@ def judged(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def smoke(folder: Path) -> list[dict[str, Any]]:
-    """Two folds of generated shapes, frozen and with every weight trained; returns the log's lines."""
+    """Two folds of generated shapes, frozen and with every weight trained; returns the log's
+    lines.
+    """
     log = folder / "folds.jsonl"
     bench = pools.pool(toy.write_recipe(folder, toy.TRIAL), (), folder / "cache")
     for regime in ("frozen", "full"):

@@ -1,13 +1,15 @@
 """Paired differences over the folds of results/folds.jsonl, and what may be said of them.
 
-Every method of a fold had the same teacher, images and steps, so a fold gives one difference to PromptKD in harmonic mean over all
-labels, as it ships. The rows of one set and regime are judged together:
+Every method of a fold had the same teacher, images and steps, so a fold gives one difference to
+PromptKD in harmonic mean over all labels, as it ships. The rows of one set and regime are judged
+together:
 
     better, worse        the t-test over the folds, after Holm's correction for the number of rows, at 5 %
     level within 2 pp    the 90 % t-interval lies within 2 pp either way (two one-sided tests at 5 %)
     not told apart       neither
 
-Folds share images, so their differences are not quite independent; the intervals are a little too narrow (Nadeau and Bengio 2003).
+Folds share images, so their differences are not quite independent; the intervals are a little too
+narrow (Nadeau and Bengio 2003).
 """
 
 from typing import Any, NamedTuple
@@ -52,7 +54,9 @@ class Difference(NamedTuple):
 
 
 def holm(p: list[float]) -> list[float]:
-    """Adjusted p-values (Holm 1979): the i-th smallest of m times m - i, and none below a smaller one's."""
+    """Adjusted p-values (Holm 1979): the i-th smallest of m times m - i, and none below a smaller
+    one's.
+    """
     adjusted = [0.0] * len(p)
     floor = 0.0
     for rank, i in enumerate(np.argsort(p)):
@@ -72,7 +76,9 @@ def verdict(difference: Difference, p: float) -> str:
 
 
 def differences(log: list[dict[str, Any]], name: str, regime: str) -> list[Difference]:
-    """Every model of a set and regime less the reference, at the newest stage 1 that the log has of it."""
+    """Every model of a set and regime less the reference, at the newest stage 1 that the log has
+    of it.
+    """
     own = [x for x in log if (x["set"], x["regime"]) == (name, regime)]
     if not own:
         return []

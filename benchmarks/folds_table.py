@@ -64,7 +64,9 @@ BEFORE = "ComKD"
 
 
 def closed_since(log: list[dict[str, Any]], name: str, model: str) -> tuple[float | None, int]:
-    """How much of the gap of a set's first rows its last ones of `model` close, and on how many folds."""
+    """How much of the gap of a set's first rows its last ones of `model` close, and on how many
+    folds.
+    """
     own = [x for x in log if (x["set"], x["regime"]) == (name, "frozen")]
     first = list(averages([x for x in own if x["model"] == BEFORE]).values())
     last = list(averages([x for x in own if x["model"] == model]).values())
@@ -112,7 +114,9 @@ KEPT_HEADERS = ["set, model, regime", "folds", "over its teacher, all labels", "
 
 
 def kept_rows(log: list[dict[str, Any]]) -> list[list[Any]]:
-    """A row a set, model and regime of today's stage 1: a student's harmonic mean over its teacher's."""
+    """A row a set, model and regime of today's stage 1: a student's harmonic mean over its
+    teacher's.
+    """
     now = [x for x in log if "before" not in x["stage_1"] and x["model"] != "teacher"]
     found = []
     for name, model, regime in dict.fromkeys((x["set"], x["model"], x["regime"]) for x in now):

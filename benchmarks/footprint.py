@@ -1,10 +1,13 @@
-"""What a board must hold and bear: the runner's wheels for aarch64 and x86-64, and one classification with it in a fresh process.
+"""What a board must hold and bear: the runner's wheels for aarch64 and x86-64, and one
+classification with it in a fresh process.
 
-The wheels are those that `--device` brings (pip, for the platform and Python named); unpacked is what lies on the board. Import
-and classification run here, on x86-64, with the loopback's runner and a Python that sees nothing else: `edgeclip.device.bundle` is imported,
-a golden image of an int8 bundle is ranked among its labels. Time is the whole process; memory is VmHWM at its end.
+The wheels are those that `--device` brings (pip, for the platform and Python named); unpacked is
+what lies on the board. Import and classification run here, on x86-64, with the loopback's runner
+and a Python that sees nothing else: `edgeclip.device.bundle` is imported, a golden image of an int8
+bundle is ranked among its labels. Time is the whole process; memory is VmHWM at its end.
 
-What bounds it: numpy's and ONNX Runtime's own libraries. Nothing is required; docs/devices.md quotes it.
+What bounds it: numpy's and ONNX Runtime's own libraries. Nothing is required; docs/devices.md
+quotes it.
 
     python benchmarks/footprint.py --run runs/quickstart
 """

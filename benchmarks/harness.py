@@ -1,4 +1,5 @@
-"""Are bench's figures the runtime's own? The harness alone, beside a bare loop, beside OpenVINO's tool, and through ssh.
+"""Are bench's figures the runtime's own? The harness alone, beside a bare loop, beside OpenVINO's
+tool, and through ssh.
 
     the harness      `edgeclip.device.load.run_scenario` drives a runtime that answers at once: what a query costs, all in, and what
                      the harness adds to every latency that it reports
@@ -6,11 +7,13 @@
     benchmark_app    OpenVINO's tool with -hint latency -nireq 1, beside bench's own path
     through ssh      `edgeclip bench --device loopback` beside `--device host-cpu`, each a fresh process
 
-What bounds it: a Python call, two readings of the clock and a list append, under a microsecond; the runtimes' own scatter is
-far larger. benchmark_app and bench are fresh processes each time, and memory lies differently in each.
+What bounds it: a Python call, two readings of the clock and a list append, under a microsecond; the
+runtimes' own scatter is far larger. benchmark_app and bench are fresh processes each time, and
+memory lies differently in each.
 
-Required: a query all in under 50 microseconds; p50 within 3 % of the bare loop, 5 % of benchmark_app and, through loopback, 5 %
-of local, each judged by the median of the pairs and its 95 % interval. --quick has too few fresh processes to judge the last.
+Required: a query all in under 50 microseconds; p50 within 3 % of the bare loop, 5 % of
+benchmark_app and, through loopback, 5 % of local, each judged by the median of the pairs and its 95
+% interval. --quick has too few fresh processes to judge the last.
 
     python benchmarks/harness.py --run runs/quickstart --check       # bundles onnx-fp32 and openvino-fp16 or openvino-int8
 """
@@ -49,8 +52,8 @@ PAIRS = (
         {"whole": 60, "quick": 10, "smoke": 1},
     ),
 )
-"""(bench's own path, what it is held against, the share that they may differ by, rounds): a call of microseconds goes more often
-than a fresh process of seconds"""
+"""(bench's own path, what it is held against, the share that they may differ by, rounds): a call of
+microseconds goes more often than a fresh process of seconds"""
 BARE = """
 import json, sys, time
 import numpy as np, onnxruntime as ort
@@ -97,7 +100,9 @@ def golden_input(bundle: Bundle) -> np.ndarray:
 
 
 def worker(folder: Path) -> None:
-    """A process of bench's own path: `{"queries": n}` is answered with the p50 of n queries in milliseconds."""
+    """A process of bench's own path: `{"queries": n}` is answered with the p50 of n queries in
+    milliseconds.
+    """
     bundle = Bundle.load(folder, threads=1)
     x, session = golden_input(bundle), bundle.image_encoder
     compare.serve(

@@ -1,10 +1,12 @@
-"""What pip brings: megabytes of download and of disk, for a device, for training and for `make demo`.
+"""What pip brings: megabytes of download and of disk, for a device, for training and for `make
+demo`.
 
-Each set of requirements, read from pyproject.toml, is downloaded by `pip download` into a temporary folder, as wheels for
-this machine and Python, and counted; nothing is installed. Unpacked is what lies on the disk before Python compiles it.
+Each set of requirements, read from pyproject.toml, is downloaded by `pip download` into a temporary
+folder, as wheels for this machine and Python, and counted; nothing is installed. Unpacked is what
+lies on the disk before Python compiles it.
 
-What bounds it: the libraries. numpy and the runtime on a device; torch's CUDA build, which pip takes on Linux, for
-training. Nothing is required; README.md and docs/devices.md quote it.
+What bounds it: the libraries. numpy and the runtime on a device; torch's CUDA build, which pip
+takes on Linux, for training. Nothing is required; README.md and docs/devices.md quote it.
 
     python benchmarks/install.py --json results/install.json
 """
@@ -23,7 +25,9 @@ import tomllib
 
 REPO = Path(__file__).parent.parent
 DEMO = ("train", "openvino", "demo", "ssh", "dev")
-"""extras that the Makefile installs, but `lint`: TensorRT-RTX is a source package that fetches NVIDIA's wheel by itself"""
+"""extras that the Makefile installs, but `lint`: TensorRT-RTX is a source package that fetches
+NVIDIA's wheel by itself
+"""
 DEVICE = {
     "edgeclip": (),
     "edgeclip[onnxruntime]": ("onnxruntime",),

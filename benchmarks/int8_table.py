@@ -17,7 +17,9 @@ SAME = 0.005
 def judged(
     label: str, threads: int, figures: dict[str, Any], laps: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """No more exact rival of the same runtime is faster, nor any that is about as exact as edgeclip's fastest."""
+    """No more exact rival of the same runtime is faster, nor any that is about as exact as
+    edgeclip's fastest.
+    """
     required = []
 
     def over(own: str, rival: str, note: str = "") -> None:

@@ -1,21 +1,24 @@
-"""Latency of one query, batch 1 and one thread: the exported bundles beside the torch student they came from.
+"""Latency of one query, batch 1 and one thread: the exported bundles beside the torch student they
+came from.
 
-Each engine is a persistent process of its own that loads, warms up, and on request times QUERIES single queries of the
-same image and answers with their median. The engines take turns, and a ratio is formed within a round.
+Each engine is a persistent process of its own that loads, warms up, and on request times QUERIES
+single queries of the same image and answers with their median. The engines take turns, and a ratio
+is formed within a round.
 
     torch fp32                 the student as it was trained: eager, not folded
     torch fp32, channels_last  the same in the memory layout that suits torch's convolutions: shown, not required
     onnx-fp32                  what folding and ONNX Runtime bring without quantization: shown, not required
     onnx-int8, openvino-int8   what ships
 
-Only the image encoder is timed: normalized pixels in, features out. Each engine's features are compared with torch's
-first, since a fast wrong model is none; accuracy itself is `edgeclip validate`'s business.
+Only the image encoder is timed: normalized pixels in, features out. Each engine's features are
+compared with torch's first, since a fast wrong model is none; accuracy itself is `edgeclip
+validate`'s business.
 
-What bounds it: with VNNI the int8 convolutions; depthwise ones and small feature maps are bound by memory and by the
-cost of a call, so the ratio stays well below the fourfold of the arithmetic.
+What bounds it: with VNNI the int8 convolutions; depthwise ones and small feature maps are bound by
+memory and by the cost of a call, so the ratio stays well below the fourfold of the arithmetic.
 
-Required: onnx-int8 and openvino-int8 at least 1.3 times as fast as torch fp32; their image encoders at most 0.3 of
-onnx-fp32's bytes.
+Required: onnx-int8 and openvino-int8 at least 1.3 times as fast as torch fp32; their image encoders
+at most 0.3 of onnx-fp32's bytes.
 
     python benchmarks/latency.py --run runs/quickstart --check
 """
@@ -79,7 +82,9 @@ def image(run: Path) -> Any:
 
 
 def work(engine: str, run: Path) -> None:
-    """A worker process: `{"queries": n}` is answered with the median of n queries in milliseconds."""
+    """A worker process: `{"queries": n}` is answered with the median of n queries in
+    milliseconds.
+    """
     query, version = (
         torch_student(run, engine == CHANNELS_LAST)
         if engine.startswith("torch")
@@ -103,7 +108,9 @@ def work(engine: str, run: Path) -> None:
 
 
 def encoder_bytes(run: Path, bundles: tuple[str, ...]) -> dict[str, int]:
-    """Of each bundle's image encoder. Stops where a bundle is missing or was made from another student."""
+    """Of each bundle's image encoder. Stops where a bundle is missing or was made from another
+    student.
+    """
     from edgeclip import disk
     from edgeclip.device.manifest import read_manifest
 

@@ -1,8 +1,10 @@
-"""The trial: every method of the family, same teacher, same student, same data, same budget, paired seeds.
+"""The trial: every method of the family, same teacher, same student, same data, same budget, paired
+seeds.
 
-Measured: zero-shot accuracy on the test parts of clothing and grocery (base, novel, harmonic mean) and on OpenMoji's
-held-out concepts (R@1). One teacher cache a set; its head is adapted once a seed, and every method gets that same head,
-the same views, order and start of the student. Methods differ in `losses` alone.
+Measured: zero-shot accuracy on the test parts of clothing and grocery (base, novel, harmonic mean)
+and on OpenMoji's held-out concepts (R@1). One teacher cache a set; its head is adapted once a seed,
+and every method gets that same head, the same views, order and start of the student. Methods differ
+in `losses` alone.
 
     full     every weight of the student trained from pixels over the cached views: the reference rows
     small    the same at 80 px: under a fifteenth of the teacher's multiply-accumulates
@@ -10,19 +12,21 @@ the same views, order and start of the student. Methods differ in `losses` alone
              as near as it can be had where no ViT's weights come with pip
     frozen   the tower's features stay, projector and EduAttention are trained: minutes, and labeled so
 
-A loss that needs texts takes the prompt of an image's class: its label in the base half, the adapted teacher's first
-choice elsewhere (`captions: classes`). Weights within a mix are the papers' own (CLIP-KD, CLIP-RD,
-CLIP-Embed-KD); KL is a mean over images at weight 1 and IFAlign's lambda 100, the setting of a first trial. Nothing here was
-tuned on the test parts; how the teacher is assembled and adapted was (docs/results.md). A run scores its validation part
-(OpenMoji: the unlabeled concepts) and its test part once:
+A loss that needs texts takes the prompt of an image's class: its label in the base half, the
+adapted teacher's first choice elsewhere (`captions: classes`). Weights within a mix are the papers'
+own (CLIP-KD, CLIP-RD, CLIP-Embed-KD); KL is a mean over images at weight 1 and IFAlign's lambda
+100, the setting of a first trial. Nothing here was tuned on the test parts; how the teacher is
+assembled and adapted was (docs/results.md). A run scores its validation part (OpenMoji: the
+unlabeled concepts) and its test part once:
 
     results/methods.jsonl  a line a run, appended when it is done; a run that is there is not run again
     docs/results.md        the tables, by benchmarks/figures.py
 
 --smoke trains two methods on generated shapes, for a log of its own.
 
-What bounds it: seeds. One run's harmonic mean on 372 photos has a standard error of about two points; the rows are
-paired (same photos, same seed), so their differences are known better than themselves.
+What bounds it: seeds. One run's harmonic mean on 372 photos has a standard error of about two
+points; the rows are paired (same photos, same seed), so their differences are known better than
+themselves.
 
     python benchmarks/methods.py --frozen --data clothing=DIR --data grocery=DIR
     python benchmarks/methods.py --full --sets clothing --methods PromptKD ComKD --data clothing=DIR
@@ -65,7 +69,9 @@ SEEDS = range(5)
 
 
 def prepare(path: Path, regime: str, roots: tuple[str, ...], folder: Path) -> family.Bench:
-    """Builds or opens the teacher cache and the frozen features of the recipe at `path`; `folder`: where the cache lies."""
+    """Builds or opens the teacher cache and the frozen features of the recipe at `path`; `folder`:
+    where the cache lies.
+    """
     keep_freed_memory()
     asked = family.at_size(recipe.load(path, roots), regime)
     dataset = data.load(asked.data, folder)
@@ -111,10 +117,11 @@ def prepare(path: Path, regime: str, roots: tuple[str, ...], folder: Path) -> fa
 
 
 def fingerprints(bench: family.Bench, method: str, regime: str) -> dict[str, str]:
-    """Of what every method of a set shares, of the schedule, and of the run: only runs that share the first two are paired.
+    """Of what every method of a set shares, of the schedule, and of the run: only runs that share
+    the first two are paired.
 
-    Of the recipe as it is written down, so that a new field with a default makes no old run a stranger; who changes what the
-    code computes takes the lines out of the log.
+    Of the recipe as it is written down, so that a new field with a default makes no old run a
+    stranger; who changes what the code computes takes the lines out of the log.
     """
     written = yaml.safe_load(bench.path.read_text(encoding="utf-8"))
     images = {
@@ -156,7 +163,9 @@ def adapted(bench: family.Bench, seed: int, folder: Path = HEADS) -> teachers.Te
 def run(
     bench: family.Bench, losses: dict[str, Any], regime: str, seed: int, teacher: teachers.Teacher
 ) -> dict[str, Any]:
-    """Trains and scores one student; returns its scores on validation and test parts, hits and all."""
+    """Trains and scores one student; returns its scores on validation and test parts, hits and
+    all.
+    """
     start = time.perf_counter()
     learner, loss = family.learn(bench, losses, regime, seed, teacher)
     seconds = time.perf_counter() - start
@@ -222,7 +231,9 @@ def trial(
     roots: tuple[str, ...],
     folder: Path,
 ) -> None:
-    """Every run that the log does not hold yet, seed by seed, so that whatever is there is paired."""
+    """Every run that the log does not hold yet, seed by seed, so that whatever is there is
+    paired.
+    """
     for name in names:
         if not family.recipe_of(name, regime).exists():
             print(f"{name}: left out, {family.recipe_of(name, regime).name} is not there")
@@ -242,7 +253,9 @@ def trial_of_seed(
     teacher: teachers.Teacher,
     log: Path,
 ) -> None:
-    """The runs of one set and seed that `log` does not hold yet: the teacher's own score, then each method's."""
+    """The runs of one set and seed that `log` does not hold yet: the teacher's own score, then
+    each method's.
+    """
     counts = {p.name: len(p.labels) for p in bench.parts["test"]}
 
     def features(part: family.Part) -> np.ndarray:
@@ -270,7 +283,9 @@ def trial_of_seed(
 
 
 def smoke() -> list[dict[str, Any]]:
-    """Two methods and two seeds on the toy, frozen and with every weight trained; returns the log's lines."""
+    """Two methods and two seeds on the toy, frozen and with every weight trained; returns the
+    log's lines.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         log = folder / "methods.jsonl"

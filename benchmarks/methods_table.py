@@ -1,12 +1,14 @@
-"""The trial's tables and verdicts from its log: means, standard deviations, and two intervals of a paired difference.
+"""The trial's tables and verdicts from its log: means, standard deviations, and two intervals of a
+paired difference.
 
     t-interval          over the seeds: what another seed would do, on these very photos
     crossed bootstrap   seeds and photos are both drawn again (photos within base and novel apart): what another seed on
-                        other photos of the kind would do. Of few seeds a percentile bootstrap takes too little: with five, its
-                        seed part covers 83 % in place of 95 %. So a claim stands where both intervals exclude 0.
+                        other photos of the kind would do. Of few seeds a percentile bootstrap takes
+                        too little: with five, its seed part covers 83 % in place of 95 %. So a
+                        claim stands where both intervals exclude 0.
 
-A line of the log is a run; where a run was repeated with another fingerprint, the newest one counts, and only runs of the
-same teacher, data and schedule are paired.
+A line of the log is a run; where a run was repeated with another fingerprint, the newest one
+counts, and only runs of the same teacher, data and schedule are paired.
 """
 
 import functools
@@ -63,7 +65,9 @@ def mean(of: dict[int, dict[str, Any]], prefix: str = "") -> float:
 
 
 def difference(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
-    """a minus b over the seeds that both have, with the two 95 % intervals; None for fewer than two seeds."""
+    """a minus b over the seeds that both have, with the two 95 % intervals; None for fewer than
+    two seeds.
+    """
     seeds = sorted(
         s
         for s in a.keys() & b.keys()
@@ -83,7 +87,9 @@ def difference(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]]) -> di
 
 
 def bootstrap(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, float]:
-    """95 % percentile interval of mean figure(a) - mean figure(b); both are drawn with the same seeds and the same photos."""
+    """95 % percentile interval of mean figure(a) - mean figure(b); both are drawn with the same
+    seeds and the same photos.
+    """
     seeds, counts = _draws(len(a), tuple(a[0]["images"][name] for name in a[0]["hits"]), BOOTSTRAPS)
     parts = []
     for name, drawn in zip(a[0]["hits"], counts, strict=True):
@@ -97,7 +103,9 @@ def bootstrap(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, 
 
 @functools.cache  # a second for a set's photos, once for all of its rows
 def _draws(seeds: int, photos: tuple[int, ...], times: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """[times, seeds]: the seeds drawn again; and of each part, [times, photos]: how often each photo was drawn."""
+    """[times, seeds]: the seeds drawn again; and of each part, [times, photos]: how often each
+    photo was drawn.
+    """
     rng = np.random.default_rng(0)
     picked, counts = (
         np.empty((times, seeds), np.int64),
@@ -140,7 +148,9 @@ def _interval(d: dict[str, Any] | None) -> list[str]:
 
 
 def tables(log: list[dict[str, Any]]) -> str:
-    """Markdown: a table a regime and set, the best method first, each with its difference to PromptKD."""
+    """Markdown: a table a regime and set, the best method first, each with its difference to
+    PromptKD.
+    """
     runs = newest(log)
     out = []
     for regime, title in REGIMES.items():

@@ -1,11 +1,14 @@
-"""What a target costs in accuracy, over several runs together: pooled drop, its 95 % limit, and who keeps the right answers.
+"""What a target costs in accuracy, over several runs together: pooled drop, its 95 % limit, and who
+keeps the right answers.
 
-Reads the parity reports that `edgeclip validate` left in each run, one a target; nothing is measured here. Images of all
-runs are pooled as one sample: a drop is (right before and wrong after, minus the other way round) over all images, its
-limit that of edgeclip/device/metrics.py. An image that float32 answers rightly and the target otherwise is a lost one, so the
-agreement on those is 1 - lost / right. A run counts by its headline sets only: test images, each once.
+Reads the parity reports that `edgeclip validate` left in each run, one a target; nothing is
+measured here. Images of all runs are pooled as one sample: a drop is (right before and wrong after,
+minus the other way round) over all images, its limit that of edgeclip/device/metrics.py. An image
+that float32 answers rightly and the target otherwise is a lost one, so the agreement on those is 1
+- lost / right. A run counts by its headline sets only: test images, each once.
 
-    edgeclip distill recipes/clothing.yaml --data DIR ; edgeclip export --run runs/clothing --target onnx-int8 ; edgeclip validate --run runs/clothing
+    edgeclip distill recipes/clothing.yaml --data DIR ; edgeclip export --run runs/clothing --target
+    onnx-int8 ; edgeclip validate --run runs/clothing
     python benchmarks/parity.py --run runs/clothing --run runs/grocery --check
 """
 

@@ -1,9 +1,10 @@
 """All images of a set through both towers, once, and the folds that part them.
 
-On clothing and grocery a fold is a random half of the classes and every fifth image of each class; on OpenMoji it is a split of
-the concepts (`split_seed`), tested on held-out concepts and on line drawings of labeled ones. `inner_fold` parts a fold's training
-images once more, by the labels that its training has: what is chosen there has seen neither the fold's test images nor a label of
-a class without labels.
+On clothing and grocery a fold is a random half of the classes and every fifth image of each class;
+on OpenMoji it is a split of the concepts (`split_seed`), tested on held-out concepts and on line
+drawings of labeled ones. `inner_fold` parts a fold's training images once more, by the labels that
+its training has: what is chosen there has seen neither the fold's test images nor a label of a
+class without labels.
 """
 
 import random
@@ -106,7 +107,9 @@ def kept(folder: Path, key: Any, made: Callable[[], np.ndarray]) -> np.ndarray:
 
 
 def everything(spec: Any, folder: Path) -> Dataset:
-    """A data set whose training images are all that any fold trains on, and whose one evaluation set is all images."""
+    """A data set whose training images are all that any fold trains on, and whose one evaluation
+    set is all images.
+    """
     if isinstance(spec, R.OpenMoji):
         dataset = data.load(spec, folder)
         colored, lines = {}, {}
@@ -163,11 +166,13 @@ def fold_of(bench: Bench, k: int, folder: Path) -> Fold:
 
 
 def inner_fold(bench: Bench, fold: Fold, seed: int, parts: int) -> Fold:
-    """A fold of a fold's training images: some of its labeled classes lose their labels and are judged without.
+    """A fold of a fold's training images: some of its labeled classes lose their labels and are
+    judged without.
 
-    parts: 2, half of the classes lose them, so that there are many to judge on; 5, one in five (at least two), so that stage 1 has
-    nearly as many labels as in the fold itself. Photos: every fourth of the labeled images is judged on, in training no more.
-    OpenMoji, which has one image a concept: of the concepts that lose their labels the images of five in eight are judged on, and
+    parts: 2, half of the classes lose them, so that there are many to judge on; 5, one in five (at
+    least two), so that stage 1 has nearly as many labels as in the fold itself. Photos: every
+    fourth of the labeled images is judged on, in training no more. OpenMoji, which has one image a
+    concept: of the concepts that lose their labels the images of five in eight are judged on, and
     of the others the training images themselves.
     """
     dataset = fold.dataset

@@ -1,17 +1,21 @@
-"""The README's quickstart, measured: the five commands of `make demo`, their time and memory, and what came out.
+"""The README's quickstart, measured: the five commands of `make demo`, their time and memory, and
+what came out.
 
-Each command runs in a process of its own, in a folder that is new, so that the teacher cache and the rasterized images are
-made as on a first day. Time is the whole process, memory the peak of its largest process (the kernel's count). What came
-out is read from the run: top-1 accuracy, and the parity and bench reports of each target on `host-cpu`.
+Each command runs in a process of its own, in a folder that is new, so that the teacher cache and
+the rasterized images are made as on a first day. Time is the whole process, memory the peak of its
+largest process (the kernel's count). What came out is read from the run: top-1 accuracy, and the
+parity and bench reports of each target on `host-cpu`.
 
     python benchmarks/quickstart.py --json results/quickstart.json
     python benchmarks/quickstart.py --reuse runs/quickstart --json results/quickstart.json
 
---reuse collects from a run that is there, with its five commands done; then their time and memory are those of distilling
-alone, which the run has kept. --folder names the new folder and keeps it, report.html included; without it a temporary one
-is used. --quick exports two targets in place of five.
+--reuse collects from a run that is there, with its five commands done; then their time and memory
+are those of distilling alone, which the run has kept. --folder names the new folder and keeps it,
+report.html included; without it a temporary one is used. --quick exports two targets in place of
+five.
 
-Nothing is required here: benchmarks/quickstart_seeds.py, latency.py and parity.py judge these figures.
+Nothing is required here: benchmarks/quickstart_seeds.py, latency.py and parity.py judge these
+figures.
 """
 
 import argparse
@@ -158,7 +162,9 @@ def _print(
 
 @contextlib.contextmanager
 def new_folder(path: Path | None) -> Iterator[Path]:
-    """Yield a folder that is new: `path`, which stays, or a temporary one. Exits where it is there."""
+    """Yield a folder that is new: `path`, which stays, or a temporary one. Exits where it is
+    there.
+    """
     if path is None:
         with tempfile.TemporaryDirectory(prefix="edgeclip-quickstart-") as temporary:
             yield Path(temporary)

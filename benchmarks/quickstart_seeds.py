@@ -1,17 +1,21 @@
-"""The quickstart's accuracy over seeds: is the student's held-out accuracy the teacher's, or the seed's luck?
+"""The quickstart's accuracy over seeds: is the student's held-out accuracy the teacher's, or the
+seed's luck?
 
-For each seed a copy of recipes/quickstart.yaml that differs in `seed` alone is run by `edgeclip.host.distill.run.distill` in
-a process of its own, into runs/quickstart-seed-N. The seed moves the views, the adapted head and the student; the split
-of the concepts (`split_seed`) stays, so every seed is asked the same held-out words. About four minutes a seed on two
-cores; the runs are started afresh unless --reuse is given, which resumes or takes what lies there.
+For each seed a copy of recipes/quickstart.yaml that differs in `seed` alone is run by
+`edgeclip.host.distill.run.distill` in a process of its own, into runs/quickstart-seed-N. The seed
+moves the views, the adapted head and the student; the split of the concepts (`split_seed`) stays,
+so every seed is asked the same held-out words. About four minutes a seed on two cores; the runs are
+started afresh unless --reuse is given, which resumes or takes what lies there.
 
-What bounds it: the teacher. The student is trained to agree with it on images whose words it has never been told, so
-a ratio near 1 is all that distillation can promise, and the teacher's own figure moves with the seed as well. With 478
-held-out concepts the standard error of one top-1 is about two points; teacher and student are scored on the same
-images, so their ratio is steadier than either.
+What bounds it: the teacher. The student is trained to agree with it on images whose words it has
+never been told, so a ratio near 1 is all that distillation can promise, and the teacher's own
+figure moves with the seed as well. With 478 held-out concepts the standard error of one top-1 is
+about two points; teacher and student are scored on the same images, so their ratio is steadier than
+either.
 
-Required: the student's mean held-out top-1 over three seeds at least 0.95 of the teacher's mean; its multiply-accumulates
-at most a sixth of the teacher's. --quick runs seed 0 only, which leaves the first of them unjudged.
+Required: the student's mean held-out top-1 over three seeds at least 0.95 of the teacher's mean;
+its multiply-accumulates at most a sixth of the teacher's. --quick runs seed 0 only, which leaves
+the first of them unjudged.
 
     python benchmarks/quickstart_seeds.py --check
 """

@@ -1,15 +1,18 @@
-"""Which reading of ComKD-CLIP's open points is best? Chosen on the validation parts of two sets, checked on the third.
+"""Which reading of ComKD-CLIP's open points is best? Chosen on the validation parts of two sets,
+checked on the third.
 
-One point at a time is read otherwise (A1 to A10 and A13 of docs/methods.md; A12 is a factor), lambda in five steps, the KL's tau in
-three, everything else as in methods.py's ComKD; students on frozen tower features, three paired seeds. The choice is by the mean over clothing
-and grocery of the validation harmonic mean's gain over the default reading; then the best and the default are trained on OpenMoji
-and scored on its held-out concepts, which no choice has seen.
+One point at a time is read otherwise (A1 to A10 and A13 of docs/methods.md; A12 is a factor),
+lambda in five steps, the KL's tau in three, everything else as in methods.py's ComKD; students on
+frozen tower features, three paired seeds. The choice is by the mean over clothing and grocery of
+the validation harmonic mean's gain over the default reading; then the best and the default are
+trained on OpenMoji and scored on its held-out concepts, which no choice has seen.
 
-What bounds it: validation parts of 341 and 296 photos. A gain of one seed under two points is noise; the table
-gives the standard deviation over the seeds and the t-interval of the paired gain, and with two dozen readings one such
-interval excludes 0 by luck.
+What bounds it: validation parts of 341 and 296 photos. A gain of one seed under two points is
+noise; the table gives the standard deviation over the seeds and the t-interval of the paired gain,
+and with two dozen readings one such interval excludes 0 by luck.
 
-    results/readings.jsonl a line a run, appended when it is done; a run that is there is not run again
+    results/readings.jsonl a line a run, appended when it is done; a run that is there is not run
+    again
 
     python benchmarks/readings.py --data clothing=DIR --data grocery=DIR
 """
@@ -120,7 +123,8 @@ def runs(name: str, readings: list[str], trial: Trial) -> None:
     for r, seed in missing:
         teacher = methods.adapted(bench, seed, trial.heads)
         result = methods.run(bench, READINGS[r], "frozen", seed, teacher)
-        # A head that needs more than one image's unit feature does not ship (keep: false): its student is scored without it.
+        # A head that needs more than one image's unit feature does not ship (keep: false): its
+        # student is scored without it.
         score = result[part].get("harmonic mean", result[part].get("held-out concepts"))
         line = {
             "set": name,

@@ -16,7 +16,9 @@ def scores(log: list[dict[str, Any]]) -> dict[tuple[str, str, int], float]:
 
 
 def gains(log: list[dict[str, Any]], name: str, reading: str) -> np.ndarray:
-    """Return the gains of `reading` over the default on set `name`, one for each seed that has both, in their order."""
+    """Return the gains of `reading` over the default on set `name`, one for each seed that has
+    both, in their order.
+    """
     found = scores(log)
     seeds = sorted(seed for set_, own, seed in found if (set_, own) == (name, reading))
     paired = [seed for seed in seeds if (name, DEFAULT, seed) in found]
@@ -36,7 +38,9 @@ def sorted_readings(log: list[dict[str, Any]], names: list[str] | None = None) -
 
 
 def cell(log: list[dict[str, Any]], name: str, reading: str) -> str:
-    """Return the mean gain in percentage points with its 95 % t-interval over the seeds; nothing for the default."""
+    """Return the mean gain in percentage points with its 95 % t-interval over the seeds; nothing
+    for the default.
+    """
     if reading == DEFAULT:
         return ""
     gain = 100 * gains(log, name, reading)

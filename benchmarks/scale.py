@@ -1,17 +1,20 @@
-"""What a teacher cache costs before a row is used: opening, a shuffled epoch's bookkeeping, memory; and what a row costs.
+"""What a teacher cache costs before a row is used: opening, a shuffled epoch's bookkeeping, memory;
+and what a row costs.
 
-For 10^4, 10^6 and 10^8 images of two views (sparse files: they have the size and the shards of real ones, and no content),
-each in a process of its own:
+For 10^4, 10^6 and 10^8 images of two views (sparse files: they have the size and the shards of real
+ones, and no content), each in a process of its own:
 
     open         `open_folder`: one manifest, and a look at each file's size
     shuffled     milliseconds a batch of 1,024 random rows with their views' parameters (holes of a sparse file: no disk)
     epoch        the order of all images and the choice of a view for each, batch by batch, nothing read
     memory       highest anonymous memory above the level after imports
 
-What bounds it: opening is one `stat` a file; the order is arithmetic (no list of it is held). Then, on 10^6 written rows of
-width 768 that the page cache holds: random batches of 1,024 rows from the cache against `numpy.take` from an array in memory.
+What bounds it: opening is one `stat` a file; the order is arithmetic (no list of it is held). Then,
+on 10^6 written rows of width 768 that the page cache holds: random batches of 1,024 rows from the
+cache against `numpy.take` from an array in memory.
 
-Required: opening under 1 s and memory under 200 MiB at every size; take's time at least half of the cache's.
+Required: opening under 1 s and memory under 200 MiB at every size; take's time at least half of the
+cache's.
 
     python benchmarks/scale.py --check            # --quick leaves out 10^8
 """

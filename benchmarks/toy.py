@@ -1,7 +1,8 @@
-"""A run of seconds for the smoke forms: generated shapes, a random teacher, a random student, its bundles.
+"""A run of seconds for the smoke forms: generated shapes, a random teacher, a random student, its
+bundles.
 
-It teaches nothing and its figures mean nothing. It is made by edgeclip's own `distill` and `export`, so that a benchmark
-that runs on it meets the files that it will meet on a real run.
+It teaches nothing and its figures mean nothing. It is made by edgeclip's own `distill` and
+`export`, so that a benchmark that runs on it meets the files that it will meet on a real run.
 """
 
 import io
@@ -59,7 +60,9 @@ CHILD = "import sys, toy; from pathlib import Path; toy.write_run(Path(sys.argv[
 
 
 def write_shards(folder: Path) -> None:
-    """Write shapes in CLIP_benchmark's layout below `folder`: a tar for each of PARTS, class names, templates."""
+    """Write shapes in CLIP_benchmark's layout below `folder`: a tar for each of PARTS, class
+    names, templates.
+    """
     from edgeclip.host.data import shapes
 
     rng = random.Random(0)
@@ -98,7 +101,8 @@ def write_recipe(folder: Path, text: str) -> Path:
 def small_calibration(name: str):
     """Return the shipped target of that name, for few images and a student of random weights.
 
-    What calibration and search ask of a form is let go of: random weights answer every image almost alike.
+    What calibration and search ask of a form is let go of: random weights answer every image almost
+    alike.
     """
     import msgspec
 
@@ -121,7 +125,8 @@ def small_calibration(name: str):
 
 
 def write_run(folder: Path, targets: list[str], *, validated: bool) -> None:
-    """Distil RECIPE into `folder`/runs/toy, export it to each of `targets`, validate it where that is asked for.
+    """Distil RECIPE into `folder`/runs/toy, export it to each of `targets`, validate it where that
+    is asked for.
 
     The working folder becomes `folder`.
     """
@@ -143,7 +148,9 @@ def write_run(folder: Path, targets: list[str], *, validated: bool) -> None:
 
 
 def run(folder: Path, targets: tuple[str, ...], *, validated: bool = False) -> Path:
-    """Make the toy run below `folder` in a process of its own, so that the measuring one stays small; return its folder."""
+    """Make the toy run below `folder` in a process of its own, so that the measuring one stays
+    small; return its folder.
+    """
     wanted = "validated" if validated else "exported"
     command = [sys.executable, "-c", CHILD, str(folder.resolve()), wanted, *targets]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

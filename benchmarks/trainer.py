@@ -1,22 +1,25 @@
-"""edgeclip's training against open_clip's own trainer with --distill-model: same student, teacher, shards, batch and loss.
+"""edgeclip's training against open_clip's own trainer with --distill-model: same student, teacher,
+shards, batch and loss.
 
-Each trains one epoch in a process of its own, in turn: open_clip_train.main unchanged, which runs the teacher beside the
-student, and `edgeclip.host.distill.train`, which reads the teacher's cache. Student: an open_clip model, image and text tower.
-Loss: InfoNCE plus cross-entropy to the teacher's image-text similarities. Weights are random, which does for timing.
+Each trains one epoch in a process of its own, in turn: open_clip_train.main unchanged, which runs
+the teacher beside the student, and `edgeclip.host.distill.train`, which reads the teacher's cache.
+Student: an open_clip model, image and text tower. Loss: InfoNCE plus cross-entropy to the teacher's
+image-text similarities. Weights are random, which does for timing.
 
     images/s     from the end of step 3 to the end of the last, so that neither start-up nor first-step set-up counts
     MiB            proportional set size of the process and its children (open_clip's data workers), sampled ten times a second:
-                   during the steps, and at the peak, which for edgeclip is when it loads the teacher to know its cache again
+                   during the steps, and at the peak, which for edgeclip is when it loads the
+                   teacher to know its cache again
     cache s        what edgeclip paid once before; break-even: the epoch after which it has been the faster one, that included
 
-What bounds edgeclip: the student's forward and backward on the cores there are. Nothing is required of the figures; they
-stand for the claim that an epoch costs what the student alone costs.
+What bounds edgeclip: the student's forward and backward on the cores there are. Nothing is required
+of the figures; they stand for the claim that an epoch costs what the student alone costs.
 
     python benchmarks/trainer.py                     # ViT-L-14 to ViT-S-32-alt, some minutes
     python benchmarks/trainer.py --quick             # ViT-B-32 as the teacher
 
-open_clip_train 3.3 needs webdataset up to 0.2.86: give it an environment with webdataset==0.2.86 beside
-open_clip_torch by --open-clip-python.
+open_clip_train 3.3 needs webdataset up to 0.2.86: give it an environment with webdataset==0.2.86
+beside open_clip_torch by --open-clip-python.
 """
 
 import contextlib
@@ -128,7 +131,8 @@ def with_open_clip(job: Job) -> dict[str, Any]:
             if record.getMessage().startswith("Train Epoch"):
                 ends.append(time.perf_counter())
 
-    # open_clip_train replaces the root logger's handlers when it starts; a filter on its level stays.
+    # open_clip_train replaces the root logger's handlers when it starts; a filter on its level
+    # stays.
     setup = logging.Logger.addHandler
 
     def added(self: logging.Logger, handler: logging.Handler) -> None:
@@ -281,8 +285,8 @@ def measured(who: str, job: Job, python: str = sys.executable) -> dict[str, Any]
     answer: dict[str, Any] = json.loads(lines[-1])
     if "ends" in answer:
         ends = answer.pop("ends")
-        # One clock for all processes (Linux's monotonic one), so the samples can be laid beside the steps.
-        # Of steps that are over between two samples the nearest one counts.
+        # One clock for all processes (Linux's monotonic one), so the samples can be laid beside the
+        # steps. Of steps that are over between two samples the nearest one counts.
         away = [max(ends[0] - when, when - ends[-1], 0.0) for when, _ in seen]
         during = max(mib for (_, mib), far in zip(seen, away, strict=True) if far == min(away))
         answer |= {

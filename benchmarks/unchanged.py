@@ -1,18 +1,20 @@
 """What a refactoring must not change: the same numbers before and after it, to the last bit.
 
-Write in the tree before, compare in the tree after, on one machine with the same libraries; with neither, a tree is compared
-with itself. --compare ends with 1 where an entry differs. It runs on the flat layout of 0.1 too, copied there.
+Write in the tree before, compare in the tree after, on one machine with the same libraries; with
+neither, a tree is compared with itself. --compare ends with 1 where an entry differs. It runs on
+the flat layout of 0.1 too, copied there.
 
     curves        every loss of each method's golden 20-step curve, and the weights behind it
     resumed       the weights of toy runs that went through, and of the same ones stopped half-way and gone on with
     graphs        both encoders' files in every target, of a depthwise network and a ViT with seeded weights. What quantizes
-                  is given one candidate, so that neither search nor time has a say: `first` is the target's first range
-                  method with 8-bit weights; `last` its last one, with 7-bit weights, smoothing (ViT) and float depthwise
-                  layers (the other) where it has those
+                  is given one candidate, so that neither search nor time has a say: `first` is the
+                  target's first range method with 8-bit weights; `last` its last one, with 7-bit
+                  weights, smoothing (ViT) and float depthwise layers (the other) where it has those
     quickstart    of `edgeclip distill recipes/quickstart.yaml`: every tensor of the run, and every number of results.json
                   but times and memory (10 to 20 minutes; --quick leaves it out)
 
-Weights and files are compared by sha256, metadata and names included; one thread makes that sums have one order.
+Weights and files are compared by sha256, metadata and names included; one thread makes that sums
+have one order.
 
     python benchmarks/unchanged.py --write before.json
     python benchmarks/unchanged.py --compare before.json        # --rename OLD=NEW: a part of names, between slashes

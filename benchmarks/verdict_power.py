@@ -1,4 +1,5 @@
-"""How often the gate is wrong, and whether the number of images that it names settles a question: by simulation.
+"""How often the gate is wrong, and whether the number of images that it names settles a question:
+by simulation.
 
 Images are drawn with a known truth, asked as `validate` asks them, and counted:
 

@@ -1,4 +1,5 @@
-"""The waterfall of a run: do its steps sum to the whole way, and is each planted fault named by its step?
+"""The waterfall of a run: do its steps sum to the whole way, and is each planted fault named by its
+step?
 
     resize filter        the int8 bundle resizes bilinearly where training did bicubically      preprocess
     swapped channels     the device hands over blue, green, red                                 preprocess
@@ -7,10 +8,12 @@
                          quantizer from eight images
     lost mask            the text encoder attends to padding as to words                         typed words
 
-Required of each run: what the steps of every bundle lost less what they won is what the whole way did; every fault changes
-its own step and no earlier one, and where it costs answers that these images can tell, the sentence names that step.
+Required of each run: what the steps of every bundle lost less what they won is what the whole way
+did; every fault changes its own step and no earlier one, and where it costs answers that these
+images can tell, the sentence names that step.
 
-    python benchmarks/waterfall.py --run runs/clothing --run runs/grocery --check --json results/waterfall.json
+    python benchmarks/waterfall.py --run runs/clothing --run runs/grocery --check --json
+    results/waterfall.json
 
 Bundles onnx-fp32 and onnx-int8 must be exported.
 """

@@ -1,4 +1,6 @@
-"""The tests of edgeclip. What must be set before anything imports numpy, torch or edgeclip itself is set here."""
+"""The tests of edgeclip. What must be set before anything imports numpy, torch or edgeclip itself
+is set here.
+"""
 
 import importlib.util
 import os

@@ -1,4 +1,6 @@
-"""Fixtures and hooks of every test: the tiny student, its bundles and its evaluation folder; a command line in an empty folder."""
+"""Fixtures and hooks of every test: the tiny student, its bundles and its evaluation folder; a
+command line in an empty folder.
+"""
 
 import os
 import shutil

@@ -22,7 +22,9 @@ UNAVAILABLE = 77
 
 
 def scripts() -> list[str]:
-    """Return the names of the files in benchmarks/ that run by themselves; the others are their helpers."""
+    """Return the names of the files in benchmarks/ that run by themselves; the others are their
+    helpers.
+    """
     found = []
     for path in sorted((REPO / "benchmarks").glob("*.py")):
         if MAIN in path.read_text(encoding="utf-8") and path.name != WRITER:
@@ -31,7 +33,9 @@ def scripts() -> list[str]:
 
 
 def smoke(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """Run a benchmark's smoke form in `folder`, with one thread, so that benchmarks side by side do not spin."""
+    """Run a benchmark's smoke form in `folder`, with one thread, so that benchmarks side by side
+    do not spin.
+    """
     command = [sys.executable, str(REPO / "benchmarks" / name), "--smoke", *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

@@ -1,4 +1,6 @@
-"""README.md and docs/ say what the code does: generated pages, names, command lines, paths, links, figures."""
+"""README.md and docs/ say what the code does: generated pages, names, command lines, paths, links,
+figures.
+"""
 
 import importlib.util
 import re

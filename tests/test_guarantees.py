@@ -1,6 +1,8 @@
-"""What edgeclip promises is refused by an exception, never by an `assert`: `python -O` takes asserts away, and promises stay.
+"""What edgeclip promises is refused by an exception, never by an `assert`: `python -O` takes
+asserts away, and promises stay.
 
-Every test here runs under `python -O -m pytest -m guarantee` too, so none of them states anything by `assert`.
+Every test here runs under `python -O -m pytest -m guarantee` too, so none of them states anything
+by `assert`.
 """
 
 import copy
@@ -41,7 +43,9 @@ def must(claim, said):
 
 
 class OtherInBatches(nn.Module):
-    """A trace holds what was done for the example alone, and this does something else for more than that."""
+    """A trace holds what was done for the example alone, and this does something else for more
+    than that.
+    """
 
     def __init__(self, module, size):
         super().__init__()
@@ -55,7 +59,9 @@ class OtherInBatches(nn.Module):
 
 
 class OtherAfterNorm(nn.Module):
-    """A convolution that is also read before its batch norm: to fold the two would change the sum."""
+    """A convolution that is also read before its batch norm: to fold the two would change the
+    sum.
+    """
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,6 @@
-"""The folder is the rule: what a board gets never imports torch, and no folder imports one that stands above it."""
+"""The folder is the rule: what a board gets never imports torch, and no folder imports one that
+stands above it.
+"""
 
 import ast
 import subprocess
@@ -27,7 +29,9 @@ HOST = [
     ["evaluation", "export"],
     ["distill"],
 ]
-"""the rooms of host/ from below, in the order of the data's way; those on one floor may import each other one way"""
+"""the rooms of host/ from below, in the order of the data's way; those on one floor may import
+each other one way
+"""
 HEAVY = ("torch", "torchvision", "onnx", "open_clip", "timm", "matplotlib", "transformers")
 BLOCKED = (*HEAVY, "jaxtyping", "click", "jinja2")
 RUNTIMES = ("onnxruntime", "openvino", "tensorrt")

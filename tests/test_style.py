@@ -1,8 +1,8 @@
 """The form that this project asks of its code, measured over `edgeclip/`.
 
-The limits are those at which the code of the anchors in CONTRIBUTING.md reads well: one thought a line, functions that
-fit a screen, files that read top to bottom. A density is a count per 1,000 lines of code, blank lines, comments and
-docstrings left out.
+The limits are those at which the code of the anchors in CONTRIBUTING.md reads well: one thought a
+line, functions that fit a screen, files that read top to bottom. A density is a count per 1,000
+lines of code, blank lines, comments and docstrings left out.
 """
 
 import ast

@@ -1,4 +1,6 @@
-"""The tests keep their own layout: their folders are the package's, and what several need lies in tests/support/."""
+"""The tests keep their own layout: their folders are the package's, and what several need lies in
+tests/support/.
+"""
 
 import ast
 
@@ -9,11 +11,15 @@ from tests.support.files import REPO
 TESTS = REPO / "tests"
 FILES = sorted(TESTS.rglob("*.py"))
 OWN = {"support", "golden", "benchmarks"}
-"""Folders that mirror none of the package: helpers, curves, and the tests of the scripts in benchmarks/."""
+"""Folders that mirror none of the package: helpers, curves, and the tests of the scripts in
+benchmarks/.
+"""
 
 
 def imported(tree):
-    """Every module that the tree names in an import, wherever it stands; a name that is imported from one counts too."""
+    """Every module that the tree names in an import, wherever it stands; a name that is imported
+    from one counts too.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

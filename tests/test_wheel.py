@@ -1,4 +1,6 @@
-"""The built wheel with one inference runtime, outside the checkout and without torch, does all that a device needs."""
+"""The built wheel with one inference runtime, outside the checkout and without torch, does all
+that a device needs.
+"""
 
 import glob
 import json

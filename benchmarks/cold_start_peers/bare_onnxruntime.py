@@ -1,4 +1,5 @@
-"""One image, ten baked labels, and nothing else: the least that a Python process with ONNX Runtime can do.
+"""One image, ten baked labels, and nothing else: the least that a Python process with ONNX Runtime
+can do.
 
 python bare_onnxruntime.py MODEL.onnx CLASS_FEATURES.npy LABELS.json IMAGE
 

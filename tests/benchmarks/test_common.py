@@ -80,7 +80,9 @@ def test_what_is_not_installed_ends_with_77_and_how_to_get_it(capsys):
 
 
 def test_a_large_parent_does_not_count_as_this_program_s_own_peak():
-    """Linux hands the peak of whoever starts a process on to it: 200 MiB here, of which the child holds none."""
+    """Linux hands the peak of whoever starts a process on to it: 200 MiB here, of which the child
+    holds none.
+    """
     ballast = bytearray(200 * 2**20)
     ballast[::4096] = b"x" * len(ballast[::4096])
     code = "import common; print(common.this_process_mib())"

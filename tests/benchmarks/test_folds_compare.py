@@ -1,4 +1,6 @@
-"""What may be said of a difference over folds: Holm's correction, and when two methods are level."""
+"""What may be said of a difference over folds: Holm's correction, and when two methods are
+level.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The whole way to a board, through a real sshd: reach, copy, install, validate, bench, report, clean."""
+"""The whole way to a board, through a real sshd: reach, copy, install, validate, bench, report,
+clean.
+"""
 
 import json
 import os

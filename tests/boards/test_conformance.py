@@ -1,4 +1,6 @@
-"""The golden images and strings go to a board, the reference stays here, and the board's answers are scored here."""
+"""The golden images and strings go to a board, the reference stays here, and the board's answers
+are scored here.
+"""
 
 import json
 

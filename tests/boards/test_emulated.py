@@ -1,4 +1,6 @@
-"""An ARM board that is none: aarch64 code under qemu behind a real sshd gives the answers of x86, and no times."""
+"""An ARM board that is none: aarch64 code under qemu behind a real sshd gives the answers of x86,
+and no times.
+"""
 
 import json
 import shutil

@@ -1,4 +1,6 @@
-"""What can go wrong on the way to a board: each is one line that says what to do, and nothing half-done is believed."""
+"""What can go wrong on the way to a board: each is one line that says what to do, and nothing
+half-done is believed.
+"""
 
 import json
 import shutil
@@ -205,7 +207,8 @@ def test_a_board_without_room_is_told_before_anything_travels(sshd, home, tmp_pa
                     )
                 )
             assert list((tmp_path / "on-board" / "store").iterdir()) == []
-            # 8 MB of which 8 KB travel: what is unpacked counts, and what cannot be unpacked is taken away again
+            # 8 MB of which 8 KB travel: what is unpacked counts, and what cannot be unpacked is
+            # taken away again
             with zipfile.ZipFile(tmp_path / "wheel", "w", zipfile.ZIP_DEFLATED) as z:
                 z.writestr("module.py", b"x" * 8_000_000)
             wheel = {disk.sha256(tmp_path / "wheel"): tmp_path / "wheel"}

@@ -137,7 +137,9 @@ def test_a_corrupted_weight_is_named_as_export(run):
 
 
 def test_a_bad_rounding_is_named_by_its_precision(run):
-    """Steps that are sixteen times too coarse, as where a residual sum is rounded with an outlier's range."""
+    """Steps that are sixteen times too coarse, as where a residual sum is rounded with an
+    outlier's range.
+    """
 
     def coarse(model):
         quantizers = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]

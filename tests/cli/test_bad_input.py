@@ -272,7 +272,8 @@ def test_a_finite_loss_whose_gradient_is_not_is_never_kept(here, monkeypatch):
 
     def broken(batch, spec):
         zero = 0.0 * batch.image_features
-        # in the epoch's last step: the square root's slope at 0 is infinite, and infinity times 0 is no number
+        # in the epoch's last step: the square root's slope at 0 is infinite, and infinity times 0
+        # is no number
         return kl(batch, spec) + (zero.sqrt() if next(calls) == 2 else zero).sum()
 
     monkeypatch.setitem(losses.LOSSES, "kl", broken)

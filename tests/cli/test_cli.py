@@ -1,4 +1,6 @@
-"""The command line: what each command prints, and one line with exit code 1 for every mistake of the user."""
+"""The command line: what each command prints, and one line with exit code 1 for every mistake of
+the user.
+"""
 
 import json
 import shutil

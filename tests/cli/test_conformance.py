@@ -1,4 +1,6 @@
-"""`edgeclip conformance`: exit 0 where it must be equal and is, 3 where it is not, one line for bad input."""
+"""`edgeclip conformance`: exit 0 where it must be equal and is, 3 where it is not, one line for
+bad input.
+"""
 
 import json
 import shutil

@@ -25,7 +25,9 @@ def call(*args: str, code: int = 0) -> str:
 
 
 def small_targets(folder: Path) -> None:
-    """The shipped int8 targets for a set of 192 images and a tower too small for int8 to pay: a working folder may bring its own."""
+    """The shipped int8 targets for a set of 192 images and a tower too small for int8 to pay: a
+    working folder may bring its own.
+    """
     folder.mkdir()
     for name in ("onnx-int8", "openvino-int8", "tensorrt-int8"):
         text = (REPO / "export" / f"{name}.yaml").read_text()

@@ -1,4 +1,6 @@
-"""What an implementation makes of the golden images and strings, and the layout that it is written in."""
+"""What an implementation makes of the golden images and strings, and the layout that it is written
+in.
+"""
 
 import json
 import shutil

@@ -1,4 +1,6 @@
-"""Power is read from files in the kernel's documented layouts, and an energy is what arithmetic says it is."""
+"""Power is read from files in the kernel's documented layouts, and an energy is what arithmetic
+says it is.
+"""
 
 import math
 import os
@@ -192,7 +194,9 @@ def test_energy_is_power_above_idle_over_images():
 
 @pytest.mark.parametrize("alike_s", [0.0, 1.0])
 def test_the_half_width_holds_the_truth_nineteen_times_of_twenty(alike_s):
-    """Ten readings a second for 30 s idle and 60 s of load, whose noise is white, or stays alike for a second (an AR(1))."""
+    """Ten readings a second for 30 s idle and 60 s of load, whose noise is white, or stays alike
+    for a second (an AR(1)).
+    """
     rng, inside, runs = np.random.default_rng(1), 0, 2000
     rho = math.exp(-0.1 / alike_s) if alike_s else 0.0
     noise = rng.normal(size=(900, runs))
@@ -272,7 +276,9 @@ def test_a_load_is_sampled_while_it_runs(monkeypatch):
 
 @pytest.mark.parametrize("ahead", [0.0, 100.0, -7.5])
 def test_a_meter_on_the_hosts_clock_is_read_by_the_boards_marks(tmp_path, ahead):
-    """2 W idle for 10 s, 5 W for 20 s of 400 images: 3 W of 50 ms are 150 mJ, whatever the board's clock says."""
+    """2 W idle for 10 s, 5 W for 20 s of 400 images: 3 W of 50 ms are 150 mJ, whatever the board's
+    clock says.
+    """
     rows = [f"{1000 + t / 10},{2 if t < 100 else 5}" for t in range(300)]
     (tmp_path / "m.csv").write_text("timestamp,watts\n" + "\n".join(rows) + "\n")
     marks = EnergyMarks(

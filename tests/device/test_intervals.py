@@ -1,4 +1,6 @@
-"""Limits cover as often as they say, and the number of images that is named settles the question."""
+"""Limits cover as often as they say, and the number of images that is named settles the
+question.
+"""
 
 import math
 
@@ -122,7 +124,9 @@ def test_a_share_at_its_limit_is_never_settled():
 
 
 def test_a_percentiles_limits_keep_their_level():
-    """Of 400 samples of an exponential whose 90th percentile is known: each limit misses in at most 5 %."""
+    """Of 400 samples of an exponential whose 90th percentile is known: each limit misses in at
+    most 5 %.
+    """
     rng = np.random.default_rng(0)
     truth = math.log(10)
     missed = [0, 0]

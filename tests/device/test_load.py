@@ -32,7 +32,9 @@ def calls_of(work):
 
 
 def test_the_harness_calls_the_query_and_the_clock_and_next_to_nothing_else():
-    """`benchmarks/harness.py --check` holds the microseconds; what is called is the same on every machine."""
+    """`benchmarks/harness.py --check` holds the microseconds; what is called is the same on every
+    machine.
+    """
     samples = [np.zeros((1, 3, 32, 32), np.float32)] * 4
 
     def query(_):

@@ -21,7 +21,9 @@ NAMES = ["cat", "dog", "<b>bird</b>", "x" * 300]
 
 
 def answered(counts, wrong_before=(), wrong_after=()):
-    """So many images of each class; wrong answers name the next class, the first ones of a class are wrong."""
+    """So many images of each class; wrong answers name the next class, the first ones of a class
+    are wrong.
+    """
     labels = np.repeat(np.arange(len(counts)), counts)
     within = np.concatenate([np.arange(n) for n in counts])
 

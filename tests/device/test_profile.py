@@ -1,4 +1,6 @@
-"""A profile says what a board is, and a machine is held against it; the machine's facts come from the kernel's files."""
+"""A profile says what a board is, and a machine is held against it; the machine's facts come from
+the kernel's files.
+"""
 
 import dataclasses
 import os

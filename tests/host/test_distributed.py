@@ -1,4 +1,6 @@
-"""Two processes over gloo tell each other what `edgeclip.host.distributed` promises; one process needs none of it."""
+"""Two processes over gloo tell each other what `edgeclip.host.distributed` promises; one process
+needs none of it.
+"""
 
 import json
 

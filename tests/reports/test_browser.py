@@ -1,4 +1,6 @@
-"""The page in a real browser without a network: no error, every figure that of the JSON, nothing cut off."""
+"""The page in a real browser without a network: no error, every figure that of the JSON, nothing
+cut off.
+"""
 
 import html.parser
 import json

@@ -1,4 +1,6 @@
-"""The front holds what nothing else beats, and an axis that was not measured everywhere is left out."""
+"""The front holds what nothing else beats, and an axis that was not measured everywhere is left
+out.
+"""
 
 from edgeclip.device.machine import Facts
 from edgeclip.device.records import Ran
@@ -47,7 +49,9 @@ def test_an_axis_that_one_row_lacks_takes_no_part():
 
 
 def test_axes_on_other_terms_take_no_part():
-    """1 mJ of a chip is not less than 2 mJ of a whole board, nor is 0.9 of 10 images more than 0.8 of 400."""
+    """1 mJ of a chip is not less than 2 mJ of a whole board, nor is 0.9 of 10 images more than 0.8
+    of 400.
+    """
     pair = [
         report("n100", "a", 1.0, [], "fp32"),
         report("pi", "b", 1.0, [], "fp32", energy("meter: m.csv")),

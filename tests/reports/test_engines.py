@@ -1,4 +1,6 @@
-"""The history of engines: what an upgrade did to accuracy, and which parity report is of an engine."""
+"""The history of engines: what an upgrade did to accuracy, and which parity report is of an
+engine.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""The report says ship or do not ship and why, from what was measured and nothing else, on one page without a network."""
+"""The report says ship or do not ship and why, from what was measured and nothing else, on one
+page without a network.
+"""
 
 import io
 import re

@@ -1,4 +1,6 @@
-"""results.json and the records of protocols: written and read again, and those of edgeclip 0.1 read as today's."""
+"""results.json and the records of protocols: written and read again, and those of edgeclip 0.1
+read as today's.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Where reports lie, which one counts, what is kept of an earlier one, and the exit code of a gate."""
+"""Where reports lie, which one counts, what is kept of an earlier one, and the exit code of a
+gate.
+"""
 
 import dataclasses
 

@@ -1,4 +1,6 @@
-"""Whether int8 is worth it is read off ratios with intervals, and a loaded machine answers nothing."""
+"""Whether int8 is worth it is read off ratios with intervals, and a loaded machine answers
+nothing.
+"""
 
 import msgspec
 

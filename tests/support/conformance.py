@@ -1,4 +1,6 @@
-"""A conformance pack of a few images and strings, whose reference is the toy bundle's own answers."""
+"""A conformance pack of a few images and strings, whose reference is the toy bundle's own
+answers.
+"""
 
 import json
 from pathlib import Path
@@ -30,7 +32,9 @@ TEXTS = {"plain": "a cat", "capitals": "A CAT", "emoji": "a \U0001f600 car"}
 
 
 def toy_pack(folder: Path, bundle: Bundle, broken: bool = False) -> Pack:
-    """Write the pack. broken: with a JPEG of kind "broken" that ends in its middle, and a string that is too long."""
+    """Write the pack. broken: with a JPEG of kind "broken" that ends in its middle, and a string
+    that is too long.
+    """
     (folder / "images").mkdir(parents=True)
     images, answers = [], Answers({}, {}, {})
     for i, kind in enumerate(IMAGES):
@@ -67,7 +71,9 @@ def toy_pack(folder: Path, bundle: Bundle, broken: bool = False) -> Pack:
 
 
 def with_another_tokenizer(folder: Path, change) -> Bundle:
-    """The bundle at `folder` after `change(tokenizer.json's value)`, with its hash in the manifest."""
+    """The bundle at `folder` after `change(tokenizer.json's value)`, with its hash in the
+    manifest.
+    """
     path = folder / "tokenizer.json"
     value = json.loads(path.read_text(encoding="utf-8"))
     change(value)

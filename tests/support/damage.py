@@ -1,4 +1,6 @@
-"""Bundles that are wrong, with a manifest that says nothing of it: what a wrong export would have written."""
+"""Bundles that are wrong, with a manifest that says nothing of it: what a wrong export would have
+written.
+"""
 
 import numpy as np
 
@@ -7,7 +9,9 @@ from tests.support.optional import require
 
 
 def resign(folder, **changes):
-    """The same bundle with another manifest, hashes made anew: what a wrong export would have written."""
+    """The same bundle with another manifest, hashes made anew: what a wrong export would have
+    written.
+    """
     content = {
         k: v for k, v in disk.read_manifest(folder, "bundle").items() if k not in ("kind", "files")
     }

@@ -1,4 +1,6 @@
-"""Python environments of peers, made once a session; a variable may name a folder that has one already."""
+"""Python environments of peers, made once a session; a variable may name a folder that has one
+already.
+"""
 
 import os
 import subprocess
@@ -21,7 +23,9 @@ PACKAGES = {
 
 
 def python_with(package: str, factory: pytest.TempPathFactory) -> Path:
-    """Return a Python that has `package` and sees this one's, or skip the test: they want older packages than this has."""
+    """Return a Python that has `package` and sees this one's, or skip the test: they want older
+    packages than this has.
+    """
     wanted = PACKAGES[package]
     variable = f"EDGECLIP_{package.upper().replace('-', '_')}"
     try:

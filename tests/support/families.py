@@ -1,4 +1,6 @@
-"""Small variants of every family that is a student: the blocks of the real one, fewer and narrower."""
+"""Small variants of every family that is a student: the blocks of the real one, fewer and
+narrower.
+"""
 
 import timm
 import torch
@@ -91,7 +93,9 @@ def custom(**text):
 
 
 def lively(module):
-    """Weights and batch-norm statistics that are not the initial ones: an exporter merges equal constants."""
+    """Weights and batch-norm statistics that are not the initial ones: an exporter merges equal
+    constants.
+    """
     torch.manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():

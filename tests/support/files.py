@@ -6,7 +6,9 @@ REPO = Path(__file__).parents[2]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones included: equal before and after where nothing may be left behind."""
+    """Every file below a folder, hidden ones included: equal before and after where nothing may be
+    left behind.
+    """
     return {
         str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b""
         for p in sorted(folder.rglob("*"))

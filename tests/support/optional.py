@@ -6,7 +6,9 @@ import pytest
 
 
 def require(module: str, install_line: str) -> object:
-    """The optional module, or a skip that says how to install it (a failure under EDGECLIP_REQUIRE=all)."""
+    """The optional module, or a skip that says how to install it (a failure under
+    EDGECLIP_REQUIRE=all).
+    """
     try:
         return importlib.import_module(module)
     except ImportError:

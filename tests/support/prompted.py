@@ -17,7 +17,9 @@ PIXELS = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1
 
 
 def images_of(folder, count, classes, draw, seed=0):
-    """`count` labeled PNGs that `draw` makes of a class and a random generator, the classes in turn."""
+    """`count` labeled PNGs that `draw` makes of a class and a random generator, the classes in
+    turn.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     images = [

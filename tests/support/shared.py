@@ -1,4 +1,6 @@
-"""What one process of a session makes and every process of it reads: pytest-xdist gives each worker fixtures of its own."""
+"""What one process of a session makes and every process of it reads: pytest-xdist gives each
+worker fixtures of its own.
+"""
 
 import os
 import shutil
@@ -8,11 +10,14 @@ from pathlib import Path
 import pytest
 
 EXPORTED = os.environ.get("EDGECLIP_TEST_BUNDLES")
-"""A folder of the toy's bundles and its evaluation, made where torch is, for tests/device where it is not."""
+"""A folder of the toy's bundles and its evaluation, made where torch is, for tests/device where it
+is not.
+"""
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """Return the session's folder `name`, which `make` fills in the process that asks first; the others wait for it.
+    """Return the session's folder `name`, which `make` fills in the process that asks first; the
+    others wait for it.
 
     What it holds is read only, and the same whichever process makes it.
     """

@@ -1,4 +1,6 @@
-"""A user's ~/.ssh that knows a real sshd as `board`, a link that can be cut, and what is left behind on the board."""
+"""A user's ~/.ssh that knows a real sshd as `board`, a link that can be cut, and what is left
+behind on the board.
+"""
 
 import contextlib
 import os
@@ -12,7 +14,9 @@ import pytest
 
 
 class Proxy:
-    """Passes bytes on to a port of 127.0.0.1, until it has passed `limit` of them upwards or is cut."""
+    """Passes bytes on to a port of 127.0.0.1, until it has passed `limit` of them upwards or is
+    cut.
+    """
 
     def __init__(self, target, limit=None):
         self.target, self.limit, self.passed, self.ends = target, limit, 0, []

@@ -122,7 +122,8 @@ def toy_target(name: str):
 
 
 def write_evaluation(folder: Path, source, count: int, size: int = SIZE) -> Path:
-    """An evaluation folder as `distill` leaves it; the labels are the student's own answers, every fifth one wrong.
+    """An evaluation folder as `distill` leaves it; the labels are the student's own answers, every
+    fifth one wrong.
 
     size: of the images, px. The teacher is right wherever the student is, and nowhere else.
     """

@@ -1,4 +1,6 @@
-"""A whole training run at toy size on real files: images, towers of several kinds, a text tower, a teacher's cache."""
+"""A whole training run at toy size on real files: images, towers of several kinds, a text tower, a
+teacher's cache.
+"""
 
 import json
 import sys
@@ -67,12 +69,15 @@ def tower(kind):
             num_heads=2,
             num_classes=0,
         )
-    # No bias before the projector's batch norm: it would have no gradient but rounding, which AdamW makes steps of.
+    # No bias before the projector's batch norm: it would have no gradient but rounding, which AdamW
+    # makes steps of.
     return nn.Sequential(*start, nn.Linear(24, WIDTH, bias=False))
 
 
 def run(folder, losses, kind="plain", text=False, student=None, **schedule):
-    """Trains; returns each step's loss, the weights of everything that learns, and the log. schedule: also what `train` takes."""
+    """Trains; returns each step's loss, the weights of everything that learns, and the log.
+    schedule: also what `train` takes.
+    """
     folder = Path(folder)
     with distributed.rank_zero_first():
         if not (folder / "39.png").exists():
@@ -177,7 +182,9 @@ def run(folder, losses, kind="plain", text=False, student=None, **schedule):
 
 
 def main():
-    """Under torchrun: cases as JSON (name to keyword arguments of `run`) to their curves, and the weights of both processes."""
+    """Under torchrun: cases as JSON (name to keyword arguments of `run`) to their curves, and the
+    weights of both processes.
+    """
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     distributed.start(torch.device("cpu"))
     found = {}

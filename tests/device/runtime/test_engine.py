@@ -1,7 +1,9 @@
-"""Engines: built by the one builder, kept under all that they depend on, executed by calls in the documented order.
+"""Engines: built by the one builder, kept under all that they depend on, executed by calls in the
+documented order.
 
-TensorRT-RTX builds without a GPU up to the serialized engine. Execution has only met the fake below, which proves the order
-of calls and nothing else: no figure of parity or time may come from it.
+TensorRT-RTX builds without a GPU up to the serialized engine. Execution has only met the fake
+below, which proves the order of calls and nothing else: no figure of parity or time may come from
+it.
 """
 
 import sys
@@ -169,8 +171,8 @@ def test_old_engines_go_when_there_are_too_many():
 
 
 class Fake:
-    """The documented API of runtime, engine, context and CUDA, writing down what is called. It computes nothing, and has no
-    call that is not named here."""
+    """The documented API of runtime, engine, context and CUDA, writing down what is called. It
+    computes nothing, and has no call that is not named here."""
 
     ANSWERS = types.MappingProxyType({"set_input_shape": True, "execute_async_v3": True})
     SILENT = frozenset(("set_tensor_address", "copy", "wait", "free"))

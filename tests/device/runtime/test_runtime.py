@@ -130,7 +130,9 @@ def test_threads_are_those_asked_for(model):
 
 
 def test_s8s8_is_integer_arithmetic_here_as_on_arm(tmp_path):
-    """The scales make 1 / 128, so that one sum in 128 lies on a rounding boundary: sums of floats fall on either side of it."""
+    """The scales make 1 / 128, so that one sum in 128 lies on a rounding boundary: sums of floats
+    fall on either side of it.
+    """
     rng = np.random.default_rng(0)
     x, w = (
         rng.integers(-100, 100, shape, dtype=np.int8) for shape in ((1, 8, 16, 16), (8, 8, 1, 1))

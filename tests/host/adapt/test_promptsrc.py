@@ -1,4 +1,6 @@
-"""PromptSRC: its closed forms, what stage 1 keeps, and the whole path from a prompted teacher to a prompted student."""
+"""PromptSRC: its closed forms, what stage 1 keeps, and the whole path from a prompted teacher to a
+prompted student.
+"""
 
 import math
 import random
@@ -47,7 +49,9 @@ def test_epoch_weights_are_a_gaussian_that_sums_to_one():
 
 
 def test_the_learning_rate_is_constant_then_a_cosine_as_long_as_the_whole_training():
-    """Dassl's ConstantWarmupScheduler over CosineAnnealingLR(T_max = epochs), as PromptSRC has it."""
+    """Dassl's ConstantWarmupScheduler over CosineAnnealingLR(T_max = epochs), as PromptSRC has
+    it.
+    """
     spec = R.Prompts(epochs=4, warmup_epochs=1, warmup_lr=1e-5, lr=0.1)
     assert [promptsrc.learning_rate(e, spec) for e in range(4)] == pytest.approx(
         [1e-5, 0.1, 0.1 * (2 + math.sqrt(2)) / 4, 0.05]
@@ -302,7 +306,9 @@ def draw_under_green_light(label, rng):
 
 
 def train_clip(steps):
-    """A tiny CLIP from scratch: each image against the captions of all classes, in templates that take turns."""
+    """A tiny CLIP from scratch: each image against the captions of all classes, in templates that
+    take turns.
+    """
     torch.manual_seed(0)
     model = open_clip.model.CLIP(**KNOWING).train()
     words = tokenizer.load(teachers.clip_tokenizer_json("tiny"), 16)
@@ -341,7 +347,9 @@ def accuracy(teacher, images, classes, templates):
 
 @pytest.mark.slow
 def test_prompts_learn_a_domain_on_base_classes_and_do_not_harm_the_novel_ones(tmp_path):
-    """A CLIP of white light, 16 labeled images a base class under green light: +10 pp on base, at most -2 pp on novel."""
+    """A CLIP of white light, 16 labeled images a base class under green light: +10 pp on base, at
+    most -2 pp on novel.
+    """
     save_file(train_clip(steps=400).state_dict(), tmp_path / "clip.safetensors")
     spec = R.OpenClip(model="tiny", weights=str(tmp_path / "clip.safetensors"), config=KNOWING)
     asked = replace(RECIPE, teacher=spec, adapt=R.Prompts(depth=2), views=R.Views(scale=(0.8, 1.0)))

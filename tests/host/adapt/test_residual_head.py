@@ -1,4 +1,6 @@
-"""Stage 1 for the assembled teacher: it starts as the unadapted one, learns what labels it has, and is kept."""
+"""Stage 1 for the assembled teacher: it starts as the unadapted one, learns what labels it has,
+and is kept.
+"""
 
 import numpy as np
 import pytest
@@ -130,7 +132,8 @@ def test_balanced_leaves_a_label_and_a_fair_table_alone():
     skewed = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.9, 0.1], [0.8, 0.2]])
     p = balanced(skewed, rounds=500)
     torch.testing.assert_close(p[0], skewed[0])
-    # three rows share what the labeled one leaves: one unit of the first class, two of the second; odds ratios stay
+    # three rows share what the labeled one leaves: one unit of the first class, two of the second;
+    # odds ratios stay
     torch.testing.assert_close(p.sum(dim=0), torch.tensor([2.0, 2.0]), rtol=1e-3, atol=1e-3)
     odds = p[1:, 0] / p[1:, 1]
     torch.testing.assert_close(
@@ -142,7 +145,8 @@ def test_self_training_learns_classes_that_have_no_labels(tmp_path):
     from msgspec.structs import replace
 
     teacher, cache, data = toy(tmp_path, labeled=True)
-    # of the two classes without labels the unadapted teacher always prefers the last, though less where it is wrong
+    # of the two classes without labels the unadapted teacher always prefers the last, though less
+    # where it is wrong
     w = cache.class_features
     lean = np.array(
         [0.3 * w[p.label] + (0.4 * w[3] if p.label > 1 else 0) for p in cache.images], np.float16

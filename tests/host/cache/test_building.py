@@ -1,4 +1,6 @@
-"""Building a cache survives what happens in weeks of it: a kill, a full disk, a second process, a changed mind."""
+"""Building a cache survives what happens in weeks of it: a kill, a full disk, a second process, a
+changed mind.
+"""
 
 import errno
 import json
@@ -140,7 +142,9 @@ def test_a_killed_process_leaves_a_build_that_goes_on(tmp_path, folder, monkeypa
 def test_a_disk_that_fills_up_keeps_the_shards_before_and_says_how_to_go_on(
     tmp_path, folder, monkeypatch
 ):
-    """A real limit: the kernel refuses to write beyond it in the middle of a shard's file, as a full disk does."""
+    """A real limit: the kernel refuses to write beyond it in the middle of a shard's file, as a
+    full disk does.
+    """
     write, limits = disk.write_array, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(path, array):
@@ -177,7 +181,9 @@ def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_starts(
 
 
 def test_two_processes_share_the_work_and_neither_corrupts(tmp_path, folder, capfd):
-    """Both are started on the same cache at once; each shard is made by one of them, and both end with the whole."""
+    """Both are started on the same cache at once; each shard is made by one of them, and both end
+    with the whole.
+    """
     rows, fork = live._rows, multiprocessing.get_context("fork")
 
     def start(i):

@@ -1,4 +1,6 @@
-"""The teacher cache is reproducible, is found by what decides it, and replays the views that it stores."""
+"""The teacher cache is reproducible, is found by what decides it, and replays the views that it
+stores.
+"""
 
 import random
 import shutil

@@ -1,4 +1,6 @@
-"""Embeddings that others computed are a teacher: clip-retrieval's own writer made the files, embedding-reader reads ours."""
+"""Embeddings that others computed are a teacher: clip-retrieval's own writer made the files,
+embedding-reader reads ours.
+"""
 
 import json
 import os
@@ -272,7 +274,8 @@ def test_what_a_loss_lacks_is_refused_by_name(shop):
     assert RECIPE
 
 
-# --- clip-retrieval and embedding-reader themselves, in an environment of their own: they need an older numpy and pandas
+# --- clip-retrieval and embedding-reader themselves, in an environment of their own: they need an
+# older numpy and pandas
 
 INSTALL = [
     "clip-retrieval",

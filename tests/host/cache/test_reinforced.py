@@ -1,4 +1,6 @@
-"""MobileCLIP's reinforced shards are a teacher: views with stored parameters, several captions, several teachers."""
+"""MobileCLIP's reinforced shards are a teacher: views with stored parameters, several captions,
+several teachers.
+"""
 
 import gzip
 import io
@@ -31,7 +33,9 @@ K, SYNTHETIC, WIDTHS = 3, 2, (6, 4)
 
 
 def sample(i, size=(60, 50)):
-    """(image_emb [K, 10], text_emb [3, 10], param_aug, syn_text) as DataCompDR has them; two teachers side by side."""
+    """(image_emb [K, 10], text_emb [3, 10], param_aug, syn_text) as DataCompDR has them; two
+    teachers side by side.
+    """
     rng = np.random.default_rng(i)
     image, text = (rng.normal(size=(n, sum(WIDTHS))).astype(np.float32) for n in (K, 1 + SYNTHETIC))
     views = []
@@ -116,7 +120,9 @@ def test_each_teacher_is_its_columns_of_every_view_and_caption(tmp_path, kind):
 
 
 def test_dfndrs_captioners_stand_apart(tmp_path):
-    """text_emb of the data's caption alone, and a list with features of its own for every captioner; one list has none."""
+    """text_emb of the data's caption alone, and a list with features of its own for every
+    captioner; one list has none.
+    """
 
     def apart(i, name, content):
         image, text, _, syn = sample(i)
@@ -165,7 +171,9 @@ def test_the_shards_may_lie_apart_from_the_images_and_in_another_order(tmp_path)
 
 
 def test_a_view_is_replayed_as_torchvision_made_it():
-    """Crop, resize and RandAugment's operations by their numbers, at the teacher's size; TranslateX in pixels of it."""
+    """Crop, resize and RandAugment's operations by their numbers, at the teacher's size;
+    TranslateX in pixels of it.
+    """
     from edgeclip.host.cache.reinforced import parameters
 
     assert list(OPERATIONS) == list(RandAugment()._augmentation_space(31, (224, 224)))
@@ -209,7 +217,9 @@ def test_broken_samples_are_counted_and_many_are_refused(tmp_path):
 
 
 def garbled(kind):
-    """A sample's rows cut off, with a byte of their middle changed, and as something else: name to what `change` writes."""
+    """A sample's rows cut off, with a byte of their middle changed, and as something else: name to
+    what `change` writes.
+    """
     return {
         "cut": lambda content: content[: len(content) // 2],
         "changed": lambda content: (

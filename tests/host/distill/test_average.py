@@ -1,4 +1,6 @@
-"""A student that is the mean of its last weights, and steps that are not longer than they may be."""
+"""A student that is the mean of its last weights, and steps that are not longer than they may
+be.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""What is measured over all labels is what the bundle answers: one head, through the whole chain."""
+"""What is measured over all labels is what the bundle answers: one head, through the whole
+chain.
+"""
 
 import json
 

@@ -25,7 +25,9 @@ from tests.support.files import REPO
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """name, losses, train fields -> (results, the student's weights); all runs share one teacher cache."""
+    """name, losses, train fields -> (results, the student's weights); all runs share one teacher
+    cache.
+    """
     folder = tmp_path_factory.mktemp("first")
     shapes.write(folder / ".data" / "shapes")
 

@@ -1,4 +1,6 @@
-"""Several teachers made one by a linear map: it starts as the first, learns what the others know, and is what the student sees."""
+"""Several teachers made one by a linear map: it starts as the first, learns what the others know,
+and is what the student sees.
+"""
 
 import json
 from pathlib import Path

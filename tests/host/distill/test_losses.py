@@ -38,7 +38,9 @@ LEARNED = L.learned_parameters(
 
 
 def batch(s=S, h=H, t=T, w=W, c=C, x=X, m=M, p=P, labels=LABELS):
-    """s, x, m: the student's image, text and masked features; h after the head; t, c: the teacher's; w classes, p prototypes."""
+    """s, x, m: the student's image, text and masked features; h after the head; t, c: the
+    teacher's; w classes, p prototypes.
+    """
     s, h, t, w, c, x, m, p, labels = (torch.from_numpy(a) for a in (s, h, t, w, c, x, m, p, labels))
     return Batch(s, h, t, w, c, SCALE, x, 3 * s, 2 * t, m, labels, p, learned=LEARNED)
 

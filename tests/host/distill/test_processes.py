@@ -1,4 +1,6 @@
-"""Two processes over gloo train as one does with the whole batch, for every loss; then the real command under torchrun."""
+"""Two processes over gloo train as one does with the whole batch, for every loss; then the real
+command under torchrun.
+"""
 
 import json
 import os
@@ -43,8 +45,8 @@ SAME: dict[str, dict] = {
     },
 }
 NO_GRADIENT = ("head.fc.bias", "attn.qkv.bias", "tower.norm.bias", "running_mean")
-"""What a softmax over the batch, or over keys, or the batch norm after it does not feel: its gradient is rounding, which AdamW
-makes steps of; and the running mean that follows such a bias."""
+"""What a softmax over the batch, or over keys, or the batch norm after it does not feel: its
+gradient is rounding, which AdamW makes steps of; and the running mean that follows such a bias."""
 OTHER: dict[str, dict] = {
     "batch norm in the tower": {"losses": COMKD, "kind": "batch norm"},
     "dropout": {"losses": COMKD, "kind": "dropout", "accumulate": 2},

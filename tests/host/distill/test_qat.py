@@ -151,7 +151,9 @@ def test_learned_scales_are_of_one_target_only(images, tmp_path):
 
 
 def test_fine_tuning_gains_where_a_range_was_spoilt(images, tmp_path):
-    """FakeQuantize to a twentieth of the steps costs; sixty steps towards the float features win some of it back."""
+    """FakeQuantize to a twentieth of the steps costs; sixty steps towards the float features win
+    some of it back.
+    """
     student = torch_student()
     x = torch.from_numpy(images)
     with torch.inference_mode():
@@ -259,7 +261,9 @@ def test_a_student_that_cannot_round_is_refused_before_it_is_trained(here):
 
 
 def test_from_recipe_to_graph_the_learned_scales_ship(here):
-    """The real commands: a recipe with qat, then export to that target, whose graph has the scales that training learned."""
+    """The real commands: a recipe with qat, then export to that target, whose graph has the scales
+    that training learned.
+    """
     import onnx
 
     ask(here, 40)

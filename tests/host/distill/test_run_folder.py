@@ -1,4 +1,6 @@
-"""A finished run: where it lies, where its data lie now, and what it says of images that were held out."""
+"""A finished run: where it lies, where its data lie now, and what it says of images that were held
+out.
+"""
 
 import json
 import os
@@ -46,7 +48,8 @@ def test_a_finished_run_learns_where_its_data_moved(place):
         "distill", "r.yaml", "--data", "elsewhere", says="no such folder", only_line=False
     )
     assert "--data NAME=DIR" in message
-    # Its roots are those of the folder that was copied; nothing lies there for a run whose data have gone.
+    # Its roots are those of the folder that was copied; nothing lies there for a run whose data
+    # have gone.
     disk.write_json(place / "runs/r/roots.json", {"data": str(place / "photos")})
     with pytest.raises(
         recipe.EdgeclipError,

@@ -120,7 +120,9 @@ def test_gradient_checkpointing_is_refused_where_it_would_do_nothing(student):
 
 @pytest.mark.parametrize(("precision", "steps"), [("bf16", 8), ("fp16", 5)])
 def test_half_precision_stays_near_and_keeps_the_weights_whole(folder, precision, steps):
-    """fp16 starts with a loss scale so large that its first steps overflow and are left out: then it lags behind."""
+    """fp16 starts with a loss scale so large that its first steps overflow and are left out: then
+    it lags behind.
+    """
     half, single = run(folder, COMKD, precision=precision), run(folder, COMKD)
     np.testing.assert_allclose(half[0][:steps], single[0][:steps], rtol=0.01)
     assert half[0] != single[0] and {v.dtype for k, v in half[1].items() if "tracked" not in k} == {

@@ -1,4 +1,6 @@
-"""What a run says of itself: TensorBoard's files read back by TensorBoard, and a clock whose names add up."""
+"""What a run says of itself: TensorBoard's files read back by TensorBoard, and a clock whose names
+add up.
+"""
 
 import signal
 import sys

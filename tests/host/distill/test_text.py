@@ -1,4 +1,6 @@
-"""An open-vocabulary student: its text tower learns the teacher's words, ships, and answers without torch as with it."""
+"""An open-vocabulary student: its text tower learns the teacher's words, ships, and answers
+without torch as with it.
+"""
 
 import json
 import random
@@ -144,7 +146,8 @@ def test_the_recipe_may_bake_the_students_own(workplace):
     )
     assert row.student == row.student_own_text
 
-    # FD on text reaches the text tower only: the image side is bit for bit that of a run without one
+    # FD on text reaches the text tower only: the image side is bit for bit that of a run without
+    # one
     recipe["student"] |= {"text": None, "class_features": "teacher"}
     (folder / "without.yaml").write_text(json.dumps(recipe))
     distill(folder / "without.yaml")

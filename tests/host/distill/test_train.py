@@ -1,6 +1,8 @@
-"""The training loop on a toy cache: golden 20-step curves of every method, and what must be the same run.
+"""The training loop on a toy cache: golden 20-step curves of every method, and what must be the
+same run.
 
-`python -m tests.host.distill.test_train` writes tests/golden/curves.json anew; a refactoring must not need it.
+`python -m tests.host.distill.test_train` writes tests/golden/curves.json anew; a refactoring must
+not need it.
 """
 
 import json
@@ -225,7 +227,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_step(monkeypatch):
 def test_the_projector_learns_the_same_when_the_tower_sees_each_batch_as_it_comes(
     tmp_path, monkeypatch
 ):
-    """Of many more views than the projector's steps see, features are not computed before: 6 x 12 of 80 views, and 7 x 12."""
+    """Of many more views than the projector's steps see, features are not computed before: 6 x 12
+    of 80 views, and 7 x 12.
+    """
     whole, asked = T.frozen_features, []
     monkeypatch.setattr(T, "frozen_features", lambda *a: asked.append(1) or whole(*a))
     losses = {"kl": {}, "if_align": {"weight": 100}}

@@ -1,4 +1,6 @@
-"""CLIP_benchmark counts what `classify` answers: its own main on its own layout, top-1 and top-5 to the last image."""
+"""CLIP_benchmark counts what `classify` answers: its own main on its own layout, top-1 and top-5
+to the last image.
+"""
 
 import json
 import os
@@ -123,7 +125,9 @@ def answers(bundle, labels=None, top=5, offset=True):
 
 
 def write_data(folder, truth, classes, templates):
-    """Write the images and their labels `truth` in CLIP_benchmark's layout: a split of two shards."""
+    """Write the images and their labels `truth` in CLIP_benchmark's layout: a split of two
+    shards.
+    """
     (folder / "test").mkdir(parents=True)
     for shard in (0, 1):
         with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:

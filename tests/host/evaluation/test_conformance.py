@@ -1,4 +1,6 @@
-"""The conformance pack: open_clip's own answers to every kind of image and string, and a report that finds what is planted."""
+"""The conformance pack: open_clip's own answers to every kind of image and string, and a report
+that finds what is planted.
+"""
 
 import io
 import json

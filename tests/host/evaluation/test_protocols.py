@@ -1,4 +1,6 @@
-"""`edgeclip evaluate` on a run whose teacher is known to be right: it sees an image's color, and its texts name colors."""
+"""`edgeclip evaluate` on a run whose teacher is known to be right: it sees an image's color, and
+its texts name colors.
+"""
 
 import json
 import shutil
@@ -98,7 +100,9 @@ def write_set(root, classes, train=4, test=3, dark=0, captions=True):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A finished run: adapted on `cars`, distilled on `paint`, with the shift `night` of three of paint's classes in another order."""
+    """A finished run: adapted on `cars`, distilled on `paint`, with the shift `night` of three of
+    paint's classes in another order.
+    """
     folder = tmp_path_factory.mktemp("protocols")
     write_set(folder / "paint", list(COLORS))
     write_set(folder / "cars", ["white", "red", "blue"])

@@ -1,4 +1,6 @@
-"""What `distill` and `evaluate` say of a set: is it transductive, and whose labels did stage 1 see?"""
+"""What `distill` and `evaluate` say of a set: is it transductive, and whose labels did stage 1
+see?
+"""
 
 from edgeclip import config
 from edgeclip.host import recipe

@@ -1,4 +1,6 @@
-"""The images that give ranges and those that judge them are other images, all named, and none is held out."""
+"""The images that give ranges and those that judge them are other images, all named, and none is
+held out.
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""Every family of students through every runtime's form: float answers equal, int8 exactly where the policy has it, legal for TensorRT."""
+"""Every family of students through every runtime's form: float answers equal, int8 exactly where
+the policy has it, legal for TensorRT.
+"""
 
 import json
 import os
@@ -45,7 +47,9 @@ def images():
 
 
 def quantized_by(model):
-    """(products whose both operands come out of a DequantizeLinear, {other reader of one: what made the tensor that was quantized})."""
+    """(products whose both operands come out of a DequantizeLinear, {other reader of one: what
+    made the tensor that was quantized}).
+    """
     makers = {o: n for n in model.graph.node for o in n.output}
     both, others = [], {}
     for n in model.graph.node:

@@ -39,7 +39,9 @@ CLASSES = {
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A Python that has one of them and sees this one's packages: one wants an older transformers than the other."""
+    """A Python that has one of them and sees this one's packages: one wants an older transformers
+    than the other.
+    """
     return lambda package: python_with(package, tmp_path_factory)
 
 
@@ -174,7 +176,9 @@ STUDENTS = {
 
 
 def made(folder, source, tower, hidden, own_text=True, **recipe):
-    """A run folder with a student of 8 dimensions, its batch norms and biases not the initial ones, and what export takes of it."""
+    """A run folder with a student of 8 dimensions, its batch norms and biases not the initial
+    ones, and what export takes of it.
+    """
     import msgspec
 
     from edgeclip import config

@@ -1,4 +1,6 @@
-"""What TensorRT refuses is named with its node and its cure; what it takes is built; an engine is called what it became."""
+"""What TensorRT refuses is named with its node and its cure; what it takes is built; an engine is
+called what it became.
+"""
 
 import json
 import subprocess

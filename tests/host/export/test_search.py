@@ -1,4 +1,6 @@
-"""The search keeps the answers, or refuses; smoothing and bias correction do what their equations say."""
+"""The search keeps the answers, or refuses; smoothing and bias correction do what their equations
+say.
+"""
 
 import dataclasses
 import importlib
@@ -81,7 +83,8 @@ def to_graph(module, opset=19):
 
 
 def plant(model, layers, by, channels=3):
-    """Outlier channels by rescaling that leaves the function as it is: a LayerNorm's channels grow, the next weights shrink.
+    """Outlier channels by rescaling that leaves the function as it is: a LayerNorm's channels grow,
+    the next weights shrink.
 
     layers: which LayerNorms, counted from the input.
     """
@@ -276,7 +279,9 @@ def test_int8_that_is_no_faster_is_refused_with_both_times(plain, images):
 
 
 def timed(monkeypatch, *ratios, noise=0.0):
-    """Searches that read these times in place of a clock: float32's and each candidate's, in milliseconds."""
+    """Searches that read these times in place of a clock: float32's and each candidate's, in
+    milliseconds.
+    """
     rng = np.random.default_rng(0)
     laps = np.array([1.0, *ratios]) * np.exp(
         noise * rng.normal(size=(speed.ROUNDS, 1 + len(ratios)))

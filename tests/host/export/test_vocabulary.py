@@ -1,4 +1,6 @@
-"""A text encoder with fewer tokens: what is kept answers bit for bit, what is gone is refused by name."""
+"""A text encoder with fewer tokens: what is kept answers bit for bit, what is gone is refused by
+name.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Half precision inside, float outside, and the answers of the float form at every level of optimization."""
+"""Half precision inside, float outside, and the answers of the float form at every level of
+optimization.
+"""
 
 import numpy as np
 import onnx
@@ -37,7 +39,9 @@ def test_tensorrts_form_is_half_precision_inside_and_float_outside(tensorrt_form
 
 
 class Faint(nn.Module):
-    """A tower whose ranges are small, as batch norms leave them: the product of two scales, a bias's step, is no number in float16."""
+    """A tower whose ranges are small, as batch norms leave them: the product of two scales, a
+    bias's step, is no number in float16.
+    """
 
     def __init__(self, shrink=(0.03, 0.1)):
         super().__init__()

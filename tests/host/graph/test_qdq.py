@@ -114,7 +114,9 @@ def test_a_relu6_stays_in_the_graph_with_its_bounds(calibrated):
 @pytest.mark.parametrize("method", ["minmax", "entropy"])
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()])
 def test_a_convolution_before_a_float_reader_is_rounded_within_its_activation(activation, method):
-    """The mean reads the activation in float, so the convolution's own output is rounded: to what the activation lets through."""
+    """The mean reads the activation in float, so the convolution's own output is rounded: to what
+    the activation lets through.
+    """
     torch.manual_seed(0)
     tower = nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with torch.no_grad():
@@ -138,7 +140,9 @@ def test_a_convolution_before_a_float_reader_is_rounded_within_its_activation(ac
 def test_what_an_activation_cuts_off_takes_no_step_of_the_rounding(
     calibrated, activations, tmp_path
 ):
-    """A convolution behind which a ReLU6 comes is rounded once, behind it; ONNX Runtime then needs no ReLU6 and no float convolution."""
+    """A convolution behind which a ReLU6 comes is rounded once, behind it; ONNX Runtime then needs
+    no ReLU6 and no float convolution.
+    """
     nodes = graph.matrix_products(calibrated.model)
     model = quantize(calibrated, nodes, activations=activations)
     makers = {o: n for n in model.graph.node for o in n.output}

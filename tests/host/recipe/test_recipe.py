@@ -1,4 +1,6 @@
-"""A recipe is the whole description of a run: shipped ones load, combinations that cannot work are refused."""
+"""A recipe is the whole description of a run: shipped ones load, combinations that cannot work are
+refused.
+"""
 
 import msgspec
 import pytest

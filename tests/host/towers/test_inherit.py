@@ -1,4 +1,6 @@
-"""A ViT student takes the leading slices of a larger ViT, and the same function where the cut channels carried nothing."""
+"""A ViT student takes the leading slices of a larger ViT, and the same function where the cut
+channels carried nothing.
+"""
 
 import msgspec
 import numpy as np
@@ -113,8 +115,10 @@ def test_a_half_width_half_depth_student_runs_at_another_size(vit):
 
 @BOTH
 def test_where_the_cut_channels_carry_nothing_the_function_is_kept(vit):
-    """The teacher's upper residual channels copy the lower ones, so LayerNorm sees the same mean and variance, and
-    nothing reads them; its upper heads, hidden units and odd layers write nothing."""
+    """The teacher's upper residual channels copy the lower ones, so LayerNorm sees the same mean
+    and variance, and nothing reads them; its upper heads, hidden units and odd layers write
+    nothing.
+    """
     small, teacher, student = vit(16, 2, seed=1), vit(32, 4, seed=2), vit(16, 2, seed=3)
     with torch.no_grad():
         for name, p in teacher.named_parameters():

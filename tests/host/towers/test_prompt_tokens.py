@@ -1,4 +1,6 @@
-"""Prompts: without tokens a prompted tower is the library's; a prompted student trains, returns and exports as asked."""
+"""Prompts: without tokens a prompted tower is the library's; a prompted student trains, returns
+and exports as asked.
+"""
 
 import dataclasses
 
@@ -117,7 +119,9 @@ def test_padding_behind_the_end_changes_nothing_unless_the_tower_looks_at_it():
 
 
 def test_every_prompt_reaches_the_output_and_their_order_matters_where_they_have_positions():
-    """Positions are added to the text prompts of the first block only; attention itself knows no order."""
+    """Positions are added to the text prompts of the first block only; attention itself knows no
+    order.
+    """
     model = clip()
     image, text = PromptedTower(model.visual, 4, 3), PromptedText(model, 4, 3, INIT)
     with torch.no_grad():

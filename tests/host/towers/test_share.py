@@ -1,4 +1,6 @@
-"""Shared blocks: the weights of n blocks, the depth of n * m, and the same answers after saving and after export."""
+"""Shared blocks: the weights of n blocks, the depth of n * m, and the same answers after saving
+and after export.
+"""
 
 import msgspec
 import numpy as np

@@ -1,4 +1,6 @@
-"""A ViT on the first stages of a CNN computes stages, projection and blocks, comes back from its folder, and becomes int8 where it may."""
+"""A ViT on the first stages of a CNN computes stages, projection and blocks, comes back from its
+folder, and becomes int8 where it may.
+"""
 
 import msgspec
 import numpy as np
