@@ -17,8 +17,10 @@ from edgeclip.device.load import summary as latency
 from edgeclip.device.records import Rule
 from edgeclip.reports.html import report, side_by_side
 from edgeclip.reports.tables import ANSWERS
-from tests.reports.test_html import bench, make_run, parity
+from tests.support.finished_run import make_run
 from tests.support.optional import require
+from tests.support.reports import host_bench as bench
+from tests.support.reports import host_parity as parity
 
 CHROMIUM = shutil.which("chromium")
 

@@ -9,9 +9,11 @@ from edgeclip.device.bench_report import Beside, BesideRow, Ratio
 from edgeclip.reports import store, worth
 from edgeclip.reports.headline import headline
 from edgeclip.reports.targets import collect
-from tests.reports.test_html import bench, make_run, parity
+from tests.support.finished_run import make_run
 from tests.support.manifests import manifest_fields
 from tests.support.reports import MACHINE
+from tests.support.reports import host_bench as bench
+from tests.support.reports import host_parity as parity
 
 
 def ratio(median: float, half: float = 0.1) -> Ratio:
