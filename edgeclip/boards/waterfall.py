@@ -258,16 +258,18 @@ def _closeness(before: Stage, after: Stage) -> float | None:
 def _most(steps: list[WaterfallStep], typed_words: WaterfallStep | None) -> str:
     """Return a sentence that names the step that lost most after training, and its usual cause."""
     distilled = [step for step in steps if step.name == DISTILLED]
-    first = f"distillation cost {_lost(distilled[0])}; " if distilled else ""
+    first = ""
+    if distilled:
+        first = f"distillation cost {_lost(distilled[0])}; after it "
     shipping = [step for step in steps if step.name != DISTILLED]
     if typed_words is not None:
         shipping.append(typed_words)
     sure = [step for step in shipping if step.lower_pp > 0]
     if not sure:
-        return f"{first}after it no step lost so much that {steps[0].images} images can tell"
+        return f"{first}no step lost so much that {steps[0].images:,} images can tell"
     most = max(sure, key=lambda step: step.drop_pp)
     usual = CAUSES[most.name]
-    return f"{first}after it most was lost by {most.name}: {_lost(most)}. Usual cause: {usual}"
+    return f"{first}most was lost by {most.name}: {_lost(most)}. Usual cause: {usual}"
 
 
 def _lost(step: WaterfallStep) -> str:

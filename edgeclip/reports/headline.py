@@ -11,6 +11,7 @@ from typing import NamedTuple
 from edgeclip.device import rules
 from edgeclip.device.bench_report import Beside
 from edgeclip.device.intervals import Answer
+from edgeclip.device.target import Floor
 from edgeclip.reports.targets import Target
 from edgeclip.reports.worth import row_of
 
@@ -31,6 +32,10 @@ class Headline(NamedTuple):
     sentence: str
     next_step: str
     """what settles or improves it; a command where one does"""
+    remark: str
+    """on the next step; empty: none"""
+    accuracy: str
+    """how often the bundle is right by itself; empty: not known"""
     others: list[str]
     """why each other bundle is not the one"""
     when: str
@@ -50,6 +55,8 @@ def headline(
         word=WORDS[best.answer],
         sentence=best.verdict.partition(": ")[2],
         next_step=_next_step(run, best),
+        remark=_remark(best),
+        accuracy=_accuracy(best),
         others=[f"{other.row}: {_why_not(best, other, besides)}" for other in ordered[1:]],
         when=max((entry.when for entry in best.history), default="")[:10],
     )
@@ -98,8 +105,28 @@ def _next_step(run: str, target: Target) -> str:
     if counted:
         return "give the data a test part: images with labels that training never sees"
     if target.answer == "cannot tell":
-        return f"edgeclip bench {bundle} {device}   (on a quiet machine)"
+        return f"edgeclip bench {bundle} {device}"
     return f"edgeclip classify IMAGE {bundle}"
+
+
+def _remark(target: Target) -> str:
+    counted = target.parity is not None and target.parity.verdict == "holds"
+    if target.answer == "cannot tell" and counted:
+        return "on a quiet machine; then this page says whether it ships"
+    return ""
+
+
+def _accuracy(target: Target) -> str:
+    """Return how often the bundle is right by itself, since all else is against the student."""
+    found = target.parity.accuracy if target.parity else None
+    if found is None:
+        return ""
+    text = (
+        f"right first on {found.bundle_top1:.1%} of {found.images:,} unseen images over all labels"
+    )
+    if target.floor == Floor():
+        text += "; no minimum was asked of it"
+    return text
 
 
 def _about_failure(run: str, target: Target) -> str:

@@ -32,9 +32,11 @@ TEMPLATES = Path(__file__).parent
 GLOSSARY = {
     "top-1": "share of images whose first answer over all labels of the bundle is right",
     "fp32": "the float32 student in torch, before export",
-    "lost pp": "top-1 lost from one system to another on the same images, in percentage points",
+    "lost pp": "top-1 lost from one system to another on the same images, in percentage points; "
+    "negative: it gained",
     "unseen": "images that took no part in training, calibration or the search",
-    "95 % limits": "the figure lies between them in 95 of 100 such samples, at either side",
+    "95 % limits": "each is one-sided: the truth lies beyond it in at most 5 of 100 such samples",
+    "worst": "of several sets the one whose upper limit is highest, at a level that all keep",
     "centered cosine": "closeness of features after their common mean is taken away; 1 is equal",
     "p90": "nine of ten queries take at most so long",
     "floor": "the least accuracy that a recipe or target asks of a bundle by itself",
@@ -109,13 +111,14 @@ def side_by_side(runs: list[Path]) -> Path:
     for run in runs:
         targets = collect(run)
         heads.append((run.name, headline(f"runs/{run.name}", targets, worth.read(run))))
-        of_targets = tables.every_target(targets)
-        rows += [[f"{run.name}: {row[0]}", *row[1:]] for row in of_targets.rows]
+        for target in targets:
+            row = tables.of_target(target)
+            rows.append([f"{run.name}: {row[0]}", *row[1:]])
         trained.append(tables.trained(run.name, read_results(run)))
     page = _template("several.html.j2").render(
         names=[run.name for run in runs],
         heads=heads,
-        every_target=Table(tables.TARGET_HEADERS, rows),
+        every_target=tables.filled(Table(tables.TARGET_HEADERS, rows)),
         trained=Table(tables.TRAINED_HEADERS, trained),
         glossary=GLOSSARY.items(),
         version=__version__,

@@ -26,11 +26,28 @@ def number(value: float | int | None, digits: int = 2) -> str:
 
 
 def asked(target: Target) -> Table:
-    """Return every rule of a bundle: the gate's, then the device's budget."""
+    """Return every rule of a bundle: the gate's, then the device's budget, then what is missing."""
     parity = target.parity.rules if target.parity else []
     bench = target.bench.rules if target.bench else []
     headers = ("rule", "answer", "measured", "95 % limits", "allowed", "n", "would take", "because")
-    return Table(headers, [_rule(rule) for rule in (*parity, *bench)])
+    rows = [_rule(rule) for rule in (*parity, *bench)]
+    for what, report, verb in (
+        ("parity with the float student", target.parity, "validated"),
+        ("speed on its device", target.bench, "benchmarked"),
+    ):
+        if report is None:
+            rows.append([what, "unknown", NOT_MEASURED, "", "", "", "", f"not {verb}"])
+    return filled(Table(headers, rows))
+
+
+def filled(table: Table) -> Table:
+    """Return a table without the columns in which nothing stands, or nothing was measured."""
+    kept = [0]
+    for i in range(1, len(table.headers)):
+        if any(row[i] not in ("", NOT_MEASURED) for row in table.rows):
+            kept.append(i)
+    rows = [[row[i] for i in kept] for row in table.rows]
+    return Table([table.headers[i] for i in kept], rows)
 
 
 def _rule(rule: Rule) -> list[str]:
@@ -125,10 +142,11 @@ TARGET_HEADERS = (
 
 def every_target(targets: Sequence[Target]) -> Table:
     """Return a row per bundle and device."""
-    return Table(TARGET_HEADERS, [_target(target) for target in targets])
+    return filled(Table(TARGET_HEADERS, [of_target(target) for target in targets]))
 
 
-def _target(t: Target) -> list[str]:
+def of_target(t: Target) -> list[str]:
+    """Return a bundle's row under `TARGET_HEADERS`."""
     accuracy = t.parity.accuracy if t.parity else None
     cosine = t.parity.cosine if t.parity else None
     bench = t.bench
@@ -140,7 +158,7 @@ def _target(t: Target) -> list[str]:
     bundle = bench.bundle_bytes if bench else None
     return [
         t.row,
-        ANSWERS[t.answer],
+        t.verdict.partition(": ")[0],
         number(accuracy.bundle_top1 if accuracy else None, 3),
         number(accuracy.drop_pp if accuracy else None),
         number(cosine.centered_p1 if cosine else None, 4),
@@ -191,7 +209,7 @@ def history(target: Target) -> Table:
         cells = [h.when, h.kind, h.bundle[:8], h.verdict or NOT_MEASURED, h.runtime, h.system]
         cells += [images, *(accuracy if parity else [""] * 4), *([""] * 3 if parity else timed)]
         rows.append(cells)
-    return Table(headers, rows[::-1])
+    return filled(Table(headers, rows[::-1]))
 
 
 def candidates(target: Target) -> Table:

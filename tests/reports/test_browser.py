@@ -108,7 +108,7 @@ def test_the_browser_shows_what_the_json_says(page):
 def test_word_reason_and_next_step_come_first(page):
     path, _ = page
     text = path.read_text(encoding="utf-8").partition("<body>")[2]
-    places = [text.index(x) for x in ("CANNOT SAY", "about 900 images", "Next:", "signature")]
+    places = [text.index(x) for x in ("CANNOT SAY", "about 900 images", "Next:", "last measured")]
     places.append(text.index("What was asked of"))
     assert places == sorted(places)
 
