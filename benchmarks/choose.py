@@ -13,6 +13,7 @@ another fold's choice.
     stage1     settings of `adapt`, scored as a teacher
     readings   losses of ComKD, scored as a student on frozen features, under the recipe's stage 1
     schedules  stage 2 of every weight, scored as a student at 80 px (two fifths of the time of the recipe's size)
+    captions   with a contrastive term on class captions or without, as schedules are scored
 
     results/choices.jsonl  a line a candidate and inner fold, appended when it is done
 
@@ -50,7 +51,7 @@ from edgeclip.host.adapt.residual_head import adapt
 from edgeclip.host.distill.optimizer import cosine
 
 LOG = Path(__file__).parent.parent / "results" / "choices.jsonl"
-INNER = {"stage1": (2, 2, 5, 5), "readings": (2,), "schedules": (2,)}
+INNER = {"stage1": (2, 2, 5, 5), "readings": (2,), "schedules": (2,), "captions": (2,)}
 """of each inner fold of a fold, into how many parts the labeled classes are parted"""
 LAST = "EduAttention last, projector frozen"
 MIXES: dict[str, dict[str, Any]] = {
@@ -76,8 +77,10 @@ LOSSES = (
 KINDS = {
     "stage1": tuple(stage1.STAGE_1),
     "readings": LOSSES,
-    "schedules": tuple(schedules.SCHEDULES),
+    "schedules": tuple(s for s in schedules.SCHEDULES if s != schedules.CAPTIONS),
+    "captions": ("as the recipe", schedules.CAPTIONS),
 }
+OF_EVERY_WEIGHT = ("schedules", "captions")
 
 
 def adapted(bench: Bench, spec: R.ResidualHead, seed: int, folder: Path) -> teachers.Teacher:
@@ -175,9 +178,9 @@ def smoke(kinds: list[str], folder: Path) -> list[dict[str, Any]]:
     log = folder / "choices.jsonl"
     bench = pools.pool(toy.write_recipe(folder, toy.TRIAL), (), folder / "cache")
     for kind in kinds:
-        names = KINDS[kind]
-        if kind == "schedules":
-            names = schedules.of_views(bench.recipe.views.count)
+        names: Sequence[str] = KINDS[kind]
+        if kind in OF_EVERY_WEIGHT:
+            names = [c for c in names if c in schedules.of_views(bench.recipe.views.count)]
         trial(kind, "shapes", bench, [0], folder / "cache", log, names)
     return methods_table.read(log)
 
@@ -188,7 +191,7 @@ def benches(
     """The pools of a set, and the candidates that are tried on each."""
     roots = tuple(r for r in options.data if r.partition("=")[0] == name)
     asked = options.candidates or KINDS[kind]
-    if kind != "schedules":
+    if kind not in OF_EVERY_WEIGHT:
         yield pools.pool(family.recipe_of(name, "frozen"), roots, options.cache), asked
         return
     for count in sorted({schedule.views for schedule in schedules.SCHEDULES.values()}):

@@ -8,7 +8,12 @@ import numpy as np
 from scipy import stats
 
 Log = list[dict[str, Any]]
-TITLES = {"stage1": "stage 1", "readings": "reading", "schedules": "schedule of stage 2"}
+TITLES = {
+    "stage1": "stage 1",
+    "readings": "reading",
+    "schedules": "schedule of stage 2",
+    "captions": "losses, every weight at 80 px",
+}
 
 
 def shared(log: Log, kind: str, name: str) -> dict[str, np.ndarray]:

@@ -71,6 +71,11 @@ def choices_schedules(log: list[dict[str, Any]]) -> str:
     return markdown(choose_table.headers(log, "schedules"), choose_table.rows(log, "schedules"))
 
 
+def choices_captions(log: list[dict[str, Any]]) -> str:
+    """Render results/choices.jsonl: class captions with every weight trained, by inner folds."""
+    return markdown(choose_table.headers(log, "captions"), choose_table.rows(log, "captions"))
+
+
 def choices_offsets(log: list[dict[str, Any]]) -> str:
     """Render results/choices.jsonl: rules of the class offset by inner folds."""
     return markdown(choose_table.OFFSET_HEADERS, choose_table.offset_rows(log))
@@ -203,6 +208,7 @@ OF_LOGS: dict[str, Callable[[Any], str]] = {
     "families": families,
     "choices_stage_1": choices_stage_1,
     "choices_readings": choices_readings,
+    "choices_captions": choices_captions,
     "choices_schedules": choices_schedules,
     "power": power,
     "power_misses": power_misses,

@@ -19,6 +19,7 @@ class Schedule(NamedTuple):
 
 
 LAST_THIRD = {"average_last": 1 / 3}
+CAPTIONS = "class captions"
 SCHEDULES = {
     "as the recipe": Schedule(),
     "mean of the last third": Schedule(LAST_THIRD),
@@ -27,7 +28,7 @@ SCHEDULES = {
     "twice the epochs": Schedule(epochs=2),
     "twice the epochs, mean of the last third": Schedule(LAST_THIRD, epochs=2),
     "twice the epochs, 4 views": Schedule(epochs=2, views=4),
-    "class captions": Schedule(captions=True),
+    CAPTIONS: Schedule(captions=True),
 }
 
 
