@@ -20,6 +20,7 @@ Bundles onnx-fp32 and onnx-int8 must be exported.
 
 import argparse
 import contextlib
+import dataclasses
 import shutil
 import sys
 import tempfile
@@ -139,7 +140,7 @@ def lost_mask(run: Path) -> tuple[str, Callable[..., V.Observed]]:
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return self.own(torch.where(input_ids == PAD, WORD, input_ids))
 
-    broken = text._replace(module=Unmasked().eval())
+    broken = dataclasses.replace(text, module=Unmasked().eval())
     folder = run / "bundles" / FLOAT
     shutil.rmtree(folder)
     export(source._replace(load_text=lambda: broken), *target.load(FLOAT), folder)
