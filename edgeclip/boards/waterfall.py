@@ -260,7 +260,7 @@ def _most(steps: list[WaterfallStep], typed_words: WaterfallStep | None) -> str:
     distilled = [step for step in steps if step.name == DISTILLED]
     first = ""
     if distilled:
-        first = f"distillation cost {_lost(distilled[0])}; after it "
+        first = f"distillation {_cost(distilled[0])}; after it "
     shipping = [step for step in steps if step.name != DISTILLED]
     if typed_words is not None:
         shipping.append(typed_words)
@@ -270,6 +270,12 @@ def _most(steps: list[WaterfallStep], typed_words: WaterfallStep | None) -> str:
     most = max(sure, key=lambda step: step.drop_pp)
     usual = CAUSES[most.name]
     return f"{first}most was lost by {most.name}: {_lost(most)}. Usual cause: {usual}"
+
+
+def _cost(step: WaterfallStep) -> str:
+    if step.drop_pp >= 0:
+        return f"cost {_lost(step)}"
+    return f"gained {-step.drop_pp:.2f} pp ({-step.upper_pp:.2f} to {-step.lower_pp:.2f})"
 
 
 def _lost(step: WaterfallStep) -> str:

@@ -249,3 +249,12 @@ def test_steps_of_counts_are_those_of_the_whole_way():
     assert total == pytest.approx(found.whole.drop_pp, abs=1e-12)
     for step in found.steps:
         assert step.lower_pp <= step.drop_pp <= step.upper_pp
+
+
+def test_a_student_that_beats_its_teacher_gained():
+    teacher = Stage("teacher", np.arange(400) % 2 == 0, None)
+    student = Stage("student", np.arange(400) % 4 != 3, None)
+    assert summary([teacher, student], None).most.startswith("distillation gained 25.00 pp (")
+    assert summary([student, teacher._replace(name="student")], None).most.startswith(
+        "distillation cost 25.00 pp ("
+    )
