@@ -44,9 +44,12 @@ def filled(table: Table) -> Table:
     """Return a table without the columns in which nothing stands, or nothing was measured."""
     kept = [0]
     for i in range(1, len(table.headers)):
-        if any(row[i] not in ("", NOT_MEASURED) for row in table.rows):
+        cells = {row[i] for row in table.rows}
+        if cells - {"", NOT_MEASURED}:
             kept.append(i)
-    rows = [[row[i] for i in kept] for row in table.rows]
+    rows = []
+    for row in table.rows:
+        rows.append([row[i] for i in kept])
     return Table([table.headers[i] for i in kept], rows)
 
 
