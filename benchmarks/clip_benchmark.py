@@ -13,8 +13,8 @@ labels are nearer than about 1e-6 may fall either way; the least lead of each bu
 
 Required: the same number of images right at first, for every run and target.
 
-    python benchmarks/clip_benchmark.py --run runs/clothing --run runs/grocery --check --json
-    results/clip_benchmark.json
+    python benchmarks/clip_benchmark.py --run runs/clothing --run runs/grocery --check \\
+        --json results/clip_benchmark.json
 
 --environment names a folder with CLIP_benchmark, made there where it is not; without it a temporary
 one is made. --quick takes the first target only.

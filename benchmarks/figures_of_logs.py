@@ -191,7 +191,10 @@ def waterfall_faults(figures: dict[str, Any]) -> str:
         lost = f"{step['drop_pp']:.2f} ({step['low']:.2f} to {step['high']:.2f})"
         cosine = "" if step["cosine"] is None else f"{step['cosine']:.3f}"
         _, named, rest = r["most"].partition("most was lost by ")
-        says = rest.partition(":")[0] if named else "none loses so much that these images can tell"
+        says = rest.partition(":")[0]
+        if not named:
+            moved = r["most"].rpartition("; ")[2].partition(" moved the features")[0]
+            says = f"{moved}, by its cosine"
         rows.append([r["run"], r["fault"], r["at"], lost, cosine, says])
     headers = [
         "run",

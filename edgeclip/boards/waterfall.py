@@ -45,6 +45,8 @@ BATCH = 16
 MOST_PROMPTS = 2048
 """of all labels, for the way that typed words go"""
 DISTILLED = "student"
+STILL = 0.9999
+"""first percentile of the centered cosine above which features have not moved"""
 CAUSES = {
     "export": "the graph or its weights are not the trained ones: export again",
     "preprocess": "another resize filter, crop, channel order or normalization than in training",
@@ -266,10 +268,23 @@ def _most(steps: list[WaterfallStep], typed_words: WaterfallStep | None) -> str:
         shipping.append(typed_words)
     sure = [step for step in shipping if step.lower_pp > 0]
     if not sure:
-        return f"{first}no step lost so much that {steps[0].images:,} images can tell"
+        told = f"{first}no step lost so much that {steps[0].images:,} images can tell"
+        return told + _moved(steps)
     most = max(sure, key=lambda step: step.drop_pp)
     usual = CAUSES[most.name]
     return f"{first}most was lost by {most.name}: {_lost(most)}. Usual cause: {usual}"
+
+
+def _moved(steps: list[WaterfallStep]) -> str:
+    """Return which step after training moved the features most, where one moved them."""
+    cosines = {}
+    for step in steps:
+        if step.name != DISTILLED and step.centered_cosine_p1 is not None:
+            cosines[step.name] = step.centered_cosine_p1
+    name = min(cosines, key=lambda step: cosines[step], default="")
+    if not name or cosines[name] > STILL:
+        return ""
+    return f"; {name} moved the features most (centered cosine p1 {cosines[name]:.3f})"
 
 
 def _cost(step: WaterfallStep) -> str:
