@@ -53,7 +53,13 @@ class Cells(html.parser.HTMLParser):
 def browse(*arguments: str) -> subprocess.CompletedProcess:
     if CHROMIUM is None:
         pytest.skip("chromium is not installed: apt install chromium")
-    alone = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    alone = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ]
     log = ["--enable-logging=stderr", "--log-level=0", "--virtual-time-budget=2000"]
     command = [CHROMIUM, *alone, *log, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
