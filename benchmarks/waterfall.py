@@ -75,7 +75,7 @@ def resize_filter(run: Path) -> tuple[str, Callable[..., V.Observed]]:
 
 
 def swapped_channels(run: Path) -> tuple[str, Callable[..., V.Observed]]:
-    own = Bundle.pixels
+    own = Bundle.pixels  # a device's decoder has no hook
 
     def observe(bundle: Bundle, evaluation: Evaluation | None) -> V.Observed:
         Bundle.pixels = lambda self, image: own(self, image)[..., ::-1]  # type: ignore[method-assign]

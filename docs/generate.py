@@ -68,7 +68,7 @@ def field_docs(struct: type) -> dict[str, str]:
 
 
 def _docs_of_class(struct: type) -> dict[str, str]:
-    body = ast.parse(inspect.getsource(struct)).body[0].body  # type: ignore[attr-defined]
+    body = ast.parse(inspect.getsource(struct)).body[0].body  # type: ignore[attr-defined]  # a class
     found = {}
     for field, after in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):

@@ -126,10 +126,15 @@ def read_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+def finite(constant: str) -> Any:
+    """Refuse NaN and the infinities, which Python's json reads and JSON does not know."""
+    raise json.JSONDecodeError(f"{constant} is no number of JSON", constant, 0)
+
+
 def read_json(path: Path) -> Any:
     """Return a JSON file's value. Raises `EdgeclipError` where there is none, or it is broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=finite)
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:

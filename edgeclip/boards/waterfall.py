@@ -44,6 +44,8 @@ from edgeclip.progress import say, track
 BATCH = 16
 MOST_PROMPTS = 2048
 """of all labels, for the way that typed words go"""
+FLOAT = ("fp32", "onnxruntime")
+"""precision and runtime of the graph that others are compared with"""
 DISTILLED = "student"
 STILL = 0.9999
 """first percentile of the centered cosine above which features have not moved"""
@@ -95,6 +97,9 @@ class Steps:
         if features is None or not np.isfinite(features).all() or not len(self.places):
             return None
         shipped = self._stage("device", bundle, features[self.places])
+        if here and own_pixels(observed) == {} and _is_float(bundle):  # it need not run again
+            graph = bundle.file(bundle.manifest.image_encoder)
+            self._done[disk.sha256(graph), bundle.preprocess] = features[self.places]
         stages = [
             *self._trained(bundle),
             *self._exported(bundle, observed),
@@ -118,7 +123,7 @@ class Steps:
 
     def _exported(self, bundle: Bundle, observed: Observed) -> list[Stage]:
         """Run the float32 graph on training's pixels and on the device's, then the float16 one."""
-        in_float = self._sibling(bundle, "fp32", "onnxruntime")
+        in_float = self._sibling(bundle, *FLOAT)
         if in_float is None:
             return []
         as_trained = self._features(in_float, self.student.preprocess, {})
@@ -218,6 +223,11 @@ class Steps:
         scores = class_scores(shipped.features, typed, bundle.head, offsets=bundle.offsets)
         closest = float(centered_cosines(typed, bundle.class_features).min())
         return _step("typed words", shipped.right, hits(scores, self.labels), closest)
+
+
+def _is_float(bundle: Bundle) -> bool:
+    target = bundle.manifest.target
+    return (target.precision, target.runtime) == FLOAT
 
 
 def summary(stages: list[Stage], typed_words: WaterfallStep | None) -> Waterfall:

@@ -55,7 +55,7 @@ class FiniteFloat(click.FloatRange):
         return number
 
 
-class Choice(click.Choice):  # type: ignore[type-arg]
+class Choice(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 on alone
     """A choice that names the new word for an old one."""
 
     def __init__(self, choices: tuple[str, ...], renamed: dict[str, str]):

@@ -53,10 +53,9 @@ def beside(bundles: list[Bundle], evaluation: Path | None) -> Beside:
     for turn in range(-1, ROUNDS):  # one round to open and warm everything
         for k in range(len(bundles)):
             i = (turn + k) % len(bundles)
-            taken = [stage_seconds(bundles[i], sources[turn % len(sources)])]
-            for _ in range(QUERIES):
-                taken.append(stage_seconds(bundles[i], sources[turn % len(sources)]))
-            seconds = np.array(taken[1:])
+            source = sources[turn % len(sources)]
+            stage_seconds(bundles[i], source)  # its caches were emptied by the others
+            seconds = np.array([stage_seconds(bundles[i], source) for _ in range(QUERIES)])
             laps[turn, i] = seconds.sum(axis=1).min(), seconds[:, MODEL].min()
     rows = []
     for i, bundle in enumerate(bundles):

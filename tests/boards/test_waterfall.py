@@ -105,13 +105,20 @@ def test_another_resize_filter_is_named_as_preprocess(run):
     assert by_name["export"].centered_cosine_p1 == pytest.approx(1.0, abs=1e-5)
 
 
-def test_swapped_channels_on_the_device_are_named_as_preprocess(made, monkeypatch):
-    def swapped(bundle, evaluation):
+@pytest.fixture
+def swapped(monkeypatch):
+    """What a device observes that hands over blue, green, red."""
+
+    def observe(bundle, evaluation):
         with monkeypatch.context() as patch:
             own = Bundle.pixels
             patch.setattr(Bundle, "pixels", lambda self, image: own(self, image)[..., ::-1])
             return V.observe(bundle, evaluation)
 
+    return observe
+
+
+def test_swapped_channels_on_the_device_are_named_as_preprocess(made, swapped):
     found = steps_of(made, "onnx-int8", swapped)
     assert lost(found)["preprocess"] > 20
     assert "most was lost by preprocess" in found.most
@@ -214,14 +221,10 @@ def test_a_device_that_computes_otherwise_is_named_as_device(made):
     assert "most was lost by device" in found.most
 
 
-def test_pixels_that_are_too_many_to_send_leave_preprocess_to_what_follows(made, monkeypatch):
+def test_pixels_that_are_too_many_to_send_leave_preprocess_to_what_follows(
+    made, swapped, monkeypatch
+):
     monkeypatch.setattr(V, "MOST_PIXELS", 1000)
-
-    def swapped(bundle, evaluation):
-        with monkeypatch.context() as patch:
-            own = Bundle.pixels
-            patch.setattr(Bundle, "pixels", lambda self, image: own(self, image)[..., ::-1])
-            return V.observe(bundle, evaluation)
 
     found = steps_of(made, "onnx-int8", swapped)
     assert [s.name for s in found.steps] == ["student", "export", "int8"]

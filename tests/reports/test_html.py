@@ -201,6 +201,17 @@ def test_the_same_run_gives_the_same_page(tmp_path):
     assert report(run)[0].read_bytes() == first
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_a_report_with_a_value_that_is_not_finite_is_one_line(tmp_path, value):
+    run = make_run(tmp_path / "run")
+    path = run / "reports" / "t.host-cpu.parity.json"
+    text = path.read_text().replace('"drop_pp": 0.25', f'"drop_pp": {value}')
+    assert value in text
+    path.write_text(text)
+    with pytest.raises(EdgeclipError, match=f"{value} is no number of JSON"):
+        report(run)
+
+
 def test_an_unfinished_run_is_a_users_error(tmp_path):
     run = make_run(tmp_path / "run")
     (run / disk.MANIFEST).unlink()

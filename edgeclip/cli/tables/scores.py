@@ -1,6 +1,7 @@
 """Tables of `distill` and `evaluate`: accuracy and retrieval of teacher and student."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -161,9 +162,9 @@ def _gain(score: SetScore, kept: bool) -> str:
     return f"{100 * (with_it.own_list_top1 - without.own_list_top1):+.1f} pp"
 
 
-def _notes(sets: Sequence[SetScore] | Sequence[object]) -> None:
-    for score in sets:
-        click.echo(f"{score.name}: {score.note}")  # type: ignore[attr-defined]
+def _notes(sets: Sequence[Any]) -> None:
+    for score in sets:  # of either protocol
+        click.echo(f"{score.name}: {score.note}")
 
 
 def _networks(results: EvaluationResults) -> None:
