@@ -73,11 +73,7 @@ def source(student, preprocess, photos):
     from edgeclip.host.export.source import Source
 
     text, templates = toy_text(), ["a photo of a {c}", "a {c}"]
-    ids = tokenizer.encode(
-        tokenizer.load(text.tokenizer, text.context_length),
-        prompts(LABELS, templates),
-        text.context_length,
-    )
+    ids = tokenizer.encode(text.words(), prompts(LABELS, templates))
     with torch.inference_mode():
         features = text.module(torch.from_numpy(ids)).numpy()
     rng = np.random.default_rng(0)

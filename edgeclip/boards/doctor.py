@@ -18,6 +18,7 @@ NEEDS = {
         "comes with JetPack; on a GPU host: pip install tensorrt",
     ),
     "new words (tokenizers)": ("tokenizers", "tokenizers", "pip install 'edgeclip[text]'"),
+    "repair of broken words (ftfy)": ("ftfy", "ftfy", "pip install 'edgeclip[text]'"),
     "distill and export": ("torch", "torch", TRAIN),
     "open_clip models": ("open_clip", "open_clip_torch", TRAIN),
     "openvino int8 (nncf)": ("nncf", "nncf", "pip install 'edgeclip[openvino]'"),

@@ -18,7 +18,7 @@ from edgeclip.device.machine import Facts
 from edgeclip.errors import EdgeclipError
 
 PACKAGE = Path(__file__).parent.parent
-NEEDS = ("msgspec", "numpy", "pillow", "pyyaml", "tokenizers")
+NEEDS = ("ftfy", "msgspec", "numpy", "pillow", "pyyaml", "tokenizers", "wcwidth")
 """what validate and bench import; their own requirements are for parts that are not used"""
 GROUND = ("__init__.py", "errors.py", "disk.py", "config.py", "progress.py")
 """what edgeclip/device/ stands on"""

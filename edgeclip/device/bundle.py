@@ -26,7 +26,7 @@ from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, offs
 from edgeclip.errors import EdgeclipError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from edgeclip.device.tokenizer import Words
 
 TEXT_BATCH = 32
 ImageSource = str | Path | bytes | Image.Image
@@ -224,21 +224,22 @@ class Bundle:
     # --- words
 
     @cached_property
-    def words(self) -> "Tokenizer":
+    def words(self) -> "Words":
         """The tokenizer. Raises `EdgeclipError` without a text encoder or its library."""
         from edgeclip.device import tokenizer  # its library is needed for new words only
 
-        length = self._text().context_length
-        return tokenizer.load(self.file("tokenizer.json").read_text(encoding="utf-8"), length)
+        text = self._text()
+        content = self.file("tokenizer.json").read_text(encoding="utf-8")
+        return tokenizer.load(content, text.context_length, text.cleaning)
 
     def token_ids(self, texts: list[str]) -> np.ndarray:
-        """Return int64 [N, L], ids of the tokenizer's whole vocabulary, padded with 0.
+        """Return int64 [N, L], ids of the tokenizer's whole vocabulary.
 
         Raises `EdgeclipError` for a text that is too long, and as `words`.
         """
         from edgeclip.device import tokenizer
 
-        return tokenizer.encode(self.words, texts, self._text().context_length)
+        return tokenizer.encode(self.words, texts)
 
     def encode_ids(self, ids: np.ndarray, texts: list[str]) -> np.ndarray:
         """Return unit rows [N, D] of `token_ids` [N, L]; texts: what messages call them.

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from edgeclip import disk
+from edgeclip.device.cleaning import Cleaning
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.records import FORMAT, Record, from_json, to_json
 from edgeclip.device.target import NamedTarget
@@ -34,6 +35,8 @@ class TextRecord(Record):
     """file name"""
     context_length: int
     """tokens; a longer text is refused"""
+    cleaning: Cleaning | None = None
+    """what is done to a text before tokenizer.json; null: nothing"""
     vocabulary: VocabularyRecord | None = None
     """null: every token"""
 

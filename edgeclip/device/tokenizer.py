@@ -1,14 +1,16 @@
-"""Text to ids, from the `tokenizer.json` that lies in the bundle; the one tokenizer everywhere.
+"""Text to ids: cleaned as open_clip cleans it, then split by the `tokenizer.json` of the bundle.
 
-The library `tokenizers` is needed for new words only: baked labels do without it.
+The one tokenizer everywhere, on the host and on a board. The library `tokenizers` is needed for new
+words only: baked labels do without it.
 """
 
 import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from edgeclip.device.cleaning import Cleaning, clean
 from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
 
@@ -17,16 +19,53 @@ if TYPE_CHECKING:
 else:
     Tokenizer = Any
 
+CONTROLS = ("<start_of_text>", "<end_of_text>")
+"""open_clip's pattern takes these for one word each"""
+
 
 def installed() -> bool:
     """Return whether new words can be encoded here."""
     return importlib.util.find_spec("tokenizers") is not None
 
 
-def load(text: str, context_length: int) -> Tokenizer:
-    """Return the tokenizer of a tokenizer.json's text, which pads to `context_length` with id 0.
+class Words(NamedTuple):
+    """A tokenizer that is ready for texts."""
 
-    Raises `EdgeclipError` where the library `tokenizers` is not installed.
+    library: Tokenizer
+    cleaning: Cleaning | None
+    """None: a text goes to the library as it is"""
+    context_length: int
+    pad: int
+    """the id that fills a row up"""
+    ending: int
+    """how many ids close a text, and stay where it is cut"""
+    controls: tuple[str, ...]
+    """what stands for a token that no text may have: open_clip's start and end of a text"""
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return each text's ids, of any length.
+
+        Raises `EdgeclipError` for a text that cannot be cleaned here, and for one that spells a
+        token of control.
+        """
+        if self.cleaning is not None:
+            texts = [clean(text, self.cleaning.kind) for text in texts]
+        for text in texts:
+            for control in self.controls:
+                if control in text:
+                    raise EdgeclipError(
+                        f"text '{text[:40]}'",
+                        f"spells {control}, which ends or begins a text for the text encoder",
+                        "leave it out",
+                    )
+        return [encoding.ids for encoding in self.library.encode_batch(list(texts))]
+
+
+def load(text: str, context_length: int, cleaning: Cleaning | None = None) -> Words:
+    """Return the tokenizer of a tokenizer.json's text, which pads to `context_length`.
+
+    It pads with the id that the file names, else 0. Raises `EdgeclipError` where the library
+    `tokenizers` is not installed.
     """
     try:
         import tokenizers
@@ -36,35 +75,48 @@ def load(text: str, context_length: int) -> Tokenizer:
             "the library tokenizers is not installed (baked labels do without it)",
             "pip install 'edgeclip[text]'",
         ) from None
-    tokenizer = tokenizers.Tokenizer.from_str(text)
-    tokenizer.no_truncation()
-    tokenizer.enable_padding(length=context_length, pad_id=0)
-    return tokenizer
+    library = tokenizers.Tokenizer.from_str(text)
+    pad = (library.padding or {}).get("pad_id", 0)
+    library.no_truncation()
+    library.no_padding()
+    controls: tuple[str, ...] = ()
+    if cleaning is not None and not cleaning.normalizer:
+        library.normalizer = tokenizers.normalizers.Sequence([])
+        controls = CONTROLS
+    mask = library.encode("a").special_tokens_mask
+    ending = len(mask) - 1 - max((i for i, special in enumerate(mask) if not special), default=-1)
+    return Words(library, cleaning, context_length, pad, ending, controls)
 
 
-def encode(
-    tokenizer: Tokenizer, texts: list[str], context_length: int, truncate: bool = False
-) -> np.ndarray:
-    """Return int64 [N, L], padded with 0.
+def padded(text: str, context_length: int) -> str:
+    """Return a tokenizer.json that pads to the context's length by itself, for other readers."""
+    from tokenizers import Tokenizer
 
-    truncate: a text that is longer than the context loses its end but the last token, as CLIP's
-    captions do. Otherwise it raises `EdgeclipError`.
+    library = Tokenizer.from_str(text)
+    library.no_truncation()
+    library.enable_padding(length=context_length, pad_id=(library.padding or {}).get("pad_id", 0))
+    return library.to_str()
+
+
+def encode(words: Words, texts: list[str], truncate: bool = False) -> np.ndarray:
+    """Return int64 [N, L], padded to the context's length.
+
+    truncate: a text that is longer than the context loses its end, but not what closes a text, as
+    CLIP's captions do. Otherwise it raises `EdgeclipError`.
     """
-    rows = []
-    for text, encoding in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        ids = encoding.ids
-        if len(ids) > context_length and not truncate:
-            what = f"has {len(ids)} tokens, the text encoder takes {context_length}"
+    length = words.context_length
+    rows = np.full((len(texts), length), words.pad, np.int64)
+    for row, text, ids in zip(rows, texts, words.ids(texts), strict=True):
+        if len(ids) > length and not truncate:
+            what = f"has {len(ids)} tokens, the text encoder takes {length}"
             raise EdgeclipError(f"text '{text[:40]}…'", what, "shorten it")
-        if len(ids) > context_length:
-            ids = [*ids[: context_length - 1], ids[-1]]
-        rows.append(ids)
-    return np.array(rows, np.int64)
+        if len(ids) > length:
+            ids = ids[: length - words.ending] + ids[len(ids) - words.ending :]
+        row[: len(ids)] = ids
+    return rows
 
 
-def renumber(
-    tokenizer: Tokenizer, ids: np.ndarray, kept: np.ndarray, texts: list[str]
-) -> np.ndarray:
+def renumber(words: Words, ids: np.ndarray, kept: np.ndarray, texts: list[str]) -> np.ndarray:
     """Return ids [N, L] of the whole vocabulary as rows of a text encoder that kept some tokens.
 
     kept: [K] ids of those tokens, ascending. Raises `EdgeclipError` for a text with another token:
@@ -73,26 +125,24 @@ def renumber(
     new = np.minimum(np.searchsorted(kept, ids), len(kept) - 1)
     for text, row, gone in zip(texts, ids, kept[new] != ids, strict=True):
         if gone.any():
-            words = ", ".join(f"'{tokenizer.id_to_token(int(i))}'" for i in row[gone])
+            tokens = ", ".join(f"'{words.library.id_to_token(int(i))}'" for i in row[gone])
             raise EdgeclipError(
                 f"text '{text[:40]}'",
-                f"has tokens that this text encoder was exported without ({words})",
+                f"has tokens that this text encoder was exported without ({tokens})",
                 "export with the text in --vocabulary",
             )
     return new.astype(ids.dtype)
 
 
-def check_class_names(
-    tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str], context_length: int
-) -> None:
+def check_class_names(words: Words, classes: Sequence[str], templates: Sequence[str]) -> None:
     """Raise `EdgeclipError` for class names that cannot be scored.
 
     Those are two classes with equal tokens, which no score can tell apart, and a prompt that does
     not fit into the context.
     """
     first: dict[tuple[int, ...], int] = {}
-    for i, tokens in enumerate(tokenizer.encode_batch(list(classes))):
-        same = first.setdefault(tuple(tokens.ids), i)
+    for i, ids in enumerate(words.ids(classes)):
+        same = first.setdefault(tuple(ids), i)
         if same != i:
             raise EdgeclipError(
                 f"classes '{classes[same]}' and '{classes[i]}'",
@@ -101,11 +151,11 @@ def check_class_names(
             )
     for name in classes:
         texts = prompts([name], templates)
-        for text, tokens in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            if len(tokens.ids) > context_length:
-                what = f"its prompt '{text[:40]}…' has {len(tokens.ids)} tokens"
+        for text, ids in zip(texts, words.ids(texts), strict=True):
+            if len(ids) > words.context_length:
+                what = f"its prompt '{text[:40]}…' has {len(ids)} tokens"
                 raise EdgeclipError(
                     f"class '{name}'",
-                    f"{what}, the text encoder takes {context_length}",
+                    f"{what}, the text encoder takes {words.context_length}",
                     "shorten the name",
                 )

@@ -10,7 +10,6 @@ asks, a text tower beside it. On disk it is weights and JSON, and it is rebuilt 
             student.json          labels, architecture, preprocess, EduAttention, parents
 """
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 
 from edgeclip import disk
 from edgeclip.device import tokenizer
+from edgeclip.device.cleaning import Cleaning
 from edgeclip.device.manifest import ClassOffset
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import EduAttention, ensemble, prompts
@@ -34,12 +34,13 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host import older
 from edgeclip.host import recipe as R
 from edgeclip.host.teachers import TextTower
-from edgeclip.host.teachers.open_clip import ImageTower, clip_tokenizer_json
+from edgeclip.host.teachers.open_clip import ImageTower
 from edgeclip.host.towers import weights
 from edgeclip.host.towers.inherit import inherit_from
 from edgeclip.host.towers.prompt_tokens import PromptedTower
 from edgeclip.host.towers.share import SharedBlocks, share
 from edgeclip.host.towers.stem import put_stem
+from edgeclip.host.towers.tokenization import Tokenization, tokenization
 
 
 class Student(nn.Module):
@@ -214,24 +215,28 @@ def checkpoint_gradients(tower: nn.Module) -> None:
         module.grad_checkpointing = True
 
 
-def build_text(spec: R.OpenClip, embed_dim: int) -> TextTower:
-    """Return a student's text tower with its weights and a fresh projector."""
+def build_text(spec: R.OpenClip, embed_dim: int, made: Tokenization | None = None) -> TextTower:
+    """Return a student's text tower with its weights and a fresh projector.
+
+    made: its tokenizer; None: open_clip's of that model.
+    """
     model, _ = weights.open_clip_model(spec)
     model.visual = model.logit_scale = None  # the image side is another tower
-    words = clip_tokenizer_json(spec.model)
+    made = made or tokenization(spec)
     known = next(m for m in model.modules() if isinstance(m, nn.Embedding)).num_embeddings
-    needed = Tokenizer.from_str(words).get_vocab_size()
+    needed = Tokenizer.from_str(made.tokenizer).get_vocab_size()
     if known < needed:
         raise EdgeclipError(
             f"student.text: {spec.model}",
-            f"has a vocabulary of {known}, CLIP's tokenizer has {needed}",
+            f"has a vocabulary of {known}, its tokenizer has {needed}",
             f"give vocab_size: {needed}",
         )
     with torch.inference_mode():
         width = model.encode_text(torch.zeros(1, model.context_length, dtype=torch.long)).shape[1]
     return TextTower(
         module=StudentText(model, width, embed_dim).eval(),
-        tokenizer=words,
+        tokenizer=made.tokenizer,
+        cleaning=made.cleaning,
         context_length=int(model.context_length),
     )
 
@@ -242,8 +247,7 @@ def token_ids(text: TextTower, texts: list[str], truncate: bool = False) -> Int[
     truncate: a text that is longer than the context loses its end, as captions do; otherwise it
     raises `EdgeclipError`.
     """
-    words = tokenizer.load(text.tokenizer, text.context_length)
-    return torch.from_numpy(tokenizer.encode(words, texts, text.context_length, truncate))
+    return torch.from_numpy(tokenizer.encode(text.words(), texts, truncate))
 
 
 @torch.inference_mode()
@@ -358,7 +362,9 @@ def load_text(source: Path | Saved) -> TextTower | None:
     saved = read(source) if isinstance(source, Path) else source
     if saved.spec.text is None:
         return None
-    text = build_text(saved.spec.text, saved.description["embed_dim"])
-    text.module.load_state_dict(saved.part("text."))
     words = (saved.folder / "tokenizer.json").read_text(encoding="utf-8")
-    return dataclasses.replace(text, tokenizer=words)
+    cleaning = msgspec.convert(saved.description.get("cleaning"), Cleaning | None)
+    made = Tokenization(words, cleaning)
+    text = build_text(saved.spec.text, saved.description["embed_dim"], made)
+    text.module.load_state_dict(saved.part("text."))
+    return text

@@ -25,7 +25,8 @@ from edgeclip.reports import store
 
 REQUIRED = (
     *("rgb", "grey", "progressive", "odd size", "1 px", "extreme aspect", "huge"),
-    *("plain", "capitals"),
+    *("plain", "capitals", "white space", "empty", "emoji", "accents", "cjk"),
+    *("control characters", "html entities", "typography"),
 )
 """kinds that must be equal"""
 ROUNDING = 1e-3
@@ -237,10 +238,16 @@ def _share(worst: np.ndarray) -> float:
 def _texts(pack: Pack, reference: Answers, answers: Answers) -> dict[str, Compared]:
     found = {}
     for text in pack.manifest.texts:
-        if text.name not in answers.ids:
-            found[text.name] = _no_answer(text.kind, answers.refused.get(text.name, "no answer"))
-            continue
         expected = reference.ids[text.name]
+        if text.name not in answers.ids:
+            row = _no_answer(text.kind, answers.refused.get(text.name, "no answer"))
+            # What the reference has cut may be refused, whatever kind it is of.
+            cut = (
+                text.name in answers.refused
+                and len(expected) == pack.manifest.made_for.context_length
+            )
+            found[text.name] = row._replace(holds=cut)
+            continue
         given = answers.ids[text.name]
         equal = given == expected
         what = ""
@@ -322,11 +329,11 @@ def _label_of_ids(bundle: Bundle, ids: list[int], name: str) -> int | None:
     """Return the nearest label; None where the bundle has no answer to these ids."""
     text = bundle.manifest.text
     assert text is not None  # the pack has strings
-    known = bundle.words.get_vocab_size()
+    known = bundle.words.library.get_vocab_size()
     if max(ids, default=0) >= known:
         what = f"'{name}' has the id {max(ids)}, and the vocabulary has {known} tokens"
         raise EdgeclipError("ids.json", what, "give ids of the bundle's tokenizer.json")
-    row = np.zeros((1, text.context_length), np.int64)
+    row = np.full((1, text.context_length), bundle.words.pad, np.int64)
     row[0, : len(ids)] = ids
     try:
         features = bundle.encode_ids(row, [name])

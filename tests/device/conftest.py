@@ -8,7 +8,7 @@ def pytest_ignore_collect(collection_path):
     """Leave out a file that compares with torch or onnx, where torch is not installed."""
     if collection_path.suffix != ".py" or importlib.util.find_spec("torch"):
         return None
-    host = ("torch", "onnx", "edgeclip.host")
+    host = ("torch", "onnx", "edgeclip.host", "tests.support.tokens")
     for node in ast.parse(collection_path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -126,7 +126,7 @@ def test_a_missing_or_damaged_answer_is_named_and_may_be_refused_instead(folder,
     assert read_answers(folder, pack).refused == {"grey-2": "no grey here"}
 
     ids = json.loads((folder / "ids.json").read_text())
-    del ids["plain-text"], ids["emoji-text"]
+    del ids["plain-text"], ids["slang-text"]
     (folder / "ids.json").write_text(json.dumps(ids))
     with pytest.raises(EdgeclipError, match=r"has no 'plain-text' in ids\.json and 1 more"):
         read_answers(folder, pack)

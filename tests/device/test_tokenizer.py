@@ -8,8 +8,8 @@ import pytest
 
 from edgeclip.device import tokenizer
 from edgeclip.errors import EdgeclipError
-from edgeclip.host.teachers.open_clip import clip_tokenizer_json
 from edgeclip.host.towers import weights
+from tests.support.tokens import clip_words
 
 FIXED = """a photo of a cat.
 A PHOTO OF A CAT
@@ -54,41 +54,33 @@ def test_ids_are_open_clips():
     import open_clip
 
     texts = varied()
-    ours, theirs = (
-        tokenizer.load(clip_tokenizer_json("ViT-B-32"), 77),
-        open_clip.get_tokenizer("ViT-B-32"),
-    )
+    ours, theirs = clip_words(), open_clip.get_tokenizer("ViT-B-32")
     assert len(texts) > 200
     for text in texts:
-        assert (tokenizer.encode(ours, [text], 77) == theirs([text]).numpy()).all(), repr(text)
+        assert (tokenizer.encode(ours, [text]) == theirs([text]).numpy()).all(), repr(text)
 
 
 def test_an_empty_text_is_start_and_end():
     import open_clip
 
-    ours = tokenizer.load(clip_tokenizer_json("ViT-B-32"), 77)
-    assert (tokenizer.encode(ours, [""], 77) == open_clip.tokenize([""]).numpy()).all()
-
-
-def test_a_model_whose_tokenizer_is_not_clips_is_refused():
-    with pytest.raises(EdgeclipError, match="tokenizer"):
-        clip_tokenizer_json("ViT-B-16-SigLIP")
+    ours = clip_words()
+    assert (tokenizer.encode(ours, [""]) == open_clip.tokenize([""]).numpy()).all()
 
 
 @pytest.mark.parametrize("words", [75, 76])
 def test_a_text_fits_to_the_last_token_and_is_then_refused_never_cut(words):
-    ours = tokenizer.load(clip_tokenizer_json("ViT-B-32"), 77)
+    ours = clip_words()
     text = " ".join(["cat"] * words)
     if words == 75:
-        assert tokenizer.encode(ours, [text], 77).shape == (1, 77)
+        assert tokenizer.encode(ours, [text]).shape == (1, 77)
     else:
         with pytest.raises(EdgeclipError, match="has 78 tokens, the text encoder takes 77"):
-            tokenizer.encode(ours, ["a cat", text], 77)
+            tokenizer.encode(ours, ["a cat", text])
 
 
 def test_ids_are_int64_padded_with_zero():
-    ours = tokenizer.load(clip_tokenizer_json("ViT-B-32"), 20)
-    ids = tokenizer.encode(ours, ["a cat", "a much longer line of text"], 20)
+    ours = clip_words(20)
+    ids = tokenizer.encode(ours, ["a cat", "a much longer line of text"])
     assert ids.dtype == np.int64
     assert ids.shape == (2, 20)
     assert (ids[0, 4:] == 0).all()
@@ -102,19 +94,17 @@ def test_the_sentence_encoders_own_truncation_and_padding_are_lifted():
         text = z.read("tokenizer.json").decode()
     assert json.loads(text)["truncation"]
     words = tokenizer.load(text, 64)
-    assert tokenizer.encode(words, ["a cat"], 64).shape == (1, 64)
+    assert tokenizer.encode(words, ["a cat"]).shape == (1, 64)
     with pytest.raises(EdgeclipError, match="tokens"):
-        tokenizer.encode(words, ["cat " * 200], 64)
+        tokenizer.encode(words, ["cat " * 200])
 
 
 def test_a_long_text_is_refused_or_loses_its_end_but_for_the_end_token():
-    words = tokenizer.load(clip_tokenizer_json("ViT-B-32"), 6)
+    words = clip_words(6)
     with pytest.raises(EdgeclipError, match="has 7 tokens, the text encoder takes 6"):
-        tokenizer.encode(words, ["one two three four five"], 6)
-    whole = tokenizer.encode(
-        tokenizer.load(clip_tokenizer_json("ViT-B-32"), 7), ["one two three four five"], 7
-    )[0].tolist()
-    assert tokenizer.encode(words, ["one two three four five", "one"], 6, truncate=True)[
+        tokenizer.encode(words, ["one two three four five"])
+    whole = tokenizer.encode(clip_words(7), ["one two three four five"])[0].tolist()
+    assert tokenizer.encode(words, ["one two three four five", "one"], truncate=True)[
         0
     ].tolist() == [
         *whole[:5],

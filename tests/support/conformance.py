@@ -28,7 +28,7 @@ from edgeclip.device.preprocess import normalize
 from tests.support.images import encoded, toy_image, truncated_jpeg
 
 IMAGES = ["rgb", "rgb", "grey", "alpha"]
-TEXTS = {"plain": "a cat", "capitals": "A CAT", "emoji": "a \U0001f600 car"}
+TEXTS = {"plain": "a cat", "capitals": "A CAT", "slang": "a \U0001f600 car"}
 
 
 def toy_pack(folder: Path, bundle: Bundle, broken: bool = False) -> Pack:

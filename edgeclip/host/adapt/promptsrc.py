@@ -96,19 +96,16 @@ def _prompted(teacher: Teacher, spec: R.Prompts) -> Teacher:
 
 
 def _text_with_prompts(text: TextTower, spec: R.Prompts) -> TextTower:
-    words = tokenizer.encode(
-        tokenizer.load(text.tokenizer, text.context_length), [spec.text_init], text.context_length
-    )[0]
+    words = tokenizer.encode(text.words(), [spec.text_init])[0]
     init = torch.from_numpy(words[words != 0][1:-1])  # without start and end
     module = PromptedText(text.module.model, spec.length, spec.depth, init).eval()
-    return TextTower(
-        module=module, tokenizer=text.tokenizer, context_length=text.context_length - spec.length
+    return dataclasses.replace(
+        text, module=module, context_length=text.context_length - spec.length
     )
 
 
 def _ids(text: TextTower, names: list[str]) -> Int[Tensor, "N L"]:
-    words = tokenizer.load(text.tokenizer, text.context_length)
-    return torch.from_numpy(tokenizer.encode(words, prompts(names, TEMPLATES), text.context_length))
+    return torch.from_numpy(tokenizer.encode(text.words(), prompts(names, TEMPLATES)))
 
 
 def adapt(

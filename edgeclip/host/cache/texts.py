@@ -22,13 +22,13 @@ def caption_features(teacher: Teacher, captions: list[str]) -> np.ndarray:
     text = teacher.text
     if text is None:
         return teacher.encode_text(captions).numpy().astype(np.float16)
-    words = tokenizer.load(text.tokenizer, text.context_length)
+    words = text.words()
     device = next(text.module.parameters()).device
     out = []
     starts = range(0, len(captions), BATCH)
     for start in track(starts, "captions", math.ceil(len(captions) / BATCH)):
         part = captions[start : start + BATCH]
-        ids = tokenizer.encode(words, part, text.context_length, truncate=True)
+        ids = tokenizer.encode(words, part, truncate=True)
         features = text.module(torch.from_numpy(ids).to(device))
         out.append(features.cpu().numpy().astype(np.float16))
     return np.concatenate(out)

@@ -8,6 +8,7 @@ import msgspec
 import torch
 
 from edgeclip import disk
+from edgeclip.device.records import to_json
 from edgeclip.disk import Json
 from edgeclip.host import distributed, recipe
 from edgeclip.host import student as students
@@ -62,6 +63,7 @@ def new_student(inputs: Inputs, lesson: Lesson) -> NewStudent:
         "logit_scale": lesson.teacher.logit_scale,
         "labels": lesson.dataset.classes,
         "templates": list(lesson.dataset.templates),
+        "cleaning": to_json(text.cleaning) if text is not None else None,
         "licenses": _licenses(inputs.recipe, lesson),
         "parents": {
             "recipe": disk.fingerprint(recipe.description(inputs.recipe)),

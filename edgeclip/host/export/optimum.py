@@ -63,11 +63,9 @@ def write(bundle_folder: Path, out: Path, head: bool = True) -> Path:
         else:
             graph.save(_two_towers(bundle, edu_attention), folder / "model.onnx")
             disk.write_json(folder / "config.json", config)
-        words = tokenizer.load(
-            bundle.file("tokenizer.json").read_text(encoding="utf-8"),
-            _text(bundle).context_length,
-        )
-        disk.write_text(folder / "tokenizer.json", words.to_str())
+        content = bundle.file("tokenizer.json").read_text(encoding="utf-8")
+        padded = tokenizer.padded(content, _text(bundle).context_length)
+        disk.write_text(folder / "tokenizer.json", padded)
         content = to_json(bundle.manifest)
         same = ("target", "preprocess", "logit_scale", "licenses", "versions")
         parents = {

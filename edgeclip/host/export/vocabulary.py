@@ -69,10 +69,10 @@ def prune(text: TextTower, texts: list[str]) -> Pruned:
 
 def _needed(text: TextTower, texts: list[str]) -> np.ndarray:
     """Return the ids, ascending, of the texts' tokens, the special tokens and the padding."""
-    words = tokenizer.load(text.tokenizer, text.context_length)
-    needed = tokenizer.encode(words, texts, text.context_length)
-    always = [0]
-    for i, token in words.get_added_tokens_decoder().items():
+    words = text.words()
+    needed = tokenizer.encode(words, texts)
+    always = [words.pad]
+    for i, token in words.library.get_added_tokens_decoder().items():
         if token.special:
             always.append(i)
     return np.unique(np.concatenate([needed.ravel(), np.array(always, np.int64)]))

@@ -27,7 +27,13 @@ from edgeclip.host.graph.view import run_model
 from edgeclip.host.teachers import TextTower
 from edgeclip.progress import say
 
-GOLDEN_TEXTS = ["a photo of a cat", "a red umbrella", "the letter A", "two people shaking hands"]
+GOLDEN_TEXTS = [
+    "a photo of a cat",
+    "a red umbrella",
+    "the letter A",
+    "two people shaking hands",
+    "A dog’s bed",
+]
 MAX_EXPORT_ERROR = 1e-5
 """largest difference of a unit feature between torch and the traced graph"""
 PACKAGES = (
@@ -119,8 +125,8 @@ def text_encoder(source: Source, target: Target, exporter: ModuleType, folder: P
     """
     assert source.load_text is not None
     text = source.load_text()
-    words = tokenizer.load(text.tokenizer, text.context_length)
-    ids = tokenizer.encode(words, GOLDEN_TEXTS, text.context_length)
+    words = text.words()
+    ids = tokenizer.encode(words, GOLDEN_TEXTS)
     vocabulary = None
     if source.vocabulary is not None:
         needed = prompts(source.labels, source.templates or ["{c}"])
@@ -148,6 +154,7 @@ def text_encoder(source: Source, target: Target, exporter: ModuleType, folder: P
     return TextRecord(
         encoder=exporter.write_text(model, target, folder),
         context_length=text.context_length,
+        cleaning=text.cleaning,
         vocabulary=vocabulary,
     )
 

@@ -136,6 +136,10 @@ class OpenClip(Config, tag="open_clip", tag_field="kind"):
     config: ModelConfig | None = None
     """of a model that open_clip does not list: embed_dim, vision_cfg and text_cfg, or what its
     open_clip_config.json holds (those as model_cfg, and preprocess_cfg)"""
+    tokenizer: str | None = None
+    """folder of the tokenizer's files (tokenizer.json and what lies beside it on a hub), of a model
+    whose texts go through one of transformers'; null: open_clip's own, or the hub's that the
+    configuration names"""
     seed: int = 0
     """of `weights: random`"""
     license: str = "unknown"

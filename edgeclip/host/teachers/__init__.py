@@ -16,7 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from edgeclip.device import tokenizer
+from edgeclip.device.cleaning import Cleaning
 from edgeclip.device.preprocess import Preprocess
+from edgeclip.device.tokenizer import Words
 from edgeclip.disk import Description
 from edgeclip.host import recipe as R
 from edgeclip.host.towers.fold import fold
@@ -27,10 +29,16 @@ class TextTower:
     """What export needs to ship the text side."""
 
     module: nn.Module
-    """input_ids int64 [N, L] to unit features [N, D]; padding is id 0"""
+    """input_ids int64 [N, L] to unit features [N, D]"""
     tokenizer: str
-    """tokenizer.json of the `tokenizers` library, as text"""
+    """tokenizer.json of the `tokenizers` library, as text; its padding names the id that pads"""
     context_length: int
+    cleaning: Cleaning | None = None
+    """of a text before that; None: none"""
+
+    def words(self) -> Words:
+        """Return the tokenizer, ready for texts."""
+        return tokenizer.load(self.tokenizer, self.context_length, self.cleaning)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +83,7 @@ def load(spec: R.Teacher) -> Teacher:
 def check_class_names(teacher: Teacher, classes: list[str], templates: tuple[str, ...]) -> None:
     """Refuse class names that the teacher's text tower cannot tell apart or cannot take whole."""
     if teacher.text is not None:
-        words = tokenizer.load(teacher.text.tokenizer, teacher.text.context_length)
-        tokenizer.check_class_names(words, classes, templates, teacher.text.context_length)
+        tokenizer.check_class_names(teacher.text.words(), classes, templates)
 
 
 def folded(teacher: Teacher) -> nn.Module | None:

@@ -108,11 +108,8 @@ def _anchors(spec: Conse, encoder: nn.Module, words: str) -> Float[Tensor, "C D"
 
 @torch.inference_mode()
 def _encode(module: nn.Module, words: str, texts: list[str]) -> Float[Tensor, "N D"]:
-    ids = torch.from_numpy(
-        tokenizer.encode(
-            tokenizer.load(words, sentence.CONTEXT_LENGTH), texts, sentence.CONTEXT_LENGTH
-        )
-    )
+    loaded = tokenizer.load(words, sentence.CONTEXT_LENGTH)
+    ids = torch.from_numpy(tokenizer.encode(loaded, texts))
     ids = ids[:, : int((ids != 0).sum(dim=1).max())].to(
         next(module.parameters()).device
     )  # padding to the longest is enough

@@ -281,11 +281,11 @@ def _from_config(spec: OpenClip) -> nn.Module:
 
     config = dict(open_clip_config(spec))
     where = f"config of {spec.model}"
-    if config.get("text_cfg", {}).keys() & {"hf_model_name", "hf_tokenizer_name"}:
+    if "hf_model_name" in config.get("text_cfg", {}):
         raise EdgeclipError(
             where,
-            "its texts go through a model or tokenizer of Hugging Face's",
-            "take a model that open_clip lists, or one with CLIP's tokenizer",
+            "its texts go through a model of Hugging Face's",
+            "take a model that open_clip lists, or one with open_clip's own text tower",
         )
     kind = open_clip.CLIP
     if config.pop("custom_text", False):

@@ -29,6 +29,7 @@ from edgeclip.host.towers import weights
 from tests.support.command import mistake, run
 from tests.support.files import write
 from tests.support.prompted import PIXELS, TEACHER, TEXT, VISION, images_of, onnx_run
+from tests.support.tokens import clip_words
 
 # --- PromptSRC's closed forms
 
@@ -150,8 +151,7 @@ def test_the_text_side_that_ships_gives_words_the_same_context(labeled, tmp_path
     _, adapted = stage_1(labeled, tmp_path / "teacher")
     text = promptsrc.load_text(TEACHER, SPEC, tmp_path / "teacher")
     assert text.context_length == TEXT["context_length"] - SPEC.length
-    words = tokenizer.load(text.tokenizer, text.context_length)
-    two = torch.from_numpy(tokenizer.encode(words, ["red circle.", "pear."], text.context_length))
+    two = torch.from_numpy(tokenizer.encode(text.words(), ["red circle.", "pear."]))
     with torch.inference_mode():
         expected = adapted.encode_text(["red circle.", "pear."])
         torch.testing.assert_close(text.module(two), expected)
@@ -311,9 +311,9 @@ def train_clip(steps):
     """
     torch.manual_seed(0)
     model = open_clip.model.CLIP(**KNOWING).train()
-    words = tokenizer.load(teachers.clip_tokenizer_json("tiny"), 16)
+    words = clip_words(16)
     captions = [
-        torch.from_numpy(tokenizer.encode(words, [t.replace("{c}", c) for c in CLASSES], 16))
+        torch.from_numpy(tokenizer.encode(words, [t.replace("{c}", c) for c in CLASSES]))
         for t in TEMPLATES
     ]
     rng = random.Random(0)

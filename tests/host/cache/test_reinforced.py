@@ -24,10 +24,10 @@ from edgeclip.host.cache.views import OPERATIONS
 from edgeclip.host.data import Dataset
 from edgeclip.host.distill.text import texts
 from edgeclip.host.student import token_ids
-from edgeclip.host.teachers.open_clip import clip_tokenizer_json
 from tests.support.command import mistake, run
 from tests.support.files import write
 from tests.support.images import add_member, encoded, toy_image
+from tests.support.tokens import clips
 
 K, SYNTHETIC, WIDTHS = 3, 2, (6, 4)
 
@@ -353,9 +353,7 @@ def test_a_students_text_tower_reads_the_caption_whose_features_the_view_has(tmp
         tmp_path,
         dataset(reinforced(tmp_path / "dr0.tar", [4, 1]), reinforced(tmp_path / "dr1.tar", [7])),
     )
-    text = teachers.TextTower(
-        module=torch.nn.Identity(), tokenizer=clip_tokenizer_json("ViT-B-32"), context_length=16
-    )
+    text = teachers.TextTower(module=torch.nn.Identity(), **clips()._asdict(), context_length=16)
     found = texts(
         text, teachers.load(R.Reinforced(root=str(tmp_path), shards="dr*.tar")), made, [], ()
     )

@@ -268,13 +268,13 @@ def test_open_clip_loads_the_student_itself(name, source, tmp_path):
             assert (preprocess == p) is same
     with pytest.raises(
         EdgeclipError,
-        match="config of small-student: its texts go through a model or tokenizer of Hugging Face's",
+        match="config of small-student: its texts go through a model of Hugging Face's",
     ):
         weights.open_clip_model(
             R.OpenClip(
                 model="small-student",
                 weights="random",
-                config={"text_cfg": {"hf_tokenizer_name": "x"}},
+                config={"text_cfg": {"hf_model_name": "x"}},
             )
         )
 

