@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 import yaml
 
+from edgeclip import text_file
 from edgeclip.errors import EdgeclipError, did_you_mean
 
 T = TypeVar("T")
@@ -98,13 +99,8 @@ def load(path: Path, type_: type[T]) -> T:
     rule that is broken.
     """
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise EdgeclipError(path, "there is no such file", "check the path") from None
-    except OSError as e:
-        do = "give a YAML file"
-        raise EdgeclipError(path, f"cannot be read ({e.strerror})", do) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        value = yaml.load(text_file.read(path), Loader=_Loader)
+    except yaml.YAMLError as e:
         raise EdgeclipError(
             path, f"not valid YAML ({' '.join(str(e).split())})", "correct it"
         ) from None

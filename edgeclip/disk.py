@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import numpy as np
 
+from edgeclip import text_file
 from edgeclip.config import renamed
 from edgeclip.errors import EdgeclipError
 
@@ -134,10 +135,8 @@ def finite(constant: str) -> Any:
 def read_json(path: Path) -> Any:
     """Return a JSON file's value. Raises `EdgeclipError` where there is none, or it is broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=finite)
-    except FileNotFoundError:
-        raise EdgeclipError(path, "there is no such file", "check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        return json.loads(text_file.read(path), parse_constant=finite)
+    except json.JSONDecodeError as e:
         raise EdgeclipError(
             path, f"not valid JSON ({e})", "make it again with the command that wrote it"
         ) from None

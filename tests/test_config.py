@@ -115,7 +115,7 @@ def test_an_unknown_word_offers_the_nearest(tmp_path):
 
 
 def test_a_folder_is_no_recipe(tmp_path):
-    with pytest.raises(EdgeclipError, match=r"cannot be read \(Is a directory\); give a YAML file"):
+    with pytest.raises(EdgeclipError, match=r"cannot be read \(Is a directory\); give a text file"):
         recipe.load(tmp_path)
 
 

@@ -4,7 +4,7 @@ import importlib.metadata
 import importlib.util
 from typing import NamedTuple
 
-from edgeclip import __version__, config
+from edgeclip import __version__, config, text_file
 from edgeclip.device import machine
 from edgeclip.disk import Json
 
@@ -68,9 +68,9 @@ def purposes(kind: str) -> list[Purpose]:
     """Return every YAML file of a kind ('recipe', 'target' or 'device') within reach, by name."""
     rows = []
     for name, path in sorted(config.shipped(kind).items()):
-        first = path.read_text(encoding="utf-8").splitlines()[0]
+        lines = text_file.lines(text_file.read(path))
         purpose = ""
-        if first.startswith("#"):
-            purpose = first.lstrip("# ")
+        if lines and lines[0].startswith("#"):
+            purpose = lines[0].lstrip("# ")
         rows.append(Purpose(kind, name, purpose, str(path)))
     return rows

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from edgeclip import text_file
 from edgeclip.cli.options import label_file
 from edgeclip.cli.request import Request
 from edgeclip.device.manifest import LintRecord, read_manifest
@@ -63,7 +64,7 @@ def _source(request: Request) -> tuple[Source, Path]:
         source = from_run(home)
 
     if request.vocabulary:
-        source = with_vocabulary(source, label_file(request.vocabulary))
+        source = with_vocabulary(source, text_file.texts(request.vocabulary, "text"))
     return source, home
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from edgeclip import config, disk
+from edgeclip import config, disk, text_file
 from edgeclip.device import profile, target
 from edgeclip.device.bench_report import BenchReport
 from edgeclip.device.manifest import read_manifest, write_manifest
@@ -58,11 +58,9 @@ def migrate(path: Path) -> list[Path]:
 def _yaml(path: Path) -> list[Path]:
     """Rename keys where they stand, so that comments and layout stay."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = text_file.read(path)
         root = yaml.compose(text)
-    except FileNotFoundError:
-        raise EdgeclipError(path, "there is no such file", "check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except yaml.YAMLError as e:
         what = f"not valid YAML ({' '.join(str(e).split())})"
         raise EdgeclipError(path, what, "correct it") from None
 
@@ -95,7 +93,7 @@ def _edits(node: Any, path: tuple[str, ...]) -> list[tuple[int, int, str]]:
 
 def _load(path: Path) -> None:
     """Raise `EdgeclipError` unless the file is a device, target or recipe of today."""
-    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    fields = yaml.safe_load(text_file.read(path))
     if "runtimes" in fields:
         profile.load(str(path))
     elif "runtime" in fields:

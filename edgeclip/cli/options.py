@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from edgeclip.cli import complete
-from edgeclip.errors import EdgeclipError
 
 PATH = click.Path(path_type=Path)
 F = Callable[..., Any]
@@ -79,26 +78,10 @@ def recipe_path(name: str) -> Path:
 
 
 def label_file(path: Path) -> list[str]:
-    """Return the lines of a text file that are not blank, stripped.
+    """Return the labels of a text file, one a line. Raises `EdgeclipError` as `text_file.names`."""
+    from edgeclip import text_file
 
-    Raises `EdgeclipError` when it is missing, unreadable, not UTF-8, or empty.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise EdgeclipError(path, "there is no such file", "check the path") from None
-    except OSError as e:
-        do = "give a text file with one label per line"
-        raise EdgeclipError(path, f"cannot be read ({e.strerror})", do) from None
-    except UnicodeDecodeError:
-        do = "save it as UTF-8 (iconv -f cp1252 -t utf-8)"
-        raise EdgeclipError(path, "is not UTF-8", do) from None
-
-    labels = [line.strip() for line in text.splitlines()]
-    labels = [label for label in labels if label]
-    if not labels:
-        raise EdgeclipError(path, "empty class list", "write one label per line")
-    return labels
+    return text_file.names(path, "label")
 
 
 def print_json(value: Any) -> None:

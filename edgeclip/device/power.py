@@ -23,6 +23,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import NamedTuple
 
+from edgeclip import text_file
 from edgeclip.device import machine
 from edgeclip.device.bench_report import Reading
 from edgeclip.errors import EdgeclipError
@@ -183,8 +184,8 @@ def meter(path: Path) -> list[Reading]:
     """
     rows = []
     try:
-        whole = path.read_bytes().rpartition(b"\n")[0].decode()
-        for i, row in enumerate(csv.DictReader(whole.splitlines()), 2):
+        whole = text_file.decode(path.read_bytes().rpartition(b"\n")[0], path)
+        for i, row in enumerate(csv.DictReader(text_file.lines(whole)), 2):
             moment = _moment(row["timestamp"].strip(), f"{path}:{i}")
             watts = float(row["watts"])
             if math.isfinite(watts):  # nan: the meter had no reading

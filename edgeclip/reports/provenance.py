@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from edgeclip import config, disk
+from edgeclip import config, disk, text_file
 from edgeclip.device.manifest import read_manifest
 from edgeclip.errors import EdgeclipError
 from edgeclip.reports.targets import Target
@@ -30,13 +30,13 @@ class Provenance(NamedTuple):
 
 def provenance(run: Path, name: str, targets: Sequence[Target]) -> Provenance:
     """Return where a run's page comes from. name: the run, as commands call it."""
-    recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = text_file.read(run / "recipe.yaml")
     shipped = _shipped(run.name)
     difference = ""
     if shipped is not None:
-        before = shipped.read_text(encoding="utf-8").splitlines()
+        before = text_file.lines(text_file.read(shipped))
         lines = difflib.unified_diff(
-            before, recipe.splitlines(), "shipped", "this run", lineterm=""
+            before, text_file.lines(recipe), "shipped", "this run", lineterm=""
         )
         difference = "\n".join(lines)
     return Provenance(

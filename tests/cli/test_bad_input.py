@@ -148,7 +148,7 @@ def test_an_empty_class_list(here, own_bundle):
     (here / "photos").mkdir()
     write(here, RECIPE.replace("ROOT", "photos"))
     before, bundle_before = snapshot(here), snapshot(bundle)
-    mistake("labels", bundle, "words.txt", says="empty class list")
+    mistake("labels", bundle, "words.txt", says="words.txt: is empty")
     mistake(
         "export",
         "--target",
@@ -159,7 +159,7 @@ def test_an_empty_class_list(here, own_bundle):
         "random",
         "--labels",
         "words.txt",
-        says="empty class list",
+        says="words.txt: is empty",
     )
     mistake("init", "photos", says="empty class list")
     mistake("distill", "r.yaml", says="the class list is empty", only_line=False)
@@ -170,7 +170,7 @@ def test_an_empty_class_list(here, own_bundle):
 def test_a_file_of_labels_that_is_no_text(here, own_bundle):
     bundle = own_bundle("onnx-fp32")
     (here / "words.txt").write_bytes("Äpfel\n".encode("cp1252"))
-    mistake("labels", bundle, "words.txt", says="words.txt: is not UTF-8")
+    mistake("labels", bundle, "words.txt", says="words.txt: line 1: byte 0xc4 is not UTF-8")
     mistake("labels", bundle, ".", says=".: cannot be read (Is a directory)")
     (here / "words.txt").write_bytes("\ufeffpear\nplum\n".encode())
     assert run("labels", bundle, "words.txt").exit_code == 0 and Bundle.load(bundle).labels == [

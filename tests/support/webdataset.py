@@ -16,7 +16,7 @@ def shard(path, rows):
                 add_member(tar, f"{i}.txt", caption.encode())
 
 
-def webdataset(tmp_path, classes="cat\ndog\n\ncar \n"):
+def webdataset(tmp_path, classes="cat\ndog\ncar \n\n"):
     for i in (10, 2):
         shard(tmp_path / "train" / f"{i}.tar", [(0, "a cat"), (1, "a dog"), (2, "a car")])
     shard(tmp_path / "test" / "0.tar", [(2, ""), (1, ""), (0, "")])

@@ -4,10 +4,11 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from edgeclip import text_file
 from edgeclip.device.images import ImageRef, index_folder, index_tar
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.data.dataset import Dataset, EvaluationSet
-from edgeclip.host.data.files import data_root, read_lines
+from edgeclip.host.data.files import data_root
 from edgeclip.host.data.index import index
 from edgeclip.host.data.shards import find
 from edgeclip.host.recipe import Folders, WebDataset
@@ -25,9 +26,9 @@ def load_webdataset(spec: WebDataset, cache: Path) -> Dataset:
     classes: list[str] = []
     templates = spec.templates
     if spec.classes:
-        classes = read_lines(root / spec.classes, "class name")
+        classes = text_file.names(root / spec.classes, "class name")
         if not templates:
-            templates = tuple(read_lines(root / TEMPLATES, "prompt template"))
+            templates = tuple(text_file.texts(root / TEMPLATES, "prompt template"))
 
     train_shards: list[Path] = []
     test_shards: list[Path] = []

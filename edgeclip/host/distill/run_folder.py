@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from edgeclip import disk
+from edgeclip import disk, text_file
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe
 from edgeclip.host.recipe import Recipe
@@ -50,7 +50,7 @@ def _refuse_other_recipe(run: Path, asked: Recipe) -> None:
 
 def claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
     """Make the run folder this run's; path: of the recipe, as it was written."""
-    written = path.read_text(encoding="utf-8")  # it may be the run's own copy
+    written = text_file.read(path)  # it may be the run's own copy
     if fresh and run.exists():
         shutil.rmtree(run)
     # Also when resuming: data may have moved.
