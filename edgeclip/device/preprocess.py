@@ -54,8 +54,8 @@ def open_image(source: Path | bytes, name: object = None) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise EdgeclipError(where, "there is no such file", "check the path") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UnreadableImage(where, f"unreadable image ({e})", "replace or remove it") from None
+    except Exception as e:
+        raise _unreadable(where, e) from None
 
 
 def open_scaled(
@@ -75,8 +75,14 @@ def open_scaled(
             if image.mode == "RGB":  # convert copies what is RGB already
                 return image, full
             return image.convert("RGB"), full
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UnreadableImage(name, f"unreadable image ({e})", "replace or remove it") from None
+    except Exception as e:
+        raise _unreadable(name, e) from None
+
+
+def _unreadable(where: object, e: Exception) -> UnreadableImage:
+    # Not OSError alone: a plugin of Pillow raises whatever its parser met (struct.error, KeyError).
+    reason = str(e) or type(e).__name__
+    return UnreadableImage(where, f"unreadable image ({reason})", "replace or remove it")
 
 
 def to_pixels(image: Image.Image, spec: Preprocess) -> np.ndarray:
