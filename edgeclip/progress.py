@@ -3,6 +3,7 @@
 Of several processes only rank 0 prints (torchrun gives each its RANK).
 """
 
+import functools
 import os
 import sys
 import time
@@ -95,6 +96,12 @@ def say(line: str) -> None:
     """Print a line to stderr, at rank 0."""
     if is_rank_zero():
         print(line, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line to stderr, at rank 0, unless this process has printed it already."""
+    say(line)
 
 
 def is_rank_zero() -> bool:

@@ -9,21 +9,37 @@ was given, whatever the threads do.
 import abc
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import itertools
+import re
+import shlex
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
 
+from edgeclip import text_file
 from edgeclip.device.preprocess import Preprocess, UnreadableImage, open_image, to_pixels
+from edgeclip.device.walk import entries, no_data, walk
 from edgeclip.errors import EdgeclipError
+from edgeclip.progress import say, say_once
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (
+    *(".jpg", ".png", ".jpeg", ".webp"),  # open_clip's, in the order in which it looks for them
+    *(".jfif", ".jpe", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".pbm"),
+)
+"""of images, in any case"""
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+"""first bytes, to the program that undoes it"""
+CAUSES = 5
+"""at most so many are named"""
 MAX_UNREADABLE = 0.01
 Index = TypeVar("Index")
+Skipped = collections.Counter[str]
+"""cause, to how many"""
 
 
 class ImageRef(NamedTuple):
@@ -87,51 +103,73 @@ def digest(image: ImageRef) -> str:
     return hashlib.sha256(read(image)).hexdigest()
 
 
-def index_tar(path: Path) -> list[ImageRef]:
+def index_tar(path: Path, skipped: Skipped | None = None) -> list[ImageRef]:
     """Return the images of one WebDataset shard.
 
-    A sample is `key.jpg` beside optional `key.cls` (class index) and `key.txt` (caption). Raises
-    `EdgeclipError` for a file that is missing, no tar, or cut off.
+    A sample is `key.jpg` beside optional `key.cls` (class index; -1: none) and `key.txt` (caption).
+    Of several images the first by `SUFFIXES` is taken. skipped: counts, by cause, the samples that
+    have no image or a caption that cannot be read. Raises `EdgeclipError` for a file that is
+    missing, no tar, compressed, or cut off, and for a label that is no number.
     """
+    skipped = collections.Counter() if skipped is None else skipped
+    _refuse_compressed(path)
     try:
         with tarfile.open(path, "r:") as tar:
-            samples = _samples(tar)
+            samples = _samples(tar, skipped)
             refuse_cut(tar)
             images = []
             for key, members in samples.items():
                 image = _image_of(members)
                 if image is None:
+                    skipped[_without_image(members)] += 1
                     continue
-                label = -1
-                if ".cls" in members:
-                    label = int(_content(tar, members[".cls"]))
+                try:
+                    caption = _content(tar, members.get(".txt"))
+                except EdgeclipError:
+                    skipped["with a caption that is not UTF-8"] += 1
+                    continue
+                key = f"{path.stem}/{key}"
+                label = _label(tar, members.get(".cls"), path)
                 images.append(
-                    ImageRef(
-                        f"{path.stem}/{key}",
-                        str(path),
-                        image.offset_data,
-                        image.size,
-                        label,
-                        _content(tar, members.get(".txt")),
-                    )
+                    ImageRef(key, str(path), image.offset_data, image.size, label, caption)
                 )
             return images
-    except FileNotFoundError:
-        raise EdgeclipError(path, "there is no such file", "check the path") from None
-    except (tarfile.TarError, ValueError, OSError) as e:
+    except (tarfile.TarError, ValueError, KeyError, OSError) as e:
         raise EdgeclipError(
             path, f"not a readable WebDataset shard ({e})", "replace or remove it"
         ) from None
 
 
-def _samples(tar: tarfile.TarFile) -> dict[str, dict[str, tarfile.TarInfo]]:
+def _refuse_compressed(path: Path) -> None:
+    """Refuse a missing shard, and one whose images have no place in its file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except FileNotFoundError:
+        raise EdgeclipError(path, "there is no such file", "check the path") from None
+    except OSError as e:
+        raise EdgeclipError(path, f"cannot be read ({e.strerror})", "give a tar file") from None
+    for mark, program in COMPRESSED.items():
+        if start.startswith(mark):
+            file_name = shlex.quote(str(path))
+            do = f"decompress it: {program} -dc {file_name} > NEW.tar"
+            raise EdgeclipError(path, f"is compressed ({program}); images are read in place", do)
+
+
+def _samples(tar: tarfile.TarFile, skipped: Skipped) -> dict[str, dict[str, tarfile.TarInfo]]:
     """Return the members of each sample by their suffix, in the shard's order."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = collections.defaultdict(dict)
     for member in tar:
         # WebDataset's rule: a folder may have dots, and a hidden file is none of a sample.
         folder, slash, name = member.name.removeprefix("./").rpartition("/")
         stem, dot, suffix = name.partition(".")
-        if not (member.isfile() and stem and dot):
+        if member.isdir() or no_data(member.name) or (dot and not stem):
+            continue
+        if not dot:
+            skipped["without a suffix"] += 1
+            continue
+        if not _is_utf8(member.name):
+            skipped["with a name that is not UTF-8"] += 1
             continue
         members = samples[folder + slash + stem]
         if "." + suffix.lower() in members:
@@ -140,17 +178,49 @@ def _samples(tar: tarfile.TarFile) -> dict[str, dict[str, tarfile.TarInfo]]:
     return samples
 
 
+def _is_utf8(name: str) -> bool:
+    # What was not UTF-8 on disk is a lone surrogate in Python.
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
 def _image_of(members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    for suffix, member in members.items():
-        if suffix in SUFFIXES:
+    for suffix in SUFFIXES:
+        member = members.get(suffix)
+        if member is not None and member.isfile() and not member.issparse():
             return member
     return None
 
 
+def _without_image(members: dict[str, tarfile.TarInfo]) -> str:
+    """Return why a sample has no image."""
+    for suffix in sorted(members):
+        last = "." + suffix.rpartition(".")[2]
+        if last in SUFFIXES and last != suffix:
+            return f"with a dot in the name before {last} (WebDataset's keys end at the first dot)"
+        if suffix in SUFFIXES:
+            return "with a link or a sparse file in place of an image"
+    return f"without an image ({', '.join(sorted(members))})"
+
+
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> str:
-    """Return a member's text; empty where there is none."""
+    """Return a member's text; empty where there is none. Raises `EdgeclipError` for what is no
+    text."""
     file = tar.extractfile(member) if member is not None else None
-    return file.read().decode().strip() if file is not None else ""
+    if member is None or file is None:
+        return ""
+    return text_file.decode(file.read(), member.name).strip()
+
+
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo | None, path: Path) -> int:
+    """Return the class index in a member; -1 where there is none."""
+    if member is None:
+        return -1
+    text = _content(tar, member)
+    if re.fullmatch(r"-1|[0-9]{1,9}", text):
+        return int(text)
+    raise EdgeclipError(
+        f"{path} ({member.name})", f"{text[:40]!r} is no class index", "write a number from 0 on"
+    )
 
 
 def refuse_cut(tar: tarfile.TarFile) -> None:
@@ -164,10 +234,93 @@ def refuse_cut(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError("it was cut off, or is damaged in the middle")
 
 
-def index_folder(folder: Path) -> list[ImageRef]:
-    """Return every image below `folder`, sorted by path."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
-    return [ImageRef(str(p.relative_to(folder)), str(p)) for p in files]
+def index_folder(folder: Path, skipped: Skipped | None = None) -> list[ImageRef]:
+    """Return every image below `folder`, sorted by path; a linked folder is followed, once.
+
+    skipped: counts the other files by their suffix. Raises `EdgeclipError` for a folder that cannot
+    be read.
+    """
+    files: list[Path] = []
+    for _, there in walk(folder):
+        files += there
+    return _images_among(files, folder, collections.Counter() if skipped is None else skipped)
+
+
+def index_classes(root: Path, skipped: Skipped | None = None) -> dict[str, list[ImageRef]]:
+    """Return the images of every sub-folder of `root` by its name, both sorted.
+
+    skipped: as `index_folder`. Raises `EdgeclipError` as `index_folder`, and where links put a
+    folder into two classes.
+    """
+    skipped = collections.Counter() if skipped is None else skipped
+    folders, beside = entries(root)
+    for path in beside:
+        if path.suffix.lower() in SUFFIXES:
+            skipped["in no class folder"] += 1
+
+    classes = {}
+    class_of: dict[Path, str] = {}
+    for folder in folders:
+        files: list[Path] = []
+        for real, there in walk(folder):
+            if class_of.setdefault(real, folder.name) != folder.name:
+                raise EdgeclipError(
+                    root,
+                    f"{real} is in two classes, '{class_of[real]}' and '{folder.name}', by a link",
+                    "remove the link",
+                )
+            files += there
+        classes[folder.name] = _images_among(files, folder, skipped)
+    return classes
+
+
+def _images_among(files: list[Path], folder: Path, skipped: Skipped) -> list[ImageRef]:
+    images = []
+    for path in sorted(files):
+        suffix = path.suffix.lower()
+        if suffix in SUFFIXES:
+            images.append(ImageRef(str(path.relative_to(folder)), str(path)))
+        else:
+            skipped[suffix or "without a suffix"] += 1
+    return images
+
+
+def say_skipped(where: object, kept: int, skipped: Mapping[str, int], what: str) -> None:
+    """Print, once, how many of `what` were left out of an index, and why.
+
+    kept: how many were not. skipped: a `Skipped`.
+    """
+    total = sum(skipped.values())
+    if not total:
+        return
+    counts = collections.Counter(skipped).most_common()
+    causes = [f"{count:,} {cause}" for cause, count in counts[:CAUSES]]
+    if counts[CAUSES:]:
+        causes.append(f"{sum(count for _, count in counts[CAUSES:]):,} for other causes")
+    say_once(f"{where}: {total:,} of {kept + total:,} {what} skipped: {', '.join(causes)}")
+
+
+def load_first(
+    images: Sequence[ImageRef], order: Iterable[int], count: int, spec: Preprocess
+) -> tuple[list[int], list[np.ndarray]]:
+    """Return the first `count` readable images in `order`: places, and pixels uint8 [H, W, 3].
+
+    Fewer where there are no more. Raises `EdgeclipError` when more than 1 % of `images` were met
+    that could not be read; fewer are printed.
+    """
+    skipped: list[str] = []
+    places = []
+    pixels = []
+    batches = stream(order, lambda i: load_pixels(images[i], spec), 1, skipped)
+    with contextlib.closing(batches):
+        for one, batch in itertools.islice(batches, count):
+            places.append(int(one[0]))
+            pixels.append(batch[0])
+    where = Path(images[0].path).parent if len(images) else "images"
+    refuse_unreadable(skipped, len(images), where)
+    for line in skipped:
+        say(f"skipped: {line}")
+    return places, pixels
 
 
 def stream(
@@ -176,7 +329,7 @@ def stream(
     batch_size: int,
     skipped: list[str],
     threads: int = 2,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     """Yield (indices [B], stacked make(index) [B, ...]) in `order`, the last batch short.
 
     What `make` raises as `UnreadableImage` is left out and its message put into `skipped`;

@@ -4,7 +4,7 @@
 those that it resembles, and one line in `DATASETS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ def load(spec: R.Data, cache: Path) -> Dataset:
     _refuse_labels(data, data.labeled)
     for evaluation in data.evaluation:
         _refuse_labels(data, evaluation.images)
+    if data.halves is not None and data.parted:  # its training images' labels tell the halves apart
+        _refuse_labels(data, data.train)
     if data.parted:
         _refuse_names_on_both_sides(data)
     return data
@@ -57,7 +59,7 @@ def _refuse_nameless(data: Dataset) -> None:
             )
 
 
-def _refuse_labels(data: Dataset, images: list[ImageRef]) -> None:
+def _refuse_labels(data: Dataset, images: Iterable[ImageRef]) -> None:
     """Refuse a label outside the class list; without classes, any label."""
     count = len(data.classes)
     for image in images:

@@ -6,14 +6,14 @@ are read again.
 
     cache/index/<fingerprint>.arrow    record batches of `BATCH` images: `SCHEMA`
                              .json     written last: the number of images, and digests of the keys
-                                       with their sizes and of the captions
+                                       with their sizes and of the captions; what was skipped
 """
 
 import collections
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow as pa
 
 from edgeclip import disk
-from edgeclip.device.images import ImageRef, Lookup
+from edgeclip.device.images import ImageRef, Lookup, Skipped
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import track
 
 BATCH = 4096
-FORMAT = 2
+FORMAT = 3
 """version of an index; raised when `images.index_tar` finds what it did not find before, so that no
 older index is taken"""
 COUNT = "pictures"  # on disk the word of 0.1, whose indexes are read
@@ -51,6 +51,7 @@ class ImageIndex(Lookup):
         facts = disk.read_json(path.with_suffix(".json"))
         self._count: int = facts[COUNT]
         self.digests: list[str] = facts["digests"]
+        self.skipped: dict[str, int] = facts.get("skipped", {})
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self._batch: Callable[[int], Any] = functools.lru_cache(64)(self._reader.get_batch)
 
@@ -72,16 +73,20 @@ class ImageIndex(Lookup):
 
 
 def index(
-    shards: Sequence[Path], cache: Path, read: Callable[[Path], list[ImageRef]]
+    shards: Sequence[Path],
+    cache: Path,
+    read: Callable[[Path], list[ImageRef]],
+    skipped: Skipped | None = None,
 ) -> ImageIndex:
     """Return the images of `shards`, in their order, by an index below `cache`.
 
-    read: returns the images of one shard; called where there is no index yet. Raises
-    `EdgeclipError` for a key that two images have, and what `read` raises.
+    read: returns the images of one shard, and counts in `skipped` what it left out; called where
+    there is no index yet. Raises `EdgeclipError` for a key that two images have, and what `read`
+    raises.
     """
     path = cache / "index" / f"{_fingerprint(shards)}.arrow"
     if not path.with_suffix(".json").exists():
-        _write(path, shards, read)
+        _write(path, shards, read, {} if skipped is None else skipped)
     return ImageIndex(path, shards)
 
 
@@ -93,7 +98,12 @@ def _fingerprint(shards: Sequence[Path]) -> str:
     return disk.fingerprint([FORMAT, known])[:16]
 
 
-def _write(path: Path, shards: Sequence[Path], read: Callable[[Path], list[ImageRef]]) -> None:
+def _write(
+    path: Path,
+    shards: Sequence[Path],
+    read: Callable[[Path], list[ImageRef]],
+    skipped: Mapping[str, int],
+) -> None:
     """Write the index, then its facts."""
     sizes = hashlib.sha256()
     captions = hashlib.sha256()
@@ -113,11 +123,13 @@ def _write(path: Path, shards: Sequence[Path], read: Callable[[Path], list[Image
             count += len(images)
         _refuse_twice(hashes, shards)
 
-    facts = {
+    facts: disk.Json = {
         COUNT: count,
         "digests": [sizes.hexdigest(), captions.hexdigest()],
         "shards": [shard.name for shard in shards],
     }
+    if skipped:
+        facts["skipped"] = dict(skipped)
     disk.write_json(path.with_suffix(".json"), facts)
 
 

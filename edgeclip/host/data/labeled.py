@@ -1,17 +1,20 @@
 """Data sets with a class list: WebDataset shards, and photos in one sub-folder per class."""
 
+import collections
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from edgeclip import text_file
-from edgeclip.device.images import ImageRef, index_folder, index_tar
+from edgeclip.device.images import ImageRef, Skipped, index_classes, index_tar, say_skipped
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.data.dataset import Dataset, EvaluationSet
 from edgeclip.host.data.files import data_root
 from edgeclip.host.data.index import index
 from edgeclip.host.data.shards import find
 from edgeclip.host.recipe import Folders, WebDataset
+from edgeclip.progress import say_once
 
 TEMPLATES = "zeroshot_classification_templates.txt"
 
@@ -36,16 +39,27 @@ def load_webdataset(spec: WebDataset, cache: Path) -> Dataset:
         train_shards = find(root, spec.train, spec.pipe, cache)
     if spec.test:
         test_shards = find(root, spec.test, spec.pipe, cache)
-    train: Sequence[ImageRef] = []
-    if train_shards:
-        train = index(train_shards, cache, index_tar)
-    test: list[ImageRef] = []
-    if test_shards:
-        test = list(index(test_shards, cache, index_tar))
+    train = _read_shards(root / (spec.train or ""), train_shards, cache)
+    test = list(_read_shards(root / (spec.test or ""), test_shards, cache))
     data = _dataset(spec, classes, templates, train, test)
     if set(train_shards) & set(test_shards):
         return data._replace(evaluation=[_of_training(s) for s in data.evaluation])
     return data
+
+
+def _read_shards(where: Path, shards: list[Path], cache: Path) -> Sequence[ImageRef]:
+    """Return the images of shards, and print what was left out of them.
+
+    Raises `EdgeclipError` where there are shards and no image.
+    """
+    if not shards:
+        return []
+    skipped: Skipped = collections.Counter()
+    images = index(shards, cache, functools.partial(index_tar, skipped=skipped), skipped)
+    say_skipped(where, len(images), images.skipped, "samples")
+    if not len(images):
+        raise EdgeclipError(where, "has no image", "see what a shard holds with: tar tf SHARD")
+    return images
 
 
 def _of_training(s: EvaluationSet) -> EvaluationSet:
@@ -56,13 +70,18 @@ def _of_training(s: EvaluationSet) -> EvaluationSet:
 def load_folders(spec: Folders, cache: Path) -> Dataset:
     """Return the photos of a folder that has one sub-folder per class.
 
-    Raises `EdgeclipError` where the folder is missing or has no sub-folder.
+    Raises `EdgeclipError` where the folder is missing or has no sub-folder, or a link puts one
+    folder into two classes.
     """
     root = data_root(spec.root, spec.name)
-    folders = []
-    for path in sorted(root.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            folders.append(path)
+    skipped: Skipped = collections.Counter()
+    folders = index_classes(root, skipped)
+    say_skipped(root, sum(map(len, folders.values())), skipped, "files")
+    empty = [name for name, images in folders.items() if not images]
+    if empty:
+        say_once(
+            f"{root}: {len(empty)} of {len(folders)} classes have no image: {', '.join(empty)}"
+        )
     if not folders:
         raise EdgeclipError(
             root,
@@ -72,15 +91,15 @@ def load_folders(spec: Folders, cache: Path) -> Dataset:
 
     train = []
     test = []
-    for label, folder in enumerate(folders):
-        for image in index_folder(folder):
-            image = image._replace(key=f"{folder.name}/{image.key}", label=label)
+    for label, (folder, images) in enumerate(folders.items()):
+        for image in images:
+            image = image._replace(key=f"{folder}/{image.key}", label=label)
             if _fraction(image.key) < spec.test_fraction:
                 test.append(image)
             else:
                 train.append(image)
 
-    classes = [folder.name.replace("_", " ") for folder in folders]
+    classes = [folder.replace("_", " ") for folder in folders]
     return _dataset(spec, classes, spec.templates, train, test)
 
 
@@ -129,6 +148,9 @@ def _zero_shot(
     labeled: list[ImageRef] = []
     if classes:
         labeled = [image for image in train if image.label >= 0]
+        unlabeled = len(train) - len(labeled)
+        if unlabeled and labeled:
+            say_once(f"{spec.name}: {unlabeled:,} of {len(train):,} training images have no label")
 
     sets = []
     if test:

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from edgeclip import disk
-from edgeclip.device.images import ImageRef, digest, read
+from edgeclip.device.images import SUFFIXES, ImageRef, digest, read
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.host.data import Dataset, EvaluationSet
 
@@ -125,7 +125,9 @@ def _write_tar(path: Path, images: list[ParityImage]) -> None:
     with tarfile.open(path, "w") as tar:
         for i, scored in enumerate(images):
             content = read(scored.image)
-            suffix = Path(scored.image.key).suffix or ".jpg"
+            suffix = Path(scored.image.key).suffix
+            if suffix.lower() not in SUFFIXES:  # it would be no image of the tar
+                suffix = ".jpg"
             member = tarfile.TarInfo(f"{i:06d}{suffix}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))

@@ -6,20 +6,19 @@ fewer images than asked for, images that are all alike (their ranges say nothing
 images that the student is evaluated on.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from edgeclip.device.images import ImageRef, digest, load_pixels, stream
+from edgeclip.device.images import ImageRef, digest, load_first
 from edgeclip.device.manifest import CalibrationImage
-from edgeclip.device.preprocess import Preprocess, normalize
+from edgeclip.device.preprocess import normalize
 from edgeclip.device.target import Calibration
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.export.source import Source
 
 ALIKE = 0.02
 """mean over pixels of the standard deviation across images, in normalized units; photos have 1"""
-BATCH = 32
 
 
 class CalibrationImages(NamedTuple):
@@ -38,7 +37,8 @@ class CalibrationImages(NamedTuple):
 def draw(source: Source, spec: Calibration) -> CalibrationImages:
     """Return the images that `spec` asks for, `judged` being `ranges` where it asks for none.
 
-    Raises `EdgeclipError` for too few, unreadable, uniform or held-out images.
+    An image that cannot be read gives its place to the next. Raises `EdgeclipError` for too few,
+    uniform or held-out images, and where more than 1 % cannot be read.
     """
     pool = source.calibration()
     wanted = spec.images + spec.judged_on
@@ -50,13 +50,21 @@ def draw(source: Source, spec: Calibration) -> CalibrationImages:
             "give more with --images DIR, or lower both in a target of your own",
         )
     order = np.random.default_rng(spec.seed).permutation(len(pool))
-    for_ranges = [pool[i] for i in sorted(order[: spec.images])]
-    for_judging = [pool[i] for i in sorted(order[spec.images : wanted])]
-    used = [CalibrationImage(key=p.key, sha256=digest(p), use="ranges") for p in for_ranges]
-    used += [CalibrationImage(key=p.key, sha256=digest(p), use="judged") for p in for_judging]
+    places, pixels = load_first(pool, order.tolist(), wanted, source.preprocess)
+    if len(places) < wanted:
+        raise EdgeclipError(
+            "calibration",
+            f"the target asks for {wanted} images, and {len(places)} of {len(pool)} can be read",
+            "give more with --images DIR",
+        )
+    pixels_of = dict(zip(places, pixels, strict=True))
+    for_ranges = sorted(places[: spec.images])
+    for_judging = sorted(places[spec.images :])
+    used = [_listed(pool[i], "ranges") for i in for_ranges]
+    used += [_listed(pool[i], "judged") for i in for_judging]
     _refuse_held_out(used, source.evaluation_hashes())
 
-    ranges = _load(for_ranges, source.preprocess)
+    ranges = normalize(np.stack([pixels_of[i] for i in for_ranges]), source.preprocess)
     if ranges.std(axis=0).mean() < ALIKE:
         raise EdgeclipError(
             "calibration",
@@ -65,9 +73,13 @@ def draw(source: Source, spec: Calibration) -> CalibrationImages:
         )
     judged = ranges
     if for_judging:
-        judged = _load(for_judging, source.preprocess)
-    labels = np.array([p.label for p in for_judging or for_ranges])
+        judged = normalize(np.stack([pixels_of[i] for i in for_judging]), source.preprocess)
+    labels = np.array([pool[i].label for i in for_judging or for_ranges])
     return CalibrationImages(ranges, judged, used, labels)
+
+
+def _listed(image: ImageRef, use: Literal["ranges", "judged"]) -> CalibrationImage:
+    return CalibrationImage(key=image.key, sha256=digest(image), use=use)
 
 
 def _refuse_held_out(used: list[CalibrationImage], held_out: set[str]) -> None:
@@ -78,22 +90,3 @@ def _refuse_held_out(used: list[CalibrationImage], held_out: set[str]) -> None:
             f"{len(leaked)} of its images are evaluation images (first: {leaked[0]})",
             "take them out of the training part, or of --images",
         )
-
-
-def _load(images: list[ImageRef], preprocess: Preprocess) -> np.ndarray:
-    """float32 [n, 3, H, W]."""
-
-    def pixels_of(i: int) -> np.ndarray:
-        return load_pixels(images[i], preprocess)
-
-    skipped: list[str] = []
-    rows = []
-    for _, pixels in stream(range(len(images)), pixels_of, BATCH, skipped):
-        rows.append(normalize(pixels, preprocess))
-    if skipped:  # the bundle lists them, so each must be one
-        raise EdgeclipError(
-            "calibration",
-            f"{len(skipped)} of {len(images)} images are unreadable (first: {skipped[0]})",
-            "repair or remove them",
-        )
-    return np.concatenate(rows)

@@ -1,5 +1,7 @@
 """What is exported: a run's student, or any open_clip or timm checkpoint, as one record."""
 
+import collections
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,9 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk
-from edgeclip.device.images import ImageRef, digest, index_folder, index_tar
+from edgeclip.device.images import (
+    ImageRef,
+    Skipped,
+    digest,
+    index_folder,
+    index_tar,
+    load_first,
+    say_skipped,
+)
 from edgeclip.device.manifest import ClassOffset, Parents
-from edgeclip.device.preprocess import Preprocess
+from edgeclip.device.preprocess import Preprocess, UnreadableImage
 from edgeclip.device.target import Floor
 from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, offsets, prompts
 from edgeclip.errors import EdgeclipError
@@ -188,7 +198,9 @@ def from_model(
 
     photos: list[ImageRef] = []
     if images:
-        photos = index_folder(images)
+        skipped: Skipped = collections.Counter()
+        photos = index_folder(images, skipped)
+        say_skipped(images, len(photos), skipped, "files")
         if not photos:
             raise EdgeclipError(images, "has no images", "give a folder of .jpg, .png or .webp")
     if name.endswith(".json"):
@@ -272,7 +284,11 @@ def _of_checkpoint(
     labels: list[str],
     images: list[ImageRef],
 ) -> Source:
-    """Return a checkpoint without text encoder, at scale 1: what all of them share."""
+    """Return a checkpoint without text encoder, at scale 1: what all of them share.
+
+    Raises `EdgeclipError` where more than 1 % of the images cannot be read, of those that ship.
+    """
+    readable, _ = load_first(images, range(len(images)), GOLDEN, preprocess)
     return Source(
         image_encoder=_Normalized(tower).eval(),
         preprocess=preprocess,
@@ -284,7 +300,7 @@ def _of_checkpoint(
         logit_scale=1.0,
         calibration=lambda: images,
         evaluation_hashes=set,
-        golden=images[:GOLDEN],
+        golden=[images[i] for i in readable],
         golden_license="the user's own images",
         licenses={"model": "unknown", "data": "none"},
         parents=_parents(spec, labels, images),
@@ -293,7 +309,10 @@ def _of_checkpoint(
 
 def _parents(spec: OpenClip | Timm, labels: list[str], images: list[ImageRef]) -> Parents:
     """Return what the bundle is made of, by content: a file may be rewritten under its name."""
-    hashes = [(image.key, digest(image)) for image in images]
+    hashes = []
+    for image in images:
+        with contextlib.suppress(UnreadableImage):  # what ships or calibrates is judged there
+            hashes.append((image.key, digest(image)))
     return {
         "model": spec.model,
         "config": disk.fingerprint(getattr(spec, "config", None)),

@@ -1,10 +1,11 @@
 """`edgeclip init`: a complete recipe for a folder of photos, ready to run and to edit."""
 
+import collections
 import json
 from pathlib import Path
 
 from edgeclip import config, disk
-from edgeclip.device.images import index_folder
+from edgeclip.device.images import Skipped, index_classes, say_skipped
 from edgeclip.errors import EdgeclipError
 
 TEMPLATE = """\
@@ -37,11 +38,9 @@ def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
     """
     if not folder.is_dir():
         raise EdgeclipError(folder, "there is no such folder", "check the path")
-    counts = {
-        p.name: len(index_folder(p))
-        for p in sorted(folder.iterdir())
-        if p.is_dir() and not p.name.startswith(".")
-    }
+    skipped: Skipped = collections.Counter()
+    counts = {name: len(images) for name, images in index_classes(folder, skipped).items()}
+    say_skipped(folder, sum(counts.values()), skipped, "files")
     if not counts:
         raise EdgeclipError(
             folder, "empty class list: it has no sub-folder", "make one sub-folder a class"

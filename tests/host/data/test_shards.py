@@ -100,8 +100,8 @@ def test_an_index_gives_what_the_shards_hold_and_is_made_once(tmp_path):
         found[15]
 
 
-def test_the_index_of_0_1_is_found_and_read(tmp_path):
-    """The name of its file and its facts, as 0.1 wrote them for this shard."""
+def test_an_index_of_0_1_is_made_again_and_gives_the_digests_that_caches_know(tmp_path):
+    """It has not what shards are read for today; its facts, as 0.1 wrote them for this shard."""
     shard_path = tmp_path / "0.tar"
     shard_path.write_bytes(bytes(10240))
     os.utime(shard_path, (1, 1))
@@ -109,8 +109,6 @@ def test_the_index_of_0_1_is_found_and_read(tmp_path):
         ImageRef("0/a", str(shard_path), 512, 7, 0, "a cat"),
         ImageRef("0/b", str(shard_path), 1536, 9, 1, "a dog"),
     ]
-    index([shard_path], tmp_path, lambda _: images)
-    facts = tmp_path / "index" / "799ab30c4ca516c8.json"
     of_0_1 = {
         "pictures": 2,
         "digests": [
@@ -119,6 +117,12 @@ def test_the_index_of_0_1_is_found_and_read(tmp_path):
         ],
         "shards": ["0.tar"],
     }
+    (tmp_path / "index").mkdir()
+    old = tmp_path / "index" / "799ab30c4ca516c8.json"
+    old.write_text(json.dumps({**of_0_1, "pictures": 1}))
+    found = index([shard_path], tmp_path, lambda _: images)
+    assert list(found) == images
+    (facts,) = set((tmp_path / "index").glob("*.json")) - {old}
     assert json.loads(facts.read_text()) == of_0_1
 
     again = index([shard_path], tmp_path, lambda _: pytest.fail("the index was made again"))
