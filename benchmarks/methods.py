@@ -20,6 +20,7 @@ assembled and adapted was (docs/results.md). A run scores its validation part (O
 unlabeled concepts) and its test part once:
 
     results/methods.jsonl  a line a run, appended when it is done; a run that is there is not run again
+    results/captions.jsonl the same for the rows with class captions since these are balanced (--log)
     docs/results.md        the tables, by benchmarks/figures.py
 
 --smoke trains two methods on generated shapes, for a log of its own.
@@ -230,8 +231,9 @@ def trial(
     seeds: list[int],
     roots: tuple[str, ...],
     folder: Path,
+    log: Path,
 ) -> None:
-    """Every run that the log does not hold yet, seed by seed, so that whatever is there is
+    """Every run that `log` does not hold yet, seed by seed, so that whatever is there is
     paired.
     """
     for name in names:
@@ -241,7 +243,7 @@ def trial(
         given = tuple(r for r in roots if r.partition("=")[0] == name)
         bench = prepare(family.recipe_of(name, regime), regime, given, folder)
         for seed in seeds:
-            trial_of_seed(bench, name, regime, methods, seed, adapted(bench, seed), LOG)
+            trial_of_seed(bench, name, regime, methods, seed, adapted(bench, seed), log)
 
 
 def trial_of_seed(
@@ -343,6 +345,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--data", action="append", default=[], help="NAME=DIR")
     parser.add_argument("--cache", type=Path, default=Path("cache"))
+    parser.add_argument("--log", type=Path, default=LOG, help="of the runs")
     options = parser.parse_args()
     here = common.this_machine()
     roots = tuple(options.data)
@@ -354,8 +357,9 @@ def main() -> None:
     else:
         for regime in family.REGIMES:
             if getattr(options, regime):
-                trial(regime, options.sets, options.methods, options.seeds, roots, options.cache)
-        log = methods_table.read(LOG)
+                given = (options.sets, options.methods, options.seeds, roots, options.cache)
+                trial(regime, *given, options.log)
+        log = methods_table.read(options.log)
     print(methods_table.tables(log))
     common.finish(
         {"benchmark": "methods", "runs": len(log)}, methods_table.judged(log), here, options
