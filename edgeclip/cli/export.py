@@ -40,7 +40,15 @@ LAYOUTS = ("bundle", "optimum", "open_clip")
     "--model",
     help="Instead of a run: an open_clip model (name or JSON configuration) or a timm classifier.",
 )
-@click.option("--weights", help="With --model: a file, random, pip:PACKAGE or hub:TAG.")
+@click.option(
+    "--weights",
+    help="With --model: a file, FILE:KEY of several sets, random, pip:PACKAGE or hub:TAG.",
+)
+@click.option(
+    "--resize-pos-embed",
+    is_flag=True,
+    help="With --weights: resample positions that are of another image size.",
+)
 @click.option("--labels", type=PATH, help="With --model: file with one label per line.")
 @click.option(
     "--images",
@@ -96,6 +104,7 @@ def _check_options_of_model(request: Request) -> None:
         "--labels": request.labels,
         "--images": request.images,
         "--image-only": request.image_only,
+        "--resize-pos-embed": request.resize_pos_embed,
     }
     for option, value in given.items():
         if value:

@@ -57,7 +57,14 @@ def _source(request: Request) -> tuple[Source, Path]:
         if request.labels:
             labels = label_file(request.labels)
         text = not request.image_only
-        source = from_model(request.model, request.weights, labels, request.images, text=text)
+        source = from_model(
+            request.model,
+            request.weights,
+            labels,
+            request.images,
+            text=text,
+            resize_pos_embed=request.resize_pos_embed,
+        )
         home = Path()
     else:
         home = latest_run(request.run)

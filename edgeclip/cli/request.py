@@ -17,4 +17,5 @@ class Request(NamedTuple):
     labels: Path | None
     images: Path | None
     image_only: bool
+    resize_pos_embed: bool
     out: Path | None

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -184,12 +184,18 @@ class _Normalized(nn.Module):
 
 
 def from_model(
-    name: str, weights_name: str, labels: list[str], images: Path | None, text: bool = True
+    name: str,
+    weights_name: str,
+    labels: list[str],
+    images: Path | None,
+    text: bool = True,
+    resize_pos_embed: bool = False,
 ) -> Source:
     """Return any open_clip model or any timm classifier.
 
     name: the model's, or a JSON file of an open_clip configuration. images: a folder for
     calibration and golden answers. text: False leaves an open_clip model's text encoder out.
+    resize_pos_embed: as in a recipe.
     Raises `EdgeclipError` for unknown names, weights that do not fit, or labels that are not the
     classifier's.
     """
@@ -203,13 +209,13 @@ def from_model(
         say_skipped(images, len(photos), skipped, "files")
         if not photos:
             raise EdgeclipError(images, "has no images", "give a folder of .jpg, .png or .webp")
+    given: dict[str, Any] = {"weights": weights_name, "resize_pos_embed": resize_pos_embed}
     if name.endswith(".json"):
-        config = disk.read_json(Path(name))
-        spec = OpenClip(model=Path(name).stem, weights=weights_name, config=config)
+        spec = OpenClip(model=Path(name).stem, config=disk.read_json(Path(name)), **given)
     elif name in open_clip.list_models():
-        spec = OpenClip(model=name, weights=weights_name)
+        spec = OpenClip(model=name, **given)
     elif timm.is_model(name):
-        return _from_timm(Timm(model=name, weights=weights_name, image_size=224), labels, photos)
+        return _from_timm(Timm(model=name, image_size=224, **given), labels, photos)
     else:
         raise EdgeclipError(
             name,

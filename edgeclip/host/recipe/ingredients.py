@@ -133,6 +133,8 @@ class OpenClip(Config, tag="open_clip", tag_field="kind"):
     model: str
     """open_clip's model name, or a name of your own for `config`"""
     weights: str
+    """random, hub:TAG, or a file, a folder or an index of shards; FILE:KEY where a file has several
+    sets of weights (`checkpoint.pt:state_dict_ema`)"""
     config: ModelConfig | None = None
     """of a model that open_clip does not list: embed_dim, vision_cfg and text_cfg, or what its
     open_clip_config.json holds (those as model_cfg, and preprocess_cfg)"""
@@ -142,6 +144,9 @@ class OpenClip(Config, tag="open_clip", tag_field="kind"):
     configuration names"""
     seed: int = 0
     """of `weights: random`"""
+    resize_pos_embed: bool = False
+    """true: positions in a weights file that are of another image size are resampled; false: such a
+    file is refused"""
     license: str = "unknown"
 
 
@@ -225,10 +230,14 @@ class Timm(Config, tag="timm", tag_field="kind"):
 
     model: str
     weights: str
+    """as of kind: open_clip, and pip:PACKAGE"""
     image_size: Positive
     seed: int = 0
     depth: Positive | None = None
     """blocks of a ViT; null: as many as its name says"""
+    resize_pos_embed: bool = False
+    """true: positions in a weights file that are of another image size are resampled; false: such a
+    file is refused"""
 
 
 class Stem(Config):

@@ -1,22 +1,21 @@
-"""Read weights by name: `random`, `pip:PACKAGE`, `hub:TAG` or a file.
+"""Put weights into models: `random`, `pip:PACKAGE`, `hub:TAG`, a file, or FILE:KEY of it.
 
-Nothing is unpickled that could run code: safetensors, or torch files through the restricted
-unpickler (`weights_only=True`). Weights are asked for by name and either come or fail; there is no
-second choice. `timm_model` and `open_clip_model` put them into models.
+Weights are asked for by name and either come or fail; there is no second choice. How a file is read
+is in checkpoint.py, how its names become the model's in layouts.py.
 """
 
 import importlib.metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from edgeclip import disk
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host.recipe import OpenClip, Timm
 from edgeclip.host.recipe.ingredients import ModelConfig
+from edgeclip.host.towers import checkpoint, layouts
 from edgeclip.host.towers.hub import hub, unreachable
 from edgeclip.progress import say
 
@@ -30,8 +29,6 @@ PIP_NORMALIZATION = {
 SUFFIXES = (".pth", ".pt", ".safetensors", ".zip")
 PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode")
 """of open_clip's preprocess configuration: those that the one preprocess knows"""
-
-State = dict[str, torch.Tensor]
 
 
 def pip_file(package: str) -> Path:
@@ -55,70 +52,23 @@ def pip_file(package: str) -> Path:
 
 
 def source(weights: str) -> str:
-    """Return what a fingerprint says of weights: a file's sha256, else the name."""
+    """Return what a fingerprint says of weights: a file's sha256 and key, else the name."""
     if weights == "random" or weights.startswith("hub:"):
         return weights
+    return checkpoint.fingerprint(_file(weights))
+
+
+def _file(weights: str) -> str:
+    """Return FILE or FILE:KEY of weights that are on this machine."""
     package = weights.removeprefix("pip:")
-    path = Path(weights) if package == weights else pip_file(package)
-    return f"sha256:{disk.sha256(path)}"
+    if package == weights:
+        return weights
+    name, colon, key = package.partition(":")
+    return f"{pip_file(name)}{colon}{key}"
 
 
-def state_dict(path: Path) -> State:
-    """Return the tensors of a weights file, without a `module.` that data parallelism put first.
-
-    Raises `EdgeclipError` for a file that is missing or holds anything but tensors.
-    """
-    if not path.exists():
-        raise EdgeclipError(
-            path,
-            "there is no such weights file",
-            "check the path, or use random, pip:PACKAGE or hub:TAG",
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises half a dozen types for a file that is not one
-        raise EdgeclipError(
-            path,
-            f"not a readable weights file ({str(e).splitlines()[0][:120]})",
-            "give safetensors or a torch state dict",
-        ) from None
-    state = state.get("state_dict", state)
-    return {k.removeprefix("module."): v for k, v in state.items()}
-
-
-def _load_into(model: nn.Module, state: State, where: str) -> None:
-    """Put `state` into `model`; raise `EdgeclipError` that says all that does not fit."""
-    expected = model.state_dict()
-    common = expected.keys() & state.keys()
-    misfits = {
-        "missing": sorted(expected.keys() - state.keys()),
-        "unknown": sorted(state.keys() - expected.keys()),
-        "of another shape": sorted(k for k in common if expected[k].shape != state[k].shape),
-    }
-    what = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in misfits.items() if names]
-    if what:
-        raise _misfit(where, ", ".join(what))
-    model.load_state_dict(state)
-
-
-def _in_order(model: nn.Module, state: State, where: str) -> State:
-    """Return the tensors of the same architecture under another repository's names, by order."""
-    names = list(model.state_dict())
-    if len(names) != len(state):
-        raise _misfit(where, f"{len(state)} tensors, and the model has {len(names)}")
-    return dict(zip(names, state.values(), strict=True))
-
-
-def _misfit(where: str, what: str) -> EdgeclipError:
-    return EdgeclipError(
-        where,
-        f"these weights do not fit the model: {what}",
-        "check that model and weights belong together",
-    )
+def _is_file(weights: str) -> bool:
+    return weights != "random" and not weights.startswith("hub:")
 
 
 # --- timm
@@ -136,26 +86,28 @@ def timm_model(spec: Timm, num_classes: int | None = 0) -> tuple[nn.Module, Prep
         raise EdgeclipError(
             spec.model, "unknown timm model", did_you_mean(spec.model, timm.list_models())
         )
+    state = checkpoint.read(_file(spec.weights)) if _is_file(spec.weights) else None
     torch.manual_seed(spec.seed)
     model = _create_timm(spec)
-    if spec.weights.startswith("pip:"):
-        state = state_dict(pip_file(spec.weights.removeprefix("pip:")))
-        _load_into(model, _in_order(model, state, spec.weights), spec.weights)
-    elif not spec.weights.startswith("hub:") and spec.weights != "random":
-        _load_into(model, state_dict(Path(spec.weights)), spec.weights)
+    if state is not None and spec.weights.startswith("pip:"):
+        state = layouts.in_order(model, state, spec.weights)
+    if state is not None:
+        model = _with_classes_of(model, spec, state, num_classes is None)
+        layouts.load_into(model, state, spec.weights, spec.resize_pos_embed)
     if num_classes is not None:
         model.reset_classifier(num_classes)
     return model.eval(), _timm_preprocess(spec, model.pretrained_cfg)
 
 
-def _create_timm(spec: Timm) -> nn.Module:
+def _create_timm(spec: Timm, **more: Any) -> nn.Module:
     """Return the model, from a hub with the hub's weights, else with random ones."""
     import timm
 
     tag = spec.weights.removeprefix("hub:")
     pretrained = tag != spec.weights
     name = f"{spec.model}.{tag}" if pretrained else spec.model
-    more = {"depth": spec.depth} if spec.depth else {}
+    if spec.depth:
+        more["depth"] = spec.depth
     try:
         with hub(pretrained):
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **more)
@@ -172,6 +124,30 @@ def _create_timm(spec: Timm) -> nn.Module:
             raise
         raise unreachable(spec.weights, f"timm/{name}", e) from None
     return model
+
+
+def _with_classes_of(
+    model: nn.Module, spec: Timm, state: checkpoint.State, classifier: bool
+) -> nn.Module:
+    """Return the model with as many classes as the weights have.
+
+    classifier: whether the classes are asked for; otherwise weights may come without any.
+    """
+    names = model.pretrained_cfg["classifier"]
+    if isinstance(names, str):
+        names = (names,)
+    heads = [state[f"{name}.weight"] for name in names if f"{name}.weight" in state]
+    classes = len(heads[0]) if heads else 0
+    if classifier and not heads:
+        raise EdgeclipError(
+            spec.weights,
+            f"has no classifier ({names[0]}.weight), which {spec.model} ends in",
+            "give the weights of a whole classifier",
+        )
+    if classes == model.num_classes:
+        return model
+    torch.manual_seed(spec.seed)
+    return _create_timm(spec, num_classes=classes)
 
 
 def _timm_preprocess(spec: Timm, pretrained_cfg: ModelConfig) -> Preprocess:
@@ -202,6 +178,7 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
         raise EdgeclipError(
             spec.model, "unknown open_clip model", did_you_mean(spec.model, open_clip.list_models())
         )
+    state = checkpoint.read(_file(spec.weights)) if _is_file(spec.weights) else None
     torch.manual_seed(spec.seed)
     from_hub = spec.weights.startswith("hub:")
     if spec.config is not None:
@@ -217,8 +194,8 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
     else:
         with hub(False):  # quiet: it warns that it has no weights, and they come next
             model = open_clip.create_model(spec.model, pretrained=None)
-    if spec.weights != "random" and not from_hub:
-        _load_into(model, state_dict(Path(spec.weights)), spec.weights)
+    if state is not None:
+        layouts.load_into(model, state, spec.weights, spec.resize_pos_embed)
     return model.eval(), _open_clip_preprocess(spec, model)
 
 
