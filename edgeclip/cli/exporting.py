@@ -64,6 +64,7 @@ def _source(request: Request) -> tuple[Source, Path]:
             request.images,
             text=text,
             resize_pos_embed=request.resize_pos_embed,
+            like=request.like,
         )
         home = Path()
     else:

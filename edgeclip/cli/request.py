@@ -17,5 +17,6 @@ class Request(NamedTuple):
     labels: Path | None
     images: Path | None
     image_only: bool
+    like: str | None
     resize_pos_embed: bool
     out: Path | None

@@ -9,6 +9,7 @@ in a graph, so it is host code on every runtime.
 
 import hashlib
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,10 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from edgeclip.config import BrokenRule
 from edgeclip.errors import EdgeclipError
 
+RESIZES = ("shortest", "squash")
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -33,6 +36,25 @@ class Preprocess(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The shorter side to `size` and a centered crop, or both sides to `size`."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """PIL's filter, antialiased."""
+    crop: float = 1.0
+    """Share of the resized side that the centered crop keeps, as timm's crop_pct: the side is first
+    resized to floor(size / crop)."""
+
+    def __post_init__(self) -> None:
+        """Raise `BrokenRule` for values that no transform has: built in code, a record is not
+        checked by anything else."""
+        _refuse_unless(isinstance(self.size, int) and self.size > 0, "size", self.size)
+        _refuse_unless(self.resize in RESIZES, "resize", self.resize)
+        _refuse_unless(self.interpolation in FILTERS, "interpolation", self.interpolation)
+        _refuse_unless(0 < self.crop <= 1, "crop", self.crop)
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            _refuse_unless(len(values) == 3 and all(map(math.isfinite, values)), name, values)
+        _refuse_unless(min(self.std) > 0, "std", self.std)
+
+
+def _refuse_unless(right: bool, field: str, value: object) -> None:
+    if not right:
+        raise BrokenRule(field, f"{field} is {value}", "correct it")
 
 
 class UnreadableImage(EdgeclipError):
@@ -89,15 +111,18 @@ def to_pixels(image: Image.Image, spec: Preprocess) -> np.ndarray:
     """Return uint8 [H, W, 3] of the encoder's size."""
     size = spec.size
     resample = FILTERS[spec.interpolation]
-    if spec.resize == "squash":
+    side = math.floor(size / spec.crop)
+    if spec.resize == "squash" and side == size:
         return np.asarray(image.resize((size, size), resample))
 
     # torchvision's arithmetic: the longer side is truncated, the crop's corner rounded half to even
     width, height = image.size
-    if width <= height:
-        resized = (size, int(size * height / width))
+    if spec.resize == "squash":
+        resized = (side, side)
+    elif width <= height:
+        resized = (side, int(side * height / width))
     else:
-        resized = (int(size * width / height), size)
+        resized = (int(side * width / height), side)
     left = round((resized[0] - size) / 2.0)
     top = round((resized[1] - size) / 2.0)
     cropped = image.resize(resized, resample).crop((left, top, left + size, top + size))

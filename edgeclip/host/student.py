@@ -187,6 +187,21 @@ def build(spec: R.Student, embed_dim: int) -> tuple[Student, Preprocess]:
     return Student(tower, width, embed_dim, spec.projector_hidden).eval(), preprocess
 
 
+def resolved(spec: R.Student) -> R.Student:
+    """Return the spec with all said that changes its towers' functions: on disk it is rebuilt
+    without the weights that this was taken from."""
+    tower = weights.resolved(spec.tower)
+    text = weights.resolved(spec.text) if spec.text else None
+    return msgspec.structs.replace(spec, tower=tower, text=text)
+
+
+def assumed_of(spec: R.Student) -> Json:
+    """Return what nobody told of the towers' weights, by the part of the student."""
+    parts = {"tower": spec.tower, "text": spec.text}
+    told = {name: weights.assumed_of(part).told for name, part in parts.items() if part}
+    return {name: fields for name, fields in told.items() if fields}
+
+
 def image_tower(spec: R.Timm | R.OpenClip) -> tuple[nn.Module, Preprocess]:
     """Return an image tower with its weights and its preprocess: pixels [B, 3, H, W] to features
     [B, T]."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from edgeclip import disk
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.disk import Description, Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
@@ -105,7 +106,7 @@ def describe(ingredients: Ingredients) -> Description:
     return {
         "format": FORMAT,
         "teacher": teacher.identity,
-        "preprocess": msgspec.to_builtins(teacher.preprocess),
+        "preprocess": _described(teacher.preprocess),
         "views": views,
         "seed": seed,
         "classes": data.classes,
@@ -114,6 +115,14 @@ def describe(ingredients: Ingredients) -> Description:
         "pictures": len(data.train),
         "data": keys,
     }
+
+
+def _described(preprocess: Preprocess) -> dict[str, Any]:
+    """Return a preprocess in format 2's words: a crop is named only where there is one."""
+    fields: dict[str, Any] = msgspec.to_builtins(preprocess)
+    if preprocess.crop == 1.0:
+        del fields["crop"]
+    return fields
 
 
 def _digests(data: Dataset) -> list[str]:

@@ -56,7 +56,8 @@ def new_student(inputs: Inputs, lesson: Lesson) -> NewStudent:
         classes = [dataset.classes[i] for i in dataset.train_classes]
         read = texts(text, lesson.teacher, lesson.cache, classes, dataset.templates)
     description = {
-        "architecture": msgspec.to_builtins(spec),
+        "architecture": msgspec.to_builtins(students.resolved(spec)),
+        "assumed": students.assumed_of(spec),
         "embed_dim": embed_dim,
         "edu_attention": msgspec.to_builtins(edu),
         "preprocess": msgspec.to_builtins(preprocess),

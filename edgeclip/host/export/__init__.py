@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import onnx
 import torch
+from torch import nn
 
 from edgeclip import disk
 from edgeclip.device.manifest import (
@@ -25,6 +26,7 @@ from edgeclip.device.manifest import (
     write_manifest,
 )
 from edgeclip.device.target import Floor, Target
+from edgeclip.errors import EdgeclipError
 from edgeclip.host.export import calibration, tensorrt, write
 from edgeclip.host.export.search import search
 from edgeclip.host.export.source import Source
@@ -42,6 +44,8 @@ EXPORTERS = {
     "openvino": "edgeclip.host.export.openvino",
     "tensorrt": "edgeclip.host.export.tensorrt",
 }
+MAX_ONNX = 2**31
+"""bytes of an ONNX file, which is one protobuf message"""
 BATCHES = (1, 3)
 """batch sizes at which the graph must give torch's answers"""
 
@@ -67,6 +71,7 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
         say(f"{out}: up to date (delete it to export again)")
         return out
     disk.refuse_foreign(out, "bundle")  # before the work, not after it
+    _refuse_too_large(source.image_encoder)
     exporter = importlib.import_module(EXPORTERS[target.runtime])
 
     say(f"1/5 fold and trace the image encoder at {source.preprocess.size} px")
@@ -112,6 +117,17 @@ def export(source: Source, name: str, target: Target, out: Path) -> Path:
         )
         write_manifest(folder, manifest)
     return out
+
+
+def _refuse_too_large(module: nn.Module) -> None:
+    """Raise `EdgeclipError` for weights that no ONNX file holds: protobuf ends at 2 GiB."""
+    size = sum(p.numel() * 4 for p in module.parameters())
+    if size >= MAX_ONNX:
+        raise EdgeclipError(
+            "image encoder",
+            f"its weights are {size / 2**30:.1f} GiB in float32, an ONNX file holds less than 2",
+            "distil it into a smaller student, or take a smaller model",
+        )
 
 
 def _trace(source: Source, golden: GoldenAnswers, target: Target) -> onnx.ModelProto:

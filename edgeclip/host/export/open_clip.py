@@ -142,6 +142,8 @@ def _joined(image: State, text: State, logit_scale: float) -> State:
 
 
 def _preprocess(spec: Preprocess) -> ModelConfig:
+    if spec.crop != 1.0:
+        raise _no("its images are resized to more than is cropped", OTHERWISE)
     return {
         "size": spec.size,
         "mean": spec.mean,

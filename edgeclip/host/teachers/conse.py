@@ -53,7 +53,12 @@ class Centered(nn.Module):
 
 def load(spec: Conse) -> Teacher:
     classifier, preprocess = weights.timm_model(
-        Timm(model=spec.classifier, weights=spec.weights, image_size=spec.image_size),
+        Timm(
+            model=spec.classifier,
+            weights=spec.weights,
+            image_size=spec.image_size,
+            crop_pct=spec.crop_pct,
+        ),
         num_classes=None,
     )
     encoder, words = sentence.load(weights.pip_file(spec.text.removeprefix("pip:")))

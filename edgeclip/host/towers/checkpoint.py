@@ -302,7 +302,8 @@ def _unreadable(path: Path, error: Exception) -> EdgeclipError:
     if objects:
         return EdgeclipError(
             path,
-            f"holds objects that are no tensors ({', '.join(objects[:3])}), which could run code",
+            f"not a readable weights file: it holds more than tensors ({', '.join(objects[:3])}), "
+            "which could run code",
             "save the state dict alone, as safetensors or with torch.save",
         )
     reason = (str(error).splitlines() or [type(error).__name__])[0][:120]

