@@ -38,11 +38,13 @@ LAYOUTS = ("bundle", "optimum", "open_clip")
 )
 @click.option(
     "--model",
-    help="Instead of a run: an open_clip model (name or JSON configuration) or a timm classifier.",
+    help="Instead of a run: an open_clip model (name or JSON configuration), a timm classifier, or "
+    "hf-hub:ORG/NAME of either.",
 )
 @click.option(
     "--weights",
-    help="With --model: a file, FILE:KEY of several sets, random, pip:PACKAGE or hub:TAG.",
+    help="With --model: a file, FILE:KEY of several sets, random, pip:PACKAGE, hub:TAG or, of "
+    "hf-hub:ORG/NAME, hub:REVISION.",
 )
 @click.option(
     "--like",

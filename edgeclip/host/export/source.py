@@ -36,7 +36,7 @@ from edgeclip.host.cache import CACHE
 from edgeclip.host.recipe import OpenClip, OpenMoji, Prompts, Recipe, Timm, of_run
 from edgeclip.host.teachers import TextTower
 from edgeclip.host.teachers import open_clip as open_clip_teacher
-from edgeclip.host.towers import reference, weights
+from edgeclip.host.towers import published, reference, weights
 
 GOLDEN = 8
 """images that ship with a bundle"""
@@ -220,9 +220,9 @@ def from_model(
     }
     if name.endswith(".json"):
         spec = OpenClip(model=Path(name).stem, config=disk.read_json(Path(name)), **given)
-    elif name in open_clip.list_models():
+    elif name in open_clip.list_models() or published.is_open_clips(name, weights_name):
         spec = OpenClip(model=name, **given)
-    elif timm.is_model(name):
+    elif timm.is_model(name) or name.startswith(published.REPOSITORY):
         spec_of_timm = Timm(model=name, image_size=224, crop_pct=None, **given)
         return _from_timm(spec_of_timm, labels, photos)
     else:
@@ -341,7 +341,7 @@ def _parents(spec: OpenClip | Timm, labels: list[str], images: list[ImageRef]) -
         **({"assumed": told} if told else {}),
         "model": spec.model,
         "config": disk.fingerprint(getattr(spec, "config", None)),
-        "weights": weights.source(spec.weights),
+        "weights": weights.origin(spec),
         "labels": disk.fingerprint(labels),
         "images": disk.fingerprint(hashes),
     }

@@ -50,7 +50,7 @@ def load(spec: OpenClip) -> Teacher:
             "kind": "open_clip",
             "model": spec.model,
             "config": spec.config,
-            "weights": weights.source(spec.weights),
+            "weights": weights.origin(spec),
             "seed": spec.seed,
             "cleaning": to_json(text.cleaning),
         },

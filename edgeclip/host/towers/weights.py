@@ -1,7 +1,8 @@
 """Put weights into models: `random`, `pip:PACKAGE`, `hub:TAG`, a file, or FILE:KEY of it.
 
-Weights are asked for by name and either come or fail; there is no second choice. How a file is read
-is in checkpoint.py, how its names become the model's in layouts.py.
+Weights are asked for by name and either come or fail; there is no second choice. What a hub has is
+found in published.py, how a file is read is in checkpoint.py, how its names become the model's in
+layouts.py.
 """
 
 import importlib.metadata
@@ -16,7 +17,7 @@ from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host.recipe import OpenClip, Timm
 from edgeclip.host.recipe.ingredients import ModelConfig
-from edgeclip.host.towers import assumed, checkpoint, layouts
+from edgeclip.host.towers import assumed, checkpoint, layouts, published
 from edgeclip.host.towers.hub import hub, unreachable
 from edgeclip.progress import say
 
@@ -43,6 +44,11 @@ def pip_file(package: str) -> Path:
     return Path(str(found[0].locate()))
 
 
+def origin(spec: OpenClip | Timm) -> str:
+    """Return what a fingerprint says of a model's weights: a hub's by repository and commit."""
+    return published.locate(spec).origin or source(spec.weights)
+
+
 def source(weights: str) -> str:
     """Return what a fingerprint says of weights: a file's sha256 and key, else the name."""
     if weights == "random" or weights.startswith("hub:"):
@@ -61,19 +67,29 @@ def _file(weights: str) -> str:
 
 def assumed_of(spec: OpenClip | Timm) -> assumed.Assumed:
     """Return what the weights do not say, and whom it is taken from. Raises as `assumed`."""
-    if isinstance(spec, OpenClip):
-        return assumed.of_open_clip(spec, _raw_config(spec))
+    located = published.locate(spec)
+    if isinstance(located.spec, OpenClip):
+        return assumed.of_open_clip(located.spec, _raw_config(located.spec))
     from timm.models import get_pretrained_cfg
 
-    return assumed.of_timm(spec, dict(get_pretrained_cfg(spec.model).to_dict()))
+    own = get_pretrained_cfg(located.spec.model).to_dict()
+    return assumed.of_timm(located.spec, {**own, **(located.timm or {})})
 
 
 def resolved(spec: OpenClip | Timm) -> OpenClip | Timm:
     """Return the spec with what changes the architecture said, for one that loses its weights."""
     if isinstance(spec, Timm):
-        return spec
+        return msgspec.structs.replace(spec, model=_architecture(spec))
     quick = assumed_of(spec).quick_gelu
-    return msgspec.structs.replace(spec, quick_gelu=quick)
+    own = published.located(spec) if spec.model.startswith(published.REPOSITORY) else spec
+    return msgspec.structs.replace(own, weights="random", quick_gelu=quick)
+
+
+def _architecture(spec: Timm) -> str:
+    """Return timm's name of the architecture: a repository's configuration says it."""
+    if spec.model.startswith(published.REPOSITORY):
+        return published.locate(spec).spec.model
+    return spec.model
 
 
 def _say(spec: OpenClip | Timm, told: dict[str, str]) -> None:
@@ -93,9 +109,10 @@ def timm_model(spec: Timm, num_classes: int | None = 0) -> tuple[nn.Module, Prep
     """
     import timm
 
-    if not timm.is_model(spec.model):
+    model_name = _architecture(spec)
+    if not timm.is_model(model_name):
         raise EdgeclipError(
-            spec.model, "unknown timm model", did_you_mean(spec.model, timm.list_models())
+            spec.model, "unknown timm model", did_you_mean(model_name, timm.list_models())
         )
     state = checkpoint.read(_file(spec.weights)) if assumed.is_file(spec.weights) else None
     torch.manual_seed(spec.seed)
@@ -116,9 +133,12 @@ def _create_timm(spec: Timm, **more: Any) -> nn.Module:
     """Return the model, from a hub with the hub's weights, else with random ones."""
     import timm
 
-    tag = spec.weights.removeprefix("hub:")
-    pretrained = tag != spec.weights
-    name = f"{spec.model}.{tag}" if pretrained else spec.model
+    located = published.locate(spec)
+    pretrained = spec.weights.startswith("hub:")
+    name = located.spec.model
+    if located.timm is not None:
+        more["pretrained_cfg_overlay"] = located.timm
+        more.setdefault("num_classes", located.timm.get("num_classes"))
     if spec.depth:
         more["depth"] = spec.depth
     try:
@@ -135,7 +155,7 @@ def _create_timm(spec: Timm, **more: Any) -> nn.Module:
     except Exception as e:  # the hub client's errors have no common type
         if not pretrained:
             raise
-        raise unreachable(spec.weights, f"timm/{name}", e) from None
+        raise unreachable(spec.weights, f"timm's {name}", e) from None
     return model
 
 
@@ -173,55 +193,25 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
     """
     import open_clip
 
+    spec = published.located(spec)
     if spec.config is None and spec.model not in open_clip.list_models():
         raise EdgeclipError(
             spec.model, "unknown open_clip model", did_you_mean(spec.model, open_clip.list_models())
         )
     state = checkpoint.read(_file(spec.weights)) if assumed.is_file(spec.weights) else None
     torch.manual_seed(spec.seed)
-    from_hub = spec.weights.startswith("hub:")
     found = assumed_of(spec)
-    more = {} if found.quick_gelu is None else {"quick_gelu": found.quick_gelu}
     if spec.config is not None:
         model = _from_config(spec)
-        if from_hub:
-            raise EdgeclipError(
-                spec.model,
-                "a model with its own config has no hub tag",
-                "give weights: random or a file",
-            )
-    elif from_hub:
-        model = _from_hub(spec, more)
     else:
+        more = {} if found.quick_gelu is None else {"quick_gelu": found.quick_gelu}
         with hub(False):  # quiet: it warns that it has no weights, and they come next
             model = open_clip.create_model(spec.model, pretrained=None, **more)
     if state is not None:
         layouts.load_into(model, state, spec.weights, spec.resize_pos_embed)
-    cfg = found.preprocess
-    if from_hub:
-        cfg = getattr(model.visual, "preprocess_cfg", None) or cfg
     _say(spec, found.told)
-    return model.eval(), assumed.preprocess_of_open_clip(spec.model, cfg, model.visual.image_size)
-
-
-def _from_hub(spec: OpenClip, more: dict[str, Any]) -> nn.Module:
-    import open_clip
-    from open_clip.pretrained import get_pretrained_cfg
-
-    tag = spec.weights.removeprefix("hub:")
-    known = open_clip.list_pretrained_tags_by_model(spec.model)
-    if tag not in known:
-        raise EdgeclipError(
-            f"{spec.model}: {spec.weights}", "unknown pretrained tag", did_you_mean(tag, known)
-        )
-    try:
-        with hub(True):
-            model: nn.Module = open_clip.create_model(spec.model, pretrained=tag, **more)
-    except Exception as e:
-        cfg = get_pretrained_cfg(spec.model, tag)
-        place = cfg.get("hf_hub") or cfg.get("url")
-        raise unreachable(spec.weights, f"{spec.model} at {place}", e) from None
-    return model
+    size = model.visual.image_size
+    return model.eval(), assumed.preprocess_of_open_clip(spec.model, found.preprocess, size)
 
 
 def open_clip_config(spec: OpenClip) -> ModelConfig:
@@ -230,7 +220,7 @@ def open_clip_config(spec: OpenClip) -> ModelConfig:
 
     The spec's own may be whole, or what an open_clip_config.json holds.
     """
-    config = dict(_raw_config(spec))
+    config = dict(_raw_config(published.located(spec)))
     quick = assumed_of(spec).quick_gelu
     if quick is not None:
         config["quick_gelu"] = quick

@@ -20,6 +20,7 @@ from tests.support.checkpoints import conform_weights as C
 QUICK = ["TinyCLIP-ViT-8M-16", "SigLIP-B/16", "timm ViT"]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.parametrize("name", QUICK)
 def test_every_layout_gives_the_reference_classs_features(name, tmp_path):
     found = C.cases(tmp_path, [name])
@@ -178,6 +179,7 @@ def test_a_buffer_is_left_out_only_where_the_model_computes_the_same(tmp_path):
     assert "unknown (first: a.position_ids)" in refused(file, Masked())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_an_archive_of_torchscript_is_read_without_its_code(tmp_path):
     path = tmp_path / "archive.pt"
     torch.jit.script(net(4)).save(str(path))
