@@ -13,6 +13,7 @@ import json
 import math
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,7 +121,9 @@ def read_by_edgeclip(name: str, file: str, **more: Any) -> nn.Module:
     """Return what edgeclip makes of a file, under a configuration of the same shape."""
     if name in TIMMS:
         model, depth = TIMMS[name]
-        spec = R.Timm(model=model, weights=file, image_size=224, depth=depth, **more)
+        spec = R.Timm(
+            model=model, weights=file, image_size=224, depth=depth, like="default", **more
+        )
         return weights.timm_model(spec, num_classes=None)[0]
     config = {"model_cfg": CLIPS[name], "preprocess_cfg": DEFAULT}
     return weights.open_clip_model(R.OpenClip(model="own", weights=file, config=config, **more))[0]
@@ -262,7 +265,9 @@ def _torchscript(model: nn.Module, folder: Path) -> str:
     """As OpenAI published CLIP: traced, with sizes among its numbers."""
     path = str(folder / "archive.pt")
     if not hasattr(model, "visual"):
-        torch.jit.trace(model, torch.zeros(1, 3, 224, 224)).save(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.trace(model, torch.zeros(1, 3, 224, 224)).save(path)
         return path
     length: Any = model.context_length
     size = torch.tensor(_side(model))
@@ -270,7 +275,9 @@ def _torchscript(model: nn.Module, folder: Path) -> str:
     images = torch.zeros(1, 3, int(size), int(size))
     texts = torch.zeros(1, length, dtype=torch.long)
     inputs = {"encode_image": (images,), "encode_text": (texts,)}
-    torch.jit.trace_module(model, inputs, check_trace=False).save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a trace keeps as a constant, and of its age
+        torch.jit.trace_module(model, inputs, check_trace=False).save(path)
     return path
 
 

@@ -13,6 +13,7 @@ A bundle with another vocabulary is compared in its images alone, and the report
 import importlib.metadata
 import io
 import json
+import math
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -154,6 +155,7 @@ class ImageReference:
 
     def __init__(self, spec: Preprocess):
         from open_clip.transform import image_transform
+        from torchvision.transforms import CenterCrop, Resize
 
         transform = image_transform(
             spec.size,
@@ -164,6 +166,12 @@ class ImageReference:
             interpolation=spec.interpolation,
         )
         *self.steps, self.normalize = transform.transforms
+        if spec.crop != 1.0:  # timm's: the same steps, and a larger image to crop from
+            side: Any = math.floor(spec.size / spec.crop)
+            if spec.resize == "squash":
+                side = (side, side)
+            self.steps[0] = Resize(side, self.steps[0].interpolation)
+            self.steps.insert(1, CenterCrop(spec.size))
         every = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
         self.levels = self.normalize(every / 255).numpy()[:, 0].T.copy()
         """float32 [256, 3]"""
