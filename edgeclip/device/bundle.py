@@ -211,7 +211,7 @@ class Bundle:
             image = Path(image)
         if not isinstance(image, Image.Image):
             image = open_image(image)
-        return to_pixels(image.convert("RGB"), self.preprocess)
+        return to_pixels(image, self.preprocess)
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Return unit rows [B, D] of uint8 [B, H, W, 3]."""

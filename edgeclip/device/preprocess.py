@@ -2,20 +2,26 @@
 
 A second implementation of the resize has cost others up to five points of accuracy, so nothing else
 in edgeclip resizes. It is open_clip's evaluation transform, bit for bit
-(tests/device/test_preprocess.py): PIL's antialiased resize of the shorter side (or of both:
-squash), center crop, then `(pixel / 255 - mean) / std`. TensorRT cannot do the antialiased resize
-in a graph, so it is host code on every runtime.
+(tests/device/test_image_modes.py): PIL's antialiased resize of the shorter side (or of both:
+squash) and a center crop, both in the mode that the file has (Pillow resizes a palette and 1 bit
+without a filter, and colors by their alpha), RGB only then, and `(pixel / 255 - mean) / std`.
+TensorRT cannot do the antialiased resize in a graph, so it is host code on every runtime.
+
+Where open_clip does what few would wish, an option of `Preprocess` does better: `exif`,
+`background`. They are off until a recipe asks for them, and teacher and student have them alike.
 """
 
+import contextlib
 import hashlib
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from PIL import Image
 
 from edgeclip.config import BrokenRule
@@ -23,6 +29,26 @@ from edgeclip.errors import EdgeclipError
 
 RESIZES = ("shortest", "squash")
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+ORIENTATION = 0x0112
+"""EXIF's tag: how the camera was held"""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""what undoes each orientation (EXIF 2.3, 4.6.4)"""
+SIDEWAYS = (5, 6, 7, 8)
+"""orientations that exchange width and height"""
+Color = tuple[
+    Annotated[int, Meta(ge=0, le=255)],
+    Annotated[int, Meta(ge=0, le=255)],
+    Annotated[int, Meta(ge=0, le=255)],
+]
+"""red, green, blue, 0..255"""
 
 
 class Preprocess(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +65,12 @@ class Preprocess(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     crop: float = 1.0
     """Share of the resized side that the centered crop keeps, as timm's crop_pct: the side is first
     resized to floor(size / crop)."""
+    exif: bool = False
+    """Turn an image by its EXIF orientation before all else; false: take it as it is stored, as
+    open_clip does."""
+    background: Color | None = None
+    """The color that a transparent image is laid on before the resize; null: its alpha is dropped
+    after the resize, as open_clip does."""
 
     def __post_init__(self) -> None:
         """Raise `BrokenRule` for values that no transform has: built in code, a record is not
@@ -51,6 +83,11 @@ class Preprocess(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             _refuse_unless(len(values) == 3 and all(map(math.isfinite, values)), name, values)
         _refuse_unless(min(self.std) > 0, "std", self.std)
 
+    def options(self) -> list[str]:
+        """Return the options that are on: those by which it is not open_clip's transform."""
+        on = {"exif": self.exif, "background": self.background is not None}
+        return [name for name, is_on in on.items() if is_on]
+
 
 def _refuse_unless(right: bool, field: str, value: object) -> None:
     if not right:
@@ -61,8 +98,25 @@ class UnreadableImage(EdgeclipError):
     """An image that cannot be decoded: data loading counts these, a command stops at them."""
 
 
+@contextlib.contextmanager
+def refusing(where: object) -> Iterator[None]:
+    """Raise what Pillow raises inside as `UnreadableImage`, and a missing file as `EdgeclipError`.
+
+    where: what the message calls the image.
+    """
+    try:
+        yield
+    except EdgeclipError:
+        raise
+    except FileNotFoundError:
+        raise EdgeclipError(where, "there is no such file", "check the path") from None
+    except Exception as e:  # of damaged bytes a plugin makes any error that Python has
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise UnreadableImage(where, f"unreadable image ({why})", "replace or remove it") from None
+
+
 def open_image(source: Path | bytes, name: object = None) -> Image.Image:
-    """Return an image decoded to RGB, whole.
+    """Return an image decoded whole, in its file's own mode; of an animated one the first frame.
 
     name: what messages call it. Raises `EdgeclipError` for a missing file, and `UnreadableImage`
     for one that cannot be decoded: a truncated file is never padded with grey.
@@ -71,49 +125,84 @@ def open_image(source: Path | bytes, name: object = None) -> Image.Image:
     file: Any = source
     if isinstance(source, bytes):
         file = io.BytesIO(source)
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise EdgeclipError(where, "there is no such file", "check the path") from None
-    except Exception as e:
-        raise _unreadable(where, e) from None
+        where = name or "image"
+    with refusing(where), Image.open(file) as image:
+        image.load()
+        image.filename = str(where)  # what `to_pixels` calls it
+        return image
 
 
 def open_scaled(
-    content: bytes, name: object, least: Callable[[tuple[int, int]], tuple[int, int]]
+    content: bytes,
+    name: object,
+    spec: Preprocess,
+    least: Callable[[tuple[int, int]], tuple[int, int]],
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """Return an RGB image, which may be decoded smaller, and its full size.
+    """Return an image, `prepared`, which may be decoded smaller, and its full size.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 where that is no smaller than `least` of its full size:
     libjpeg-turbo then computes only the low frequencies of each block. Never for evaluation:
     `open_image` is exact. Raises `UnreadableImage`.
     """
+    with refusing(name), Image.open(io.BytesIO(content)) as image:
+        sideways = spec.exif and orientation(image) in SIDEWAYS
+        full = image.size[::-1] if sideways else image.size
+        wanted = least(full)
+        image.draft("RGB", wanted[::-1] if sideways else wanted)
+        image.load()
+        return prepared(image, spec), full
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 where there is none, or none that can be read.
+
+    Reads the header alone. Of a TIFF it is 1: Pillow itself turns those when it loads them.
+    """
+    if image.format == "TIFF":
+        return 1
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            full = image.size
-            image.draft("RGB", least(full))
-            image.load()
-            if image.mode == "RGB":  # convert copies what is RGB already
-                return image, full
-            return image.convert("RGB"), full
-    except Exception as e:
-        raise _unreadable(name, e) from None
+        found = Image.Image.getexif(image).get(ORIENTATION)  # PngImageFile's decodes the image
+    except Exception:  # a damaged tag does not make the image unreadable
+        return 1
+    return found if found in TURNS else 1
 
 
-def _unreadable(where: object, e: Exception) -> UnreadableImage:
-    # Not OSError alone: a plugin of Pillow raises whatever its parser met (struct.error, KeyError).
-    reason = str(e) or type(e).__name__
-    return UnreadableImage(where, f"unreadable image ({reason})", "replace or remove it")
+def prepared(image: Image.Image, spec: Preprocess) -> Image.Image:
+    """Return an image turned and on a background, as `spec` asks; the same where it asks for
+    neither, or the image has no tag and no transparency."""
+    if spec.exif and orientation(image) in TURNS:
+        image = image.transpose(TURNS[orientation(image)])
+    if spec.background is not None and _is_transparent(image):
+        flat = Image.new("RGBA", image.size, (*spec.background, 255))
+        flat.alpha_composite(image.convert("RGBA"))
+        image = flat.convert("RGB")
+    return image
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Return whether an image has alpha, in its mode, its palette or a color that is none."""
+    if image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A"):
+        return True
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
 
 
 def to_pixels(image: Image.Image, spec: Preprocess) -> np.ndarray:
-    """Return uint8 [H, W, 3] of the encoder's size."""
+    """Return uint8 [H, W, 3] of the encoder's size.
+
+    Raises `UnreadableImage` for an image of a mode that this Pillow cannot resize, as open_clip's
+    transform does.
+    """
+    with refusing(getattr(image, "filename", "") or "image"):
+        return np.asarray(_resized(prepared(image, spec), spec).convert("RGB"))
+
+
+def _resized(image: Image.Image, spec: Preprocess) -> Image.Image:
+    """Return an image of the encoder's size, in its own mode."""
     size = spec.size
     resample = FILTERS[spec.interpolation]
     side = math.floor(size / spec.crop)
     if spec.resize == "squash" and side == size:
-        return np.asarray(image.resize((size, size), resample))
+        return image.resize((size, size), resample)
 
     # torchvision's arithmetic: the longer side is truncated, the crop's corner rounded half to even
     width, height = image.size
@@ -125,8 +214,7 @@ def to_pixels(image: Image.Image, spec: Preprocess) -> np.ndarray:
         resized = (int(side * width / height), side)
     left = round((resized[0] - size) / 2.0)
     top = round((resized[1] - size) / 2.0)
-    cropped = image.resize(resized, resample).crop((left, top, left + size, top + size))
-    return np.asarray(cropped)
+    return image.resize(resized, resample).crop((left, top, left + size, top + size))
 
 
 def fingerprint(pixels: np.ndarray) -> int:

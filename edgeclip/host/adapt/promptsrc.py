@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from edgeclip import disk
 from edgeclip.device import tokenizer
 from edgeclip.device.images import ImageRef, read, refuse_unreadable, stream
-from edgeclip.device.preprocess import normalize, open_image
+from edgeclip.device.preprocess import normalize, open_image, prepared
 from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
@@ -313,6 +313,7 @@ def _batches(
 
     def make(i: int) -> np.ndarray:
         image = open_image(read(images[i]), f"{images[i].path} ({images[i].key})")
+        image = prepared(image, teacher.preprocess)
         rng = random.Random(f"{seed} {images[i].key}")
         view = draw_views(*image.size, views, rng)[1]
         return apply_view(image, view, teacher.preprocess)

@@ -18,7 +18,7 @@ from torch import nn
 
 from edgeclip import disk
 from edgeclip.device.images import MAX_UNREADABLE, ImageRef, read, refuse_unreadable, stream
-from edgeclip.device.preprocess import normalize, open_image
+from edgeclip.device.preprocess import normalize, open_image, prepared
 from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.cache.arrays import IMAGE, TeacherCache, record
@@ -154,6 +154,7 @@ def _batches(job: Job, places: Sequence[int], skipped: list[str]) -> Iterator[Ba
     def make(i: int) -> np.ndarray:
         ref = job.images[i]
         image = open_image(read(ref), f"{ref.path} ({ref.key})")
+        image = prepared(image, job.teacher.preprocess)
         views[i] = draw_views(*image.size, job.views, random.Random(f"{job.seed} {ref.key}"))
         return np.stack([apply_view(image, view, job.teacher.preprocess) for view in views[i]])
 
@@ -256,7 +257,8 @@ def replay(job: Job, made: TeacherCache) -> Json:
     def make(j: int) -> np.ndarray:
         ref = made.images[int(images[j])]
         view = made.views[int(images[j]), int(views[j])]
-        return apply_view(open_image(read(ref), ref.key), view, job.teacher.preprocess)
+        image = prepared(open_image(read(ref), ref.key), job.teacher.preprocess)
+        return apply_view(image, view, job.teacher.preprocess)
 
     skipped: list[str] = []
     cosines = []

@@ -6,6 +6,10 @@ RandAugment's operations after the resize, two numbers each: its place in `OPERA
 magnitude (TranslateX and TranslateY: of the side). Width 0 is the image's center square, for
 whoever does not know its size. Boxes are drawn in whole pixels, as torchvision and open_clip draw
 them: then torch's resize, which takes a third of PIL's time, cuts out the same box.
+
+A view is cut out in the mode that the file has, and is RGB only then, as in open_clip's training
+transform (RandomResizedCrop, then MaybeConvertMode). RandAugment's operations come after that: they
+are made for RGB, and a palette's index has no brightness.
 """
 
 import math
@@ -16,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from edgeclip.device.preprocess import FILTERS, Preprocess, open_scaled
+from edgeclip.device.preprocess import FILTERS, Preprocess, open_scaled, refusing
 from edgeclip.host.recipe import Views
 
 OPERATIONS = (
@@ -47,20 +51,30 @@ def draw_views(width: int, height: int, spec: Views, rng: random.Random) -> np.n
 
 
 def apply_view(image: Image.Image, view: np.ndarray, spec: Preprocess) -> np.ndarray:
-    """uint8 [H, W, 3]: one view of an image at an encoder's size."""
-    left, top, width, height, flip, *operations = view.tolist()
-    if not width:
-        width = height = min(image.size)
-        left, top = (image.width - width) / 2, (image.height - height) / 2
-    box = (left, top, min(left + width, image.width), min(top + height, image.height))
-    if operations:  # as torchvision's resized_crop: the filter sees nothing beyond the crop
-        image = image.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3])))
-        box = (0, 0, image.width, image.height)
-    resized = image.resize((spec.size, spec.size), FILTERS[spec.interpolation], box=box)
+    """uint8 [H, W, 3]: one view of a `prepared` image at an encoder's size.
+
+    Raises `UnreadableImage` for an image of a mode that cannot be resized.
+    """
+    with refusing(getattr(image, "filename", "") or "image"):
+        resized = _cut_out(image, view, spec).convert("RGB")
+    flip, *operations = view.tolist()[4:]
     for number, magnitude in zip(operations[::2], operations[1::2], strict=True):
         resized = _operate(resized, OPERATIONS[int(number)], magnitude)
     pixels = np.asarray(resized)
     return pixels[:, ::-1] if flip else pixels
+
+
+def _cut_out(image: Image.Image, view: np.ndarray, spec: Preprocess) -> Image.Image:
+    """Return the view's box at the encoder's size, in the image's own mode."""
+    left, top, width, height = view.tolist()[:4]
+    if not width:
+        width = height = min(image.size)
+        left, top = (image.width - width) / 2, (image.height - height) / 2
+    box = (left, top, min(left + width, image.width), min(top + height, image.height))
+    if len(view) > 5:  # as torchvision's resized_crop: the filter sees nothing beyond the crop
+        image = image.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3])))
+        box = (0, 0, image.width, image.height)
+    return image.resize((spec.size, spec.size), FILTERS[spec.interpolation], box=box)
 
 
 def decode_view(content: bytes, view: np.ndarray, spec: Preprocess, name: object) -> np.ndarray:
@@ -77,13 +91,16 @@ def decode_view(content: bytes, view: np.ndarray, spec: Preprocess, name: object
         w, h = (width, height) if width else (min(size), min(size))
         return math.ceil(size[0] * spec.size / w), math.ceil(size[1] * spec.size / h)
 
-    image, full = open_scaled(content, name, least)
+    image, full = open_scaled(content, name, spec, least)
     if image.size != full:
         view = view.copy()
         view[[0, 2]] *= image.width / full[0]
         view[[1, 3]] *= image.height / full[1]
-    if len(view) > 5 or not view[2] or (view[:4] % 1).any():
+    by_channel = image.mode in ("RGB", "L")  # then it is the same to convert before the resize
+    if not by_channel or len(view) > 5 or not view[2] or (view[:4] % 1).any():
         return apply_view(image, view, spec)
+    if image.mode == "L":
+        image = image.convert("RGB")
     left, top, width, height, flip = view.astype(int).tolist()
     box = torch.from_numpy(np.array(image)[top : top + height, left : left + width]).permute(
         2, 0, 1

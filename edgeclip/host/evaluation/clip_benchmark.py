@@ -175,7 +175,7 @@ def load(
 def transform(image: Image.Image, spec: Preprocess) -> Tensor:
     """Return uint8 [H, W, 3] of the encoder's size: a function of a module, since workers import
     it."""
-    return torch.from_numpy(np.array(to_pixels(image.convert("RGB"), spec)))
+    return torch.from_numpy(np.array(to_pixels(image, spec)))
 
 
 def main() -> None:
