@@ -40,6 +40,7 @@ def classify(
     from edgeclip.reports.store import one_bundle
 
     loaded = Bundle.load(one_bundle(bundle))
+    _say_turned(images, loaded.preprocess.exif)
     words = _words(labels)
     results = {}
     for image in images:
@@ -48,6 +49,12 @@ def classify(
         print_json(results)
     else:
         ranking(results)
+
+
+def _say_turned(images: tuple[Path, ...], exif: bool) -> None:
+    from edgeclip.device.images import ImageRef, say_turned
+
+    say_turned([[ImageRef(str(path), str(path)) for path in images]], exif)
 
 
 def _words(labels: str | None) -> list[str] | None:
@@ -110,7 +117,9 @@ def embed(images: tuple[Path, ...], out: Path, bundle: Path | None, as_json: boo
     from edgeclip.device.bundle import Bundle
     from edgeclip.reports.store import one_bundle
 
-    features = Bundle.load(one_bundle(bundle)).encode_image(list(images))
+    loaded = Bundle.load(one_bundle(bundle))
+    _say_turned(images, loaded.preprocess.exif)
+    features = loaded.encode_image(list(images))
     disk.write_array(out, features)
     rows, width = features.shape
     say(as_json, {"out": str(out), "shape": [rows, width]}, f"{out}: {rows} x {width}")

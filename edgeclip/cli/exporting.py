@@ -12,6 +12,7 @@ from edgeclip.device.target import load as load_target
 from edgeclip.host.export import export as write_bundle
 from edgeclip.host.export import open_clip, optimum
 from edgeclip.host.export.source import Source, from_model, from_run, with_vocabulary
+from edgeclip.progress import say
 from edgeclip.reports.store import latest_run
 
 
@@ -38,7 +39,9 @@ def write_open_clip(request: Request) -> Path:
     """Write the run's student as a folder that open_clip loads, and return it."""
     run = latest_run(request.run)
     folder = request.out or run / "open_clip"
-    return open_clip.write(run, from_run(run), folder / run.name)
+    source = from_run(run)
+    _say_options(source, request.layout)
+    return open_clip.write(run, source, folder / run.name)
 
 
 def write(request: Request) -> list[Exported]:
@@ -47,7 +50,16 @@ def write(request: Request) -> list[Exported]:
     source, home = _source(request)
     if request.layout == "optimum":
         _check_optimum(request, source, targets)
+        _say_options(source, request.layout)
     return [_write_one(request, source, home, name, target) for name, target in targets]
+
+
+def _say_options(source: Source, layout: str) -> None:
+    """Say what a layout's readers cannot be told of the preprocess."""
+    options = source.preprocess.options()
+    if options:
+        names = " and ".join(f"preprocess.{name}" for name in options)
+        say(f"{layout}: its readers know no {names}; give them images that are prepared so")
 
 
 def _source(request: Request) -> tuple[Source, Path]:

@@ -5,8 +5,9 @@ pixel is off by, ids, and answers. For the last one the bundle's own encoder and
 to the reference's tensor and to the implementation's; the share of answers that change bounds the
 top-1 accuracy that the difference can cost, in percentage points.
 
-Color and grey images of any size, and plain strings, must be the reference's: what differs there
-fails the command. Other kinds are listed.
+Images of every kind, and plain strings, must be the reference's: what differs there fails the
+command. Other kinds are listed, and so is an image that an option of the bundle's preprocess (exif,
+background) prepares otherwise than the reference: that difference is asked for.
 """
 
 from collections.abc import Iterable
@@ -17,14 +18,23 @@ import numpy as np
 
 from edgeclip import disk
 from edgeclip.device.bundle import Bundle
-from edgeclip.device.conformance import LEVELS, REFERENCE, Answers, Pack, read_answers
+from edgeclip.device.conformance import (
+    LEVELS,
+    REFERENCE,
+    Answers,
+    Pack,
+    PackedImage,
+    read_answers,
+)
 from edgeclip.device.machine import Facts
+from edgeclip.device.preprocess import open_image, prepared
 from edgeclip.device.records import FORMAT, Record
 from edgeclip.errors import EdgeclipError
 from edgeclip.reports import store
 
 REQUIRED = (
-    *("rgb", "grey", "progressive", "odd size", "1 px", "extreme aspect", "huge"),
+    *("rgb", "grey", "cmyk", "alpha", "16-bit", "palette", "exif", "animated", "progressive"),
+    *("odd size", "1 px", "extreme aspect", "huge"),
     *("plain", "capitals", "white space", "empty", "emoji", "accents", "cjk"),
     *("control characters", "html entities", "typography"),
 )
@@ -63,6 +73,8 @@ class Difference(Record):
     name: str
     kind: str
     what: str
+    asked_for: str | None = None
+    """the option of the preprocess that asks for it; null: nothing does"""
 
 
 class ConformanceReport(Record, kw_only=True):
@@ -121,6 +133,8 @@ class Compared(NamedTuple):
     string"""
     changed: bool | None = None
     """whether the bundle's first answer is another; None: not measured"""
+    asked_for: str | None = None
+    """the option of the preprocess that asks for a difference; None: none does"""
 
 
 def judge(bundle: Bundle, pack: Pack, answers: Answers, by: By) -> ConformanceReport:
@@ -141,8 +155,9 @@ def judge(bundle: Bundle, pack: Pack, answers: Answers, by: By) -> ConformanceRe
     failures = []
     for name, row in every.items():
         if row.what:
-            differences.append(Difference(name, row.kind, row.what))
-        if (row.kind in REQUIRED and not row.holds) or row.what == NOT_FINITE:
+            differences.append(Difference(name, row.kind, row.what, row.asked_for))
+        required = row.kind in REQUIRED and row.asked_for is None
+        if (required and not row.holds) or row.what == NOT_FINITE:
             failures.append(f"{row.kind}: {name}: {row.what}")
     made_for = pack.manifest.made_for
     return ConformanceReport(
@@ -190,8 +205,21 @@ def _images(pack: Pack, reference: Answers, answers: Answers) -> dict[str, Compa
             )
         else:
             row = _no_answer(image.kind, answers.refused.get(image.name, "no answer"))
+        if row.what and not row.refused:
+            row = row._replace(asked_for=_asked_for(pack, image))
         found[image.name] = row
     return found
+
+
+def _asked_for(pack: Pack, image: PackedImage) -> str | None:
+    """Return the options that prepare an image otherwise than the reference; None: none does."""
+    preprocess = pack.manifest.made_for.preprocess
+    if not preprocess.options():
+        return None
+    stored = open_image(pack.folder / image.file)
+    if prepared(stored, preprocess) is stored:
+        return None
+    return ", ".join(f"preprocess.{name}" for name in preprocess.options())
 
 
 def _no_answer(kind: str, why: str) -> Compared:

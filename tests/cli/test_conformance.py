@@ -26,7 +26,7 @@ def test_the_table_lists_each_kind_and_what_differs(here, clip_bundle, clip_pack
     assert result.exit_code == 0, result.output
     for kind in ("rgb", "grey", "cmyk", "16-bit", "extreme aspect", "plain", "html entities"):
         assert any(line.startswith(kind) for line in result.stdout.splitlines()), kind
-    assert "differs: palette: palette-png: up to " in result.stdout
+    assert "differs: palette" not in result.stdout
     assert "FAILS" not in result.stdout
     assert snapshot(here) == {}
 

@@ -29,7 +29,10 @@ def conformance(report: ConformanceReport) -> None:
     click.echo()
 
     for difference in report.differences:
-        click.echo(f"differs: {difference.kind}: {difference.name}: {difference.what}")
+        line = f"differs: {difference.kind}: {difference.name}: {difference.what}"
+        if difference.asked_for is not None:
+            line += f" (asked for: {difference.asked_for})"
+        click.echo(line)
     for failure in report.failures:
         click.echo(f"FAILS: {failure}")
 

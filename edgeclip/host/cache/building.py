@@ -106,7 +106,7 @@ def describe(ingredients: Ingredients) -> Description:
     return {
         "format": FORMAT,
         "teacher": teacher.identity,
-        "preprocess": _described(teacher.preprocess),
+        "preprocess": _preprocess(teacher.preprocess),
         "views": views,
         "seed": seed,
         "classes": data.classes,
@@ -117,12 +117,14 @@ def describe(ingredients: Ingredients) -> Description:
     }
 
 
-def _described(preprocess: Preprocess) -> dict[str, Any]:
-    """Return a preprocess in format 2's words: a crop is named only where there is one."""
-    fields: dict[str, Any] = msgspec.to_builtins(preprocess)
-    if preprocess.crop == 1.0:
-        del fields["crop"]
-    return fields
+def _preprocess(spec: Preprocess) -> Json:
+    """Return the record in format 2's words: what is off is left out, as before there was it."""
+    value: Json = msgspec.to_builtins(spec)
+    for option in {"exif", "background"} - set(spec.options()):
+        del value[option]
+    if spec.crop == 1.0:
+        del value["crop"]
+    return value
 
 
 def _digests(data: Dataset) -> list[str]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from edgeclip import disk
 from edgeclip.device import target
+from edgeclip.device.images import say_turned
 from edgeclip.device.zero_shot import prompts
 from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
@@ -74,6 +75,10 @@ def load_inputs(path: Path, recipe: Recipe, device: torch.device) -> Inputs:
     _check_class_list(inputs)
     _check_images(inputs)
     _refuse_telling_captions(inputs)
+    images = [dataset.train, *(s.images for s in dataset.evaluation)]
+    if labeled is not None:
+        images.append(labeled.labeled)
+    say_turned(images, recipe.preprocess.exif)
     if recipe.qat:
         qat.check(*target.load(recipe.qat.target), len(dataset.train))
     return inputs
@@ -86,7 +91,7 @@ def first_teacher(inputs: Inputs, run: Path, fresh: bool) -> FirstTeacher:
     """
     recipe = inputs.recipe
     dataset = inputs.dataset
-    teacher = teachers.load(recipe.teacher)
+    teacher = teachers.load(recipe.teacher, recipe.preprocess)
     teachers.check_class_names(teacher, dataset.classes, dataset.templates)
     labeled = dataset
     if inputs.labeled is not None:
@@ -174,7 +179,7 @@ def build_for(path: Path, roots: tuple[str, ...] = (), out: Path | None = None) 
     dataset = inputs.dataset
     built = []
     for spec in (asked.teacher, *asked.other_teachers):
-        teacher = teachers.load(spec)
+        teacher = teachers.load(spec, asked.preprocess)
         teachers.check_class_names(teacher, dataset.classes, dataset.templates)
         tower = teachers.folded(teacher)
         built.append(teacher_cache(inputs, teacher, tower, dataset, inputs.captions, out))

@@ -123,7 +123,7 @@ def _edu_attention(head: EduAttentionHead | None) -> EduAttentionResult | None:
 
 def _first_tower(recipe: Recipe, run: Path) -> nn.Module | None:
     """Return the first teacher's tower once more, folded: training did without it."""
-    teacher = teachers.load(recipe.teacher)
+    teacher = teachers.load(recipe.teacher, recipe.preprocess)
     spec = prompts_of(recipe)
     if spec is not None:
         teacher = promptsrc.adapted(teacher, spec, run / "teacher")
@@ -138,7 +138,8 @@ def _teacher(inputs: Inputs, lesson: Lesson, tower: nn.Module | None) -> Teacher
     towers = [tower]
     if lesson.fusion is not None:
         for spec in inputs.recipe.other_teachers:
-            towers.append(teachers.folded(teachers.load(spec)))
+            other = teachers.load(spec, inputs.recipe.preprocess)
+            towers.append(teachers.folded(other))
     pairs = []
     for taught, own in zip(lesson.teachers, towers, strict=False):
         if own is None:

@@ -90,7 +90,7 @@ def _train_head(
 
 def _another(inputs: Inputs, spec: recipe.Teacher, first: TeacherCache, folder: Path) -> Taught:
     """Return one more teacher, without its tower; first: the first teacher's cache."""
-    teacher = teachers.load(spec)
+    teacher = teachers.load(spec, inputs.recipe.preprocess)
     tower = teachers.folded(teacher)
     with distributed.rank_zero_first():
         rows = teacher_cache(inputs, teacher, tower, inputs.dataset, inputs.captions)

@@ -43,6 +43,7 @@ def new_student(inputs: Inputs, lesson: Lesson) -> NewStudent:
     embed_dim = lesson.teacher.embed_dim
     torch.manual_seed(inputs.recipe.seed)
     student, preprocess = students.build(spec, embed_dim)
+    preprocess = inputs.recipe.preprocess.on(preprocess)
     edu = inputs.recipe.losses.edu_attention
     head = None
     if edu is not None:

@@ -1,7 +1,8 @@
 """Write the conformance pack: golden images and strings, and what the reference makes of them.
 
 The reference of an image is open_clip's own evaluation transform (torchvision's resize and crop, in
-the mode that the file has; RGB only then), with the bundle's preprocess record. The reference of a
+the mode that the file has; RGB only then), with the bundle's preprocess record but for its options
+(exif, background), which open_clip does not have. The reference of a
 string is the tokenizer of the library that the text tower came from, which the vocabulary tells:
 
     CLIP's byte pairs      open_clip's SimpleTokenizer, its cleaning and truncation included

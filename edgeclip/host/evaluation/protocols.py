@@ -30,7 +30,7 @@ from torch import nn
 
 from edgeclip import disk
 from edgeclip.device import metrics
-from edgeclip.device.images import ImageRef
+from edgeclip.device.images import ImageRef, say_turned
 from edgeclip.device.manifest import ClassOffset
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.zero_shot import ensemble, offsets, prompts
@@ -119,6 +119,8 @@ def evaluate(folder: Path, protocol: str, given: tuple[str, ...] = ()) -> Protoc
     disk.read_manifest(folder, "run")
     asked = recipe.of_run(folder)
     loaded = load_sets(asked, protocol, given)
+    images = [s.images for _, dataset in loaded for s in dataset.evaluation]
+    say_turned(images, asked.preprocess.exif)
     if isinstance(asked.adapt, recipe.Prompts):
         # The learned context takes the place of the set's templates.
         loaded = [(spec, d._replace(templates=promptsrc.TEMPLATES)) for spec, d in loaded]
@@ -202,7 +204,7 @@ def _open(folder: Path, asked: Recipe) -> Run:
 def _teacher(folder: Path, asked: Recipe) -> TeacherSide:
     """Return the teacher as it taught; without its weights its column is not measured."""
     try:
-        teacher = teachers.load(asked.teacher)
+        teacher = teachers.load(asked.teacher, asked.preprocess)
     except EdgeclipError as e:  # the weights need not be at hand any more
         say(f"teacher: {e}")
         return TeacherSide(None, None, str(e))

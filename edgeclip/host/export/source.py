@@ -23,6 +23,7 @@ from edgeclip.device.images import (
     index_tar,
     load_first,
     say_skipped,
+    say_turned,
 )
 from edgeclip.device.manifest import ClassOffset, Parents
 from edgeclip.device.preprocess import Preprocess, UnreadableImage
@@ -93,6 +94,8 @@ def from_run(run: Path) -> Source:
     recipe = of_run(run)
     evaluation = run / "evaluation"
     manifest = disk.read_manifest(evaluation, "evaluation")
+    images = index_tar(evaluation / "images.tar")
+    say_turned([images], preprocess.exif)
 
     load_text = None
     if recipe.text_encoder:
@@ -118,7 +121,7 @@ def from_run(run: Path) -> Source:
         logit_scale=description["logit_scale"],
         calibration=partial(_training_images, run, recipe),
         evaluation_hashes=partial(_evaluation_hashes, evaluation),
-        golden=index_tar(evaluation / "images.tar")[:GOLDEN],
+        golden=images[:GOLDEN],
         golden_license=manifest["license"],
         licenses=description["licenses"],
         parents=parents,
@@ -213,6 +216,7 @@ def from_model(
         say_skipped(images, len(photos), skipped, "files")
         if not photos:
             raise EdgeclipError(images, "has no images", "give a folder of .jpg, .png or .webp")
+    say_turned([photos], exif=False)
     given: dict[str, Any] = {
         "weights": weights_name,
         "like": like,

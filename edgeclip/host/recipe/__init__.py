@@ -35,6 +35,7 @@ from edgeclip.host.recipe.ingredients import (
     DataFile,
     Embeddings,
     Folders,
+    ImageOptions,
     OpenClip,
     OpenMoji,
     Reinforced,
@@ -81,6 +82,7 @@ __all__ = [
     "Folders",
     "Fuse",
     "IFAlign",
+    "ImageOptions",
     "Losses",
     "MaskedFeature",
     "OpenClip",
@@ -134,6 +136,9 @@ class Recipe(Config):
     generalization)"""
     adapt: Adapt | None = None
     """null: the teacher is taken as it is"""
+    preprocess: ImageOptions = ImageOptions()
+    """what every tower's own preprocess does besides: turn photos by EXIF, lay transparent images
+    on a color"""
     views: Views = Views()
     train: Train = Train()
     qat: QAT | None = None
@@ -208,6 +213,13 @@ class Recipe(Config):
             raise BrokenRule(
                 "fuse", "needs several teachers", "add other_teachers, or set fuse to null"
             )
+        for field, teacher in self.teachers().items():
+            if self.preprocess.exif and isinstance(teacher, Reinforced):
+                raise BrokenRule(
+                    "preprocess.exif",
+                    f"would turn images below the stored views of {field} (kind: reinforced)",
+                    "set it to false",
+                )
         first = self.teacher
         without_text = isinstance(first, Embeddings | Reinforced) and not first.text
         if without_text and self.text_encoder and not self.student.text:

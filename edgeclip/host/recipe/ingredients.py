@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta
+from msgspec import Meta, structs
 
 from edgeclip.config import BrokenRule, Config
+from edgeclip.device.preprocess import Color, Preprocess
 
 Positive = Annotated[int, Meta(ge=1)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -220,6 +221,22 @@ def _one_text_side(text: OpenClip | None, class_features: str | None) -> None:
 
 
 Teacher = Conse | OpenClip | Embeddings | Reinforced
+
+
+class ImageOptions(Config):
+    """Where an image is prepared better than open_clip prepares it: alike for teacher, student and
+    bundle, in training and after it. What is off is open_clip's transform, bit for bit."""
+
+    exif: bool = False
+    """turn photos by their EXIF orientation before all else, as they are seen on a phone; false:
+    they are taken as they are stored"""
+    background: Color | None = None
+    """red, green, blue, 0..255, that transparent images are laid on before the resize; null: alpha
+    is dropped after the resize, and what color lies below comes to light"""
+
+    def on(self, preprocess: Preprocess) -> Preprocess:
+        """Return a tower's preprocess with these options."""
+        return structs.replace(preprocess, exif=self.exif, background=self.background)
 
 
 class Views(Config):

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from edgeclip import config, disk
-from edgeclip.device.images import Skipped, index_classes, say_skipped
+from edgeclip.device.images import Skipped, index_classes, say_skipped, say_turned
 from edgeclip.errors import EdgeclipError
 
 TEMPLATE = """\
@@ -39,7 +39,8 @@ def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
     if not folder.is_dir():
         raise EdgeclipError(folder, "there is no such folder", "check the path")
     skipped: Skipped = collections.Counter()
-    counts = {name: len(images) for name, images in index_classes(folder, skipped).items()}
+    classes = index_classes(folder, skipped)
+    counts = {name: len(images) for name, images in classes.items()}
     say_skipped(folder, sum(counts.values()), skipped, "files")
     if not counts:
         raise EdgeclipError(
@@ -67,4 +68,5 @@ def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
         quoted_root=json.dumps(str(folder.resolve())),
     )
     disk.write_text(path, header + rest)
+    say_turned([[image for images in classes.values() for image in images]], exif=False)
     return path, len(counts)

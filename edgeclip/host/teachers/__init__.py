@@ -74,10 +74,16 @@ TEACHERS = {
 }
 
 
-def load(spec: R.Teacher) -> Teacher:
-    """Return the teacher that a recipe describes, with its weights."""
+AS_OPEN_CLIP = R.ImageOptions()
+
+
+def load(spec: R.Teacher, options: R.ImageOptions = AS_OPEN_CLIP) -> Teacher:
+    """Return the teacher that a recipe describes, with its weights.
+
+    options: the recipe's `preprocess`, so that it sees the images that the student sees.
+    """
     teacher: Teacher = import_module(TEACHERS[type(spec)]).load(spec)
-    return teacher
+    return replace(teacher, preprocess=options.on(teacher.preprocess))
 
 
 def check_class_names(teacher: Teacher, classes: list[str], templates: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ from torchvision.transforms import functional
 from edgeclip import disk
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.conformance import answer, load_pack, read_answers
-from edgeclip.device.preprocess import Preprocess, normalize, to_pixels
+from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pixels
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.evaluation import golden
 from edgeclip.host.evaluation.conformance import ImageReference, pack_for, text_reference
@@ -112,7 +112,7 @@ def test_the_reference_is_open_clips_own_transform(bundle, pack):
 
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_color_and_grey_are_the_references_bit_for_bit(resize, interpolation):
+def test_images_of_every_kind_are_the_references_bit_for_bit(resize, interpolation):
     spec = Preprocess(
         size=40,
         mean=(0.4, 0.5, 0.6),
@@ -123,8 +123,7 @@ def test_color_and_grey_are_the_references_bit_for_bit(resize, interpolation):
     reference = ImageReference(spec)
     for image in golden.images(spec.size):
         if image.kind in REQUIRED and image.kind != "huge":
-            with Image.open(io.BytesIO(image.content)) as opened:
-                ours = to_pixels(opened.convert("RGB"), spec)
+            ours = to_pixels(open_image(image.content), spec)
             np.testing.assert_array_equal(ours, reference(image.content), image.name)
 
 
@@ -145,7 +144,7 @@ def test_the_reports_required_kinds_hold_and_the_others_are_listed(bundle, pack,
 
 def test_swapped_channels_are_found_in_color_and_not_in_grey(bundle, pack, given):
     for name in given.images:
-        pixels = to_pixels(opened(pack, name).convert("RGB"), bundle.preprocess)
+        pixels = to_pixels(opened(pack, name), bundle.preprocess)
         given.images[name] = pixels[..., ::-1]
     report = judge(bundle, pack, given, By())
     assert failed(report) >= {"rgb", "odd size", "1 px", "extreme aspect", "huge"}
@@ -157,7 +156,7 @@ def test_another_filter_is_found(bundle, pack, given):
         size=SIZE, mean=bundle.preprocess.mean, std=bundle.preprocess.std, interpolation="bilinear"
     )
     for name in given.images:
-        pixels = to_pixels(opened(pack, name).convert("RGB"), other)
+        pixels = to_pixels(opened(pack, name), other)
         given.images[name] = normalize(pixels[None], other)[0]
     assert failed(judge(bundle, pack, given, By())) >= {"rgb", "grey", "odd size", "huge"}
 
@@ -184,6 +183,27 @@ def test_a_dropped_lower_casing_is_found_in_capitals_alone(clip_bundle, bundle, 
     faulty = with_another_tokenizer(folder, drop)
     assert pack_for(faulty, pack.folder).folder == pack.folder
     assert failed(judge(faulty, pack, answer(faulty, pack), By())) == {"capitals"}
+
+
+def test_what_an_option_changes_is_told_as_asked_for_and_does_not_fail(clip_bundle, tmp_path):
+    shutil.copytree(clip_bundle, tmp_path / "better")
+    path = tmp_path / "better" / disk.MANIFEST
+    manifest = disk.read_json(path)
+    manifest["preprocess"] |= {"exif": True, "background": [255, 255, 255]}
+    disk.write_json(path, manifest)
+    better = Bundle.load(tmp_path / "better")
+    pack = pack_for(better, tmp_path / "pack")
+    given = answer(better, pack)
+    report = judge(better, pack, given, By())
+    assert report.failures == []
+    asked = {d.name for d in report.differences if d.asked_for is not None}
+    assert asked >= {f"exif-{i}" for i in range(2, 9)} | {"alpha-ramp", "palette-clear"}
+    assert {d.asked_for for d in report.differences if d.name in asked} == {
+        "preprocess.exif, preprocess.background"
+    }
+    # What no option touches must be equal as before.
+    given.images["rgb-wide"] = given.images["rgb-wide"][:, ::-1]
+    assert failed(judge(better, pack, given, By())) == {"rgb"}
 
 
 # --- references of strings, and packs of other bundles
