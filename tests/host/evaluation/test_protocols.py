@@ -61,7 +61,7 @@ class MeanColor(torch.nn.Module):
         return torch.cat([mean, mean], dim=1)  # pooled | feature
 
 
-def color_teacher(spec):
+def color_teacher(spec, options):
     def encode_text(texts):
         names = [next(c for c in COLORS if c in t) for t in texts]
         return torch.from_numpy(
@@ -252,7 +252,7 @@ def test_retrieval_counts_every_image_that_has_the_caption(workplace):
 def test_without_the_teachers_weights_its_column_is_not_measured(workplace, monkeypatch):
     from edgeclip.errors import EdgeclipError
 
-    def missing(spec):
+    def missing(spec, options):
         raise EdgeclipError("weights", "they are gone", "find them")
 
     before = evaluate("zero_shot")["sets"][0]
