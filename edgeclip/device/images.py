@@ -11,9 +11,7 @@ import collections
 import concurrent.futures
 import contextlib
 import hashlib
-import io
 import itertools
-import math
 import re
 import shlex
 import tarfile
@@ -22,16 +20,12 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
-from PIL import Image
 
 from edgeclip import text_file
 from edgeclip.device.preprocess import (
-    TURNS,
     Preprocess,
     UnreadableImage,
     open_image,
-    orientation,
-    refusing,
     to_pixels,
 )
 from edgeclip.device.walk import entries, no_data, walk
@@ -332,44 +326,6 @@ def load_first(
     for line in skipped:
         say(f"skipped: {line}")
     return places, pixels
-
-
-LOOKED_AT = 500
-"""images of each set whose headers are read before the work"""
-
-
-def say_turned(sets: Iterable[Sequence[ImageRef]], exif: bool) -> None:
-    """Say once how many photos are stored turned, as phones store them, where none is turned back.
-
-    exif: the preprocess's own; true: nothing is said. Reads headers, of at most `LOOKED_AT` images
-    of each set, spread over it; decodes none.
-    """
-    if exif:
-        return
-    looked = 0
-    turned = 0
-    for images in sets:
-        for image in images[:: math.ceil(len(images) / LOOKED_AT) or 1]:
-            try:
-                turned += _orientation(image) in TURNS
-            except EdgeclipError:  # whoever decodes it counts it
-                continue
-            looked += 1
-    if turned:
-        say(
-            f"{turned} of {looked} images looked at are stored turned (EXIF orientation), and are "
-            "taken as they are stored, as open_clip takes them; to have them turned, train with "
-            "preprocess: {exif: true} in the recipe"
-        )
-
-
-def _orientation(image: ImageRef) -> int:
-    """Return an image's EXIF orientation, 1 to 8. Raises `EdgeclipError` for an unreadable one."""
-    file: Path | io.BytesIO = Path(image.path)  # PIL reads a file's header alone
-    if image.size >= 0:
-        file = io.BytesIO(read(image))
-    with refusing(image.key), Image.open(file) as opened:
-        return orientation(opened)
 
 
 def stream(

@@ -6,8 +6,9 @@ import tarfile
 import pytest
 
 from edgeclip import disk
-from edgeclip.device.images import ImageRef, index_folder, index_tar, say_turned
+from edgeclip.device.images import ImageRef, index_folder, index_tar
 from edgeclip.device.manifest import read_manifest
+from edgeclip.device.turned import say_turned
 from edgeclip.errors import EdgeclipError
 from tests.support import image_files as files
 from tests.support.command import run

@@ -9,7 +9,7 @@ from torch import nn
 
 from edgeclip import disk
 from edgeclip.device import target
-from edgeclip.device.images import say_turned
+from edgeclip.device.turned import say_turned
 from edgeclip.device.zero_shot import prompts
 from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError

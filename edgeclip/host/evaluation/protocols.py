@@ -30,9 +30,10 @@ from torch import nn
 
 from edgeclip import disk
 from edgeclip.device import metrics
-from edgeclip.device.images import ImageRef, say_turned
+from edgeclip.device.images import ImageRef
 from edgeclip.device.manifest import ClassOffset
 from edgeclip.device.preprocess import Preprocess
+from edgeclip.device.turned import say_turned
 from edgeclip.device.zero_shot import ensemble, offsets, prompts
 from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError, did_you_mean

@@ -23,11 +23,11 @@ from edgeclip.device.images import (
     index_tar,
     load_first,
     say_skipped,
-    say_turned,
 )
 from edgeclip.device.manifest import ClassOffset, Parents
 from edgeclip.device.preprocess import Preprocess, UnreadableImage
 from edgeclip.device.target import Floor
+from edgeclip.device.turned import say_turned
 from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, offsets, prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import data, teachers

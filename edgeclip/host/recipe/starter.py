@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from edgeclip import config, disk
-from edgeclip.device.images import Skipped, index_classes, say_skipped, say_turned
+from edgeclip.device.images import Skipped, index_classes, say_skipped
+from edgeclip.device.turned import say_turned
 from edgeclip.errors import EdgeclipError
 
 TEMPLATE = """\
