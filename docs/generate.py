@@ -27,8 +27,7 @@ from edgeclip import cli, disk
 from edgeclip.cli.group import HELP
 from edgeclip.device import bench_report, conformance, manifest, profile, records, target
 from edgeclip.host import recipe
-from edgeclip.reports import conformance as conformance_report
-from edgeclip.reports import results
+from edgeclip.reports import conformance_report, results
 
 DOCS = Path(__file__).parent
 WIDTH = 100

@@ -20,7 +20,7 @@ from edgeclip.errors import EdgeclipError
 PACKAGE = Path(__file__).parent.parent
 NEEDS = ("ftfy", "msgspec", "numpy", "pillow", "pyyaml", "tokenizers", "wcwidth")
 """what validate and bench import; their own requirements are for parts that are not used"""
-GROUND = ("__init__.py", "errors.py", "disk.py", "config.py", "progress.py")
+GROUND = ("__init__.py", "errors.py", "disk.py", "config.py", "progress.py", "text_file.py")
 """what edgeclip/device/ stands on"""
 OLDEST = (3, 10)
 """the oldest Python that runs the device layer"""

@@ -8,7 +8,6 @@ from edgeclip.cli import complete
 from edgeclip.cli.group import command
 from edgeclip.cli.options import PATH, bundle_option, json_option, label_file, print_json, say
 from edgeclip.cli.tables.bundles import ranking
-from edgeclip.device.turned import say_turned
 from edgeclip.errors import EdgeclipError
 
 
@@ -54,6 +53,7 @@ def classify(
 
 def _say_turned(images: tuple[Path, ...], exif: bool) -> None:
     from edgeclip.device.images import ImageRef
+    from edgeclip.device.turned import say_turned
 
     say_turned([[ImageRef(str(path), str(path)) for path in images]], exif)
 

@@ -10,7 +10,8 @@ from edgeclip.device.bundle import Bundle
 from edgeclip.device.conformance import ANSWERS, Answers, Pack, read_answers, write_answers
 from edgeclip.host.evaluation.conformance import pack_for
 from edgeclip.progress import say
-from edgeclip.reports.conformance import By, ConformanceReport, judge, write
+from edgeclip.reports.conformance import By, judge, write
+from edgeclip.reports.conformance_report import ConformanceReport
 
 
 class Request(NamedTuple):

@@ -66,7 +66,7 @@ def test_an_old_protocol_is_refused_with_the_new_name():
 
 def test_a_recipe_has_a_name_as_targets_and_devices_have(here):
     mistake("distill", "quickstrat", says="unknown recipe; did you mean 'quickstart'?")
-    mistake("distill", str(REPO / "recipes"), says="cannot be read (Is a directory); give a YAML")
+    mistake("distill", str(REPO / "recipes"), says="cannot be read (Is a directory); give a text")
     mistake("distill", "recipes/none", says="there is no such file; check the path")
     mistake("cache", "build", "quickstrat", says="unknown recipe; did you mean 'quickstart'?")
     assert recipe_path("quickstart").name == "quickstart.yaml"

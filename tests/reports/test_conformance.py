@@ -11,7 +11,8 @@ from edgeclip.device.conformance import answer, read_answers, without_padding
 from edgeclip.device.records import to_json
 from edgeclip.disk import read_record
 from edgeclip.errors import EdgeclipError
-from edgeclip.reports.conformance import By, ConformanceReport, judge, write
+from edgeclip.reports.conformance import By, judge, write
+from edgeclip.reports.conformance_report import ConformanceReport
 from tests.support.conformance import toy_pack
 from tests.support.images import toy_image
 from tests.support.toy_bundle import SIZE
@@ -39,7 +40,7 @@ def test_equal_answers_hold_in_every_kind(bundle, pack):
     assert (rgb.count, rgb.equal, rgb.refused, rgb.required) == (2, 2, 0, True)
     assert (rgb.largest_difference, rgb.pixels_changed, rgb.answers_changed_pp) == (0, 0, 0)
     assert kinds(report.images)["alpha"].required
-    assert not kinds(report.texts)["emoji"].required
+    assert not kinds(report.texts)["slang"].required
     assert [row.equal for row in report.texts] == [1, 1, 1]
     assert (report.differences, report.failures, report.no_answers) == ([], [], None)
 

@@ -3,7 +3,7 @@
 import click
 
 from edgeclip.cli.tables.plain import number, table
-from edgeclip.reports.conformance import ConformanceReport, KindScore
+from edgeclip.reports.conformance_report import ConformanceReport, KindScore
 
 COUNTS = ("must be equal", "count", "equal", "refused")
 CHANGED = "answers changed pp"

@@ -1,8 +1,8 @@
 """Fetch from a model hub, at one commit of a repository, or say at once why it does not come.
 
-A revision is a branch, a tag or a commit; what came is named by its commit, so that the same weights
-can be had again. A download that is cut off goes on where it was, and what is in the cache is used
-where the hub does not answer.
+A revision is a branch, a tag or a commit; what came is named by its commit, so that the same
+weights can be had again. A download that is cut off goes on where it was, and what is in the cache
+is used where the hub does not answer.
 """
 
 import contextlib

@@ -357,7 +357,7 @@ WRITTEN += ["AVIF"] * features.check("avif")
 def decoded(content):
     """The image's size, or None where it is refused as unreadable; any other error is a failure."""
     sizes = []
-    for way in (open_image, lambda c, n: open_scaled(c, n, lambda full: full)[0]):
+    for way in (open_image, lambda c, n: open_scaled(c, n, SPEC, lambda full: full)[0]):
         try:
             sizes.append(way(content, "x.jpg").size)
         except UnreadableImage as e:
