@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from edgeclip.host.data.dataset import Dataset, EvaluationSet
 from edgeclip.host.data.files import data_root
 from edgeclip.host.data.index import index
 from edgeclip.host.data.shards import find
+from edgeclip.host.data.split import split
 from edgeclip.host.recipe import Folders, WebDataset
 from edgeclip.progress import say_once
 
@@ -89,26 +89,13 @@ def load_folders(spec: Folders, cache: Path) -> Dataset:
             "put the images of each class into a sub-folder named after it",
         )
 
-    train = []
-    test = []
+    photos = []
     for label, (folder, images) in enumerate(folders.items()):
-        for image in images:
-            image = image._replace(key=f"{folder}/{image.key}", label=label)
-            if _fraction(image.key) < spec.test_fraction:
-                test.append(image)
-            else:
-                train.append(image)
+        photos.append([p._replace(key=f"{folder}/{p.key}", label=label) for p in images])
+    train, test = split(photos, spec.test_fraction, spec.split)
 
     classes = [folder.replace("_", " ") for folder in folders]
     return _dataset(spec, classes, spec.templates, train, test)
-
-
-def _fraction(key: str) -> float:
-    """Return a number in [0, 1) that depends on the key alone.
-
-    So a photo keeps its part when others come or go.
-    """
-    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
 
 
 def _dataset(

@@ -56,12 +56,16 @@ class WebDataset(Config, tag="webdataset", tag_field="kind"):
 
 
 class Folders(Config, tag="folders", tag_field="kind"):
-    """Photos in one sub-folder a class; every fifth or so (by a hash of its name) is kept for
-    evaluation."""
+    """Photos in one sub-folder a class; a part of them is kept for evaluation."""
 
     name: str
     root: str
     test_fraction: Fraction = 0.2
+    split: Literal["hash", "stratified"] = "hash"
+    """stratified: class by class, in the order of a hash of the names the first `test_fraction` of
+    its photos test, one at least where it has 3, and copies with the same bytes stay on one side;
+    hash, as before there was a choice: every photo by its own hash, whatever is left of its
+    class"""
     templates: tuple[str, ...] = ("a photo of a {c}",)
     protocol: Literal["zero_shot", "base_to_novel"] = "zero_shot"
     license: str = "unknown"
