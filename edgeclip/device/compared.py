@@ -189,7 +189,7 @@ def _sets(
             name=s.name,
             note=s.note,
             classes=len(s.classes),
-            role=s.role,
+            role=s.told,
             at_floor=part.at_floor,
             reference_own_list_top1=own_list_top1(bundle, evaluation, s, evaluation.reference),
             bundle_own_list_top1=own_list_top1(bundle, evaluation, s, features),

@@ -39,6 +39,8 @@ class EvaluationSet(Record):
     """null: a run that is older than this field; `seen` says whether it is unseen"""
     seen: bool | None = None
     """of such a run; null: as old as 0.1, whose sets may be training images"""
+    compared: bool = False
+    """whether its images were compared with the training images, not its name alone"""
 
     @property
     def unseen(self) -> bool:
@@ -46,6 +48,13 @@ class EvaluationSet(Record):
         if self.role is None:
             return self.seen is False
         return self.role == "unseen"
+
+    @property
+    def told(self) -> str | None:
+        """What training had of its images, for people; None: not known."""
+        if self.role == "unseen" and not self.compared:
+            return "kept apart by name, not compared"
+        return self.role
 
 
 class Description(Record):

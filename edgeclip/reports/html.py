@@ -34,7 +34,8 @@ GLOSSARY = {
     "fp32": "the float32 student in torch, before export",
     "lost pp": "top-1 lost from one system to another on the same images, in percentage points; "
     "negative: it gained",
-    "unseen": "images that took no part in training, calibration or the search",
+    "unseen": "images that took no part in training, calibration or the search: "
+    "they were compared with the training images, by bytes and by looks",
     "95 % limits": "each is one-sided: the truth lies beyond it in at most 5 of 100 such samples",
     "worst": "of several sets the one whose upper limit is highest, at a level that all keep",
     "centered cosine": "closeness of features after their common mean is taken away; 1 is equal",

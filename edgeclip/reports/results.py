@@ -39,6 +39,19 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
     own_list_top5: float
 
 
+class OverlapResult(msgspec.Struct, frozen=True, kw_only=True):
+    """How many images of a set are among the training images, which `note` says in words."""
+
+    training_images: int
+    """how many training images it was compared with, by bytes and by a perceptual hash"""
+    identical: int
+    """images with the bytes of a training image"""
+    alike: int
+    """other images that look like a training image re-encoded or resized"""
+    first: tuple[str, ...]
+    """keys of the first ten of both"""
+
+
 class SetScore(msgspec.Struct, frozen=True, kw_only=True):
     """One evaluation set, classified by the teacher and by every reading of the student."""
 
@@ -77,7 +90,14 @@ class SetScore(msgspec.Struct, frozen=True, kw_only=True):
     of: str | None = None
     """name of the data set that the images are of; None in results.json"""
     transductive: bool | None = None
-    """whether the student saw training images of this set; None in results.json"""
+    """whether the student saw training images of this set, by its name or by the images
+    themselves; None: not known, and in results.json"""
+    overlap: OverlapResult | None = None
+    """what of it is among the training images; None: not compared, so nothing says that the student
+    saw none of it"""
+    student_on_unseen: Accuracy | None = None
+    """the student as it ships on the images that are not among the training images; None: all or
+    none of them are, or it is not known"""
     shift: bool | None = None
     """whether the set is a shift of the training data; None in results.json"""
     templates: int | None = None
@@ -221,8 +241,11 @@ class RetrievalScore(msgspec.Struct, frozen=True, kw_only=True):
     """name of the data set that the images are of"""
     note: str
     """what to know of the figures, for people"""
-    transductive: bool
-    """whether the student saw training images of this set"""
+    transductive: bool | None
+    """whether the student saw training images of this set, by its name or by the images
+    themselves; None: not known"""
+    overlap: OverlapResult | None = None
+    """what of it is among the training images; None: not compared"""
     images: int
     """how many images were scored"""
     texts: int

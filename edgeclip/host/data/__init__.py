@@ -12,9 +12,9 @@ from edgeclip.device.images import ImageRef
 from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host import recipe as R
 from edgeclip.host.data import captioned, labeled, openmoji
-from edgeclip.host.data.dataset import Dataset, EvaluationSet
+from edgeclip.host.data.dataset import Dataset, EvaluationSet, Overlap
 
-__all__ = ["DATASETS", "Dataset", "EvaluationSet", "load", "shift_sets"]
+__all__ = ["DATASETS", "Dataset", "EvaluationSet", "Overlap", "load", "shift_sets"]
 
 DATASETS: dict[type, Callable[[Any, Path], Dataset]] = {
     R.OpenMoji: openmoji.load,
@@ -115,5 +115,5 @@ def shift_sets(data: Dataset, other: Dataset) -> list[EvaluationSet]:
             name = f"{other.name}, {s.name}"
         images = [image._replace(label=index[image.label]) for image in s.images]
         classes = [index[c] for c in s.classes]
-        sets.append(EvaluationSet(name, images, classes, "shift; not transductive", shift=True))
+        sets.append(EvaluationSet(name, images, classes, "shift", shift=True))
     return sets

@@ -7,6 +7,22 @@ from edgeclip.device.evaluation import Role
 from edgeclip.device.images import ImageRef
 
 
+class Overlap(NamedTuple):
+    """Which images of an evaluation set were found among the training images."""
+
+    training: int
+    """how many training images it was compared with"""
+    identical: tuple[int, ...]
+    """places of those with the bytes of one"""
+    alike: tuple[int, ...]
+    """places of others that look like one re-encoded or resized"""
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The places of both, ascending: these images are not unseen."""
+        return tuple(sorted(self.identical + self.alike))
+
+
 class EvaluationSet(NamedTuple):
     """Images that are scored together, over one class list."""
 
@@ -21,7 +37,9 @@ class EvaluationSet(NamedTuple):
     shift: bool = False
     """of another style or data set than what was trained on"""
     role: Role = "unseen"
-    """what training had of its images; its figure says so"""
+    """what training had of its images, by how the data set is made; its figure says so"""
+    overlap: Overlap | None = None
+    """what a comparison with the training images found; None: not compared"""
 
     @property
     def seen(self) -> bool:

@@ -21,9 +21,11 @@ from edgeclip.host.cache.inspect import inspect
 from edgeclip.host.data import Dataset
 from edgeclip.host.distill import losses, qat
 from edgeclip.host.distill.run_folder import claim
+from edgeclip.host.evaluation import overlap
 from edgeclip.host.evaluation.scores import note
 from edgeclip.host.recipe import Recipe
 from edgeclip.host.teachers import Teacher
+from edgeclip.progress import is_rank_zero
 
 CLASS_LIST = "give data.classes or evaluation_data"
 
@@ -62,15 +64,11 @@ def load_inputs(path: Path, recipe: Recipe, device: torch.device) -> Inputs:
     for spec in recipe.shifts:
         shifts = data.shift_sets(dataset, data.load(spec, CACHE))
         dataset = dataset._replace(evaluation=dataset.evaluation + shifts)
-    scored = recipe.evaluation_data or recipe.data
-    evaluation = [s._replace(note=note(recipe, scored, s).text) for s in dataset.evaluation]
     labeled = None
     if recipe.adapt_data:
         labeled = data.load(recipe.adapt_data, CACHE)
     captions = _needs_captions(recipe)
-    inputs = Inputs(
-        path, recipe, device, dataset._replace(evaluation=evaluation), labeled, captions
-    )
+    inputs = Inputs(path, recipe, device, dataset, labeled, captions)
     _check_losses(inputs)
     _check_class_list(inputs)
     _check_images(inputs)
@@ -108,6 +106,27 @@ def first_teacher(inputs: Inputs, run: Path, fresh: bool) -> FirstTeacher:
         if not distributed.rank():
             claim(run, inputs.path, recipe, fresh)
     return FirstTeacher(teacher, prompted)
+
+
+def compare_images(inputs: Inputs, run: Path) -> Inputs:
+    """Return the inputs with evaluation sets that were compared with the training images.
+
+    The hashes of these are kept in the run's folder, for `evaluate`. Rank 0 alone looks: it scores.
+    """
+    if not is_rank_zero():
+        return inputs
+    dataset = inputs.dataset
+    parts = [dataset.train]
+    if inputs.labeled is not None:
+        parts.append(inputs.labeled.labeled)
+    threads = inputs.recipe.train.threads
+    dataset = overlap.compared(dataset, overlap.keep(run, parts, threads), threads)
+    overlap.say_overlaps(dataset)
+    spec = inputs.recipe.evaluation_data or inputs.recipe.data
+    evaluation = []
+    for s in dataset.evaluation:
+        evaluation.append(s._replace(note=note(inputs.recipe, spec, s).text))
+    return inputs._replace(dataset=dataset._replace(evaluation=evaluation))
 
 
 def prompts_of(asked: Recipe) -> recipe.Prompts | None:

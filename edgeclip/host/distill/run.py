@@ -4,6 +4,7 @@ A stage whose folder is finished is not done again.
 
     runs/<name>/recipe.yaml, recipe.json  the recipe, as written and as understood
                 roots.json                where the data lie
+                training_images/          hashes of the training images
                 teacher/                  stage 1: the adapted teacher's head or prompts
                 fusion/                   of several teachers, where the recipe fuses them
                 student/                  stage 2: weights, class features, EduAttention
@@ -23,7 +24,7 @@ from edgeclip.host import distributed
 from edgeclip.host import recipe as recipes
 from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
 from edgeclip.host.distill import tensorboard
-from edgeclip.host.distill.prepare import first_teacher, load_inputs
+from edgeclip.host.distill.prepare import compare_images, first_teacher, load_inputs
 from edgeclip.host.distill.results import score
 from edgeclip.host.distill.run_folder import check_claim, mark_latest, move_data, place
 from edgeclip.host.distill.stage1 import stage1
@@ -56,7 +57,10 @@ def distill(
 
     inputs = load_inputs(path, recipe, device)
     clock.lap("data")
-    lesson = stage1(inputs, first_teacher(inputs, run, fresh), run, clock)
+    first = first_teacher(inputs, run, fresh)
+    inputs = compare_images(inputs, run)
+    clock.lap("hashes of images")
+    lesson = stage1(inputs, first, run, clock)
     if not (run / "student" / disk.MANIFEST).exists():
         new = new_student(inputs, lesson)
         lesson = lesson.without_towers()  # from here on the memory is the student's

@@ -19,8 +19,10 @@ import msgspec
 import numpy as np
 
 from edgeclip import disk
+from edgeclip.device.evaluation import Role
 from edgeclip.device.images import SUFFIXES, ImageRef, digest, read
 from edgeclip.device.preprocess import Preprocess
+from edgeclip.disk import Json
 from edgeclip.host.data import Dataset, EvaluationSet
 
 SEED = 0
@@ -47,6 +49,8 @@ class ParityImage(NamedTuple):
     """fingerprint of what the student saw"""
     teacher: TeachersAnswer | None = None
     """None: not asked, or no longer at hand"""
+    unseen: bool = True
+    """whether its set is, and it was not found among the training images"""
 
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -61,9 +65,14 @@ def parity_images(s: EvaluationSet, seen: Columns, taught: Columns | None) -> li
     known: dict[int, TeachersAnswer] = {}
     for i, features, answer in zip(*(taught or ((), (), ())), strict=True):
         known[int(i)] = TeachersAnswer(features, int(answer))
+    found: frozenset[int] = frozenset()
+    if s.overlap is not None:
+        found = frozenset(s.overlap.places)
     images = []
     for i, row, pixels in zip(*seen, strict=True):
-        images.append(ParityImage(s, s.images[i], row, int(pixels), known.get(int(i))))
+        unseen = not s.seen and int(i) not in found
+        answer = known.get(int(i))
+        images.append(ParityImage(s, s.images[i], row, int(pixels), answer, unseen))
     return images
 
 
@@ -80,24 +89,18 @@ def write_parity_set(
     """
     held_out = set()
     for scored in images:
-        if not scored.of.seen:
+        if scored.unseen:
             held_out.add(digest(scored.image))
     if len(images) > max_images:
         places = random.Random(SEED).sample(range(len(images)), max_images)
         images = [images[i] for i in sorted(places)]
-    sets = []
-    for s in data.evaluation:
-        rows = [i for i, p in enumerate(images) if p.of is s]
-        sets.append(
-            {"name": s.name, "note": s.note, "rows": rows, "classes": s.classes, "role": s.role}
-        )
     record = {
         "labels": [p.image.label for p in images],
         "class_names": data.classes,
         "preprocess": msgspec.to_builtins(preprocess),
         "pixels": [p.pixels for p in images],
         "teacher": [p.teacher.answer if p.teacher else None for p in images],
-        "sets": sets,
+        "sets": _sets(data, images),
         "held_out": sorted(held_out),
     }
     with disk.new_folder(folder) as temporary:
@@ -109,6 +112,35 @@ def write_parity_set(
         disk.write_json(temporary / "evaluation.json", record)
         facts = {"license": data.license, "images": len(images)}
         disk.write_manifest(temporary, "evaluation", facts)
+
+
+def _sets(data: Dataset, images: list[ParityImage]) -> list[Json]:
+    """Return the sets over the images that are kept.
+
+    Images that were found among the training images are a set of their own, which is not unseen.
+    """
+    sets: list[Json] = []
+    for s in data.evaluation:
+        compared = s.overlap is not None
+        common = {"note": s.note, "classes": s.classes, "compared": compared}
+        if s.seen:
+            rows = [i for i, p in enumerate(images) if p.of is s]
+            sets.append({"name": s.name, "rows": rows, "role": s.role, **common})
+            continue
+        rows = [i for i, p in enumerate(images) if p.of is s and p.unseen]
+        sets.append({"name": s.name, "rows": rows, "role": s.role, **common})
+        rows = [i for i, p in enumerate(images) if p.of is s and not p.unseen]
+        if rows:
+            name = f"{s.name}, among the training images"
+            sets.append({"name": name, "rows": rows, "role": _role_in_training(data), **common})
+    return sets
+
+
+def _role_in_training(data: Dataset) -> Role:
+    """Return what training may have had of an image that it was found to have."""
+    if data.labeled:
+        return "trained with names"
+    return "seen without names"
 
 
 def _teachers_features(images: list[ParityImage]) -> np.ndarray:

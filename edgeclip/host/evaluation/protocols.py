@@ -12,8 +12,9 @@
                            counts as a hit
 
 Each table says of each set how many images and classes it has, what chance would reach, and whether
-it is transductive, that is whether the student saw training images of this very set. A set is known
-by its name: one that has the name of the recipe's data is taken for it. Protocols that train are
+it is transductive, that is whether the student saw training images of this very set. One that has
+the name of the recipe's data is taken for it; of every other one the images themselves are compared
+with the training images (overlap.py), and where they cannot be, that is said. Protocols that train are
 recipes (`data.protocol`, `adapt_data`, `shifts`); nothing is trained here. Source:
 docs/design/methods.md#10-protocols; PromptKD (CVPR 2024), CLIP_benchmark's retrieval.
 """
@@ -42,12 +43,14 @@ from edgeclip.host import student as students
 from edgeclip.host.adapt import promptsrc
 from edgeclip.host.adapt.residual_head import adapted
 from edgeclip.host.data import Dataset
+from edgeclip.host.evaluation import overlap
 from edgeclip.host.evaluation.scores import (
     Answers,
     ImageFeatures,
     image_features,
     mean_over,
     note,
+    overlap_result,
     score,
     teacher_features,
 )
@@ -125,6 +128,8 @@ def evaluate(folder: Path, protocol: str, given: tuple[str, ...] = ()) -> Protoc
     if isinstance(asked.adapt, recipe.Prompts):
         # The learned context takes the place of the set's templates.
         loaded = [(spec, d._replace(templates=promptsrc.TEMPLATES)) for spec, d in loaded]
+    training = overlap.load(folder)
+    loaded = [(spec, overlap.compared(d, training)) for spec, d in loaded]
     record = _record(_open(folder, asked), protocol, loaded)
     sources = "+".join(dict.fromkeys(s.of or s.name for s in record.sets))
     name = re.sub(r"[^\w+.-]", "_", sources)
@@ -355,13 +360,16 @@ def _retrieval(run: Run, text: TextSide, loaded: Loaded) -> RetrievalScore:
     if of_teacher is not None and run.teacher.teacher is not None:
         encoded = run.teacher.teacher.encode_text(texts).numpy()
         theirs = _recall(of_teacher, groups, encoded)
-    known = note(run.recipe, spec, sets[0])
+    # All of them are one set here, as `headline_images` has put them together.
+    whole = sets[0]._replace(images=images, overlap=overlap.joined(sets))
+    known = note(run.recipe, spec, whole)
     return RetrievalScore(
         name=f"{spec.name} test",
         of=spec.name,
         note=f"{known.text}; {len(texts)} different captions, each belonging to every image that"
         " has it; no class list, so no EduAttention",
         transductive=known.transductive,
+        overlap=overlap_result(whole),
         images=len(of_student.kept),
         texts=len(texts),
         teacher=theirs,

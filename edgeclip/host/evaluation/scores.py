@@ -31,11 +31,19 @@ from edgeclip.device.zero_shot import EduAttention, class_scores, offsets
 from edgeclip.host import recipe as R
 from edgeclip.host.adapt.class_offset import Choices, choices, trade
 from edgeclip.host.data import Dataset, EvaluationSet
+from edgeclip.host.evaluation.overlap import told
 from edgeclip.host.evaluation.parity_set import ParityImage, parity_images, write_parity_set
 from edgeclip.host.student import EduAttentionHead, Student
 from edgeclip.host.teachers import Teacher
 from edgeclip.progress import say, track
-from edgeclip.reports.results import MODELS, Accuracy, ModelScores, SetScore, Trade
+from edgeclip.reports.results import (
+    MODELS,
+    Accuracy,
+    ModelScores,
+    OverlapResult,
+    SetScore,
+    Trade,
+)
 
 TEACHER_BATCH = {"cpu": 8, "cuda": 64}
 """images that a teacher's tower sees at once"""
@@ -135,23 +143,40 @@ class _UnitFeatures(nn.Module):
 class Note(NamedTuple):
     """What to know of a set's figure."""
 
-    transductive: bool
-    """whether the student saw training images of this set"""
+    transductive: bool | None
+    """whether the student saw training images of this set; None: not known"""
     text: str
     """which of its images and labels the run was trained on"""
 
 
 def note(recipe: R.Recipe, spec: R.Data, s: EvaluationSet) -> Note:
-    """Return what to know of the figure of `s`, a set of the data `spec`."""
-    if isinstance(spec, R.OpenMoji) and isinstance(recipe.data, R.OpenMoji):
-        return Note(s.note.startswith("transductive"), s.note)
+    """Return what to know of the figure of `s`, a set of the data `spec`.
+
+    A set's name says whether the student was trained on the data that it is of; whether it saw
+    these images only the comparison with its training images says.
+    """
     if s.seen:
         return Note(True, s.note)
+    by_name = _by_name(recipe, spec, s)
+    whole = f"{by_name.text}; {told(s)}"
+    if by_name.transductive:
+        return Note(True, whole)
+    if s.overlap is None:
+        return Note(None, whole)
+    if s.overlap.places:
+        return Note(True, f"transductive: {whole}")
+    return Note(False, f"not transductive: {whole}")
+
+
+def _by_name(recipe: R.Recipe, spec: R.Data, s: EvaluationSet) -> Note:
+    """Return what the recipe alone says of a set that is not known to hold training images."""
+    if isinstance(spec, R.OpenMoji) and isinstance(recipe.data, R.OpenMoji):
+        return Note(False, s.note)
     if s.shift:
-        return Note(False, "shift; not transductive")
+        return Note(False, "shift")
     labels = _teachers_labels(recipe, spec, s)
     if spec.name != recipe.data.name:
-        return Note(False, f"not transductive: the student saw no image of this set; {labels}")
+        return Note(False, f"not the training data by its name; {labels}")
     own = "without labels"
     if uses_labels(recipe):
         own = "with the labels that there are"
@@ -218,6 +243,7 @@ def score(
         own_list_chance_top1=1 / len(s.classes),
         student=plain,
         student_without_edu_attention=plain,
+        overlap=overlap_result(s),
     )
     if teacher is not None:
         row = replace(row, teacher=accuracy(s, teacher, None))
@@ -236,7 +262,30 @@ def score(
     if head is not None and len(s.classes) < count:
         everywhere = accuracy(s, student, head, student.class_features)
         row = replace(row, student_attending_all_classes=everywhere)
-    return row
+    return replace(row, student_on_unseen=_on_unseen(s, student, shipped))
+
+
+def _on_unseen(s: EvaluationSet, student: Answers, head: EduAttention | None) -> Accuracy | None:
+    """Return the accuracy without the images that are among the training images."""
+    if s.overlap is None or not s.overlap.places:
+        return None
+    unseen = ~np.isin(student.kept, s.overlap.places)
+    if not unseen.any():
+        return None
+    rest = student._replace(kept=student.kept[unseen], features=student.features[unseen])
+    return accuracy(s, rest, head)
+
+
+def overlap_result(s: EvaluationSet) -> OverlapResult | None:
+    """Return what a set's record says of its images among the training images."""
+    if s.overlap is None:
+        return None
+    return OverlapResult(
+        training_images=s.overlap.training,
+        identical=len(s.overlap.identical),
+        alike=len(s.overlap.alike),
+        first=tuple(s.images[i].key for i in s.overlap.places[:10]),
+    )
 
 
 def accuracy(
