@@ -30,9 +30,14 @@ def init(folder: Path, out: Path | None, as_json: bool) -> None:
     """
     from edgeclip.host.recipe.starter import write_recipe
 
-    path, classes = write_recipe(folder, out)
-    text = f"{path}: {classes} classes; next: edgeclip distill {path}"
-    say(as_json, {"recipe": str(path), "classes": classes}, text)
+    found = write_recipe(folder, out)
+    counts = {"classes": found.classes, "train": found.train, "test": found.test}
+    text = (
+        f"{found.path}: {found.classes} classes, {found.train} photos train and {found.test} test;"
+        f" next: fill in data.license, then edgeclip distill {found.path}"
+    )
+    value = {"recipe": str(found.path), **counts, "enough": found.enough}
+    say(as_json, value, "\n".join([*found.enough, text]))
 
 
 @command()

@@ -19,7 +19,7 @@ from edgeclip.host.adapt import promptsrc
 from edgeclip.host.cache import CACHE, TeacherCache
 from edgeclip.host.cache.inspect import inspect
 from edgeclip.host.data import Dataset
-from edgeclip.host.distill import losses, qat
+from edgeclip.host.distill import losses, qat, small_sets
 from edgeclip.host.distill.run_folder import claim
 from edgeclip.host.evaluation import overlap
 from edgeclip.host.evaluation.scores import note
@@ -72,6 +72,8 @@ def load_inputs(path: Path, recipe: Recipe, device: torch.device) -> Inputs:
     _check_losses(inputs)
     _check_class_list(inputs)
     _check_images(inputs)
+    small_sets.refuse(dataset, labeled, recipe)
+    small_sets.warn(dataset, labeled, recipe)
     _refuse_telling_captions(inputs)
     images = [dataset.train, *(s.images for s in dataset.evaluation)]
     if labeled is not None:

@@ -3,11 +3,17 @@
 import collections
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from edgeclip import config, disk
+from edgeclip.device import target
 from edgeclip.device.images import Skipped, index_classes, say_skipped
 from edgeclip.device.turned import say_turned
 from edgeclip.errors import EdgeclipError
+from edgeclip.host.data import Dataset, enough
+from edgeclip.host.data.labeled import load_folders
+from edgeclip.host.data.split import LEAST, PARTS
+from edgeclip.host.recipe import Folders
 
 TEMPLATE = """\
 # {name}: distil the assembled teacher (it is not CLIP) into a small image tower, on photos in one
@@ -24,7 +30,9 @@ data:
   kind: folders
   name: {quoted_name}
   root: {quoted_root}
+  license: unknown      # fill it in, such as: our own, not published; it is copied into every bundle
   test_fraction: 0.2    # of each class's photos: they test, the others train, none validates
+  split: stratified     # one test photo at least of each class that has 3; docs/training.md
   templates: ["a photo of a {{c}}"]
   protocol: zero_shot   # every class has labels; base_to_novel: the first half of the classes only,
                         # and then adapt.self_training: {{}} learns the others as well
@@ -32,10 +40,24 @@ data:
 """
 
 
-def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
-    """Write the recipe; returns its path and the number of classes.
+class Started(NamedTuple):
+    """A recipe that was written."""
 
-    Raises `EdgeclipError` when the folder has no sub-folders with photos, or the file exists.
+    path: Path
+    classes: int
+    train: int
+    """photos"""
+    test: int
+    """photos"""
+    enough: list[str]
+    """what so many photos are enough for, a line each"""
+
+
+def write_recipe(folder: Path, out: Path | None) -> Started:
+    """Write the recipe, and say what the folder's photos are enough for.
+
+    Raises `EdgeclipError` when the folder has no sub-folders with photos, or these are the parts of
+    a split, or the file exists.
     """
     if not folder.is_dir():
         raise EdgeclipError(folder, "there is no such folder", "check the path")
@@ -51,6 +73,12 @@ def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
         raise EdgeclipError(
             folder / empty[0], "has no photo", "add .jpg, .png or .webp files, or remove the folder"
         )
+    if {p.lower() for p in counts} <= PARTS:
+        raise EdgeclipError(
+            folder,
+            f"its sub-folders ({', '.join(counts)}) are parts of a split, not classes",
+            "put the photos of each class into one folder: it is split here",
+        )
     name = folder.resolve().name
     path = out or Path(f"{name}.yaml")
     if path.exists():
@@ -58,8 +86,10 @@ def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
     # The rest is the clothing recipe's, from its teacher on: one set of values that was measured on
     # photos. Self-training is for images without labels, and here every one has its class.
     clothing = config.find("recipe", "clothing").read_text(encoding="utf-8")
-    lines = clothing[clothing.index("teacher:\n") :].splitlines(keepends=True)
-    rest = "".join(line for line in lines if not line.startswith("  self_training:"))
+    kept = clothing[clothing.index("teacher:\n") :].splitlines(keepends=True)
+    rest = "".join(line for line in kept if not line.startswith("  self_training:"))
+    spec = Folders(name=name, root=str(folder.resolve()), split="stratified")
+    data = load_folders(spec, Path())  # it caches nothing
     header = TEMPLATE.format(
         name=name,
         classes=len(counts),
@@ -70,4 +100,23 @@ def write_recipe(folder: Path, out: Path | None) -> tuple[Path, int]:
     )
     disk.write_text(path, header + rest)
     say_turned([[image for images in classes.values() for image in images]], exif=False)
-    return path, len(counts)
+    test = sum(len(s.images) for s in data.evaluation)
+    return Started(path, len(counts), len(data.train), test, _enough(data))
+
+
+def _enough(data: Dataset) -> list[str]:
+    """Return what the photos are enough for, and which classes are too small, a line each."""
+    of = enough.counts(data)
+    targets = {name: target.load(name)[1] for name in config.shipped("target")}
+    lines = [
+        enough.for_training(of),
+        enough.for_int8(sum(of.train), targets),
+        enough.for_verdict(sum(of.test)),
+    ]
+    if len(of.names) == 1:
+        lines.append("one class: there is nothing to tell apart, give two at least")
+    if untested := enough.without_test(of):
+        lines.append(
+            f"too small to be tested (fewer than {LEAST} different photos): class {untested}"
+        )
+    return lines
