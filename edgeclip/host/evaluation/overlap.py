@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 
 from edgeclip import disk
 from edgeclip.device.images import ImageRef, read, stream
-from edgeclip.device.preprocess import open_scaled
+from edgeclip.device.preprocess import Preprocess, open_scaled
 from edgeclip.host.data import Dataset, EvaluationSet, Overlap
 from edgeclip.progress import say, track
 
@@ -41,6 +41,8 @@ SIDE = 8
 LEAST_SIDE = 128
 """px; a JPEG is decoded no smaller, which is a quarter of the time"""
 BATCH = 256
+AS_STORED = Preprocess(size=SIDE, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+"""no option: here every image is turned, whatever a recipe asks for"""
 HOW = "by bytes, and by a 64-bit perceptual hash with a thumbnail"
 
 
@@ -62,8 +64,8 @@ def hashes(image: ImageRef) -> np.ndarray:
     """
     whole = read(image)
     name = f"{image.path} ({image.key})"
-    scaled, _ = open_scaled(whole, name, lambda _: (LEAST_SIDE, LEAST_SIDE))
-    upright = ImageOps.exif_transpose(scaled)
+    scaled, _ = open_scaled(whole, name, AS_STORED, lambda _: (LEAST_SIDE, LEAST_SIDE))
+    upright = ImageOps.exif_transpose(scaled).convert("RGB")
     content = hashlib.blake2b(whole, digest_size=8).digest()
     perceptual = np.packbits(imagehash.phash(upright).hash)
     luminance = upright.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
