@@ -14,12 +14,14 @@ test photos look like training photos (edgeclip/host/evaluation/overlap.py).
 """
 
 import collections
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from edgeclip.device.images import ImageRef, digest
+from edgeclip.device.preprocess import UnreadableImage
 
 Rule = Literal["hash", "stratified"]
 LEAST = 3
@@ -39,8 +41,7 @@ class Split(NamedTuple):
 def split(classes: Sequence[list[ImageRef]], fraction: float, rule: Rule) -> Split:
     """Return the photos of each class, labeled by its place, as the rule splits them.
 
-    fraction: of the photos, 0..1, that test. Raises `UnreadableImage` for a file that cannot be
-    read, under `stratified`.
+    fraction: of the photos, 0..1, that test.
     """
     everything = [image for photos in classes for image in photos]
     if rule == "hash":
@@ -98,15 +99,19 @@ def _first(members: list[list[str]], count: int, fraction: float) -> list[str]:
 def groups(images: list[ImageRef]) -> dict[str, str]:
     """Return the group of each image by its key: images of equal bytes have one.
 
-    Only files of equal size are read.
+    Only files of equal size are read; one that cannot be read is a group of its own, and is skipped
+    and counted where images are decoded.
     """
     of_size: dict[int, list[ImageRef]] = collections.defaultdict(list)
     for image in images:
-        of_size[Path(image.path).stat().st_size].append(image)
-    found: dict[str, str] = {}
+        path = Path(image.path)
+        if path.exists():  # a link may lead nowhere
+            of_size[path.stat().st_size].append(image)
+    found = {image.key: image.key for image in images}
     for same in of_size.values():
+        if len(same) == 1:
+            continue
         for image in same:
-            found[image.key] = image.key
-            if len(same) > 1:
+            with contextlib.suppress(UnreadableImage):
                 found[image.key] = digest(image)
     return found

@@ -15,7 +15,8 @@ from edgeclip.device.zero_shot import class_scores
 from edgeclip.host.adapt.class_offset import fit
 from edgeclip.host.distill.targets import Lesson, Targets
 from edgeclip.host.distill.training import Learner
-from edgeclip.host.evaluation.scores import image_features, uses_labels
+from edgeclip.host.evaluation.notes import uses_labels
+from edgeclip.host.evaluation.scores import image_features
 from edgeclip.host.recipe import Recipe
 from edgeclip.progress import say
 

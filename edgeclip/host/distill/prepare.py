@@ -18,11 +18,11 @@ from edgeclip.host import student as students
 from edgeclip.host.adapt import promptsrc
 from edgeclip.host.cache import CACHE, TeacherCache
 from edgeclip.host.cache.inspect import inspect
-from edgeclip.host.data import Dataset
+from edgeclip.host.data import Dataset, enough
 from edgeclip.host.distill import losses, qat, small_sets
 from edgeclip.host.distill.run_folder import claim
 from edgeclip.host.evaluation import overlap
-from edgeclip.host.evaluation.scores import note
+from edgeclip.host.evaluation.notes import note
 from edgeclip.host.recipe import Recipe
 from edgeclip.host.teachers import Teacher
 from edgeclip.progress import is_rank_zero
@@ -299,7 +299,11 @@ def _check_images(inputs: Inputs) -> None:
                 )
     evaluate_on = "give a test part or evaluation_data"
     if not inputs.dataset.evaluation:
-        raise EdgeclipError(f"{path}: data", "has no images to evaluate on", evaluate_on)
+        what = "has no images to evaluate on"
+        if inputs.dataset.classes:
+            of = enough.counts(inputs.dataset)
+            what += f" (training images: {enough.without_test(of)})"
+        raise EdgeclipError(f"{path}: data", what, evaluate_on)
     for s in inputs.dataset.evaluation:
         if not s.images:
             what = f"has no images to evaluate on {s.name}".rstrip()
@@ -312,7 +316,7 @@ def _check_images(inputs: Inputs) -> None:
         )
     spec = inputs.recipe.train
     processes = distributed.world_size()
-    share = min(spec.batch_size, len(train)) // processes
+    share = _least_share(inputs.recipe, len(train))
     if share < spec.accumulate:
         raise EdgeclipError(
             f"{path}: train.batch_size",
@@ -320,6 +324,11 @@ def _check_images(inputs: Inputs) -> None:
             f" for {spec.accumulate} micro-batches",
             "raise it, or lower accumulate",
         )
+
+
+def _least_share(recipe: Recipe, images: int) -> int:
+    """Return how many images of a batch each process has at least."""
+    return min(recipe.train.batch_size, images) // distributed.world_size()
 
 
 def _refuse_telling_captions(inputs: Inputs) -> None:
@@ -346,6 +355,9 @@ def _refuse_telling_captions(inputs: Inputs) -> None:
 def _check_student(dataset: Dataset, recipe: Recipe, embed_dim: int) -> None:
     """Build the student once for nothing, so that what cannot be built is refused in time."""
     student, preprocess = students.build(recipe.student, embed_dim)
+    least = _least_share(recipe, len(dataset.train)) // recipe.train.accumulate
+    if least == 1 and not recipe.train.freeze_batch_norm:
+        _refuse_lone_image(student.tower, preprocess.size)
     if recipe.qat:
         qat.check_student(student, preprocess.size, recipe.qat.target)
     if recipe.train.gradient_checkpointing:
@@ -354,3 +366,16 @@ def _check_student(dataset: Dataset, recipe: Recipe, embed_dim: int) -> None:
         text = students.build_text(recipe.student.text, embed_dim)
         classes = [dataset.classes[i] for i in dataset.train_classes]
         students.token_ids(text, prompts(classes, dataset.templates))
+
+
+def _refuse_lone_image(tower: nn.Module, size: int) -> None:
+    """Refuse a tower that cannot be trained on one image; the tower is spoiled by it."""
+    try:
+        with torch.no_grad():
+            tower.train()(torch.zeros(1, 3, size, size))
+    except ValueError:  # a batch norm that has one value a channel
+        raise EdgeclipError(
+            "train.batch_size",
+            "leaves micro-batches of one image, and the batch norm of student.tower needs two",
+            "raise it, lower accumulate, or set freeze_batch_norm: true",
+        ) from None

@@ -116,7 +116,7 @@ def _classes(dataset: Dataset, recipe: Recipe) -> list[str]:
     for s in dataset.evaluation:
         if s.headline and len({image.label for image in s.images}) == 1:
             found.append(
-                f"the {len(s.images)} images of '{s.name}' are all of one class,"
+                f"'{s.name}' has images of one class alone ({len(s.images)}),"
                 f" '{dataset.classes[s.images[0].label]}'"
             )
         if s.headline and len(s.classes) == 1:

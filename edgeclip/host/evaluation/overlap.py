@@ -11,7 +11,7 @@ RUN/training_images/, and whatever is evaluated is compared with that: in the ru
 
 Equal bytes are the same image. A copy that was re-encoded or resized has other bytes, nearly the
 same pHash and in no part of the thumbnail another luminance. A pHash alone is met by chance: a
-frowning face has that of a smiling one. What the limits find and miss: docs/evaluation-overlap.md. A crop
+frowning face has that of a smiling one. What the limits find and miss: docs/verdict.md. A crop
 or a mirrored copy is another image here.
 """
 
@@ -35,7 +35,7 @@ FOLDER = "training_images"
 """in a run's folder"""
 MOST_BITS = 6
 """of 64 that may differ between the pHashes of an image and of its copy"""
-MOST_LEVELS = 6
+MOST_LEVELS = 8
 """of 255 that any part of their thumbnails may differ"""
 SIDE = 8
 LEAST_SIDE = 128

@@ -44,13 +44,12 @@ from edgeclip.host.adapt import promptsrc
 from edgeclip.host.adapt.residual_head import adapted
 from edgeclip.host.data import Dataset
 from edgeclip.host.evaluation import overlap
+from edgeclip.host.evaluation.notes import note, overlap_result
 from edgeclip.host.evaluation.scores import (
     Answers,
     ImageFeatures,
     image_features,
     mean_over,
-    note,
-    overlap_result,
     score,
     teacher_features,
 )

@@ -32,7 +32,7 @@ data:
   root: {quoted_root}
   license: unknown      # fill it in, such as: our own, not published; it is copied into every bundle
   test_fraction: 0.2    # of each class's photos: they test, the others train, none validates
-  split: stratified     # one test photo at least of each class that has 3; docs/training.md
+  split: stratified     # one test photo at least of each class that has 3
   templates: ["a photo of a {{c}}"]
   protocol: zero_shot   # every class has labels; base_to_novel: the first half of the classes only,
                         # and then adapt.self_training: {{}} learns the others as well

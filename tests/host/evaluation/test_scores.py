@@ -5,8 +5,8 @@ see?
 from edgeclip import config
 from edgeclip.host import recipe
 from edgeclip.host.data import EvaluationSet
+from edgeclip.host.evaluation.notes import note
 from edgeclip.host.evaluation.overlap import told
-from edgeclip.host.evaluation.scores import note
 
 STUDENT = {"tower": {"kind": "timm", "model": "x", "weights": "random", "image_size": 32}}
 
