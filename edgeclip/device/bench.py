@@ -185,7 +185,10 @@ def check_with(bundle: Bundle, minimum: Minimum) -> str:
     provider = "cpu"
     if bundle.providers:
         provider = tools_name.get(bundle.providers[0], "cpu")
-    how = f"-x {threads} -y 1 -C 'session.qdqisint8allowed|1' -e {provider}"
+    own = bundle.manifest.session_options.get(bundle.manifest.image_encoder, {})
+    entries = {"session.qdqisint8allowed": "1", **own}  # an older manifest names none
+    config = " ".join(f"{key}|{value}" for key, value in entries.items())
+    how = f"-x {threads} -y 1 -C '{config}' -e {provider}"
     return f"onnxruntime_perf_test -I -f batch:1 -m times -r {count} {how} {model}"
 
 

@@ -185,6 +185,9 @@ class BundleManifest(Record, kw_only=True):
     """file name"""
     image_encoder_bytes: int
     """of all files of the image encoder"""
+    session_options: dict[str, dict[str, str]] = msgspec.field(default_factory=dict)
+    """file name of a graph to the session's options that its answers depend on, by the runtime's
+    own names; {}: none, or a bundle of an edgeclip that did not write them"""
     preprocess: Preprocess
     logit_scale: float
     """already exponentiated"""

@@ -77,6 +77,19 @@ def open_session(
     return session
 
 
+def session_options(runtime: str, model: Path) -> dict[str, str]:
+    """Return the runtime's options that the answers of a model file depend on, by name.
+
+    They are what `open_session` sets. TensorRT has none: what an engine computes is in its graph.
+    Raises `ImportError` where the runtime is not installed.
+    """
+    if runtime == "tensorrt":
+        return {}
+    module = importlib.import_module(RUNTIMES[runtime])
+    options: dict[str, str] = module.session_options(model)
+    return options
+
+
 def _null_session(threads: int) -> Session:
     """Return a session whose answer is always the same [1, 1] array."""
     answer = np.ones((1, 1), np.float32)

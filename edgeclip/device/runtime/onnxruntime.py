@@ -48,12 +48,26 @@ FIXED = {1: 8, 5: 4}
 """to the bytes that a value takes"""
 
 
+def session_options(model: Path | bytes) -> dict[str, str]:
+    """Return the session's configuration entries that the answers of this ONNX file depend on.
+
+    model: its path, or its content. `open_session` sets these, and a bundle's manifest names them,
+    so that a session without edgeclip answers the same.
+    """
+    # S8S8 is for ARM, and there every quantized convolution is one integer kernel. By default x86
+    # leaves some of them between Q and DQ in float, which is faster and rounds otherwise; with this
+    # it computes what the board will, bit for bit. U8S8 does not change.
+    options = {"session.qdqisint8allowed": "1"}
+    if disabled := disabled_optimizers(model):
+        options["optimization.disable_specified_optimizers"] = ";".join(disabled)
+    return options
+
+
 def disabled_optimizers(model: Path | bytes) -> list[str]:
     """Return the graph transformers that ONNX Runtime must leave out for this ONNX file.
 
-    model: its path, or its content. Every session takes its `disabled_optimizers` from here. What
-    the graph holds decides, not what it is called: one float16 initializer makes it a float16
-    graph.
+    model: its path, or its content. Every session leaves these out. What the graph holds
+    decides, not what it is called: one float16 initializer makes it a float16 graph.
     """
     if isinstance(model, bytes):
         return _disabled(io.BytesIO(model), len(model))
@@ -116,10 +130,6 @@ def open_session(
     options.inter_op_num_threads = 1
     options.graph_optimization_level = LEVELS[optimization]
     options.log_severity_level = 3
-    # S8S8 is for ARM, and there every quantized convolution is one integer kernel. By default x86
-    # leaves some of them between Q and DQ in float, which is faster and rounds otherwise; with this
-    # it computes what the board will, bit for bit. U8S8 does not change.
-    options.add_session_config_entry("session.qdqisint8allowed", "1")
     if missing := [p for p in providers if p not in ort.get_available_providers()]:
         raise EdgeclipError(
             model,
@@ -129,12 +139,9 @@ def open_session(
     if CPU not in providers:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = ort.InferenceSession(
-            str(model),
-            options,
-            providers=list(providers),
-            disabled_optimizers=disabled_optimizers(model),
-        )
+        for key, value in session_options(model).items():
+            options.add_session_config_entry(key, value)
+        session = ort.InferenceSession(str(model), options, providers=list(providers))
     except Exception as e:  # pybind raises a different type for every failure
         raise EdgeclipError(
             model,

@@ -20,6 +20,11 @@ def _core() -> ov.Core:
     return ov.Core()
 
 
+def session_options(model: Path) -> dict[str, str]:
+    """Return the properties that the answers of a graph depend on; `open_session` sets them."""
+    return {"INFERENCE_PRECISION_HINT": "f32"}
+
+
 def open_session(model: Path, threads: int, optimization: str) -> Session:
     """Return a session. Raises `EdgeclipError` where OpenVINO does not do what is asked."""
     core = _core()
@@ -27,7 +32,7 @@ def open_session(model: Path, threads: int, optimization: str) -> Session:
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
+        **session_options(model),
     }
     try:
         compiled = core.compile_model(core.read_model(model), "CPU", asked)

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeclip.device.runtime.onnxruntime import disabled_optimizers
+from edgeclip.device.runtime.onnxruntime import session_options
 
 
 class GraphView:
@@ -139,11 +139,7 @@ def _session(model: onnx.ModelProto) -> tuple[Any, list[str]]:
     """
     content = model.SerializeToString()
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.qdqisint8allowed", "1")
-    session = ort.InferenceSession(
-        content,
-        options,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=disabled_optimizers(content),
-    )
+    for key, value in session_options(content).items():
+        options.add_session_config_entry(key, value)
+    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return session, [output.name for output in session.get_outputs()]
