@@ -23,7 +23,7 @@ from edgeclip.host.recipe import OpenClip
 from edgeclip.host.towers import weights
 from edgeclip.host.towers.tokenization import tokenization
 from tests.support.strings import labels, mixed
-from tests.support.tokenizers import FAMILIES, trained
+from tests.support.trained_tokenizers import FAMILIES, trained
 
 COUNT = {"whole": 100_000, "quick": 2_000, "smoke": 50}
 LENGTH = 40

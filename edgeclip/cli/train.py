@@ -28,7 +28,7 @@ def init(folder: Path, out: Path | None, as_json: bool) -> None:
     Example:
         edgeclip init ~/photos && edgeclip distill photos.yaml
     """
-    from edgeclip.host.recipe.starter import write_recipe
+    from edgeclip.host.data.starter import write_recipe
 
     found = write_recipe(folder, out)
     counts = {"classes": found.classes, "train": found.train, "test": found.test}

@@ -3,9 +3,8 @@
     RUN/results.json                             `EvaluationResults`, written by `edgeclip distill`
     RUN/reports/evaluate-<protocol>-<sets>.json  `AccuracyRecord` or `RetrievalRecord`
 
-Accuracies and recalls are fractions from 0 to 1. None means not measured, or that the reading does
-not apply.
-Files of edgeclip 0.1 have no `format`; `_of_first_format` turns them into today's.
+Accuracies and recalls are fractions from 0 to 1. None means not measured, or does not apply. Files
+of edgeclip 0.1 have no `format`; `older` turns them into today's.
 """
 
 from pathlib import Path
@@ -15,8 +14,8 @@ import msgspec
 
 from edgeclip import disk
 from edgeclip.device.manifest import ClassOffset
-from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
+from edgeclip.reports import older
 
 FORMAT = 2
 """format of the files that are written"""
@@ -344,7 +343,7 @@ def _convert(path: Path, value: Any, kind: type[R]) -> R:
         raise EdgeclipError(path, "is not a JSON object", "restore the file, or make it again")
     written = value.get("format", 1)
     if written == 1:
-        value = _of_first_format(value)
+        value = older.of_first_format(value, MODELS) | {"format": FORMAT}
     elif written != FORMAT:
         raise EdgeclipError(
             path,
@@ -355,51 +354,3 @@ def _convert(path: Path, value: Any, kind: type[R]) -> R:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as e:
         raise EdgeclipError(path, str(e), "restore the file, or make it again") from None
-
-
-RENAMED = {
-    "pictures": "images",
-    "chance_r1": "own_list_chance_top1",
-    "data_licence": "data_license",
-    "harmonic_mean": "own_list_harmonic_mean",
-    "average": "own_list_average",
-}
-"""fields of edgeclip 0.1"""
-RENAMED_LAPS = {"waiting for pictures": "waiting for images", "optimiser": "optimizer"}
-
-
-def _of_first_format(value: Json) -> Json:
-    """Return today's form of a record of edgeclip 0.1, which has other names for a few fields."""
-    new = _renamed(value, RENAMED) | {"format": FORMAT}
-    retrieval = value.get("protocol") == "retrieval"
-    if value.get("protocol") == "domain_generalisation":
-        new["protocol"] = "domain_generalization"
-    if "seconds" in value:
-        new["seconds"] = _renamed(value["seconds"], RENAMED_LAPS)
-    if "log" in value:
-        new["log"] = [_log_row(row) for row in value["log"]]
-    new["sets"] = []
-    for row in value.get("sets", []):
-        new["sets"].append(_set(row, retrieval))
-    return new
-
-
-def _set(row: Json, retrieval: bool) -> Json:
-    if retrieval:
-        return _renamed(row, {"pictures": "images"})
-    new = {**_renamed(row, RENAMED), "labels": None, "chance_top1": None}
-    for model in MODELS:
-        if new.get(model):
-            within = _renamed(new[model], {"r1": "own_list_top1", "r5": "own_list_top5"})
-            new[model] = {**within, "top1": None, "top5": None}
-    return new
-
-
-def _log_row(row: Json) -> Json:
-    # Pea-KD's first training was called `first` in the recipe.
-    names = {"first_features": "pretrain_features", "first_predictions": "pretrain_predictions"}
-    return _renamed(row, names)
-
-
-def _renamed(value: Json, names: dict[str, str]) -> Json:
-    return {names.get(name, name): item for name, item in value.items()}

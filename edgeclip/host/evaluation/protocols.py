@@ -14,8 +14,8 @@
 Each table says of each set how many images and classes it has, what chance would reach, and whether
 it is transductive, that is whether the student saw training images of this very set. One that has
 the name of the recipe's data is taken for it; of every other one the images themselves are compared
-with the training images (overlap.py), and where they cannot be, that is said. Protocols that train are
-recipes (`data.protocol`, `adapt_data`, `shifts`); nothing is trained here. Source:
+with the training images (overlap.py), and where they cannot be, that is said. Protocols that train
+are recipes (`data.protocol`, `adapt_data`, `shifts`); nothing is trained here. Source:
 docs/design/methods.md#10-protocols; PromptKD (CVPR 2024), CLIP_benchmark's retrieval.
 """
 

@@ -28,7 +28,7 @@ from edgeclip.device.preprocess import Preprocess, UnreadableImage, open_image, 
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import data
 from edgeclip.host import recipe as R
-from edgeclip.host.recipe.starter import write_recipe
+from edgeclip.host.data.starter import write_recipe
 from tests.support.images import add_member, encoded, toy_image
 from tests.support.optional import require
 from tests.support.webdataset import webdataset

@@ -8,8 +8,8 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host.recipe import OpenClip
 from edgeclip.host.towers.tokenization import tokenization
 from tests.support.strings import assigned, labels, mixed
-from tests.support.tokenizers import FAMILIES, trained
 from tests.support.tokens import clip_words
+from tests.support.trained_tokenizers import FAMILIES, trained
 
 
 def ids(words, text):

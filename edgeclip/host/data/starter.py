@@ -30,12 +30,12 @@ data:
   kind: folders
   name: {quoted_name}
   root: {quoted_root}
-  license: unknown      # fill it in, such as: our own, not published; it is copied into every bundle
+  license: unknown      # fill it in, such as: our own, not published; every bundle carries it
   test_fraction: 0.2    # of each class's photos: they test, the others train, none validates
   split: stratified     # one test photo at least of each class that has 3
   templates: ["a photo of a {{c}}"]
-  protocol: zero_shot   # every class has labels; base_to_novel: the first half of the classes only,
-                        # and then adapt.self_training: {{}} learns the others as well
+  protocol: zero_shot   # every class has labels; base_to_novel: the first half of the classes
+                        # only, and then adapt.self_training: {{}} learns the others as well
 
 """
 
