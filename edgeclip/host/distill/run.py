@@ -61,6 +61,7 @@ def distill(
     inputs = compare_images(inputs, run)
     clock.lap("hashes of images")
     lesson = stage1(inputs, first, run, clock)
+    del first  # so that its towers go when the lesson lets go of them
     if not (run / "student" / disk.MANIFEST).exists():
         new = new_student(inputs, lesson)
         lesson = lesson.without_towers()  # from here on the memory is the student's

@@ -179,7 +179,7 @@ def test_a_vocabulary_that_is_too_small_is_refused():
     )
     with pytest.raises(
         EdgeclipError,
-        match="has a vocabulary of 100, CLIP's tokenizer has 49408; give vocab_size: 49408",
+        match="has a vocabulary of 100, its tokenizer has 49408; give vocab_size: 49408",
     ):
         students.build_text(spec, 8)
 

@@ -178,8 +178,8 @@ def test_zero_shot_on_a_folder_has_class_features_from_its_own_words_and_prompts
     assert row["teacher"]["top1"] == 1.0
     assert (row["classes"], row["images"]) == (3, 9)
     assert "text encoder" in record["text_side"]
-    # Flat as the training images of paint, and of colors of their own.
-    assert row["overlap"]["alike"] == 0 and not row["transductive"]
+    # Stage 1's own images, under another name than the run's data: their bytes say so.
+    assert row["overlap"]["identical"] == 9 and row["transductive"]
     assert "adapted on labels of its training images" in row["note"]
     (folder / "night.yaml").write_text(
         "data: {kind: webdataset, name: evening, root: night, train: null, templates: ['{c}']}\n"

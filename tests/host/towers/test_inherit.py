@@ -245,9 +245,10 @@ def test_a_recipes_student_inherits_and_is_rebuilt_without_the_teacher(tmp_path)
 
 
 def test_a_run_that_cannot_inherit_leaves_nothing_behind(here, photos):
-    (here / "shop" / "cat").mkdir(parents=True)
-    for i, p in enumerate(sorted(photos.iterdir())[:20]):
-        (here / "shop" / "cat" / f"{i}.png").write_bytes(p.read_bytes())
+    for i, p in enumerate(sorted(photos.iterdir())[:40]):
+        folder = here / "shop" / ("cat" if i % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.png").write_bytes(p.read_bytes())
     student = "{tower: {kind: timm, model: test_vit, weights: random, image_size: 64}, inherit: {kind: timm, model: vit_tiny_patch16_224, weights: random, image_size: 64}}"
     recipe = RECIPE.replace("ROOT", "shop").replace(
         "student: {tower: {kind: timm, model: mobilenetv4_conv_small_035, weights: random, image_size: 32}, projector_hidden: null}",
