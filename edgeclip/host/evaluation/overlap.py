@@ -136,12 +136,13 @@ def compare(images: Sequence[ImageRef], training: Hashes, what: str, threads: in
         at = int(np.searchsorted(known, content))
         if at < len(known) and known[at] == content:
             identical.append(i)
-        elif _looks_like_any(perceptual, thumbnail, training):
+        elif looks_like_any(perceptual, thumbnail, training):
             alike.append(i)
     return Overlap(len(training.content), tuple(identical), tuple(alike))
 
 
-def _looks_like_any(perceptual: np.uint64, thumbnail: np.ndarray, training: Hashes) -> bool:
+def looks_like_any(perceptual: np.uint64, thumbnail: np.ndarray, training: Hashes) -> bool:
+    """Return whether one image of `training` differs by no more than a copy of it does."""
     bits = np.bitwise_count(training.perceptual ^ perceptual)
     near = np.flatnonzero(bits <= MOST_BITS)
     difference = np.abs(training.thumbnail[near].astype(np.int16) - thumbnail)
