@@ -140,7 +140,14 @@ def bundle(work: Path, form: str) -> Path:
         print(f"making a {MODELS[form]} checkpoint and its int8 bundle in {work}", file=sys.stderr)
         subprocess.run([sys.executable, __file__, "--prepare", str(work), MODELS[form]], check=True)
         source = ["--model", model_name(work, form), "--weights", str(work / "model.safetensors")]
-        source += ["--labels", str(work / "labels.txt"), "--images", str(work / "images")]
+        source += [
+            "--like",
+            "default",
+            "--labels",
+            str(work / "labels.txt"),
+            "--images",
+            str(work / "images"),
+        ]
         to = ["--target", str(target(work)), "--out", str(work / "bundles")]
         subprocess.run([*EDGECLIP, "export", *source, *to], check=True, stdout=sys.stderr)
     return folder

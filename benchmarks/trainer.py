@@ -189,6 +189,7 @@ def with_edgeclip(job: Job, only_cache: bool = False) -> dict[str, Any]:
                 "model": job.teacher,
                 "config": config_of(job.teacher),
                 "weights": str(folder / "teacher.safetensors"),
+                "like": "default",
             },
             "student": {
                 "tower": tower,
