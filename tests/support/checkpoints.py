@@ -5,9 +5,10 @@ import sys
 from tests.support.files import REPO
 
 sys.path.insert(0, str(REPO / "benchmarks"))
+import checkpoint_layouts
 import conform_weights
 
 CNN = "mobilenetv4_conv_small_035"
 """a timm model of 2 M numbers"""
 
-__all__ = ["CNN", "conform_weights"]
+__all__ = ["CNN", "checkpoint_layouts", "conform_weights"]

@@ -1,6 +1,4 @@
-"""`edgeclip evaluate` on a run whose teacher is known to be right: it sees an image's color, and
-its texts name colors.
-"""
+"""`edgeclip evaluate` on a run whose teacher is right: it sees colors, and its texts name them."""
 
 import json
 import shutil

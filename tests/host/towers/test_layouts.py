@@ -15,6 +15,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.towers import checkpoint, layouts, torchscript, weights
 from tests.support.checkpoints import CNN
+from tests.support.checkpoints import checkpoint_layouts as L
 from tests.support.checkpoints import conform_weights as C
 
 QUICK = ["TinyCLIP-ViT-8M-16", "SigLIP-B/16", "timm ViT"]
@@ -24,7 +25,7 @@ QUICK = ["TinyCLIP-ViT-8M-16", "SigLIP-B/16", "timm ViT"]
 @pytest.mark.parametrize("name", QUICK)
 def test_every_layout_gives_the_reference_classs_features(name, tmp_path):
     found = C.cases(tmp_path, [name])
-    assert len(found) >= len(C.LAYOUTS) + 1
+    assert len(found) >= len(L.LAYOUTS) + 1
     assert [case for case in found if not case.difference <= C.MOST] == []
 
 
@@ -132,7 +133,7 @@ def test_safetensors_are_known_by_their_content(tmp_path):
 
 def test_an_index_that_does_not_match_its_shards(tmp_path):
     state = net().state_dict()
-    C._sharded(state, tmp_path)
+    L.sharded(state, tmp_path)
     assert checkpoint.read(str(tmp_path)).keys() == state.keys()
     index = tmp_path / "model.safetensors.index.json"
     assert checkpoint.read(str(index)).keys() == state.keys()
@@ -201,7 +202,7 @@ def test_an_archive_of_torchscript_is_read_without_its_code(tmp_path):
 def test_a_timm_classifier_has_the_classes_of_its_weights(classes, tmp_path):
     import timm
 
-    theirs = C.lively(timm.create_model(CNN, num_classes=classes))
+    theirs = L.lively(timm.create_model(CNN, num_classes=classes))
     file = torch_file(theirs.state_dict(), tmp_path)
     spec = R.Timm(model=CNN, weights=str(file), image_size=64)
     ours, _ = weights.timm_model(spec, num_classes=None)
@@ -230,7 +231,7 @@ def test_another_resolution_only_where_it_is_asked_for(tmp_path):
     model = C.model_of("TinyCLIP-ViT-8M-16")
     small = json.loads(json.dumps(C.CLIPS["TinyCLIP-ViT-8M-16"]))
     small["vision_cfg"]["image_size"] = 160
-    file = C._plain(model.state_dict(), tmp_path)
+    file = L.plain(model.state_dict(), tmp_path)
     config = {"model_cfg": small, "preprocess_cfg": C.DEFAULT}
     spec = R.OpenClip(model="own", weights=file, config=config)
     with pytest.raises(EdgeclipError, match="--resize-pos-embed"):
@@ -247,7 +248,7 @@ def test_another_resolution_only_where_it_is_asked_for(tmp_path):
 def test_a_timm_vit_of_another_resolution(tmp_path):
     import timm
 
-    model = C.lively(timm.create_model("vit_tiny_patch16_224", depth=2, img_size=160))
+    model = L.lively(timm.create_model("vit_tiny_patch16_224", depth=2, img_size=160))
     file = torch_file(model.state_dict(), tmp_path)
     spec = {"model": "vit_tiny_patch16_224", "weights": str(file), "image_size": 224, "depth": 2}
     with pytest.raises(EdgeclipError, match=r"101 positions, the model has 197.*resize_pos_embed"):

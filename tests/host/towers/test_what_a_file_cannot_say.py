@@ -19,6 +19,7 @@ from edgeclip.host import student as students
 from edgeclip.host.export import source as sources
 from edgeclip.host.towers import assumed, reference, weights
 from tests.support.checkpoints import CNN
+from tests.support.checkpoints import checkpoint_layouts as L
 from tests.support.checkpoints import conform_weights as C
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)
@@ -77,8 +78,8 @@ def test_a_tag_and_the_recipe_settle_it():
 @pytest.mark.parametrize("quick", [True, False])
 def test_the_activation_is_computed_and_kept_without_the_weights(quick, tmp_path):
     config = {"model_cfg": C.CLIPS["TinyCLIP-ViT-8M-16"], "preprocess_cfg": C.DEFAULT}
-    theirs = C.lively(__import__("open_clip").CLIP(**config["model_cfg"], quick_gelu=quick))
-    file = C._plain(theirs.state_dict(), tmp_path)
+    theirs = L.lively(__import__("open_clip").CLIP(**config["model_cfg"], quick_gelu=quick))
+    file = L.plain(theirs.state_dict(), tmp_path)
     spec = R.OpenClip(model="own", weights=file, config=config, quick_gelu=quick)
     ours, _ = weights.open_clip_model(spec)
     assert C.difference(ours, theirs) <= C.MOST
