@@ -21,12 +21,9 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 def of_open_clip(spec: OpenClip, size: int) -> Transform:
     """Return open_clip's `image_transform_v2` for the model."""
-    from open_clip.pretrained import get_pretrained_cfg
     from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
     cfg = assumed_of(spec).preprocess
-    if spec.weights.startswith("hub:"):
-        cfg = get_pretrained_cfg(spec.model, spec.weights.removeprefix("hub:"))
     merged = merge_preprocess_dict(merge_preprocess_dict(PreprocessCfg(), cfg), {"size": size})
     transform: Transform = image_transform_v2(PreprocessCfg(**merged), is_train=False)
     return transform

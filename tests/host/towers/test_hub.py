@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from edgeclip import disk
 from tests.support.hub import Hub
+from tests.support.images import toy_image
 
 TINY = {
     "embed_dim": 16,
@@ -189,12 +190,19 @@ def test_what_does_not_come_is_one_line(hub, tmp_path, library, model, named, wh
     assert what in found["error"] and "\n" not in found["error"]
 
 
-def test_a_bundle_says_the_commit_it_was_made_of(hub, tmp_path):
-    open_clips(tmp_path / "files")
+@pytest.mark.parametrize("library", [open_clips, timms])
+def test_a_bundle_says_the_commit_it_was_made_of(hub, tmp_path, library):
+    """Its golden answers are of the library's own transform, by the repository's configuration."""
+    library(tmp_path / "files")
+    for i in range(3):
+        image = toy_image(i, 200 + i, 190)
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        image.save(tmp_path / "photos" / f"{i}.png")
     commit = hub.commit("lab/tiny", tmp_path / "files")
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     asked = ["export", "--model", "hf-hub:lab/tiny", "--weights", "hub:main", "--out", "b"]
     command = [sys.executable, "-m", "edgeclip", *asked, "--target", "onnx-fp32"]
+    command += ["--images", "photos"]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True
     )
