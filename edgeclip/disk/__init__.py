@@ -7,6 +7,7 @@ rename makes it visible. Whoever finds a manifest may trust the folder; whoever 
 check the hashes.
 """
 
+from edgeclip.disk.arrays import Declared, read_declared, read_declared_arrays
 from edgeclip.disk.places import (
     cache_folder,
     is_utf8,
@@ -53,6 +54,7 @@ __all__ = [
     "FORMAT",
     "MANIFEST",
     "VERDICTS",
+    "Declared",
     "Description",
     "Json",
     "Record",
@@ -67,6 +69,8 @@ __all__ = [
     "new_folder",
     "read_array",
     "read_arrays",
+    "read_declared",
+    "read_declared_arrays",
     "read_json",
     "read_manifest",
     "read_record",

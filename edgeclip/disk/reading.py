@@ -14,7 +14,7 @@ from edgeclip.errors import EdgeclipError
 
 MANIFEST = "manifest.json"
 
-_header = threading.Lock()
+HEADER = threading.Lock()
 """numpy parses an array's header by `ast`, which until Python 3.12 fails now and then in two
 threads at once ("AST constructor recursion depth mismatch", python/cpython#106905)"""
 
@@ -63,14 +63,14 @@ def differences(a: Any, b: Any, at: str = "") -> list[str]:
 
 def read_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     """Return a .npy file's array, from any thread. Raises as `numpy.load`; pickles are refused."""
-    with _header:
+    with HEADER:
         array: np.ndarray = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
     return array
 
 
 def read_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
     """Return a .npz file's arrays, from any thread. Raises as `numpy.load`; pickles are refused."""
-    with _header, np.load(file, allow_pickle=False) as arrays:
+    with HEADER, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
@@ -123,7 +123,7 @@ def verify_files(folder: Path, files: dict[str, str], kind: str) -> None:
             raise EdgeclipError(
                 folder, f"its manifest names a file outside it ({name})", "do not use this folder"
             )
-        if not file.exists():
+        if not file.is_file():
             wrong.append(f"{name} is missing")
         elif sha256(file) != digest:
             wrong.append(f"{name} was changed")
