@@ -22,12 +22,9 @@ from typing import NamedTuple, TypeVar, overload
 import numpy as np
 
 from edgeclip import text_file
-from edgeclip.device.preprocess import (
-    Preprocess,
-    UnreadableImage,
-    open_image,
-    to_pixels,
-)
+from edgeclip.device import image_file
+from edgeclip.device.image_file import UnreadableImage
+from edgeclip.device.preprocess import Preprocess, open_image, to_pixels
 from edgeclip.device.walk import entries, no_data, walk
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say, say_once
@@ -81,17 +78,16 @@ class Lookup(Sequence[ImageRef], abc.ABC):
 def read(image: ImageRef) -> bytes:
     """Return an image's own bytes.
 
-    Raises `UnreadableImage` when its file is gone, may not be read or ends before the image does.
+    Raises `UnreadableImage` when its file is gone, may not be read, ends before the image does, or
+    has more than an image may have.
     """
     where = f"{image.path} ({image.key})"
     try:
-        with Path(image.path).open("rb") as file:
-            file.seek(image.offset)
-            content = file.read(image.size)
+        content = image_file.read(Path(image.path), where, image.offset, image.size)
     except FileNotFoundError:
         raise UnreadableImage(where, "there is no such file", "restore it") from None
-    except OSError as e:
-        what = f"cannot be read ({e.strerror})"
+    except (OSError, ValueError) as e:  # ValueError: a path with a NUL in it
+        what = f"cannot be read ({getattr(e, 'strerror', None) or e})"
         raise UnreadableImage(where, what, "check its rights and its disk") from None
     if len(content) < image.size:
         raise UnreadableImage(where, "the shard is shorter than its index says", "restore it")

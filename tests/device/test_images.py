@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from edgeclip.device.image_file import UnreadableImage
 from edgeclip.device.images import (
     ImageRef,
     index_folder,
@@ -15,7 +16,6 @@ from edgeclip.device.images import (
     refuse_unreadable,
     stream,
 )
-from edgeclip.device.preprocess import UnreadableImage
 from edgeclip.errors import EdgeclipError
 from tests.support.images import add_member, encoded, toy_image
 

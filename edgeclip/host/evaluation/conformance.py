@@ -12,7 +12,6 @@ A bundle with another vocabulary is compared in its images alone, and the report
 """
 
 import importlib.metadata
-import io
 import json
 import math
 import tempfile
@@ -24,7 +23,6 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import torch
-from PIL import Image
 
 from edgeclip import disk
 from edgeclip.device.bundle import Bundle
@@ -43,7 +41,7 @@ from edgeclip.device.conformance import (
     put_answers,
     without_padding,
 )
-from edgeclip.device.preprocess import Preprocess
+from edgeclip.device.preprocess import Preprocess, open_image
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.evaluation import golden
 from edgeclip.host.towers import weights
@@ -179,11 +177,9 @@ class ImageReference:
 
     def __call__(self, content: bytes) -> np.ndarray:
         """Raise `RuntimeError` where what is kept would not give open_clip's own tensor."""
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            x: Any = image
-            for step in self.steps:
-                x = step(x)
+        x: Any = open_image(content)
+        for step in self.steps:
+            x = step(x)
         pixels: np.ndarray = (x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         tensor = self.normalize(x).numpy()
         kept = np.stack([self.levels[pixels[..., c], c] for c in range(3)])

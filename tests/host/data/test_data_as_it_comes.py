@@ -13,6 +13,7 @@ import tarfile
 import pytest
 from PIL import features
 
+from edgeclip.device.image_file import UnreadableImage
 from edgeclip.device.images import (
     SUFFIXES,
     index_classes,
@@ -20,7 +21,7 @@ from edgeclip.device.images import (
     index_tar,
     read,
 )
-from edgeclip.device.preprocess import Preprocess, UnreadableImage, open_image
+from edgeclip.device.preprocess import Preprocess, open_image
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import data
 from edgeclip.host import recipe as R
