@@ -1,4 +1,4 @@
-"""The one parser of YAML and the one of JSON: what a text may cost its reader, and what it may hold.
+"""The one parser of YAML and the one of JSON: what a text may cost, and what it may hold.
 
 A kilobyte of YAML can stand for a terabyte, and a line of brackets ends Python's stack. Both
 formats have limits here on size, depth and count, which are asked before anything is made; no key

@@ -162,7 +162,7 @@ def test_a_link_and_a_name_that_is_not_utf8_are_counted(tmp_path):
     images, skipped = skipped_of(tmp_path / "0.tar")
     assert [p.key for p in images] == ["0/a"]
     assert skipped == {
-        "with a link or a sparse file in place of an image": 1,
+        "with a link, a device or a sparse file in place of an image": 1,
         "with a name that is not UTF-8": 1,
     }
 
