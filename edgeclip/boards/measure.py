@@ -258,6 +258,7 @@ def validate(selection: Selection, images: int | None = None) -> list[ParityRepo
     images: validate on a fixed random subset of so many; None: on all.
     """
     chosen = choose(selection)
+    store.refuse_unwritable(chosen.run)
     evaluation = _evaluation(chosen.run, images)
     reports = []
     with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
@@ -292,6 +293,7 @@ def bench(
     if meter_csv is not None:
         power.meter(meter_csv)  # is it readable? before hours of measurement
     chosen = choose(selection)
+    store.refuse_unwritable(chosen.run)
     evaluation = _evaluation(chosen.run)
     load = Load(_minimum(chosen), scenarios, minutes, meter_csv)
     out = Benched([], [], [])

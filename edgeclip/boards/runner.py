@@ -20,8 +20,8 @@ from edgeclip.errors import EdgeclipError
 PACKAGE = Path(__file__).parent.parent
 NEEDS = ("ftfy", "msgspec", "numpy", "pillow", "pyyaml", "tokenizers", "wcwidth")
 """what validate and bench import; their own requirements are for parts that are not used"""
-GROUND = ("__init__.py", "errors.py", "disk.py", "config.py", "progress.py")
-FOLDERS = ("device", "text_file")
+GROUND = ("__init__.py", "errors.py", "config.py", "progress.py")
+FOLDERS = ("device", "disk", "text_file")
 """what edgeclip/device/ stands on, and the folders that go whole"""
 OLDEST = (3, 10)
 """the oldest Python that runs the device layer"""

@@ -7,6 +7,7 @@ loading counts. benchmarks/fuzz.py tries it.
 """
 
 import contextlib
+import errno
 import importlib.util
 import io
 import math
@@ -39,6 +40,8 @@ MAX_SCANS = 100
 bytes."""
 SCAN = re.compile(rb"\xff\xda")
 """what begins a scan; within one it cannot occur"""
+LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""what a machine lacks: open files, memory"""
 TILE = (0x0142, 0x0143)
 """TIFF's tags: width and height of a tile"""
 
@@ -55,7 +58,8 @@ class UnreadableImage(EdgeclipError):
 def refusing(where: object) -> Iterator[None]:
     """Raise what Pillow raises inside as `UnreadableImage`, and a missing file as `EdgeclipError`.
 
-    where: what the message calls the image.
+    where: what the message calls the image. What a machine lacks is not the image's fault: it is
+    raised as it is.
     """
     try:
         yield
@@ -63,7 +67,10 @@ def refusing(where: object) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise EdgeclipError(where, "there is no such file", "check the path") from None
-    except Exception as e:  # of damaged bytes a plugin makes any error that Python has
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno in LACKING:
+            raise
+        # Of damaged bytes a plugin makes any error that Python has.
         why = " ".join(str(e).split()) or type(e).__name__
         raise unreadable(where, why) from None
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from edgeclip import text_file
 from edgeclip.device import image_file, tar_file
-from edgeclip.device.image_file import UnreadableImage
+from edgeclip.device.image_file import LACKING, UnreadableImage
 from edgeclip.device.preprocess import Preprocess, open_image, to_pixels
 from edgeclip.device.tar_file import Member
 from edgeclip.device.walk import entries, no_data, walk
@@ -95,6 +95,8 @@ def read(image: ImageRef) -> bytes:
     except FileNotFoundError:
         raise UnreadableImage(where, "there is no such file", "restore it") from None
     except (OSError, ValueError) as e:  # ValueError: a path with a NUL in it
+        if isinstance(e, OSError) and e.errno in LACKING:
+            raise
         what = f"cannot be read ({getattr(e, 'strerror', None) or e})"
         raise UnreadableImage(where, what, "check its rights and its disk") from None
     if len(content) < image.size:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
+from edgeclip.device.image_file import LACKING
 from edgeclip.errors import EdgeclipError
 
 MAX_HEADER = 2**14
@@ -121,7 +122,10 @@ def _next(archive: tarfile.TarFile, path: Path) -> _Header | None:
         if found is None:
             _refuse_cut(archive)
         return found
-    except Exception as e:  # of damaged bytes tarfile makes any error that Python has
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno in LACKING:
+            raise
+        # Of damaged bytes tarfile makes any error that Python has.
         raise damaged(path, e) from None
 
 

@@ -109,6 +109,12 @@ def read(run: Path | None, bundle: Bundle, device: str, kind: type[Report]) -> R
     return report
 
 
+def refuse_unwritable(run: Path | None) -> None:
+    """Raise `EdgeclipError` unless reports can be written beside the run: before hours of work."""
+    if run is not None:
+        disk.refuse_unwritable(run / "reports")
+
+
 def write(report: Report, device: str, run: Path | None, bundle: Bundle) -> Report:
     """Write a report of `device` beside its run, and return it with the device's name in it.
 

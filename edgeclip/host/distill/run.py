@@ -23,6 +23,7 @@ from edgeclip import disk
 from edgeclip.host import distributed
 from edgeclip.host import recipe as recipes
 from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
+from edgeclip.host.cache import CACHE
 from edgeclip.host.distill import tensorboard
 from edgeclip.host.distill.prepare import compare_images, first_teacher, load_inputs
 from edgeclip.host.distill.results import score
@@ -47,6 +48,8 @@ def distill(
     recipe = recipes.load(path, roots)
     run = place(out or Path("runs") / path.stem)
     check_claim(run, recipe, fresh)
+    for folder in (run, CACHE):
+        disk.refuse_unwritable(folder)
     if (run / disk.MANIFEST).exists() and not fresh:
         return _finished(run, recipe, moved=bool(roots))
     keep_freed_memory()

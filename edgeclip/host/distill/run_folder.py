@@ -52,7 +52,7 @@ def claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
     """Make the run folder this run's; path: of the recipe, as it was written."""
     written = text_file.read(path)  # it may be the run's own copy
     if fresh and run.exists():
-        shutil.rmtree(run)
+        _empty(run)
     # Also when resuming: data may have moved.
     disk.write_json(run / "roots.json", recipe.roots(asked))
     if (run / "recipe.json").exists():
@@ -60,6 +60,15 @@ def claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
     else:
         disk.write_text(run / "recipe.yaml", written)
         disk.write_json(run / "recipe.json", recipe.description(asked))
+
+
+def _empty(run: Path) -> None:
+    """Remove what lies in a run's folder; the folder stays, since it may be a mount point."""
+    for path in run.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def move_data(run: Path, asked: Recipe) -> None:
@@ -77,11 +86,18 @@ def move_data(run: Path, asked: Recipe) -> None:
 
 
 def mark_latest(run: Path) -> None:
-    """Let `runs/latest` (beside the run) point to the newest finished run."""
+    """Let `runs/latest` (beside the run) point to the newest finished run.
+
+    A disk that knows no links, as of USB sticks, has no `latest`, which is said.
+    """
     latest = run.parent / "latest"
     temporary = run.parent / f".latest.{os.getpid()}"
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(run.name)
+    try:
+        temporary.symlink_to(run.name)
+    except OSError as e:
+        say(f"{latest}: not made ({e.strerror}); name this run with --run {run}")
+        return
     if latest.is_symlink() or not latest.exists():
         temporary.replace(latest)
     else:

@@ -1,0 +1,84 @@
+"""Everything edgeclip leaves on disk goes through here, so that a half-written thing is never taken
+for a whole one.
+
+A file is written under a temporary name, synced and renamed. A folder is built beside its final
+place, its `manifest.json` is written last and carries the sha256 of every other file, and one
+rename makes it visible. Whoever finds a manifest may trust the folder; whoever distrusts it can
+check the hashes.
+"""
+
+from edgeclip.disk.places import (
+    cache_folder,
+    is_utf8,
+    refuse_foreign,
+    refuse_not_utf8,
+    refuse_unwritable,
+    shown,
+)
+from edgeclip.disk.reading import (
+    MANIFEST,
+    Description,
+    Json,
+    differences,
+    edges,
+    fingerprint,
+    read_array,
+    read_arrays,
+    read_json,
+    read_manifest,
+    sha256,
+    verify,
+    verify_files,
+)
+from edgeclip.disk.records import (
+    FORMAT,
+    VERDICTS,
+    Record,
+    from_json,
+    read_record,
+    to_json,
+    write_record,
+)
+from edgeclip.disk.writing import (
+    new_file,
+    new_folder,
+    write_array,
+    write_json,
+    write_manifest,
+    write_text,
+)
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "VERDICTS",
+    "Description",
+    "Json",
+    "Record",
+    "cache_folder",
+    "differences",
+    "edges",
+    "fingerprint",
+    "from_json",
+    "is_utf8",
+    "new_file",
+    "new_folder",
+    "read_array",
+    "read_arrays",
+    "read_json",
+    "read_manifest",
+    "read_record",
+    "refuse_foreign",
+    "refuse_not_utf8",
+    "refuse_unwritable",
+    "sha256",
+    "shown",
+    "to_json",
+    "verify",
+    "verify_files",
+    "write_array",
+    "write_json",
+    "write_manifest",
+    "write_record",
+    "write_text",
+]
