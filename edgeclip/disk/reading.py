@@ -1,9 +1,11 @@
 """What lies on disk is read by its hash, and JSON without what JSON does not know."""
 
+import contextlib
 import hashlib
 import io
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,16 +64,30 @@ def differences(a: Any, b: Any, at: str = "") -> list[str]:
     return [f"{at} was {a}, now {b}"]
 
 
+@contextlib.contextmanager
+def _as_value_error() -> Iterator[None]:
+    """Raise what numpy raises of a damaged header or archive, a dozen types, as ValueError."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError):
+        raise
+    except Exception as e:
+        raise ValueError(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+
+
 def read_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
-    """Return a .npy file's array, from any thread. Raises as `numpy.load`; pickles are refused."""
-    with _header:
+    """Return a .npy file's array, from any thread; pickles are refused.
+
+    Raises OSError, EOFError or ValueError.
+    """
+    with _header, _as_value_error():
         array: np.ndarray = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
     return array
 
 
 def read_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
-    """Return a .npz file's arrays, from any thread. Raises as `numpy.load`; pickles are refused."""
-    with _header, np.load(file, allow_pickle=False) as arrays:
+    """Return a .npz file's arrays, from any thread; pickles are refused. Raises as `read_array`."""
+    with _header, _as_value_error(), np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
 
 

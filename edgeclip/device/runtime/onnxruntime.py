@@ -113,7 +113,7 @@ def _fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
 
 def _varint(file: io.BufferedIOBase) -> int:
     value = shift = 0
-    while byte := file.read(1):
+    while shift < 70 and (byte := file.read(1)):  # protobuf's longest has ten bytes
         value |= (byte[0] & 127) << shift
         shift += 7
         if byte[0] < 128:
@@ -156,8 +156,13 @@ def open_session(
             f"runs on {session.get_providers()}, not on {list(providers)}",
             "install a runtime that has them",
         )
-    (i,) = session.get_inputs()
-    (o,) = session.get_outputs()
+    inputs = session.get_inputs()
+    outputs = session.get_outputs()
+    if (len(inputs), len(outputs)) != (1, 1):
+        what = f"has {len(inputs)} inputs and {len(outputs)} outputs, not one of each"
+        raise EdgeclipError(model, what, "export it again")
+    (i,) = inputs
+    (o,) = outputs
 
     def run(x: np.ndarray) -> np.ndarray:
         out: np.ndarray = session.run([o.name], {i.name: x})[0]
