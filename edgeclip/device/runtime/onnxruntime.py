@@ -115,11 +115,13 @@ def open_session(
             f"runs on {session.get_providers()}, not on {list(providers)}",
             "install a runtime that has them",
         )
-    ports = [*session.get_inputs(), *session.get_outputs()]
-    if len(session.get_inputs()) != 1 or len(ports) != 2:
-        what = f"has {len(session.get_inputs())} inputs and {len(session.get_outputs())} outputs"
-        raise EdgeclipError(model, f"{what}, not one each", "export it again")
-    i, o = ports
+    inputs = session.get_inputs()
+    outputs = session.get_outputs()
+    if (len(inputs), len(outputs)) != (1, 1):
+        what = f"has {len(inputs)} inputs and {len(outputs)} outputs, not one of each"
+        raise EdgeclipError(model, what, "export it again")
+    (i,) = inputs
+    (o,) = outputs
 
     def run(x: np.ndarray) -> np.ndarray:
         try:

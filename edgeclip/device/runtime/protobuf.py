@@ -41,11 +41,9 @@ def fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
 
 def _varint(file: io.BufferedIOBase) -> int:
     value = shift = 0
-    while byte := file.read(1):
+    while shift < 70 and (byte := file.read(1)):  # protobuf's longest has ten bytes
         value |= (byte[0] & 127) << shift
         shift += 7
         if byte[0] < 128:
             break
-        if shift > 63:  # no varint is longer: a file of such bytes would take minutes
-            return 1 << 62
     return value

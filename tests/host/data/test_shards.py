@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgeclip.device.image_file import UnreadableImage
 from edgeclip.device.images import ImageRef, index_tar, read
-from edgeclip.device.preprocess import Preprocess, UnreadableImage, normalize
+from edgeclip.device.preprocess import Preprocess, normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache, data
 from edgeclip.host import recipe as R
