@@ -6,6 +6,7 @@ field has bounds (bounds.py), and nothing lies in the folder that it does not li
 """
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +36,8 @@ from edgeclip.device.records import FORMAT, Record, from_json, to_json
 from edgeclip.device.target import NamedTarget
 from edgeclip.errors import EdgeclipError
 
+MOST_BYTES = 2**24
+"""of a manifest; a search of hundreds of candidates writes a tenth of a MiB"""
 MOST_FILES = 10_000
 MOST_LABELS = 1_000_000
 MOST_LAYERS = 100_000
@@ -255,6 +258,10 @@ def read_manifest(folder: Path) -> BundleManifest:
     Raises `EdgeclipError` for an unfinished bundle, for one of another format, for a field beyond
     its bounds, and for a folder that holds a link or a file that the manifest does not list.
     """
+    file = folder / disk.MANIFEST
+    if file.is_file() and not file.stat().st_size <= MOST_BYTES:
+        what = f"its manifest has {file.stat().st_size:,} bytes, and {MOST_BYTES:,} is the most"
+        raise EdgeclipError(folder, what, "export the bundle again")
     manifest = from_json(disk.read_manifest(folder, "bundle"), BundleManifest, folder)
     _refuse_unlisted(folder, manifest.files)
     _refuse_unnamed(folder, manifest)
@@ -274,6 +281,7 @@ def write_manifest(folder: Path, manifest: BundleManifest) -> None:
 
 def _refuse_unlisted(folder: Path, files: dict[str, str]) -> None:
     """Raise `EdgeclipError` for the first thing in a bundle that is no file of its manifest."""
+    unfinished = re.compile(r"\.manifest\.[0-9a-f]{1,16}\.json")  # of a killed process: never read
     folders = [folder]
     while folders:
         with os.scandir(folders.pop()) as entries:
@@ -285,7 +293,7 @@ def _refuse_unlisted(folder: Path, files: dict[str, str]) -> None:
                 elif not stat.S_ISREG(kind):
                     what = f"holds {name}, which is a link or a device"
                     raise EdgeclipError(folder, what, "put the file itself there, or remove it")
-                elif name not in files and name != disk.MANIFEST:
+                elif name not in files and name != disk.MANIFEST and not unfinished.fullmatch(name):
                     what = f"holds {name}, which its manifest does not list"
                     raise EdgeclipError(folder, what, "remove it, or copy the bundle again")
 
