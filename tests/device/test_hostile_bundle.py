@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import zipfile
 
 import msgspec
@@ -13,15 +14,18 @@ import numpy as np
 import pytest
 
 from edgeclip import disk
+from edgeclip.device.bench import images_of, stage_seconds
 from edgeclip.device.bundle import Bundle, bake_labels
 from edgeclip.device.machine import facts
 from edgeclip.device.manifest import read_manifest
 from edgeclip.device.validate import validate
 from edgeclip.errors import EdgeclipError
+from edgeclip.reports import provenance, targets
 from tests.support.command import mistake
 from tests.support.damage import resign
 from tests.support.images import encoded, toy_image
 from tests.support.optional import require
+from tests.support.toy_bundle import toy_target
 
 MOST = 200 << 20
 """bytes that one door may ask for"""
@@ -103,8 +107,11 @@ def within_memory(work):
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def answered(bundle):
-    """What every door gives: None where one of them refused in one line."""
+def answered(bundle, of_a_run=lambda: None):
+    """What every door gives: None where one of them refused in one line.
+
+    of_a_run: further doors, those of a bundle in a run.
+    """
     photo = encoded(toy_image(1))
     try:
         loaded = Bundle.load(bundle)
@@ -116,6 +123,9 @@ def answered(bundle):
         baked = loaded.bake(["pear", "plum"])
         assert np.isfinite(baked).all()
         report = validate(loaded, None, facts())
+        for source in images_of(loaded, None):
+            assert np.isfinite(stage_seconds(loaded, source)).all()
+        of_a_run()
         return json.dumps(msgspec.to_builtins(report), allow_nan=False)
     except EdgeclipError as e:
         assert len(str(e).splitlines()) == 1, str(e)
@@ -157,22 +167,33 @@ def header(shape, dtype="<f4", values=b""):
 
 
 @pytest.mark.parametrize("target", ["onnx-int8"])
-def test_every_field_of_a_manifest_is_a_claim(own_bundle, target):
-    bundle = own_bundle(target)
+def test_every_field_of_a_manifest_is_a_claim(shipped_bundle, source, tmp_path, target):
+    bundle = tmp_path / "run" / "bundles" / target
+    shutil.copytree(shipped_bundle(target), bundle)
     content = json.loads((bundle / disk.MANIFEST).read_text()) | FILLED
     (bundle / disk.MANIFEST).write_text(json.dumps(content))
-    assert answered(bundle) is not None  # it is whole as it is
+
+    from edgeclip.host.export import write
+
+    def of_a_run():
+        (found,) = targets.collect(tmp_path / "run")
+        assert found.verdict == "cannot say: not validated; not benchmarked"
+        json.dumps(provenance._source(bundle), allow_nan=False)
+        assert write.up_to_date(bundle, target, toy_target(target), source) in (True, False)
+
+    assert answered(bundle, of_a_run) is not None  # it is whole as it is
     tried = refused = 0
     for place in places(content):
         for value in [*HOSTILE, "gone"]:
             text = changed(content, place, value)
             (bundle / disk.MANIFEST).write_text(text)
             try:
-                right = within_memory(lambda: answered(bundle))
+                right = within_memory(lambda: answered(bundle, of_a_run))
             except BaseException as e:
                 raise AssertionError(f"{place} = {str(value)[:60]!r}: {e!r}") from e
             tried += 1
             refused += right is None
+    print(f"{tried} tried, {refused} refused")
     assert tried > 1_000
     assert refused > tried / 2
 
