@@ -37,7 +37,7 @@ from edgeclip.device.records import (
     GoldenAnswers,
     ParityReport,
     Ran,
-    from_json,
+    Record,
     to_json,
 )
 from edgeclip.device.runtime import Port, Session
@@ -67,6 +67,12 @@ def not_compared(bundle: Bundle, evaluation: Evaluation | None) -> str | None:
     if names is None:  # a run older than this field: was `edgeclip labels` here?
         other = "bundle" in bundle.manifest.parents
     return "its labels are not the run's classes" if other else None
+
+
+def is_asked(bundle: Bundle, evaluation: Evaluation | None, image: Port, features: Port) -> bool:
+    """Return whether a bundle with these ports is asked about the evaluation images."""
+    fits = not _interface(bundle, image, features)
+    return evaluation is not None and fits and not_compared(bundle, evaluation) is None
 
 
 def validate(bundle: Bundle, evaluation: Evaluation | None, machine: Facts) -> ParityReport:
@@ -108,8 +114,8 @@ def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
     elif bundle.manifest.text is not None:
         say("golden texts are not compared: that takes tokenizers (pip install 'edgeclip[text]')")
 
-    fits = not _interface(bundle, encoder.input, encoder.output)
-    if evaluation is not None and fits and not_compared(bundle, evaluation) is None:
+    asked = is_asked(bundle, evaluation, encoder.input, encoder.output)
+    if evaluation is not None and asked:
         sessions = {"features_all": encoder}
         if bundle.manifest.target.tolerance.optimization_agreement is not None:
             sessions["features_basic"] = bundle.open_image_encoder(optimization="basic")
@@ -191,15 +197,27 @@ def own_pixels(observed: Observed) -> dict[int, np.ndarray] | None:
     return dict(zip(places.tolist(), observed.arrays["pixels"], strict=True))
 
 
+class Seen(Record):
+    """What goes over the link beside the arrays."""
+
+    ran: Ran
+    ports: tuple[Port, Port]
+
+
 def to_answer(observed: Observed) -> Json:
     """Return what goes over the link beside the arrays."""
     return {"ran": to_json(observed.ran), "ports": to_json([observed.input, observed.output])}
 
 
 def from_answer(answer: Json, arrays: dict[str, np.ndarray], where: object) -> Observed:
-    """Return what a board observed, from what came over the link."""
-    image, features = msgspec.convert(answer["ports"], tuple[Port, Port])
-    return Observed(from_json(answer["ran"], Ran, where), image, features, arrays)
+    """Return what a board observed, from what came over the link. Raises `EdgeclipError` for what
+    is no such answer."""
+    try:
+        seen = msgspec.convert(answer, Seen)
+    except msgspec.ValidationError as e:
+        do = f"see: edgeclip doctor --device {where}"
+        raise EdgeclipError(where, f"answered what was not asked ({e})", do) from None
+    return Observed(seen.ran, *seen.ports, arrays)
 
 
 # --- on the host

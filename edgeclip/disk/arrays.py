@@ -32,6 +32,14 @@ class Declared(NamedTuple):
     finite: bool = False
     """whether a value that is not finite is refused"""
 
+    def largest(self) -> int:
+        """Return the bytes of the largest .npy file that can be this."""
+        known = [size for size in self.shape if size is not None]
+        if len(known) < len(self.shape):
+            return MOST_HEADER + self.most
+        widest = max(64 if name == "str" else np.dtype(name).itemsize for name in self.dtypes)
+        return MOST_HEADER + min(self.most, math.prod(known) * widest)
+
 
 def read_declared(file: Path, declared: Declared) -> np.ndarray:
     """Return a .npy file's array. Raises `EdgeclipError` unless it is what was declared."""
@@ -59,7 +67,7 @@ def read_declared_arrays(
                     raise EdgeclipError(where, what, do)
                 at = f"{where}: {name}"
                 with archive.open(info) as stream:
-                    content = stream.read(_largest(declared[name]) + 1)
+                    content = stream.read(declared[name].largest() + 1)
                 found[name] = _read(io.BytesIO(content), len(content), declared[name], at, do)
     except EdgeclipError:
         raise
@@ -67,18 +75,6 @@ def read_declared_arrays(
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         raise EdgeclipError(where, f"is no .npz file that can be read ({reason})", do) from None
     return found
-
-
-def _largest(declared: Declared) -> int:
-    """Return the bytes of the largest .npy file that can be what was declared."""
-    if None in declared.shape:
-        return MOST_HEADER + declared.most
-    widest = max(64 if name == "str" else np.dtype(name).itemsize for name in declared.dtypes)
-    return MOST_HEADER + min(declared.most, math.prod(_known(declared.shape)) * widest)
-
-
-def _known(shape: tuple[int | None, ...]) -> list[int]:
-    return [size for size in shape if size is not None]
 
 
 def _read(
