@@ -32,6 +32,8 @@ SHORT_LINE = 1 << 20
 """of one that is no report"""
 TALK = 1 << 20
 """bytes that a board may say beside its answer"""
+LINES = 10_000
+"""a day of progress is a third of it"""
 REASON = 1_000
 """characters of what a board says that are shown at once"""
 QUESTIONS = ("look", "clock", "missing", "exists")
@@ -135,11 +137,12 @@ class Link(NamedTuple):
         self, process: Any, talk: "asyncio.Future[None]", ear: Ear, longest: int, most: int
     ) -> tuple[Message, bytes]:
         """Return the marked line among what a login shell prints, and the bytes behind it."""
-        before = 0
+        before = lines = 0
         while (line := await ear.line(longest)) and not line.startswith(MARK):
             before += len(line)
-            if before > TALK:
-                raise ear.too_much(f"more than {TALK:,} bytes before its answer")
+            lines += 1
+            if before > TALK or lines > LINES:
+                raise ear.too_much(f"more than {TALK:,} bytes or {LINES:,} lines, and no answer")
         if not line.endswith(b"\n"):
             await asyncio.wait([talk], timeout=TALK_S)
             with contextlib.suppress(asyncio.TimeoutError):
@@ -160,13 +163,14 @@ class Link(NamedTuple):
 
     async def _pass_on(self, ear: Ear) -> None:
         """Print what the board says. Raises `EdgeclipError` for one that does not stop."""
-        said = 0
+        said = lines = 0
         with contextlib.suppress(*self.broken):
             while line := await ear.line(TALK):
                 say(f"{self.name}: {printable(line.decode(errors='replace').rstrip(), REASON)}")
                 said += len(line)
-                if said > TALK:
-                    raise ear.too_much(f"more than {TALK:,} bytes of messages")
+                lines += 1
+                if said > TALK or lines > LINES:
+                    raise ear.too_much(f"more than {TALK:,} bytes or {LINES:,} lines of messages")
 
 
 async def _send(process: Any, request: Message, payload: Iterable[bytes], heard: Heard) -> None:

@@ -52,8 +52,8 @@ LOOK = {
         "did not end within 8 s during 'look'",
     ),
     "its output has no end": ("forever(OUT, b'x' * 65536)", "wrote a line of more than"),
-    "its lines have no end": ("forever(OUT, b'x\\n' * 32768)", "bytes before its answer"),
-    "its messages have no end": ("forever(ERR, b'no, really\\n' * 100)", "bytes of messages"),
+    "its lines have no end": ("forever(OUT, b'x\\n' * 32768)", "lines, and no answer"),
+    "its messages have no end": ("forever(ERR, b'no, really\\n' * 100)", "lines of messages"),
     "its message has no end": ("forever(ERR, b'x' * 65536)", "wrote a line of more than"),
     "its answer has no end": (
         "OUT.write(MARK); forever(OUT, b'[' * 65536)",
@@ -357,12 +357,12 @@ def test_nothing_of_a_liar_goes_on_when_it_was_refused(sshd, home, tmp_path):
         f"while True: open({str(note)!r}, 'w').write(str(time.time())); forever(OUT, b'x' * 65536)",
     )
     mistake("doctor", "--device", profile(tmp_path), says="wrote a line of more than")
-    pid = [p for p in _programs() if str(tmp_path / "liar" / "python3") in p[1]]
+    pid = [p for p in _programs() if str(tmp_path / "liar" / "liar") in p[1]]
     for _ in range(50):
         if not pid:
             break
         time.sleep(0.1)
-        pid = [p for p in _programs() if str(tmp_path / "liar" / "python3") in p[1]]
+        pid = [p for p in _programs() if str(tmp_path / "liar" / "liar") in p[1]]
     assert pid == []
 
 

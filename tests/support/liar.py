@@ -1,4 +1,4 @@
-"""A board-side program that lies: what a board's `python3` is, once it is somebody else's.
+"""A board-side program that lies: what sshd runs, whatever it is asked to run.
 
 It is honest about every request but the one that its lie is for, so that a lie in the middle of a
 command comes after true answers, as it would.
@@ -28,8 +28,10 @@ def say(line, payload=b""):
 
 def honest():
     """The true answer, and what is behind it."""
-    done = subprocess.run(TRUE, input=asked, stdout=subprocess.PIPE)
-    _, _, rest = done.stdout.partition(MARK)
+    child = subprocess.Popen(TRUE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdin.write(asked)
+    child.stdin.flush()  # and not closed: a runner whose host has gone is killed
+    _, _, rest = child.stdout.read().partition(MARK)
     line, _, payload = rest.partition(b"\n")
     return json.loads(line), payload
 
@@ -43,9 +45,7 @@ def arrays(change):
     np.savez_compressed(out, **found)
     tell({{k: v for k, v in answer.items() if k != "bytes"}}, out.getvalue())
 
-TRUE = [{python!r}, *sys.argv[1:]]
-if "-c" not in sys.argv:
-    os.execv(TRUE[0], TRUE)
+TRUE = ["sh", "-c", os.environ["SSH_ORIGINAL_COMMAND"]]
 head = IN.readline()
 agent = IN.read(int(head))
 line = IN.readline()
@@ -68,12 +68,12 @@ exec(lie["code"])
 
 
 def make(folder: Path) -> str:
-    """Write the program into `folder`; return sshd's line that makes it every `python3`."""
+    """Write the program into `folder`; return sshd's line that runs it alone."""
     folder.mkdir(exist_ok=True)
-    program = folder / "python3"
+    program = folder / "liar"
     program.write_text(PROGRAM.format(python=sys.executable, lie=str(folder / "lie.json")))
     program.chmod(0o755)
-    return f"SetEnv PATH={folder}:/usr/bin:/bin\n"
+    return f"ForceCommand {program}\n"
 
 
 def about(folder: Path, op: str, code: str) -> None:
