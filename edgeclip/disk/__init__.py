@@ -27,6 +27,7 @@ from edgeclip.disk.reading import (
     finite,
     read_array,
     read_arrays,
+    read_entries,
     read_json,
     read_manifest,
     sha256,
@@ -48,6 +49,7 @@ from edgeclip.disk.writing import (
     write_array,
     write_json,
     write_manifest,
+    write_sealed,
     write_text,
 )
 
@@ -71,6 +73,7 @@ __all__ = [
     "new_folder",
     "read_array",
     "read_arrays",
+    "read_entries",
     "read_json",
     "read_manifest",
     "read_record",
@@ -87,5 +90,6 @@ __all__ = [
     "write_json",
     "write_manifest",
     "write_record",
+    "write_sealed",
     "write_text",
 ]

@@ -14,6 +14,9 @@ from edgeclip.disk import leftovers
 from edgeclip.disk.leftovers import MANIFEST
 from edgeclip.errors import EdgeclipError
 
+SEAL = "seal"
+"""field of a JSON object's own fingerprint: that of all its other fields"""
+
 _header = threading.Lock()
 """numpy parses an array's header by `ast`, which until Python 3.12 fails now and then in two
 threads at once ("AST constructor recursion depth mismatch", python/cpython#106905)"""
@@ -80,7 +83,29 @@ def finite(constant: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Return a JSON file's value. Raises `EdgeclipError` where there is none, or it is broken."""
+    """Return a JSON file's value, without its seal.
+
+    Raises `EdgeclipError` where there is none, it is broken, or its seal says that it was changed;
+    what an edgeclip before 0.2 wrote has none.
+    """
+    value = _json(path)
+    seal = value.pop(SEAL, None) if isinstance(value, dict) else None
+    if seal is not None and seal != fingerprint(value):
+        do = "make it again with the command that wrote it"
+        raise EdgeclipError(path, "was changed since it was written", do)
+    return value
+
+
+def read_entries(path: Path) -> list[Any]:
+    """Return the `entries` of a JSON file; before they were sealed it was their list."""
+    value = read_json(path)
+    found = value.get("entries") if isinstance(value, dict) else value
+    if not isinstance(found, list):
+        raise EdgeclipError(path, "is no list of entries", "remove it: it is made again")
+    return found
+
+
+def _json(path: Path) -> Any:
     try:
         return json.loads(text_file.read(path), parse_constant=finite)
     except json.JSONDecodeError as e:

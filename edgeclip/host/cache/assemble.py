@@ -66,6 +66,7 @@ def assemble(plan: Plan) -> None:
             if not plan.done:
                 raise
     found = disk.read_manifest(plan.folder, KIND).get("description")
+    _tidy(plan.folder)
     _refuse_other(plan.folder, found, plan.description)
 
 
@@ -134,12 +135,17 @@ def _finish(plan: Plan, shards: int) -> None:
     except EdgeclipError:
         discard(partial)
         raise
-    disk.write_json(partial / disk.MANIFEST, manifest)
+    disk.write_sealed(partial / disk.MANIFEST, manifest)
     (partial / "description.json").unlink()
     partial.rename(plan.folder)
-    shutil.rmtree(plan.folder / "shards")
+    _tidy(plan.folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what only a growing cache needs; a process that was killed here left it."""
+    shutil.rmtree(folder / "shards", ignore_errors=True)
     for left in ("start", "finish"):
-        (plan.folder / left).unlink(missing_ok=True)
+        (folder / left).unlink(missing_ok=True)
 
 
 def discard(partial: Path) -> None:
