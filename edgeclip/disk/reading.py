@@ -85,10 +85,14 @@ def read_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     return array
 
 
-def read_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
+def read_arrays(file: Path | io.BufferedIOBase) -> dict[str, np.ndarray]:
     """Return a .npz file's arrays, from any thread; pickles are refused. Raises as `read_array`."""
-    with _header, _as_value_error(), np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_header)
+        stack.enter_context(_as_value_error())
+        if isinstance(file, Path):  # of a broken archive numpy leaves its own file open
+            file = stack.enter_context(file.open("rb"))
+        return dict(stack.enter_context(np.load(file, allow_pickle=False)))
 
 
 def read_json(path: Path) -> Any:

@@ -92,7 +92,8 @@ def _fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
     """
     at = file.tell()
     while at < end:
-        file.seek(at)
+        start = at
+        file.seek(start)
         key = _varint(file)
         kind = key & 7
         if kind == LENGTH:
@@ -105,7 +106,7 @@ def _fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
             value = at = file.tell() + FIXED[kind]
         else:
             return
-        if at > end:
+        if not start < at <= end:  # a damaged length; the end of the file goes no further
             return
         if key >> 3 == wanted:
             yield value
