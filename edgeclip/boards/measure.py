@@ -218,11 +218,11 @@ def _folders(selection: Selection) -> tuple[list[Path], Path | None]:
         return [selection.bundle], run_of(selection.bundle)
 
     run = store.latest_run(selection.run)
-    manifests = sorted((run / "bundles").glob(f"*/{disk.MANIFEST}"))
-    if not manifests:
+    found = disk.finished_in(run / "bundles")
+    if not found:
         do = "make one with: edgeclip export --target onnx-int8"
         raise EdgeclipError(run, "has no bundle", do)
-    return [manifest.parent for manifest in manifests], run
+    return found, run
 
 
 def run_of(bundle: Path) -> Path | None:

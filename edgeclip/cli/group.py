@@ -22,7 +22,6 @@ SECTIONS = {
 RENAMED_OPTIONS = {"--pictures": "--images"}
 """options of edgeclip 0.1, to what they are called now"""
 HOST_PACKAGES = (
-    "filelock",
     "jaxtyping",
     "jinja2",
     "matplotlib",

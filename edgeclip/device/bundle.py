@@ -348,7 +348,15 @@ def bake_labels(bundle_folder: Path, labels: list[str], out: Path, offset: bool 
     empty or repeats a label, or nothing can be put at `out`.
     """
     disk.refuse_foreign(out, "bundle")  # before the work, not after it
+    with disk.locked(out, wait=True):
+        return _bake_labels(bundle_folder, labels, out, offset)
+
+
+def _bake_labels(bundle_folder: Path, labels: list[str], out: Path, offset: bool) -> Path:
     bundle = Bundle.load(bundle_folder, check=True)
+    same_place = out.resolve() == bundle_folder.resolve()
+    if same_place and bundle.labels == labels and (offset or not bundle.manifest.class_offset):
+        return out  # as when the command that made it was killed at its end, and runs again
     features = bundle.bake(labels)
     parents = {**bundle.manifest.parents, "bundle": disk.sha256(bundle_folder / disk.MANIFEST)}
     with disk.new_folder(out) as folder:

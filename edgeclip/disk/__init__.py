@@ -3,12 +3,15 @@ for a whole one.
 
 A file is written under a temporary name, synced and renamed. A folder is built beside its final
 place, its `manifest.json` is written last and carries the sha256 of every other file, and one
-rename makes it visible. Whoever finds a manifest may trust the folder; whoever distrusts it can
-check the hashes.
+rename, or one exchange of names, makes it visible. Whoever finds a manifest may trust the folder;
+whoever distrusts it can check the hashes.
 """
 
+from edgeclip.disk.leftovers import MANIFEST, sweep
+from edgeclip.disk.locks import locked
 from edgeclip.disk.places import (
     cache_folder,
+    finished_in,
     is_utf8,
     refuse_foreign,
     refuse_not_utf8,
@@ -16,7 +19,6 @@ from edgeclip.disk.places import (
     shown,
 )
 from edgeclip.disk.reading import (
-    MANIFEST,
     Description,
     Json,
     differences,
@@ -59,8 +61,10 @@ __all__ = [
     "differences",
     "edges",
     "fingerprint",
+    "finished_in",
     "from_json",
     "is_utf8",
+    "locked",
     "new_file",
     "new_folder",
     "read_array",
@@ -73,6 +77,7 @@ __all__ = [
     "refuse_unwritable",
     "sha256",
     "shown",
+    "sweep",
     "to_json",
     "verify",
     "verify_files",

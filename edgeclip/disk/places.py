@@ -4,7 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
-from edgeclip.disk.reading import MANIFEST, read_json
+from edgeclip.disk.leftovers import MANIFEST
+from edgeclip.disk.reading import read_json
 from edgeclip.errors import EdgeclipError
 
 MIN_FREE = 2**24
@@ -113,6 +114,12 @@ def refuse_foreign(path: Path, kind: str | None) -> None:
         f"{what} lies there already, and is not replaced",
         "choose another path, or remove it yourself",
     )
+
+
+def finished_in(folder: Path) -> list[Path]:
+    """Return the finished folders in a folder, sorted; what is hidden grows, or was left behind."""
+    found = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    return [path for path in found if not path.name.startswith(".")]
 
 
 def kind_of(folder: Path) -> str | None:

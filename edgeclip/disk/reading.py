@@ -12,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from edgeclip import text_file
+from edgeclip.disk import leftovers
+from edgeclip.disk.leftovers import MANIFEST
 from edgeclip.errors import EdgeclipError
 from edgeclip.text_file.parser import MAX_JSON, parse_json
-
-MANIFEST = "manifest.json"
 
 _header = threading.Lock()
 """numpy parses an array's header by `ast`, which until Python 3.12 fails now and then in two
@@ -101,7 +101,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_manifest(folder: Path, kind: str) -> Json:
-    """Return the manifest of a finished folder of this kind; raises for any other."""
+    """Return the manifest of a finished folder of this kind; raises for any other.
+
+    A whole folder that a killed process had put aside is put back first.
+    """
+    leftovers.restore(folder)
     if not folder.is_dir():
         raise EdgeclipError(folder, "there is no such folder", "check the path")
     if not (folder / MANIFEST).exists():

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,21 +9,29 @@ from typing import Any
 
 import numpy as np
 
+from edgeclip.disk import leftovers
+from edgeclip.disk.exchange import sync, take_place
+from edgeclip.disk.leftovers import MANIFEST
 from edgeclip.disk.places import kind_of, real, refuse_foreign
-from edgeclip.disk.reading import MANIFEST, Json, sha256
+from edgeclip.disk.reading import Json, sha256
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success the file there is synced and renamed to `path`."""
+    """Yield a temporary path; on success the file there is synced and renamed to `path`.
+
+    What a killed writer of `path` left beside it is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays: numpy and others choose a format, or append one, by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    leftovers.sweep(path)
+    temporary = leftovers.temporary_file(path)
+    temporary.touch(exist_ok=False)
     try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
+        with leftovers.held(temporary):
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -50,26 +57,24 @@ def write_array(path: Path, array: np.ndarray) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success it takes the place of `path`.
 
-    Where `path` is a link, of what it leads to. On failure nothing is left. Raises `EdgeclipError`
-    when something else than a folder of the same kind lies at `path`, and as `refuse_foreign`.
+    Where `path` is a link, of what it leads to. On failure nothing is left, and what a killed
+    writer of `path` left is removed. Raises `EdgeclipError` when something else than a folder of
+    the same kind lies at `path`, and as `refuse_foreign`.
     """
     refuse_foreign(path, None)
     path = real(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    leftovers.sweep(path)
+    temporary = leftovers.temporary_folder(path)
     temporary.mkdir()
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        refuse_foreign(path, kind_of(temporary))
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with leftovers.held(temporary):
+            yield temporary
+            for file in temporary.rglob("*"):
+                sync(file)
+            sync(temporary)
+            refuse_foreign(path, kind_of(temporary))
+            take_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -81,11 +86,3 @@ def write_manifest(folder: Path, kind: str, content: Json) -> None:
         if file.is_file() and file.name != MANIFEST:
             files[str(file.relative_to(folder))] = sha256(file)
     write_json(folder / MANIFEST, {"kind": kind, **content, "files": files})
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -124,6 +124,11 @@ def write(report: Report, device: str, run: Path | None, bundle: Bundle) -> Repo
     report = msgspec.structs.replace(report, device=device)
     if run is None:
         return report
+    with disk.locked(run / "reports", wait=True):
+        return _write(report, device, run, bundle)
+
+
+def _write(report: Report, device: str, run: Path, bundle: Bundle) -> Report:
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     history.remember(path(run, bundle, device, "history"), report, now)
     if isinstance(report, ParityReport):
