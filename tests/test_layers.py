@@ -19,7 +19,7 @@ GROUND = "ground"
 WINGS = [[GROUND], ["device"], ["reports"], ["boards", "host"], ["cli"]]
 """the wings from below; those on one floor do not import each other"""
 HOST = [
-    ["distributed", "allocator", "older"],
+    ["distributed", "allocator", "older", "blocks"],
     ["recipe"],
     ["data", "towers"],
     ["teachers", "graph"],

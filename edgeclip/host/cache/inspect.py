@@ -6,7 +6,8 @@ import numpy as np
 
 from edgeclip import disk
 from edgeclip.disk import Json
-from edgeclip.host.cache.arrays import KIND, Embeddings, Joined, Shards, TeacherCache, open_folder
+from edgeclip.host.cache import checked
+from edgeclip.host.cache.arrays import Embeddings, Joined, Shards, TeacherCache, open_folder
 from edgeclip.host.cache.embeddings import open_embeddings
 
 SAMPLE = 4096
@@ -21,11 +22,11 @@ def inspect(folder: Path, verify: bool = False) -> Json:
     """
     if not (folder / disk.MANIFEST).exists() and (folder / "img_emb").is_dir():
         return _embeddings(folder) | {"verified": False}
-    manifest = disk.read_manifest(folder, KIND)
+    manifest = checked.read_manifest(folder)
+    if verify:
+        checked.verify(folder, manifest)
     theirs = open_embeddings(Path(manifest["rows_of"])) if "rows_of" in manifest else None
     cache = open_folder(folder, [], Embeddings(theirs.images, theirs.texts) if theirs else None)
-    if verify:
-        disk.verify(folder, manifest)
     return _of(cache) | {"verified": verify}
 
 
