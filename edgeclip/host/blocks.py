@@ -11,9 +11,12 @@ however small it is. It does not protect from someone who writes file and digest
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from edgeclip import disk
+from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 
 BLOCK = 2**16
@@ -51,6 +54,26 @@ def digests(file: Path) -> tuple[np.ndarray, str]:
 def count(size: int) -> int:
     """Return how many blocks a file of `size` bytes has."""
     return -(-size // BLOCK)
+
+
+# --- what knows the digests: a small file that has one of itself
+
+
+def write_sealed(path: Path, value: Json) -> None:
+    """Write a JSON object with a digest of itself."""
+    disk.write_json(path, {**value, "digest": _digest(value)})
+
+
+def is_sealed(value: Any) -> bool:
+    """Return whether a JSON value is as `write_sealed` wrote it."""
+    return isinstance(value, dict) and bool(value.get("digest") == _digest(value))
+
+
+def _digest(value: Json) -> str:
+    return disk.fingerprint({k: v for k, v in value.items() if k != "digest"})
+
+
+# --- what was compared
 
 
 class Checked:

@@ -22,7 +22,7 @@ from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.blocks import Checked
 from edgeclip.host.cache import checked
-from edgeclip.host.cache.checked import AGAIN, CLASS_FEATURES, KIND, name
+from edgeclip.host.cache.checked import AGAIN, CLASS_FEATURES, name
 
 IMAGE = "picture"
 """field of an image's place in the data, in records and metadata: the word of format 2"""
@@ -79,9 +79,7 @@ class Shards:
         try:
             mapped: Any = disk.read_array(file, mmap_mode="r")
         except (OSError, ValueError) as e:
-            raise EdgeclipError(
-                file, f"cannot be read as a shard ({e})", AGAIN
-            ) from None
+            raise EdgeclipError(file, f"cannot be read as a shard ({e})", AGAIN) from None
         rows = int(self.ends[shard]) - self._start(shard)
         if len(mapped) != rows:
             raise EdgeclipError(

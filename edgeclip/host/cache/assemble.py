@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from edgeclip import disk
 from edgeclip.disk import Description, Json
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import blocks
 from edgeclip.host.blocks import BLOCK, Damaged
 from edgeclip.host.cache import checked
 from edgeclip.host.cache.arrays import FORMAT
@@ -169,7 +170,7 @@ def _reopen(plan: Plan, manifest: Json | None) -> None:
             # A manifest of an older edgeclip does not say whose they are.
             own = shard.get("skipped", len(skipped))
             note = ShardNote(shard["rows"], shard["bytes"], skipped[:own], files)
-            checked.write_sealed(_note(plan.folder, i), msgspec.to_builtins(note))
+            blocks.write_sealed(_note(plan.folder, i), msgspec.to_builtins(note))
             skipped = skipped[own:]
     shutil.rmtree(plan.partial, ignore_errors=True)
     plan.folder.rename(plan.partial)
@@ -297,7 +298,7 @@ def write_shard(
             skipped=skipped,
             files=hashes,
         )
-        checked.write_sealed(_note(folder, shard), msgspec.to_builtins(note))
+        blocks.write_sealed(_note(folder, shard), msgspec.to_builtins(note))
     except FileNotFoundError:
         raise
     except OSError as e:
@@ -330,7 +331,8 @@ def _read_note(path: Path) -> ShardNote:
         note = msgspec.convert(value, ShardNote)
     except msgspec.ValidationError as e:
         raise EdgeclipError(path, f"is no note of a shard ({e})", "delete it") from None
-    if not checked.is_sealed(value):
+    older = "digest" not in value and not any(file.startswith("digests/") for file in note.files)
+    if not older and not blocks.is_sealed(value):
         raise EdgeclipError(path, "is not as it was written", "delete it")
     return note
 
@@ -352,7 +354,7 @@ def _whole(partial: Path, shard: int, shards: int) -> bool:
         hashes = checked.write_digests(partial, shard, shards, list(note.files))
         sizes = {**note.bytes, own: (partial / own).stat().st_size}
         note = ShardNote(note.rows, sizes, note.skipped, hashes)
-        checked.write_sealed(path, msgspec.to_builtins(note))
+        blocks.write_sealed(path, msgspec.to_builtins(note))
     return True
 
 

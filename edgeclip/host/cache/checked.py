@@ -36,22 +36,12 @@ def name(what: str, shard: int, shards: int) -> str:
     return f"{what}/{what}_{shard:0{len(str(shards))}d}{suffix}"
 
 
-# --- the manifest, and the note of a shard
-
-
-def write_sealed(path: Path, value: Json) -> None:
-    """Write a JSON object with a digest of itself."""
-    disk.write_json(path, {**value, "digest": _digest(value)})
-
-
-def is_sealed(value: Json) -> bool:
-    """Return whether an object is as `write_sealed` wrote it, or as an older edgeclip, without."""
-    return bool(value.get("digest", _digest(value)) == _digest(value))
+# --- the manifest
 
 
 def write_manifest(folder: Path, manifest: Json) -> None:
     """Write a cache's manifest."""
-    write_sealed(folder / disk.MANIFEST, manifest)
+    blocks.write_sealed(folder / disk.MANIFEST, manifest)
 
 
 def read_manifest(folder: Path) -> Json:
@@ -64,18 +54,17 @@ def read_manifest(folder: Path) -> Json:
     except EdgeclipError as e:
         if not (folder / disk.MANIFEST).is_file():
             raise
-        raise Damaged(folder, f"its {disk.MANIFEST} cannot be read ({e})", _delete(folder)) from None
-    if not is_sealed(manifest):
+        raise Damaged(
+            folder, f"its {disk.MANIFEST} cannot be read ({e})", _delete(folder)
+        ) from None
+    sealed = "digest" in manifest or "block_bytes" in manifest  # an older edgeclip has neither
+    if sealed and not blocks.is_sealed(manifest):
         raise Damaged(folder, f"its {disk.MANIFEST} is not as it was written", _delete(folder))
     return manifest
 
 
 def _delete(folder: Path) -> str:
     return f"delete {folder}, and run the command that made it again"
-
-
-def _digest(manifest: Json) -> str:
-    return disk.fingerprint({k: v for k, v in manifest.items() if k != "digest"})
 
 
 # --- the digests of a shard
