@@ -9,6 +9,7 @@ however small it is. It does not protect from someone who writes file and digest
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,16 @@ class Checked:
         blocks = [count(size) for size in sizes]
         self._starts = np.concatenate([[0], np.cumsum(blocks, dtype=np.int64)])
         self._seen = np.zeros(self._starts[-1], bool)
+        self._unseen = len(self._seen)
+        self._lock = threading.Lock()
 
     def look(self, of: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         """Compare the blocks of bytes low to high [B] of the files numbered `of` [B].
 
         Raises what `refuse` returns for a block that is not as it was written.
         """
+        if not self._unseen:
+            return
         first = self._starts[of] + low // BLOCK
         last = self._starts[of] + (high - 1) // BLOCK
         most = int((last - first).max(initial=0))
@@ -128,7 +133,9 @@ class Checked:
         for file in np.unique(of).tolist():
             mine = blocks[of == file]
             self._compare_in(file, (mine - self._starts[file]).tolist())
-            self._seen[mine] = True
+            with self._lock:
+                self._unseen -= int((~self._seen[mine]).sum())
+                self._seen[mine] = True
 
     def _compare_in(self, file: int, blocks: list[int]) -> None:
         known = self._known(file, blocks[0], blocks[-1] + 1)
