@@ -14,6 +14,7 @@ from edgeclip.device.evaluation import (
     own_list_top1,
     rows,
 )
+from edgeclip.device.finite import fault
 from edgeclip.device.metrics import accuracy_drop, agreement, centered_cosines, cosine
 from edgeclip.device.records import (
     Accuracy,
@@ -52,13 +53,14 @@ def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray
     """Compare features, answers and accuracy; arrays: as `validate.Observed` has them."""
     tolerance = bundle.manifest.target.tolerance
     features = arrays["features_all"]
-    if not np.isfinite(features).all():
-        return Compared(failures=("values: not finite on the evaluation images",))
+    broken = _broken(arrays)
+    if broken:
+        return Compared(failures=broken)
 
     reference = decide(bundle, evaluation, evaluation.reference)
     own = decide(bundle, evaluation, features)
     failures = []
-    unlike = int(((own.answers != arrays["answers"]) & (own.lead > TIE)).sum())
+    unlike = int(((own.answers != arrays["answers"]) & ~(own.lead <= TIE)).sum())
     if unlike:
         what = f"the device's own answers are not those of its features on {unlike} images"
         failures.append(f"head: {what}")
@@ -102,6 +104,16 @@ def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray
         rules=tuple(decided),
         failures=tuple(failures),
     )
+
+
+def _broken(arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """Return a line for each kind of features that are not finite, or have no direction."""
+    lines = []
+    for name, of in (("features_all", ""), ("features_basic", ", without graph optimizations")):
+        wrong = fault(arrays[name], rows=True) if name in arrays else None
+        if wrong is not None:
+            lines.append(f"values: {wrong} (evaluation images{of})")
+    return tuple(lines)
 
 
 def _optimization(

@@ -54,7 +54,7 @@ class Part(NamedTuple):
     @property
     def at_floor(self) -> bool:
         """Whether there is nothing to lose."""
-        return len(self.before) > 0 and float(self.before.mean()) < FLOOR
+        return len(self.before) > 0 and not float(self.before.mean()) >= FLOOR
 
     @property
     def judged(self) -> bool:
@@ -114,9 +114,10 @@ def _rule(
 def closeness(tolerance: Tolerance, cosines: np.ndarray) -> Rule:
     """Return whether the first percentile of cosines [n] is as high as the target asks.
 
-    What is not a number lies below.
+    What is not finite lies below.
     """
-    below = int((~(cosines >= tolerance.centered_cosine_p1)).sum())
+    enough = np.isfinite(cosines) & (cosines >= tolerance.centered_cosine_p1)
+    below = int((~enough).sum())
     name = f"images below a centered cosine of {tolerance.centered_cosine_p1:g}"
     return share(name, PERCENTILE / 100, below, len(cosines))
 
@@ -242,6 +243,10 @@ def _budget(
     if unit == TIMED and loaded(report) and cost.found is not None:
         answer = "cannot tell"
         why = under_load(report)
+    measured = [value for value in (cost.found, cost.low, cost.high) if value is not None]
+    if not np.isfinite([*measured, allowed]).all():
+        answer = "fails"
+        why = "is not finite"
     return Rule(
         rule=what,
         unit=unit,
