@@ -30,6 +30,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -56,7 +57,7 @@ HASHED = 10**6
 HASHES = ("sha256", "blake2b", "blake2s", "sha1")
 BLOCKS = (2**12, 2**14, 2**16, 2**18, 2**20)
 COLUMNS = ("open_s", "first_batch_ms", "batch_ms", "epoch_s", "anonymous_mib")
-DECODED = {"whole": 512, "quick": 256, "smoke": 16}
+TURNS, DECODED = 5, 256
 
 
 def sparse(folder: Path, n: int, views: int = VIEWS) -> None:
@@ -180,8 +181,19 @@ def one_size(folder: Path, n: int) -> dict[str, object]:
         "batch_ms": 1e3 * shuffled,
         "epoch_s": epoch,
         "anonymous_mib": max(0.0, highest - base),
-        "hash_us": 1e6 * hash_all(folder) / n if n <= HASHED else None,
+        **beside_decoding(folder, n),
     }
+
+
+def beside_decoding(folder: Path, n: int) -> dict[str, float | None]:
+    """Return the microseconds an image that hashing takes, and decoding, in turns: the medians."""
+    if n > HASHED:
+        return {"hash_us": None, "decode_us": None}
+    found: dict[str, list[float]] = {"hash_us": [], "decode_us": []}
+    for _ in range(TURNS):
+        found["hash_us"].append(1e6 * hash_all(folder) / n)
+        found["decode_us"].append(decode_us(DECODED))
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def hash_all(folder: Path) -> float:
@@ -337,7 +349,6 @@ def main() -> None:
             )
             shutil.rmtree(folder / str(n))
         ratios = warm_rows(folder / "warm", options.form)
-        decoding = decode_us(DECODED[options.form])
         rates = hash_rates()
     finally:
         shutil.rmtree(folder)
@@ -362,7 +373,8 @@ def main() -> None:
             "anonymous memory, MiB",
         ],
     )
-    hashing = found[-1 if found[-1]["hash_us"] is not None else -2]["hash_us"]
+    hashed = [f for f in found if f["hash_us"] is not None][-1]
+    hashing, decoding = hashed["hash_us"], hashed["decode_us"]
     rows = [[name, *(f"{rate:.2f}" for rate in of.values())] for name, of in rates.items()]
     common.table(rows, ["GB/s by bytes of a block", *(f"{size:,}" for size in BLOCKS)])
     print(f"hashing {hashing:.2f} us an image, decoding {decoding:.0f} us")

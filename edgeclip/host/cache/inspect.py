@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeclip import disk
+from edgeclip.device import finite
 from edgeclip.disk import Json
 from edgeclip.host.cache import checked
 from edgeclip.host.cache.arrays import Embeddings, Joined, Shards, TeacherCache, open_folder
@@ -30,11 +31,15 @@ def inspect(folder: Path, verify: bool = False) -> Json:
     return _of(cache) | {"verified": verify}
 
 
-def _rows(rows: Shards | Joined) -> tuple[np.ndarray, np.ndarray]:
-    """Return (a sample of places, the norms of the rows there)."""
+def _rows(folder: Path, rows: Shards | Joined) -> tuple[np.ndarray, np.ndarray]:
+    """Return (a sample of places, the norms of the rows there).
+
+    Raises `EdgeclipError` for a row that is not finite or all zeros.
+    """
     n = len(rows)
     some = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
-    return some, np.linalg.norm(rows[some].astype(np.float32), axis=1)
+    found = finite.features(rows[some], f"{folder}: rows", "copy it again, or make it again")
+    return some, np.linalg.norm(found.astype(np.float32), axis=1)
 
 
 def _embeddings(folder: Path) -> Json:
@@ -55,7 +60,7 @@ def _embeddings(folder: Path) -> Json:
         "bytes": sum(p.stat().st_size for p in files),
         "skipped": [],
         "norm": None,
-        "unit_error": float(np.abs(_rows(theirs.images)[1] - 1).max()),
+        "unit_error": float(np.abs(_rows(folder, theirs.images)[1] - 1).max()),
         "replay": None,
         "seed": None,
     }
@@ -64,7 +69,7 @@ def _embeddings(folder: Path) -> Json:
 def _of(cache: TeacherCache) -> Json:
     m = cache.manifest
     n, k, width = cache.rows.shape
-    some, lengths = _rows(cache.rows.first)
+    some, lengths = _rows(cache.folder, cache.rows.first)
     norms = cache.rows.norms[some] if cache.rows.norms else None
     return {
         "folder": str(cache.folder),

@@ -277,7 +277,11 @@ def test_a_damaged_cache_is_refused_by_name(tmp_path, folder, damage):
     else:
         disk.write_json(
             made.folder / disk.MANIFEST,
-            {k: v for k, v in made.manifest.items() if k not in ("format", "digest")},
+            {
+                k: v
+                for k, v in made.manifest.items()
+                if k not in ("format", "digest", "block_bytes")
+            },
         )
         with pytest.raises(EdgeclipError, match="of an older edgeclip; delete it"):
             cache.open_folder(made.folder, data.train)
