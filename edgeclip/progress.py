@@ -3,6 +3,7 @@
 Of several processes only rank 0 prints (torchrun gives each its RANK).
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -93,9 +94,10 @@ def duration(seconds: float) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line to stderr, at rank 0."""
+    """Print a line to stderr, at rank 0; where its terminal has gone, the work goes on."""
     if is_rank_zero():
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 @functools.cache

@@ -138,11 +138,12 @@ def _stripped(path: Path, what: str) -> list[str]:
         raise EdgeclipError(path, "is empty", f"write one {what} per line into it")
 
     for i, line in enumerate(found, 1):
-        _refuse_unprintable(line, f"{path}: line {i}", what)
+        refuse_unprintable(line, f"{path}: line {i}", what)
     return found
 
 
-def _refuse_unprintable(line: str, where: str, what: str) -> None:
+def refuse_unprintable(line: str, where: str, what: str) -> None:
+    """Raise `EdgeclipError` for a control character, and for what stands for a lost letter."""
     if LOST in line:
         raise EdgeclipError(
             where, "has U+FFFD, which stands for a letter that was lost", f"write the {what} again"

@@ -218,11 +218,11 @@ def _folders(selection: Selection) -> tuple[list[Path], Path | None]:
         return [selection.bundle], run_of(selection.bundle)
 
     run = store.latest_run(selection.run)
-    manifests = sorted((run / "bundles").glob(f"*/{disk.MANIFEST}"))
-    if not manifests:
+    found = disk.finished_in(run / "bundles")
+    if not found:
         do = "make one with: edgeclip export --target onnx-int8"
         raise EdgeclipError(run, "has no bundle", do)
-    return [manifest.parent for manifest in manifests], run
+    return found, run
 
 
 def run_of(bundle: Path) -> Path | None:
@@ -258,6 +258,7 @@ def validate(selection: Selection, images: int | None = None) -> list[ParityRepo
     images: validate on a fixed random subset of so many; None: on all.
     """
     chosen = choose(selection)
+    store.refuse_unwritable(chosen.run)
     evaluation = _evaluation(chosen.run, images)
     reports = []
     with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
@@ -292,6 +293,7 @@ def bench(
     if meter_csv is not None:
         power.meter(meter_csv)  # is it readable? before hours of measurement
     chosen = choose(selection)
+    store.refuse_unwritable(chosen.run)
     evaluation = _evaluation(chosen.run)
     load = Load(_minimum(chosen), scenarios, minutes, meter_csv)
     out = Benched([], [], [])

@@ -20,8 +20,8 @@ from edgeclip.errors import EdgeclipError
 PACKAGE = Path(__file__).parent.parent
 NEEDS = ("ftfy", "msgspec", "numpy", "pillow", "pyyaml", "tokenizers", "wcwidth")
 """what validate and bench import; their own requirements are for parts that are not used"""
-GROUND = ("__init__.py", "errors.py", "disk.py", "config.py", "progress.py", "text_file.py")
-"""what edgeclip/device/ stands on"""
+GROUND = ("__init__.py", "errors.py", "config.py", "progress.py", "text_file.py")
+"""what edgeclip/device/ stands on, beside edgeclip/disk/"""
 OLDEST = (3, 10)
 """the oldest Python that runs the device layer"""
 
@@ -94,7 +94,8 @@ def _reason(stderr: str) -> str:
 def device_layer() -> bytes:
     """Return a zip of the device layer's own modules: equal sources, equal bytes."""
     paths = [PACKAGE / name for name in GROUND]
-    paths += (PACKAGE / "device").rglob("*.py")
+    for part in ("disk", "device"):
+        paths += (PACKAGE / part).rglob("*.py")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as z:
         for path in sorted(paths):

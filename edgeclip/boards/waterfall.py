@@ -163,8 +163,7 @@ class Steps:
 
     def _sibling(self, bundle: Bundle, precision: str, runtime: str) -> Bundle | None:
         """Return a bundle of the same student in this run; the bundle itself where it is one."""
-        others = sorted(path.parent for path in self.run.glob(f"bundles/*/{disk.MANIFEST}"))
-        for folder in (bundle.folder, *others):
+        for folder in (bundle.folder, *disk.finished_in(self.run / "bundles")):
             other = read_manifest(folder)
             same = other.parents.get("student") == bundle.manifest.parents.get("student")
             if same and (other.target.precision, other.runtime) == (precision, runtime):

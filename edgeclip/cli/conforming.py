@@ -35,6 +35,8 @@ def run(request: Request) -> ConformanceReport:
     """
     if request.keep is not None:
         disk.refuse_foreign(request.keep, ANSWERS)  # before the work, not after it
+    if request.pack is not None:
+        disk.refuse_unwritable(request.pack.parent)
     profile.load(request.device)
     bundle = Bundle.load(request.bundle, check=True)
     pack = pack_for(bundle, request.pack)

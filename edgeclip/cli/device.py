@@ -169,12 +169,14 @@ def selftest(out: Path, as_json: bool, **selection: Any) -> None:
     Example:
         edgeclip selftest --bundle runs/latest/bundles/tensorrt-fp16 --device jetson-orin-nano
     """
+    from edgeclip import disk
     from edgeclip.boards import measure
     from edgeclip.cli.tables import devices
     from edgeclip.device.profile import load
     from edgeclip.device.selftest import write
     from edgeclip.reports.store import exit_code
 
+    disk.refuse_unwritable(out)
     chosen = measure.Selection(**selection)
     reports = measure.selftest(chosen)
     name, _ = load(chosen.device)

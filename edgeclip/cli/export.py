@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from edgeclip.cli import words
 from edgeclip.cli.group import command
 from edgeclip.cli.options import PATH, json_option, print_json, target_option
 from edgeclip.cli.request import Request
@@ -55,7 +56,7 @@ LAYOUTS = ("bundle", "optimum", "open_clip")
     is_flag=True,
     help="With --weights: resample positions that are of another image size.",
 )
-@click.option("--labels", type=PATH, help="With --model: file with one label per line.")
+@click.option("--labels", help=f"With --model: {words.HELP}")
 @click.option(
     "--images",
     type=PATH,
@@ -77,7 +78,7 @@ def export(as_json: bool, **options: Any) -> None:
         edgeclip export --target onnx-int8 --layout optimum
         edgeclip export --layout open_clip
         edgeclip export --model MobileCLIP2-S0 --weights model.safetensors \\
-            --labels labels.txt --target onnx-fp32
+            --labels @labels.txt --target onnx-fp32
     """
     request = Request(**options)
     check(request)
@@ -114,7 +115,7 @@ def _check_options_of_model(request: Request) -> None:
         "--resize-pos-embed": request.resize_pos_embed,
     }
     for option, value in given.items():
-        if value:
+        if value not in (None, False):
             raise click.UsageError(f"{option} needs --model")
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeclip import text_file
-from edgeclip.cli.options import label_file
+from edgeclip import disk, text_file
+from edgeclip.cli import words
 from edgeclip.cli.request import Request
 from edgeclip.device.manifest import LintRecord, read_manifest
 from edgeclip.device.target import Target
@@ -39,6 +39,7 @@ def write_open_clip(request: Request) -> Path:
     """Write the run's student as a folder that open_clip loads, and return it."""
     run = latest_run(request.run)
     folder = request.out or run / "open_clip"
+    disk.refuse_foreign(folder / run.name, "open_clip")  # before the work, not after it
     source = from_run(run)
     _say_options(source, request.layout)
     return open_clip.write(run, source, folder / run.name)
@@ -47,11 +48,23 @@ def write_open_clip(request: Request) -> Path:
 def write(request: Request) -> list[Exported]:
     """Export to every target. Raises `EdgeclipError` and `Refused` as `host.export` does."""
     targets = [load_target(name) for name in request.targets]
+    _check_places(request, targets)
     source, home = _source(request)
     if request.layout == "optimum":
         _check_optimum(request, source, targets)
         _say_options(source, request.layout)
     return [_write_one(request, source, home, name, target) for name, target in targets]
+
+
+def _check_places(request: Request, targets: list[tuple[str, Target]]) -> None:
+    """Refuse folders that cannot be written, before a model is loaded."""
+    home = Path()
+    if request.model is None:
+        home = latest_run(request.run)
+    for name, _ in targets:
+        disk.refuse_foreign(_bundles(request, home) / name, "bundle")
+        if request.layout == "optimum":
+            disk.refuse_foreign(_optimum(request, home) / name, "optimum")
 
 
 def _say_options(source: Source, layout: str) -> None:
@@ -66,8 +79,8 @@ def _source(request: Request) -> tuple[Source, Path]:
     """Return (what is exported, the folder that holds a folder for each layout)."""
     if request.model and request.weights:
         labels: list[str] = []
-        if request.labels:
-            labels = label_file(request.labels)
+        if request.labels is not None:
+            labels = words.labels(request.labels)
         text = not request.image_only
         source = from_model(
             request.model,
@@ -98,16 +111,22 @@ def _check_optimum(request: Request, source: Source, targets: list[tuple[str, Ta
 
 
 def _write_one(request: Request, source: Source, home: Path, name: str, target: Target) -> Exported:
-    bundles = _folder(request, home, "bundles")
-    if request.out and request.layout == "bundle":
-        bundles = request.out
-    path = write_bundle(source, name, target, bundles / name)
+    path = write_bundle(source, name, target, _bundles(request, home) / name)
     manifest = read_manifest(path)
     if request.layout == "optimum":
-        folder = request.out or _folder(request, home, "optimum")
-        path = optimum.write(path, folder / name, head=not request.no_head)
+        path = optimum.write(path, _optimum(request, home) / name, head=not request.no_head)
     mib = manifest.image_encoder_bytes / 2**20
     return Exported(name, mib, str(path), manifest.lint)
+
+
+def _bundles(request: Request, home: Path) -> Path:
+    if request.out and request.layout == "bundle":
+        return request.out
+    return _folder(request, home, "bundles")
+
+
+def _optimum(request: Request, home: Path) -> Path:
+    return request.out or _folder(request, home, "optimum")
 
 
 def _folder(request: Request, home: Path, kind: str) -> Path:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import click
 
+from edgeclip.cli import system
 from edgeclip.errors import EdgeclipError, Interrupted, Refused
 from edgeclip.progress import is_rank_zero
 
@@ -21,7 +22,6 @@ SECTIONS = {
 RENAMED_OPTIONS = {"--pictures": "--images"}
 """options of edgeclip 0.1, to what they are called now"""
 HOST_PACKAGES = (
-    "filelock",
     "jaxtyping",
     "jinja2",
     "matplotlib",
@@ -79,6 +79,7 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, _terminated)
+        system.print_any_name()
         try:
             return super().invoke(ctx)
         except Refused as e:
@@ -95,6 +96,13 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo(f"Interrupted: {RESUME}.", err=True)
             sys.exit(128 + signal.SIGINT)
+        except OSError as e:
+            if system.is_readerless(e):
+                raise  # click ends quietly where stdout's reader has gone
+            raise click.ClickException(system.line_of(e, ctx.invoked_subcommand or "")) from None
+        except UnicodeEncodeError as e:
+            line = system.line_of_text(e, ctx.invoked_subcommand or "")
+            raise click.ClickException(line) from None
         except ModuleNotFoundError as e:
             extra = EXTRAS.get((e.name or "").split(".")[0])
             if extra is None:

@@ -116,7 +116,7 @@ def _bundle(folder: Path) -> list[Path]:
 
 def _run(folder: Path) -> list[Path]:
     written = [*_recipe(folder), *_results(folder)]
-    for path in sorted((folder / "bundles").glob(f"*/{disk.MANIFEST}")):
+    for path in [f / disk.MANIFEST for f in disk.finished_in(folder / "bundles")]:
         before = disk.sha256(path)
         written += _bundle(path.parent)
         written += _reports(folder, path, before)

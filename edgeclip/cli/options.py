@@ -10,8 +10,27 @@ import click
 
 from edgeclip.cli import complete
 
-PATH = click.Path(path_type=Path)
 F = Callable[..., Any]
+
+
+class Place(click.Path):
+    """A path of the user's: not the empty one of an unset variable, and of UTF-8."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from edgeclip import disk
+        from edgeclip.errors import EdgeclipError
+
+        if value == "":
+            where = param.opts[0] if param else "path"
+            raise EdgeclipError(where, "is empty", "give a path; is the shell's variable set?")
+        path = Path(str(super().convert(value, param, ctx)))
+        disk.refuse_not_utf8(path)
+        return path
+
+
+PATH = Place(path_type=Path)
+IMAGE = click.Path(path_type=Path)
+"""its name may be of any bytes: an image is opened, and its name is only printed"""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 run_argument = click.argument("run", type=PATH, required=False)
@@ -75,13 +94,6 @@ def recipe_path(name: str) -> Path:
     from edgeclip import config
 
     return config.find("recipe", name)
-
-
-def label_file(path: Path) -> list[str]:
-    """Return the labels of a text file, one a line. Raises `EdgeclipError` as `text_file.names`."""
-    from edgeclip import text_file
-
-    return text_file.names(path, "label")
 
 
 def print_json(value: Any) -> None:

@@ -14,7 +14,8 @@ class Request(NamedTuple):
     no_head: bool
     model: str | None
     weights: str | None
-    labels: Path | None
+    labels: str | None
+    """words, or @FILE"""
     images: Path | None
     image_only: bool
     like: str | None

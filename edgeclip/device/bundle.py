@@ -6,6 +6,7 @@
 docs/bundle.md lists its files and the fields of its manifest.
 """
 
+import collections
 import json
 import platform
 import shutil
@@ -60,6 +61,8 @@ class Bundle:
         self.manifest = manifest
         self.threads = threads
         self.providers = providers
+        self._baked: tuple[list[str], np.ndarray] | None = None
+        """the last new labels, and their class features"""
 
     @classmethod
     def load(
@@ -276,19 +279,14 @@ class Bundle:
     def bake(self, labels: list[str]) -> np.ndarray:
         """Return class features [N, D] of any labels, through the bundle's prompt templates.
 
-        Raises `EdgeclipError` for no labels, for one that is given twice, and as `encode_text`.
+        Raises `EdgeclipError` for no labels, for one that is given twice or has the tokens of
+        another, and as `encode_text`.
         """
-        if not labels:
-            raise EdgeclipError("labels", "the list is empty", "give at least one")
-        seen = set()
-        for label in labels:
-            if label in seen:
-                raise EdgeclipError(
-                    "labels", f"'{label}' occurs more than once", "give each label once"
-                )
-            seen.add(label)
+        from edgeclip.device import tokenizer
 
+        _refuse_repeated(labels)
         templates = self.manifest.templates or ["{c}"]
+        tokenizer.check_class_names(self.words, labels, templates)
         features = self.encode_text(prompts(labels, templates))
         finite.features(features, f"{self.folder}: features of the labels", EXPORT_AGAIN)
         return ensemble(features.reshape(len(labels), len(templates), -1))
@@ -334,20 +332,42 @@ class Bundle:
                 raise EdgeclipError(self.folder, "this bundle has no baked labels", "give --labels")
             return self.labels, self.class_features
 
+        _refuse_repeated(labels)
         row = {label: i for i, label in enumerate(self.labels)}
-        if labels and all(label in row for label in labels):
+        if all(label in row for label in labels):
             return labels, self.class_features[[row[label] for label in labels]]
-        return labels, self.bake(labels)
+        if self._baked is None or self._baked[0] != labels:
+            self._baked = (list(labels), self.bake(labels))
+        return self._baked
+
+
+def _refuse_repeated(labels: list[str]) -> None:
+    if not labels:
+        raise EdgeclipError("labels", "the list is empty", "give at least one")
+    for label, times in collections.Counter(labels).items():
+        if times > 1:
+            raise EdgeclipError(
+                "labels", f"'{label}' occurs more than once", "give each label once"
+            )
 
 
 def bake_labels(bundle_folder: Path, labels: list[str], out: Path, offset: bool = True) -> Path:
     """Write a copy of a bundle with other baked labels to `out`, without training; return `out`.
 
     The old bundle is its parent. offset: False leaves its class offset out; else those of `labels`
-    that it is for keep it. Raises `EdgeclipError` when the bundle has no text encoder, or the
-    list is empty or repeats a label.
+    that it is for keep it. Raises `EdgeclipError` when the bundle has no text encoder, the list is
+    empty or repeats a label, or nothing can be put at `out`.
     """
+    disk.refuse_foreign(out, "bundle")  # before the work, not after it
+    with disk.locked(out, wait=True):
+        return _bake_labels(bundle_folder, labels, out, offset)
+
+
+def _bake_labels(bundle_folder: Path, labels: list[str], out: Path, offset: bool) -> Path:
     bundle = Bundle.load(bundle_folder, check=True)
+    same_place = out.resolve() == bundle_folder.resolve()
+    if same_place and bundle.labels == labels and (offset or not bundle.manifest.class_offset):
+        return out  # as when the command that made it was killed at its end, and runs again
     features = bundle.bake(labels)
     parents = {**bundle.manifest.parents, "bundle": disk.sha256(bundle_folder / disk.MANIFEST)}
     with disk.new_folder(out) as folder:

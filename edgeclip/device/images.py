@@ -23,6 +23,7 @@ import numpy as np
 
 from edgeclip import text_file
 from edgeclip.device.preprocess import (
+    LACKING,
     Preprocess,
     UnreadableImage,
     open_image,
@@ -91,6 +92,8 @@ def read(image: ImageRef) -> bytes:
     except FileNotFoundError:
         raise UnreadableImage(where, "there is no such file", "restore it") from None
     except OSError as e:
+        if e.errno in LACKING:
+            raise
         what = f"cannot be read ({e.strerror})"
         raise UnreadableImage(where, what, "check its rights and its disk") from None
     if len(content) < image.size:

@@ -12,6 +12,7 @@ Where open_clip does what few would wish, an option of `Preprocess` does better:
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import math
@@ -98,11 +99,16 @@ class UnreadableImage(EdgeclipError):
     """An image that cannot be decoded: data loading counts these, a command stops at them."""
 
 
+LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""what a machine lacks: open files, memory"""
+
+
 @contextlib.contextmanager
 def refusing(where: object) -> Iterator[None]:
     """Raise what Pillow raises inside as `UnreadableImage`, and a missing file as `EdgeclipError`.
 
-    where: what the message calls the image.
+    where: what the message calls the image. What a machine lacks is not the image's fault: it is
+    raised as it is.
     """
     try:
         yield
@@ -110,7 +116,10 @@ def refusing(where: object) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise EdgeclipError(where, "there is no such file", "check the path") from None
-    except Exception as e:  # of damaged bytes a plugin makes any error that Python has
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno in LACKING:
+            raise
+        # Of damaged bytes a plugin makes any error that Python has.
         why = " ".join(str(e).split()) or type(e).__name__
         raise UnreadableImage(where, f"unreadable image ({why})", "replace or remove it") from None
 

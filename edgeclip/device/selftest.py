@@ -5,6 +5,7 @@ made to be attached to an issue: what the machine is, versions, every step's out
 path outside the bundle, no name of a user.
 """
 
+import os
 import re
 import time
 import traceback
@@ -88,7 +89,7 @@ def _failed(name: str, reason: str, folder: Path, start: float) -> R.SelftestSte
 
 def without_paths(text: str, bundle: Path) -> str:
     """Return the text with the names of files, but not of the folders that they lie in."""
-    home = str(Path.home())
+    home = os.environ.get("HOME", "~")
     folders = {str(bundle), str(bundle.resolve()), home}
     for folder in sorted(folders, key=len, reverse=True):
         name = "~" if folder == home else bundle.name

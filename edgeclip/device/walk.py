@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from edgeclip import disk
 from edgeclip.errors import EdgeclipError
 
 LEFT_BY_SYSTEMS = {
@@ -57,7 +58,8 @@ def entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return the folders and the files in a folder, each sorted.
 
     Left out: what is hidden, what systems leave, and a link to a folder that it lies in, which
-    would be a loop. Raises `EdgeclipError` for a folder that cannot be read.
+    would be a loop. Raises `EdgeclipError` for a folder that cannot be read, and for a name that is
+    not UTF-8.
     """
     folders = []
     files = []
@@ -67,6 +69,7 @@ def entries(folder: Path) -> tuple[list[Path], list[Path]]:
                 if entry.name.startswith(".") or entry.name.lower() in LEFT_BY_SYSTEMS:
                     continue
                 path = folder / entry.name
+                disk.refuse_not_utf8(path)
                 link = entry.is_symlink()
                 target = path if link else entry  # a path needs no target, an entry raises
                 if target.is_dir():

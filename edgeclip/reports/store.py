@@ -109,6 +109,12 @@ def read(run: Path | None, bundle: Bundle, device: str, kind: type[Report]) -> R
     return report
 
 
+def refuse_unwritable(run: Path | None) -> None:
+    """Raise `EdgeclipError` unless reports can be written beside the run: before hours of work."""
+    if run is not None:
+        disk.refuse_unwritable(run / "reports")
+
+
 def write(report: Report, device: str, run: Path | None, bundle: Bundle) -> Report:
     """Write a report of `device` beside its run, and return it with the device's name in it.
 
@@ -118,6 +124,11 @@ def write(report: Report, device: str, run: Path | None, bundle: Bundle) -> Repo
     report = msgspec.structs.replace(report, device=device)
     if run is None:
         return report
+    with disk.locked(run / "reports", wait=True):
+        return _write(report, device, run, bundle)
+
+
+def _write(report: Report, device: str, run: Path, bundle: Bundle) -> Report:
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     history.remember(path(run, bundle, device, "history"), report, now)
     if isinstance(report, ParityReport):

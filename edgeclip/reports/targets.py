@@ -59,8 +59,8 @@ def collect(run: Path) -> list[Target]:
     again. Raises `EdgeclipError` for a manifest or a report that cannot be read.
     """
     targets = []
-    for path in sorted((run / "bundles").glob(f"*/{disk.MANIFEST}")):
-        targets += _targets(run, path.parent)
+    for folder in disk.finished_in(run / "bundles"):
+        targets += _targets(run, folder)
     return targets
 
 

@@ -68,7 +68,7 @@ def test_a_changed_bundle(cat, own_bundle, name):
     mistake(
         "labels",
         bundle,
-        write(cat.parent.parent, "pear\n", "w.txt"),
+        f"@{write(cat.parent.parent, 'pear', 'w.txt')}",
         "--out",
         "new",
         says=f"{name} was changed",

@@ -7,16 +7,8 @@ import pytest
 from edgeclip.device.bundle import Bundle
 from tests.support.command import mistake, run
 from tests.support.files import same, snapshot, write
-from tests.support.images import encoded, toy_image, truncated_jpeg
+from tests.support.images import photos, truncated_jpeg
 from tests.support.tiny_recipe import RECIPE
-
-
-def photos(folder, count=12):
-    for name in ("cat", "dog"):
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            (folder / name / f"{i}.png").write_bytes(encoded(toy_image(i)))
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -87,7 +79,7 @@ def test_a_missing_file(here, cat, shipped_bundle):
     mistake("classify", cat, says="runs/latest")
     mistake("report", "nothing", says="nothing")
     mistake(
-        "labels", bundle, "nothing.txt", "--out", "b", says="nothing.txt: there is no such file"
+        "labels", bundle, "@nothing.txt", "--out", "b", says="nothing.txt: there is no such file"
     )
     mistake("init", "nothing", says="nothing: there is no such folder")
     mistake(
@@ -148,7 +140,7 @@ def test_an_empty_class_list(here, own_bundle):
     (here / "photos").mkdir()
     write(here, RECIPE.replace("ROOT", "photos"))
     before, bundle_before = snapshot(here), snapshot(bundle)
-    mistake("labels", bundle, "words.txt", says="words.txt: is empty")
+    mistake("labels", bundle, "@words.txt", says="words.txt: is empty")
     mistake(
         "export",
         "--target",
@@ -158,7 +150,7 @@ def test_an_empty_class_list(here, own_bundle):
         "--weights",
         "random",
         "--labels",
-        "words.txt",
+        "@words.txt",
         says="words.txt: is empty",
     )
     mistake("init", "photos", says="empty class list")
@@ -170,10 +162,12 @@ def test_an_empty_class_list(here, own_bundle):
 def test_a_file_of_labels_that_is_no_text(here, own_bundle):
     bundle = own_bundle("onnx-fp32")
     (here / "words.txt").write_bytes("Äpfel\n".encode("cp1252"))
-    mistake("labels", bundle, "words.txt", says="words.txt: line 1: byte 0xc4 is not UTF-8")
-    mistake("labels", bundle, ".", says=".: cannot be read (Is a directory)")
+    mistake("labels", bundle, "@words.txt", says="words.txt: line 1: byte 0xc4 is not UTF-8")
+    mistake("labels", bundle, "@.", says=".: cannot be read (Is a directory)")
     (here / "words.txt").write_bytes("\ufeffpear\nplum\n".encode())
-    assert run("labels", bundle, "words.txt").exit_code == 0 and Bundle.load(bundle).labels == [
+    assert run("labels", bundle, "@words.txt", "--in-place").exit_code == 0 and Bundle.load(
+        bundle
+    ).labels == [
         "pear",
         "plum",
     ]
@@ -185,7 +179,7 @@ def test_labels_are_not_baked_over_somebodys_folder(here, shipped_bundle):
     write(here, "pear\n", "words.txt")
     before = snapshot(here)
     mistake(
-        "labels", shipped_bundle("onnx-fp32"), "words.txt", "--out", "keep", says="is not replaced"
+        "labels", shipped_bundle("onnx-fp32"), "@words.txt", "--out", "keep", says="is not replaced"
     )
     same(here, before)
 

@@ -20,7 +20,7 @@ from edgeclip.device.bundle import Bundle
 from tests.support.command import mistake, run
 from tests.support.damage import damage
 from tests.support.files import REPO, snapshot
-from tests.support.images import encoded, toy_image, truncated_jpeg
+from tests.support.images import encoded, toy_image
 from tests.support.toy_bundle import write_evaluation
 
 COMMANDS = sorted(
@@ -317,15 +317,3 @@ def test_an_interrupt_exits_130(here):
     )
     done = fresh(code, "doctor")
     assert done.returncode == 130 and "Traceback" not in done.stderr
-
-
-def test_a_truncated_image_among_many_is_named_by_classify(shipped_bundle, cat):
-    bad = truncated_jpeg(cat.parent / "half.jpg")
-    mistake(
-        "classify",
-        cat,
-        bad,
-        "--bundle",
-        shipped_bundle("onnx-fp32"),
-        says="half.jpg: unreadable image",
-    )

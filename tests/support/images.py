@@ -31,3 +31,12 @@ def truncated_jpeg(path: Path) -> Path:
     content = encoded(toy_image(1, 200, 160), "JPEG")
     path.write_bytes(content[: len(content) // 2])
     return path
+
+
+def photos(folder: Path, count: int = 12) -> Path:
+    """A folder of toy photos of two classes."""
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            (folder / name / f"{i}.png").write_bytes(encoded(toy_image(i)))
+    return folder

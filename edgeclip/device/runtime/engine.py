@@ -97,5 +97,8 @@ def _timings(of_file: Path, asked: EngineConditions) -> Path | None:
 
 def _newest(of_file: Path) -> list[Path]:
     """Return the folders of one ONNX file's engines, newest first."""
-    found = [path.parent for path in of_file.glob(f"*/{disk.MANIFEST}")]
-    return sorted(found, key=lambda path: (path / disk.MANIFEST).stat().st_mtime_ns, reverse=True)
+    return sorted(
+        disk.finished_in(of_file),
+        key=lambda path: (path / disk.MANIFEST).stat().st_mtime_ns,
+        reverse=True,
+    )

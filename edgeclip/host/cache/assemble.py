@@ -130,14 +130,13 @@ def _reopen_damaged(plan: Plan) -> None:
 
     Raises `EdgeclipError` where it is another cache, or nothing tells that it is this one.
     """
-    # Beside it, since the folder itself is renamed meanwhile; the last one removes it.
-    lock = plan.folder.with_name(f".{plan.folder.name}.repair")
-    with _lock(lock, wait=True):
+    if _damage(plan)[1] is None:
+        return
+    with disk.locked(plan.folder, wait=True):
         manifest, damage = _damage(plan)
         if damage is not None:
             say(f"{damage}; it is verified whole now, and the shards that differ are made again")
             _reopen(plan, manifest)
-        lock.unlink(missing_ok=True)
 
 
 def _damage(plan: Plan) -> tuple[Json | None, str | None]:

@@ -147,11 +147,11 @@ def _say_nearest(cache: Path, description: Description) -> None:
     """Say how the nearest cache that there is differs: hours of a teacher are about to be spent."""
     wanted = as_json(description)
     found = []
-    for path in sorted(cache.glob(f"*/{disk.MANIFEST}")):
-        other = disk.read_json(path).get("description")
+    for folder in disk.finished_in(cache):
+        other = disk.read_json(folder / disk.MANIFEST).get("description")
         if other:
             differences = disk.differences(other, wanted)
-            found.append((len(differences), path.parent.name, differences))
+            found.append((len(differences), folder.name, differences))
     if not found:
         return
     count, nearest, differences = min(found)

@@ -61,6 +61,11 @@ def write_recipe(folder: Path, out: Path | None) -> Started:
     """
     if not folder.is_dir():
         raise EdgeclipError(folder, "there is no such folder", "check the path")
+    name = folder.resolve().name
+    path = out or Path(f"{name}.yaml")
+    if path.exists():
+        raise EdgeclipError(path, "exists already", "choose another --out")
+    disk.refuse_unwritable(path.parent)  # before the work, not after it
     skipped: Skipped = collections.Counter()
     classes = index_classes(folder, skipped)
     counts = {name: len(images) for name, images in classes.items()}
@@ -79,10 +84,6 @@ def write_recipe(folder: Path, out: Path | None) -> Started:
             f"its sub-folders ({', '.join(counts)}) are parts of a split, not classes",
             "put the photos of each class into one folder: it is split here",
         )
-    name = folder.resolve().name
-    path = out or Path(f"{name}.yaml")
-    if path.exists():
-        raise EdgeclipError(path, "exists already", "choose another --out")
     # The rest is the clothing recipe's, from its teacher on: one set of values that was measured on
     # photos. Self-training is for images without labels, and here every one has its class.
     clothing = config.find("recipe", "clothing").read_text(encoding="utf-8")

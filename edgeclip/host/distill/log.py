@@ -34,7 +34,7 @@ class Averages:
     def row(self, epoch: int, head: EduAttentionHead | None) -> dict[str, int | float]:
         """Return the log's row of the epoch."""
         row: dict[str, int | float] = {"epoch": epoch}
-        for name, values in self.tensors().items():
+        for name, values in sorted(self.tensors().items()):  # as safetensors gives them back
             row[name] = float(values.mean())
         if head is not None:
             row["alpha"] = head.alpha.item()

@@ -195,6 +195,7 @@ def build_for(path: Path, roots: tuple[str, ...] = (), out: Path | None = None) 
             "is one folder, and the recipe needs several caches",
             "leave it out: they are found by their fingerprints",
         )
+    disk.refuse_unwritable(out or CACHE)
     device = distributed.own(distributed.pick_device(asked.train.device))
     inputs = load_inputs(path, asked, device)
     dataset = inputs.dataset

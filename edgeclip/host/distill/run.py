@@ -10,6 +10,7 @@ A stage whose folder is finished is not done again.
                 student/                  stage 2: weights, class features, EduAttention
                 student.partial/          the same of the last good epoch, until stage 2 is finished
                 checkpoint/               where stage 2 stands, until it is finished
+                checkpoint_quantized/     and where the copy stands that learns an int8 target
                 tensorboard/              where the recipe asks for it
                 quantized/                the copy that learned an int8 target's rounding
                 evaluation/               what `validate` compares with
@@ -17,12 +18,14 @@ A stage whose folder is finished is not done again.
                 manifest.json             last
 """
 
+import contextlib
 from pathlib import Path
 
 from edgeclip import disk
 from edgeclip.host import distributed
 from edgeclip.host import recipe as recipes
 from edgeclip.host.allocator import give_back_freed_memory, keep_freed_memory
+from edgeclip.host.cache import CACHE
 from edgeclip.host.distill import tensorboard
 from edgeclip.host.distill.prepare import compare_images, first_teacher, load_inputs
 from edgeclip.host.distill.results import score
@@ -47,8 +50,19 @@ def distill(
     recipe = recipes.load(path, roots)
     run = place(out or Path("runs") / path.stem)
     check_claim(run, recipe, fresh)
+    for folder in (run, CACHE):
+        disk.refuse_unwritable(folder)
     if (run / disk.MANIFEST).exists() and not fresh:
         return _finished(run, recipe, moved=bool(roots))
+    lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if is_rank_zero():
+        lock = disk.locked(run)
+    with lock:
+        return _train(path, recipe, run, fresh)
+
+
+def _train(path: Path, recipe: Recipe, run: Path, fresh: bool) -> EvaluationResults | None:
+    """Do every stage that is not finished; at rank 0 return the results."""
     keep_freed_memory()
     device = distributed.start(distributed.pick_device(recipe.train.device))
     clock = Clock()

@@ -1,6 +1,6 @@
 """A run's folder: whose it is, where its data lie, and `runs/latest` beside it."""
 
-import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -9,6 +9,9 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe
 from edgeclip.host.recipe import Recipe
 from edgeclip.progress import say
+
+FIRST = ("roots.json", "recipe.yaml", "recipe.json")
+"""what `claim` writes, in that order"""
 
 
 def place(out: Path) -> Path:
@@ -33,8 +36,13 @@ def check_claim(run: Path, asked: Recipe, fresh: bool) -> None:
     if (run / "recipe.json").exists():
         if not fresh:
             _refuse_other_recipe(run, asked)
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and not _is_beginning(run):
         raise EdgeclipError(run, "is not empty and not a run", "choose another --out")
+
+
+def _is_beginning(run: Path) -> bool:
+    """Return whether a folder is empty, or what a process that was killed in `claim` left."""
+    return all(path.name in FIRST or path.name.startswith(".") for path in run.iterdir())
 
 
 def _refuse_other_recipe(run: Path, asked: Recipe) -> None:
@@ -52,7 +60,7 @@ def claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
     """Make the run folder this run's; path: of the recipe, as it was written."""
     written = text_file.read(path)  # it may be the run's own copy
     if fresh and run.exists():
-        shutil.rmtree(run)
+        _empty(run)
     # Also when resuming: data may have moved.
     disk.write_json(run / "roots.json", recipe.roots(asked))
     if (run / "recipe.json").exists():
@@ -60,6 +68,21 @@ def claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
     else:
         disk.write_text(run / "recipe.yaml", written)
         disk.write_json(run / "recipe.json", recipe.description(asked))
+    for folder in run.iterdir():  # what a process left that was killed
+        disk.sweep(folder)
+
+
+def _empty(run: Path) -> None:
+    """Remove what lies in a run's folder; the folder stays, since it may be a mount point.
+
+    The manifest goes first and the recipe last: half of it is neither finished nor somebody's.
+    """
+    order = {disk.MANIFEST: 0, "recipe.json": 2}
+    for path in sorted(run.iterdir(), key=lambda path: order.get(path.name, 1)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def move_data(run: Path, asked: Recipe) -> None:
@@ -77,11 +100,20 @@ def move_data(run: Path, asked: Recipe) -> None:
 
 
 def mark_latest(run: Path) -> None:
-    """Let `runs/latest` (beside the run) point to the newest finished run."""
+    """Let `runs/latest` (beside the run) point to the newest finished run.
+
+    A disk that knows no links, as of USB sticks, has no `latest`, which is said.
+    """
     latest = run.parent / "latest"
-    temporary = run.parent / f".latest.{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(run.name)
+    for left in run.parent.glob(".latest.*"):
+        if left.is_symlink():
+            left.unlink(missing_ok=True)
+    temporary = run.parent / f".latest.{secrets.token_hex(8)}"
+    try:
+        temporary.symlink_to(run.name)
+    except OSError as e:
+        say(f"{latest}: not made ({e.strerror}); name this run with --run {run}")
+        return
     if latest.is_symlink() or not latest.exists():
         temporary.replace(latest)
     else:

@@ -88,16 +88,17 @@ def stage2(inputs: Inputs, lesson: Lesson, new: NewStudent, run: Path, clock: Cl
     if asked.train.tensorboard:
         output = output._replace(board=run / "tensorboard")
     log = train(new.learner, lesson, asked, inputs.device, clock, output)
-    if asked.qat:
+    if asked.qat and not (run / "quantized" / disk.MANIFEST).exists():
+        own = Output(checkpoints=run / "checkpoint_quantized")
 
         def again(copy: Learner, recipe: Recipe) -> Log:
-            return train(copy, lesson, recipe, inputs.device, clock)
+            return train(copy, lesson, recipe, inputs.device, clock, own)
 
         parents = new.description["parents"]
         qat.after_stage_2(asked, lesson.cache, new.learner, run / "quantized", parents, again)
     if not distributed.rank():
         _save(run / "student", inputs, lesson, new, log, calibrate=True)
-        for temporary in ("student.partial", "checkpoint"):
+        for temporary in ("student.partial", "checkpoint", "checkpoint_quantized"):
             shutil.rmtree(run / temporary, ignore_errors=True)
 
 

@@ -120,6 +120,7 @@ def evaluate(folder: Path, protocol: str, given: tuple[str, ...] = ()) -> Protoc
             f"protocol '{protocol}'", "is not known", did_you_mean(protocol, PROTOCOLS)
         )
     disk.read_manifest(folder, "run")
+    disk.refuse_unwritable(folder / "reports")
     asked = recipe.of_run(folder)
     loaded = load_sets(asked, protocol, given)
     images = [s.images for _, dataset in loaded for s in dataset.evaluation]

@@ -61,10 +61,16 @@ class Int8(NamedTuple):
 def export(source: Source, name: str, target: Target, out: Path) -> Path:
     """Write the bundle of `source` for `target`, which is called `name`, to `out`; return `out`.
 
-    Raises `EdgeclipError` for too few calibration images or a missing runtime, `WrongGraph` where
-    an exported graph does not compute what torch computes, and `Refused` where int8 does not hold
-    what the target asks for. Nothing is written then.
+    Raises `EdgeclipError` for too few calibration images, a missing runtime or a folder that
+    another command writes, `WrongGraph` where an exported graph does not compute what torch
+    computes, and `Refused` where int8 does not hold what the target asks for. Nothing is written
+    then.
     """
+    with disk.locked(out):
+        return _export(source, name, target, out)
+
+
+def _export(source: Source, name: str, target: Target, out: Path) -> Path:
     if target.floor == Floor():
         target = msgspec.structs.replace(target, floor=source.floor)
     if write.up_to_date(out, name, target, source):

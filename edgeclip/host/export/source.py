@@ -245,6 +245,7 @@ def _from_open_clip(spec: OpenClip, labels: list[str], images: list[ImageRef]) -
     teacher = open_clip_teacher.load(spec)
     class_features = np.zeros((0, teacher.embed_dim), np.float32)
     if labels:
+        teachers.check_class_names(teacher, labels, tuple(TEMPLATES))
         features = teacher.encode_text(prompts(labels, TEMPLATES)).numpy()
         class_features = ensemble(features[:, None])
     plain = _of_checkpoint(spec, teacher.tower, teacher.preprocess, class_features, labels, images)

@@ -351,7 +351,8 @@ def test_prompts_learn_a_domain_on_base_classes_and_do_not_harm_the_novel_ones(t
     most -2 pp on novel.
     """
     save_file(train_clip(steps=400).state_dict(), tmp_path / "clip.safetensors")
-    spec = R.OpenClip(model="tiny", weights=str(tmp_path / "clip.safetensors"), config=KNOWING)
+    weights = str(tmp_path / "clip.safetensors")
+    spec = R.OpenClip(model="tiny", weights=weights, config=KNOWING, like="default")
     asked = replace(RECIPE, teacher=spec, adapt=R.Prompts(depth=2), views=R.Views(scale=(0.8, 1.0)))
     labeled = images_of(tmp_path / "labeled", 16 * len(BASE), BASE, draw_under_green_light, seed=1)
     test = {

@@ -1,0 +1,91 @@
+"""Everything edgeclip leaves on disk goes through here, so that a half-written thing is never taken
+for a whole one.
+
+A file is written under a temporary name, synced and renamed. A folder is built beside its final
+place, its `manifest.json` is written last and carries the sha256 of every other file, and one
+rename, or one exchange of names, makes it visible. Whoever finds a manifest may trust the folder;
+whoever distrusts it can check the hashes.
+"""
+
+from edgeclip.disk.leftovers import MANIFEST, sweep
+from edgeclip.disk.locks import locked
+from edgeclip.disk.places import (
+    cache_folder,
+    finished_in,
+    is_utf8,
+    refuse_foreign,
+    refuse_not_utf8,
+    refuse_unwritable,
+    shown,
+)
+from edgeclip.disk.reading import (
+    Description,
+    Json,
+    differences,
+    edges,
+    fingerprint,
+    finite,
+    read_array,
+    read_arrays,
+    read_json,
+    read_manifest,
+    sha256,
+    verify,
+    verify_files,
+)
+from edgeclip.disk.records import (
+    FORMAT,
+    VERDICTS,
+    Record,
+    from_json,
+    read_record,
+    to_json,
+    write_record,
+)
+from edgeclip.disk.writing import (
+    new_file,
+    new_folder,
+    write_array,
+    write_json,
+    write_manifest,
+    write_text,
+)
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "VERDICTS",
+    "Description",
+    "Json",
+    "Record",
+    "cache_folder",
+    "differences",
+    "edges",
+    "fingerprint",
+    "finished_in",
+    "finite",
+    "from_json",
+    "is_utf8",
+    "locked",
+    "new_file",
+    "new_folder",
+    "read_array",
+    "read_arrays",
+    "read_json",
+    "read_manifest",
+    "read_record",
+    "refuse_foreign",
+    "refuse_not_utf8",
+    "refuse_unwritable",
+    "sha256",
+    "shown",
+    "sweep",
+    "to_json",
+    "verify",
+    "verify_files",
+    "write_array",
+    "write_json",
+    "write_manifest",
+    "write_record",
+    "write_text",
+]

@@ -1,0 +1,50 @@
+"""Put a folder in the place of another, at no moment without one of them under its name."""
+
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+from edgeclip.disk import leftovers
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+
+
+def take_place(new: Path, path: Path) -> None:
+    """Rename the folder `new` to `path`; what lay there is removed.
+
+    Linux exchanges both names at once. Where a disk cannot (NFS, some overlays), the old folder is
+    put aside first: who is killed between the two renames leaves it whole, and `leftovers.restore`
+    puts it back.
+    """
+    if not path.exists():
+        new.rename(path)
+        sync(path.parent)
+    elif _exchange(new, path):
+        sync(path.parent)
+        shutil.rmtree(new, ignore_errors=True)
+    else:
+        old = leftovers.aside(path)
+        path.rename(old)
+        new.rename(path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two paths change places; False where this system or disk cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    done = rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE)
+    return bool(done == 0)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's names, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

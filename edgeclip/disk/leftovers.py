@@ -1,0 +1,110 @@
+"""Temporary names beside what is written, and what a killed process left under them.
+
+`.NAME.<16 hex digits>.tmp` is a folder that grows, or one that was just replaced; `.old` one that
+a disk without an exchange of names put aside; `.STEM.<16 hex digits>.SUFFIX` a file that grows.
+Whoever writes holds a lock on it, so what nobody holds was left behind, whatever its process's
+number was and in whichever container it ran.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+"""a folder that has it is whole"""
+TOKEN = "[0-9a-f]{16}"
+OF_0_2 = "[0-9]{1,10}"
+"""a process's number, which stood there until edgeclip 0.2"""
+
+JUST_MADE_S = 0.1
+"""what is newer may not be held yet by whoever makes it"""
+
+
+def temporary_folder(path: Path) -> Path:
+    """Return the path, which nothing has, of a folder that will take the place of `path`."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def temporary_file(path: Path) -> Path:
+    """Return the path, which nothing has, of a file that will take the place of `path`.
+
+    The suffix stays: numpy and others choose a format, or append one, by it.
+    """
+    return path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
+
+
+def aside(path: Path) -> Path:
+    """Return the path, which nothing has, where a folder waits until it is replaced."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.old")
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a file or folder, so that no other process takes it for left behind."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network disk without locks: nobody sweeps there
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes left beside `path`; of a folder also what they put aside.
+
+    A whole folder that was put aside when nothing had taken its place yet is put back.
+    """
+    restore(path)
+    folders = re.compile(rf"\.{re.escape(path.name)}\.({TOKEN}|{OF_0_2})\.(tmp|old)")
+    files = rf"\.{re.escape(path.stem)}\.({TOKEN}|{OF_0_2}){re.escape(path.suffix)}"
+    of_files = re.compile(files)
+    for left in _beside(path):
+        if folders.fullmatch(left.name) and left.is_dir() and _is_free(left):
+            shutil.rmtree(left, ignore_errors=True)
+        elif of_files.fullmatch(left.name) and left.is_file() and _is_free(left):
+            left.unlink(missing_ok=True)
+
+
+def restore(path: Path) -> None:
+    """Put back a whole folder that a killed process put aside, where nothing lies at `path`."""
+    if path.exists() or not path.parent.is_dir():
+        return
+    name = re.compile(rf"\.{re.escape(path.name)}\.({TOKEN}|{OF_0_2})\.old")
+    for left in _beside(path):
+        if name.fullmatch(left.name) and (left / MANIFEST).is_file() and _is_free(left):
+            left.rename(path)
+            return
+
+
+def _beside(path: Path) -> list[Path]:
+    """Return what is hidden in the folder of `path`; links are nobody's leavings."""
+    found = []
+    with contextlib.suppress(FileNotFoundError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if entry.name.startswith(f".{path.stem}") and not entry.is_symlink():
+                found.append(path.parent / entry.name)
+    return sorted(found)
+
+
+def _is_free(path: Path) -> bool:
+    """Return whether no process holds it; False also where that cannot be known."""
+    try:
+        if time.time() - path.stat().st_mtime < JUST_MADE_S:
+            return False
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
