@@ -128,10 +128,15 @@ def _optimization(
     as_basic = own.answers == decide(bundle, evaluation, basic).answers
     agreed = float(as_basic.mean()) if len(as_basic) else None
     found = OptimizationAgreement(top1_agreement=agreed, **to_json(cosine(features, basic)))
-    allowed = 1 - (bundle.manifest.target.tolerance.optimization_agreement or 0.0)
-    rule = rules.share(rules.OPTIMIZED, allowed, int((~as_basic).sum()), len(as_basic))
+    rule = _same_as_optimized(bundle.manifest.target.tolerance, as_basic)
     moved = differences(bundle, evaluation, basic, features)
     return found, rules.proven([rule], own.lead, moved, np.ones(len(moved), bool))
+
+
+def _same_as_optimized(tolerance: Tolerance, same: np.ndarray) -> Rule:
+    """Return the rule of equal answers with and without graph optimizations; same: bool [m]."""
+    allowed = 1 - (tolerance.optimization_agreement or 0.0)
+    return rules.share(rules.OPTIMIZED, allowed, int((~same).sum()), len(same))
 
 
 def _same(tolerance: Tolerance, same: np.ndarray) -> Rule:

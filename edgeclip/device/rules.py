@@ -114,11 +114,12 @@ def _rule(
 def closeness(tolerance: Tolerance, cosines: np.ndarray) -> Rule:
     """Return whether the first percentile of cosines [n] is as high as the target asks.
 
-    What is not finite lies below.
+    What is not finite lies below, and nothing is as high as a limit that is not.
     """
-    enough = np.isfinite(cosines) & (cosines >= tolerance.centered_cosine_p1)
+    least = tolerance.centered_cosine_p1
+    enough = np.isfinite(cosines) & np.isfinite(least) & (cosines >= least)
     below = int((~enough).sum())
-    name = f"images below a centered cosine of {tolerance.centered_cosine_p1:g}"
+    name = f"images below a centered cosine of {least:g}"
     return share(name, PERCENTILE / 100, below, len(cosines))
 
 

@@ -29,6 +29,7 @@ from edgeclip.device.preprocess import (
     to_pixels,
 )
 from edgeclip.device.zero_shot import EduAttention, class_scores, offsets
+from edgeclip.errors import EdgeclipError
 from edgeclip.host.adapt.class_offset import Choices, choices, trade
 from edgeclip.host.data import Dataset, EvaluationSet
 from edgeclip.host.evaluation.notes import overlap_result
