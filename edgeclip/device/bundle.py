@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from edgeclip import disk
+from edgeclip.device import finite
 from edgeclip.device.manifest import BundleManifest, TextRecord, read_manifest, write_manifest
 from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pixels
 from edgeclip.device.runtime import Session, open_session
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from edgeclip.device.tokenizer import Words
 
 TEXT_BATCH = 32
+EXPORT_AGAIN = "export the bundle again from a student that was scored"
 ImageSource = str | Path | bytes | Image.Image
 """a path, an encoded image, or a PIL image"""
 
@@ -169,8 +171,8 @@ class Bundle:
     @cached_property
     def class_features(self) -> np.ndarray:
         """[N, D] unit rows, in the order of `labels`."""
-        features: np.ndarray = disk.read_array(self.file("class_features.npy"))
-        return features
+        path = self.file("class_features.npy")
+        return finite.features(disk.read_array(path), path, EXPORT_AGAIN)
 
     @cached_property
     def head(self) -> EduAttention | None:
@@ -186,6 +188,8 @@ class Bundle:
                 "was written by an edgeclip before 0.1",
                 "export it again from its run",
             )
+        for name in ("weight", "bias", "alpha", "temperature"):
+            finite.finite(arrays[name], f"{self.folder}: head.npz: {name}", EXPORT_AGAIN)
         return EduAttention(
             arrays["weight"],
             arrays["bias"],
@@ -220,8 +224,13 @@ class Bundle:
         return self.image_encoder.run(normalize(pixels, self.preprocess))
 
     def encode_image(self, images: Sequence[ImageSource]) -> np.ndarray:
-        """Return unit rows [B, D] of paths, encoded bytes or PIL images."""
-        return np.concatenate([self.encode_pixels(self.pixels(i)[None]) for i in images])
+        """Return unit rows [B, D] of paths, encoded bytes or PIL images.
+
+        Raises `EdgeclipError` for an image that cannot be read, and for features that are not
+        finite.
+        """
+        found = np.concatenate([self.encode_pixels(self.pixels(i)[None]) for i in images])
+        return finite.features(found, f"{self.folder}: image features", EXPORT_AGAIN)
 
     # --- words
 
@@ -278,6 +287,7 @@ class Bundle:
         templates = self.manifest.templates or ["{c}"]
         tokenizer.check_class_names(self.words, labels, templates)
         features = self.encode_text(prompts(labels, templates))
+        finite.features(features, f"{self.folder}: features of the labels", EXPORT_AGAIN)
         return ensemble(features.reshape(len(labels), len(templates), -1))
 
     def classify(
@@ -294,7 +304,7 @@ class Bundle:
         that cannot be read, and as `bake`.
         """
         active_labels, active = self._active(labels)
-        features = self.encode_pixels(self.pixels(image)[None])
+        features = self.encode_image([image])
         set_back: np.ndarray | float = 0.0
         if offset:
             set_back = offsets(self.manifest.class_offset, active_labels)

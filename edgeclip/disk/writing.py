@@ -14,6 +14,7 @@ from edgeclip.disk.exchange import sync, take_place
 from edgeclip.disk.leftovers import MANIFEST
 from edgeclip.disk.places import kind_of, real, refuse_foreign
 from edgeclip.disk.reading import SEAL, Json, fingerprint, sha256
+from edgeclip.errors import EdgeclipError
 
 
 @contextlib.contextmanager
@@ -43,8 +44,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, indented."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write JSON, indented. Raises `EdgeclipError` for a number that is not finite."""
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as e:
+        raise EdgeclipError(
+            path, f"would hold a number that is not finite ({e})", "nothing was written"
+        ) from None
+    write_text(path, text + "\n")
 
 
 def write_sealed(path: Path, value: Json) -> None:

@@ -10,8 +10,9 @@ from edgeclip.disk import Description, Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.cache import embeddings, reinforced
-from edgeclip.host.cache.arrays import IMAGE, Embeddings, TeacherCache, name, open_folder, record
+from edgeclip.host.cache.arrays import IMAGE, Embeddings, TeacherCache, open_folder, record
 from edgeclip.host.cache.assemble import Plan, assemble, write_shard
+from edgeclip.host.cache.checked import CLASS_FEATURES, name
 from edgeclip.host.cache.texts import class_features
 from edgeclip.host.data import Dataset
 from edgeclip.host.teachers import Teacher
@@ -59,7 +60,7 @@ def lacking(
 
 def _write_class_features(job: Join, partial: Path) -> None:
     features = class_features(job.teacher, job.data.classes, job.data.templates)
-    disk.write_array(partial / "class_features.npy", features)
+    disk.write_array(partial / CLASS_FEATURES, features)
 
 
 def of_embeddings(job: Join, spec: R.Embeddings) -> TeacherCache:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError, did_you_mean
@@ -260,3 +260,10 @@ def _from_config(spec: OpenClip) -> nn.Module:
             "give embed_dim, vision_cfg and text_cfg",
         ) from None
     return model
+
+
+def refuse_broken(state: dict[str, Tensor], where: str, do: str) -> None:
+    """Raise `EdgeclipError` that names a weight which is not finite."""
+    for name, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise EdgeclipError(where, f"weight '{name}' is not finite", do)

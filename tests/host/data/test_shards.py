@@ -142,7 +142,7 @@ def test_an_index_of_0_1_is_made_again_and_gives_the_digests_that_caches_know(tm
     found = index([shard_path], tmp_path, lambda _: images)
     assert list(found) == images
     (facts,) = set((tmp_path / "index").glob("*.json")) - {old}
-    assert json.loads(facts.read_text()) == of_0_1
+    assert of_0_1.items() <= json.loads(facts.read_text()).items()
 
     again = index([shard_path], tmp_path, lambda _: pytest.fail("the index was made again"))
     assert list(again) == images
