@@ -68,7 +68,9 @@ def _refusing() -> Iterator[None]:
     """Raise what the library says of a damaged tokenizer.json, which has no type of its own."""
     try:
         yield
-    except Exception as e:
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":  # Rust's
+            raise
         what = f"the library tokenizers cannot use it ({' '.join(str(e).split())[:200]})"
         raise EdgeclipError("tokenizer.json", what, "make the bundle again") from None
 

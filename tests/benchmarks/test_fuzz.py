@@ -17,7 +17,7 @@ from fuzz_targets import TARGETS, mutated
 from edgeclip.errors import EdgeclipError
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_seconds_of_a_target_find_nothing(name, tmp_path):
     """In a process of its own, as the campaign runs it: a decoder may end it."""

@@ -131,6 +131,10 @@ def test_without_the_library_new_words_name_the_extra(monkeypatch):
         '{"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Split", "pattern": '
         '{"Regex": "("}, "behavior": "Isolated", "invert": false}, "model": {"type": "BPE", '
         '"vocab": {}, "merges": []}}',
+        '{"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "b", '
+        '"type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [], "special_tokens": '
+        '{}}, "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, '
+        '"unk_token": "a"}}',
     ],
 )
 def test_a_damaged_tokenizer_is_one_line(text):
