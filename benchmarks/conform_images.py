@@ -12,7 +12,8 @@ import compare
 import numpy as np
 from PIL import Image
 
-from edgeclip.device.preprocess import Preprocess, UnreadableImage, open_image, to_pixels
+from edgeclip.device.image_file import UnreadableImage
+from edgeclip.device.preprocess import Preprocess, open_image, to_pixels
 from edgeclip.host.evaluation import golden
 from edgeclip.host.evaluation.conformance import ImageReference
 

@@ -101,7 +101,7 @@ def worker(peer: str, folder: Path) -> None:
     files = load(folder)
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     if peer.startswith("edgeclip"):
-        from edgeclip.device.preprocess import Preprocess
+        from edgeclip.device.preprocess import Preprocess, open_image
         from edgeclip.host.cache import decode_view, draw_views
         from edgeclip.host.distill.pixels import to_input
         from edgeclip.host.recipe import Views
@@ -118,8 +118,7 @@ def worker(peer: str, folder: Path) -> None:
         drawn = Views(count=2, scale=SCALE, ratio=(0.75, 4 / 3))
         views = {}
         for name, contents in files.items():
-            with Image.open(io.BytesIO(contents[0])) as image:
-                size = image.size
+            size = open_image(contents[0], name).size
             views[name] = [draw_views(*size, drawn, rng)[1] for _ in range(64)]
 
         def one(name: str, content: bytes, i: int) -> Any:

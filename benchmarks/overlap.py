@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from edgeclip.device.images import ImageRef, read
+from edgeclip.device.preprocess import open_image
 from edgeclip.host import data, recipe
 from edgeclip.host.evaluation import overlap
 
@@ -83,8 +84,7 @@ def measured(images: list[ImageRef], count: int, folder: Path) -> dict[str, floa
     for kind, encode in COPIES.items():
         hits = 0
         for i in chosen:
-            with Image.open(io.BytesIO(read(images[places[i]]))) as opened:
-                upright = ImageOps.exif_transpose(opened).convert("RGB")
+            upright = ImageOps.exif_transpose(open_image(read(images[places[i]]))).convert("RGB")
             path = folder / "copy"
             path.write_bytes(encode(upright))
             own = overlap.Hashes(*(column[i : i + 1] for column in known))

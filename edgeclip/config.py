@@ -5,17 +5,15 @@ Unknown keys are errors with a did-you-mean, wrong types are errors with the pat
 msgspec does the converting.
 """
 
-import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import yaml
 
 from edgeclip import text_file
 from edgeclip.errors import EdgeclipError, did_you_mean
+from edgeclip.text_file.parser import MAX_YAML, parse_yaml, refuse_infinite
 
 T = TypeVar("T")
 LISTS = (msgspec.inspect.ListType, msgspec.inspect.VarTupleType)
@@ -70,41 +68,13 @@ class BrokenRule(ValueError):
         self.do = do
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (PyYAML reads 1e-3 as a string, which nobody means), and no key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for node_of_key, _ in node.value:
-            key = self.construct_object(node_of_key, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' occurs twice", node.start_mark
-                )
-            seen.append(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
 def load(path: Path, type_: type[T]) -> T:
     """Return the YAML file at `path` as a struct of that type.
 
     Raises `EdgeclipError` for a missing file, broken YAML, an unknown field, a wrong type, and a
     rule that is broken.
     """
-    try:
-        value = yaml.load(text_file.read(path), Loader=_Loader)
-    except yaml.YAMLError as e:
-        raise EdgeclipError(
-            path, f"not valid YAML ({' '.join(str(e).split())})", "correct it"
-        ) from None
-    return convert(value, type_, path)
+    return convert(parse_yaml(text_file.read(path, MAX_YAML), path), type_, path)
 
 
 def convert(value: Any, type_: type[T], where: object) -> T:
@@ -114,24 +84,11 @@ def convert(value: Any, type_: type[T], where: object) -> T:
             where, "is not a mapping of fields", "see the files that `edgeclip list` names"
         )
     _refuse_unknown(value, msgspec.inspect.type_info(type_), where, "")
-    _refuse_infinite(value, where, "")
+    refuse_infinite(value, where)
     try:
         return msgspec.convert(value, type_)
     except msgspec.ValidationError as e:
         raise _as_mistake(e, where) from None
-
-
-def _refuse_infinite(value: Any, where: object, at: str) -> None:
-    """Raise `EdgeclipError` for a number that is none or has no end, at any depth."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise EdgeclipError(f"{where}: {at}", f"is {value}", "give a number that is finite")
-    items: Any = ()
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    for key, item in items:
-        _refuse_infinite(item, where, f"{at}.{key}" if at else str(key))
 
 
 def _as_mistake(error: msgspec.ValidationError, where: object) -> EdgeclipError:

@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeclip import disk
 from edgeclip.device.__main__ import MARK
 from edgeclip.device.profile import Reach
 from edgeclip.errors import EdgeclipError, LinkLost
 from edgeclip.progress import say
+from edgeclip.text_file.parser import parse_json
 
 AGENT = (Path(__file__).parent / "agent.py").read_bytes()
 COMMAND = (
@@ -94,11 +94,8 @@ class Link(NamedTuple):
                 raise EdgeclipError(self.name, what, "install Python 3.10 or newer there")
             raise EOFError("no answer came")
 
-        try:
-            answer = json.loads(line[len(MARK) :], parse_constant=disk.finite)
-        except ValueError as e:
-            do = f"see what it printed, and: edgeclip doctor --device {self.name}"
-            raise EdgeclipError(self.name, f"answered what is not valid JSON ({e})", do) from None
+        do = f"see what it printed, and: edgeclip doctor --device {self.name}"
+        answer = parse_json(line[len(MARK) :], f"{self.name}: its answer", do)
         rest = await process.stdout.readexactly(answer.pop("bytes"))
         await asyncio.wait([talk], timeout=TALK_S)
         return answer, rest

@@ -20,8 +20,9 @@ from edgeclip.errors import EdgeclipError
 PACKAGE = Path(__file__).parent.parent
 NEEDS = ("ftfy", "msgspec", "numpy", "pillow", "pyyaml", "tokenizers", "wcwidth")
 """what validate and bench import; their own requirements are for parts that are not used"""
-GROUND = ("__init__.py", "errors.py", "config.py", "progress.py", "text_file.py")
-"""what edgeclip/device/ stands on, beside edgeclip/disk/"""
+GROUND = ("__init__.py", "errors.py", "config.py", "progress.py")
+FOLDERS = ("device", "disk", "text_file")
+"""what edgeclip/device/ stands on, and the folders that go whole"""
 OLDEST = (3, 10)
 """the oldest Python that runs the device layer"""
 
@@ -94,8 +95,8 @@ def _reason(stderr: str) -> str:
 def device_layer() -> bytes:
     """Return a zip of the device layer's own modules: equal sources, equal bytes."""
     paths = [PACKAGE / name for name in GROUND]
-    for part in ("disk", "device"):
-        paths += (PACKAGE / part).rglob("*.py")
+    for folder in FOLDERS:
+        paths += (PACKAGE / folder).rglob("*.py")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as z:
         for path in sorted(paths):

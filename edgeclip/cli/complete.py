@@ -1,6 +1,5 @@
 """What the shell completes: names of recipes, targets and devices, and the labels of a bundle."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,12 +28,13 @@ def names(kind: str) -> Completer:
 
 def labels(ctx: click.Context, param: click.Parameter, word: str) -> list[CompletionItem]:
     """Complete the last of several comma-separated labels from the bundle's baked ones."""
+    from edgeclip import disk
     from edgeclip.errors import EdgeclipError
     from edgeclip.reports.store import one_bundle
 
     try:
         bundle = one_bundle(_path(ctx.params.get("bundle")))
-        known = json.loads((bundle / "labels.json").read_text(encoding="utf-8"))
+        known = disk.read_json(bundle / "labels.json")
     except (EdgeclipError, OSError, ValueError):
         return []
     before, comma, last = word.rpartition(",")

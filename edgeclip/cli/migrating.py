@@ -21,6 +21,7 @@ from edgeclip.device.records import (
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import older, recipe
 from edgeclip.reports import results
+from edgeclip.text_file.parser import compose_yaml, parse_yaml
 
 MOVED = {
     ("distill",): "qat",
@@ -57,13 +58,8 @@ def migrate(path: Path) -> list[Path]:
 
 def _yaml(path: Path) -> list[Path]:
     """Rename keys where they stand, so that comments and layout stay."""
-    try:
-        text = text_file.read(path)
-        root = yaml.compose(text)
-    except yaml.YAMLError as e:
-        what = f"not valid YAML ({' '.join(str(e).split())})"
-        raise EdgeclipError(path, what, "correct it") from None
-
+    text = text_file.read(path)
+    root = compose_yaml(text, path)
     edits = _edits(root, ())
     if not edits:
         return []
@@ -83,6 +79,8 @@ def _edits(node: Any, path: tuple[str, ...]) -> list[tuple[int, int, str]]:
             edits += _edits(item, path)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             place = (*path, str(key.value))
             name = MOVED.get(place) or config.RENAMED.get(key.value)
             if name is not None:
@@ -93,7 +91,7 @@ def _edits(node: Any, path: tuple[str, ...]) -> list[tuple[int, int, str]]:
 
 def _load(path: Path) -> None:
     """Raise `EdgeclipError` unless the file is a device, target or recipe of today."""
-    fields = yaml.safe_load(text_file.read(path))
+    fields = parse_yaml(text_file.read(path), path)
     if "runtimes" in fields:
         profile.load(str(path))
     elif "runtime" in fields:
@@ -131,7 +129,7 @@ def _recipe(folder: Path) -> list[Path]:
     new = older.recipe_description(value)
     if new == value:
         return []
-    disk.write_json(path, new)
+    disk.write_sealed(path, new)
     return [path]
 
 

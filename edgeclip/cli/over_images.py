@@ -8,8 +8,8 @@ import numpy as np
 
 from edgeclip import disk
 from edgeclip.device.bundle import Bundle, RankedLabel
+from edgeclip.device.image_file import UnreadableImage
 from edgeclip.device.images import ImageRef
-from edgeclip.device.preprocess import UnreadableImage
 from edgeclip.device.turned import say_turned
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say

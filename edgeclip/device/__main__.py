@@ -21,6 +21,7 @@ from edgeclip.device.profile import Device, Minimum, pinned
 from edgeclip.device.records import Record, to_json
 from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
+from edgeclip.text_file.parser import parse_json
 
 MARK = b"edgeclip-reply "
 Answer = tuple[Json, dict[str, np.ndarray]]
@@ -122,7 +123,7 @@ def main() -> None:
     payload = io.BytesIO()
     arrays: dict[str, Any]
     try:
-        work = msgspec.convert(json.load(sys.stdin), Work)
+        work = msgspec.convert(parse_json(sys.stdin.buffer.read(), "the request"), Work)
         device = work.device
         with pinned(device):
             bundle = Bundle.load(

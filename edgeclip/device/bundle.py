@@ -7,7 +7,6 @@ docs/bundle.md lists its files and the fields of its manifest.
 """
 
 import collections
-import json
 import platform
 import shutil
 from collections.abc import Sequence
@@ -166,7 +165,7 @@ class Bundle:
     @cached_property
     def labels(self) -> list[str]:
         """The baked labels; empty where there are none."""
-        labels: list[str] = json.loads(self.file("labels.json").read_text(encoding="utf-8"))
+        labels: list[str] = disk.read_json(self.file("labels.json"))
         return labels
 
     @cached_property

@@ -12,23 +12,20 @@ import concurrent.futures
 import contextlib
 import hashlib
 import itertools
+import posixpath
 import re
 import shlex
-import tarfile
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar, overload
+from typing import BinaryIO, NamedTuple, TypeVar, overload
 
 import numpy as np
 
 from edgeclip import text_file
-from edgeclip.device.preprocess import (
-    LACKING,
-    Preprocess,
-    UnreadableImage,
-    open_image,
-    to_pixels,
-)
+from edgeclip.device import image_file, tar_file
+from edgeclip.device.image_file import LACKING, UnreadableImage
+from edgeclip.device.preprocess import Preprocess, open_image, to_pixels
+from edgeclip.device.tar_file import Member
 from edgeclip.device.walk import entries, no_data, walk
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say, say_once
@@ -42,6 +39,13 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb
 """first bytes, to the program that undoes it"""
 CAUSES = 5
 """at most so many are named"""
+MAX_CAUSES = 100
+"""at most so many are told apart"""
+MAX_CAPTION = 2**20
+"""bytes"""
+MAX_LABEL = 256
+"""bytes of a class index, with what may stand around it"""
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MAX_UNREADABLE = 0.01
 Index = TypeVar("Index")
 Skipped = collections.Counter[str]
@@ -82,19 +86,18 @@ class Lookup(Sequence[ImageRef], abc.ABC):
 def read(image: ImageRef) -> bytes:
     """Return an image's own bytes.
 
-    Raises `UnreadableImage` when its file is gone, may not be read or ends before the image does.
+    Raises `UnreadableImage` when its file is gone, may not be read, ends before the image does, or
+    has more than an image may have.
     """
     where = f"{image.path} ({image.key})"
     try:
-        with Path(image.path).open("rb") as file:
-            file.seek(image.offset)
-            content = file.read(image.size)
+        content = image_file.read(Path(image.path), where, image.offset, image.size)
     except FileNotFoundError:
         raise UnreadableImage(where, "there is no such file", "restore it") from None
-    except OSError as e:
-        if e.errno in LACKING:
+    except (OSError, ValueError) as e:  # ValueError: a path with a NUL in it
+        if isinstance(e, OSError) and e.errno in LACKING:
             raise
-        what = f"cannot be read ({e.strerror})"
+        what = f"cannot be read ({getattr(e, 'strerror', None) or e})"
         raise UnreadableImage(where, what, "check its rights and its disk") from None
     if len(content) < image.size:
         raise UnreadableImage(where, "the shard is shorter than its index says", "restore it")
@@ -121,42 +124,43 @@ def index_tar(path: Path, skipped: Skipped | None = None) -> list[ImageRef]:
     """
     skipped = collections.Counter() if skipped is None else skipped
     _refuse_compressed(path)
-    try:
-        with tarfile.open(path, "r:") as tar:
-            samples = _samples(tar, skipped)
-            refuse_cut(tar)
-            images = []
-            for key, members in samples.items():
-                image = _image_of(members)
-                if image is None:
-                    skipped[_without_image(members)] += 1
-                    continue
-                try:
-                    caption = _content(tar, members.get(".txt"))
-                except EdgeclipError:
-                    skipped["with a caption that is not UTF-8"] += 1
-                    continue
-                key = f"{path.stem}/{key}"
-                label = _label(tar, members.get(".cls"), path)
-                images.append(
-                    ImageRef(key, str(path), image.offset_data, image.size, label, caption)
-                )
-            return images
-    except (tarfile.TarError, ValueError, KeyError, OSError) as e:
-        raise EdgeclipError(
-            path, f"not a readable WebDataset shard ({e})", "replace or remove it"
-        ) from None
+    samples = _samples(path, skipped)
+    images = []
+    with tar_file.open_file(path) as file:
+        for key, members in samples.items():
+            image = _image_of(members)
+            if image is None:
+                skip(skipped, _without_image(members))
+                continue
+            caption = members.get(".txt")
+            if caption is not None and not caption.is_file:
+                skip(skipped, "with a link, a device or a sparse file in place of a caption")
+                continue
+            if caption is not None and caption.size > MAX_CAPTION:
+                skip(skipped, f"with a caption of more than {MAX_CAPTION:,} bytes")
+                continue
+            try:
+                text = _text(file, caption)
+            except EdgeclipError:
+                skip(skipped, "with a caption that is not UTF-8")
+                continue
+            label = _label(file, members.get(".cls"), path)
+            where = f"{path.stem}/{key}"
+            images.append(ImageRef(where, str(path), image.offset, image.size, label, text))
+    return images
+
+
+def skip(skipped: Skipped, cause: str) -> None:
+    """Count a cause; of the names in a data set, which may all differ, only so many are kept."""
+    if cause not in skipped and len(skipped) >= MAX_CAUSES:
+        cause = "for other causes"
+    skipped[cause] += 1
 
 
 def _refuse_compressed(path: Path) -> None:
     """Refuse a missing shard, and one whose images have no place in its file."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-    except FileNotFoundError:
-        raise EdgeclipError(path, "there is no such file", "check the path") from None
-    except OSError as e:
-        raise EdgeclipError(path, f"cannot be read ({e.strerror})", "give a tar file") from None
+    with tar_file.open_file(path) as file:
+        start = file.read(8)
     for mark, program in COMPRESSED.items():
         if start.startswith(mark):
             file_name = shlex.quote(str(path))
@@ -164,82 +168,82 @@ def _refuse_compressed(path: Path) -> None:
             raise EdgeclipError(path, f"is compressed ({program}); images are read in place", do)
 
 
-def _samples(tar: tarfile.TarFile, skipped: Skipped) -> dict[str, dict[str, tarfile.TarInfo]]:
+def _samples(path: Path, skipped: Skipped) -> dict[str, dict[str, Member]]:
     """Return the members of each sample by their suffix, in the shard's order."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = collections.defaultdict(dict)
-    for member in tar:
+    samples: dict[str, dict[str, Member]] = collections.defaultdict(dict)
+    for member in tar_file.members(path):
         # WebDataset's rule: a folder may have dots, and a hidden file is none of a sample.
         folder, slash, name = member.name.removeprefix("./").rpartition("/")
         stem, dot, suffix = name.partition(".")
-        if member.isdir() or no_data(member.name) or (dot and not stem):
+        if member.is_folder or no_data(member.name) or (dot and not stem):
             continue
-        if not dot:
-            skipped["without a suffix"] += 1
-            continue
-        if not _is_utf8(member.name):
-            skipped["with a name that is not UTF-8"] += 1
+        cause = _bad_name(member.name)
+        if cause is None and not dot:
+            cause = "without a suffix"
+        if cause is not None:
+            skip(skipped, cause)
             continue
         members = samples[folder + slash + stem]
         if "." + suffix.lower() in members:
-            raise tarfile.ReadError(f"two members are called '{member.name}'")
+            raise tar_file.damaged(path, f"two members are called '{member.name}'")
         members["." + suffix.lower()] = member
     return samples
 
 
-def _is_utf8(name: str) -> bool:
+def _bad_name(name: str) -> str | None:
+    """Return what is wrong with a member's name; None: nothing."""
     # What was not UTF-8 on disk is a lone surrogate in Python.
-    return not any("\ud800" <= c <= "\udfff" for c in name)
+    if any("\ud800" <= c <= "\udfff" for c in name):
+        return "with a name that is not UTF-8"
+    if CONTROL.search(name):
+        return "with a control character in its name"
+    if posixpath.normpath(name).split("/")[0] in ("", ".."):
+        return "with a path that leaves the shard (/ or ../ at its start)"
+    return None
 
 
-def _image_of(members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+def _image_of(members: dict[str, Member]) -> Member | None:
     for suffix in SUFFIXES:
         member = members.get(suffix)
-        if member is not None and member.isfile() and not member.issparse():
+        if member is not None and member.is_file:
             return member
     return None
 
 
-def _without_image(members: dict[str, tarfile.TarInfo]) -> str:
+def _without_image(members: dict[str, Member]) -> str:
     """Return why a sample has no image."""
     for suffix in sorted(members):
         last = "." + suffix.rpartition(".")[2]
         if last in SUFFIXES and last != suffix:
             return f"with a dot in the name before {last} (WebDataset's keys end at the first dot)"
         if suffix in SUFFIXES:
-            return "with a link or a sparse file in place of an image"
-    return f"without an image ({', '.join(sorted(members))})"
+            return "with a link, a device or a sparse file in place of an image"
+    named = [suffix[:20] for suffix in sorted(members)[:5]]
+    return f"without an image ({', '.join(named)})"
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> str:
+def _text(file: BinaryIO, member: Member | None) -> str:
     """Return a member's text; empty where there is none. Raises `EdgeclipError` for what is no
     text."""
-    file = tar.extractfile(member) if member is not None else None
-    if member is None or file is None:
+    if member is None:
         return ""
-    return text_file.decode(file.read(), member.name).strip()
+    file.seek(member.offset)
+    return text_file.decode(file.read(member.size), member.name).strip()
 
 
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo | None, path: Path) -> int:
+def _label(file: BinaryIO, member: Member | None, path: Path) -> int:
     """Return the class index in a member; -1 where there is none."""
     if member is None:
         return -1
-    text = _content(tar, member)
+    where = f"{path} ({member.name})"
+    do = "write a number from 0 on"
+    if not member.is_file or member.size > MAX_LABEL:
+        what = f"a link, a device, a sparse file or more than {MAX_LABEL} bytes is no class index"
+        raise EdgeclipError(where, what, do)
+    text = _text(file, member)
     if re.fullmatch(r"-1|[0-9]{1,9}", text):
         return int(text)
-    raise EdgeclipError(
-        f"{path} ({member.name})", f"{text[:40]!r} is no class index", "write a number from 0 on"
-    )
-
-
-def refuse_cut(tar: tarfile.TarFile) -> None:
-    """Raise `tarfile.ReadError` unless the archive, read to its end, ends with a block of zeros.
-
-    tarfile takes one that was cut off between two members, or has rubbish there, for a whole one.
-    """
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("it was cut off, or is damaged in the middle")
+    raise EdgeclipError(where, f"{text[:40]!r} is no class index", do)
 
 
 def index_folder(folder: Path, skipped: Skipped | None = None) -> list[ImageRef]:
@@ -289,7 +293,7 @@ def _images_among(files: list[Path], folder: Path, skipped: Skipped) -> list[Ima
         if suffix in SUFFIXES:
             images.append(ImageRef(str(path.relative_to(folder)), str(path)))
         else:
-            skipped[suffix or "without a suffix"] += 1
+            skip(skipped, suffix[:20] or "without a suffix")
     return images
 
 

@@ -188,11 +188,13 @@ def meter(path: Path) -> list[Reading]:
         for i, row in enumerate(csv.DictReader(text_file.lines(whole)), 2):
             moment = _moment(row["timestamp"].strip(), f"{path}:{i}")
             watts = float(row["watts"])
-            if math.isfinite(watts):  # nan: the meter had no reading
+            if math.isfinite(watts) and math.isfinite(moment):  # nan: the meter had no reading
                 rows.append(Reading(moment, watts, None))
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
-    except (KeyError, ValueError, TypeError, AttributeError) as e:
+    except OSError as e:
+        raise EdgeclipError(path, f"cannot be read ({e.strerror})", "check its rights") from None
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, csv.Error) as e:
         raise EdgeclipError(
             path,
             f"is no CSV with the columns timestamp and watts ({type(e).__name__}: {e})",

@@ -11,12 +11,9 @@ Where open_clip does what few would wish, an option of `Preprocess` does better:
 `background`. They are off until a recipe asks for them, and teacher and student have them alike.
 """
 
-import contextlib
-import errno
 import hashlib
-import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +23,8 @@ from msgspec import Meta
 from PIL import Image
 
 from edgeclip.config import BrokenRule
-from edgeclip.errors import EdgeclipError
+from edgeclip.device import image_file
+from edgeclip.device.image_file import opened, refusing, unreadable
 
 RESIZES = ("shortest", "squash")
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -44,6 +42,8 @@ TURNS = {
 """what undoes each orientation (EXIF 2.3, 4.6.4)"""
 SIDEWAYS = (5, 6, 7, 8)
 """orientations that exchange width and height"""
+MAX_RESIZED = 2**25
+"""pixels between the resize and the crop: for 224, of an image 668 times as long as it is wide"""
 Color = tuple[
     Annotated[int, Meta(ge=0, le=255)],
     Annotated[int, Meta(ge=0, le=255)],
@@ -95,47 +95,20 @@ def _refuse_unless(right: bool, field: str, value: object) -> None:
         raise BrokenRule(field, f"{field} is {value}", "correct it")
 
 
-class UnreadableImage(EdgeclipError):
-    """An image that cannot be decoded: data loading counts these, a command stops at them."""
-
-
-LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""what a machine lacks: open files, memory"""
-
-
-@contextlib.contextmanager
-def refusing(where: object) -> Iterator[None]:
-    """Raise what Pillow raises inside as `UnreadableImage`, and a missing file as `EdgeclipError`.
-
-    where: what the message calls the image. What a machine lacks is not the image's fault: it is
-    raised as it is.
-    """
-    try:
-        yield
-    except EdgeclipError:
-        raise
-    except FileNotFoundError:
-        raise EdgeclipError(where, "there is no such file", "check the path") from None
-    except Exception as e:
-        if isinstance(e, OSError) and e.errno in LACKING:
-            raise
-        # Of damaged bytes a plugin makes any error that Python has.
-        why = " ".join(str(e).split()) or type(e).__name__
-        raise UnreadableImage(where, f"unreadable image ({why})", "replace or remove it") from None
-
-
 def open_image(source: Path | bytes, name: object = None) -> Image.Image:
     """Return an image decoded whole, in its file's own mode; of an animated one the first frame.
 
     name: what messages call it. Raises `EdgeclipError` for a missing file, and `UnreadableImage`
     for one that cannot be decoded: a truncated file is never padded with grey.
     """
-    where = source if name is None else name
-    file: Any = source
-    if isinstance(source, bytes):
-        file = io.BytesIO(source)
-        where = name or "image"
-    with refusing(where), Image.open(file) as image:
+    where = name
+    if where is None:
+        where = "image" if isinstance(source, bytes) else source
+    if isinstance(source, Path):
+        with refusing(where):
+            source = image_file.read(source, where)
+    image: Any
+    with opened(source, where) as image:
         image.load()
         image.filename = str(where)  # what `to_pixels` calls it
         return image
@@ -153,7 +126,7 @@ def open_scaled(
     libjpeg-turbo then computes only the low frequencies of each block. Never for evaluation:
     `open_image` is exact. Raises `UnreadableImage`.
     """
-    with refusing(name), Image.open(io.BytesIO(content)) as image:
+    with opened(content, name) as image:
         sideways = spec.exif and orientation(image) in SIDEWAYS
         full = image.size[::-1] if sideways else image.size
         wanted = least(full)
@@ -199,13 +172,15 @@ def to_pixels(image: Image.Image, spec: Preprocess) -> np.ndarray:
     """Return uint8 [H, W, 3] of the encoder's size.
 
     Raises `UnreadableImage` for an image of a mode that this Pillow cannot resize, as open_clip's
-    transform does.
+    transform does, and for one that is so thin that it would be larger than `MAX_RESIZED` between
+    the resize and the crop.
     """
-    with refusing(getattr(image, "filename", "") or "image"):
-        return np.asarray(_resized(prepared(image, spec), spec).convert("RGB"))
+    where = getattr(image, "filename", "") or "image"
+    with refusing(where):
+        return np.asarray(_resized(prepared(image, spec), spec, where).convert("RGB"))
 
 
-def _resized(image: Image.Image, spec: Preprocess) -> Image.Image:
+def _resized(image: Image.Image, spec: Preprocess, where: object) -> Image.Image:
     """Return an image of the encoder's size, in its own mode."""
     size = spec.size
     resample = FILTERS[spec.interpolation]
@@ -221,6 +196,8 @@ def _resized(image: Image.Image, spec: Preprocess) -> Image.Image:
         resized = (side, int(side * height / width))
     else:
         resized = (int(side * width / height), side)
+    if resized[0] * resized[1] > MAX_RESIZED:
+        raise unreadable(where, f"{width} x {height} pixels are too thin for a crop of {size}")
     left = round((resized[0] - size) / 2.0)
     top = round((resized[1] - size) / 2.0)
     return image.resize(resized, resample).crop((left, top, left + size, top + size))

@@ -4,8 +4,9 @@ The one tokenizer everywhere, on the host and on a board. The library `tokenizer
 words only: baked labels do without it.
 """
 
+import contextlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -58,14 +59,25 @@ class Words(NamedTuple):
                         f"spells {control}, which ends or begins a text for the text encoder",
                         "leave it out",
                     )
-        return [encoding.ids for encoding in self.library.encode_batch(list(texts))]
+        with _refusing():
+            return [encoding.ids for encoding in self.library.encode_batch(list(texts))]
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Raise what the library says of a damaged tokenizer.json, which has no type of its own."""
+    try:
+        yield
+    except Exception as e:
+        what = f"the library tokenizers cannot use it ({' '.join(str(e).split())[:200]})"
+        raise EdgeclipError("tokenizer.json", what, "make the bundle again") from None
 
 
 def load(text: str, context_length: int, cleaning: Cleaning | None = None) -> Words:
     """Return the tokenizer of a tokenizer.json's text, which pads to `context_length`.
 
     It pads with the id that the file names, else 0. Raises `EdgeclipError` where the library
-    `tokenizers` is not installed.
+    `tokenizers` is not installed, and for a file that it cannot use.
     """
     try:
         import tokenizers
@@ -75,7 +87,8 @@ def load(text: str, context_length: int, cleaning: Cleaning | None = None) -> Wo
             "the library tokenizers is not installed (baked labels do without it)",
             "pip install 'edgeclip[text]'",
         ) from None
-    library = tokenizers.Tokenizer.from_str(text)
+    with _refusing():
+        library = tokenizers.Tokenizer.from_str(text)
     pad = (library.padding or {}).get("pad_id", 0)
     library.no_truncation()
     library.no_padding()
@@ -83,7 +96,8 @@ def load(text: str, context_length: int, cleaning: Cleaning | None = None) -> Wo
     if cleaning is not None and not cleaning.normalizer:
         library.normalizer = tokenizers.normalizers.Sequence([])
         controls = CONTROLS
-    mask = library.encode("a").special_tokens_mask
+    with _refusing():
+        mask = library.encode("a").special_tokens_mask
     ending = len(mask) - 1 - max((i for i, special in enumerate(mask) if not special), default=-1)
     return Words(library, cleaning, context_length, pad, ending, controls)
 

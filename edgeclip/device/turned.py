@@ -1,14 +1,12 @@
 """Photos that are stored turned, as phones store them: nobody sees it, and accuracy falls."""
 
-import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image
-
+from edgeclip.device.image_file import opened
 from edgeclip.device.images import ImageRef, read
-from edgeclip.device.preprocess import TURNS, orientation, refusing
+from edgeclip.device.preprocess import TURNS, orientation
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
 
@@ -43,8 +41,8 @@ def say_turned(sets: Iterable[Sequence[ImageRef]], exif: bool) -> None:
 
 def _orientation(image: ImageRef) -> int:
     """Return an image's EXIF orientation, 1 to 8. Raises `EdgeclipError` for an unreadable one."""
-    file: Path | io.BytesIO = Path(image.path)  # PIL reads a file's header alone
+    file: Path | bytes = Path(image.path)  # PIL reads a file's header alone
     if image.size >= 0:
-        file = io.BytesIO(read(image))
-    with refusing(image.key), Image.open(file) as opened:
-        return orientation(opened)
+        file = read(image)
+    with opened(file, image.key) as header:
+        return orientation(header)

@@ -24,9 +24,9 @@ from edgeclip.disk.reading import (
     differences,
     edges,
     fingerprint,
-    finite,
     read_array,
     read_arrays,
+    read_entries,
     read_json,
     read_manifest,
     sha256,
@@ -48,6 +48,7 @@ from edgeclip.disk.writing import (
     write_array,
     write_json,
     write_manifest,
+    write_sealed,
     write_text,
 )
 
@@ -63,7 +64,6 @@ __all__ = [
     "edges",
     "fingerprint",
     "finished_in",
-    "finite",
     "from_json",
     "is_utf8",
     "locked",
@@ -71,6 +71,7 @@ __all__ = [
     "new_folder",
     "read_array",
     "read_arrays",
+    "read_entries",
     "read_json",
     "read_manifest",
     "read_record",
@@ -87,5 +88,6 @@ __all__ = [
     "write_json",
     "write_manifest",
     "write_record",
+    "write_sealed",
     "write_text",
 ]

@@ -1,9 +1,11 @@
 """What lies on disk is read by its hash, and JSON without what JSON does not know."""
 
+import contextlib
 import hashlib
 import io
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,10 @@ from edgeclip import text_file
 from edgeclip.disk import leftovers
 from edgeclip.disk.leftovers import MANIFEST
 from edgeclip.errors import EdgeclipError
+from edgeclip.text_file.parser import MAX_JSON, parse_json
+
+SEAL = "seal"
+"""field of a JSON object's own fingerprint: that of all its other fields"""
 
 _header = threading.Lock()
 """numpy parses an array's header by `ast`, which until Python 3.12 fails now and then in two
@@ -61,32 +67,58 @@ def differences(a: Any, b: Any, at: str = "") -> list[str]:
     return [f"{at} was {a}, now {b}"]
 
 
+@contextlib.contextmanager
+def _as_value_error() -> Iterator[None]:
+    """Raise what numpy raises of a damaged header or archive, a dozen types, as ValueError."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError):
+        raise
+    except Exception as e:
+        raise ValueError(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+
+
 def read_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
-    """Return a .npy file's array, from any thread. Raises as `numpy.load`; pickles are refused."""
-    with _header:
+    """Return a .npy file's array, from any thread; pickles are refused.
+
+    Raises OSError, EOFError or ValueError.
+    """
+    with _header, _as_value_error():
         array: np.ndarray = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
     return array
 
 
-def read_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
-    """Return a .npz file's arrays, from any thread. Raises as `numpy.load`; pickles are refused."""
-    with _header, np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-def finite(constant: str) -> Any:
-    """Refuse NaN and the infinities, which Python's json reads and JSON does not know."""
-    raise json.JSONDecodeError(f"{constant} is no number of JSON", constant, 0)
+def read_arrays(file: Path | io.BufferedIOBase) -> dict[str, np.ndarray]:
+    """Return a .npz file's arrays, from any thread; pickles are refused. Raises as `read_array`."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_header)
+        stack.enter_context(_as_value_error())
+        if isinstance(file, Path):  # of a broken archive numpy leaves its own file open
+            file = stack.enter_context(file.open("rb"))
+        return dict(stack.enter_context(np.load(file, allow_pickle=False)))
 
 
 def read_json(path: Path) -> Any:
-    """Return a JSON file's value. Raises `EdgeclipError` where there is none, or it is broken."""
-    try:
-        return json.loads(text_file.read(path), parse_constant=finite)
-    except json.JSONDecodeError as e:
-        raise EdgeclipError(
-            path, f"not valid JSON ({e})", "make it again with the command that wrote it"
-        ) from None
+    """Return a JSON file's value, without its seal.
+
+    Raises `EdgeclipError` where there is none, it is broken, or its seal says that it was changed;
+    what an edgeclip before 0.2 wrote has none.
+    """
+    value = parse_json(text_file.read(path, MAX_JSON), path)
+    seal = value.pop(SEAL, None) if isinstance(value, dict) else None
+    if seal is not None and seal != fingerprint(value):
+        do = "make it again with the command that wrote it"
+        raise EdgeclipError(path, "was changed since it was written", do)
+    return value
+
+
+def read_entries(path: Path) -> list[Any]:
+    """Return the `entries` of a JSON file; before they were sealed it was their list."""
+    value = read_json(path)
+    found = value.get("entries") if isinstance(value, dict) else value
+    if not isinstance(found, list):
+        raise EdgeclipError(path, "is no list of entries", "remove it: it is made again")
+    return found
 
 
 def read_manifest(folder: Path, kind: str) -> Json:

@@ -10,13 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from edgeclip.device.preprocess import (
-    Preprocess,
-    UnreadableImage,
-    open_image,
-    orientation,
-    to_pixels,
-)
+from edgeclip.device.image_file import UnreadableImage
+from edgeclip.device.preprocess import Preprocess, open_image, orientation, to_pixels
 from tests.support import image_files as files
 
 # Pillow's warnings, of palettes with alpha and of metadata that was hit, are no errors here.

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from edgeclip.device.image_file import UnreadableImage
 from edgeclip.device.images import (
     ImageRef,
     index_folder,
@@ -15,7 +16,6 @@ from edgeclip.device.images import (
     refuse_unreadable,
     stream,
 )
-from edgeclip.device.preprocess import UnreadableImage
 from edgeclip.errors import EdgeclipError
 from tests.support.images import add_member, encoded, toy_image
 
@@ -49,7 +49,6 @@ def test_a_folder_with_dots_is_no_end_of_a_key(tmp_path):
             "v1.0/1.png",
             "v1.0/2.x.txt",
             "v1.0/2.png",
-            "../plain/3.png",
             "v1.0/._2.png",
             ".png",
         ):
@@ -59,7 +58,6 @@ def test_a_folder_with_dots_is_no_end_of_a_key(tmp_path):
         "0/1": "./1.png",
         "0/v1.0/1": "v1.0/1.png",
         "0/v1.0/2": "v1.0/2.png",
-        "0/../plain/3": "../plain/3.png",
     }
 
 

@@ -5,13 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeclip.device.preprocess import (
-    Preprocess,
-    UnreadableImage,
-    normalize,
-    open_image,
-    to_pixels,
-)
+from edgeclip.device.image_file import UnreadableImage
+from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pixels
 from edgeclip.errors import EdgeclipError
 from tests.support.images import encoded, toy_image, truncated_jpeg
 

@@ -7,14 +7,13 @@ import zlib
 import numpy as np
 from PIL import Image, ImageCms
 
+from edgeclip.device.image_file import FORMATS
+
 MODES = (
     *("1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB"),
     *("HSV", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"),
 )
 """every mode of Pillow's image core"""
-NO_IMAGES = ("PDF", "EPS", "WMF", "PALM", "BUFR", "GRIB", "HDF5", "SPIDER", "ICNS")
-"""writers whose files need a program to be read, or are not read again; SPIDER writes float only;
-ICNS is of another mode before it is loaded than after, and enlarges to 1024 pixels"""
 ORIENTATION = 0x0112
 
 
@@ -51,12 +50,12 @@ def encoded(image: Image.Image, format: str, **settings) -> bytes:
 
 
 def every_mode_and_format(width: int, height: int) -> dict[str, bytes]:
-    """MODE.FORMAT to a file, for each pair that Pillow writes and opens again."""
-    Image.init()
+    """MODE.FORMAT to a file, for each pair of a format that is read that Pillow writes and opens
+    again."""
     found = {}
     for mode in MODES:
         image = image_of(mode, width, height)
-        for format in sorted(set(Image.SAVE) - set(NO_IMAGES)):
+        for format in FORMATS:
             try:
                 content = encoded(image, format)
                 Image.open(io.BytesIO(content)).close()

@@ -92,7 +92,8 @@ def _fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
     """
     at = file.tell()
     while at < end:
-        file.seek(at)
+        start = at
+        file.seek(start)
         key = _varint(file)
         kind = key & 7
         if kind == LENGTH:
@@ -105,7 +106,7 @@ def _fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
             value = at = file.tell() + FIXED[kind]
         else:
             return
-        if at > end:
+        if not start < at <= end:  # a damaged length; the end of the file goes no further
             return
         if key >> 3 == wanted:
             yield value
@@ -113,7 +114,7 @@ def _fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
 
 def _varint(file: io.BufferedIOBase) -> int:
     value = shift = 0
-    while byte := file.read(1):
+    while shift < 70 and (byte := file.read(1)):  # protobuf's longest has ten bytes
         value |= (byte[0] & 127) << shift
         shift += 7
         if byte[0] < 128:
@@ -156,8 +157,13 @@ def open_session(
             f"runs on {session.get_providers()}, not on {list(providers)}",
             "install a runtime that has them",
         )
-    (i,) = session.get_inputs()
-    (o,) = session.get_outputs()
+    inputs = session.get_inputs()
+    outputs = session.get_outputs()
+    if (len(inputs), len(outputs)) != (1, 1):
+        what = f"has {len(inputs)} inputs and {len(outputs)} outputs, not one of each"
+        raise EdgeclipError(model, what, "export it again")
+    (i,) = inputs
+    (o,) = outputs
 
     def run(x: np.ndarray) -> np.ndarray:
         out: np.ndarray = session.run([o.name], {i.name: x})[0]

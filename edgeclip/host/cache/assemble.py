@@ -79,6 +79,7 @@ def assemble(plan: Plan) -> None:
             if not plan.done:
                 raise
     found = checked.read_manifest(plan.folder).get("description")
+    _tidy(plan.folder)
     _refuse_other(plan.folder, found, plan.description)
 
 
@@ -225,9 +226,14 @@ def _finish(plan: Plan, shards: int) -> None:
     (partial / "description.json").unlink()
     (partial / checked.NOTE).unlink(missing_ok=True)
     partial.rename(plan.folder)
-    shutil.rmtree(plan.folder / "shards")
+    _tidy(plan.folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what only a growing cache needs; a process that was killed here left it."""
+    shutil.rmtree(folder / "shards", ignore_errors=True)
     for left in ("start", "finish"):
-        (plan.folder / left).unlink(missing_ok=True)
+        (folder / left).unlink(missing_ok=True)
 
 
 def discard(partial: Path) -> None:

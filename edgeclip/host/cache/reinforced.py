@@ -23,18 +23,17 @@ apple/ml-mobileclip-dr.
 import contextlib
 import gzip
 import io
-import json
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from edgeclip import disk
+from edgeclip.device import tar_file
 from edgeclip.device.finite import fault
-from edgeclip.device.images import MAX_UNREADABLE, ImageRef, refuse_cut
+from edgeclip.device.images import MAX_UNREADABLE, ImageRef
 from edgeclip.disk import Description
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.cache.arrays import IMAGE, record
@@ -44,7 +43,10 @@ from edgeclip.host.cache.views import OPERATIONS
 from edgeclip.host.data.shards import matching
 from edgeclip.host.recipe import Reinforced
 from edgeclip.progress import track
+from edgeclip.text_file.parser import parse_json
 
+MAX_MEMBER = 2**26
+"""bytes of a member, and of what it is when decompressed: a thousand times a usual one"""
 MEMBERS = ("paug.json", "syn.json", "npz", "pth.gz")
 
 
@@ -137,7 +139,7 @@ def _sample(spec: Reinforced, members: dict[str, bytes], place: int, caption: st
     arrays = _arrays(members)
     image = arrays["image_emb"]
     views = parameters(members["paug.json"], spec.image_size)
-    synthetic = json.loads(members.get("syn.json", b"{}"))
+    synthetic = _parsed(members.get("syn.json", b"{}"), "syn.json")
     if not isinstance(synthetic, dict):
         raise ValueError("has a syn.json that is no mapping")
     captions, text = _captions(caption, synthetic, arrays)
@@ -217,12 +219,20 @@ def _stacked(samples: list[Sample], captions: bool) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _parsed(text: str | bytes, name: str) -> Any:
+    """Return a member's JSON. Raises ValueError where it is none."""
+    try:
+        return parse_json(text, name, "")
+    except EdgeclipError as e:
+        raise ValueError(f"has a broken {str(e).rstrip('; ')}") from None
+
+
 def parameters(paug: bytes, size: int) -> np.ndarray:
     """Return [K, 5 + 2 A] view parameters (`views`) of a sample's param_aug, A operations a
     view."""
-    value = json.loads(paug)["param_aug"]
+    value = _parsed(paug, "paug.json")["param_aug"]
     if isinstance(value, str):
-        value = json.loads(value)
+        value = _parsed(value, "param_aug")
     views = []
     for (top, left, height, width), operations in value:
         flat = [left, top, width, height, 0]
@@ -250,28 +260,25 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield (uid, its members) in the tar's order; only members that are a teacher's are read."""
     uid = ""
     members: dict[str, bytes] = {}
-    try:
-        with tarfile.open(tar, "r:") as opened:
-            for member in opened:
-                name, _, suffix = member.name.rpartition("/")[2].partition(".")
-                if not member.isfile() or suffix not in MEMBERS:
-                    continue
-                # WebDataset's rule: a sample's members follow one another.
-                if name != uid and members:
-                    yield uid, members
-                    members = {}
-                uid = name
-                if suffix in members:
-                    raise EdgeclipError(
-                        tar, f"has two members '{member.name}'", "repair or remove the shard"
-                    )
-                content = opened.extractfile(member)
-                members[suffix] = content.read() if content else b""
-                if len(members[suffix]) != member.size:
-                    raise tarfile.ReadError(f"'{member.name}' is cut off")
-            refuse_cut(opened)
-    except (tarfile.TarError, OSError) as e:
-        raise EdgeclipError(tar, f"not a readable shard ({e})", "replace or remove it") from None
+    with tar_file.open_file(tar) as file:
+        for member in tar_file.members(tar):
+            name, _, suffix = member.name.rpartition("/")[2].partition(".")
+            if suffix not in MEMBERS or member.is_folder:
+                continue
+            if not member.is_file or member.size > MAX_MEMBER:
+                what = f"'{member.name}' is no file, or has more than {MAX_MEMBER:,} bytes"
+                raise EdgeclipError(tar, what, "repair or remove the shard")
+            # WebDataset's rule: a sample's members follow one another.
+            if name != uid and members:
+                yield uid, members
+                members = {}
+            uid = name
+            if suffix in members:
+                raise EdgeclipError(
+                    tar, f"has two members '{member.name}'", "repair or remove the shard"
+                )
+            file.seek(member.offset)
+            members[suffix] = file.read(member.size)
     if members:
         yield uid, members
 
@@ -303,6 +310,14 @@ def _captions(
     return named, np.concatenate([rows for _, rows in parts.values()])
 
 
+def _decompressed(content: bytes) -> bytes:
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+        whole = file.read(MAX_MEMBER + 1)
+    if len(whole) > MAX_MEMBER:
+        raise ValueError(f"more than {MAX_MEMBER:,} bytes when decompressed")
+    return whole
+
+
 def _arrays(members: dict[str, bytes]) -> dict[str, np.ndarray]:
     """Return image_emb [K, E] and what there is of text_emb [C, E] and the captioners' own,
     float32.
@@ -317,7 +332,7 @@ def _arrays(members: dict[str, bytes]) -> dict[str, np.ndarray]:
         if name == "npz":
             found = disk.read_arrays(io.BytesIO(members[name]))
         else:
-            loaded = torch.load(io.BytesIO(gzip.decompress(members[name])), weights_only=True)
+            loaded = torch.load(io.BytesIO(_decompressed(members[name])), weights_only=True)
             found = {
                 k: (v if isinstance(v, torch.Tensor) else torch.stack(list(v))).float().numpy()
                 for k, v in loaded.items()

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from edgeclip.device.preprocess import FILTERS, Preprocess, open_scaled, refusing
+from edgeclip.device.image_file import refusing
+from edgeclip.device.preprocess import FILTERS, Preprocess, open_scaled
 from edgeclip.host.recipe import Views
 
 OPERATIONS = (

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from edgeclip.device.image_file import UnreadableImage
 from edgeclip.device.images import ImageRef, digest
-from edgeclip.device.preprocess import UnreadableImage
 
 Rule = Literal["hash", "stratified"]
 LEAST = 3

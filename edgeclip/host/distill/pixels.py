@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgeclip.device.image_file import UnreadableImage
 from edgeclip.device.images import read, stream
-from edgeclip.device.preprocess import Preprocess, UnreadableImage
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import distributed
 from edgeclip.host.cache import TeacherCache, decode_view

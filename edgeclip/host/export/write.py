@@ -1,6 +1,5 @@
 """The parts of a bundle's folder, each written by one function; `export` calls them in order."""
 
-import io
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,14 +10,13 @@ import msgspec
 import numpy as np
 import onnx
 import torch
-from PIL import Image
 
 from edgeclip import __version__, disk
 from edgeclip.device import finite, tokenizer
 from edgeclip.device.images import load_pixels, read
 from edgeclip.device.manifest import BundleManifest, Golden, TextRecord
 from edgeclip.device.metrics import l2_normalize
-from edgeclip.device.preprocess import normalize
+from edgeclip.device.preprocess import normalize, open_image
 from edgeclip.device.target import NamedTarget, Target
 from edgeclip.device.zero_shot import EduAttention, prompts
 from edgeclip.errors import WrongGraph
@@ -113,10 +111,10 @@ def _by_reference(source: Source, inputs: np.ndarray) -> np.ndarray:
     assert source.transform is not None
     found = inputs.copy()
     for i, ref in enumerate(source.golden):
-        with Image.open(io.BytesIO(read(ref))) as image:
-            if image.mode != "RGB":  # becomes RGB in edgeclip's way, which is not the model's
-                continue
-            found[i] = source.transform(image).numpy()
+        image = open_image(read(ref), ref.key)
+        if image.mode != "RGB":  # becomes RGB in edgeclip's way, which is not the model's
+            continue
+        found[i] = source.transform(image).numpy()
         error = np.abs(found[i] - inputs[i]).max()
         if not error < MAX_PIXEL_ERROR:
             raise WrongGraph(

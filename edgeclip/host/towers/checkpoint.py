@@ -7,7 +7,6 @@ of weights: a training checkpoint with an average beside the weights, a teacher 
 """
 
 import argparse
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -229,9 +228,9 @@ def _in_folder(folder: Path) -> Path:
 def _index(path: Path) -> dict[str, str]:
     """Return an index's map of tensors to the files beside it."""
     try:
-        places: Any = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        places: Any = disk.read_json(path)["weight_map"]
         names = {str(tensor): str(file) for tensor, file in places.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (EdgeclipError, KeyError, TypeError, AttributeError):
         raise EdgeclipError(path, "is no index of shards", "give the weights file itself") from None
     for file in sorted(set(names.values())):
         if Path(file).name != file:

@@ -17,6 +17,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.host.recipe import OpenClip
 from edgeclip.host.towers.hub import hub
 from edgeclip.host.towers.weights import open_clip_config
+from edgeclip.text_file.parser import parse_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -159,7 +160,7 @@ def _newer(name: str, category: str) -> str:
 
 
 def _plain(library: "Tokenizer") -> str:
-    return json.dumps(json.loads(library.to_str()), ensure_ascii=False)
+    return json.dumps(parse_json(library.to_str(), "the tokenizer"), ensure_ascii=False)
 
 
 def _compare(spec: OpenClip, made: Tokenization, theirs: Any, length: int) -> None:

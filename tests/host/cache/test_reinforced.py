@@ -279,11 +279,12 @@ def test_damaged_shards_are_named(tmp_path):
     data, whole = dataset(tar), tar.read_bytes()
     tar.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
-        EdgeclipError, match=r"dr0.tar: not a readable shard \(.*\); replace or remove it"
+        EdgeclipError,
+        match=r"dr0.tar: not a readable WebDataset shard \(.*\); replace or remove it",
     ):
         build(tmp_path, data)
     tar.write_bytes(b"no tar at all" * 100)
-    with pytest.raises(EdgeclipError, match=r"dr0.tar: not a readable shard"):
+    with pytest.raises(EdgeclipError, match=r"dr0.tar: not a readable WebDataset shard"):
         build(tmp_path, data)
     reinforced(tar, [0, 1, 2, 0])
     with pytest.raises(EdgeclipError, match=r"has two samples 'u0'"):

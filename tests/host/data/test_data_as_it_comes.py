@@ -13,6 +13,7 @@ import tarfile
 import pytest
 from PIL import features
 
+from edgeclip.device.image_file import UnreadableImage
 from edgeclip.device.images import (
     SUFFIXES,
     index_classes,
@@ -20,7 +21,7 @@ from edgeclip.device.images import (
     index_tar,
     read,
 )
-from edgeclip.device.preprocess import Preprocess, UnreadableImage, open_image
+from edgeclip.device.preprocess import Preprocess, open_image
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import data
 from edgeclip.host import recipe as R
@@ -161,7 +162,7 @@ def test_a_link_and_a_name_that_is_not_utf8_are_counted(tmp_path):
     images, skipped = skipped_of(tmp_path / "0.tar")
     assert [p.key for p in images] == ["0/a"]
     assert skipped == {
-        "with a link or a sparse file in place of an image": 1,
+        "with a link, a device or a sparse file in place of an image": 1,
         "with a name that is not UTF-8": 1,
     }
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgeclip.device.image_file import UnreadableImage
 from edgeclip.device.images import ImageRef, index_tar, read
-from edgeclip.device.preprocess import Preprocess, UnreadableImage, normalize
+from edgeclip.device.preprocess import Preprocess, normalize
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import cache, data
 from edgeclip.host import recipe as R
@@ -34,6 +35,24 @@ from tests.support.webdataset import shard, webdataset
 )
 def test_braces_stand_for_what_a_shell_makes_of_them(pattern, found):
     assert expand(pattern) == found
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..9999999999}.tar",
+        "{0..1000000}.tar",
+        "{0.." + "9" * 5000 + "}.tar",
+        "{" + "0" * 5000 + "..9}.tar",
+        "{0..9}" * 7,
+        "{a,b}" * 40,
+        "{" + "," * 1_000_001 + "}",
+    ],
+)
+def test_braces_that_stand_for_too_many_are_one_line(pattern):
+    with pytest.raises(EdgeclipError, match="stand for more than 1,000,000 shards") as e:
+        expand(pattern)
+    assert len(str(e.value)) < 400
 
 
 def test_a_range_and_a_glob_find_the_same_shards_and_a_missing_one_is_named(tmp_path):

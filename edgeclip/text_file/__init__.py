@@ -7,6 +7,7 @@ makes two labels of one that holds such a character.
 """
 
 import codecs
+import os
 import re
 import shlex
 import unicodedata
@@ -21,24 +22,40 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+MAX_BYTES = 2**32
+"""of a text file; a list of 10^7 captions has a third"""
 END = re.compile(r"\r\n|\r|\n")
 LOST = "\ufffd"
 """what programs write for a letter that they could not convert"""
 
 
-def read(path: Path) -> str:
+def read(path: Path, most: int = MAX_BYTES) -> str:
     """Return a text file's content without its byte-order mark; ends of lines are as they are.
 
-    Raises `EdgeclipError` where it is missing, cannot be read, or is in no encoding named above.
+    most: bytes. Raises `EdgeclipError` where it is missing, cannot be read, has more bytes, or is
+    in no encoding named above.
     """
     try:
-        content = path.read_bytes()
+        content = _bytes(path, most)
     except FileNotFoundError:
         raise EdgeclipError(path, "there is no such file", "check the path") from None
     except (OSError, ValueError) as e:  # ValueError: a path with a NUL in it
         what = f"cannot be read ({getattr(e, 'strerror', None) or e})"
         raise EdgeclipError(path, what, "give a text file") from None
     return decode(content, path)
+
+
+def _bytes(path: Path, most: int) -> bytes:
+    """Return what a file holds. Raises `EdgeclipError` for more, of a file without an end too."""
+    content = bytearray()
+    with path.open("rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        while length <= most and (block := file.read(1 << 20)):
+            content += block
+            length = max(length, len(content))
+    if length > most:
+        raise EdgeclipError(path, f"has more than {most:,} bytes", "give a smaller file")
+    return bytes(content)
 
 
 def decode(content: bytes, where: object) -> str:
