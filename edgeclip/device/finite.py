@@ -12,8 +12,9 @@ from edgeclip.errors import EdgeclipError
 
 
 def fault(array: np.ndarray, rows: bool = False) -> str | None:
-    """Return what is wrong with an array of floats: the first row that is not finite; None: no.
+    """Return what is wrong with an array of floats: its first row that is not finite.
 
+    None: nothing is.
     rows: of [n, D] features, which must have a length too. The row is the first axis.
     """
     each = array.reshape(len(array), -1) if array.ndim and len(array) else array.reshape(1, -1)

@@ -67,7 +67,7 @@ def of_embeddings(job: Join, spec: R.Embeddings) -> TeacherCache:
     """Return the cache that joins the rows of clip-retrieval's folders to the data's images.
 
     Raises `EdgeclipError` where captions are needed and there are none, and as
-    `embeddings.join`.
+    `embeddings.join` and `embeddings.refuse_broken`.
     """
     theirs = embeddings.open_embeddings(Path(spec.root))
     images = job.data.train
@@ -85,6 +85,7 @@ def of_embeddings(job: Join, spec: R.Embeddings) -> TeacherCache:
 
     def make(partial: Path, shard: int, shards: int) -> None:
         places, rows, without = embeddings.join(theirs, spec, images)
+        embeddings.refuse_broken(theirs, rows)
         missing.extend(without)
         records = np.zeros(len(places), record(1, 5))
         records[IMAGE] = places
