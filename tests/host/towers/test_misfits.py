@@ -2,6 +2,12 @@
 alone is enough where only that is wanted.
 """
 
+import gzip
+import tarfile
+import zipfile
+
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -186,3 +192,63 @@ def test_a_text_tower_or_half_an_image_tower_is_no_image_tower(tmp_path):
         spec = R.OpenClip(model="own", weights=L.plain(held, tmp_path), config=config)
         with pytest.raises(EdgeclipError, match=says):
             weights.open_clip_model(spec, image_only=True)
+
+
+# --- files of other programs
+
+
+def npz(path):
+    np.savez(path, **{"0.weight": np.zeros((4, 3), np.float32)})
+
+
+def packed(path):
+    torch.save(net().state_dict(), path.with_suffix(".inner"))
+    with tarfile.open(path, "w") as tar:
+        tar.add(path.with_suffix(".inner"), "weights.pt")
+
+
+def zipped(path):
+    torch.save(net().state_dict(), path.with_suffix(".inner"))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(path.with_suffix(".inner"), "weights.pt")
+
+
+def gzipped(path):
+    path.write_bytes(gzip.compress(b"x" * 99))
+
+
+def graph(path):
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), path)
+
+
+FOREIGN = {
+    "w.npz": (npz, "a file of NumPy arrays"),
+    "w.tar": (packed, "a packed archive"),
+    "w.zip": (zipped, "a packed archive"),
+    "w.pt.gz": (gzipped, "a packed archive"),
+    "w.onnx": (graph, "a graph for inference"),
+    "w.pt": (lambda path: path.write_text("\n<!DOCTYPE html><html></html>"), "a web page"),
+    "w.safetensors": (lambda path: path.write_text("<html>no</html>"), "a web page"),
+    "w.bin": (lambda path: path.write_bytes(b"GGUF\x03\0\0\0" + bytes(99)), "a GGUF file"),
+    "w.h5": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "an HDF5 file"),
+    "w.msgpack": (lambda path: path.write_bytes(b"\x82\xa6params" + bytes(99)), "Flax's"),
+    "config.json": (lambda path: path.write_text('{"a": 1}'), "JSON text"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_of_another_program_is_called_what_it_is(name, tmp_path):
+    write, what = FOREIGN[name]
+    write(tmp_path / name)
+    with pytest.raises(EdgeclipError) as error:
+        checkpoint.read(str(tmp_path / name))
+    line = str(error.value)
+    assert what in line and "no weights for torch; " in line and "\n" not in line
+
+
+@pytest.mark.parametrize("content", [b"nothing of the kind", bytes(300), b"\x80\x04."])
+def test_what_nobody_knows_is_said_without_torchs_essay(content, tmp_path):
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(EdgeclipError) as error:
+        checkpoint.read(str(tmp_path / "w.pt"))
+    assert "PyTorch 2" not in str(error.value) and "not a readable weights" in str(error.value)
