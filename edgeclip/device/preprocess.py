@@ -23,9 +23,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 from msgspec import Meta
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from edgeclip.config import BrokenRule
+from edgeclip.device import other_formats
 from edgeclip.errors import EdgeclipError
 
 RESIZES = ("shortest", "squash")
@@ -104,11 +105,11 @@ LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @contextlib.contextmanager
-def refusing(where: object) -> Iterator[None]:
+def refusing(where: object, source: Path | bytes | None = None) -> Iterator[None]:
     """Raise what Pillow raises inside as `UnreadableImage`, and a missing file as `EdgeclipError`.
 
-    where: what the message calls the image. What a machine lacks is not the image's fault: it is
-    raised as it is.
+    where: what the message calls the image. source: what it is read from. What a machine lacks is
+    not the image's fault: it is raised as it is.
     """
     try:
         yield
@@ -119,6 +120,11 @@ def refusing(where: object) -> Iterator[None]:
     except Exception as e:
         if isinstance(e, OSError) and e.errno in LACKING:
             raise
+        if source is not None and isinstance(e, UnidentifiedImageError):
+            found = other_formats.named(source)
+            if found is not None:
+                what = f"unreadable image (it is {found[0]})"
+                raise UnreadableImage(where, what, found[1]) from None
         # Of damaged bytes a plugin makes any error that Python has.
         why = " ".join(str(e).split()) or type(e).__name__
         raise UnreadableImage(where, f"unreadable image ({why})", "replace or remove it") from None
@@ -135,7 +141,7 @@ def open_image(source: Path | bytes, name: object = None) -> Image.Image:
     if isinstance(source, bytes):
         file = io.BytesIO(source)
         where = name or "image"
-    with refusing(where), Image.open(file) as image:
+    with refusing(where, source), Image.open(file) as image:
         image.load()
         image.filename = str(where)  # what `to_pixels` calls it
         return image
@@ -153,7 +159,7 @@ def open_scaled(
     libjpeg-turbo then computes only the low frequencies of each block. Never for evaluation:
     `open_image` is exact. Raises `UnreadableImage`.
     """
-    with refusing(name), Image.open(io.BytesIO(content)) as image:
+    with refusing(name, content), Image.open(io.BytesIO(content)) as image:
         sideways = spec.exif and orientation(image) in SIDEWAYS
         full = image.size[::-1] if sideways else image.size
         wanted = least(full)

@@ -40,6 +40,8 @@ def _read_rows(text: str, path: Path, root: Path, spec: Csv) -> list[ImageRef]:
     for column in (spec.image, spec.caption):
         if column not in columns:
             do = _other_separator("".join(lines[:1]), spec) or did_you_mean(column, columns)
+            if not columns:
+                do = "write the columns' names into its first line"
             raise EdgeclipError(path, f"has no column '{column}'", do)
         if columns.count(column) > 1:
             raise EdgeclipError(path, f"has two columns '{column}'", "rename one of them")

@@ -76,7 +76,9 @@ def write_recipe(folder: Path, out: Path | None) -> Started:
         )
     if empty := [name for name, n in counts.items() if n == 0]:
         raise EdgeclipError(
-            folder / empty[0], "has no photo", "add .jpg, .png or .webp files, or remove the folder"
+            folder / empty[0],
+            "has no photo",
+            "add .jpg, .png or .webp files (HEIC is not read: convert it), or remove the folder",
         )
     if {p.lower() for p in counts} <= PARTS:
         raise EdgeclipError(

@@ -14,7 +14,7 @@ class Kind(NamedTuple):
 
 PAGE = Kind(
     "a web page that a server sent in place of the file",
-    "download the file itself (of Hugging Face: .../resolve/main/FILE, logged in where it is gated)",
+    "download the file itself (of Hugging Face: resolve/main/FILE, logged in where it is gated)",
 )
 PACKED = Kind("a packed archive", "unpack it, and give the weights in it")
 GRAPH = Kind("a graph for inference", "give the checkpoint that it was exported from")
