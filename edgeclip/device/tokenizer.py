@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from edgeclip.device import spelled
 from edgeclip.device.cleaning import Cleaning, clean
 from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
+from edgeclip.progress import say_once
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -154,8 +156,11 @@ def check_class_names(words: Words, classes: Sequence[str], templates: Sequence[
     """Raise `EdgeclipError` for class names that cannot be scored.
 
     Those are two classes with equal tokens, which no score can tell apart, and a prompt that does
-    not fit into the context.
+    not fit into the context. Names that are codes are taken, and it is said.
     """
+    line = spelled.told(classes)
+    if line is not None:
+        say_once(line)
     first: dict[tuple[int, ...], int] = {}
     for i, ids in enumerate(words.ids(classes)):
         same = first.setdefault(tuple(ids), i)

@@ -206,7 +206,7 @@ def image_tower(spec: R.Timm | R.OpenClip) -> tuple[nn.Module, Preprocess]:
     """Return an image tower with its weights and its preprocess: pixels [B, 3, H, W] to features
     [B, T]."""
     if isinstance(spec, R.OpenClip):
-        model, preprocess = weights.open_clip_model(spec)
+        model, preprocess = weights.open_clip_model(spec, image_only=True)
         return ImageTower(model), preprocess
     tower, preprocess = weights.timm_model(spec)
     if isinstance(tower, VisionTransformer):

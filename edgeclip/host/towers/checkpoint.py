@@ -8,7 +8,6 @@ of weights: a training checkpoint with an average beside the weights, a teacher 
 
 import argparse
 import re
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 
 from edgeclip import disk
 from edgeclip.errors import EdgeclipError
-from edgeclip.host.towers import torchscript
+from edgeclip.host.towers import foreign, torchscript
 
 State = dict[str, torch.Tensor]
 
@@ -274,8 +273,6 @@ def _content(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        if head.startswith(b"PK") and _is_numpy(path):
-            raise ValueError("a NumPy archive")
         if torchscript.is_archive(path):
             return torchscript.tensors(path)
         # timm's training checkpoints hold their command's arguments.
@@ -283,11 +280,6 @@ def _content(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises half a dozen types for a file that is not one
         raise _unreadable(path, e) from None
-
-
-def _is_numpy(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith(".npy") for name in archive.namelist())
 
 
 def _unreadable(path: Path, error: Exception) -> EdgeclipError:
@@ -305,7 +297,12 @@ def _unreadable(path: Path, error: Exception) -> EdgeclipError:
             "which could run code",
             "save the state dict alone, as safetensors or with torch.save",
         )
+    kind = foreign.kind(path)
+    if kind is not None:
+        return EdgeclipError(path, f"is {kind.what}, and no weights for torch", kind.do)
     reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    if "weights_only" in str(error):  # torch's essay on pickles says nothing of the file
+        reason = "neither safetensors nor what torch.save writes, or damaged"
     return EdgeclipError(
         path,
         f"not a readable weights file ({reason})",

@@ -186,10 +186,12 @@ def _with_classes_of(
 # --- open_clip
 
 
-def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
+def open_clip_model(spec: OpenClip, image_only: bool = False) -> tuple[nn.Module, Preprocess]:
     """Return an open_clip model in eval mode with its weights, and its preprocess.
 
-    Raises `EdgeclipError` for an unknown model, and for weights that do not come or do not fit.
+    image_only: only its image tower is wanted; weights of that alone are enough, and the rest is
+    random. Raises `EdgeclipError` for an unknown model, and for weights that do not come or do not
+    fit.
     """
     import open_clip
 
@@ -208,7 +210,7 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
         with hub(False):  # quiet: it warns that it has no weights, and they come next
             model = open_clip.create_model(spec.model, pretrained=None, **more)
     if state is not None:
-        layouts.load_into(model, state, spec.weights, spec.resize_pos_embed)
+        layouts.load_into(model, state, spec.weights, spec.resize_pos_embed, image_only)
     _say(spec, found.told)
     size = model.visual.image_size
     return model.eval(), assumed.preprocess_of_open_clip(spec.model, found.preprocess, size)

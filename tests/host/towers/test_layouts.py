@@ -110,7 +110,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 FILES = {
     "empty": (b"", "is empty"),
     "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid x", "git lfs pull"),
-    "a page": (b"<!DOCTYPE html><html>not found</html>", "not a readable weights file"),
+    "a page": (b"<!DOCTYPE html><html>not found</html>", "is a web page"),
     "cut off": (b"\x10\x00\x00\x00\x00\x00\x00\x00{", "not a readable weights file"),
 }
 
