@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from edgeclip.errors import printable
+
 T = TypeVar("T")
 BAR = "{desc:<28} {n_fmt}/{total_fmt} {remaining} {bar}{postfix}"
 """count and estimate first: a narrow terminal cuts at the right"""
@@ -45,7 +47,7 @@ def _bar(items: Iterable[T], what: str, total: int, note: Callable[[], str] | No
     from tqdm import tqdm
 
     how = {"file": sys.stderr, "leave": False, "bar_format": BAR, "dynamic_ncols": True}
-    with tqdm(total=total, desc=what, **how) as bar:
+    with tqdm(total=total, desc=printable(what), **how) as bar:
         for item in items:
             yield item
             if note is not None:
@@ -97,7 +99,7 @@ def say(line: str) -> None:
     """Print a line to stderr, at rank 0; where its terminal has gone, the work goes on."""
     if is_rank_zero():
         with contextlib.suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
 
 
 @functools.cache

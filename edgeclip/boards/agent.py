@@ -35,11 +35,14 @@ Message = Dict[str, Any]  # noqa: UP006  (a request, or an answer; an old Python
 STDIN: Any = sys.stdin.buffer
 
 
-def reply(answer: Message, payload: bytes = b"") -> None:
-    """Write one marked line, which is found among whatever else is printed, then the payload."""
-    line = json.dumps(dict(answer, bytes=len(payload))).encode()
+def reply(request: Message, answer: Message) -> None:
+    """Write one marked line, which is found among whatever else is printed.
+
+    It repeats the request's id: an answer to another question is none.
+    """
+    line = json.dumps(dict(answer, id=request["id"], bytes=0)).encode()
     # the first end of line ends a banner that has none
-    sys.stdout.buffer.write(b"\n" + MARK + line + b"\n" + payload)
+    sys.stdout.buffer.write(b"\n" + MARK + line + b"\n")
     sys.stdout.buffer.flush()
 
 
@@ -217,7 +220,7 @@ def run(request: Message) -> None:
         PYTHONDONTWRITEBYTECODE="1",
         EDGECLIP_ENGINES=inside(folder, "engines"),
     )
-    work = dict(request["work"], folder=folder, python=request["python"])
+    work = dict(request["work"], folder=folder, python=request["python"], id=request["id"])
     command = [*request["python"], "-m", "edgeclip.device"]
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, env=environment, cwd=folder, start_new_session=True
@@ -236,7 +239,7 @@ def run(request: Message) -> None:
     held.close()
     if code:
         what = f"the runner on the board ended with code {code}; its own messages are above"
-        reply({"error": what})
+        reply(request, {"error": what})
     sys.stdout.flush()
     os._exit(0)  # the watcher is still reading
 
@@ -269,11 +272,11 @@ def main() -> None:
     try:
         if request["op"] == "run":
             run(request)
-        reply(answers[request["op"]](request))
+        reply(request, answers[request["op"]](request))
     except EOFError:
         sys.exit(1)
     except (OSError, ValueError, zipfile.BadZipFile) as e:
-        reply({"error": str(e)})
+        reply(request, {"error": str(e)})
 
 
 if __name__ == "__main__":  # as it is where `python3 -c` runs it

@@ -11,7 +11,6 @@ answers, or a report.
 
 import asyncio
 import contextlib
-import io
 import tempfile
 import time
 from collections.abc import Coroutine, Iterator
@@ -22,10 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from edgeclip import disk
-from edgeclip.boards import loopback, runner
+from edgeclip.boards import answers, loopback, runner
 from edgeclip.boards import preflight as P
 from edgeclip.boards.link import AGAIN, Link, Message, SshOptions, connect
-from edgeclip.device import energy, machine
+from edgeclip.device import energy
 from edgeclip.device.bench_report import (
     BenchReport,
     Beside,
@@ -39,6 +38,7 @@ from edgeclip.device.profile import Device, Minimum, Reach
 from edgeclip.device.records import (
     SelftestReport,
     from_json,
+    to_json,
 )
 from edgeclip.device.rules import judged
 from edgeclip.device.runtime import engine
@@ -147,10 +147,10 @@ class Board:
         if self.options is None:
             self.options = await self.exits.enter_async_context(loopback.sshd(self.name))
 
-    def ask(self, op: str, **request: Any) -> Message:
-        """Return the agent's answer to one request (agent.py)."""
+    def ask(self, op: str, kind: type[T], **request: Any) -> T:
+        """Return the agent's answer to one request (agent.py), of type `kind`."""
         answer, _ = self._wait(self.link.ask(op, folder=self.folder, **request))
-        return answer
+        return answers.typed(self.name, answer, kind)
 
     async def _look(self) -> None:
         """Read what the machine is, with the Python that the runner will have."""
@@ -158,9 +158,10 @@ class Board:
         answer, _ = await self.link.ask(
             "look", folder=self.folder, source=source, python=list(self.python)
         )
-        self.folder = answer["folder"]
-        self.facts = msgspec.convert(answer["facts"], machine.Facts)
-        self.state = msgspec.convert(answer["state"], machine.State)
+        found = answers.looked(self.name, answer)
+        self.folder = found.folder
+        self.facts = found.facts
+        self.state = found.state
         self.host_time = time.time()
 
     # --- before
@@ -175,7 +176,7 @@ class Board:
             files += self._files(evaluation.folder).values()
 
         names = engine.names(b.manifest for b in bundles)
-        kept = [self.ask("exists", name=f"engines/{name}")["exists"] for name in names]
+        kept = [self.ask("exists", answers.Exists, name=f"engines/{name}").exists for name in names]
         needs = P.Needs(
             mib=ROOM * sum(f.stat().st_size for f in files) / 2**20,
             engines=bool(names),
@@ -215,7 +216,7 @@ class Board:
         hashes = {name: disk.sha256(path) for name, path in files.items()}
         self.send({hashes[name]: path for name, path in files.items()}, folder.name)
         tree = f"trees/{hashes[disk.MANIFEST][:16]}"
-        return str(self.ask("build", name=tree, files=hashes)["path"])
+        return self.ask("build", answers.Built, name=tree, files=hashes).path
 
     def _install(self) -> str:
         """Copy the runner to the board; its name there."""
@@ -225,9 +226,9 @@ class Board:
             own.write_bytes(runner.device_layer())
             files = {disk.sha256(path): path for path in (*wheels, own)}
             name = f"runner/{runner.key(files)}"
-            if not self.ask("exists", name=name)["exists"]:
+            if not self.ask("exists", answers.Exists, name=name).exists:
                 self.send(files, "runner", runner.unpacked(files))
-                self.ask("build", name=name, unpack=sorted(files))
+                self.ask("build", answers.Built, name=name, unpack=sorted(files))
         return name
 
     def send(self, files: dict[str, Path], what: str, unpacked: int = 0) -> int:
@@ -237,15 +238,15 @@ class Board:
         `EdgeclipError` when the board has no room for them.
         """
         sizes = {digest: path.stat().st_size for digest, path in files.items()}
-        found = self.ask("missing", files=sizes)
+        found = answers.missing(self.name, self.ask("missing", Any, files=sizes), sizes)
         parts = []
-        for digest, have in found["have"].items():
+        for digest, have in found.have.items():
             parts.append(Part(digest, files[digest], sizes[digest], have))
 
         size = sum(part.size - part.have for part in parts)
         need = ROOM * (size + unpacked)
-        if need > found["free_bytes"]:
-            free = f"{found['free_bytes'] / 2**20:.1f} MiB are free"
+        if need > found.free_bytes:
+            free = f"{found.free_bytes / 2**20:.1f} MiB are free"
             what = f"{what} needs {need / 2**20:.1f} MiB on the board, and {free}"
             do = "make room, or remove what edgeclip left with --clean"
             raise EdgeclipError(self.name, what, do)
@@ -262,8 +263,11 @@ class Board:
         images = None
         if evaluation is not None:
             images = len(evaluation.chosen)
-        facts, payload = self._run("validate", bundle, images=images)
-        return from_answer(facts, disk.read_arrays(io.BytesIO(payload)), self.name)
+        declared = answers.of_validate(bundle, evaluation)
+        most = answers.size_of(declared)
+        facts, payload = self._run("validate", bundle, most, images=images)
+        found = from_answer(facts, answers.arrays(self.name, payload, declared), self.name)
+        return answers.observed(self.name, found, bundle, evaluation)
 
     def bench(self, bundle: Bundle, load: Load) -> BenchReport:
         """Return the bench report; a power meter is read by the host, on the host's clock."""
@@ -279,6 +283,7 @@ class Board:
         }
         answer, _ = self._run("bench", bundle, **work)
         report = from_json(answer, BenchReport, self.name)
+        report = answers.benched(self.name, report, bundle, self.device)
         if meter_csv is None or before is None or report.marks is None:
             return report
         return self._metered(report, report.marks, meter_csv, before)
@@ -288,13 +293,7 @@ class Board:
         first, *others = bundles
         places = [self.places[bundle.folder] for bundle in others]
         answer, _ = self._run("beside", first, beside=places)
-        found = from_json(answer, Beside, self.name)
-        names = [bundle.folder.name for bundle in bundles]
-        rows = [
-            msgspec.structs.replace(row, name=name)
-            for row, name in zip(found.rows, names, strict=True)
-        ]
-        return msgspec.structs.replace(found, rows=rows)
+        return answers.timed(self.name, from_json(answer, Beside, self.name), bundles)
 
     def _metered(
         self, report: BenchReport, marks: EnergyMarks, meter_csv: Path, before: tuple[float, float]
@@ -322,7 +321,7 @@ class Board:
         trips = []
         for _ in range(TRIPS):
             start = time.time()
-            there = float(self.ask("clock")["time"])
+            there = self.ask("clock", answers.Clock).time
             end = time.time()
             trips.append(((end - start) / 2, there - (start + end) / 2))
         half, offset = min(trips)
@@ -331,15 +330,21 @@ class Board:
     def selftest(self, bundle: Bundle) -> SelftestReport:
         """Return the self-test's report."""
         answer, _ = self._run("selftest", bundle)
-        return from_json(answer, SelftestReport, self.name)
+        report = from_json(answer, SelftestReport, self.name)
+        answers.of_bundle(self.name, report, bundle)
+        return msgspec.structs.replace(report, target=bundle.manifest.target)
 
     def answer(self, bundle: Bundle, pack: Pack) -> Answers:
         """Return what the board makes of a conformance pack, whose reference stays here."""
         place = self._tree(pack.folder, pack.questions)
-        answer, payload = self._run("conformance", bundle, pack=place)
-        return from_link(answer, disk.read_arrays(io.BytesIO(payload)))
+        declared = answers.of_pack(pack)
+        most = answers.size_of(declared)
+        answer, payload = self._run("conformance", bundle, most, pack=place)
+        said = answers.said(self.name, answer, pack)
+        return from_link(to_json(said), answers.arrays(self.name, payload, declared))
 
-    def _run(self, verb: str, bundle: Bundle, **more: Any) -> tuple[Message, bytes]:
+    def _run(self, verb: str, bundle: Bundle, most: int = 0, **more: Any) -> tuple[Message, bytes]:
+        """Return the runner's answer, and at most `most` bytes of arrays behind it."""
         self._same_boot(verb)
         work = {
             "verb": verb,
@@ -350,7 +355,13 @@ class Board:
         }
         return self._wait(
             self.link.ask(
-                "run", folder=self.folder, runner=self.runner, python=list(self.python), work=work
+                "run",
+                most=most,
+                minutes=more.get("minutes", 0.0),
+                folder=self.folder,
+                runner=self.runner,
+                python=list(self.python),
+                work=work,
             )
         )
 
@@ -363,7 +374,7 @@ class Board:
 
     def clean(self) -> bool:
         """Remove everything edgeclip left on the board; return whether there was anything."""
-        return bool(self.ask("clean")["removed"])
+        return self.ask("clean", answers.Cleaned).removed
 
 
 async def _ended(tasks: set[asyncio.Task[Any]]) -> None:

@@ -9,13 +9,15 @@ guess.
 import asyncio
 import contextlib
 import json
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgeclip.boards.hearing import DO, Ear, Heard, Patience, in_time
 from edgeclip.device.__main__ import MARK
 from edgeclip.device.profile import Reach
-from edgeclip.errors import EdgeclipError, LinkLost
+from edgeclip.errors import EdgeclipError, LinkLost, printable
 from edgeclip.progress import say
 from edgeclip.text_file.parser import parse_json
 
@@ -26,6 +28,16 @@ COMMAND = (
 )
 LINE = 1 << 24
 """bytes of the longest answer"""
+SHORT_LINE = 1 << 20
+"""of one that is no report"""
+TALK = 1 << 20
+"""bytes that a board may say beside its answer"""
+LINES = 10_000
+"""a day of progress is a third of it"""
+REASON = 1_000
+"""characters of what a board says that are shown at once"""
+QUESTIONS = ("look", "clock", "missing", "exists")
+"""what a board answers at once"""
 NO_COMMAND = 127
 """a shell's exit code"""
 CONNECT_S = 30
@@ -50,70 +62,142 @@ class Link(NamedTuple):
     start: Start
     broken: tuple[type[BaseException], ...] = (OSError, EOFError)
     """what a broken link raises"""
+    reach: Reach = Reach()
+    """how long the board is waited for"""
 
     async def ask(
-        self, op: str, payload: Iterable[bytes] = (), **request: Any
+        self,
+        op: str,
+        payload: Iterable[bytes] = (),
+        most: int = 0,
+        minutes: float = 0.0,
+        **request: Any,
     ) -> tuple[Message, bytes]:
         """Return the board's answer and the bytes behind it; pass on what it prints on stderr.
 
-        Raises `LinkLost` when the link breaks, and `EdgeclipError` with the board's own reason when
-        it cannot do it.
+        most: bytes behind the answer; minutes: how long the work itself takes on top. Raises
+        `LinkLost` when the link breaks, or the board is silent for too long, and `EdgeclipError`
+        with the board's own reason when it cannot do it, or for an answer that is none.
         """
-        process = None
+        asked = {"op": op, "id": secrets.token_hex(8), **request}
+        heard = Heard()
+        work = self._exchange(asked, payload, most, heard)
+        silent = self.reach.answer_s if op in QUESTIONS else self.reach.work_s
+        patience = Patience(silent, self.reach.longest_s + 60 * minutes)
         try:
-            process = await self.start()
-            talk = asyncio.ensure_future(self._pass_on(process.stderr))
-            # the board may answer before it has heard everything: its disk is full
-            with contextlib.suppress(*self.broken):
-                await _send(process, {"op": op, **request}, payload)
-            answer, rest = await self._answer(process, talk)
+            answer, rest = await in_time(self.name, op, work, heard, patience)
         except self.broken as e:
             what = f"the link broke off during '{op}' ({_reason(e)})"
             raise LinkLost(self.name, what, AGAIN) from None
-        finally:
-            if process is not None:
-                with contextlib.suppress(Exception):
-                    process.stdin.close()
-                    await asyncio.wait_for(process.wait(), CLOSE_S)
-
         if "error" in answer:
             do = f"see docs/devices.md, or: edgeclip doctor --device {self.name}"
-            raise EdgeclipError(self.name, answer["error"], do)
+            raise EdgeclipError(self.name, printable(str(answer["error"]), REASON), do)
+        if answer.pop("id", None) != asked["id"]:
+            raise EdgeclipError(self.name, "answered another question", f"{DO} {self.name}")
         return answer, rest
 
-    async def _answer(self, process: Any, talk: "asyncio.Future[None]") -> tuple[Message, bytes]:
+    async def _exchange(
+        self, asked: Message, payload: Iterable[bytes], most: int, heard: Heard
+    ) -> tuple[Message, bytes]:
+        """Start the agent, tell it what is asked, and hear it to its end."""
+        process = await self.start()
+        talk = asyncio.ensure_future(self._pass_on(Ear(self.name, process.stderr, heard)))
+        work = asyncio.ensure_future(self._talk(process, talk, asked, payload, most, heard))
+        try:
+            await asyncio.wait({talk, work}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                talk.result()  # it may be of a board that does not stop talking
+            found = await work
+            await asyncio.wait([talk], timeout=TALK_S)
+            return found
+        finally:
+            for task in (talk, work):
+                task.cancel()
+            await asyncio.wait([talk, work])
+            await _end(process)
+
+    async def _talk(
+        self,
+        process: Any,
+        talk: "asyncio.Future[None]",
+        asked: Message,
+        payload: Iterable[bytes],
+        most: int,
+        heard: Heard,
+    ) -> tuple[Message, bytes]:
+        # the board may answer before it has heard everything: its disk is full
+        with contextlib.suppress(*self.broken):
+            await _send(process, asked, payload, heard)
+        longest = LINE if asked["op"] == "run" else SHORT_LINE
+        return await self._answer(
+            process, talk, Ear(self.name, process.stdout, heard), longest, most
+        )
+
+    async def _answer(
+        self, process: Any, talk: "asyncio.Future[None]", ear: Ear, longest: int, most: int
+    ) -> tuple[Message, bytes]:
         """Return the marked line among what a login shell prints, and the bytes behind it."""
-        while (line := await process.stdout.readline()) and not line.startswith(MARK):
-            pass
+        before = lines = 0
+        while (line := await ear.line(longest)) and not line.startswith(MARK):
+            before += len(line)
+            lines += 1
+            if before > TALK or lines > LINES:
+                raise ear.too_much(f"more than {TALK:,} bytes or {LINES:,} lines, and no answer")
         if not line.endswith(b"\n"):
             await asyncio.wait([talk], timeout=TALK_S)
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(process.wait(), CLOSE_S)
+                await asyncio.wait_for(_closed(process), CLOSE_S)
             if process.returncode == NO_COMMAND:
                 what = "has no python3 on the PATH that ssh gives it"
                 raise EdgeclipError(self.name, what, "install Python 3.10 or newer there")
             raise EOFError("no answer came")
 
-        do = f"see what it printed, and: edgeclip doctor --device {self.name}"
-        answer = parse_json(line[len(MARK) :], f"{self.name}: its answer", do)
-        rest = await process.stdout.readexactly(answer.pop("bytes"))
-        await asyncio.wait([talk], timeout=TALK_S)
-        return answer, rest
+        answer = parse_json(line[len(MARK) :], f"{self.name}: its answer", f"{DO} {self.name}")
+        size = None
+        if isinstance(answer, dict):
+            size = answer.pop("bytes", 0)
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= most:
+            what = f"answered with {printable(str(size), 40)} bytes, and {most:,} is the most"
+            raise EdgeclipError(self.name, what, f"{DO} {self.name}")
+        return answer, await ear.exactly(size)
 
-    async def _pass_on(self, stderr: Any) -> None:
+    async def _pass_on(self, ear: Ear) -> None:
+        """Print what the board says. Raises `EdgeclipError` for one that does not stop."""
+        said = lines = 0
         with contextlib.suppress(*self.broken):
-            while line := await stderr.readline():
-                say(f"{self.name}: {line.decode(errors='replace').rstrip()}")
+            while line := await ear.line(TALK):
+                say(f"{self.name}: {printable(line.decode(errors='replace').rstrip(), REASON)}")
+                said += len(line)
+                lines += 1
+                if said > TALK or lines > LINES:
+                    raise ear.too_much(f"more than {TALK:,} bytes or {LINES:,} lines of messages")
 
 
-async def _send(process: Any, request: Message, payload: Iterable[bytes]) -> None:
-    """Return the agent's text, the request, and what belongs to it."""
+async def _send(process: Any, request: Message, payload: Iterable[bytes], heard: Heard) -> None:
+    """Send the agent's text, the request, and what belongs to it."""
     head = b"%d\n" % len(AGENT) + AGENT
     process.stdin.write(head + json.dumps(request).encode() + b"\n")
     for block in payload:
         process.stdin.write(block)
         await process.stdin.drain()
+        heard.now()
     await process.stdin.drain()
+
+
+async def _closed(process: Any) -> None:
+    """Wait for its end. asyncssh's own `wait` would collect all that an endless one still says."""
+    await getattr(process, "wait_closed", process.wait)()
+
+
+async def _end(process: Any) -> None:
+    """Let a process end by itself, which it does when nobody speaks to it; else end it."""
+    with contextlib.suppress(Exception):
+        process.stdin.close()
+        await asyncio.wait_for(_closed(process), CLOSE_S)
+    if process.returncode is None:
+        with contextlib.suppress(Exception):
+            process.kill()
+            getattr(process, "close", bool)()
 
 
 def _reason(e: BaseException) -> str:
@@ -132,7 +216,7 @@ async def connect(
     the board cannot be reached, with what to do.
     """
     if reach.command:
-        yield Link(name, _by_command(reach.command))
+        yield Link(name, _by_command(reach.command), reach=reach)
         return
 
     try:
@@ -146,7 +230,7 @@ async def connect(
         return await connection.create_process(COMMAND, encoding=None)
 
     try:
-        yield Link(name, start, (OSError, EOFError, asyncssh.Error))
+        yield Link(name, start, (OSError, EOFError, asyncssh.Error), reach)
     finally:
         connection.close()
         with contextlib.suppress(Exception):

@@ -29,7 +29,7 @@ def names(kind: str) -> Completer:
 def labels(ctx: click.Context, param: click.Parameter, word: str) -> list[CompletionItem]:
     """Complete the last of several comma-separated labels from the bundle's baked ones."""
     from edgeclip import disk
-    from edgeclip.errors import EdgeclipError
+    from edgeclip.errors import EdgeclipError, printable
     from edgeclip.reports.store import one_bundle
 
     try:
@@ -41,7 +41,9 @@ def labels(ctx: click.Context, param: click.Parameter, word: str) -> list[Comple
     start = f"{before}{comma}"
     space = last[: len(last) - len(last.lstrip())]
     items = []
-    for label in known:
+    for label in known if isinstance(known, list) else []:
+        if not isinstance(label, str) or label != printable(label):  # a shell prints it
+            continue
         if label.startswith(last.strip()):
             items.append(CompletionItem(f"{start}{space}{label}"))
     return items

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from edgeclip.cli import system
-from edgeclip.errors import EdgeclipError, Interrupted, Refused
+from edgeclip.errors import EdgeclipError, Interrupted, Refused, printable
 from edgeclip.progress import is_rank_zero
 
 HELP = {"max_content_width": 100, "help_option_names": ["-h", "--help"]}
@@ -99,7 +99,8 @@ class Group(click.Group):
         except OSError as e:
             if system.is_readerless(e):
                 raise  # click ends quietly where stdout's reader has gone
-            raise click.ClickException(system.line_of(e, ctx.invoked_subcommand or "")) from None
+            line = printable(system.line_of(e, ctx.invoked_subcommand or ""))
+            raise click.ClickException(line) from None
         except UnicodeEncodeError as e:
             line = system.line_of_text(e, ctx.invoked_subcommand or "")
             raise click.ClickException(line) from None

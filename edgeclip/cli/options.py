@@ -104,8 +104,11 @@ def print_json(value: Any) -> None:
 
 
 def say(as_json: bool, value: Any, text: str) -> None:
-    """Print `value` as JSON, or `text` instead."""
+    """Print `value` as JSON, or the lines of `text` instead."""
+    from edgeclip.errors import printable
+
     if as_json:
         print_json(value)
     else:
-        click.echo(text)
+        for line in text.split("\n"):
+            click.echo(printable(line))

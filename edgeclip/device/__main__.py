@@ -32,6 +32,8 @@ class Work(Record):
 
     verb: str
     """one of VERBS"""
+    id: str
+    """the answer repeats it: an answer to another question is none"""
     device: Device
     bundle: str
     """its folder on the board"""
@@ -122,8 +124,10 @@ def main() -> None:
     os.dup2(2, 1)
     payload = io.BytesIO()
     arrays: dict[str, Any]
+    asked = ""
     try:
         work = msgspec.convert(parse_json(sys.stdin.buffer.read(), "the request"), Work)
+        asked = work.id
         device = work.device
         with pinned(device):
             bundle = Bundle.load(
@@ -134,7 +138,7 @@ def main() -> None:
     except EdgeclipError as e:
         answer = {"error": str(e)}
     body = payload.getvalue()
-    line = json.dumps({**answer, "bytes": len(body)}).encode()
+    line = json.dumps({**answer, "id": asked, "bytes": len(body)}).encode()
     out.write(b"\n" + MARK + line + b"\n" + body)
     out.flush()
 

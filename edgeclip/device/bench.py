@@ -229,7 +229,7 @@ def images_of(bundle: Bundle, evaluation: Path | None) -> list[bytes]:
     """Return encoded images to measure with."""
     if evaluation is not None:
         return [read(image) for image in index_tar(images_tar(evaluation))[:SAMPLES]]
-    found = [(bundle.folder / name).read_bytes() for name in bundle.manifest.golden.images]
+    found = [bundle.file(name).read_bytes() for name in bundle.manifest.golden.images]
     if not found:
         raise EdgeclipError(
             bundle.folder, "has no golden images to measure with", "export it with --images DIR"

@@ -11,7 +11,7 @@ import platform
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypedDict
 
 import msgspec
@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 
 from edgeclip import disk
-from edgeclip.device import finite
+from edgeclip.device import contents
 from edgeclip.device.manifest import BundleManifest, TextRecord, read_manifest, write_manifest
 from edgeclip.device.preprocess import Preprocess, normalize, open_image, to_pixels
-from edgeclip.device.runtime import Session, open_session
+from edgeclip.device.runtime import Session, open_session, references
 from edgeclip.device.zero_shot import EduAttention, class_scores, ensemble, offsets, prompts
 from edgeclip.errors import EdgeclipError
 
@@ -94,18 +94,21 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Return the path of a file whose bytes are what the manifest says.
 
-        OpenVINO's .bin is checked with its .xml. Raises `EdgeclipError` for a file that was changed
-        or that the bundle does not have.
+        What a graph needs beside itself, as OpenVINO's .bin, is checked with it. Raises
+        `EdgeclipError` for a file that was changed or that the bundle does not have.
         """
         files = self.manifest.files
         if name not in files:
             raise EdgeclipError(self.folder, f"has no {name}", "export the bundle again")
 
         checked = {name: files[name]}
-        weights = str(Path(name).with_suffix(".bin"))
-        if weights in files:
-            checked[weights] = files[weights]
         disk.verify_files(self.folder, checked, "bundle")
+        for other in references.others(self.folder / name):
+            beside = (PurePosixPath(name).parent / other).as_posix()
+            if beside not in files:
+                what = f"{name} needs {other}, which its manifest does not list"
+                raise EdgeclipError(self.folder, what, "export the bundle again")
+            disk.verify_files(self.folder, {beside: files[beside]}, "bundle")
         return self.folder / name
 
     def open_image_encoder(self, threads: int | None = None, optimization: str = "all") -> Session:
@@ -165,40 +168,34 @@ class Bundle:
     @cached_property
     def labels(self) -> list[str]:
         """The baked labels; empty where there are none."""
-        labels: list[str] = disk.read_json(self.file("labels.json"))
-        return labels
+        return contents.labels(self.file("labels.json"))
 
     @cached_property
     def class_features(self) -> np.ndarray:
         """[N, D] unit rows, in the order of `labels`."""
-        path = self.file("class_features.npy")
-        return finite.features(disk.read_array(path), path, EXPORT_AGAIN)
+        file = self.file("class_features.npy")
+        return contents.rows(file, len(self.labels), self.manifest.embed_dim)
 
     @cached_property
     def head(self) -> EduAttention | None:
         if "head.npz" not in self.manifest.files:
             return None
-        arrays = disk.read_arrays(self.file("head.npz"))
-        normalizes = "normalize"
-        if "normalise" in arrays:  # edgeclip 0.1
-            normalizes = "normalise"
-        if "fc" not in arrays or normalizes not in arrays:
-            raise EdgeclipError(
-                self.folder,
-                "was written by an edgeclip before 0.1",
-                "export it again from its run",
-            )
-        for name in ("weight", "bias", "alpha", "temperature"):
-            finite.finite(arrays[name], f"{self.folder}: head.npz: {name}", EXPORT_AGAIN)
-        return EduAttention(
-            arrays["weight"],
-            arrays["bias"],
-            float(arrays["alpha"]),
-            float(arrays["temperature"]),
-            str(arrays["fc"]),
-            bool(arrays[normalizes]),
-            bool(arrays.get("center", False)),
-        )
+        return contents.head(self.file("head.npz"), self.manifest.embed_dim, self.folder)
+
+    # --- the golden images and texts, and what the student answered to them
+
+    def golden_pixels(self) -> np.ndarray:
+        """Return uint8 [G, H, W, 3]."""
+        return contents.pixels(self.file("golden/pixels.npy"), self.preprocess.size)
+
+    def golden_features(self, kind: str = "image") -> np.ndarray:
+        """Return float32 [G, D]; kind: 'image' or 'text'."""
+        file = self.file(f"golden/{kind}_features.npy")
+        return contents.rows(file, None, self.manifest.embed_dim)
+
+    def golden_texts(self) -> list[str]:
+        """Return the texts, in the order of their features."""
+        return contents.golden_texts(self.file("golden/texts.json"))
 
     @cached_property
     def offsets(self) -> np.ndarray | float:
@@ -220,17 +217,30 @@ class Bundle:
         return to_pixels(image, self.preprocess)
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """Return unit rows [B, D] of uint8 [B, H, W, 3]."""
-        return self.image_encoder.run(normalize(pixels, self.preprocess))
+        """Return unit rows [B, D] of uint8 [B, H, W, 3].
+
+        Raises `EdgeclipError` where the graph does not take or give what the manifest says.
+        """
+        found = self.image_encoder.run(normalize(pixels, self.preprocess))
+        return self._of_width(found, len(pixels))
+
+    def _of_width(self, found: np.ndarray, count: int) -> np.ndarray:
+        """Return a graph's answer. Raises `EdgeclipError` unless it is float32 [count, D]."""
+        wanted = (count, self.manifest.embed_dim)
+        if found.dtype != np.float32 or found.shape != wanted:
+            what = f"a graph gives {found.dtype} {list(found.shape)}, not float32 {list(wanted)}"
+            raise EdgeclipError(self.folder, what, "export the bundle again")
+        return found
 
     def encode_image(self, images: Sequence[ImageSource]) -> np.ndarray:
-        """Return unit rows [B, D] of paths, encoded bytes or PIL images.
+        """Return unit rows [B, D] of paths, encoded bytes or PIL images."""
+        return np.concatenate([self._encode_one(image) for image in images])
 
-        Raises `EdgeclipError` for an image that cannot be read, and for features that are not
-        finite.
-        """
-        found = np.concatenate([self.encode_pixels(self.pixels(i)[None]) for i in images])
-        return finite.features(found, f"{self.folder}: image features", EXPORT_AGAIN)
+    def _encode_one(self, image: ImageSource) -> np.ndarray:
+        """Return a unit row [1, D]. Raises `EdgeclipError` for what is none."""
+        found = self.encode_pixels(self.pixels(image)[None])
+        contents.refuse_not_unit(found, self.folder)
+        return found
 
     # --- words
 
@@ -259,13 +269,17 @@ class Bundle:
         """
         from edgeclip.device import tokenizer
 
-        if self._text().vocabulary is not None:
-            kept = disk.read_array(self.file("vocabulary.npy"))
+        vocabulary = self._text().vocabulary
+        if vocabulary is not None:
+            kept = contents.kept_tokens(self.file("vocabulary.npy"), vocabulary.kept)
             ids = tokenizer.renumber(self.words, ids, kept, texts)
         encoder = self.text_encoder
         ids = ids.astype(encoder.input.dtype)
-        starts = range(0, len(ids), TEXT_BATCH)
-        return np.concatenate([encoder.run(ids[i : i + TEXT_BATCH]) for i in starts])
+        rows = []
+        for start in range(0, len(ids), TEXT_BATCH):
+            batch = ids[start : start + TEXT_BATCH]
+            rows.append(self._of_width(encoder.run(batch), len(batch)))
+        return np.concatenate(rows)
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
         """Return unit rows [N, D] of texts as they are: no prompt template is put around them.
@@ -273,7 +287,11 @@ class Bundle:
         Raises `EdgeclipError` for a text that is too long or has a token that the bundle was
         exported without, and where the bundle has no text encoder.
         """
-        return self.encode_ids(self.token_ids(texts), texts)
+        rows = []
+        for start in range(0, len(texts), TEXT_BATCH):  # a row of ids is as long as the context
+            batch = texts[start : start + TEXT_BATCH]
+            rows.append(self.encode_ids(self.token_ids(batch), batch))
+        return np.concatenate(rows)
 
     def bake(self, labels: list[str]) -> np.ndarray:
         """Return class features [N, D] of any labels, through the bundle's prompt templates.
@@ -287,7 +305,7 @@ class Bundle:
         templates = self.manifest.templates or ["{c}"]
         tokenizer.check_class_names(self.words, labels, templates)
         features = self.encode_text(prompts(labels, templates))
-        finite.features(features, f"{self.folder}: features of the labels", EXPORT_AGAIN)
+        contents.refuse_not_unit(features, self.folder)
         return ensemble(features.reshape(len(labels), len(templates), -1))
 
     def classify(
@@ -304,7 +322,7 @@ class Bundle:
         that cannot be read, and as `bake`.
         """
         active_labels, active = self._active(labels)
-        features = self.encode_image([image])
+        features = self._encode_one(image)
         set_back: np.ndarray | float = 0.0
         if offset:
             set_back = offsets(self.manifest.class_offset, active_labels)
@@ -370,8 +388,9 @@ def _bake_labels(bundle_folder: Path, labels: list[str], out: Path, offset: bool
     features = bundle.bake(labels)
     parents = {**bundle.manifest.parents, "bundle": disk.sha256(bundle_folder / disk.MANIFEST)}
     with disk.new_folder(out) as folder:
-        shutil.copytree(bundle_folder, folder, dirs_exist_ok=True)
-        (folder / disk.MANIFEST).unlink()
+        for name in bundle.manifest.files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle_folder / name, folder / name)
         disk.write_json(folder / "labels.json", labels)
         disk.write_array(folder / "class_features.npy", features)
         manifest = msgspec.structs.replace(bundle.manifest, parents=parents)

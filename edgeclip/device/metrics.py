@@ -12,8 +12,21 @@ import numpy as np
 from edgeclip.device.records import Closeness, PairedDrop
 
 Z_ONE_SIDED = statistics.NormalDist().inv_cdf(0.95)
+UNIT = 0.02
+"""so much the length of a unit row may differ from 1: float16 rounds to a thousandth"""
 NEVER = np.iinfo(np.int64).max
 """the rank of a query whose own score is not finite: beyond every k"""
+
+
+def off_unit(rows: np.ndarray) -> float | None:
+    """Return by how much the length of a row [B, D] differs from 1 at most.
+
+    None where a value is not finite, or so large that no length can be computed.
+    """
+    lengths = np.linalg.norm(np.asarray(rows, np.float64), axis=-1)
+    if not np.isfinite(lengths).all():
+        return None
+    return float(np.abs(lengths - 1).max(initial=0.0))
 
 
 def l2_normalize(x: np.ndarray) -> np.ndarray:

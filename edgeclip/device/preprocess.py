@@ -42,6 +42,12 @@ TURNS = {
 """what undoes each orientation (EXIF 2.3, 4.6.4)"""
 SIDEWAYS = (5, 6, 7, 8)
 """orientations that exchange width and height"""
+MOST_SIDE = 2048
+"""px; published models take at most 1,024"""
+LEAST_CROP = 0.1
+LEAST_STD = 1e-4
+MOST_LEVEL = 1e3
+"""of a channel's mean and spread, in units of 0..1: beyond it float32 has no pixels left"""
 MAX_RESIZED = 2**25
 """pixels between the resize and the crop: for 224, of an image 668 times as long as it is wide"""
 Color = tuple[
@@ -76,18 +82,22 @@ class Preprocess(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def __post_init__(self) -> None:
         """Raise `BrokenRule` for values that no transform has: built in code, a record is not
         checked by anything else."""
-        _refuse_unless(isinstance(self.size, int) and self.size > 0, "size", self.size)
+        _refuse_unless(isinstance(self.size, int) and 0 < self.size <= MOST_SIDE, "size", self.size)
         _refuse_unless(self.resize in RESIZES, "resize", self.resize)
         _refuse_unless(self.interpolation in FILTERS, "interpolation", self.interpolation)
-        _refuse_unless(0 < self.crop <= 1, "crop", self.crop)
+        _refuse_unless(LEAST_CROP <= self.crop <= 1, "crop", self.crop)
         for name, values in (("mean", self.mean), ("std", self.std)):
-            _refuse_unless(len(values) == 3 and all(map(math.isfinite, values)), name, values)
-        _refuse_unless(min(self.std) > 0, "std", self.std)
+            _refuse_unless(len(values) == 3 and all(map(_is_level, values)), name, values)
+        _refuse_unless(min(self.std) >= LEAST_STD, "std", self.std)
 
     def options(self) -> list[str]:
         """Return the options that are on: those by which it is not open_clip's transform."""
         on = {"exif": self.exif, "background": self.background is not None}
         return [name for name, is_on in on.items() if is_on]
+
+
+def _is_level(value: float) -> bool:
+    return -MOST_LEVEL <= value <= MOST_LEVEL
 
 
 def _refuse_unless(right: bool, field: str, value: object) -> None:

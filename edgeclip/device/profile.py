@@ -17,6 +17,10 @@ from edgeclip.errors import EdgeclipError, did_you_mean
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 
+Patience = Annotated[float, Meta(gt=0.0, le=1e7)]
+"""seconds"""
+
+
 class Reach(Config):
     """One of `ssh`, `command`, `sshd`; none of them: this machine itself."""
 
@@ -33,6 +37,13 @@ class Reach(Config):
     """what starts the board's Python, as [/opt/python3.11/bin/python3]"""
     folder: str = "~/.cache/edgeclip/board"
     """everything that edgeclip leaves on the board lies below it"""
+    answer_s: Patience = 120.0
+    """seconds that the board may be silent when it is asked what it is or has"""
+    work_s: Patience = 1800.0
+    """seconds that it may be silent at work, as while an engine is built; whatever it says, and each
+    block that travels, begins them anew"""
+    longest_s: Patience = 86400.0
+    """seconds of one request at most, whatever the board says; `--minutes` come on top"""
 
     def __post_init__(self) -> None:
         ways = (self.ssh is not None, bool(self.command), self.sshd)

@@ -124,7 +124,7 @@ def _golden(bundle: Bundle, facts: machine.Facts) -> R.GoldenAnswers:
 
 def _golden_input(bundle: Bundle) -> np.ndarray:
     """Return the golden images as the encoder's input, float32 [G, 3, H, W]."""
-    return normalize(disk.read_array(bundle.folder / "golden" / "pixels.npy"), bundle.preprocess)
+    return normalize(bundle.golden_pixels(), bundle.preprocess)
 
 
 def _batches(bundle: Bundle) -> dict[str, float]:

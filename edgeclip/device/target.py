@@ -9,9 +9,12 @@ from msgspec import Meta
 
 from edgeclip import config
 from edgeclip.config import BrokenRule, Config
+from edgeclip.device.bounds import Word
 
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Cosine = Annotated[float, Meta(ge=-1.0, le=1.0)]
+Drop = Annotated[float, Meta(ge=0.0, le=100.0)]
+"""in percentage points"""
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("fp32", "fp16", "int8"),
     "openvino": ("fp32", "fp16", "int8"),
@@ -34,10 +37,10 @@ class Calibration(Config):
     Of those that hold the tolerance the fastest ships.
     """
 
-    images: Annotated[int, Meta(ge=8)] = 256
+    images: Annotated[int, Meta(ge=8, le=10**6)] = 256
     """from the training part only, picked by `seed`"""
-    seed: int = 0
-    judged_on: Annotated[int, Meta(ge=0)] = 128
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
+    judged_on: Annotated[int, Meta(ge=0, le=10**6)] = 128
     """so many further training images, none of which gave ranges, are what candidates are judged
     on; 0: the images of the ranges"""
     judged_cosine_p1: Cosine = 0.0
@@ -55,13 +58,13 @@ class Calibration(Config):
     only: all, and the residual additions too, which it computes with the convolution before them"""
     model_types: tuple[Literal["transformer"] | None, ...] = (None,)
     """openvino only: NNCF's pattern sets; transformer suits ViT towers, null convolutional ones"""
-    probe_layers: Annotated[int, Meta(ge=0)] = 12
+    probe_layers: Annotated[int, Meta(ge=0, le=10**6)] = 12
     """so many first and last layers are quantized alone to see what each costs"""
     layer_cosine: Fraction = 0.998
     """a probed layer that alone leaves less centered cosine than this stays in float"""
     min_int8_share: Fraction = 0.7
     """of the multiply-accumulates; with less an int8 target is refused"""
-    min_speedup: Annotated[float, Meta(ge=0.0)] = 1.0
+    min_speedup: Annotated[float, Meta(ge=0.0, le=1e6)] = 1.0
     """over float32 in the same runtime, where it is measured; with less an int8 target is
     refused"""
 
@@ -84,10 +87,10 @@ class Tolerance(Config, kw_only=True):
     agreement_where_right: Fraction | None = None
     """the same over the images that the student answers rightly, which needs labels; null: not
     asked for"""
-    accuracy_drop_pp: Annotated[float, Meta(ge=0.0)]
+    accuracy_drop_pp: Drop
     """margin in percentage points over all images that took no part in training; the one-sided 95 %
     limit of the paired drop must lie below it"""
-    worst_set_drop_pp: Annotated[float, Meta(ge=0.0)] | None = None
+    worst_set_drop_pp: Drop | None = None
     """the same for the evaluation set that loses most, at a level that all of them together keep;
     null: not asked for"""
     optimization_agreement: Fraction | None = None
@@ -174,7 +177,7 @@ class Target(Config, kw_only=True):
 class NamedTarget(Target, kw_only=True):
     """A target as a bundle's manifest names it."""
 
-    name: str
+    name: Word
     """of the target's YAML"""
 
 

@@ -32,12 +32,13 @@ from edgeclip.device.finite import fault
 from edgeclip.device.images import ImageRef, index_tar, read, stream
 from edgeclip.device.intervals import Answer, worst
 from edgeclip.device.machine import Facts
+from edgeclip.device.metrics import UNIT, off_unit
 from edgeclip.device.preprocess import fingerprint, normalize, open_image
 from edgeclip.device.records import (
     GoldenAnswers,
     ParityReport,
     Ran,
-    from_json,
+    Record,
     to_json,
 )
 from edgeclip.device.runtime import Port, Session
@@ -46,8 +47,10 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say, track
 
 BATCH = 16
+FEATURES = ("golden_features", "text_features", "features_all", "features_basic")
 MOST_PIXELS = 256 << 20
 """bytes of pixels that go back to the host, at most"""
+LEAST_LENGTH = 1e-12
 GOLDEN_COSINE = 0.9
 """of the golden images, raw: only a broken bundle or preprocess falls below; the tolerances judge
 the rest"""
@@ -65,6 +68,12 @@ def not_compared(bundle: Bundle, evaluation: Evaluation | None) -> str | None:
     if names is None:  # a run older than this field: was `edgeclip labels` here?
         other = "bundle" in bundle.manifest.parents
     return "its labels are not the run's classes" if other else None
+
+
+def is_asked(bundle: Bundle, evaluation: Evaluation | None, image: Port, features: Port) -> bool:
+    """Return whether a bundle with these ports is asked about the evaluation images."""
+    fits = not _interface(bundle, image, features)
+    return evaluation is not None and fits and not_compared(bundle, evaluation) is None
 
 
 def validate(bundle: Bundle, evaluation: Evaluation | None, machine: Facts) -> ParityReport:
@@ -97,18 +106,17 @@ def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
     Raises `EdgeclipError` for an evaluation image that cannot be read.
     """
     encoder = bundle.image_encoder
-    golden = bundle.folder / "golden"
-    arrays = {"golden_features": bundle.encode_pixels(disk.read_array(golden / "pixels.npy"))}
+    arrays = {"golden_features": bundle.encode_pixels(bundle.golden_pixels())}
     images = bundle.manifest.golden.images
     if images:
-        arrays["golden_pixels"] = np.stack([bundle.pixels(bundle.folder / i) for i in images])
+        arrays["golden_pixels"] = np.stack([bundle.pixels(bundle.file(i)) for i in images])
     if bundle.manifest.text is not None and tokenizer.installed():
-        arrays["text_features"] = bundle.encode_text(disk.read_json(golden / "texts.json"))
+        arrays["text_features"] = bundle.encode_text(bundle.golden_texts())
     elif bundle.manifest.text is not None:
         say("golden texts are not compared: that takes tokenizers (pip install 'edgeclip[text]')")
 
-    fits = not _interface(bundle, encoder.input, encoder.output)
-    if evaluation is not None and fits and not_compared(bundle, evaluation) is None:
+    asked = is_asked(bundle, evaluation, encoder.input, encoder.output)
+    if evaluation is not None and asked:
         sessions = {"features_all": encoder}
         if bundle.manifest.target.tolerance.optimization_agreement is not None:
             sessions["features_basic"] = bundle.open_image_encoder(optimization="basic")
@@ -190,15 +198,27 @@ def own_pixels(observed: Observed) -> dict[int, np.ndarray] | None:
     return dict(zip(places.tolist(), observed.arrays["pixels"], strict=True))
 
 
+class Seen(Record):
+    """What goes over the link beside the arrays."""
+
+    ran: Ran
+    ports: tuple[Port, Port]
+
+
 def to_answer(observed: Observed) -> Json:
     """Return what goes over the link beside the arrays."""
     return {"ran": to_json(observed.ran), "ports": to_json([observed.input, observed.output])}
 
 
 def from_answer(answer: Json, arrays: dict[str, np.ndarray], where: object) -> Observed:
-    """Return what a board observed, from what came over the link."""
-    image, features = msgspec.convert(answer["ports"], tuple[Port, Port])
-    return Observed(from_json(answer["ran"], Ran, where), image, features, arrays)
+    """Return what a board observed, from what came over the link. Raises `EdgeclipError` for what
+    is no such answer."""
+    try:
+        seen = msgspec.convert(answer, Seen)
+    except msgspec.ValidationError as e:
+        do = f"see: edgeclip doctor --device {where}"
+        raise EdgeclipError(where, f"answered what was not asked ({e})", do) from None
+    return Observed(seen.ran, *seen.ports, arrays)
 
 
 # --- on the host
@@ -210,13 +230,14 @@ def judge(
     """Return the parity report of what a device observed. Opens no session."""
     target = bundle.manifest.target
     interface = _interface(bundle, observed.input, observed.output)
-    golden, failures = _golden(bundle, observed.arrays)
-    failures = interface + failures
+    arrays, not_unit = _of_unit_length(observed.arrays)
+    golden, failures = _golden(bundle, arrays)
+    failures = interface + not_unit + failures
 
     reason = not_compared(bundle, evaluation)
     compared = Compared()
     if evaluation is not None and reason is None and not interface:
-        compared = compare(bundle, evaluation, observed.arrays)
+        compared = compare(bundle, evaluation, arrays)
     failures += compared.failures
 
     layers = observed.ran.layers
@@ -273,16 +294,40 @@ def _interface(bundle: Bundle, image: Port, features: Port) -> list[str]:
     return wrong
 
 
+def _of_unit_length(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return the arrays with features of unit length, and a line for each that were not so.
+
+    Those that are so are returned as they are. Of values that are not finite others speak.
+    """
+    found = dict(arrays)
+    failures = []
+    for name in FEATURES:
+        off = None
+        if name in arrays:
+            off = off_unit(arrays[name])
+        if off is not None and not off <= UNIT:
+            rows = np.asarray(arrays[name], np.float64)  # a float32 has squares beyond float32
+            lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+            found[name] = (rows / np.maximum(lengths, LEAST_LENGTH)).astype(np.float32)
+            what = f"{name} are not of unit length (by up to {off:.3g})"
+            failures.append(f"values: {what}: they are compared after normalization")
+    return found, failures
+
+
 def _golden(bundle: Bundle, arrays: dict[str, np.ndarray]) -> tuple[GoldenAnswers, list[str]]:
-    """Compare the golden images and texts; return the record and a line for each failure."""
-    folder = bundle.folder / "golden"
-    expected = disk.read_array(folder / "image_features.npy")
+    """Compare the golden images and texts; return the record and a line for each failure.
+
+    Raises `EdgeclipError` where the bundle has not as many answers as questions.
+    """
+    expected = bundle.golden_features()
+    _refuse_unless_alike(bundle, arrays["golden_features"], expected)
     failures = []
 
     difference = None
     if "golden_pixels" in arrays:
-        pixels = arrays["golden_pixels"].astype(int)
-        difference = int(np.abs(pixels - disk.read_array(folder / "pixels.npy").astype(int)).max())
+        own = bundle.golden_pixels()
+        _refuse_unless_alike(bundle, arrays["golden_pixels"], own)
+        difference = int(np.abs(arrays["golden_pixels"].astype(int) - own.astype(int)).max())
         if difference:
             what = f"golden images differ by up to {difference} of 255 from the host's"
             failures.append(f"preprocess: {what}")
@@ -296,17 +341,25 @@ def _golden(bundle: Bundle, arrays: dict[str, np.ndarray]) -> tuple[GoldenAnswer
 
     texts_cosine = None
     if "text_features" in arrays:
-        expected_texts = disk.read_array(folder / "text_features.npy")
+        expected_texts = bundle.golden_features("text")
+        _refuse_unless_alike(bundle, arrays["text_features"], expected_texts)
         texts_cosine = _lowest_cosine(arrays["text_features"], expected_texts)
         failures += _too_far("golden texts", texts_cosine)
     record = GoldenAnswers(len(expected), difference, images_cosine, texts_cosine)
     return record, failures
 
 
+def _refuse_unless_alike(bundle: Bundle, found: np.ndarray, expected: np.ndarray) -> None:
+    if found.shape != expected.shape:
+        what = f"its golden answers are {list(expected.shape)}, and {list(found.shape)} were asked"
+        raise EdgeclipError(bundle.folder, what, "export the bundle again")
+
+
 def _lowest_cosine(features: np.ndarray, expected: np.ndarray) -> float | None:
     """Return the lowest cosine of unit rows [n, D]; None where they are not finite."""
-    lowest = float((features * expected).sum(axis=1).min())
-    return lowest if math.isfinite(lowest) else None
+    if not np.isfinite(features).all():
+        return None
+    return float((features * expected).sum(axis=1).min())
 
 
 def _too_far(what: str, lowest: float | None) -> list[str]:

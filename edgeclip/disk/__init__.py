@@ -7,6 +7,7 @@ rename, or one exchange of names, makes it visible. Whoever finds a manifest may
 whoever distrusts it can check the hashes.
 """
 
+from edgeclip.disk.arrays import Declared, read_declared, read_declared_arrays
 from edgeclip.disk.leftovers import MANIFEST, sweep
 from edgeclip.disk.locks import locked
 from edgeclip.disk.places import (
@@ -56,6 +57,7 @@ __all__ = [
     "FORMAT",
     "MANIFEST",
     "VERDICTS",
+    "Declared",
     "Description",
     "Json",
     "Record",
@@ -71,6 +73,8 @@ __all__ = [
     "new_folder",
     "read_array",
     "read_arrays",
+    "read_declared",
+    "read_declared_arrays",
     "read_entries",
     "read_json",
     "read_manifest",

@@ -20,7 +20,7 @@ from edgeclip.text_file.parser import MAX_JSON, parse_json
 SEAL = "seal"
 """field of a JSON object's own fingerprint: that of all its other fields"""
 
-_header = threading.Lock()
+HEADER = threading.Lock()
 """numpy parses an array's header by `ast`, which until Python 3.12 fails now and then in two
 threads at once ("AST constructor recursion depth mismatch", python/cpython#106905)"""
 
@@ -83,7 +83,7 @@ def read_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
 
     Raises OSError, EOFError or ValueError.
     """
-    with _header, _as_value_error():
+    with HEADER, _as_value_error():
         array: np.ndarray = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
     return array
 
@@ -91,7 +91,7 @@ def read_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
 def read_arrays(file: Path | io.BufferedIOBase) -> dict[str, np.ndarray]:
     """Return a .npz file's arrays, from any thread; pickles are refused. Raises as `read_array`."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_header)
+        stack.enter_context(HEADER)
         stack.enter_context(_as_value_error())
         if isinstance(file, Path):  # of a broken archive numpy leaves its own file open
             file = stack.enter_context(file.open("rb"))
@@ -159,7 +159,7 @@ def verify_files(folder: Path, files: dict[str, str], kind: str) -> None:
             raise EdgeclipError(
                 folder, f"its manifest names a file outside it ({name})", "do not use this folder"
             )
-        if not file.exists():
+        if not file.is_file():
             wrong.append(f"{name} is missing")
         elif sha256(file) != digest:
             wrong.append(f"{name} was changed")

@@ -14,6 +14,7 @@ import pytest
 
 from edgeclip import disk
 from edgeclip.boards import runner
+from edgeclip.boards.answers import Built
 from edgeclip.boards.board import Board, Load
 from edgeclip.boards.measure import open_measurer
 from edgeclip.device.bundle import Bundle
@@ -190,7 +191,7 @@ def test_a_changed_byte_on_the_way_is_refused(tmp_path):
             board.send({"0" * 64: tmp_path / "file"}, "file")
         for name in ("../out", "/etc/x"):
             with pytest.raises(EdgeclipError, match="lies outside"):
-                board.ask("build", name="trees/t", files={name: "0" * 64})
+                board.ask("build", Built, name="trees/t", files={name: "0" * 64})
     assert not (tmp_path / "out").exists()
 
 

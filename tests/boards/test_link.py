@@ -16,6 +16,7 @@ import pytest
 
 from edgeclip import disk
 from edgeclip.boards import runner
+from edgeclip.boards.answers import Built
 from edgeclip.boards.board import Board, Load
 from edgeclip.device.bench_report import (
     BenchReport,
@@ -167,10 +168,13 @@ def test_a_benchmark_whose_link_breaks_is_marked_incomplete_and_ends_there(
 def test_a_meters_file_that_is_gone_after_the_load_costs_the_energy_alone(shipped_bundle, tmp_path):
     board = Board(*load_device("loopback"))
     marks = EnergyMarks((0.0, 1.0, 2.0), [(1.0, 0), (2.0, 9)], [])
-    measured = bench_report(marks=marks)
+    folder = shipped_bundle("onnx-fp32")
+    measured = bench_report(
+        marks=marks, target="onnx-fp32", bundle=disk.sha256(folder / disk.MANIFEST)
+    )
     board.clock, board._run = lambda: (0.0, 0.1), lambda *_, **__: (to_json(measured), b"")
     report = board.bench(
-        Bundle.load(shipped_bundle("onnx-fp32")),
+        Bundle.load(folder),
         Load(board.device.bench, ("single_stream",), meter_csv=tmp_path / "gone.csv"),
     )
     assert report.single_stream == measured.single_stream
@@ -181,7 +185,7 @@ def test_a_meters_file_that_is_gone_after_the_load_costs_the_energy_alone(shippe
     readings = "".join(f"{t / 500},3\n" for t in range(1000))
     (tmp_path / "meter.csv").write_text("timestamp,watts\n" + readings)
     report = board.bench(
-        Bundle.load(shipped_bundle("onnx-fp32")),
+        Bundle.load(folder),
         Load(board.device.bench, ("single_stream",), meter_csv=tmp_path / "meter.csv"),
     )
     assert report.failures == []
@@ -216,7 +220,7 @@ def test_a_board_without_room_is_told_before_anything_travels(sshd, home, tmp_pa
                 board.send(wheel, "runner", runner.unpacked(wheel))
             board.send(wheel, "runner")
             with pytest.raises(EdgeclipError, match="No space left"):
-                board.ask("build", name="runner/r", unpack=list(wheel))
+                board.ask("build", Built, name="runner/r", unpack=list(wheel))
             assert (
                 list((tmp_path / "on-board" / "runner").iterdir()) == []
                 and board.send(wheel, "runner") == 0

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
 from edgeclip.cli.options import say
+from edgeclip.cli.tables import plain
 from edgeclip.cli.tables.plain import table
 
 
@@ -19,7 +18,7 @@ def bundles(rows: Sequence[Any], layout: str) -> None:
             continue
         checked = row.lint.checked_by or "not checked with TensorRT-RTX"
         said = f"parses {row.lint.parses}, builds {row.lint.builds}"
-        click.echo(f"{row.target}: {checked}: {said}; the engine itself is built on the board")
+        plain.line(f"{row.target}: {checked}: {said}; the engine itself is built on the board")
 
 
 def open_clip(path: Path, as_json: bool) -> None:
@@ -31,13 +30,13 @@ def open_clip(path: Path, as_json: bool) -> None:
 def lint(file: Path, verdict: Any) -> None:
     """Print what TensorRT would refuse in an ONNX file."""
     for error in verdict.errors:
-        click.echo(error)
+        plain.line(error)
     if not verdict.errors:
-        click.echo(f"{file}: accepted; validate and bench it on the board")
+        plain.line(f"{file}: accepted; validate and bench it on the board")
     by = verdict.checked_by
     if by is None:
         by = "edgeclip's rules alone; for TensorRT's own parser: pip install 'edgeclip[lint]'"
-    click.echo(f"checked by {by}")
+    plain.line(f"checked by {by}")
 
 
 def purposes(rows: Sequence[Any]) -> None:
@@ -51,6 +50,7 @@ def ranking(results: dict[str, list[Any]]) -> None:
     Plain lines: importing a table library would be a tenth of the cold start.
     """
     for image, rows in results.items():
-        click.echo(f"{image}\n  probability  cosine  label")
+        plain.line(image)
+        plain.line("  probability  cosine  label")
         for row in rows:
-            click.echo(f"  {row['probability']:11.3f}  {row['score']:6.3f}  {row['label']}")
+            plain.line(f"  {row['probability']:11.3f}  {row['score']:6.3f}  {row['label']}")

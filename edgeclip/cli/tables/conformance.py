@@ -1,7 +1,6 @@
 """Tables of `conformance`: what differs from the reference, by kind."""
 
-import click
-
+from edgeclip.cli.tables import plain
 from edgeclip.cli.tables.plain import number, table
 from edgeclip.reports.conformance_report import ConformanceReport, KindScore
 
@@ -19,22 +18,22 @@ def conformance(report: ConformanceReport) -> None:
         rows.append([*_counts(images), *cells, number(images.answers_changed_pp, 1)])
     headers = ["images", *COUNTS, "largest difference, levels", "pixels changed %", CHANGED]
     table(rows, headers)
-    click.echo()
+    plain.line()
 
     if report.texts:
         rows = [[*_counts(texts), number(texts.answers_changed_pp, 1)] for texts in report.texts]
         table(rows, ["strings", *COUNTS, CHANGED])
     for line in _notes(report):
-        click.echo(line)
-    click.echo()
+        plain.line(line)
+    plain.line()
 
     for difference in report.differences:
         line = f"differs: {difference.kind}: {difference.name}: {difference.what}"
         if difference.asked_for is not None:
             line += f" (asked for: {difference.asked_for})"
-        click.echo(line)
+        plain.line(line)
     for failure in report.failures:
-        click.echo(f"FAILS: {failure}")
+        plain.line(f"FAILS: {failure}")
 
 
 def _counts(kind: KindScore) -> list[str | int]:

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import click
-
+from edgeclip.cli.tables import plain
 from edgeclip.cli.tables.plain import table
 from edgeclip.device.bench_report import PreflightRow
 from edgeclip.device.records import SelftestReport
@@ -20,14 +19,14 @@ def doctor(found: Json) -> None:
 
     facts = msgspec.to_builtins(found["machine"])
     table([[name, _fact(value)] for name, value in facts.items()], ["machine", ""])
-    click.echo()
+    plain.line()
     parts = []
     for part in found["parts"]:
         parts.append([part["part"], part["version"] or "missing", part["install"] or ""])
     table(parts, ["part", "version", "install with"])
-    click.echo()
+    plain.line()
     for kind in ("targets", "devices", "recipes"):
-        click.echo(f"{kind}: {', '.join(found[kind])}")
+        plain.line(f"{kind}: {', '.join(found[kind])}")
 
 
 def _fact(value: Any) -> Any:
@@ -52,4 +51,4 @@ def selftest(reports: Sequence[SelftestReport], paths: Sequence[str]) -> None:
             detail = " ".join(str(step.detail or "").split())[:WIDEST]
             rows.append([step.step, step.status, f"{step.seconds:.1f}", detail])
         table(rows, [report.target.name, "", "s", ""])
-        click.echo(f"report, to attach to an issue: {path}")
+        plain.line(f"report, to attach to an issue: {path}")

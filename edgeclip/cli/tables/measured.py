@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import click
-
+from edgeclip.cli.tables import plain
 from edgeclip.cli.tables.plain import NOT_MEASURED, mebibytes, number, table
 from edgeclip.device import rules
 from edgeclip.device.bench_report import BenchReport, Beside, Energy, Latency, Sustained
@@ -70,7 +69,7 @@ def parity(reports: Sequence[ParityReport]) -> None:
     table([_parity_row(report) for report in reports], PARITY)
     for report in reports:
         for line in _parity_lines(report):
-            click.echo(f"{report.target}: {line}")
+            plain.line(f"{report.target}: {line}")
 
 
 def _parity_row(report: ParityReport) -> list[Any]:
@@ -114,18 +113,18 @@ def bench(reports: Sequence[BenchReport], besides: Sequence[Beside] = ()) -> Non
     """Print what each bundle costs on one device; besides: how they compare turn by turn."""
     table([_bench_row(report) for report in reports], BENCH)
     first = reports[0]
-    click.echo(_machine(first))
+    plain.line(_machine(first))
     if any(report.short_run for report in reports):
         least = f"at least {first.min_duration_s:g} s and {first.min_query_count} queries"
-        click.echo(f"short run: {least}, where MLPerf asks for 60 s and 1,024")
+        plain.line(f"short run: {least}, where MLPerf asks for 60 s and 1,024")
     for report in reports:
         for line in _bench_lines(report):
-            click.echo(f"{report.target}: {line}")
+            plain.line(f"{report.target}: {line}")
     for beside in besides:
         for line in worth.lines(beside):
-            click.echo(line)
+            plain.line(line)
     for report in reports:
-        click.echo(f"check {report.target} with: {report.check_with}")
+        plain.line(f"check {report.target} with: {report.check_with}")
 
 
 def _bench_row(report: BenchReport) -> list[Any]:
@@ -224,11 +223,11 @@ def comparison(rows: Sequence[Row], lines: Sequence[str]) -> None:
     table([_comparison_row(row) for row in rows], COMPARISON)
     if rows:
         axes = ", ".join(rows[0].axes) or "anything, since nothing was measured"
-        click.echo(f"*: not beaten on {axes}")
+        plain.line(f"*: not beaten on {axes}")
         for axis, why in rows[0].left_out.items():
-            click.echo(f"{axis} is left out: {why}")
+            plain.line(f"{axis} is left out: {why}")
     for line in lines:
-        click.echo(line)
+        plain.line(line)
 
 
 def _comparison_row(row: Row) -> list[Any]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from edgeclip.errors import printable
+
 NOT_MEASURED = "not measured"
 VERDICT = "verdict"
 """the header of what a row comes to"""
@@ -51,7 +53,14 @@ def _listed(row: Sequence[Any], headers: Sequence[str]) -> str:
 def _cell(value: Any) -> Any:
     if value is None:
         return NOT_MEASURED
+    if isinstance(value, str):
+        return printable(value)
     return value
+
+
+def line(text: str = "") -> None:
+    """Print one line: what comes from a bundle, a board or a recipe is in it."""
+    click.echo(printable(text))
 
 
 def number(value: float | None, digits: int) -> str | None:

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import click
-
+from edgeclip.cli.tables import plain
 from edgeclip.cli.tables.plain import NOT_MEASURED, number, table
 from edgeclip.reports.models import MODELS
 from edgeclip.reports.results import (
@@ -48,15 +47,15 @@ def accuracy(results: EvaluationResults) -> None:
     _notes(results.sets)
     _networks(results)
     for line in results.skipped:
-        click.echo(f"skipped: {line}")
+        plain.line(f"skipped: {line}")
 
     whole = sum(results.seconds.values())
     rows = []
     for name, seconds in results.seconds.items():
         rows.append([name, f"{seconds:.1f}", f"{seconds / max(whole, 1e-9):.0%}"])
     table(rows, ["where the time went", "s", "share"])
-    click.echo(f"time: {whole:.0f} s; peak memory {results.peak_memory_mib} MiB")
-    click.echo(f"run: {results.run}")
+    plain.line(f"time: {whole:.0f} s; peak memory {results.peak_memory_mib} MiB")
+    plain.line(f"run: {results.run}")
 
 
 def protocol(record: ProtocolRecord) -> None:
@@ -70,9 +69,9 @@ def protocol(record: ProtocolRecord) -> None:
         _figures("average top-1 accuracy within own lists", record.own_list_average, record)
         _edu_attention(record)
     _notes(record.sets)
-    click.echo(f"text side: {record.text_side}")
-    click.echo(f"teacher: {record.teacher or f'not at hand: {record.teacher_missing}'}")
-    click.echo(f"report: {record.report}")
+    plain.line(f"text side: {record.text_side}")
+    plain.line(f"teacher: {record.teacher or f'not at hand: {record.teacher_missing}'}")
+    plain.line(f"report: {record.report}")
 
 
 def _sets(results: EvaluationResults | AccuracyRecord) -> None:
@@ -89,7 +88,7 @@ def _sets(results: EvaluationResults | AccuracyRecord) -> None:
             sizes = [score.images, score.labels, score.classes]
             rows.append([score.name, MODELS[model], *every, *own, *sizes])
     table(rows, HEADERS)
-    click.echo("top-1, top-5, chance: over all labels of the bundle, as it answers")
+    plain.line("top-1, top-5, chance: over all labels of the bundle, as it answers")
 
 
 def _shown(score: SetScore, edu_attention: bool) -> list[str]:
@@ -113,7 +112,7 @@ def _figures(
         if value is None:
             continue
         if results.edu_attention or model in ("teacher", "student"):
-            click.echo(f"{what}, {name}: {value:.3f}")
+            plain.line(f"{what}, {name}: {value:.3f}")
 
 
 def _harmonic_means(halves: str, results: EvaluationResults | AccuracyRecord) -> None:
@@ -126,7 +125,7 @@ def _class_offset(results: EvaluationResults) -> None:
     """Print how far the classes with labels are set back, and what other offsets would give."""
     fitted = results.class_offset
     if fitted is not None:
-        click.echo(
+        plain.line(
             f"class offset: {fitted.offset:+.4f} from the scores of the {len(fitted.labels)} "
             f"classes with labels, by {fitted.rule} on {fitted.images} training images: "
             f"{fitted.labeled_named:.1%} of those with a label name one of them "
@@ -134,7 +133,7 @@ def _class_offset(results: EvaluationResults) -> None:
             f"others another class ({fitted.others_named_without:.1%} without it)"
         )
     if results.trade is not None:
-        click.echo(f"area under the curve of all offsets (AUSUC): {results.trade.area:.3f}")
+        plain.line(f"area under the curve of all offsets (AUSUC): {results.trade.area:.3f}")
 
 
 def _edu_attention(results: EvaluationResults | AccuracyRecord) -> None:
@@ -149,7 +148,7 @@ def _edu_attention(results: EvaluationResults | AccuracyRecord) -> None:
     if abs(alpha) < INERT:
         inert = " (inert)"
     what = "top-1 in own lists with it minus without"
-    click.echo(f"EduAttention: alpha {alpha:+.3f} at the end{inert}; {what}: {', '.join(gains)}")
+    plain.line(f"EduAttention: alpha {alpha:+.3f} at the end{inert}; {what}: {', '.join(gains)}")
 
 
 def _gain(score: SetScore, kept: bool) -> str:
@@ -164,7 +163,7 @@ def _gain(score: SetScore, kept: bool) -> str:
 
 def _notes(sets: Sequence[Any]) -> None:
     for score in sets:  # of either protocol
-        click.echo(f"{score.name}: {score.note}")
+        plain.line(f"{score.name}: {score.note}")
 
 
 def _networks(results: EvaluationResults) -> None:
@@ -173,8 +172,8 @@ def _networks(results: EvaluationResults) -> None:
     share = ""
     if teacher.macs and student.macs:
         share = f" ({student.macs / teacher.macs:.3f} of the teacher's)"
-    click.echo(f"teacher: {teacher.name}, {_size(teacher)}")
-    click.echo(f"student: {student.name}, {_size(student)}{share}")
+    plain.line(f"teacher: {teacher.name}, {_size(teacher)}")
+    plain.line(f"student: {student.name}, {_size(student)}{share}")
 
 
 def _size(network: Network) -> str:

@@ -5,7 +5,6 @@ others refuse.
 """
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import onnxruntime as ort
 
 from edgeclip.device.records import Ran
 from edgeclip.device.runtime import Port, Session
+from edgeclip.device.runtime.protobuf import fields
 from edgeclip.errors import EdgeclipError
 
 CPU = "CPUExecutionProvider"
@@ -41,11 +41,6 @@ DATA_TYPE = 2
 """TensorProto.data_type"""
 FLOAT16 = 10
 """a value of TensorProto.data_type"""
-VARINT = 0
-"""a wire type of protobuf; so below"""
-LENGTH = 2
-FIXED = {1: 8, 5: 4}
-"""to the bytes that a value takes"""
 
 
 def session_options(model: Path | bytes) -> dict[str, str]:
@@ -76,50 +71,11 @@ def disabled_optimizers(model: Path | bytes) -> list[str]:
 
 
 def _disabled(file: io.BufferedIOBase, size: int) -> list[str]:
-    for graph_end in _fields(file, size, GRAPH):
-        for initializer_end in _fields(file, graph_end, INITIALIZER):
-            if FLOAT16 in _fields(file, initializer_end, DATA_TYPE):
+    for graph_end in fields(file, size, GRAPH):
+        for initializer_end in fields(file, graph_end, INITIALIZER):
+            if FLOAT16 in fields(file, initializer_end, DATA_TYPE):
                 return list(UNSAFE_IN_HALF)
     return []
-
-
-def _fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
-    """Yield the value of each field `wanted` of the protobuf message from here to `end`.
-
-    Of a field with a length, where it ends, while the file is at its start. Everything else is
-    stepped over, so that a model is looked through in a millisecond, and without onnx, which no
-    board has. What is no protobuf has no fields: the runtime says what is wrong with it.
-    """
-    at = file.tell()
-    while at < end:
-        start = at
-        file.seek(start)
-        key = _varint(file)
-        kind = key & 7
-        if kind == LENGTH:
-            length = _varint(file)
-            value = at = file.tell() + length
-        elif kind == VARINT:
-            value = _varint(file)
-            at = file.tell()
-        elif kind in FIXED:
-            value = at = file.tell() + FIXED[kind]
-        else:
-            return
-        if not start < at <= end:  # a damaged length; the end of the file goes no further
-            return
-        if key >> 3 == wanted:
-            yield value
-
-
-def _varint(file: io.BufferedIOBase) -> int:
-    value = shift = 0
-    while shift < 70 and (byte := file.read(1)):  # protobuf's longest has ten bytes
-        value |= (byte[0] & 127) << shift
-        shift += 7
-        if byte[0] < 128:
-            break
-    return value
 
 
 def open_session(
@@ -139,6 +95,8 @@ def open_session(
         )
     if CPU not in providers:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    # Else the file's own first bytes choose another reader.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         for key, value in session_options(model).items():
             options.add_session_config_entry(key, value)
@@ -166,7 +124,11 @@ def open_session(
     (o,) = outputs
 
     def run(x: np.ndarray) -> np.ndarray:
-        out: np.ndarray = session.run([o.name], {i.name: x})[0]
+        try:
+            out: np.ndarray = session.run([o.name], {i.name: x})[0]
+        except Exception as e:  # as above
+            what = f"ONNX Runtime {ort.__version__} cannot run it ({str(e)[:300]})"
+            raise EdgeclipError(model, what, "export it again") from None
         return out
 
     used = session.get_session_options().intra_op_num_threads

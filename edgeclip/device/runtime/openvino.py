@@ -35,7 +35,7 @@ def open_session(model: Path, threads: int, optimization: str) -> Session:
         **session_options(model),
     }
     try:
-        compiled = core.compile_model(core.read_model(model), "CPU", asked)
+        compiled = core.compile_model(_read(core, model), "CPU", asked)
     except Exception as e:  # RuntimeError with a page of text
         raise EdgeclipError(
             model,
@@ -58,6 +58,9 @@ def open_session(model: Path, threads: int, optimization: str) -> Session:
             "ask for no more than this process has cores",
         )
     request = compiled.create_infer_request()
+    if len(compiled.inputs) != 1 or len(compiled.outputs) != 1:
+        what = f"has {len(compiled.inputs)} inputs and {len(compiled.outputs)} outputs"
+        raise EdgeclipError(model, f"{what}, not one each", "export it again")
     i = compiled.input(0)
     o = compiled.output(0)
     dtype = i.get_element_type().to_dtype()
@@ -68,8 +71,12 @@ def open_session(model: Path, threads: int, optimization: str) -> Session:
         pixels = np.require(
             x, dtype, ["C", "W"]
         )  # held until the answer is there: the tensor does not keep a copy alive
-        request.set_input_tensor(ov.Tensor(pixels, shared_memory=True))
-        request.infer(share_outputs=True)
+        try:
+            request.set_input_tensor(ov.Tensor(pixels, shared_memory=True))
+            request.infer(share_outputs=True)
+        except Exception as e:  # as above
+            what = f"OpenVINO {ov.__version__} cannot run it ({' '.join(str(e).split())[:300]})"
+            raise EdgeclipError(model, what, "export it again") from None
         out: np.ndarray = (
             request.get_output_tensor().data.copy()
         )  # the request's buffer is used again
@@ -78,6 +85,14 @@ def open_session(model: Path, threads: int, optimization: str) -> Session:
     version = ov.__version__.split("-")[0]
     facts = Ran(runtime="openvino", version=version, threads=used, providers=devices)
     return Session(run, _port(i), _port(o), facts)
+
+
+def _read(core: ov.Core, model: Path) -> ov.Model:
+    """Return a graph with the weights beside it: no file is looked for."""
+    weights = model.with_suffix(".bin")
+    if weights.is_file():
+        return core.read_model(model, weights)
+    return core.read_model(model)
 
 
 def _port(port: ov.ConstOutput) -> Port:

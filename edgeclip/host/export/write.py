@@ -14,12 +14,12 @@ import torch
 from edgeclip import __version__, disk
 from edgeclip.device import finite, tokenizer
 from edgeclip.device.images import load_pixels, read
-from edgeclip.device.manifest import BundleManifest, Golden, TextRecord
+from edgeclip.device.manifest import BundleManifest, Golden, TextRecord, read_manifest
 from edgeclip.device.metrics import l2_normalize
 from edgeclip.device.preprocess import normalize, open_image
 from edgeclip.device.target import NamedTarget, Target
 from edgeclip.device.zero_shot import EduAttention, prompts
-from edgeclip.errors import WrongGraph
+from edgeclip.errors import EdgeclipError, WrongGraph
 from edgeclip.host.export.source import Source
 from edgeclip.host.export.vocabulary import prune
 from edgeclip.host.graph import trace as graph
@@ -58,6 +58,11 @@ def up_to_date(out: Path, name: str, target: Target, source: Source) -> bool:
     """
     if not (out / disk.MANIFEST).exists():
         return False
+    try:
+        read_manifest(out)
+    except EdgeclipError as e:
+        say(f"{e}: it is made anew")
+        return False
     manifest = disk.read_manifest(out, "bundle")
     wanted = {
         "target": msgspec.to_builtins(_named(name, target)),
@@ -67,7 +72,7 @@ def up_to_date(out: Path, name: str, target: Target, source: Source) -> bool:
     for key, value in wanted.items():
         if manifest.get(key) != value:
             return False
-    if bool(manifest["text"]) != bool(source.load_text):
+    if bool(manifest.get("text")) != bool(source.load_text):
         return False
     disk.verify(out, manifest)
     return True
