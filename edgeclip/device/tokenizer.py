@@ -176,7 +176,7 @@ def check_class_names(words: Words, classes: Sequence[str], templates: Sequence[
             if len(ids) > words.context_length:
                 what = f"its prompt '{text[:40]}…' has {len(ids)} tokens"
                 raise EdgeclipError(
-                    f"class '{name}'",
+                    f"class '{name[:40]}'",
                     f"{what}, the text encoder takes {words.context_length}",
                     "shorten the name",
                 )

@@ -275,9 +275,10 @@ def _content(path: Path) -> Any:
             return load_file(path)
         if torchscript.is_archive(path):
             return torchscript.tensors(path)
-        # timm's training checkpoints hold their command's arguments.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # timm's training checkpoints hold their command's arguments. Of a path, torch would take
+        # the suffix for what is in the file.
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises half a dozen types for a file that is not one
         raise _unreadable(path, e) from None
 
@@ -286,8 +287,8 @@ def _unreadable(path: Path, error: Exception) -> EdgeclipError:
     """Return the error for a file that cannot be read, with the objects that it holds."""
     objects: list[str] = []
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            objects = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            objects = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # not a torch file, or a damaged one
         objects = []
     if objects:
