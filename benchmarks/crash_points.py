@@ -34,6 +34,8 @@ class Done(NamedTuple):
     """exit code; -9: killed; -14: not done within TIMEOUT_S"""
     said: str
     """stderr"""
+    answer: str = ""
+    """stdout"""
 
 
 def prepare() -> None:
@@ -79,27 +81,33 @@ def _kill() -> None:
 
 def _forked(arguments: list[str], folder: Path, at_step: Callable[[Step, int], Any]) -> Done:
     said = folder.parent / "stderr"
+    answered = folder.parent / "stdout"
     child = os.fork()
     if child == 0:
         code = 99
         with contextlib.suppress(BaseException):
-            code = _child(arguments, folder, said, at_step)
+            code = _child(arguments, folder, (answered, said), at_step)
         os._exit(code)
     _, status = os.waitpid(child, 0)
-    text = said.read_text(errors="replace")
-    said.unlink()
+    texts = []
+    for path in (said, answered):
+        texts.append(path.read_text(errors="replace"))
+        path.unlink()
     if os.WIFSIGNALED(status):
-        return Done(-os.WTERMSIG(status), text)
-    return Done(os.WEXITSTATUS(status), text)
+        return Done(-os.WTERMSIG(status), *texts)
+    return Done(os.WEXITSTATUS(status), *texts)
 
 
 def _child(
-    arguments: list[str], folder: Path, said: Path, at_step: Callable[[Step, int], Any]
+    arguments: list[str],
+    folder: Path,
+    printed: tuple[Path, Path],
+    at_step: Callable[[Step, int], Any],
 ) -> int:
     from edgeclip.cli import main
 
     signal.alarm(TIMEOUT_S)
-    for number, path in ((1, Path(os.devnull)), (2, said)):
+    for number, path in zip((1, 2), printed, strict=True):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(fd, number)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))

@@ -1,5 +1,6 @@
 """What crash.py kills: every command that writes, on a toy of seconds, and what it must leave."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -123,15 +124,16 @@ def tree(folder: Path, stage: Stage) -> dict[str, str]:
 def _digest(path: Path) -> str:
     content = path.read_bytes()
     if path.suffix == ".json":
-        content = json.dumps(_without_measured(json.loads(content))).encode()
+        with contextlib.suppress(ValueError):  # a damaged one is compared by its bytes
+            content = json.dumps(without_measured(json.loads(content))).encode()
     return hashlib.sha256(content).hexdigest()
 
 
-def _without_measured(value: Any) -> Any:
+def without_measured(value: Any) -> Any:
     """Return JSON without what a clock gives, and without the hashes of files that hold such."""
     if isinstance(value, dict):
         kept = {k: v for k, v in value.items() if not k.endswith(MEASURED)}
-        return {k: _without_measured(v) for k, v in kept.items() if k != "files"}
+        return {k: without_measured(v) for k, v in kept.items() if k != "files"}
     if isinstance(value, list):
-        return [_without_measured(v) for v in value]
+        return [without_measured(v) for v in value]
     return value

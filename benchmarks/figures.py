@@ -33,6 +33,7 @@ from figures_of_quickstart import (
     quickstart_seeds,
     quickstart_targets,
 )
+from figures_of_reliability import OF_RELIABILITY
 
 from edgeclip import disk
 
@@ -329,7 +330,7 @@ OF_QUICKSTART: dict[str, Callable[[Any], str]] = {
     "quickstart_targets": quickstart_targets,
 }
 """further tables of benchmarks/quickstart.py"""
-TABLES = OF_LOGS | OF_BENCHMARKS | OF_VERBS | OF_QUICKSTART | {"required": required}
+TABLES = OF_LOGS | OF_BENCHMARKS | OF_VERBS | OF_QUICKSTART | OF_RELIABILITY | {"required": required}
 
 
 # --- pages

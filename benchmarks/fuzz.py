@@ -5,7 +5,7 @@ runs in a process of its own under atheris (libFuzzer), which keeps in the corpu
 branches of edgeclip's Python; decoders in C are seen from outside alone. Without atheris
 (pip install atheris; it is no dependency) the seeds are mutated blindly, and the table says so.
 
-    python benchmarks/fuzz.py --seconds 600 --corpus .data/fuzz       # the campaign: 90 minutes
+    python benchmarks/fuzz.py            # 600 s a target, as in `make campaign`: 90 minutes
     python benchmarks/fuzz.py --seconds 60 --target tar --target yaml
     python benchmarks/fuzz.py --replay .data/fuzz/findings/tar-...    # one finding's traceback
 
@@ -38,6 +38,8 @@ MEMORY_MIB = 3072
 RESTARTS = 20
 """after a process that ended, within a target's time"""
 SMOKE_S = 2.0
+KEPT = Path(".data/fuzz")
+"""the corpus, where no other is named; the smoke form keeps none"""
 
 
 class Watched:
@@ -198,7 +200,8 @@ def main() -> None:
     options.seconds = options.seconds or seconds[options.form]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(prefix="edgeclip-corpus-") as temporary:
-        measure(options, options.corpus or Path(temporary))
+        kept = Path(temporary) if options.form == common.SMOKE else KEPT.resolve()
+        measure(options, options.corpus or kept)
 
 
 if __name__ == "__main__":

@@ -5,33 +5,46 @@ For 10^4, 10^6 and 10^8 images of two views (sparse files: they have the size an
 ones, and no content), each in a process of its own:
 
     open         `open_folder`: one manifest, and a look at each file's size
-    shuffled     milliseconds a batch of 1,024 random rows with their views' parameters (holes of a sparse file: no disk)
+    first        milliseconds a batch of 1,024 random rows with their views' parameters, whose blocks nobody read before: they
+                 are compared with their digests (holes of a sparse file: no disk)
+    shuffled     the same batches again: nothing is hashed
     epoch        the order of all images and the choice of a view for each, batch by batch, nothing read
     memory       highest anonymous memory above the level after imports
+
+Then what hashing costs, by itself: every block of the cache of 10^6 images once, as the first epoch of a process does, beside
+decoding as many JPEGs of 224 px on one core, which is the least that an epoch costs; and the rates of hashes by size of block.
 
 What bounds it: opening is one `stat` a file; the order is arithmetic (no list of it is held). Then,
 on 10^6 written rows of width 768 that the page cache holds: random batches of 1,024 rows from the
 cache against `numpy.take` from an array in memory.
 
-Required: opening under 1 s and memory under 200 MiB at every size; take's time at least half of the
-cache's.
+Required: opening under 1 s and memory under 200 MiB at every size; hashing at most 1 % of an epoch, were the epoch one of
+decoding alone; take's time at least half of the cache's.
 
     python benchmarks/scale.py --check            # --quick leaves out 10^8
 """
 
 import argparse
+import hashlib
 import json
+import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import common
 import compare
+import data
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SIZES = {"whole": (10**4, 10**6, 10**8), "quick": (10**4, 10**6), "smoke": (10**3, 10**4)}
 WARM_ROWS = {"whole": 10**6, "quick": 10**5, "smoke": 2_000}
@@ -39,6 +52,12 @@ WIDTH, VIEWS, BATCH, SHARD = 768, 2, 1024, 65_536
 ROUNDS = {"whole": 40, "quick": 40, "smoke": 2}
 WARM_UPS = {"whole": 150, "quick": 150, "smoke": 2}
 BATCHES = 20
+HASHED = 10**6
+"""images; all blocks of a cache up to this size are hashed"""
+HASHES = ("sha256", "blake2b", "blake2s", "sha1")
+BLOCKS = (2**12, 2**14, 2**16, 2**18, 2**20)
+COLUMNS = ("open_s", "first_batch_ms", "batch_ms", "epoch_s", "anonymous_mib")
+TURNS, DECODED = 5, 256
 
 
 def sparse(folder: Path, n: int, views: int = VIEWS) -> None:
@@ -46,12 +65,18 @@ def sparse(folder: Path, n: int, views: int = VIEWS) -> None:
     import numpy as np
 
     from edgeclip import disk
-    from edgeclip.host.cache.arrays import FORMAT, KIND, name, record
+    from edgeclip.host.blocks import BLOCK
+    from edgeclip.host.cache import checked
+    from edgeclip.host.cache.arrays import FORMAT, record
+    from edgeclip.host.cache.checked import CLASS_FEATURES, KIND, name
+    from edgeclip.host.cache.live import METADATA_BYTES
 
     counts = [min(SHARD, n - at) for at in range(0, n, SHARD)]
     shards = []
+    hashes = {}
     for i, rows in enumerate(counts):
-        files = {}
+        sizes = {}
+        digests = []
         kinds = {"img_emb": ("<f2", (rows, WIDTH)), "records": (record(views, 5), (rows,))} | (
             {"more_views": ("<f2", (rows, views - 1, WIDTH))} if views > 1 else {}
         )
@@ -69,20 +94,48 @@ def sparse(folder: Path, n: int, views: int = VIEWS) -> None:
                     },
                 )
                 f.truncate(f.tell() + int(np.prod(shape)) * dtype.itemsize)
-            files[name(what, i, len(counts))] = path.stat().st_size
-        shards.append({"rows": rows, "bytes": files})
-    disk.write_array(folder / "class_features.npy", np.zeros((0, WIDTH), np.float32))
-    disk.write_json(
-        folder / disk.MANIFEST,
+            sizes[name(what, i, len(counts))] = path.stat().st_size
+            digests.append(of_zeros(path))
+        path = folder / name("metadata", i, len(counts))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as f:
+            f.truncate(METADATA_BYTES * rows)
+        sizes[name("metadata", i, len(counts))] = METADATA_BYTES * rows
+        digests.append(of_zeros(path))
+        own = name("digests", i, len(counts))
+        disk.write_array(folder / own, np.concatenate(digests))
+        sizes[own] = (folder / own).stat().st_size
+        hashes |= {file: "0" * 64 for file in sizes} | {own: disk.sha256(folder / own)}
+        shards.append({"rows": rows, "bytes": sizes})
+    disk.write_array(folder / CLASS_FEATURES, np.zeros((0, WIDTH), np.float32))
+    hashes[CLASS_FEATURES] = disk.sha256(folder / CLASS_FEATURES)
+    checked.write_manifest(
+        folder,
         {
             "kind": KIND,
             "format": FORMAT,
             "views": views,
             "captions": 0,
+            "block_bytes": BLOCK,
             "shards": shards,
-            "files": {f: "0" * 64 for s in shards for f in s["bytes"]},
+            "files": hashes,
         },
     )
+
+
+def of_zeros(path: Path) -> "np.ndarray":
+    """Return the digests of a sparse file's blocks, [n, SIZE]: all but the first are zeros."""
+    import numpy as np
+
+    from edgeclip.host import blocks
+    from edgeclip.host.blocks import BLOCK
+
+    size = path.stat().st_size
+    of = [blocks.digest(bytes(BLOCK))] * blocks.count(size)
+    of[-1] = blocks.digest(bytes(size - BLOCK * (len(of) - 1)))
+    with path.open("rb") as file:
+        of[0] = blocks.digest(file.read(BLOCK))
+    return np.frombuffer(b"".join(of), np.uint8).reshape(-1, blocks.SIZE)
 
 
 def one_size(folder: Path, n: int) -> dict[str, object]:
@@ -97,15 +150,19 @@ def one_size(folder: Path, n: int) -> dict[str, object]:
     opened = time.perf_counter() - start
     highest = common.anonymous_mib()
     order, rng = Shuffled(n, 0), np.random.default_rng(0)
-    start = time.perf_counter()
+    draws = []
     for b in range(50):
         index = order[np.arange(b * BATCH, (b + 1) * BATCH) % n]
-        view = rng.integers(VIEWS, size=BATCH)
-        assert cache.rows[index, view].shape == (BATCH, WIDTH) and cache.views[
-            index, view
-        ].shape == (BATCH, 5)
-        highest = max(highest, common.anonymous_mib())
-    shuffled = (time.perf_counter() - start) / 50
+        draws.append((index, rng.integers(VIEWS, size=BATCH)))
+    batches = []
+    for _ in range(2):  # the first time blocks are compared
+        start = time.perf_counter()
+        for index, view in draws:
+            assert cache.rows[index, view].shape == (BATCH, WIDTH)
+            assert cache.views[index, view].shape == (BATCH, 5)
+            highest = max(highest, common.anonymous_mib())
+        batches.append((time.perf_counter() - start) / len(draws))
+    first, shuffled = batches
     start, seen = time.perf_counter(), 0
     for at in range(0, n, BATCH):
         index = order[np.arange(at, min(at + BATCH, n))]
@@ -118,11 +175,89 @@ def one_size(folder: Path, n: int) -> dict[str, object]:
     return {
         "images": n,
         "files": files,
+        "digest_bytes": sum(p.stat().st_size for p in (folder / "digests").iterdir()),
         "open_s": opened,
+        "first_batch_ms": 1e3 * first,
         "batch_ms": 1e3 * shuffled,
         "epoch_s": epoch,
         "anonymous_mib": max(0.0, highest - base),
+        **beside_decoding(folder, n),
     }
+
+
+def beside_decoding(folder: Path, n: int) -> dict[str, float | None]:
+    """Return the microseconds an image that hashing takes, and decoding, in turns: the medians."""
+    if n > HASHED:
+        return {"hash_us": None, "decode_us": None}
+    found: dict[str, list[float]] = {"hash_us": [], "decode_us": []}
+    for _ in range(TURNS):
+        found["hash_us"].append(1e6 * hash_all(folder) / n)
+        found["decode_us"].append(decode_us(DECODED))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def hash_all(folder: Path) -> float:
+    """Return the seconds that a process needs to compare every block of a cache once."""
+    from edgeclip.host.cache import checked
+
+    manifest = checked.read_manifest(folder)
+    digests = checked.Digests(folder, manifest)
+    start = time.perf_counter()
+    for what in ("img_emb", "more_views", "records"):
+        for shard in range(len(manifest["shards"])):
+            digests.of(what).look_at_all(shard)
+    return time.perf_counter() - start
+
+
+def decode_us(count: int) -> float:
+    """Return the microseconds that decoding one JPEG of 224 px to its view takes on one core."""
+    import random
+
+    import torch
+
+    from edgeclip.device.preprocess import Preprocess
+    from edgeclip.host.cache import decode_view, draw_views
+    from edgeclip.host.recipe import Views
+
+    torch.set_num_threads(1)
+    spec = Preprocess(size=224, mean=(0.5,) * 3, std=(0.5,) * 3)
+    files = data.images((224, 224))
+    views = draw_views(224, 224, Views(count=2), random.Random(0))
+    for content in files:
+        decode_view(content, views[1], spec, "")
+    start = time.perf_counter()
+    for i in range(count):
+        decode_view(files[i % len(files)], views[1], spec, "")
+    return 1e6 * (time.perf_counter() - start) / count
+
+
+def hash_rates() -> dict[str, dict[str, float]]:
+    """Return GB/s of each hash by bytes of a block, of 64 MiB that the processor's caches do not
+    hold."""
+    content = memoryview(os.urandom(2**26))
+    rates: dict[str, dict[str, float]] = {}
+    for name in HASHES:
+        make = getattr(hashlib, name)
+        rates[name] = {}
+        for size in BLOCKS:
+            start = time.perf_counter()
+            for at in range(0, len(content), size):
+                make(content[at : at + size]).digest()
+            rates[name][str(size)] = len(content) / (time.perf_counter() - start) / 1e9
+    return rates
+
+
+def sign(folder: Path) -> None:
+    """Write the digests of a cache's files as they are now."""
+    from edgeclip.host.cache import checked
+
+    manifest = checked.read_manifest(folder)
+    shards = manifest["shards"]
+    for i, shard in enumerate(shards):
+        own = checked.name("digests", i, len(shards))
+        files = [file for file in shard["bytes"] if file != own]
+        manifest["files"] |= checked.write_digests(folder, i, len(shards), files)
+    checked.write_manifest(folder, manifest)
 
 
 def warm_rows(folder: Path, form: str) -> list[float]:
@@ -141,6 +276,7 @@ def warm_rows(folder: Path, form: str) -> list[float]:
         rows = np.load(file, mmap_mode="r+")
         rows[:] = block[: len(rows)]
         del rows
+    sign(folder)
     cache = open_folder(folder, range(n))  # type: ignore[arg-type]  # as many images as rows; none is looked at
     memory = np.empty((n, WIDTH), np.float16)
     for at in range(0, n, SHARD):
@@ -213,6 +349,7 @@ def main() -> None:
             )
             shutil.rmtree(folder / str(n))
         ratios = warm_rows(folder / "warm", options.form)
+        rates = hash_rates()
     finally:
         shutil.rmtree(folder)
     n_warm = WARM_ROWS[options.form]
@@ -220,7 +357,7 @@ def main() -> None:
         [
             f"{f['images']:,}",
             f["files"],
-            *(f"{f[k]:.3g}" for k in ("open_s", "batch_ms", "epoch_s", "anonymous_mib")),
+            *(f"{f[k]:.3g}" for k in COLUMNS),
         ]
         for f in found
     ]
@@ -230,11 +367,17 @@ def main() -> None:
             "images x 2 views",
             "files",
             "open, s",
-            f"shuffled batch of {BATCH:,}, ms",
+            f"shuffled batch of {BATCH:,}, first time, ms",
+            "again, ms",
             "epoch's order, s",
             "anonymous memory, MiB",
         ],
     )
+    hashed = [f for f in found if f["hash_us"] is not None][-1]
+    hashing, decoding = hashed["hash_us"], hashed["decode_us"]
+    rows = [[name, *(f"{rate:.2f}" for rate in of.values())] for name, of in rates.items()]
+    common.table(rows, ["GB/s by bytes of a block", *(f"{size:,}" for size in BLOCKS)])
+    print(f"hashing {hashing:.2f} us an image, decoding {decoding:.0f} us")
     required = [
         compare.exact(f"seconds to open {f['images']:,}", f["open_s"], at_most=1.0) for f in found
     ]
@@ -243,12 +386,18 @@ def main() -> None:
         for f in found
     ]
     required.append(
+        compare.exact("hashing / decoding of an epoch", hashing / decoding, at_most=0.01)
+    )
+    required.append(
         compare.judge(f"numpy take / cache, time, {n_warm:,} warm rows", ratios, at_least=0.5)
     )
     common.finish(
         {
             "benchmark": "scale",
             "sizes": found,
+            "hash_us": hashing,
+            "decode_us": decoding,
+            "hash_gb_per_s": rates,
             "take_over_cache": compare.interval(ratios)._asdict(),
         },
         required,

@@ -180,5 +180,29 @@ def test_broken_json_is_a_users_error(tmp_path):
         disk.read_json(tmp_path / "y.json")
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4, (4)), '''}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 1000), }",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (18446744073709551616,), }",
+        b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+        b"(" * 3000,
+        b"\xff" * 90,
+    ],
+)
+def test_an_array_whose_header_lies_is_an_error_of_value(tmp_path, header):
+    header = header.ljust(118) + b"\n"
+    start = b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little")
+    (tmp_path / "x.npy").write_bytes(start + header + bytes(64))
+    for mode in (None, "r"):
+        with pytest.raises((ValueError, OSError, EOFError)):
+            disk.read_array(tmp_path / "x.npy", mode)
+    (tmp_path / "x.npz").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises((ValueError, OSError, EOFError)):
+        disk.read_arrays(tmp_path / "x.npz")
+
+
 def test_an_error_reads_where_what_what_to_do():
     assert str(EdgeclipError("file", "is broken", "mend it")) == "file: is broken; mend it"

@@ -21,7 +21,7 @@ GROUND_FOLDERS = ("disk", "text_file")
 WINGS = [[GROUND], ["device"], ["reports"], ["boards", "host"], ["cli"]]
 """the wings from below; those on one floor do not import each other"""
 HOST = [
-    ["distributed", "allocator", "older"],
+    ["distributed", "allocator", "older", "blocks"],
     ["recipe"],
     ["data", "towers"],
     ["teachers", "graph"],

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from edgeclip import config, disk, text_file
-from edgeclip.cli.options import label_file
+from edgeclip.cli import words as given
 from edgeclip.device import power
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import data
@@ -31,6 +31,10 @@ def class_list(folder, content):
     webdataset(folder)
     (folder / "classnames.txt").write_bytes(content)
     return data.load(R.WebDataset(name="w", root=str(folder)), folder / "cache").classes
+
+
+def label_file(path):
+    return given.labels(f"@{path}")
 
 
 def labels(folder, content):

@@ -29,6 +29,7 @@ from edgeclip import disk
 from edgeclip.device import tokenizer
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.evaluation import Evaluation, Student, images_tar, unseen_places
+from edgeclip.device.finite import fault
 from edgeclip.device.images import index_tar, read, stream
 from edgeclip.device.intervals import drop_limits
 from edgeclip.device.manifest import read_manifest
@@ -94,7 +95,7 @@ class Steps:
         changed.
         """
         features = observed.arrays.get("features_all")
-        if features is None or not np.isfinite(features).all() or not len(self.places):
+        if features is None or fault(features, rows=True) or not len(self.places):
             return None
         shipped = self._stage("device", bundle, features[self.places])
         if here and own_pixels(observed) == {} and _is_float(bundle):  # it need not run again
@@ -291,7 +292,7 @@ def _moved(steps: list[WaterfallStep]) -> str:
         if step.name != DISTILLED and step.centered_cosine_p1 is not None:
             cosines[step.name] = step.centered_cosine_p1
     name = min(cosines, key=lambda step: cosines[step], default="")
-    if not name or cosines[name] > STILL:
+    if not name or not cosines[name] <= STILL:
         return ""
     return f"; {name} moved the features most (centered cosine p1 {cosines[name]:.3f})"
 

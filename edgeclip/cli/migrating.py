@@ -129,7 +129,7 @@ def _recipe(folder: Path) -> list[Path]:
     new = older.recipe_description(value)
     if new == value:
         return []
-    disk.write_json(path, new)
+    disk.write_sealed(path, new)
     return [path]
 
 

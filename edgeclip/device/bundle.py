@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from edgeclip.device.tokenizer import Words
 
 TEXT_BATCH = 32
+EXPORT_AGAIN = "export the bundle again from a student that was scored"
 ImageSource = str | Path | bytes | Image.Image
 """a path, an encoded image, or a PIL image"""
 

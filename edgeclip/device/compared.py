@@ -14,6 +14,7 @@ from edgeclip.device.evaluation import (
     own_list_top1,
     rows,
 )
+from edgeclip.device.finite import fault
 from edgeclip.device.metrics import accuracy_drop, agreement, centered_cosines, cosine
 from edgeclip.device.records import (
     Accuracy,
@@ -52,13 +53,14 @@ def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray
     """Compare features, answers and accuracy; arrays: as `validate.Observed` has them."""
     tolerance = bundle.manifest.target.tolerance
     features = arrays["features_all"]
-    if not np.isfinite(features).all():
-        return Compared(failures=("values: not finite on the evaluation images",))
+    broken = _broken(arrays)
+    if broken:
+        return Compared(failures=broken)
 
     reference = decide(bundle, evaluation, evaluation.reference)
     own = decide(bundle, evaluation, features)
     failures = []
-    unlike = int(((own.answers != arrays["answers"]) & (own.lead > TIE)).sum())
+    unlike = int(((own.answers != arrays["answers"]) & ~(own.lead <= TIE)).sum())
     if unlike:
         what = f"the device's own answers are not those of its features on {unlike} images"
         failures.append(f"head: {what}")
@@ -104,6 +106,16 @@ def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray
     )
 
 
+def _broken(arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """Return a line for each kind of features that are not finite, or have no direction."""
+    lines = []
+    for name, of in (("features_all", ""), ("features_basic", ", without graph optimizations")):
+        wrong = fault(arrays[name], rows=True) if name in arrays else None
+        if wrong is not None:
+            lines.append(f"values: {wrong} (evaluation images{of})")
+    return tuple(lines)
+
+
 def _optimization(
     bundle: Bundle,
     evaluation: Evaluation,
@@ -116,10 +128,15 @@ def _optimization(
     as_basic = own.answers == decide(bundle, evaluation, basic).answers
     agreed = float(as_basic.mean()) if len(as_basic) else None
     found = OptimizationAgreement(top1_agreement=agreed, **to_json(cosine(features, basic)))
-    allowed = 1 - (bundle.manifest.target.tolerance.optimization_agreement or 0.0)
-    rule = rules.share(rules.OPTIMIZED, allowed, int((~as_basic).sum()), len(as_basic))
+    rule = _same_as_optimized(bundle.manifest.target.tolerance, as_basic)
     moved = differences(bundle, evaluation, basic, features)
     return found, rules.proven([rule], own.lead, moved, np.ones(len(moved), bool))
+
+
+def _same_as_optimized(tolerance: Tolerance, same: np.ndarray) -> Rule:
+    """Return the rule of equal answers with and without graph optimizations; same: bool [m]."""
+    allowed = 1 - (tolerance.optimization_agreement or 0.0)
+    return rules.share(rules.OPTIMIZED, allowed, int((~same).sum()), len(same))
 
 
 def _same(tolerance: Tolerance, same: np.ndarray) -> Rule:

@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeclip import disk
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.finite import features as rows_of_features
 from edgeclip.device.metrics import hits
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.records import Record, from_json
@@ -103,12 +104,15 @@ class Evaluation(NamedTuple):
 def load_evaluation(folder: Path, images: int | None = None) -> Evaluation:
     """Return a run's evaluation folder, or a fixed random subset of `images` of it.
 
-    Raises `EdgeclipError` for a folder whose files were changed.
+    Raises `EdgeclipError` for a folder whose files were changed, and for features of the student
+    that are not finite.
     """
     disk.verify(folder, disk.read_manifest(folder, "evaluation"))
     path = folder / "evaluation.json"
     description = from_json(disk.read_json(path), Description, path)
-    features = disk.read_array(folder / "image_features.npy")
+    path = folder / "image_features.npy"
+    again = "train the student again: it does not compute numbers"
+    features = rows_of_features(disk.read_array(path), path, again)
     labels = np.array(description.labels)
     chosen = list(range(len(labels)))
     sets = description.sets

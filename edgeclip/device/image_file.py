@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from edgeclip.device import other_formats
 from edgeclip.errors import EdgeclipError
 
 AVIF = ("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()
@@ -55,11 +56,11 @@ class UnreadableImage(EdgeclipError):
 
 
 @contextlib.contextmanager
-def refusing(where: object) -> Iterator[None]:
+def refusing(where: object, source: Path | bytes | None = None) -> Iterator[None]:
     """Raise what Pillow raises inside as `UnreadableImage`, and a missing file as `EdgeclipError`.
 
-    where: what the message calls the image. What a machine lacks is not the image's fault: it is
-    raised as it is.
+    where: what the message calls the image. source: what it is read from. What a machine lacks is
+    not the image's fault: it is raised as it is.
     """
     try:
         yield
@@ -70,6 +71,12 @@ def refusing(where: object) -> Iterator[None]:
     except Exception as e:
         if isinstance(e, OSError) and e.errno in LACKING:
             raise
+        found = None
+        if source is not None and isinstance(e, UnidentifiedImageError):
+            found = other_formats.named(source)
+        if found is not None:
+            what = f"unreadable image (it is {found[0]})"
+            raise UnreadableImage(where, what, found[1]) from None
         # Of damaged bytes a plugin makes any error that Python has.
         why = " ".join(str(e).split()) or type(e).__name__
         raise unreadable(where, why) from None
@@ -91,7 +98,7 @@ def opened(source: Path | bytes, where: object) -> Iterator[Image.Image]:
     if isinstance(source, bytes):
         _refuse_long(len(source), where)
         file = io.BytesIO(source)
-    with refusing(where), Image.open(file, formats=FORMATS) as image:
+    with refusing(where, source), Image.open(file, formats=FORMATS) as image:
         most = MAX_PIXELS // COPIES.get(str(image.format), 1)
         _refuse_large(image.size, most, where)
         if image.format == "TIFF":  # a small image may have a huge tile

@@ -42,7 +42,9 @@ class Limits(NamedTuple):
     high: float
 
     def answer(self, allowed: float) -> Answer:
-        """Return whether the figure is at most `allowed`; what is not a number cannot tell."""
+        """Return whether the figure is at most `allowed`; what is not finite fails."""
+        if not np.isfinite([self.low, self.high, allowed]).all():
+            return "fails"
         if self.high <= allowed:
             return "holds"
         if self.low > allowed:
@@ -111,8 +113,11 @@ def percentile_limits(
 ) -> tuple[float | None, float | None]:
     """Return the limits of a percentile of values [n] by order statistics.
 
-    None: too few values for a limit. Values are taken for independent of each other.
+    None: too few values for a limit. Values are taken for independent of each other. Of values
+    that are not finite both limits are NaN.
     """
+    if not np.isfinite(values).all():
+        return math.nan, math.nan
     ordered = np.sort(values)
     n = len(ordered)
     k = np.arange(n + 1)

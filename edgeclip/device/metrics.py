@@ -148,8 +148,10 @@ def median_interval(values: np.ndarray, confidence: float = 0.99) -> tuple[float
     The ends are order statistics, so they hold whatever the values' distribution is: so many values
     lie below the true median as heads fall in n tosses of a coin (Conover, Practical Nonparametric
     Statistics, section 3.2). Of fewer values than the confidence needs (8 for 99 %) the ends are
-    the least and the largest.
+    the least and the largest. Of values that are not finite all three are NaN.
     """
+    if not np.isfinite(values).all():
+        return math.nan, math.nan, math.nan
     ordered = np.sort(values)
     n = len(ordered)
     outside = 0.0

@@ -54,7 +54,7 @@ class Part(NamedTuple):
     @property
     def at_floor(self) -> bool:
         """Whether there is nothing to lose."""
-        return len(self.before) > 0 and float(self.before.mean()) < FLOOR
+        return len(self.before) > 0 and not float(self.before.mean()) >= FLOOR
 
     @property
     def judged(self) -> bool:
@@ -114,10 +114,12 @@ def _rule(
 def closeness(tolerance: Tolerance, cosines: np.ndarray) -> Rule:
     """Return whether the first percentile of cosines [n] is as high as the target asks.
 
-    What is not a number lies below.
+    What is not finite lies below, and nothing is as high as a limit that is not.
     """
-    below = int((~(cosines >= tolerance.centered_cosine_p1)).sum())
-    name = f"images below a centered cosine of {tolerance.centered_cosine_p1:g}"
+    least = tolerance.centered_cosine_p1
+    enough = np.isfinite(cosines) & np.isfinite(least) & (cosines >= least)
+    below = int((~enough).sum())
+    name = f"images below a centered cosine of {least:g}"
     return share(name, PERCENTILE / 100, below, len(cosines))
 
 
@@ -242,6 +244,10 @@ def _budget(
     if unit == TIMED and loaded(report) and cost.found is not None:
         answer = "cannot tell"
         why = under_load(report)
+    measured = [value for value in (cost.found, cost.low, cost.high) if value is not None]
+    if not np.isfinite([*measured, allowed]).all():
+        answer = "fails"
+        why = "is not finite"
     return Rule(
         rule=what,
         unit=unit,

@@ -137,7 +137,7 @@ def _batches(bundle: Bundle) -> dict[str, float]:
         index = np.arange(size) % len(x)
         similarity = (encode(x[index]) * alone[index]).sum(axis=1)
         lowest[str(size)] = float(similarity.min())
-    if not all(value > ALIKE for value in lowest.values()):
+    if not all(value >= ALIKE for value in lowest.values()):
         raise StepFailed(f"one image has other features in another batch: cosine {lowest}")
     return lowest
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from edgeclip.device import spelled
 from edgeclip.device.cleaning import Cleaning, clean
 from edgeclip.device.zero_shot import prompts
 from edgeclip.errors import EdgeclipError
+from edgeclip.progress import say_once
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,7 +70,9 @@ def _refusing() -> Iterator[None]:
     """Raise what the library says of a damaged tokenizer.json, which has no type of its own."""
     try:
         yield
-    except Exception as e:
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":  # Rust's
+            raise
         what = f"the library tokenizers cannot use it ({' '.join(str(e).split())[:200]})"
         raise EdgeclipError("tokenizer.json", what, "make the bundle again") from None
 
@@ -152,8 +156,11 @@ def check_class_names(words: Words, classes: Sequence[str], templates: Sequence[
     """Raise `EdgeclipError` for class names that cannot be scored.
 
     Those are two classes with equal tokens, which no score can tell apart, and a prompt that does
-    not fit into the context.
+    not fit into the context. Names that are codes are taken, and it is said.
     """
+    line = spelled.told(classes)
+    if line is not None:
+        say_once(line)
     first: dict[tuple[int, ...], int] = {}
     for i, ids in enumerate(words.ids(classes)):
         same = first.setdefault(tuple(ids), i)
@@ -169,7 +176,7 @@ def check_class_names(words: Words, classes: Sequence[str], templates: Sequence[
             if len(ids) > words.context_length:
                 what = f"its prompt '{text[:40]}…' has {len(ids)} tokens"
                 raise EdgeclipError(
-                    f"class '{name}'",
+                    f"class '{name[:40]}'",
                     f"{what}, the text encoder takes {words.context_length}",
                     "shorten the name",
                 )

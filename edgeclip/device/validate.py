@@ -28,6 +28,7 @@ from edgeclip.device.evaluation import (
     images_tar,
     unseen_places,
 )
+from edgeclip.device.finite import fault
 from edgeclip.device.images import ImageRef, index_tar, read, stream
 from edgeclip.device.intervals import Answer, worst
 from edgeclip.device.machine import Facts
@@ -120,7 +121,7 @@ def observe(bundle: Bundle, evaluation: Evaluation | None) -> Observed:
         if bundle.manifest.target.tolerance.optimization_agreement is not None:
             sessions["features_basic"] = bundle.open_image_encoder(optimization="basic")
         arrays |= _features(bundle, evaluation, sessions)
-        if np.isfinite(arrays["features_all"]).all():
+        if fault(arrays["features_all"], rows=True) is None:
             arrays["answers"] = decide(bundle, evaluation, arrays["features_all"]).answers
     ran = msgspec.structs.replace(encoder.facts, precision=bundle.precision)
     return Observed(ran, encoder.input, encoder.output, arrays)
@@ -331,8 +332,10 @@ def _golden(bundle: Bundle, arrays: dict[str, np.ndarray]) -> tuple[GoldenAnswer
             what = f"golden images differ by up to {difference} of 255 from the host's"
             failures.append(f"preprocess: {what}")
 
-    if not np.isfinite(arrays["golden_features"]).all():
-        failures.append("values: not finite on the golden images")
+    for what, name in (("images", "golden_features"), ("texts", "text_features")):
+        wrong = fault(arrays[name], rows=True) if name in arrays else None
+        if wrong is not None:
+            failures.append(f"values: {wrong} (golden {what})")
     images_cosine = _lowest_cosine(arrays["golden_features"], expected)
     failures += _too_far("golden images", images_cosine)
 

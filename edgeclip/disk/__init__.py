@@ -27,6 +27,7 @@ from edgeclip.disk.reading import (
     fingerprint,
     read_array,
     read_arrays,
+    read_entries,
     read_json,
     read_manifest,
     sha256,
@@ -48,6 +49,7 @@ from edgeclip.disk.writing import (
     write_array,
     write_json,
     write_manifest,
+    write_sealed,
     write_text,
 )
 
@@ -73,6 +75,7 @@ __all__ = [
     "read_arrays",
     "read_declared",
     "read_declared_arrays",
+    "read_entries",
     "read_json",
     "read_manifest",
     "read_record",
@@ -89,5 +92,6 @@ __all__ = [
     "write_json",
     "write_manifest",
     "write_record",
+    "write_sealed",
     "write_text",
 ]

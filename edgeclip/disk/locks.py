@@ -27,6 +27,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
     folder = real(folder)
     refuse_unwritable(folder.parent)
+    made = [p for p in (folder.parent, *folder.parent.parents) if not p.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
     lock = FileLock(path)
@@ -42,6 +43,9 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         # Before it is let go: a file that was removed is no lock to those who wait for it.
         path.unlink(missing_ok=True)
         lock.release()
+        with contextlib.suppress(OSError):  # something lies in it now
+            for parent in made:
+                parent.rmdir()
 
 
 def _self() -> str:

@@ -17,6 +17,9 @@ from edgeclip.disk.leftovers import MANIFEST
 from edgeclip.errors import EdgeclipError
 from edgeclip.text_file.parser import MAX_JSON, parse_json
 
+SEAL = "seal"
+"""field of a JSON object's own fingerprint: that of all its other fields"""
+
 HEADER = threading.Lock()
 """numpy parses an array's header by `ast`, which until Python 3.12 fails now and then in two
 threads at once ("AST constructor recursion depth mismatch", python/cpython#106905)"""
@@ -85,15 +88,37 @@ def read_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     return array
 
 
-def read_arrays(file: Path | io.BytesIO) -> dict[str, np.ndarray]:
+def read_arrays(file: Path | io.BufferedIOBase) -> dict[str, np.ndarray]:
     """Return a .npz file's arrays, from any thread; pickles are refused. Raises as `read_array`."""
-    with HEADER, _as_value_error(), np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(HEADER)
+        stack.enter_context(_as_value_error())
+        if isinstance(file, Path):  # of a broken archive numpy leaves its own file open
+            file = stack.enter_context(file.open("rb"))
+        return dict(stack.enter_context(np.load(file, allow_pickle=False)))
 
 
 def read_json(path: Path) -> Any:
-    """Return a JSON file's value. Raises `EdgeclipError` where there is none, or it is broken."""
-    return parse_json(text_file.read(path, MAX_JSON), path)
+    """Return a JSON file's value, without its seal.
+
+    Raises `EdgeclipError` where there is none, it is broken, or its seal says that it was changed;
+    what an edgeclip before 0.2 wrote has none.
+    """
+    value = parse_json(text_file.read(path, MAX_JSON), path)
+    seal = value.pop(SEAL, None) if isinstance(value, dict) else None
+    if seal is not None and seal != fingerprint(value):
+        do = "make it again with the command that wrote it"
+        raise EdgeclipError(path, "was changed since it was written", do)
+    return value
+
+
+def read_entries(path: Path) -> list[Any]:
+    """Return the `entries` of a JSON file; before they were sealed it was their list."""
+    value = read_json(path)
+    found = value.get("entries") if isinstance(value, dict) else value
+    if not isinstance(found, list):
+        raise EdgeclipError(path, "is no list of entries", "remove it: it is made again")
+    return found
 
 
 def read_manifest(folder: Path, kind: str) -> Json:

@@ -7,7 +7,7 @@ import msgspec
 
 from edgeclip.config import renamed
 from edgeclip.disk.reading import Json, read_json
-from edgeclip.disk.writing import write_json
+from edgeclip.disk.writing import write_sealed
 from edgeclip.errors import EdgeclipError
 
 T = TypeVar("T")
@@ -58,8 +58,8 @@ def read_record(path: Path, kind: type[T]) -> T:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write the record as JSON to `path`."""
-    write_json(path, to_json(record))
+    """Write the record as JSON to `path`, sealed."""
+    write_sealed(path, to_json(record))
 
 
 def _from_format_1(value: Json) -> Json:

@@ -13,7 +13,8 @@ from edgeclip.disk import leftovers
 from edgeclip.disk.exchange import sync, take_place
 from edgeclip.disk.leftovers import MANIFEST
 from edgeclip.disk.places import kind_of, real, refuse_foreign
-from edgeclip.disk.reading import Json, sha256
+from edgeclip.disk.reading import SEAL, Json, fingerprint, sha256
+from edgeclip.errors import EdgeclipError
 
 
 @contextlib.contextmanager
@@ -43,8 +44,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, indented."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write JSON, indented. Raises `EdgeclipError` for a number that is not finite."""
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as e:
+        raise EdgeclipError(
+            path, f"would hold a number that is not finite ({e})", "nothing was written"
+        ) from None
+    write_text(path, text + "\n")
+
+
+def write_sealed(path: Path, value: Json) -> None:
+    """Write a JSON object with the fingerprint of all its fields in one more."""
+    value = json.loads(json.dumps(value))  # as it will be read: keys are strings
+    write_json(path, {**value, SEAL: fingerprint(value)})
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -85,4 +98,4 @@ def write_manifest(folder: Path, kind: str, content: Json) -> None:
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.name != MANIFEST:
             files[str(file.relative_to(folder))] = sha256(file)
-    write_json(folder / MANIFEST, {"kind": kind, **content, "files": files})
+    write_sealed(folder / MANIFEST, {"kind": kind, **content, "files": files})

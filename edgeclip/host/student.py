@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk
-from edgeclip.device import tokenizer
+from edgeclip.device import finite, tokenizer
 from edgeclip.device.cleaning import Cleaning
 from edgeclip.device.manifest import ClassOffset
 from edgeclip.device.preprocess import Preprocess
@@ -206,7 +206,7 @@ def image_tower(spec: R.Timm | R.OpenClip) -> tuple[nn.Module, Preprocess]:
     """Return an image tower with its weights and its preprocess: pixels [B, 3, H, W] to features
     [B, T]."""
     if isinstance(spec, R.OpenClip):
-        model, preprocess = weights.open_clip_model(spec)
+        model, preprocess = weights.open_clip_model(spec, image_only=True)
         return ImageTower(model), preprocess
     tower, preprocess = weights.timm_model(spec)
     if isinstance(tower, VisionTransformer):
@@ -281,6 +281,9 @@ def class_features(text: TextTower, classes: list[str], templates: tuple[str, ..
 # --- on disk
 
 
+TRAIN_AGAIN = "train it again with a lower learning rate"
+
+
 def save(
     folder: Path,
     student: Student,
@@ -289,7 +292,10 @@ def save(
     class_features: np.ndarray,
     text: TextTower | None = None,
 ) -> None:
-    """Write the student's folder. class_features: [N, D] of description["labels"]."""
+    """Write the student's folder. class_features: [N, D] of description["labels"].
+
+    Raises `EdgeclipError` for a weight or a class feature that is not finite: nothing is written.
+    """
     modules: dict[str, nn.Module] = {"": student}
     if head is not None:
         modules["head."] = head
@@ -299,6 +305,8 @@ def save(
     for prefix, module in modules.items():
         for name, value in module.state_dict().items():
             state[f"{prefix}{name}"] = value.contiguous().cpu()
+    weights.refuse_broken(state, f"{folder}: student", TRAIN_AGAIN)
+    finite.features(class_features, f"{folder}: class features", TRAIN_AGAIN)
     with disk.new_folder(folder) as temporary:
         if text is not None:
             disk.write_text(temporary / "tokenizer.json", text.tokenizer)
@@ -326,7 +334,7 @@ class Saved(NamedTuple):
 
 
 def read(folder: Path) -> Saved:
-    """Read a student's folder. Raises `EdgeclipError` where it is not whole."""
+    """Read a student's folder. Raises `EdgeclipError` where it is not whole, or not finite."""
     disk.verify(folder, disk.read_manifest(folder, "student"))
     description = older.student_description(disk.read_json(folder / "student.json"))
     spec = msgspec.convert(description["architecture"], R.Student)
@@ -337,7 +345,9 @@ def read(folder: Path) -> Saved:
         if part is not None
     }
     spec = msgspec.structs.replace(spec, inherit=None, **fresh)
-    return Saved(folder, description, spec, load_file(folder / "student.safetensors"))
+    state = load_file(folder / "student.safetensors")
+    weights.refuse_broken(state, f"{folder}: student", TRAIN_AGAIN)
+    return Saved(folder, description, spec, state)
 
 
 class Loaded(NamedTuple):

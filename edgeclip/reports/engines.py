@@ -46,7 +46,7 @@ def remember(path: Path, parity: ParityReport, when: str) -> str | None:
 
     history: list[EngineEntry] = []
     if path.exists():
-        for entry in disk.read_json(path):
+        for entry in disk.read_entries(path):
             history.append(from_json(entry, EngineEntry, path))
     entry = EngineEntry(
         when=when,
@@ -57,7 +57,7 @@ def remember(path: Path, parity: ParityReport, when: str) -> str | None:
         top1=getattr(parity.accuracy, "bundle_top1", None),
         centered_p1=getattr(parity.cosine, "centered_p1", None),
     )
-    disk.write_json(path, to_json([*history, entry]))
+    disk.write_sealed(path, {"entries": to_json([*history, entry])})
 
     if not history or history[-1].engine == entry.engine:
         return None

@@ -91,6 +91,8 @@ def _next_step(run: str, target: Target) -> str:
     """Return the command that settles what is open, or what to do about what fails."""
     bundle = f"--bundle {run}/bundles/{target.name}"
     device = f"--device {target.device or 'host-cpu'}"
+    if target.damage is not None:
+        return f"edgeclip export --run {run} --target {target.name}"
     if target.parity is None:
         return f"edgeclip validate {bundle} {device}"
     if target.answer == "fails":

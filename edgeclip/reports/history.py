@@ -1,6 +1,6 @@
 """What was measured of a bundle on a device before, so that an update of the board shows.
 
-    RUN/reports/<bundle folder>.<device>.history.json    a list of `Entry`, the oldest first
+    RUN/reports/<bundle folder>.<device>.history.json    `entries`: `Entry`, the oldest first
 
 Every report enters it, the lesser ones that do not count for the verdict too.
 """
@@ -43,14 +43,14 @@ class Entry(Record, kw_only=True):
 
 def remember(path: Path, report: ParityReport | BenchReport, when: str) -> None:
     """Add a report to the history at `path`."""
-    disk.write_json(path, to_json([*read(path), _entry(report, when)]))
+    disk.write_sealed(path, {"entries": to_json([*read(path), _entry(report, when)])})
 
 
 def read(path: Path) -> list[Entry]:
     """Return the entries at `path`, the oldest first; [] where there are none."""
     if not path.exists():
         return []
-    return [from_json(entry, Entry, path) for entry in disk.read_json(path)]
+    return [from_json(entry, Entry, path) for entry in disk.read_entries(path)]
 
 
 def _entry(report: ParityReport | BenchReport, when: str) -> Entry:

@@ -313,7 +313,7 @@ def read_results(run: Path) -> EvaluationResults:
 
 def write_results(run: Path, results: EvaluationResults) -> None:
     """Write RUN/results.json."""
-    disk.write_json(run / RESULTS, msgspec.to_builtins(results))
+    disk.write_sealed(run / RESULTS, msgspec.to_builtins(results))
 
 
 def read_protocol(path: Path) -> ProtocolRecord:
@@ -335,7 +335,7 @@ def read_protocols(run: Path) -> list[ProtocolRecord]:
 
 def write_protocol(path: Path, record: ProtocolRecord) -> None:
     """Write the record of a protocol to `path`."""
-    disk.write_json(path, msgspec.to_builtins(record))
+    disk.write_sealed(path, msgspec.to_builtins(record))
 
 
 def _convert(path: Path, value: Any, kind: type[R]) -> R:

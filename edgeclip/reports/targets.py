@@ -8,9 +8,16 @@ from edgeclip import disk
 from edgeclip.device import rules
 from edgeclip.device.bench_report import BenchReport
 from edgeclip.device.intervals import Answer
-from edgeclip.device.manifest import CandidateRow, LintRecord, SearchRecord, read_manifest
+from edgeclip.device.manifest import (
+    BundleManifest,
+    CandidateRow,
+    LintRecord,
+    SearchRecord,
+    read_manifest,
+)
 from edgeclip.device.records import ParityReport
 from edgeclip.device.target import Floor
+from edgeclip.errors import EdgeclipError
 from edgeclip.reports.history import Entry, read
 
 
@@ -33,6 +40,8 @@ class Target(NamedTuple):
     """what the bundle must reach by itself"""
     history: Sequence[Entry] = ()
     """every report of it there, the oldest first"""
+    damage: str | None = None
+    """which of its files are not those that its manifest lists; None: all are"""
 
     @property
     def row(self) -> str:
@@ -44,11 +53,15 @@ class Target(NamedTuple):
     @property
     def verdict(self) -> str:
         """Ship, do not ship, or cannot say, and why."""
+        if self.damage is not None:
+            return f"do not ship: {self.damage}"
         return verdict(self.parity, self.bench)
 
     @property
     def answer(self) -> Answer:
-        """Whether everything that was asked holds."""
+        """Whether everything that was asked holds, and the files are those it was asked of."""
+        if self.damage is not None:
+            return "fails"
         return answer(self.parity, self.bench)
 
 
@@ -56,7 +69,8 @@ def collect(run: Path) -> list[Target]:
     """Return an entry per bundle and device, by name.
 
     A report counts only for the bundle that it was made with: after a new export it has to be made
-    again. Raises `EdgeclipError` for a manifest or a report that cannot be read.
+    again. Every file of a bundle is compared with its manifest: what was measured is not what lies
+    there otherwise. Raises `EdgeclipError` for a manifest or a report that cannot be read.
     """
     targets = []
     for folder in disk.finished_in(run / "bundles"):
@@ -69,6 +83,7 @@ def _targets(run: Path, folder: Path) -> list[Target]:
     parities = _reports(run, folder, "parity", ParityReport)
     benches = _reports(run, folder, "bench", BenchReport)
     devices: list[Any] = sorted(parities.keys() | benches.keys()) or [None]
+    damage = _damage(folder, manifest)
     targets = []
     for device in devices:
         target = Target(
@@ -82,9 +97,18 @@ def _targets(run: Path, folder: Path) -> list[Target]:
             digest=disk.sha256(folder / disk.MANIFEST),
             floor=manifest.target.floor,
             history=read(run / "reports" / f"{folder.name}.{device}.history.json"),
+            damage=damage,
         )
         targets.append(target)
     return targets
+
+
+def _damage(folder: Path, manifest: BundleManifest) -> str | None:
+    try:
+        disk.verify_files(folder, manifest.files, "bundle")
+    except EdgeclipError as e:
+        return str(e)
+    return None
 
 
 def _reports(run: Path, folder: Path, word: str, kind: type[Any]) -> dict[str | None, Any]:

@@ -7,6 +7,8 @@ makes two labels of one that holds such a character.
 """
 
 import codecs
+import csv
+import json
 import os
 import re
 import shlex
@@ -25,6 +27,8 @@ MARKS = (
 MAX_BYTES = 2**32
 """of a text file; a list of 10^7 captions has a third"""
 END = re.compile(r"\r\n|\r|\n")
+TABLES = {".csv": ",", ".tsv": "\t"}
+QUOTES = ("'", '"')
 LOST = "\ufffd"
 """what programs write for a letter that they could not convert"""
 
@@ -122,7 +126,7 @@ def names(path: Path, what: str) -> list[str]:
 
     what: what a line holds. Empty lines at the end are passed over. Raises `EdgeclipError` as
     `read`, for an empty line before that (each name after it would move up), for a control
-    character, and where no line is left.
+    character, for JSON, YAML and tables, and where no line is left.
     """
     found = _stripped(path, what)
     for i, line in enumerate(found, 1):
@@ -156,7 +160,45 @@ def _stripped(path: Path, what: str) -> list[str]:
 
     for i, line in enumerate(found, 1):
         refuse_unprintable(line, f"{path}: line {i}", what)
+    _refuse_structure(found, path, what)
     return found
+
+
+def _refuse_structure(found: list[str], path: Path, what: str) -> None:
+    """Refuse what was written for a program: each line of it would become one name."""
+    file, new = shlex.quote(str(path)), shlex.quote(f"{path}.txt")
+    suffix = path.suffix.lower()
+    if found[0][:1] in ("[", "{") and _is_json("\n".join(found)):
+        do = f"write one {what} a line, such as: jq -r '.[]' {file} > {new}"
+        raise EdgeclipError(path, "is JSON and no list of lines", do)
+    if suffix in (".yaml", ".yml"):
+        raise EdgeclipError(path, "is YAML and no list of lines", f"write one {what} a line")
+    columns = _columns(found, suffix)
+    if columns > 1:
+        cut = "cut -f2" if suffix == ".tsv" else "cut -d, -f2"
+        do = f"keep the column of each {what}, such as: {cut} {file} > {new}"
+        raise EdgeclipError(path, f"is a table of {columns} columns, and no list", do)
+    quoted = [line.rstrip(",") for line in found if line[:1] in QUOTES]
+    if len(quoted) == len(found) and all(q[:1] == q[-1:] and len(q) > 2 for q in quoted):
+        do = "remove the quotes and commas: a line is one " + what
+        raise EdgeclipError(path, "has every line in quotes, as a program's list", do)
+
+
+def _columns(found: list[str], suffix: str) -> int:
+    if suffix not in TABLES:
+        return 1
+    try:
+        return max(len(row) for row in csv.reader(found, delimiter=TABLES[suffix]))
+    except csv.Error:
+        return 1
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):  # of brackets nested thousands deep
+        return False
+    return True
 
 
 def refuse_unprintable(line: str, where: str, what: str) -> None:

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+from edgeclip import disk
 from tests.support.command import mistake, run
 from tests.support.files import same, snapshot
 from tests.support.toy_bundle import SIZE
@@ -52,7 +53,7 @@ def test_the_report_is_kept_with_the_bundles_run(here, clip_bundle, clip_pack):
     result = run("conformance", "r/bundles/b", "--pack", clip_pack, "--json")
     assert result.exit_code == 0, result.output
     path = here / "r" / "reports" / "b.host-cpu.conformance.json"
-    assert json.loads(path.read_text()) == json.loads(result.stdout)
+    assert disk.read_json(path) == json.loads(result.stdout)
 
 
 def test_what_is_no_bundle_pack_or_folder_of_answers(here, clip_bundle, clip_pack, shipped_bundle):

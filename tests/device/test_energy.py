@@ -148,6 +148,29 @@ def test_a_moment_for_which_the_meter_had_no_reading_does_not_count(tmp_path):
     assert [s.watts for s in meter(tmp_path / "m.csv")] == [5.5, 6.5]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"timestamp,watts\n" + b"9" * 400 + b",4\n",
+        b'timestamp,watts\n"' + b"x" * 200_000 + b'",4\n',
+        b"timestamp,watts\n0001-01-01T00:00:00+23:59,4\n",
+        b"timestamp,watts\n9999-12-31T23:59:59-23:59,4\n",
+        b"\xff\xfe,\n1\n",
+        b"timestamp,timestamp,watts,watts\n1,2\n",
+    ],
+)
+def test_whatever_a_meter_writes_is_finite_readings_or_one_line(tmp_path, content):
+    (tmp_path / "m.csv").write_bytes(content)
+    try:
+        readings = meter(tmp_path / "m.csv")
+        assert all(math.isfinite(r.time) and math.isfinite(r.watts) for r in readings)
+    except EdgeclipError as e:
+        assert str(e).startswith(str(tmp_path / "m.csv"))
+        assert "\n" not in str(e)
+    with pytest.raises(EdgeclipError, match="cannot be read"):
+        meter(tmp_path)
+
+
 @pytest.mark.parametrize("half", ["1795348", "1795348803,", "1795348803,7", '"17953'])
 def test_the_row_that_a_meter_is_just_writing_does_not_count(tmp_path, half):
     (tmp_path / "m.csv").write_text(f"timestamp,watts\n1795348801,5.5\n1795348802,6.5\n{half}")

@@ -118,3 +118,26 @@ def test_without_the_library_new_words_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(EdgeclipError, match=r"new words: .*pip install 'edgeclip\[text\]'"):
         tokenizer.load("{}", 8)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[" * 1000,
+        '{"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}',
+        '{"model": {"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "[UNK]"}}',
+        '{"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Split", "pattern": '
+        '{"Regex": "("}, "behavior": "Isolated", "invert": false}, "model": {"type": "BPE", '
+        '"vocab": {}, "merges": []}}',
+        '{"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "b", '
+        '"type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [], "special_tokens": '
+        '{}}, "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, '
+        '"unk_token": "a"}}',
+    ],
+)
+def test_a_damaged_tokenizer_is_one_line(text):
+    with pytest.raises(EdgeclipError, match=r"tokenizer\.json: the library tokenizers cannot") as e:
+        tokenizer.load(text, 8)
+    assert "\n" not in str(e.value)

@@ -2,10 +2,9 @@
 engine.
 """
 
-import json
-
 import msgspec
 
+from edgeclip import disk
 from edgeclip.device.records import EngineConditions, Ran
 from edgeclip.reports.engines import remember, validated
 from tests.support.reports import accuracy, bench_report, parity_report
@@ -41,7 +40,7 @@ def test_a_jetpack_upgrade_that_moves_accuracy_is_seen(tmp_path):
     line = remember(path, parity("k2", 0.684, "6.2", "fails"), "friday")
     moved = "top-1 0.7160 -> 0.6840 (-3.20 pp), holds -> fails"
     assert line == f"t: a new engine (jetpack 6.1 -> 6.2): {moved}"
-    assert [e["when"] for e in json.loads(path.read_text())] == ["monday", "tuesday", "friday"]
+    assert [e["when"] for e in disk.read_entries(path)] == ["monday", "tuesday", "friday"]
 
 
 def test_a_benchmark_counts_for_the_engine_that_was_validated():

@@ -3,7 +3,9 @@
 import pytest
 
 from edgeclip.device.records import Rule
-from edgeclip.reports.targets import answer, verdict
+from edgeclip.reports.headline import headline
+from edgeclip.reports.targets import answer, collect, verdict
+from tests.support.finished_run import make_run
 from tests.support.reports import host_bench as bench
 from tests.support.reports import host_parity as parity
 
@@ -69,3 +71,23 @@ def test_every_reason_against_shipping_is_on_the_line(p, b, reasons):
     assert line.startswith("do not ship: ")
     assert all(r in line for r in reasons)
     assert "\n" not in line
+
+
+def test_only_a_bundle_whose_files_are_those_that_were_measured_ships(tmp_path):
+    run = make_run(tmp_path / "run")
+    (target,) = collect(run)
+    assert target.damage is None
+    file = run / "bundles" / "t" / "image_encoder.onnx"
+    whole = file.read_bytes()
+    for content in (b"y", None):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        (target,) = collect(run)
+        assert target.answer == "fails"
+        assert target.verdict.startswith("do not ship: ")
+        assert "image_encoder.onnx" in target.verdict
+        found = headline("run", [target])
+        assert found.word == "DO NOT SHIP"
+        assert found.next_step == "edgeclip export --run run --target t"
+        file.write_bytes(whole)

@@ -20,7 +20,8 @@ def fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
     """
     at = file.tell()
     while at < end:
-        file.seek(at)
+        start = at
+        file.seek(start)
         key = _varint(file)
         kind = key & 7
         if kind == LENGTH:
@@ -33,7 +34,7 @@ def fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
             value = at = file.tell() + FIXED[kind]
         else:
             return
-        if at > end:
+        if not start < at <= end:  # a damaged length; the end of the file goes no further
             return
         if key >> 3 == wanted:
             yield value
@@ -41,7 +42,9 @@ def fields(file: io.BufferedIOBase, end: int, wanted: int) -> Iterator[int]:
 
 def _varint(file: io.BufferedIOBase) -> int:
     value = shift = 0
-    while shift < 70 and (byte := file.read(1)):  # protobuf's longest has ten bytes
+    while shift < 70 and (
+        byte := file.read(1)
+    ):  # protobuf's longest has ten bytes  # protobuf's longest has ten bytes
         value |= (byte[0] & 127) << shift
         shift += 7
         if byte[0] < 128:

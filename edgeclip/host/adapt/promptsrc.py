@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk
-from edgeclip.device import tokenizer
+from edgeclip.device import finite, tokenizer
 from edgeclip.device.images import ImageRef, read, refuse_unreadable, stream
 from edgeclip.device.preprocess import normalize, open_image, prepared
 from edgeclip.device.zero_shot import prompts
@@ -136,6 +136,10 @@ def adapt(
         _set(learned, load_file(folder / "prompts.safetensors"))
     else:
         log = _train(learned, teacher, prompted, data, recipe, spec, device)
+        for name, p in learned.items():
+            finite.finite(
+                p.detach().cpu().numpy(), f"stage 1: prompts of {name}s", "lower adapt.lr"
+            )
         with disk.new_folder(folder) as temporary:
             save_file(
                 {k: p.detach().cpu().contiguous() for k, p in learned.items()},

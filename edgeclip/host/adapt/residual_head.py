@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk
+from edgeclip.device import finite
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.cache import TeacherCache
@@ -74,6 +75,8 @@ def adapt(
         torch.manual_seed(seed)
         head = ResidualHead(cache.rows.shape[2] - teacher.embed_dim, teacher.embed_dim, spec)
         _train(head, teacher, cache, data, spec, seed)
+        for name, value in head.state_dict().items():
+            finite.finite(value.numpy(), f"stage 1: weight '{name}'", "lower adapt.lr")
         with disk.new_folder(folder) as temporary:
             save_file(head.state_dict(), temporary / "head.safetensors")
             disk.write_manifest(
@@ -145,6 +148,10 @@ def _train(
             pick, r = _draw(unlabeled, spec.batch_size, generator)
             answers = teacher.logit_scale * F.normalize(head(r), dim=-1) @ names.T
             loss = loss + own.weight * F.cross_entropy(answers, pseudo[pick])
+        if not torch.isfinite(loss):
+            raise EdgeclipError(
+                f"stage 1, step {step + 1}", f"the loss is {loss.item()}", "lower adapt.lr"
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

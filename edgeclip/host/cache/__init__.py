@@ -13,11 +13,15 @@ to them on the fly.
       more_captions/...             [m, C - 1, D] float16: of an image's other captions
       records/records_00.npy        [m]: picture, norm [K] (a row is unit row x norm), view [K, P]
       class_features.npy            [N, D] float32, unit
-      manifest.json                 description, shards, sha256 of every file
+      digests/digests_00.npy        uint8 [blocks, 16]: of the shard's other files, block by block
+      manifest.json                 description, shards, sha256 of every file, and of itself
 
 The first three are what clip-retrieval writes and embedding-reader reads, so an index can be built
 of them; the others lie beside. Every shard may be shorter than it was planned, by the images that
 could not be read.
+
+Nothing is used that is not as it was written (`checked`). Rows of others, which a cache only joins
+to images, stay where they lie and are not hashed.
 
 The fingerprint is that of the description: teacher, preprocess, views, texts, data. It knows an
 image by its key and size, not by its bytes: who repaints a file at equal size deletes the cache.

@@ -20,21 +20,14 @@ from edgeclip import disk
 from edgeclip.device.images import ImageRef, Lookup
 from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError
+from edgeclip.host.blocks import Checked
+from edgeclip.host.cache import checked
+from edgeclip.host.cache.checked import AGAIN, CLASS_FEATURES, name
 
-KIND = "teacher cache"
 IMAGE = "picture"
 """field of an image's place in the data, in records and metadata: the word of format 2"""
 FORMAT = 2
 MOST_FILES = 2**16
-
-
-def name(what: str, shard: int, shards: int) -> str:
-    """Return a file's place below a cache folder, in clip-retrieval's manner.
-
-    Numbers are of equal length, so that names sort.
-    """
-    suffix = ".parquet" if what == "metadata" else ".npy"
-    return f"{what}/{what}_{shard:0{len(str(shards))}d}{suffix}"
 
 
 def record(views: int, parameters: int) -> np.dtype:
@@ -55,10 +48,16 @@ def _room() -> int:
 
 class Shards:
     """`shards[index]`, `shards[index, more]` as of one array [n, ...]; index: an integer or
-    integers [B]."""
+    integers [B]. checked: compares their bytes before they are used; None: rows of others."""
 
-    def __init__(self, files: Sequence[Path], counts: Sequence[int], field: str | None = None):
-        self.files, self.field = files, field
+    def __init__(
+        self,
+        files: Sequence[Path],
+        counts: Sequence[int],
+        field: str | None = None,
+        checked: Checked | None = None,
+    ):
+        self.files, self.field, self.checked = files, field, checked
         self.ends = np.cumsum(counts)
         # Around a row that is not in memory the system reads 128 KiB: welcome where all rows will
         # fit, a waste of 80 where not.
@@ -69,21 +68,24 @@ class Shards:
         self._map = functools.lru_cache(_room())(self._open)
         first = self._map(0)
         self.dtype, self.shape = first.dtype, (int(self.ends[-1]), *first.shape[1:])
+        self._bytes = first.strides[0]
+        if checked is not None:  # rows end where their file ends
+            self._begin = checked.sizes - self._bytes * np.array(counts, np.int64)
 
     def _open(self, shard: int) -> np.ndarray:
         file = self.files[shard]
+        if self.checked is not None:
+            self.checked.look_at(shard, 0, 1)  # the header
         try:
             mapped: Any = disk.read_array(file, mmap_mode="r")
         except (OSError, ValueError) as e:
-            raise EdgeclipError(
-                file, f"cannot be read as a shard ({e})", "make the cache anew, or copy it again"
-            ) from None
+            raise EdgeclipError(file, f"cannot be read as a shard ({e})", AGAIN) from None
         rows = int(self.ends[shard]) - self._start(shard)
         if len(mapped) != rows:
             raise EdgeclipError(
                 file,
                 f"has {len(mapped)} rows, and its index says {rows}",
-                "make the cache anew, or copy it again",
+                AGAIN,
             )
         if self.scattered:
             mapped._mmap.madvise(mmap.MADV_RANDOM)
@@ -93,6 +95,12 @@ class Shards:
 
     def _start(self, shard: int) -> int:
         return int(self.ends[shard - 1]) if shard else 0
+
+    def _look(self, of: np.ndarray, local: np.ndarray) -> None:
+        """Compare the blocks of rows `local` [B] of the files `of` [B] where they are new."""
+        if self.checked is not None:
+            low = self._begin[of] + self._bytes * local
+            self.checked.look(of, low, low + self._bytes)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -104,14 +112,18 @@ class Shards:
         )
         if index.ndim == 0:
             shard = int(np.searchsorted(self.ends, index, side="right"))
-            return np.asarray(self._map(shard)[(int(index) - self._start(shard), *more)])
+            local = int(index) - self._start(shard)
+            self._look(np.array([shard]), np.array([local]))
+            return np.asarray(self._map(shard)[(local, *more)])
         if len(self.files) == 1 or not len(index):
+            self._look(np.zeros(len(index), np.int64), index % max(1, len(self)))
             return _rows(self._map(0), index, more)
         # Shard by shard into one array, then back into the order asked for: two plain copies, no
         # scattered writes.
         order = np.argsort(index, kind="stable")
         of = np.searchsorted(self.ends, index[order], side="right")
         sorted_index = index[order] - np.concatenate([[0], self.ends])[of]
+        self._look(of, sorted_index)
         sorted_more = [m if np.ndim(m) == 0 else m[order] for m in more]
         cuts = [0, *(np.flatnonzero(of[1:] != of[:-1]) + 1).tolist(), len(index)]
         found = np.empty((len(index), *self.shape[1 + len(more) :]), self.dtype)
@@ -225,6 +237,8 @@ class TeacherCache(NamedTuple):
     """[N, D]"""
     caption_features: Rows | None
     """[n, C, D]"""
+    metadata: Checked | None = None
+    """the tables of keys and captions, to be compared before they are read; None: in memory"""
 
 
 def refuse_other_views(first: TeacherCache, other: TeacherCache) -> None:
@@ -267,22 +281,24 @@ def open_folder(
 ) -> TeacherCache:
     """Return the finished cache in `folder`, of a data set's `images`.
 
-    No file but the manifest is read, each one's size is looked at. elsewhere: of a cache that only
-    joins rows to images. Raises `EdgeclipError` when it is not finished, of an older format, or a
-    file is missing or shorter than its index says.
+    The manifest is read, each file's size is looked at, and its bytes are compared when they are
+    first used. elsewhere: of a cache that only joins rows to images. Raises `EdgeclipError` when it
+    is not finished, of an older format, or a file is missing or shorter than its index says, and
+    `Damaged` now or later for bytes that are not those that were written.
     """
-    manifest = disk.read_manifest(folder, KIND)
+    manifest = checked.read_manifest(folder)
     if manifest.get("format") != FORMAT:
         raise EdgeclipError(
             folder, "is a teacher cache of an older edgeclip", "delete it; it will be made again"
         )
+    checked.look(folder, manifest)
+    manifest = checked.with_digests(folder, manifest)
     counts = [shard["rows"] for shard in manifest["shards"]]
-    for shard in manifest["shards"]:
-        _check_sizes(folder, shard["bytes"])
+    digests = checked.Digests(folder, manifest)
 
     def shards(what: str, field: str | None = None) -> Shards:
         files = [folder / name(what, i, len(counts)) for i in range(len(counts))]
-        return Shards(files, counts, field)
+        return Shards(files, counts, field, digests.of(what))
 
     captions: Rows | None = None
     if elsewhere is not None:
@@ -302,18 +318,7 @@ def open_folder(
         Kept(images, shards("records", IMAGE)),
         rows,
         shards("records", "view"),
-        disk.read_array(folder / "class_features.npy"),
+        disk.read_array(folder / CLASS_FEATURES),
         captions,
+        digests.of("metadata"),
     )
-
-
-def _check_sizes(folder: Path, sizes: dict[str, int]) -> None:
-    """Raise `EdgeclipError` for a file that is missing or not of the size that its index says."""
-    do = "make the cache again, or copy it again"
-    for file, size in sizes.items():
-        path = folder / file
-        if not path.exists():
-            raise EdgeclipError(folder, f"{file} is missing", do)
-        found = path.stat().st_size
-        if found != size:
-            raise EdgeclipError(folder, f"{file} has {found} bytes, and its index says {size}", do)

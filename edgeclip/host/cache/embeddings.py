@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from edgeclip import disk
+from edgeclip.device.finite import fault
 from edgeclip.device.images import ImageRef
 from edgeclip.disk import Description
 from edgeclip.errors import EdgeclipError, did_you_mean
@@ -28,6 +29,8 @@ from edgeclip.host.cache.arrays import Shards
 from edgeclip.host.recipe import Embeddings
 from edgeclip.progress import track
 
+AT_ONCE = 2**14
+"""rows that are looked at together"""
 JOINS: dict[str, Callable[[str], str]] = {
     "key": lambda key: key,
     "name": lambda key: PurePosixPath(key).name,
@@ -197,6 +200,20 @@ def join(
             do,
         )
     return np.array(places, np.int64), np.array(rows, np.int64), missing
+
+
+def refuse_broken(folder: Folder, rows: np.ndarray) -> None:
+    """Raise `EdgeclipError` for one of `rows` [m] that is not finite or all zeros; reads them."""
+    ordered = np.sort(rows)
+    for kind in (folder.images, folder.texts):
+        if kind is None:
+            continue
+        for start in range(0, len(ordered), AT_ONCE):
+            part = ordered[start : start + AT_ONCE]
+            wrong = fault(kind[part], rows=True)
+            if wrong is not None:
+                where = f"{kind.files[0].parent}: rows {part[0]} to {part[-1]}"
+                raise EdgeclipError(where, wrong, "copy them again, or leave those images out")
 
 
 def _hash(key: str) -> int:

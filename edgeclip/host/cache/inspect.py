@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from edgeclip import disk
+from edgeclip.device import finite
 from edgeclip.disk import Json
-from edgeclip.host.cache.arrays import KIND, Embeddings, Joined, Shards, TeacherCache, open_folder
+from edgeclip.host.cache import checked
+from edgeclip.host.cache.arrays import Embeddings, Joined, Shards, TeacherCache, open_folder
 from edgeclip.host.cache.embeddings import open_embeddings
 
 SAMPLE = 4096
@@ -21,19 +23,23 @@ def inspect(folder: Path, verify: bool = False) -> Json:
     """
     if not (folder / disk.MANIFEST).exists() and (folder / "img_emb").is_dir():
         return _embeddings(folder) | {"verified": False}
-    manifest = disk.read_manifest(folder, KIND)
+    manifest = checked.read_manifest(folder)
+    if verify:
+        checked.verify(folder, manifest)
     theirs = open_embeddings(Path(manifest["rows_of"])) if "rows_of" in manifest else None
     cache = open_folder(folder, [], Embeddings(theirs.images, theirs.texts) if theirs else None)
-    if verify:
-        disk.verify(folder, manifest)
     return _of(cache) | {"verified": verify}
 
 
-def _rows(rows: Shards | Joined) -> tuple[np.ndarray, np.ndarray]:
-    """Return (a sample of places, the norms of the rows there)."""
+def _rows(folder: Path, rows: Shards | Joined) -> tuple[np.ndarray, np.ndarray]:
+    """Return (a sample of places, the norms of the rows there).
+
+    Raises `EdgeclipError` for a row that is not finite or all zeros.
+    """
     n = len(rows)
     some = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
-    return some, np.linalg.norm(rows[some].astype(np.float32), axis=1)
+    found = finite.features(rows[some], f"{folder}: rows", "copy it again, or make it again")
+    return some, np.linalg.norm(found.astype(np.float32), axis=1)
 
 
 def _embeddings(folder: Path) -> Json:
@@ -54,7 +60,7 @@ def _embeddings(folder: Path) -> Json:
         "bytes": sum(p.stat().st_size for p in files),
         "skipped": [],
         "norm": None,
-        "unit_error": float(np.abs(_rows(theirs.images)[1] - 1).max()),
+        "unit_error": float(np.abs(_rows(folder, theirs.images)[1] - 1).max()),
         "replay": None,
         "seed": None,
     }
@@ -63,7 +69,7 @@ def _embeddings(folder: Path) -> Json:
 def _of(cache: TeacherCache) -> Json:
     m = cache.manifest
     n, k, width = cache.rows.shape
-    some, lengths = _rows(cache.rows.first)
+    some, lengths = _rows(cache.folder, cache.rows.first)
     norms = cache.rows.norms[some] if cache.rows.norms else None
     return {
         "folder": str(cache.folder),

@@ -10,8 +10,9 @@ from edgeclip.disk import Description, Json
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.cache import embeddings, reinforced
-from edgeclip.host.cache.arrays import IMAGE, Embeddings, TeacherCache, name, open_folder, record
+from edgeclip.host.cache.arrays import IMAGE, Embeddings, TeacherCache, open_folder, record
 from edgeclip.host.cache.assemble import Plan, assemble, write_shard
+from edgeclip.host.cache.checked import CLASS_FEATURES, name
 from edgeclip.host.cache.texts import class_features
 from edgeclip.host.data import Dataset
 from edgeclip.host.teachers import Teacher
@@ -59,14 +60,14 @@ def lacking(
 
 def _write_class_features(job: Join, partial: Path) -> None:
     features = class_features(job.teacher, job.data.classes, job.data.templates)
-    disk.write_array(partial / "class_features.npy", features)
+    disk.write_array(partial / CLASS_FEATURES, features)
 
 
 def of_embeddings(job: Join, spec: R.Embeddings) -> TeacherCache:
     """Return the cache that joins the rows of clip-retrieval's folders to the data's images.
 
     Raises `EdgeclipError` where captions are needed and there are none, and as
-    `embeddings.join`.
+    `embeddings.join` and `embeddings.refuse_broken`.
     """
     theirs = embeddings.open_embeddings(Path(spec.root))
     images = job.data.train
@@ -84,6 +85,7 @@ def of_embeddings(job: Join, spec: R.Embeddings) -> TeacherCache:
 
     def make(partial: Path, shard: int, shards: int) -> None:
         places, rows, without = embeddings.join(theirs, spec, images)
+        embeddings.refuse_broken(theirs, rows)
         missing.extend(without)
         records = np.zeros(len(places), record(1, 5))
         records[IMAGE] = places

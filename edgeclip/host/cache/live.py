@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from edgeclip import disk
+from edgeclip.device.finite import fault
 from edgeclip.device.images import MAX_UNREADABLE, ImageRef, read, refuse_unreadable, stream
 from edgeclip.device.preprocess import normalize, open_image, prepared
 from edgeclip.disk import Json
@@ -209,6 +210,7 @@ def _run(job: Job, places: range, skipped: list[str], title: str) -> tuple[np.nd
     batches = math.ceil(len(places) / job.batch_size)
     for batch in track(_batches(job, places, skipped), title, batches):
         made = _rows(job, batch.pixels).reshape(len(batch.places), k, -1)
+        _refuse_broken(job, batch, made)
         norm = np.linalg.norm(made, axis=2)
         if not done:
             rows = np.empty((len(places), k, made.shape[2]), np.float16)
@@ -220,6 +222,18 @@ def _run(job: Job, places: range, skipped: list[str], title: str) -> tuple[np.nd
         records["view"][here] = batch.views
         done += len(batch.places)
     return rows[:done], records[:done]
+
+
+def _refuse_broken(job: Job, batch: Batch, rows: np.ndarray) -> None:
+    """Refuse rows [B, K, R] that are not finite or all zeros, by the image's name."""
+    for place, of_image in zip(batch.places.tolist(), rows, strict=True):
+        wrong = fault(of_image, rows=True)
+        if wrong is not None:
+            raise EdgeclipError(
+                f"{job.teacher.name}: image '{job.images[place].key}'",
+                f"of its views {wrong}",
+                "check the teacher's weights: it does not compute numbers",
+            )
 
 
 def _refuse_too_many(

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from edgeclip import disk
+from edgeclip.device import finite
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
@@ -85,12 +86,11 @@ def _class_file(path: Path, width: int) -> np.ndarray:
             f"is no readable .npy file ({e})",
             "write [classes, width] float rows with numpy.save",
         ) from None
-    if features.ndim != 2 or features.shape[1] != width or not np.isfinite(features).all():
-        raise EdgeclipError(
-            path,
-            f"holds {features.shape}, not finite rows of width {width}",
-            "write a row a class, of the embeddings' model",
-        )
+    do = "write a row a class, of the embeddings' model"
+    if features.ndim != 2 or features.shape[1] != width or features.dtype.kind != "f":
+        what = f"holds {features.dtype} {features.shape}, not rows of width {width}"
+        raise EdgeclipError(path, what, do)
+    finite.features(features, path, do)
     unit: np.ndarray = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     return unit.astype(np.float32)
 

@@ -32,6 +32,7 @@ import torch
 
 from edgeclip import disk
 from edgeclip.device import tar_file
+from edgeclip.device.finite import fault
 from edgeclip.device.images import MAX_UNREADABLE, ImageRef
 from edgeclip.disk import Description
 from edgeclip.errors import EdgeclipError
@@ -152,7 +153,13 @@ def _sample(spec: Reinforced, members: dict[str, bytes], place: int, caption: st
 
 
 def _unit(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the norms [n], and the rows [n, D] divided by them, float16."""
+    """Return the norms [n], and the rows [n, D] divided by them, float16.
+
+    Raises ValueError for a row that is not finite or all zeros.
+    """
+    wrong = fault(rows, rows=True)
+    if wrong is not None:
+        raise ValueError(f"has embeddings of which {wrong}")
     norm = np.linalg.norm(rows, axis=1)
     return norm, (rows / np.maximum(norm, 1e-12)[:, None]).astype(np.float16)
 

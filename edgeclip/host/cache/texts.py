@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from edgeclip.device import tokenizer
+from edgeclip.device import finite, tokenizer
 from edgeclip.device.zero_shot import ensemble, prompts
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.teachers import Teacher
@@ -21,7 +21,7 @@ def caption_features(teacher: Teacher, captions: list[str]) -> np.ndarray:
     """
     text = teacher.text
     if text is None:
-        return teacher.encode_text(captions).numpy().astype(np.float16)
+        return _checked(teacher, teacher.encode_text(captions).numpy()).astype(np.float16)
     words = text.words()
     device = next(text.module.parameters()).device
     out = []
@@ -30,21 +30,30 @@ def caption_features(teacher: Teacher, captions: list[str]) -> np.ndarray:
         part = captions[start : start + BATCH]
         ids = tokenizer.encode(words, part, truncate=True)
         features = text.module(torch.from_numpy(ids).to(device))
-        out.append(features.cpu().numpy().astype(np.float16))
+        out.append(_checked(teacher, features.cpu().numpy()).astype(np.float16))
     return np.concatenate(out)
+
+
+def _checked(teacher: Teacher, features: np.ndarray) -> np.ndarray:
+    """Return features [n, D]. Raises `EdgeclipError` for a row that is not finite or all zeros."""
+    return finite.features(
+        features,
+        f"text features of {teacher.name}",
+        "check the teacher's weights: it does not compute numbers",
+    )
 
 
 def class_features(teacher: Teacher, classes: list[str], templates: tuple[str, ...]) -> np.ndarray:
     """Return [N, D] unit class features: the prompt ensemble of each class name.
 
     A teacher that has class features alone gives those. Raises `EdgeclipError` where they are not
-    as many as the classes.
+    as many as the classes, and for features that are not finite.
     """
     if not classes:
         return np.zeros((0, teacher.embed_dim), np.float32)
     known = teacher.class_features
     if known is None:
-        features = teacher.encode_text(prompts(classes, templates)).numpy()
+        features = _checked(teacher, teacher.encode_text(prompts(classes, templates)).numpy())
         return ensemble(features.reshape(len(classes), len(templates), -1))
     if len(known) != len(classes):
         raise EdgeclipError(

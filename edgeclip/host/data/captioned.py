@@ -2,6 +2,7 @@
 
 import csv
 import io
+import unicodedata
 from pathlib import Path
 
 from edgeclip import text_file
@@ -10,6 +11,8 @@ from edgeclip.errors import EdgeclipError, did_you_mean
 from edgeclip.host.data.dataset import Dataset
 from edgeclip.host.data.files import data_root
 from edgeclip.host.recipe import Csv
+
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 def load_csv(spec: Csv, cache: Path) -> Dataset:
@@ -36,7 +39,10 @@ def _read_rows(text: str, path: Path, root: Path, spec: Csv) -> list[ImageRef]:
     columns = rows.fieldnames or []
     for column in (spec.image, spec.caption):
         if column not in columns:
-            raise EdgeclipError(path, f"has no column '{column}'", did_you_mean(column, columns))
+            do = _other_separator("".join(lines[:1]), spec) or did_you_mean(column, columns)
+            if not columns:
+                do = "write the columns' names into its first line"
+            raise EdgeclipError(path, f"has no column '{column}'", do)
         if columns.count(column) > 1:
             raise EdgeclipError(path, f"has two columns '{column}'", "rename one of them")
 
@@ -62,6 +68,15 @@ def _read_rows(text: str, path: Path, root: Path, spec: Csv) -> list[ImageRef]:
     return images
 
 
+def _other_separator(header: str, spec: Csv) -> str | None:
+    """Return the advice where another separator gives the columns that are asked for."""
+    for separator, name in SEPARATORS.items():
+        columns = next(csv.reader([header.strip("\r\n")], delimiter=separator))
+        if separator != spec.separator and {spec.image, spec.caption} <= set(columns):
+            return f"its columns are separated by {name}: set data.separator: {separator!r}"
+    return None
+
+
 def _refuse_open_quote(lines: list[str], where: str, separator: str) -> None:
     """Refuse a quote that nothing closes: all that follows it would be one caption."""
     try:
@@ -82,5 +97,16 @@ def _refuse_twice_or_missing(images: list[ImageRef], path: Path, root: Path) -> 
             raise EdgeclipError(
                 path,
                 f"lists '{image.key}', but there is no such file below {root}",
-                "remove the line, or check data.root",
+                _near(image.key, root) or "remove the line, or check data.root",
             )
+
+
+def _near(name: str, root: Path) -> str | None:
+    """Return the advice where a file lies there under another spelling of its path."""
+    slashes = name.replace("\\", "/")
+    if slashes != name and (root / slashes).is_file():
+        return f"write / in its paths: {slashes}"
+    for form in ("NFC", "NFD"):
+        if (root / unicodedata.normalize(form, name)).is_file():
+            return f"the file's name is the same in another Unicode form ({form}): rename one"
+    return None

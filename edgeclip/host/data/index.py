@@ -6,10 +6,16 @@ are read again.
 
     cache/index/<fingerprint>.arrow    record batches of `BATCH` images: `SCHEMA`
                              .json     written last: the number of images, and digests of the keys
-                                       with their sizes and of the captions; what was skipped
+                                       with their sizes and of the captions; what was skipped; where
+                                       each batch ends, and the digests of the file's blocks
+
+Nothing in it is used that is not as it was written: a batch's blocks are compared when it is first
+read, a small index whole when it is opened (edgeclip/host/blocks.py). One that is damaged is made
+again, when it is opened or by the next run.
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import os
@@ -23,12 +29,18 @@ import pyarrow as pa
 from edgeclip import disk
 from edgeclip.device.images import ImageRef, Lookup, Skipped
 from edgeclip.errors import EdgeclipError
-from edgeclip.progress import track
+from edgeclip.host import blocks
+from edgeclip.host.blocks import Checked, Damaged
+from edgeclip.progress import say, track
 
 BATCH = 4096
-FORMAT = 3
+FORMAT = 4
 """version of an index; raised when `images.index_tar` finds what it did not find before, so that no
-older index is taken"""
+older index is taken; those before 4 have no digest of anything, so they cannot be trusted"""
+AGAIN = "run the same command again: the index is made again"
+AT_ONCE = 2**26
+"""bytes of an index that is compared whole when it is opened, in less than 0.1 s, so that it is
+made again at once"""
 COUNT = "pictures"  # on disk the word of 0.1, whose indexes are read
 SCHEMA = pa.schema(
     {
@@ -44,16 +56,44 @@ SCHEMA = pa.schema(
 
 
 class ImageIndex(Lookup):
-    """The images of `shards` as their index has them."""
+    """The images of `shards` as their index has them.
+
+    Raises `Damaged`, when it is opened or a batch is first read, for what is not as it was written.
+    """
 
     def __init__(self, path: Path, shards: Sequence[Path]):
-        self.shards = shards
-        facts = disk.read_json(path.with_suffix(".json"))
+        self.path, self.shards = path, shards
+        try:
+            facts = disk.read_json(path.with_suffix(".json"))
+        except EdgeclipError as e:
+            raise Damaged(path.with_suffix(".json"), f"cannot be read ({e})", AGAIN) from None
         self._count: int = facts[COUNT]
         self.digests: list[str] = facts["digests"]
         self.skipped: dict[str, int] = facts.get("skipped", {})
+
+        size: int = facts["bytes"]
+        found = path.stat().st_size if path.exists() else 0
+        if found != size:
+            raise Damaged(path, f"has {found} bytes, and {size} were written", AGAIN)
+        self._ends: list[int] = facts["ends"]
+        known = np.frombuffer(bytes.fromhex(facts["blocks"]), np.uint8).reshape(-1, blocks.SIZE)
+        self._checked = Checked([path], [size], lambda file, a, b: known[a:b], self._refuse)
+        if size <= AT_ONCE:
+            self._checked.look_at_all(0)
+        self._checked.look_at(0, 0, max(1, self._ends[0]))  # the schema
+        self._checked.look_at(0, self._ends[-1], size)  # where the batches lie
+
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._batch: Callable[[int], Any] = functools.lru_cache(64)(self._reader.get_batch)
+        self._batch: Callable[[int], Any] = functools.lru_cache(64)(self._read)
+
+    def _read(self, number: int) -> Any:
+        self._checked.look_at(0, self._ends[number], self._ends[number + 1])
+        return self._reader.get_batch(number)
+
+    def _refuse(self, file: int, why: str) -> Damaged:
+        with contextlib.suppress(OSError):  # the next run makes it again
+            self.path.with_suffix(".json").unlink(missing_ok=True)
+        return Damaged(self.path, why, AGAIN)
 
     def __len__(self) -> int:
         return self._count
@@ -67,7 +107,7 @@ class ImageIndex(Lookup):
 
     def __iter__(self) -> Iterator[ImageRef]:
         for b in range(self._reader.num_record_batches):
-            columns = [c.to_pylist() for c in self._reader.get_batch(b).columns[:6]]
+            columns = [c.to_pylist() for c in self._read(b).columns[:6]]
             for key, shard, offset, size, label, caption in zip(*columns, strict=True):
                 yield ImageRef(key, str(self.shards[shard]), offset, size, label, caption)
 
@@ -85,8 +125,12 @@ def index(
     raises.
     """
     path = cache / "index" / f"{_fingerprint(shards)}.arrow"
-    if not path.with_suffix(".json").exists():
-        _write(path, shards, read, {} if skipped is None else skipped)
+    if path.with_suffix(".json").exists():
+        try:
+            return ImageIndex(path, shards)
+        except EdgeclipError as e:
+            say(f"the index is made again: {e}")
+    _write(path, shards, read, {} if skipped is None else skipped)
     return ImageIndex(path, shards)
 
 
@@ -109,28 +153,32 @@ def _write(
     captions = hashlib.sha256()
     hashes: list[np.ndarray] = []
     count = 0
-    with (
-        disk.new_file(path) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, SCHEMA) as writer,
-    ):
-        for images, numbers in _batches(shards, read):
-            for image in images:
-                sizes.update(f"{image.key} {image.size}".encode() + b"\0")
-                captions.update(image.caption.encode() + b"\0")
-            hashes.append(_key_hashes(images))
-            writer.write_batch(_record_batch(images, numbers, hashes[-1]))
-            count += len(images)
-        _refuse_twice(hashes, shards)
+    with disk.new_file(path) as temporary:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            ends = [sink.tell()]
+            for images, numbers in _batches(shards, read):
+                for image in images:
+                    sizes.update(f"{image.key} {image.size}".encode() + b"\0")
+                    captions.update(image.caption.encode() + b"\0")
+                hashes.append(_key_hashes(images))
+                writer.write_batch(_record_batch(images, numbers, hashes[-1]))
+                ends.append(sink.tell())
+                count += len(images)
+            _refuse_twice(hashes, shards)
+        found, _ = blocks.digests(temporary)
+        size = temporary.stat().st_size
 
     facts: disk.Json = {
         COUNT: count,
         "digests": [sizes.hexdigest(), captions.hexdigest()],
         "shards": [shard.name for shard in shards],
+        "bytes": size,
+        "ends": ends,
+        "blocks": found.tobytes().hex(),
     }
     if skipped:
         facts["skipped"] = dict(skipped)
-    disk.write_json(path.with_suffix(".json"), facts)
+    disk.write_sealed(path.with_suffix(".json"), facts)
 
 
 def _batches(

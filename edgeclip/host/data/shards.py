@@ -11,30 +11,38 @@ because an image is read again in every epoch.
 """
 
 import itertools
+import math
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgeclip import disk
 from edgeclip.errors import EdgeclipError
 
 BRACES = re.compile(r"\{([^{}]*)\}")
-RANGE = re.compile(r"(\d+)\.\.(\d+)")
+RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
+MAX_SHARDS = 1_000_000
+DIGITS = 18
+"""of a number in a range"""
 
 
 def expand(pattern: str) -> list[str]:
     """Return every string that the braces of `pattern` stand for.
 
-    A range keeps its leading zeros. Raises `EdgeclipError` for a range that runs backwards.
+    A range keeps its leading zeros. Raises `EdgeclipError` for a range that runs backwards, and for
+    more than `MAX_SHARDS`.
     """
     parts = BRACES.split(pattern)  # text, inside of braces, text, ...
-    choices = []
+    choices: list[Sequence[str]] = []
     for i, part in enumerate(parts):
         if i % 2:
             choices.append(_alternatives(part, pattern))
         else:
             choices.append([part])
+        if math.prod(map(len, choices)) > MAX_SHARDS:
+            raise _too_many(pattern)
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
@@ -45,11 +53,18 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
         return inside.split(",")
 
     first, last = match.groups()
+    if len(last) > DIGITS or len(first) > DIGITS or int(last) - int(first) >= MAX_SHARDS:
+        raise _too_many(pattern)
     if int(first) > int(last):
         raise EdgeclipError(
             pattern, f"the range {{{inside}}} runs backwards", "write the smaller number first"
         )
     return [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+
+
+def _too_many(pattern: str) -> EdgeclipError:
+    what = f"its braces stand for more than {MAX_SHARDS:,} shards"
+    return EdgeclipError(pattern[:200], what, "name the shards by a glob, such as *.tar")
 
 
 def find(root: Path, pattern: str, pipe: bool, cache: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgeclip import config, disk
-from edgeclip.device import target
+from edgeclip.device import spelled, target
 from edgeclip.device.images import Skipped, index_classes, say_skipped
 from edgeclip.device.turned import say_turned
 from edgeclip.errors import EdgeclipError
@@ -76,7 +76,9 @@ def write_recipe(folder: Path, out: Path | None) -> Started:
         )
     if empty := [name for name, n in counts.items() if n == 0]:
         raise EdgeclipError(
-            folder / empty[0], "has no photo", "add .jpg, .png or .webp files, or remove the folder"
+            folder / empty[0],
+            "has no photo",
+            "add .jpg, .png or .webp files (HEIC is not read: convert it), or remove the folder",
         )
     if {p.lower() for p in counts} <= PARTS:
         raise EdgeclipError(
@@ -102,7 +104,8 @@ def write_recipe(folder: Path, out: Path | None) -> Started:
     disk.write_text(path, header + rest)
     say_turned([[image for images in classes.values() for image in images]], exif=False)
     test = sum(len(s.images) for s in data.evaluation)
-    return Started(path, len(counts), len(data.train), test, _enough(data))
+    told = [*_enough(data), *_no_words(data, skipped)]
+    return Started(path, len(counts), len(data.train), test, told)
 
 
 def _enough(data: Dataset) -> list[str]:
@@ -119,5 +122,20 @@ def _enough(data: Dataset) -> list[str]:
     if untested := enough.without_test(of):
         lines.append(
             f"too small to be tested (fewer than {LEAST} different photos): class {untested}"
+        )
+    return lines
+
+
+def _no_words(data: Dataset, skipped: Skipped) -> list[str]:
+    """Return what is to be said of the class names, and of captions that are not read."""
+    lines = []
+    line = spelled.told(data.classes)
+    if line is not None:
+        lines.append(line)
+    if captions := skipped[".txt"]:
+        lines.append(
+            f"captions: {captions:,} .txt files lie among the photos, and kind: folders reads "
+            "none; images with captions are shards (tar --sort=name -cf 00000.tar -C FOLDER .) "
+            "for kind: webdataset, with classes: null"
         )
     return lines

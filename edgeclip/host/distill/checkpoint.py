@@ -113,10 +113,10 @@ def load(folder: Path) -> Checkpoint | None:
             continue
         try:
             disk.verify(path, disk.read_manifest(path, "checkpoint"))
+            state = disk.read_json(path / "state.json")
         except EdgeclipError as e:
             say(f"checkpoint skipped: {e}")
             continue
-        state = disk.read_json(path / "state.json")
         position = Position(**state.pop("position"))
         return Checkpoint(position, load_file(path / "state.safetensors"), state)
     return None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeclip import disk
+from edgeclip.device import finite
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import recipe as R
 from edgeclip.host.distill.losses import log_average
@@ -54,6 +55,8 @@ def fuse(
     caches = [t.cache.folder.name for t in teachers]
     if not (folder / disk.MANIFEST).exists():
         _train(fusion, teachers, labels, spec, seed)
+        for name, value in fusion.state_dict().items():
+            finite.finite(value.cpu().numpy(), f"fusion: weight '{name}'", "lower fuse.lr")
         with disk.new_folder(folder) as temporary:
             save_file(fusion.state_dict(), temporary / "fusion.safetensors")
             disk.write_manifest(temporary, "fusion", {"widths": widths, "caches": caches})
@@ -95,6 +98,8 @@ def _train(
         if spec.labels and (own >= 0).any():
             q = q.masked_fill(~known, -torch.inf)
             loss = loss + spec.labels * F.cross_entropy(q, own, ignore_index=-1)
+        if not torch.isfinite(loss):
+            raise EdgeclipError("fuse the teachers", f"the loss is {loss.item()}", "lower fuse.lr")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

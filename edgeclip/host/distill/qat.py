@@ -36,6 +36,7 @@ from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.policy import Candidate, Quantization
 from edgeclip.host.graph.qdq import calibrate, rounded_outputs
 from edgeclip.host.recipe import Recipe
+from edgeclip.host.towers import weights
 from edgeclip.host.towers.fold import fold
 
 SMALLEST = 1e-6
@@ -210,6 +211,8 @@ def fine_tune(
     for key, value in folded.state_dict().items():
         if "_rounding." not in key:
             state[key] = value.detach().contiguous()
+    again = "train it again with a lower learning rate"
+    weights.refuse_broken(state, "the student that learned with rounding", again)
     record = learned.LearnedScales(
         target=learned.rounding_of(target),
         candidate=candidate._asdict(),

@@ -90,7 +90,7 @@ def _write_manifest(run: Path, recipe: str) -> None:
         "student": disk.sha256(run / "student" / disk.MANIFEST),
         "recipe": recipe,
     }
-    disk.write_json(run / disk.MANIFEST, manifest)
+    disk.write_sealed(run / disk.MANIFEST, manifest)
 
 
 def _subject(inputs: Inputs, lesson: Lesson, saved: Saved) -> Subject:

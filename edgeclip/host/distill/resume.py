@@ -1,5 +1,6 @@
 """A training that stops and goes on: when a checkpoint is written, and what it holds."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -72,8 +73,9 @@ class Keeper:
         state = {
             "log": progress.log,
             "draws": {
-                "order": progress.order_state,
-                "prompt_order": progress.prompt_order.bit_generator.state,
+                # as text: a JSON's numbers have 64 bits, numpy's state 128
+                "order": json.dumps(progress.order_state),
+                "prompt_order": json.dumps(progress.prompt_order.bit_generator.state),
             },
             "processes": distributed.world_size(),
             "scaler": training.step.scaler.state_dict(),
@@ -120,8 +122,8 @@ def resume(training: Training, progress: Progress, folder: Path | None) -> dict[
     progress.at = found.position
     progress.log = found.state["log"]
     progress.averages = Averages(found.part("averages"))
-    progress.order.bit_generator.state = found.state["draws"]["order"]
-    progress.prompt_order.bit_generator.state = found.state["draws"]["prompt_order"]
+    progress.order.bit_generator.state = json.loads(found.state["draws"]["order"])
+    progress.prompt_order.bit_generator.state = json.loads(found.state["draws"]["prompt_order"])
     training.step.scaler.load_state_dict(found.state["scaler"])
     laps = training.clock.laps
     training.clock.laps = dict(found.state["seconds"])

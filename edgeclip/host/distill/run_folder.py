@@ -62,12 +62,12 @@ def claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
     if fresh and run.exists():
         _empty(run)
     # Also when resuming: data may have moved.
-    disk.write_json(run / "roots.json", recipe.roots(asked))
+    disk.write_sealed(run / "roots.json", recipe.roots(asked))
     if (run / "recipe.json").exists():
         say(f"{run}: resuming")
     else:
         disk.write_text(run / "recipe.yaml", written)
-        disk.write_json(run / "recipe.json", recipe.description(asked))
+        disk.write_sealed(run / "recipe.json", recipe.description(asked))
     for folder in run.iterdir():  # what a process left that was killed
         disk.sweep(folder)
 
@@ -96,7 +96,7 @@ def move_data(run: Path, asked: Recipe) -> None:
             raise EdgeclipError(
                 root, "there is no such folder", "say where the data lie: --data NAME=DIR for each"
             )
-    disk.write_json(run / "roots.json", roots)
+    disk.write_sealed(run / "roots.json", roots)
 
 
 def mark_latest(run: Path) -> None:

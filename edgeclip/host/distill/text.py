@@ -15,7 +15,7 @@ from torch import Tensor, cat, nn
 from edgeclip.device.zero_shot import prompts
 from edgeclip.host import student as students
 from edgeclip.host.cache import TeacherCache
-from edgeclip.host.cache.arrays import name
+from edgeclip.host.cache.checked import name
 from edgeclip.host.distill.batch import Batch
 from edgeclip.host.teachers import Teacher, TextTower
 
@@ -69,6 +69,8 @@ def _captions(cache: TeacherCache) -> list[list[str]]:
     shards = len(cache.manifest["shards"])
     captions = []
     for i in range(shards):
+        if cache.metadata is not None:
+            cache.metadata.look_at_all(i)
         table = pq.read_table(cache.folder / name("metadata", i, shards))
         own = table["caption"].to_pylist()
         more = table["more_captions"].to_pylist()

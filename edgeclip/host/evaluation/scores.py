@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgeclip.device.finite import fault
 from edgeclip.device.images import ImageRef, read, refuse_unreadable, stream
 from edgeclip.device.manifest import ClassOffset
 from edgeclip.device.metrics import harmonic_mean, hits
@@ -28,6 +29,7 @@ from edgeclip.device.preprocess import (
     to_pixels,
 )
 from edgeclip.device.zero_shot import EduAttention, class_scores, offsets
+from edgeclip.errors import EdgeclipError
 from edgeclip.host.adapt.class_offset import Choices, choices, trade
 from edgeclip.host.data import Dataset, EvaluationSet
 from edgeclip.host.evaluation.notes import overlap_result
@@ -73,7 +75,8 @@ def image_features(
 ) -> ImageFeatures:
     """Return the module's outputs for the images that can be read, through the one preprocess.
 
-    what: for the progress line. Raises `EdgeclipError` where more than 1 % cannot be read.
+    what: for the progress line. Raises `EdgeclipError` where more than 1 % cannot be read, and
+    for features that are not finite.
     """
     skipped: list[str] = []
     fingerprints = np.zeros(len(images), np.uint64)
@@ -91,7 +94,15 @@ def image_features(
     for index, pixels in track(batches, what, math.ceil(len(images) / batch_size)):
         x = torch.from_numpy(normalize(pixels, preprocess))
         x = x.to(device, memory_format=torch.channels_last)
-        out.append(module(x).float().cpu().numpy())
+        rows = module(x).float().cpu().numpy()
+        wrong = fault(rows, rows=True)
+        if wrong is not None:
+            raise EdgeclipError(
+                what,
+                f"of images {images[index[0]].key} to {images[index[-1]].key}, {wrong}",
+                "check the weights: the model does not compute numbers",
+            )
+        out.append(rows)
         indices.append(index)
     refuse_unreadable(skipped, len(images), what)
     for line in skipped:

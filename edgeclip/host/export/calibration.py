@@ -65,7 +65,7 @@ def draw(source: Source, spec: Calibration) -> CalibrationImages:
     _refuse_held_out(used, source.evaluation_hashes())
 
     ranges = normalize(np.stack([pixels_of[i] for i in for_ranges]), source.preprocess)
-    if ranges.std(axis=0).mean() < ALIKE:
+    if not ranges.std(axis=0).mean() >= ALIKE:
         raise EdgeclipError(
             "calibration",
             f"its {len(ranges)} images are all alike, so their ranges say nothing",

@@ -223,7 +223,7 @@ def _fold_into_vit(state: State, last: Affine, config: ModelConfig) -> None:
     before = torch.linalg.lstsq(proj.T, bias[:, None], driver="gelsd").solution[:, 0]
     error = (before @ proj - bias).abs().max()
     largest = max(1.0, last.bias.abs().max().item())
-    if error > 1e-6 * largest or config.get("attentional_pool"):
+    if not error <= 1e-6 * largest or config.get("attentional_pool"):
         tower_width = state["ln_post.bias"].shape[0]
         raise _no(
             f"its projector's bias has no place: {len(bias)} dimensions behind a tower of "

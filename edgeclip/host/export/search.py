@@ -343,7 +343,7 @@ def _refuse(row: CandidateRow, task: Task) -> None:
     """Raise `Refused` for too small an int8 share, and for a speed that its interval excludes."""
     do = "take a float16 or float32 target, or lower the limit in a target of your own"
     share = row.int8_share_of_macs
-    if share < task.spec.min_int8_share:
+    if not share >= task.spec.min_int8_share:
         raise Refused(
             task.target.runtime,
             f"only {share:.3f} of the multiply-accumulates stay in int8, below "

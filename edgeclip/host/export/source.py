@@ -266,7 +266,7 @@ def _image_side(spec: OpenClip, labels: list[str], images: list[ImageRef]) -> So
             "labels need the text encoder, and --image-only leaves it out",
             "drop --image-only, or the labels",
         )
-    model, preprocess = weights.open_clip_model(spec)
+    model, preprocess = weights.open_clip_model(spec, image_only=True)
     tower = open_clip_teacher.ImageTower(model)
     size = preprocess.size
     with torch.inference_mode():

@@ -81,7 +81,7 @@ def slower(laps: np.ndarray, i: int) -> bool:
     """
     fastest = laps[:, np.median(laps, axis=0).argmin()]
     _, low, _ = median_interval(laps[:, i] / fastest)
-    return low > SAME_SPEED
+    return not low <= SAME_SPEED
 
 
 def milliseconds(laps: np.ndarray) -> float:

@@ -12,7 +12,7 @@ import onnx
 import torch
 
 from edgeclip import __version__, disk
-from edgeclip.device import tokenizer
+from edgeclip.device import finite, tokenizer
 from edgeclip.device.images import load_pixels, read
 from edgeclip.device.manifest import BundleManifest, Golden, TextRecord, read_manifest
 from edgeclip.device.metrics import l2_normalize
@@ -208,12 +208,16 @@ def _compare_pruned(
 def labels_and_head(source: Source, folder: Path) -> None:
     """Write labels.json, class_features.npy and, for a student with EduAttention, head.npz."""
     disk.write_json(folder / "labels.json", source.labels)
-    disk.write_array(folder / "class_features.npy", source.class_features)
+    do = "train the student again, or check the text encoder: these are no numbers"
+    features = finite.features(source.class_features, "class features", do)
+    disk.write_array(folder / "class_features.npy", features)
     if source.head is not None:
         _write_head(source.head, folder / "head.npz")
 
 
 def _write_head(head: EduAttention, path: Path) -> None:
+    for name in ("weight", "bias", "alpha", "temperature"):
+        finite.finite(np.asarray(getattr(head, name)), f"head: {name}", "train the student again")
     np.savez(
         path,
         weight=head.weight,

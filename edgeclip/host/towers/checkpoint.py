@@ -8,7 +8,6 @@ of weights: a training checkpoint with an average beside the weights, a teacher 
 
 import argparse
 import re
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 
 from edgeclip import disk
 from edgeclip.errors import EdgeclipError
-from edgeclip.host.towers import torchscript
+from edgeclip.host.towers import foreign, torchscript
 
 State = dict[str, torch.Tensor]
 
@@ -274,28 +273,22 @@ def _content(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        if head.startswith(b"PK") and _is_numpy(path):
-            raise ValueError("a NumPy archive")
         if torchscript.is_archive(path):
             return torchscript.tensors(path)
-        # timm's training checkpoints hold their command's arguments.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # timm's training checkpoints hold their command's arguments. Of a path, torch would take
+        # the suffix for what is in the file.
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises half a dozen types for a file that is not one
         raise _unreadable(path, e) from None
-
-
-def _is_numpy(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith(".npy") for name in archive.namelist())
 
 
 def _unreadable(path: Path, error: Exception) -> EdgeclipError:
     """Return the error for a file that cannot be read, with the objects that it holds."""
     objects: list[str] = []
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            objects = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            objects = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # not a torch file, or a damaged one
         objects = []
     if objects:
@@ -305,7 +298,12 @@ def _unreadable(path: Path, error: Exception) -> EdgeclipError:
             "which could run code",
             "save the state dict alone, as safetensors or with torch.save",
         )
+    kind = foreign.kind(path)
+    if kind is not None:
+        return EdgeclipError(path, f"is {kind.what}, and no weights for torch", kind.do)
     reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    if "weights_only" in str(error):  # torch's essay on pickles says nothing of the file
+        reason = "neither safetensors nor what torch.save writes, or damaged"
     return EdgeclipError(
         path,
         f"not a readable weights file ({reason})",

@@ -8,20 +8,18 @@ computes itself, to the same values, a count of batches, the sizes that OpenAI's
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from edgeclip.errors import EdgeclipError
-from edgeclip.host.towers import checkpoint
 from edgeclip.host.towers.checkpoint import State
+from edgeclip.host.towers.misfits import COUNT, SCALARS, VISUAL, misfit, refuse_misfits
+from edgeclip.progress import say_once
 
-COUNT = "num_batches_tracked"
 NOTES = ("input_resolution", "context_length", "vocab_size")
 """numbers in OpenAI's archives, which its arrays' shapes say too"""
-SCALARS = ("logit_scale", "logit_bias")
 TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
 """what a text tower's tensors begin with, in a model or in `text.`"""
 
@@ -29,13 +27,18 @@ Table = dict[str, str]
 """regular expression to what it becomes, applied in order"""
 
 
-def load_into(model: nn.Module, state: State, where: str, resize: bool = False) -> None:
+def load_into(
+    model: nn.Module, state: State, where: str, resize: bool = False, image_only: bool = False
+) -> None:
     """Put the tensors into the model.
 
     resize: positions of another image size are resampled to the model's, as open_clip and timm do.
-    Raises `EdgeclipError` that says all that does not fit.
+    image_only: nothing else of an open_clip model is wanted, so an image tower's tensors alone are
+    enough. Raises `EdgeclipError` that says all that does not fit.
     """
     state = _renamed(state, model, where)
+    if image_only:
+        state = _with_the_models_rest(state, model, where)
     state = _without_extras(state, model, where)
     if resize:
         state = _resized(state, model)
@@ -46,7 +49,7 @@ def load_into(model: nn.Module, state: State, where: str, resize: bool = False) 
     for name in SCALARS:
         if name in state and name in expected and state[name].numel() == 1:
             state[name] = state[name].reshape(expected[name].shape)
-    _refuse_misfits(expected, state, where)
+    refuse_misfits(expected, state, where)
     for name, tensor in state.items():
         if not torch.isfinite(tensor.to(expected[name].dtype)).all():
             raise EdgeclipError(
@@ -61,67 +64,6 @@ def in_order(model: nn.Module, state: State, where: str) -> State:
     if len(names) != len(state):
         raise misfit(where, f"{len(state)} tensors, and the model has {len(names)}")
     return dict(zip(names, state.values(), strict=True))
-
-
-def misfit(where: str, what: str, do: str | None = None) -> EdgeclipError:
-    return EdgeclipError(
-        where,
-        f"these weights do not fit the model: {what}",
-        do or "check that model and weights belong together",
-    )
-
-
-# --- what does not fit
-
-
-def _refuse_misfits(expected: State, state: State, where: str) -> None:
-    common = sorted(expected.keys() & state.keys())
-    shapes = [k for k in common if expected[k].shape != state[k].shape]
-    types = [k for k in common if _other_type(expected[k], state[k])]
-    misfits = {
-        "missing": sorted(expected.keys() - state.keys()),
-        "unknown": sorted(state.keys() - expected.keys()),
-        "of another shape": shapes,
-        "of another type": types,
-    }
-    what = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in misfits.items() if names]
-    if what:
-        raise misfit(where, ", ".join(what), _advice(expected, state, shapes, where))
-
-
-def _other_type(expected: torch.Tensor, given: torch.Tensor) -> bool:
-    """Whether a tensor is no number of the model's kind: quantized, complex, or whole numbers."""
-    if given.is_quantized or given.is_complex():
-        return True
-    return expected.is_floating_point() and not given.is_floating_point()
-
-
-def _advice(expected: State, state: State, shapes: list[str], where: str) -> str | None:
-    """Return what to do about weights that do not fit; None: nothing better than the usual."""
-    path = Path(where)
-    if checkpoint.is_one_of_several(path):
-        return f"this is one shard of several: give the index, or the folder {path.parent}"
-    positions = [k for k in shapes if _is_positions(k)]
-    if positions and positions == shapes and expected.keys() == state.keys():
-        old, new = state[positions[0]].shape, expected[positions[0]].shape
-        return (
-            f"they are of another image size ({old[-2]} positions, the model has {new[-2]}): take "
-            "the model of that size, or ask for --resize-pos-embed (resize_pos_embed: true)"
-        )
-    if "logit_bias" in state and "logit_bias" not in expected:
-        return "give a model with init_logit_bias"
-    placed = [name for name in expected.keys() & state.keys() if not name.endswith(COUNT)]
-    if not placed:
-        unknown = state.keys() - expected.keys()
-        begins = sorted({name.split(".")[0] for name in unknown})
-        if len(begins) < 8:
-            names = ", ".join(f"'{name}.'" for name in begins)
-            return f"its names begin with {names}: say which are the model's, {where}:{begins[0]}"
-    return None
-
-
-def _is_positions(name: str) -> bool:
-    return name.endswith(("visual.positional_embedding", "pos_embed"))
 
 
 # --- what is left out
@@ -194,6 +136,19 @@ def _renamed(state: State, model: nn.Module, where: str) -> State:
             state = rename(state, model, where)
             break
     return _text_where_it_is(state, model)
+
+
+def _with_the_models_rest(state: State, model: nn.Module, where: str) -> State:
+    """Return an image tower's tensors with what else the model has; other states as they are."""
+    own = model.state_dict()
+    tower = {name.removeprefix(VISUAL) for name in own if name.startswith(VISUAL)}
+    if state.keys() and state.keys() <= tower:  # the tower's own state_dict()
+        state = {f"{VISUAL}{name}": tensor for name, tensor in state.items()}
+    if not all(name.startswith(VISUAL) or name in SCALARS for name in state):
+        return state
+    if SCALARS[0] not in state:
+        say_once(f"{where}: an image tower alone; logit_scale is open_clip's initial one")
+    return {**{k: v for k, v in own.items() if not k.startswith(VISUAL)}, **state}
 
 
 def _by_table(state: State, table: Table) -> State:
@@ -382,5 +337,10 @@ LAYOUTS: dict[tuple[str, ...], Callable[[State, nn.Module, str], State]] = {
     ("_image_encoder.", "_text_encoder."): _tinyclip,
     ("image_encoder.model.", "text_encoder."): _mobileclip,
     ("vision_model.", "text_model."): _transformers,
+    # one of the two towers alone
+    ("_image_encoder.",): _tinyclip,
+    ("image_encoder.model.",): _mobileclip,
+    ("vision_model.embeddings.",): _transformers,
+    ("text_model.embeddings.",): _transformers,
 }
 """what some names of a layout begin with, to how it becomes open_clip's"""

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.errors import EdgeclipError, did_you_mean
@@ -186,10 +186,12 @@ def _with_classes_of(
 # --- open_clip
 
 
-def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
+def open_clip_model(spec: OpenClip, image_only: bool = False) -> tuple[nn.Module, Preprocess]:
     """Return an open_clip model in eval mode with its weights, and its preprocess.
 
-    Raises `EdgeclipError` for an unknown model, and for weights that do not come or do not fit.
+    image_only: only its image tower is wanted; weights of that alone are enough, and the rest is
+    random. Raises `EdgeclipError` for an unknown model, and for weights that do not come or do not
+    fit.
     """
     import open_clip
 
@@ -208,7 +210,7 @@ def open_clip_model(spec: OpenClip) -> tuple[nn.Module, Preprocess]:
         with hub(False):  # quiet: it warns that it has no weights, and they come next
             model = open_clip.create_model(spec.model, pretrained=None, **more)
     if state is not None:
-        layouts.load_into(model, state, spec.weights, spec.resize_pos_embed)
+        layouts.load_into(model, state, spec.weights, spec.resize_pos_embed, image_only)
     _say(spec, found.told)
     size = model.visual.image_size
     return model.eval(), assumed.preprocess_of_open_clip(spec.model, found.preprocess, size)
@@ -260,3 +262,10 @@ def _from_config(spec: OpenClip) -> nn.Module:
             "give embed_dim, vision_cfg and text_cfg",
         ) from None
     return model
+
+
+def refuse_broken(state: dict[str, Tensor], where: str, do: str) -> None:
+    """Raise `EdgeclipError` that names a weight which is not finite."""
+    for name, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise EdgeclipError(where, f"weight '{name}' is not finite", do)

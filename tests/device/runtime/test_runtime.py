@@ -1,5 +1,6 @@
 """A runtime says what really runs, and does what was asked or fails."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from onnx import helper
 
 from edgeclip.device.records import Ran
 from edgeclip.device.runtime import INSTALL, RUNTIMES, Session, open_session
+from edgeclip.device.runtime.onnxruntime import UNSAFE_IN_HALF, disabled_optimizers
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.graph import trace as graph
 from tests.support.optional import require
@@ -110,6 +112,33 @@ def test_a_broken_model_file_is_a_users_error(tmp_path, runtime, content):
     path.write_bytes(content)
     with pytest.raises(EdgeclipError, match=r"m\.(onnx|xml): .*cannot load it"):
         open_session(runtime, path, 1)
+
+
+def test_a_graph_without_one_input_and_one_output_is_a_users_error(tmp_path):
+    value = onnx.numpy_helper.from_array(np.ones(2, np.float32))
+    node = helper.make_node("Constant", [], ["y"], value=value)
+    out = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2])
+    made = helper.make_model(
+        helper.make_graph([node], "g", [], [out]), opset_imports=[helper.make_opsetid("", 17)]
+    )
+    made.ir_version = 8
+    onnx.save(made, tmp_path / "x.onnx")
+    with pytest.raises(
+        EdgeclipError, match=r"x\.onnx: has 0 inputs and 1 outputs, not one of each"
+    ):
+        open_session("onnxruntime", tmp_path / "x.onnx", 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_search_for_float16_ends_in_any_bytes(seed):
+    """A number where a length should be once sent it beyond the file's end, where it stayed."""
+    rng = random.Random(seed)
+    assert disabled_optimizers(bytes.fromhex("3808080808")) == []
+    assert disabled_optimizers(b"\xff" * 100_000) == []
+    for _ in range(300):
+        head = bytes(rng.choice([0x38, 0x3A, 0x3D, 0x2A, 0x28, 0x10, 0x12, 0xFF]) for _ in range(6))
+        content = head + rng.randbytes(rng.randrange(20))
+        assert disabled_optimizers(content) in ([], list(UNSAFE_IN_HALF))
 
 
 def test_an_unknown_runtime_offers_the_nearest():

@@ -343,3 +343,25 @@ def test_a_pipe_is_not_waited_for_and_a_broken_link_is_told(tmp_path):
     (image,) = index_folder(tmp_path)
     with pytest.raises(UnreadableImage, match=r"gone\.jpg.*there is no such file"):
         read(image)
+
+
+def test_a_samples_members_may_lie_apart(tmp_path):
+    """As `tar` without --sort=name writes them: all images, then all captions."""
+    keys = [f"{i:04d}" for i in range(5)]
+    images = [(f"{key}.png", PNG) for key in keys]
+    captions = [(f"{key}.txt", f"caption {key}".encode()) for key in keys]
+    tar_of(tmp_path / "a.tar", [*images, *reversed(captions)])
+    found = index_tar(tmp_path / "a.tar")
+    assert [(p.key, p.caption) for p in found] == [(f"a/{k}", f"caption {k}") for k in keys]
+
+
+@pytest.mark.parametrize("name", ["[2024] a", "a*", "a?", "{a,b}", "100% #1", "a'b", "$HOME", "~"])
+def test_no_name_of_a_folder_or_an_image_is_a_pattern(tmp_path, name):
+    root = tmp_path / name
+    for kind in (name, "other"):
+        (root / kind).mkdir(parents=True)
+        (root / kind / f"{name}.png").write_bytes(PNG)
+    assert index_classes(root).keys() == {name, "other"}
+    assert [read(image) for image in index_folder(root)] == [PNG, PNG]
+    loaded = data.load(R.Folders(name="x", root=str(root), test_fraction=0.0), tmp_path)
+    assert len(loaded.train) == 2

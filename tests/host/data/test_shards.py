@@ -37,6 +37,24 @@ def test_braces_stand_for_what_a_shell_makes_of_them(pattern, found):
     assert expand(pattern) == found
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..9999999999}.tar",
+        "{0..1000000}.tar",
+        "{0.." + "9" * 5000 + "}.tar",
+        "{" + "0" * 5000 + "..9}.tar",
+        "{0..9}" * 7,
+        "{a,b}" * 40,
+        "{" + "," * 1_000_001 + "}",
+    ],
+)
+def test_braces_that_stand_for_too_many_are_one_line(pattern):
+    with pytest.raises(EdgeclipError, match="stand for more than 1,000,000 shards") as e:
+        expand(pattern)
+    assert len(str(e.value)) < 400
+
+
 def test_a_range_and_a_glob_find_the_same_shards_and_a_missing_one_is_named(tmp_path):
     webdataset(tmp_path)
     assert find(tmp_path, "train/{2,10}.tar", False, tmp_path) == find(
@@ -124,7 +142,7 @@ def test_an_index_of_0_1_is_made_again_and_gives_the_digests_that_caches_know(tm
     found = index([shard_path], tmp_path, lambda _: images)
     assert list(found) == images
     (facts,) = set((tmp_path / "index").glob("*.json")) - {old}
-    assert json.loads(facts.read_text()) == of_0_1
+    assert of_0_1.items() <= json.loads(facts.read_text()).items()
 
     again = index([shard_path], tmp_path, lambda _: pytest.fail("the index was made again"))
     assert list(again) == images

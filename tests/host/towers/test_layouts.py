@@ -110,7 +110,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 FILES = {
     "empty": (b"", "is empty"),
     "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid x", "git lfs pull"),
-    "a page": (b"<!DOCTYPE html><html>not found</html>", "not a readable weights file"),
+    "a page": (b"<!DOCTYPE html><html>not found</html>", "is a web page"),
     "cut off": (b"\x10\x00\x00\x00\x00\x00\x00\x00{", "not a readable weights file"),
 }
 
@@ -124,10 +124,13 @@ def test_a_file_that_is_none(name, suffix, tmp_path):
     assert says in refused(path)
 
 
-def test_safetensors_are_known_by_their_content(tmp_path):
-    save_file(net(5).state_dict(), tmp_path / "file.bin")
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt", ".ckpt", ""])
+@pytest.mark.parametrize("write", [save_file, torch.save])
+def test_a_file_is_known_by_its_content_whatever_it_is_called(write, suffix, tmp_path):
+    path = tmp_path / f"file{suffix}"
+    write(net(5).state_dict(), path)
     model = net()
-    layouts.load_into(model, checkpoint.read(str(tmp_path / "file.bin")), "file.bin")
+    layouts.load_into(model, checkpoint.read(str(path)), "file")
     assert model[0].weight.equal(net(5)[0].weight)
 
 
