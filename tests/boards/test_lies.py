@@ -175,7 +175,7 @@ def test_a_lie_about_what_lies_there_is_one_line(name, sshd, home, tmp_path):
 
 OBSERVE = {
     "it answers nothing": ("tell({})", "is no .npz file"),
-    "its archive is none": ("tell(dict(honest()[0]), b'PK')", "is no .npz file"),
+    "its archive is none": ("tell(honest()[0], b'PK')", "is no .npz file"),
     "its archive is a bomb": (
         "arrays(lambda a, np: {'golden_features': np.zeros((20_000, 10_000), np.float32)})",
         "golden_features: is float32 [20000, 10000]",
@@ -227,11 +227,11 @@ OBSERVE = {
 JUDGED = {
     "not a number": (
         "arrays(lambda a, np: {k: a[k] * np.float32('nan') if 'features' in k else a[k] for k in a})",
-        "values: not finite on the golden images",
+        "is not finite (golden images)",
     ),
     "an infinity": (
         "arrays(lambda a, np: {k: a[k] + np.float32('inf') if 'features' in k else a[k] for k in a})",
-        "values: not finite on the golden images",
+        "is not finite (golden images)",
     ),
     "of no unit length": (
         "arrays(lambda a, np: {k: a[k] * np.float32(999.6) if 'features' in k else a[k] for k in a})",
@@ -317,8 +317,7 @@ def test_a_lie_about_what_it_costs_is_refused(ready):
 
     praise = "a, p = honest(); a['verdict'] = 'holds'; a['rules'] = []; tell(a, p)"
     liar.about(folder, "run", praise)
-    strict = {"latency_ms_p90": 1e-9}
-    budget = type(board.device.budget)(**strict)
+    budget = type(board.device.budget)(bundle_mib=1e-9)
     board.device = type(board.device)(
         reach=board.device.reach, runtimes=["onnxruntime"], budget=budget
     )

@@ -19,7 +19,7 @@ def forever(stream, block):
         stream.flush()
 
 def tell(answer, payload=b"", **more):
-    answer = {{"id": request["id"], "bytes": len(payload), **answer, **more}}
+    answer = {{**answer, "id": request["id"], "bytes": len(payload), **more}}
     say(json.dumps(answer).encode(), payload)
 
 def say(line, payload=b""):
@@ -27,13 +27,21 @@ def say(line, payload=b""):
     OUT.flush()
 
 def honest():
-    """The true answer, and what is behind it."""
+    """The true answer, and what is behind it; of a runner that of the first time."""
+    kept = {lie!r} + "." + request.get("work", {{}}).get("verb", "")
+    if request["op"] == "run" and os.path.exists(kept):
+        rest = open(kept, "rb").read()
+    else:
+        rest = truth()
+        open(kept, "wb").write(rest)
+    line, _, payload = rest.partition(b"\n")
+    return json.loads(line), payload
+
+def truth():
     child = subprocess.Popen(TRUE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     child.stdin.write(asked)
     child.stdin.flush()  # and not closed: a runner whose host has gone is killed
-    _, _, rest = child.stdout.read().partition(MARK)
-    line, _, payload = rest.partition(b"\n")
-    return json.loads(line), payload
+    return child.stdout.read().partition(MARK)[2]
 
 def arrays(change):
     """The true answer, with other arrays."""
@@ -43,7 +51,7 @@ def arrays(change):
     found = change(found, np) or found
     out = io.BytesIO()
     np.savez_compressed(out, **found)
-    tell({{k: v for k, v in answer.items() if k != "bytes"}}, out.getvalue())
+    tell(answer, out.getvalue())
 
 TRUE = ["sh", "-c", os.environ["SSH_ORIGINAL_COMMAND"]]
 head = IN.readline()
