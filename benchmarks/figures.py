@@ -330,7 +330,9 @@ OF_QUICKSTART: dict[str, Callable[[Any], str]] = {
     "quickstart_targets": quickstart_targets,
 }
 """further tables of benchmarks/quickstart.py"""
-TABLES = OF_LOGS | OF_BENCHMARKS | OF_VERBS | OF_QUICKSTART | OF_RELIABILITY | {"required": required}
+TABLES = (
+    OF_LOGS | OF_BENCHMARKS | OF_VERBS | OF_QUICKSTART | OF_RELIABILITY | {"required": required}
+)
 
 
 # --- pages

@@ -134,7 +134,8 @@ def main() -> None:
                 work.bundle, threads=device.threads, check=True, providers=device.providers
             )
             answer, arrays = VERBS[work.verb](work, bundle)
-        np.savez(payload, allow_pickle=False, **arrays)
+        if arrays:
+            np.savez(payload, allow_pickle=False, **arrays)
     except EdgeclipError as e:
         answer = {"error": str(e)}
     body = payload.getvalue()

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from edgeclip.device.bounds import Count, Positive
 from edgeclip.device.machine import Facts
 from edgeclip.device.records import Ran, Rule
 from edgeclip.disk import FORMAT as FORMAT
@@ -11,34 +12,34 @@ from edgeclip.disk import Record as Record
 class Histogram(Record):
     """How latencies are spread."""
 
-    low_ms: float
+    low_ms: Positive
     """the least"""
-    high_ms: float
+    high_ms: Positive
     """the 99th percentile; of few queries the largest"""
-    counts: list[int]
+    counts: list[Count]
     """queries in bins of equal width between the two"""
-    beyond: int
+    beyond: Count
     """queries above"""
 
 
 class Latency(Record):
     """Latencies of one query after another."""
 
-    queries: int
-    seconds: float
+    queries: Count
+    seconds: Positive
     """sum of all latencies"""
-    latency_ms_min: float
-    latency_ms_mean: float
-    latency_ms_p50: float
-    latency_ms_p90: float
-    latency_ms_p95: float
-    latency_ms_p99: float | None
+    latency_ms_min: Positive
+    latency_ms_mean: Positive
+    latency_ms_p50: Positive
+    latency_ms_p90: Positive
+    latency_ms_p95: Positive
+    latency_ms_p99: Positive | None
     """null: fewer than 1,000 queries"""
-    latency_ms_p90_low: float | None = None
+    latency_ms_p90_low: Positive | None = None
     """one-sided 95 % limit by order statistics; null: too few queries; so below"""
-    latency_ms_p90_high: float | None = None
-    latency_ms_p99_low: float | None = None
-    latency_ms_p99_high: float | None = None
+    latency_ms_p90_high: Positive | None = None
+    latency_ms_p99_low: Positive | None = None
+    latency_ms_p99_high: Positive | None = None
     histogram: Histogram | None = None
     """null: a report of an older edgeclip"""
 
@@ -46,9 +47,9 @@ class Latency(Record):
 class Scenario(Latency, kw_only=True):
     """One of MLPerf's scenarios."""
 
-    batch: int
+    batch: Count
     """images of one query"""
-    images_per_second: float
+    images_per_second: Positive
 
 
 class WholeImage(Record):
@@ -64,23 +65,23 @@ class WholeImage(Record):
 class Stages(Record):
     """Median milliseconds of each stage of one `classify`."""
 
-    decode_ms: float
-    preprocess_ms: float
-    model_ms: float
-    head_ms: float | None
+    decode_ms: Positive
+    preprocess_ms: Positive
+    model_ms: Positive
+    head_ms: Positive | None
     """null: the bundle has no labels"""
 
 
 class ColdStart(Record):
     """Medians over fresh processes that open the bundle and answer one query."""
 
-    runs: int
-    process_ms: float
+    runs: Count
+    process_ms: Positive
     """from the process's start to its end"""
-    load_ms: float
+    load_ms: Positive
     """imports, and opening the bundle"""
-    first_inference_ms: float
-    peak_memory_mib: int
+    first_inference_ms: Positive
+    peak_memory_mib: Count
     """resident"""
 
 
@@ -225,9 +226,9 @@ class BenchReport(Record, kw_only=True):
 class Ratio(Record):
     """How many times as fast, with the 95 % interval of the median."""
 
-    median: float
-    low: float
-    high: float
+    median: Positive
+    low: Positive
+    high: Positive
 
 
 class BesideRow(Record, kw_only=True):
@@ -238,9 +239,9 @@ class BesideRow(Record, kw_only=True):
     bundle: str
     """sha256 of the bundle's manifest"""
     precision: str
-    whole_ms: float
+    whole_ms: Positive
     """median of an image's bytes to its label"""
-    model_ms: float
+    model_ms: Positive
     whole: Ratio
     """times as fast as the first row for a whole image"""
     model: Ratio

@@ -40,8 +40,8 @@ class Reach(Config):
     answer_s: Patience = 120.0
     """seconds that the board may be silent when it is asked what it is or has"""
     work_s: Patience = 1800.0
-    """seconds that it may be silent at work, as while an engine is built; whatever it says, and each
-    block that travels, begins them anew"""
+    """seconds that it may be silent at work, as while an engine is built; whatever it says, and
+    each block that travels, begins them anew"""
     longest_s: Patience = 86400.0
     """seconds of one request at most, whatever the board says; `--minutes` come on top"""
 

@@ -174,7 +174,7 @@ def test_a_lie_about_what_lies_there_is_one_line(name, sshd, home, tmp_path):
 
 
 OBSERVE = {
-    "it answers nothing": ("tell({})", "not asked"),
+    "it answers nothing": ("tell({})", "is no .npz file"),
     "its archive is none": ("tell(dict(honest()[0]), b'PK')", "is no .npz file"),
     "its archive is a bomb": (
         "arrays(lambda a, np: {'golden_features': np.zeros((20_000, 10_000), np.float32)})",
@@ -254,7 +254,7 @@ JUDGED = {
         "head: the device's own answers are not those of its features",
     ),
     "another interface": (
-        "a, p = honest(); a['ports'][0]['name'] = 'x'; tell(a, p)",
+        "a, p = honest(); a['ports'][0][0] = 'x'; tell(a, p)",
         "interface: ",
     ),
 }

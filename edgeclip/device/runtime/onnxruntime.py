@@ -115,13 +115,7 @@ def open_session(
             f"runs on {session.get_providers()}, not on {list(providers)}",
             "install a runtime that has them",
         )
-    inputs = session.get_inputs()
-    outputs = session.get_outputs()
-    if (len(inputs), len(outputs)) != (1, 1):
-        what = f"has {len(inputs)} inputs and {len(outputs)} outputs, not one of each"
-        raise EdgeclipError(model, what, "export it again")
-    (i,) = inputs
-    (o,) = outputs
+    i, o = _ports(session, model)
 
     def run(x: np.ndarray) -> np.ndarray:
         try:
@@ -140,6 +134,16 @@ def open_session(
         optimization=optimization,
     )
     return Session(run, _port(i), _port(o), facts)
+
+
+def _ports(session: ort.InferenceSession, model: Path) -> tuple[ort.NodeArg, ort.NodeArg]:
+    """Return the input and the output. Raises `EdgeclipError` where there are more, or none."""
+    inputs = session.get_inputs()
+    outputs = session.get_outputs()
+    if (len(inputs), len(outputs)) != (1, 1):
+        what = f"has {len(inputs)} inputs and {len(outputs)} outputs, not one of each"
+        raise EdgeclipError(model, what, "export it again")
+    return inputs[0], outputs[0]
 
 
 def _port(node: ort.NodeArg) -> Port:
