@@ -21,7 +21,18 @@ CLIP = {
 }
 BUNDLE = "clip/onnx-fp32"
 RUN = "runs/toy"
-MEASURED = ("seconds", "_s", "_ms", "when", "load_average", "temperature_c", "memory", "mib")
+MEASURED = (
+    "seal",
+    "seconds",
+    "_s",
+    "_ms",
+    "when",
+    "load_average",
+    "temperature_c",
+    "memory",
+    "mib",
+    "busy",
+)
 """ends of keys whose values a clock or a meter gives: they differ from run to run"""
 
 
