@@ -50,7 +50,9 @@ def broken(content):
     if b"!" in content:
         raise KeyError(content)
     if b"?" in content:
-        raise EdgeclipError("x", "two\nlines", "do")
+        error = EdgeclipError("x", "two lines", "do")
+        error.args = ("x: two\nlines; do",)  # as it would be if it were not made printable
+        raise error
     raise EdgeclipError("x", "is refused", "do")
 
 
