@@ -13,6 +13,7 @@ import numpy as np
 from msgspec import Meta
 
 from edgeclip import disk
+from edgeclip.device import finite
 from edgeclip.device.bounds import Line
 from edgeclip.device.manifest import MOST_LABELS
 from edgeclip.device.metrics import UNIT, off_unit
@@ -52,10 +53,10 @@ def _json(file: Path, kind: type[T] | Any) -> Any:
 
 def rows(file: Path, count: int | None, width: int) -> np.ndarray:
     """Return features, float32 [count, width]; count: None: one at least."""
-    found = disk.read_declared(file, Declared((count, width), finite=True))
+    found = disk.read_declared(file, Declared((count, width)))
     if count is None and not len(found):
         raise EdgeclipError(file, "has no rows", "export the bundle again")
-    return found
+    return finite.features(found, file, "export the bundle again")
 
 
 def pixels(file: Path, size: int) -> np.ndarray:

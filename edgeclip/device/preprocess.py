@@ -96,7 +96,7 @@ class Preprocess(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return [name for name, is_on in on.items() if is_on]
 
 
-def _is_level(value: float) -> bool:
+def _is_level(value: float | int) -> bool:
     return -MOST_LEVEL <= value <= MOST_LEVEL
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from edgeclip.disk import leftovers
@@ -56,7 +57,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_sealed(path: Path, value: Json) -> None:
     """Write a JSON object with the fingerprint of all its fields in one more."""
-    value = json.loads(json.dumps(value))  # as it will be read: keys are strings
+    value = msgspec.to_builtins(value, str_keys=True)  # as it will be read
     write_json(path, {**value, SEAL: fingerprint(value)})
 
 

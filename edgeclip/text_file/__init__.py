@@ -8,7 +8,6 @@ makes two labels of one that holds such a character.
 
 import codecs
 import csv
-import json
 import os
 import re
 import shlex
@@ -29,6 +28,8 @@ MAX_BYTES = 2**32
 END = re.compile(r"\r\n|\r|\n")
 TABLES = {".csv": ",", ".tsv": "\t"}
 QUOTES = ("'", '"')
+JSON = re.compile(r"\[\s*[\"\d\[{].*\]|\{\s*\".*\}", re.DOTALL)
+"""a list of texts, numbers or objects, or an object"""
 LOST = "\ufffd"
 """what programs write for a letter that they could not convert"""
 
@@ -168,7 +169,7 @@ def _refuse_structure(found: list[str], path: Path, what: str) -> None:
     """Refuse what was written for a program: each line of it would become one name."""
     file, new = shlex.quote(str(path)), shlex.quote(f"{path}.txt")
     suffix = path.suffix.lower()
-    if found[0][:1] in ("[", "{") and _is_json("\n".join(found)):
+    if JSON.fullmatch("\n".join(found)):
         do = f"write one {what} a line, such as: jq -r '.[]' {file} > {new}"
         raise EdgeclipError(path, "is JSON and no list of lines", do)
     if suffix in (".yaml", ".yml"):
@@ -191,14 +192,6 @@ def _columns(found: list[str], suffix: str) -> int:
         return max(len(row) for row in csv.reader(found, delimiter=TABLES[suffix]))
     except csv.Error:
         return 1
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):  # of brackets nested thousands deep
-        return False
-    return True
 
 
 def refuse_unprintable(line: str, where: str, what: str) -> None:

@@ -8,7 +8,7 @@ import ftfy
 import pytest
 
 from edgeclip.device.cleaning import clean, is_sound
-from edgeclip.errors import EdgeclipError
+from edgeclip.errors import EdgeclipError, printable
 from tests.support.strings import assigned, labels, mixed
 
 
@@ -58,4 +58,4 @@ def test_labels_of_many_languages_are_cleaned_alike_without_ftfy(kind, monkeypat
 def test_what_is_not_certain_without_ftfy_is_refused_by_name(text, without_ftfy):
     with pytest.raises(EdgeclipError) as e:
         clean(text, "lower")
-    assert text in str(e.value) and "pip install 'edgeclip[text]'" in str(e.value)
+    assert printable(text) in str(e.value) and "pip install 'edgeclip[text]'" in str(e.value)

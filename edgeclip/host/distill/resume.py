@@ -1,11 +1,12 @@
 """A training that stops and goes on: when a checkpoint is written, and what it holds."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edgeclip.disk import Json
 from edgeclip.errors import EdgeclipError, Interrupted
 from edgeclip.host import distributed
 from edgeclip.host.distill.batches import Phase
@@ -73,9 +74,8 @@ class Keeper:
         state = {
             "log": progress.log,
             "draws": {
-                # as text: a JSON's numbers have 64 bits, numpy's state 128
-                "order": json.dumps(progress.order_state),
-                "prompt_order": json.dumps(progress.prompt_order.bit_generator.state),
+                "order": _as_text(progress.order_state),
+                "prompt_order": _as_text(progress.prompt_order.bit_generator.state),
             },
             "processes": distributed.world_size(),
             "scaler": training.step.scaler.state_dict(),
@@ -122,8 +122,8 @@ def resume(training: Training, progress: Progress, folder: Path | None) -> dict[
     progress.at = found.position
     progress.log = found.state["log"]
     progress.averages = Averages(found.part("averages"))
-    progress.order.bit_generator.state = json.loads(found.state["draws"]["order"])
-    progress.prompt_order.bit_generator.state = json.loads(found.state["draws"]["prompt_order"])
+    progress.order.bit_generator.state = _as_numbers(found.state["draws"]["order"])
+    progress.prompt_order.bit_generator.state = _as_numbers(found.state["draws"]["prompt_order"])
     training.step.scaler.load_state_dict(found.state["scaler"])
     laps = training.clock.laps
     training.clock.laps = dict(found.state["seconds"])
@@ -140,3 +140,13 @@ def resume(training: Training, progress: Progress, folder: Path | None) -> dict[
             " masks and dropout are drawn otherwise from here on"
         )
     return found.part("optimizer")
+
+
+def _as_text(state: Any) -> Json:
+    """Return numpy's random state as JSON holds it: its numbers have 128 bits, JSON's 64."""
+    return {**state, "state": {name: str(value) for name, value in state["state"].items()}}
+
+
+def _as_numbers(state: Json) -> Json:
+    """Return numpy's random state of what `_as_text` made of it."""
+    return {**state, "state": {name: int(value) for name, value in state["state"].items()}}

@@ -199,16 +199,18 @@ def test_shots_take_as_many_of_each_class():
 # --- the whole path
 
 
-PATH = f"""
-data: {{kind: webdataset, name: shapes, root: ROOT, protocol: base_to_novel}}
-teacher: &tiny
+TOWER = f"""
   kind: open_clip
   model: tiny
   weights: random
   config: {{embed_dim: 16, vision_cfg: {VISION}, text_cfg: {TEXT}}}
+"""
+PATH = f"""
+data: {{kind: webdataset, name: shapes, root: ROOT, protocol: base_to_novel}}
+teacher: {TOWER}
 adapt: {{kind: prompts, length: 4, depth: 3, shots: 2, epochs: 2, average_mean: 2}}
 student:
-  tower: *tiny
+  tower: {TOWER.replace("  ", "    ")}
   projector_hidden: 20
   visual_prompts: {{length: 4, depth: 3}}
 losses: {{kl: {{weight: 1000, reduction: promptkd}}, if_align: {{weight: 1}}, edu_attention: {{}}}}

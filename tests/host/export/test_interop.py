@@ -215,7 +215,7 @@ def made(folder, source, tower, hidden, own_text=True, **recipe):
     text = students.build_text(asked.student.text, 8) if own_text else None
     description = {"architecture": msgspec.to_builtins(asked.student), "embed_dim": 8}
     students.save(
-        folder / "student", student.eval(), None, description, np.zeros((1, 8), np.float32), text
+        folder / "student", student.eval(), None, description, np.eye(1, 8, dtype=np.float32), text
     )
     disk.write_json(folder / "recipe.json", R.description(asked))
     disk.write_json(folder / "roots.json", R.roots(asked))
