@@ -6,8 +6,9 @@ import pytest
 from PIL import Image, features
 
 from edgeclip.device import other_formats
+from edgeclip.device.image_file import UnreadableImage
 from edgeclip.device.images import ImageRef, load_pixels
-from edgeclip.device.preprocess import Preprocess, UnreadableImage, open_image
+from edgeclip.device.preprocess import Preprocess, open_image
 from tests.support.images import toy_image
 
 SPEC = Preprocess(size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
