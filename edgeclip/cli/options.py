@@ -18,14 +18,9 @@ class Place(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from edgeclip import disk
-        from edgeclip.errors import EdgeclipError
 
-        if value == "":
-            where = param.opts[0] if param else "path"
-            raise EdgeclipError(where, "is empty", "give a path; is the shell's variable set?")
-        path = Path(str(super().convert(value, param, ctx)))
-        disk.refuse_not_utf8(path)
-        return path
+        where = param.opts[0] if param else "path"
+        return disk.given(str(super().convert(value, param, ctx) if value else ""), where)
 
 
 PATH = Place(path_type=Path)

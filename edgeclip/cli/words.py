@@ -22,7 +22,9 @@ def labels(given: str, where: str = LABELS) -> list[str]:
     where their tokens are known (`tokenizer.check_class_names`), alike for all.
     """
     if given.startswith("@"):
-        return text_file.names(Path(given[1:]), "label")
+        from edgeclip import disk  # numpy, which --help does without
+
+        return text_file.names(disk.given(given[1:], f"{where} @"), "label")
     if _is_file(given):
         say(f"{where}: the labels of the file {given} (@{given} says it outright)")
         return text_file.names(Path(given), "label")

@@ -13,6 +13,7 @@ from edgeclip.disk.locks import locked
 from edgeclip.disk.places import (
     cache_folder,
     finished_in,
+    given,
     is_utf8,
     refuse_foreign,
     refuse_not_utf8,
@@ -67,6 +68,7 @@ __all__ = [
     "fingerprint",
     "finished_in",
     "from_json",
+    "given",
     "is_utf8",
     "locked",
     "new_file",

@@ -30,6 +30,19 @@ def shown(path: object) -> str:
     return os.fsencode(str(path)).decode("utf-8", errors="backslashreplace")
 
 
+def given(path: str, where: str) -> Path:
+    """Return the path that a user gave, in an option or a recipe's field called `where`.
+
+    Raises `EdgeclipError` for the empty one of a variable that is not set, which would be the
+    working folder, and for a name that is not UTF-8.
+    """
+    if not path:
+        raise EdgeclipError(where, "is empty", "give a path; is the shell's variable set?")
+    found = Path(path)
+    refuse_not_utf8(found)
+    return found
+
+
 def refuse_not_utf8(path: Path) -> None:
     """Raise `EdgeclipError` for a name that is not UTF-8: no JSON, and few libraries, hold it."""
     if not is_utf8(str(path)):

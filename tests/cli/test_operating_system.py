@@ -1,5 +1,6 @@
 """What the operating system refuses is one line, before the work where it can be known before."""
 
+import json
 import os
 import resource
 import shutil
@@ -172,10 +173,24 @@ def test_names_that_are_not_utf8(here, cat, shipped_bundle):
         mistake(*command, says="\\xe9t\\xe9.png: its name is not UTF-8", only_line=False)
 
 
-def test_an_empty_path_is_not_the_working_folder(here, shipped_bundle):
-    mistake("labels", shipped_bundle("onnx-fp32"), "a, b", "--out", "", says="--out: is empty")
-    mistake("report", "", says="is empty")
-    assert snapshot(here) == {}
+@pytest.mark.parametrize(("name", "says"), [("", "is empty"), (NOT_UTF8, "is not UTF-8")])
+def test_a_path_that_is_none_at_every_door(here, shipped_bundle, name, says):
+    """The empty one of an unset variable is not the working folder."""
+    bundle = shipped_bundle("onnx-fp32")
+    write(here, RECIPE.replace("ROOT", "photos"))
+    write(here, RECIPE.replace("ROOT", json.dumps("")), "empty.yaml")
+    before = snapshot(here)
+    for command in (
+        ("labels", bundle, "a cat, a dog", "--out", name),
+        ("labels", bundle, f"@{name}"),
+        ("report", name),
+        ("distill", "r.yaml", "--data", name),
+        ("distill", "r.yaml", "--data", f"shop={name}"),
+        ("cache", "build", "r.yaml", "--data", f"shop={name}"),
+    ):
+        mistake(*command, says=says)
+    mistake("distill", "empty.yaml", says="data.root: is empty")
+    same(here, before)
 
 
 def test_without_a_home_and_an_unknown_user(here, cat, shipped_bundle):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from edgeclip import config
+from edgeclip import config, disk
 from edgeclip.device.images import ImageRef
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import data, recipe
@@ -48,8 +48,10 @@ def _set_of(value: str, known: dict[str, Data]) -> Data:
         return config.load(Path(value), recipe.DataFile).data
     name, equals, root = value.partition("=")
     if not equals:
-        name = Path(value).resolve().name
         root = value
+    folder = disk.given(root, f"--data {value}".strip())
+    if not equals:
+        name = folder.resolve().name
     spec = known.get(name)
     if isinstance(spec, recipe.OpenMoji):
         raise EdgeclipError(

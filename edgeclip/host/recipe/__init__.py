@@ -261,6 +261,9 @@ def load(path: Path, roots: tuple[str, ...] = ()) -> Recipe:
     recipe = config.load(path, Recipe)
     for given in roots:
         recipe = _with_root(recipe, given)
+    for field, data in data_sets(recipe).items():
+        if not isinstance(data, OpenMoji):
+            disk.given(data.root, f"{field}.root")
     return recipe
 
 
@@ -278,6 +281,7 @@ def _with_root(recipe: Recipe, given: str) -> Recipe:
             )
         name = names[0]
         root = given
+    disk.given(root, f"--data {given}".strip())
     if name not in names:
         raise EdgeclipError(
             f"--data {given}",
