@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -81,7 +80,6 @@ def test_a_folder_killed_at_every_step_is_the_old_or_the_new_one(tmp_path, how):
         disk.verify(tmp_path / "box", manifest)
         ages.append(manifest["age"])
         assert disk.finished_in(tmp_path) == [tmp_path / "box"]  # what is hidden is none
-        time.sleep(leftovers.JUST_MADE_S)
         box(tmp_path, "old")
         assert {name.split("/")[0] for name in snapshot(tmp_path)} == {"box"}
     assert set(ages) == {"old", "new"} and ages == sorted(ages, reverse=True)
@@ -92,7 +90,6 @@ def test_a_file_killed_at_every_step_is_the_old_or_the_new_one(tmp_path):
     disk.write_text(tmp_path / "f.txt", "old")
     for _ in every_kill(FILE, tmp_path):
         assert (tmp_path / "f.txt").read_text() in ("old", "new")
-        time.sleep(leftovers.JUST_MADE_S)
         disk.write_text(tmp_path / "f.txt", "old")
         assert snapshot(tmp_path) == {"f.txt": b"old"}
 
@@ -102,6 +99,23 @@ def test_temporary_names_do_not_depend_on_the_process(tmp_path):
     names = {leftovers.temporary_folder(tmp_path / "x").name for _ in range(100)}
     names |= {leftovers.temporary_file(tmp_path / "x.npy").name for _ in range(100)}
     assert len(names) == 200 and not any(str(os.getpid()) in name for name in names)
+
+
+def test_who_sweeps_never_takes_what_another_just_made(tmp_path):
+    """Four processes write one name without a pause, each sweeping before: all of them end."""
+    code = """
+from pathlib import Path
+from edgeclip import disk
+for i in range(100):
+    disk.write_text(Path("f.txt"), "whole")
+    with disk.new_folder(Path(f"box{i % 3}")) as folder:
+        disk.write_manifest(folder, "parcel", {})
+"""
+    command = [sys.executable, "-c", code]
+    writers = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(4)]
+    said = [writer.communicate()[1].decode() for writer in writers]
+    assert said == [""] * 4
+    assert {path.name for path in tmp_path.iterdir()} == {"f.txt", "box0", "box1", "box2"}
 
 
 def test_what_somebody_holds_is_not_swept(tmp_path):
@@ -117,7 +131,6 @@ def test_what_somebody_holds_is_not_swept(tmp_path):
     thread = threading.Thread(target=slow)
     thread.start()
     entered.wait(10)
-    time.sleep(2 * leftovers.JUST_MADE_S)
     disk.write_text(tmp_path / "f.txt", "fast")
     assert (tmp_path / "f.txt").read_text() == "fast"
     left.set()
@@ -135,7 +148,6 @@ def test_what_only_looks_like_ours_is_left_alone(tmp_path, name):
     elsewhere.mkdir()
     (elsewhere / "thesis").write_text("mine")
     (tmp_path / ".box.0123456789abcdef.tmp").symlink_to(elsewhere)
-    time.sleep(2 * leftovers.JUST_MADE_S)
     box(tmp_path, "new")
     assert (tmp_path / name / "thesis").read_text() == "mine"
     assert (elsewhere / "thesis").read_text() == "mine"

@@ -1,6 +1,7 @@
 """Put a folder in the place of another, at no moment without one of them under its name."""
 
 import ctypes
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -18,18 +19,29 @@ def take_place(new: Path, path: Path) -> None:
     put aside first: who is killed between the two renames leaves it whole, and `leftovers.restore`
     puts it back.
     """
-    if not path.exists():
-        new.rename(path)
+    if not path.exists() and _renamed(new, path):
         sync(path.parent)
     elif _exchange(new, path):
         sync(path.parent)
         shutil.rmtree(new, ignore_errors=True)
     else:
         old = leftovers.aside(path)
-        path.rename(old)
+        with leftovers.held(path):  # nobody puts it back in between
+            path.rename(old)
+            new.rename(path)
+            sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _renamed(new: Path, path: Path) -> bool:
+    """Rename a folder; False where another process has just put its own there."""
+    try:
         new.rename(path)
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
 
 
 def _exchange(a: Path, b: Path) -> bool:

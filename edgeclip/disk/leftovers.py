@@ -12,8 +12,7 @@ import os
 import re
 import secrets
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -21,9 +20,6 @@ MANIFEST = "manifest.json"
 TOKEN = "[0-9a-f]{16}"
 OF_0_2 = "[0-9]{1,10}"
 """a process's number, which stood there until edgeclip 0.2"""
-
-JUST_MADE_S = 0.1
-"""what is newer may not be held yet by whoever makes it"""
 
 
 def temporary_folder(path: Path) -> Path:
@@ -45,12 +41,31 @@ def aside(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def new_held(name: Callable[[], Path], create: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a new temporary file or folder that no other process takes for left behind.
+
+    One that another process swept before it was held is made anew under another name.
+    """
+    while True:
+        path = name()
+        create(path)
+        with held(path):
+            if path.exists():
+                yield path
+                return
+
+
+@contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold a file or folder, so that no other process takes it for left behind."""
-    fd = os.open(path, os.O_RDONLY)
+    """Hold a file or folder, once whoever looks whether it is free has looked."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        yield
+        return
     try:
         with contextlib.suppress(OSError):  # a network disk without locks: nobody sweeps there
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)
@@ -66,10 +81,14 @@ def sweep(path: Path) -> None:
     files = rf"\.{re.escape(path.stem)}\.({TOKEN}|{OF_0_2}){re.escape(path.suffix)}"
     of_files = re.compile(files)
     for left in _beside(path):
-        if folders.fullmatch(left.name) and left.is_dir() and _is_free(left):
-            shutil.rmtree(left, ignore_errors=True)
-        elif of_files.fullmatch(left.name) and left.is_file() and _is_free(left):
-            left.unlink(missing_ok=True)
+        if folders.fullmatch(left.name) and left.is_dir():
+            with _free(left) as free:
+                if free:
+                    shutil.rmtree(left, ignore_errors=True)
+        elif of_files.fullmatch(left.name) and left.is_file():
+            with _free(left) as free:
+                if free:
+                    left.unlink(missing_ok=True)
 
 
 def restore(path: Path) -> None:
@@ -78,9 +97,11 @@ def restore(path: Path) -> None:
         return
     name = re.compile(rf"\.{re.escape(path.name)}\.({TOKEN}|{OF_0_2})\.old")
     for left in _beside(path):
-        if name.fullmatch(left.name) and (left / MANIFEST).is_file() and _is_free(left):
-            left.rename(path)
-            return
+        if name.fullmatch(left.name) and (left / MANIFEST).is_file():
+            with _free(left) as free:
+                if free:
+                    left.rename(path)
+                    return
 
 
 def _beside(path: Path) -> list[Path]:
@@ -93,18 +114,20 @@ def _beside(path: Path) -> list[Path]:
     return sorted(found)
 
 
-def _is_free(path: Path) -> bool:
-    """Return whether no process holds it; False also where that cannot be known."""
+@contextlib.contextmanager
+def _free(path: Path) -> Iterator[bool]:
+    """Yield whether no process holds it, holding it meanwhile; False where that is not known."""
     try:
-        if time.time() - path.stat().st_mtime < JUST_MADE_S:
-            return False
         fd = os.open(path, os.O_RDONLY)
     except OSError:
-        return False
+        yield False
+        return
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+        free = True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            free = False
+        yield free
     finally:
         os.close(fd)
-    return True

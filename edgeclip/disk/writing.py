@@ -26,16 +26,16 @@ def new_file(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     leftovers.sweep(path)
-    temporary = leftovers.temporary_file(path)
-    temporary.touch(exist_ok=False)
-    try:
-        with leftovers.held(temporary):
+    with leftovers.new_held(
+        lambda: leftovers.temporary_file(path), lambda new: new.touch(exist_ok=False)
+    ) as temporary:
+        try:
             yield temporary
             sync(temporary)
             temporary.replace(path)
             sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,18 +79,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = real(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     leftovers.sweep(path)
-    temporary = leftovers.temporary_folder(path)
-    temporary.mkdir()
-    try:
-        with leftovers.held(temporary):
+    with leftovers.new_held(lambda: leftovers.temporary_folder(path), Path.mkdir) as temporary:
+        try:
             yield temporary
             for file in temporary.rglob("*"):
                 sync(file)
             sync(temporary)
             refuse_foreign(path, kind_of(temporary))
             take_place(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_manifest(folder: Path, kind: str, content: Json) -> None:
