@@ -33,8 +33,8 @@ def conformance(
     """Compare a bundle's pixels and token ids with open_clip's.
 
     Golden images and strings of every kind, scored in levels, ids and answers that change. Exits 3
-    when color or grey images or plain strings differ; docs/conformance.md has the layout of
-    --answers.
+    when any image differs, or any string that is not too long; docs/conformance.md has the layout
+    of --answers.
 
     \b
     Examples:
