@@ -35,12 +35,12 @@ def selection_options(f: F) -> F:
 @selection_options
 @device_option("device", A_DEVICE, default="host-cpu", show_default=True)
 @click.option(
-    "--images",
+    "--images-limit",
     type=click.IntRange(min=1),
     help="Validate on a fixed random subset of N images, for a slow device.  [default: all]",
 )
 @json_option
-def validate(images: int | None, as_json: bool, **selection: Any) -> None:
+def validate(images_limit: int | None, as_json: bool, **selection: Any) -> None:
     """Compare bundles with the fp32 student, on a device.
 
     Compares features, answers and accuracy on the run's evaluation images. A board is reached over
@@ -55,7 +55,7 @@ def validate(images: int | None, as_json: bool, **selection: Any) -> None:
     from edgeclip.cli.tables import measured
     from edgeclip.reports.store import exit_code
 
-    reports = measure.validate(measure.Selection(**selection), images)
+    reports = measure.validate(measure.Selection(**selection), images_limit)
     if as_json:
         print_json(reports)
     else:

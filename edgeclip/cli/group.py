@@ -19,8 +19,11 @@ SECTIONS = {
     "More": ("migrate", "completion"),
 }
 """the commands, in the order of work"""
-RENAMED_OPTIONS = {"--pictures": "--images"}
-"""options of edgeclip 0.1, to what they are called now"""
+RENAMED_OPTIONS = {
+    "--pictures": ("--images-limit", "--images"),
+    "--images": ("--images-limit",),
+}
+"""old options, to what they are called now; the first that a command has"""
 HOST_PACKAGES = (
     "jaxtyping",
     "jinja2",
@@ -47,10 +50,12 @@ class Command(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as e:
-            new = RENAMED_OPTIONS.get(e.option_name)
-            if new is None:
-                raise
-            raise click.UsageError(f"{e.option_name} was renamed to {new}", ctx) from None
+            has = {name for param in self.params for name in param.opts}
+            for new in RENAMED_OPTIONS.get(e.option_name, ()):
+                if new in has:
+                    message = f"{e.option_name} was renamed to {new}"
+                    raise click.UsageError(message, ctx) from None
+            raise
 
 
 command = functools.partial(click.command, cls=Command)

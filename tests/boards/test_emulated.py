@@ -102,7 +102,14 @@ def test_the_verbs_go_there_and_timings_are_refused(bundles, tmp_path):
     shutil.copytree(bundles["cnn"][1], run_folder / "evaluation")
     shutil.copytree(bundles["cnn"][0][0].folder, run_folder / "bundles" / "onnx-fp32")
     result = run(
-        "validate", "--run", run_folder, "--device", "arm64-emulated", "--images", 20, "--json"
+        "validate",
+        "--run",
+        run_folder,
+        "--device",
+        "arm64-emulated",
+        "--images-limit",
+        20,
+        "--json",
     )
     (report,) = json.loads(result.stdout)
     # Twenty images are few, but no answer of the float model can change on another processor.

@@ -52,10 +52,15 @@ def test_an_options_help_has_no_old_word(command):
 
 
 def test_an_old_option_is_refused_with_the_new_name():
-    for arguments in (["validate", "--pictures", "3"], ["export", "--pictures", "x"]):
-        result = run(*arguments)
+    for command, old, new in (
+        ("validate", "--pictures", "--images-limit"),
+        ("validate", "--images", "--images-limit"),
+        ("export", "--pictures", "--images"),
+    ):
+        result = run(command, old, "3")
         assert result.exit_code == 2
-        assert result.stderr.splitlines()[-1] == "Error: --pictures was renamed to --images"
+        assert result.stderr.splitlines()[-1] == f"Error: {old} was renamed to {new}"
+    assert "renamed" not in run("bench", "--pictures", "3").stderr
 
 
 def test_an_old_protocol_is_refused_with_the_new_name():

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from edgeclip.cli import words
+from edgeclip.cli import main, words
 from edgeclip.device.bundle import Bundle
 from edgeclip.errors import EdgeclipError
 from tests.support.command import mistake, run
@@ -108,7 +108,7 @@ def test_counts_below_one(cat, shipped_bundle, count):
     bundle = shipped_bundle("onnx-fp32")
     for command in (
         ("classify", cat, "--bundle", bundle, "--top", count),
-        ("validate", "--bundle", bundle, "--images", count),
+        ("validate", "--bundle", bundle, "--images-limit", count),
     ):
         result = run(*command)
         assert result.exit_code == 2 and count in result.stderr
@@ -128,3 +128,18 @@ def test_labels_replaces_nothing_that_was_not_named(here, own_bundle):
     assert Bundle.load(bundle, check=True).labels == ["a plum", "a pear"]
     both = run("labels", bundle, "a plum", "--out", "x", "--in-place")
     assert both.exit_code == 2 and "exclude each other" in both.stderr
+
+
+def commands():
+    for command in main.commands.values():
+        yield from getattr(command, "commands", {"": command}).values()
+
+
+def test_an_option_takes_the_same_kind_of_value_everywhere():
+    kinds = {}
+    for command in commands():
+        for option in command.params:
+            for spelled in option.opts:
+                kinds.setdefault(spelled, set()).add((type(option.type).__name__, option.nargs))
+    assert "--images" in kinds
+    assert {spelled: found for spelled, found in kinds.items() if len(found) > 1} == {}
