@@ -1,11 +1,11 @@
-# make demo | make test | make test-all | make check | make campaign. Each makes .venv when it is not there.
+# make demo | make test | make test-all | make check | make coverage | make campaign. Each makes .venv when it is not there.
 PYTHON ?= python3
 BIN = .venv/bin
 RUN = runs/quickstart
 # Two workers of one thread each (tests/__init__.py); a file's tests stay together, so what they share is made once.
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
-.PHONY: demo test test-all check campaign docs clean distclean
+.PHONY: demo test test-all check coverage campaign docs clean distclean
 .DELETE_ON_ERROR:
 
 # torch first and pinned: an open range elsewhere would bring another build of it.
@@ -34,6 +34,13 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(PYTEST)
+
+# the same tests, and which lines and branches they reach
+coverage: .venv/installed
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest --numprocesses 2 --dist loadscope
+	$(BIN)/coverage combine --quiet
+	$(BIN)/python benchmarks/covered.py --check --json results/coverage.json
 
 check: .venv/installed
 	$(BIN)/ruff check .

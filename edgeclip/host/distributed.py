@@ -47,7 +47,7 @@ def pick_device(name: str) -> torch.device:
 
 def own(device: torch.device) -> torch.device:
     """Return this process's own device, where torchrun started several on one machine."""
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # hardware: NVIDIA GPU
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 
@@ -59,7 +59,7 @@ def start(device: torch.device) -> torch.device:
         return device
     device = own(device)
     backend = "gloo"
-    if device.type == "cuda":
+    if device.type == "cuda":  # hardware: NVIDIA GPU
         torch.cuda.set_device(device)
         backend = "nccl"
     if not dist.is_initialized():

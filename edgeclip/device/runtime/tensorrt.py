@@ -155,7 +155,7 @@ MINOR = 76
 """cudaDevAttrComputeCapabilityMinor"""
 
 
-class Cuda:
+class Cuda:  # hardware: NVIDIA GPU
     """Raises `EdgeclipError` with CUDA's own reason for every call that fails."""
 
     def __init__(self) -> None:

@@ -125,7 +125,7 @@ def load(folder: Path) -> Checkpoint | None:
 def random_states(device: torch.device) -> dict[str, Tensor]:
     """Return torch's random state of every process, [processes, bytes] by generator."""
     states = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
+    if device.type == "cuda":  # hardware: NVIDIA GPU
         states["random.cuda"] = torch.cuda.get_rng_state(device)
     gathered = {}
     for name, state in states.items():
@@ -138,7 +138,7 @@ def restore_random(tensors: dict[str, Tensor], device: torch.device) -> None:
     rank = distributed.rank()
     # A clone: a view is read from its storage's start.
     torch.set_rng_state(tensors["random.cpu"][rank].clone())
-    if device.type == "cuda" and "random.cuda" in tensors:
+    if device.type == "cuda" and "random.cuda" in tensors:  # hardware: NVIDIA GPU
         torch.cuda.set_rng_state(tensors["random.cuda"][rank].clone(), device)
 
 

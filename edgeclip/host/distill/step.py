@@ -297,7 +297,7 @@ class Step:
     def _random(self) -> RandomState:
         if not self.recomputes:
             return ()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # hardware: NVIDIA GPU
             return torch.get_rng_state(), torch.cuda.get_rng_state(self.device)
         return (torch.get_rng_state(),)
 

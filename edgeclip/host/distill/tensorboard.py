@@ -110,6 +110,6 @@ class Board:
             self.writer.add_scalar(name, number, done)
 
     def _peak_mib(self) -> float:
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # hardware: NVIDIA GPU
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
