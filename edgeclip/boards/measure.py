@@ -265,8 +265,8 @@ def validate(selection: Selection, images: int | None = None) -> list[ParityRepo
         measurer.prepare(chosen.bundles, evaluation, "validate")
         judge = Judge(chosen.run, chosen.device, evaluation)
         for bundle in chosen.bundles:
-            report = judge.report(bundle, measurer.observe(bundle, evaluation), measurer.facts)
-            reports.append(store.write(report, chosen.name, chosen.run, bundle))
+            found = judge.judged(bundle, measurer.observe(bundle, evaluation), measurer.facts)
+            reports.append(store.write(found.report, chosen.name, chosen.run, bundle, found.unseen))
     return reports
 
 
@@ -352,8 +352,8 @@ def _parity(
         return parity
     observed = measurer.observe(bundle, evaluation)
     judge = Judge(chosen.run, chosen.device, evaluation)
-    fresh = judge.report(bundle, observed, measurer.facts)
-    return store.write(fresh, chosen.name, chosen.run, bundle)
+    fresh = judge.judged(bundle, observed, measurer.facts)
+    return store.write(fresh.report, chosen.name, chosen.run, bundle, fresh.unseen)
 
 
 def selftest(selection: Selection) -> list[SelftestReport]:

@@ -62,6 +62,9 @@ def report(runs: tuple[Path, ...], show: bool, as_json: bool) -> None:
         edgeclip report runs/quickstart
         edgeclip report runs/clothing runs/grocery --open
     """
+    from edgeclip.device.records import to_json
+    from edgeclip.reports.answers import between
+    from edgeclip.reports.earlier import sentence
     from edgeclip.reports.html import report as write
     from edgeclip.reports.html import side_by_side
     from edgeclip.reports.store import latest_run
@@ -79,7 +82,10 @@ def report(runs: tuple[Path, ...], show: bool, as_json: bool) -> None:
     lines = [f"{target}: {verdict}" for target, verdict in verdicts.items()]
     record: dict[str, object] = {"report": str(pages[-1]), "verdicts": verdicts}
     if len(folders) > 1:
+        pairs = between(folders)
         record["reports"] = [str(page) for page in pages]
+        record["paired"] = to_json(pairs)
+        lines += [f"{pair.name}: {sentence(pair.found)}" for pair in pairs]
     say(as_json, record, "\n".join([*lines, *(str(page) for page in pages)]))
     if show:
         click.launch(str(pages[-1]))

@@ -26,6 +26,7 @@ from edgeclip.device.records import (
     SetAccuracy,
     to_json,
 )
+from edgeclip.device.slices import Slices, per_slice, slices_of
 from edgeclip.device.target import Tolerance
 
 TIE = 1e-5
@@ -44,6 +45,8 @@ class Compared(NamedTuple):
     classes: tuple[ClassAccuracy, ...] = ()
     classes_of_few: int | None = None
     changed: tuple[ChangedImage, ...] = ()
+    slices: Slices = Slices()
+    unseen: per_class.Answered | None = None
     optimization: OptimizationAgreement | None = None
     rules: tuple[Rule, ...] = ()
     failures: tuple[str, ...] = ()
@@ -80,7 +83,7 @@ def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray
         (rules.accuracy(tolerance, parts), judged_rows),
     ):
         decided += rules.proven(asked, reference.lead, moved, of)
-    unseen = _unseen(evaluation, reference, own)
+    unseen = _unseen(evaluation, reference, own, bundle.preprocess.size)
     decided += per_class.floors(bundle.manifest.target.floor, unseen, bundle.labels)
     classes, classes_of_few = per_class.per_class(unseen, bundle.labels)
 
@@ -100,6 +103,8 @@ def compare(bundle: Bundle, evaluation: Evaluation, arrays: dict[str, np.ndarray
         classes=tuple(classes),
         classes_of_few=classes_of_few,
         changed=tuple(per_class.changed(unseen, bundle.labels)),
+        slices=per_slice(unseen),
+        unseen=unseen,
         optimization=optimization,
         rules=tuple(decided),
         failures=tuple(failures),
@@ -164,8 +169,10 @@ def _parts(evaluation: Evaluation, before: Decisions, after: Decisions) -> list[
     return parts
 
 
-def _unseen(evaluation: Evaluation, before: Decisions, after: Decisions) -> per_class.Answered:
-    """Return the images of unseen sets, each once."""
+def _unseen(
+    evaluation: Evaluation, before: Decisions, after: Decisions, size: int
+) -> per_class.Answered:
+    """Return the images of unseen sets, each once. size: of the encoder's input, px."""
     image = rows(evaluation)
     own = np.zeros(0, bool)
     for s in evaluation.sets:
@@ -173,6 +180,7 @@ def _unseen(evaluation: Evaluation, before: Decisions, after: Decisions) -> per_
     places = np.flatnonzero(own)
     _, first = np.unique(image[places], return_index=True)
     at = places[first]
+    looks = evaluation.looks or []
     return per_class.Answered(
         images=np.array(evaluation.chosen, int)[image[at]],
         labels=evaluation.labels[image[at]],
@@ -180,6 +188,8 @@ def _unseen(evaluation: Evaluation, before: Decisions, after: Decisions) -> per_
         after=after.answers[at],
         before_scores=before.scores[at],
         after_scores=after.scores[at],
+        digests=[looks[i].digest for i in image[at] if looks],
+        slices=slices_of(evaluation, image[at], size),
     )
 
 

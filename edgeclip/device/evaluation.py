@@ -9,6 +9,7 @@
 `edgeclip distill` writes it (edgeclip/host/evaluation/scores.py).
 """
 
+import hashlib
 import random
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,13 +20,19 @@ import numpy as np
 from edgeclip import disk
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.finite import features as rows_of_features
+from edgeclip.device.image_file import opened
+from edgeclip.device.images import index_tar, read
 from edgeclip.device.metrics import hits
 from edgeclip.device.preprocess import Preprocess
 from edgeclip.device.records import Record, from_json
 from edgeclip.device.zero_shot import class_scores
+from edgeclip.errors import EdgeclipError
+from edgeclip.progress import track
 
 Role = Literal["unseen", "seen without names", "trained with names"]
 """what training had of a set's images"""
+KNOWN_BY = 16
+"""hex digits: of a million images two share them with a chance of 3e-8"""
 
 
 class EvaluationSet(Record):
@@ -72,6 +79,17 @@ class Description(Record):
     """[n], what it makes of each image (`preprocess.fingerprint`)"""
     teacher: list[int | None] | None = None
     """[n], the teacher's answers; null: it was not asked"""
+    slices: list[list[str]] | None = None
+    """[n], those that the data puts each image into; None: a run that is older than this field"""
+
+
+class Look(NamedTuple):
+    """What an image is known by, and how large it is."""
+
+    digest: str
+    """the first `KNOWN_BY` hex digits of its bytes' sha256"""
+    short_side: int
+    """px"""
 
 
 class Student(NamedTuple):
@@ -99,6 +117,10 @@ class Evaluation(NamedTuple):
     """what labels and classes number; None: a run that is older than this field"""
     student: Student | None = None
     """None: a run that is older than this field"""
+    slices: list[list[str]] | None = None
+    """[n], those that the data puts each image into; None: a run that is older than this field"""
+    looks: list[Look] | None = None
+    """[n]; None: nobody looked (`looked_at`)"""
 
 
 def load_evaluation(folder: Path, images: int | None = None) -> Evaluation:
@@ -114,6 +136,10 @@ def load_evaluation(folder: Path, images: int | None = None) -> Evaluation:
     again = "train the student again: it does not compute numbers"
     features = rows_of_features(disk.read_array(path), path, again)
     labels = np.array(description.labels)
+    slices = description.slices
+    if slices is not None and len(slices) != len(labels):
+        what = f"has slices of {len(slices)} images, and labels of {len(labels)}"
+        raise EdgeclipError(folder / "evaluation.json", what, "distill the run again")
     chosen = list(range(len(labels)))
     sets = description.sets
     if images is not None and images < len(chosen):
@@ -127,7 +153,23 @@ def load_evaluation(folder: Path, images: int | None = None) -> Evaluation:
         chosen,
         description.class_names,
         _student(folder, description, chosen),
+        None if slices is None else [slices[i] for i in chosen],
     )
+
+
+def looked_at(evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation images with the hash and the size of each.
+
+    Raises `EdgeclipError` for an image that cannot be read.
+    """
+    every = index_tar(images_tar(evaluation.folder))
+    looks = []
+    for i in track(evaluation.chosen, "hash the evaluation images", len(evaluation.chosen)):
+        content = read(every[i])
+        with opened(content, every[i].key) as image:
+            known = hashlib.sha256(content).hexdigest()[:KNOWN_BY]
+            looks.append(Look(known, min(image.size)))
+    return evaluation._replace(looks=looks)
 
 
 def _student(folder: Path, description: Description, chosen: list[int]) -> Student | None:

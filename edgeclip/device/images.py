@@ -63,6 +63,8 @@ class ImageRef(NamedTuple):
     label: int = -1
     """index into the class list; -1: none"""
     caption: str = ""
+    slices: tuple[str, ...] = ()
+    """what the data says that it shares with others: "camera: front\""""
 
 
 class Lookup(Sequence[ImageRef], abc.ABC):
@@ -124,10 +126,10 @@ def index_tar(path: Path, skipped: Skipped | None = None) -> list[ImageRef]:
     """
     skipped = collections.Counter() if skipped is None else skipped
     _refuse_compressed(path)
-    samples = _samples(path, skipped)
+    found = samples(path, skipped)
     images = []
     with tar_file.open_file(path) as file:
-        for key, members in samples.items():
+        for key, members in found.items():
             image = _image_of(members)
             if image is None:
                 skip(skipped, _without_image(members))
@@ -168,9 +170,12 @@ def _refuse_compressed(path: Path) -> None:
             raise EdgeclipError(path, f"is compressed ({program}); images are read in place", do)
 
 
-def _samples(path: Path, skipped: Skipped) -> dict[str, dict[str, Member]]:
-    """Return the members of each sample by their suffix, in the shard's order."""
-    samples: dict[str, dict[str, Member]] = collections.defaultdict(dict)
+def samples(path: Path, skipped: Skipped) -> dict[str, dict[str, Member]]:
+    """Return the members of each sample by their suffix, in the shard's order.
+
+    Raises `EdgeclipError` for what is no tar, and for two members of one name.
+    """
+    found: dict[str, dict[str, Member]] = collections.defaultdict(dict)
     for member in tar_file.members(path):
         # WebDataset's rule: a folder may have dots, and a hidden file is none of a sample.
         folder, slash, name = member.name.removeprefix("./").rpartition("/")
@@ -183,11 +188,11 @@ def _samples(path: Path, skipped: Skipped) -> dict[str, dict[str, Member]]:
         if cause is not None:
             skip(skipped, cause)
             continue
-        members = samples[folder + slash + stem]
+        members = found[folder + slash + stem]
         if "." + suffix.lower() in members:
             raise tar_file.damaged(path, f"two members are called '{member.name}'")
         members["." + suffix.lower()] = member
-    return samples
+    return found
 
 
 def _bad_name(name: str) -> str | None:

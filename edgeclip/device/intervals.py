@@ -180,6 +180,14 @@ def drop_limits(lost: int, won: int, images: int, level: float = LEVEL) -> Limit
     return Limits(-drop_limit(won, lost, images, z), drop_limit(lost, won, images, z))
 
 
+def mcnemar(lost: int, won: int) -> float:
+    """Return the p-value of McNemar's exact two-sided test that as many are lost as won.
+
+    Source: McNemar, Psychometrika 12 (1947), by the binomial distribution in place of its limit.
+    """
+    return min(1.0, 2 * _at_most(min(lost, won), lost + won, 0.5))
+
+
 def images_for_drop(
     lost: int, won: int, images: int, allowed: float, level: float = LEVEL
 ) -> int | None:

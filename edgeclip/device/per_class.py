@@ -41,6 +41,10 @@ class Answered(NamedTuple):
     before_scores: np.ndarray
     """the best score of each"""
     after_scores: np.ndarray
+    digests: Sequence[str] = ()
+    """[n] what each image is known by; empty: nobody looked"""
+    slices: Sequence[Sequence[str]] = ()
+    """[n] the slices that each is in; empty: none is in any"""
 
 
 def shown(name: str) -> str:

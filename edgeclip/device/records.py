@@ -126,6 +126,62 @@ class ClassAccuracy(Accuracy, kw_only=True):
     """how often"""
 
 
+class SliceAccuracy(Record, kw_only=True):
+    """The unseen images that share something, over all labels of the bundle; limits hold for all
+    slices at once."""
+
+    name: str
+    """what they share, as "camera: front" or "short side below 224 px\""""
+    images: int
+    reference_top1: float | None = None
+    """of the float32 student, 0..1; null: too few images to say anything of them, so below"""
+    bundle_top1: float | None = None
+    lost: int | None = None
+    """images that were right before and are wrong after"""
+    won: int | None = None
+    drop_pp: float | None = None
+    """percentage points; negative: it gained"""
+    lower_pp: float | None = None
+    """percentage points: a one-sided limit of the drop"""
+    upper_pp: float | None = None
+
+
+class Earlier(Record, kw_only=True):
+    """The paired difference to an earlier report, on the images that both have judged."""
+
+    when: str
+    """that report's time, ISO 8601"""
+    bundle: str
+    """sha256 of its bundle's manifest"""
+    runtime: str
+    """with its version"""
+    system: str
+    """its device's operating system"""
+    why: str | None = None
+    """why the two cannot be compared; null: they were"""
+    images: int = 0
+    """unseen images that both have judged by the same label"""
+    judged_then: int | None = None
+    """unseen images of that report; null: not known"""
+    judged_now: int | None = None
+    """of this one; null: it has none"""
+    relabeled: int = 0
+    """images that both have, left out since their label was changed"""
+    top1_then: float | None = None
+    """on the images of both, 0..1; null: not compared, so below"""
+    top1_now: float | None = None
+    lost: int | None = None
+    """images that were right then and are wrong now"""
+    won: int | None = None
+    drop_pp: float | None = None
+    """percentage points; negative: it gained"""
+    lower_pp: float | None = None
+    """percentage points: the one-sided 95 % limits of the drop"""
+    upper_pp: float | None = None
+    p: float | None = None
+    """McNemar's exact two-sided test: how likely so one-sided a change is by chance"""
+
+
 class ChangedImage(Record):
     """An unseen image that one system is right about and the other is not."""
 
@@ -243,6 +299,14 @@ class ParityReport(Record, kw_only=True):
     """those that lose most and those that are right least, of unseen images"""
     classes_of_few: int | None = None
     """classes with too few unseen images to say anything of; null: not compared"""
+    slices: list[SliceAccuracy] = []
+    """those that lose most and those that are right least, then such of too few images"""
+    slices_judged: int = 0
+    """slices whose limits hold at once: each one-sided at 1 - 0.05 / so many"""
+    slices_left_out: int = 0
+    """slices that are not listed"""
+    earlier: Earlier | None = None
+    """null: the first report of this bundle's name on this device"""
     changed: list[ChangedImage] = []
     """unseen images that were lost, then such that were won; the surest answers"""
     rules: list[Rule] = []

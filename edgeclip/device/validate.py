@@ -33,6 +33,7 @@ from edgeclip.device.images import ImageRef, index_tar, read, stream
 from edgeclip.device.intervals import Answer, worst
 from edgeclip.device.machine import Facts
 from edgeclip.device.metrics import UNIT, off_unit
+from edgeclip.device.per_class import Answered
 from edgeclip.device.preprocess import fingerprint, normalize, open_image
 from edgeclip.device.records import (
     GoldenAnswers,
@@ -224,10 +225,25 @@ def from_answer(answer: Json, arrays: dict[str, np.ndarray], where: object) -> O
 # --- on the host
 
 
+class Judged(NamedTuple):
+    """A parity report, and the answers behind it."""
+
+    report: ParityReport
+    unseen: Answered | None
+    """None: not compared"""
+
+
 def judge(
     bundle: Bundle, evaluation: Evaluation | None, observed: Observed, machine: Facts
 ) -> ParityReport:
     """Return the parity report of what a device observed. Opens no session."""
+    return judged(bundle, evaluation, observed, machine).report
+
+
+def judged(
+    bundle: Bundle, evaluation: Evaluation | None, observed: Observed, machine: Facts
+) -> Judged:
+    """Return the parity report of what a device observed, and the answers. Opens no session."""
     target = bundle.manifest.target
     interface = _interface(bundle, observed.input, observed.output)
     arrays, not_unit = _of_unit_length(observed.arrays)
@@ -251,7 +267,7 @@ def judge(
         if not compared.rules:
             answer = "cannot tell"
     failures += [rules.line(rule) for rule in compared.rules if rule.answer == "fails"]
-    return ParityReport(
+    report = ParityReport(
         target=target.name,
         bundle=disk.sha256(bundle.folder / disk.MANIFEST),
         machine=machine,
@@ -268,11 +284,15 @@ def judge(
         classes=list(compared.classes),
         classes_of_few=compared.classes_of_few,
         changed=list(compared.changed),
+        slices=list(compared.slices.rows),
+        slices_judged=compared.slices.judged,
+        slices_left_out=compared.slices.left_out,
         optimization=compared.optimization,
         rules=list(compared.rules),
         failures=failures,
         verdict=answer,
     )
+    return Judged(report, compared.unseen)
 
 
 def _interface(bundle: Bundle, image: Port, features: Port) -> list[str]:

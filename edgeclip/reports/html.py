@@ -5,6 +5,7 @@ measured is printed as "not measured". The page needs no network and runs no scr
 inline SVG, images data URIs.
 """
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ from edgeclip.device import rules
 from edgeclip.device.intervals import Limits, harmonic_mean_limits
 from edgeclip.device.machine import processor
 from edgeclip.device.per_class import shown
+from edgeclip.device.records import to_json
 from edgeclip.device.target import Floor
-from edgeclip.reports import tables, worth
+from edgeclip.reports import earlier, tables, worth
+from edgeclip.reports.answers import between
 from edgeclip.reports.headline import headline
 from edgeclip.reports.models import MODELS
 from edgeclip.reports.provenance import provenance
@@ -42,6 +45,11 @@ GLOSSARY = {
     "p90": "nine of ten queries take at most so long",
     "floor": "the least accuracy that a recipe or target asks of a bundle by itself",
     "own list": "answers among the classes of one set alone, as papers do",
+    "slice": "unseen images that share something: a field of the data, a folder, or their size",
+    "all slices at once": "each limit is so much stricter that all of them are right together "
+    "in at least 95 of 100 such samples (Bonferroni)",
+    "McNemar": "how likely so one-sided a change is by chance, if the two are equally good: "
+    "exact, two-sided",
     "would take": "so many images would settle it, if they answer as these did",
 }
 
@@ -57,6 +65,10 @@ class Detail(NamedTuple):
     steps: Table | None
     changed: list[Shown]
     classes: Table | None
+    slices: Table | None
+    earlier: Table | None
+    against: str
+    """a sentence on the report before; empty: there is none"""
     sets: Table | None
     spread: Any
     load: Any
@@ -107,6 +119,7 @@ def report(run: Path) -> tuple[Path, dict[str, str]]:
 def side_by_side(runs: list[Path]) -> Path:
     """Write one page of several runs beside the first one's folder; return its path."""
     heads = []
+    pairs = between(runs)
     rows: list[list[str]] = []
     trained: list[list[str]] = []
     for run in runs:
@@ -121,6 +134,9 @@ def side_by_side(runs: list[Path]) -> Path:
         heads=heads,
         every_target=tables.filled(Table(tables.TARGET_HEADERS, rows)),
         trained=Table(tables.TRAINED_HEADERS, trained),
+        pairs=tables.pairs(pairs) if pairs else None,
+        sentences=[f"{pair.name}: {earlier.sentence(pair.found)}" for pair in pairs],
+        figures=json.dumps(to_json(pairs), indent=1, sort_keys=True, ensure_ascii=False),
         glossary=GLOSSARY.items(),
         version=__version__,
     )
@@ -144,6 +160,11 @@ def _detail(run: Path, target: Target) -> Detail:
         steps=tables.steps(parity) if parity and parity.waterfall else None,
         changed=changed(run, parity),
         classes=tables.worst_classes(parity) if parity and parity.classes else None,
+        slices=tables.slices(parity) if parity and parity.slices else None,
+        earlier=tables.filled(tables.earlier(parity.earlier))
+        if parity and parity.earlier
+        else None,
+        against=earlier.sentence(parity.earlier) if parity and parity.earlier else "",
         sets=tables.sets(parity) if parity and parity.sets else None,
         spread=plots.spread(bench) if bench else None,
         load=plots.load_curve(bench.sustained) if bench and bench.sustained else None,
@@ -188,14 +209,19 @@ def _template(name: str) -> Any:
 
 
 def _linked(header: str) -> Any:
-    """Return a header that links to the first word of the glossary in it."""
+    """Return a header that links to the first word of the glossary in it.
+
+    A line does not end within "top-1".
+    """
     import markupsafe
+
+    whole = header.replace("top-1", "top\N{NON-BREAKING HYPHEN}1")
 
     for word in GLOSSARY:
         if word in header:
             place = word.replace(" ", "-")
-            return markupsafe.Markup('<a href="#{}">{}</a>').format(place, header)
-    return header
+            return markupsafe.Markup('<a href="#{}">{}</a>').format(place, whole)
+    return whole
 
 
 def _protocols(run: Path, student: str | None) -> list[ProtocolRecord]:

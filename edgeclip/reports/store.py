@@ -7,6 +7,7 @@
     RUN/reports/<bundle folder>.<device>.bench-short.json         a shorter one afterwards
     RUN/reports/<bundle folder>.<device>.bench-under-load.json    one while other work went on
     RUN/reports/<bundle folder>.<device>.history.json   every report in short (history.py)
+    RUN/reports/<bundle folder>.<device>.answers.json   the last ones' answers (answers.py)
     RUN/reports/<device>.beside.json                    the bundles of one student turn by turn
     RUN/reports/<bundle folder>.<device>.engines.json   TensorRT engines seen there (engines.py)
 
@@ -28,6 +29,7 @@ from edgeclip.device import rules
 from edgeclip.device.bench import SCENARIOS
 from edgeclip.device.bench_report import BenchReport, Beside
 from edgeclip.device.bundle import Bundle
+from edgeclip.device.per_class import Answered
 from edgeclip.device.profile import Device
 from edgeclip.device.records import (
     ParityReport,
@@ -35,7 +37,7 @@ from edgeclip.device.records import (
 )
 from edgeclip.errors import EdgeclipError
 from edgeclip.progress import say
-from edgeclip.reports import engines, history
+from edgeclip.reports import answers, engines, history
 
 Report = TypeVar("Report", ParityReport, BenchReport)
 KINDS: dict[type, str] = {ParityReport: "parity", BenchReport: "bench"}
@@ -115,21 +117,32 @@ def refuse_unwritable(run: Path | None) -> None:
         disk.refuse_unwritable(run / "reports")
 
 
-def write(report: Report, device: str, run: Path | None, bundle: Bundle) -> Report:
+def write(
+    report: Report, device: str, run: Path | None, bundle: Bundle, unseen: Answered | None = None
+) -> Report:
     """Write a report of `device` beside its run, and return it with the device's name in it.
 
     A bundle without a run (run=None) has no place for reports: then nothing is written. A parity
-    report also enters the history of engines; it does not replace one of more images.
+    report also enters the history of engines; it does not replace one of more images. unseen: its
+    answers, which are compared with those of the report before, and kept for the next one.
     """
     report = msgspec.structs.replace(report, device=device)
     if run is None:
         return report
     with disk.locked(run / "reports", wait=True):
-        return _write(report, device, run, bundle)
+        return _write(report, device, run, bundle, unseen)
 
 
-def _write(report: Report, device: str, run: Path, bundle: Bundle) -> Report:
+def _write(
+    report: Report, device: str, run: Path, bundle: Bundle, unseen: Answered | None
+) -> Report:
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    if isinstance(report, ParityReport):
+        known = history.read(path(run, bundle, device, "history"))
+        kept = path(run, bundle, device, "answers")
+        own = None if unseen is None else answers.of(report, unseen, bundle.labels, now)
+        report = msgspec.structs.replace(report, earlier=answers.earlier(kept, report, own, known))
+        answers.remember(kept, own)
     history.remember(path(run, bundle, device, "history"), report, now)
     if isinstance(report, ParityReport):
         line = engines.remember(path(run, bundle, device, "engines"), report, now)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from edgeclip.device import rules
 from edgeclip.device.per_class import shown
-from edgeclip.device.records import ParityReport, Rule, WaterfallStep
+from edgeclip.device.records import Earlier, ParityReport, Rule, WaterfallStep
+from edgeclip.reports.answers import Pair
 from edgeclip.reports.results import EvaluationResults
 from edgeclip.reports.targets import Target, form
 
@@ -120,6 +121,55 @@ def worst_classes(parity: ParityReport) -> Table:
         lost = [str(c.lost), str(c.won), number(c.drop_pp), limits]
         rows.append([shown(c.name), str(c.images), *tops, *lost, confused])
     return Table(headers, rows)
+
+
+def slices(parity: ParityReport) -> Table:
+    """Return the images that share something: what the bundle lost of them."""
+    headers = (
+        "slice", "images", "top-1 fp32", "top-1", "lost", "won", "lost pp",
+        "95 % limits, all slices at once", "what they show",
+    )  # fmt: skip
+    rows = []
+    for s in parity.slices:
+        if s.drop_pp is None or s.lower_pp is None or s.upper_pp is None:
+            rows.append([shown(s.name), f"{s.images:,}", *[""] * 6, ANSWERS["cannot tell"]])
+            continue
+        tops = [number(s.reference_top1, 3), number(s.bundle_top1, 3)]
+        limits = f"{s.lower_pp:.2f} to {s.upper_pp:.2f}"
+        lost = [str(s.lost), str(s.won), number(s.drop_pp), limits]
+        rows.append([shown(s.name), f"{s.images:,}", *tops, *lost, moved(s.lower_pp, s.upper_pp)])
+    return Table(headers, rows)
+
+
+def moved(lower_pp: float, upper_pp: float) -> str:
+    """Return what an interval of lost accuracy shows."""
+    if lower_pp > 0:
+        return "a loss"
+    return "a gain" if upper_pp < 0 else "cannot tell"
+
+
+EARLIER_HEADERS = (
+    "report", "bundle", "runtime", "system", "images of both", "top-1 then", "top-1", "lost", "won",
+    "lost pp", "95 % limits", "exact McNemar p",
+)  # fmt: skip
+
+
+def earlier(found: Earlier) -> Table:
+    """Return the paired difference to an earlier report; without figures where there is none."""
+    cells = [shown(found.when), found.bundle[:8], shown(found.runtime), shown(found.system)]
+    if found.p is None or found.lower_pp is None or found.upper_pp is None:
+        return Table(EARLIER_HEADERS, [[*cells, *[""] * 8]])
+    tops = [f"{found.images:,}", number(found.top1_then, 4), number(found.top1_now, 4)]
+    limits = f"{found.lower_pp:.2f} to {found.upper_pp:.2f}"
+    lost = [str(found.lost), str(found.won), number(found.drop_pp), limits]
+    return Table(EARLIER_HEADERS, [[*cells, *tops, *lost, f"{found.p:.4f}"]])
+
+
+def pairs(found: Sequence[Pair]) -> Table:
+    """Return a row for each bundle that two runs have on one device."""
+    named = EARLIER_HEADERS.index("images of both")  # the date and so on stand in its sentence
+    rows = [[pair.name, *earlier(pair.found).rows[0][named:]] for pair in found]
+    return Table(("run and bundle", *EARLIER_HEADERS[named:]), rows)
 
 
 TARGET_HEADERS = (

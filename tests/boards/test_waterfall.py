@@ -53,7 +53,7 @@ def steps_of(run: Path, target: str, observe=V.observe, device=HERE):
     evaluation = load_evaluation(run / "evaluation")
     bundle = Bundle.load(run / "bundles" / target)
     judge = Judge(run, device, evaluation)
-    report = judge.report(bundle, observe(bundle, evaluation), machine.facts())
+    report = judge.judged(bundle, observe(bundle, evaluation), machine.facts()).report
     found = report.waterfall
     assert sum(s.lost - s.won for s in found.steps) == found.whole.lost - found.whole.won
     return found
@@ -240,7 +240,8 @@ def test_a_run_of_an_older_edgeclip_has_no_steps(run):
     evaluation = load_evaluation(run / "evaluation")
     bundle = Bundle.load(run / "bundles" / "onnx-int8")
     judge = Judge(run, HERE, evaluation)
-    assert judge.report(bundle, V.observe(bundle, evaluation), machine.facts()).waterfall is None
+    judged = judge.judged(bundle, V.observe(bundle, evaluation), machine.facts())
+    assert judged.report.waterfall is None
 
 
 def test_steps_of_counts_are_those_of_the_whole_way():

@@ -212,6 +212,44 @@ def test_validate_exits_0_3_and_4_by_the_verdict(shipped_bundle, source, here, e
     assert result.exit_code == 3 and "golden images: cosine" in result.stdout
 
 
+def test_validate_tells_slices_apart_and_pairs_a_bundle_with_the_one_before(
+    shipped_bundle, here, evaluation
+):
+    bundle = here / "r" / "bundles" / "onnx-fp32"
+    shutil.copytree(shipped_bundle("onnx-fp32"), bundle)
+    shutil.copytree(evaluation, here / "r" / "evaluation")
+    path = here / "r" / "evaluation" / "evaluation.json"
+    cameras = [["camera: front"], ["camera: rear"], ["camera: rear"]]
+    slices = [cameras[i % 3] for i in range(600)]
+    disk.write_json(path, disk.read_json(path) | {"slices": slices})
+    disk.write_manifest(path.parent, "evaluation", {"license": "made up", "images": 600})
+    (first,) = json.loads(run("validate", "--run", "r", "--json").stdout)
+    assert first["earlier"] is None
+    damage(bundle, 0.02)
+    result = run("validate", "--run", "r", "--json")
+    (second,) = json.loads(result.stdout)
+    accuracy, earlier = second["accuracy"], second["earlier"]
+    rows = {row["name"]: row for row in second["slices"]}
+    assert {name: row["images"] for name, row in rows.items()} == {
+        "camera: front": 200,
+        "camera: rear": 400,
+    }
+    for field in ("lost", "won"):
+        assert sum(row[field] for row in rows.values()) == accuracy[field]
+    assert accuracy["lost"] + accuracy["won"] > 0
+    assert earlier["images"] == earlier["judged_then"] == earlier["judged_now"] == 600
+    assert earlier["top1_then"] == first["accuracy"]["bundle_top1"]
+    assert earlier["top1_now"] == accuracy["bundle_top1"]
+    assert earlier["lost"] - earlier["won"] == round(
+        600 * (earlier["top1_then"] - earlier["top1_now"])
+    )
+    assert earlier["bundle"] == first["bundle"] != second["bundle"]
+    told = run("validate", "--run", "r", "--images-limit", "100").stdout
+    assert "slices: " in told and "against the report of" in told
+    assert "of 100 images that both judged" in told
+    assert f"bundle {first['bundle'][:8]}" in told
+
+
 def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_the_rest(
     shipped_bundle, evaluation, here, monkeypatch
 ):
@@ -225,6 +263,7 @@ def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_t
     )
     assert run("validate", "--bundle", "r/bundles/rev").exit_code == 0
     assert sorted(p.name for p in (here / "r" / "reports").iterdir()) == [
+        "rev.host-cpu.answers.json",
         "rev.host-cpu.history.json",
         "rev.host-cpu.parity.json",
     ]
@@ -238,6 +277,7 @@ def test_reports_are_named_by_the_bundles_folder_and_a_partial_benchmark_keeps_t
         in result.stdout
     )
     assert sorted(p.name for p in (here / "r" / "reports").iterdir()) == [
+        "rev.host-cpu.answers.json",
         "rev.host-cpu.bench.json",
         "rev.host-cpu.history.json",
         "rev.host-cpu.parity.json",

@@ -13,6 +13,7 @@ from edgeclip.device.intervals import (
     harmonic_mean_limits,
     images_for_drop,
     images_for_share,
+    mcnemar,
     percentile_limits,
     share_limits,
     worst,
@@ -162,3 +163,15 @@ def test_a_harmonic_means_limits_cover():
 
 def high_of(count, images):
     return share_limits(count, images, 0.975).high
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 1), (1, 1), (2, 9), (9, 2), (40, 61), (300, 240)])
+def test_mcnemars_test_is_the_sign_test_of_the_changed_images(lost, won):
+    n = lost + won
+    tail = sum(math.comb(n, k) for k in range(min(lost, won) + 1))
+    assert mcnemar(lost, won) == pytest.approx(min(1.0, 2 * tail / 2**n))
+    assert mcnemar(lost, won) == mcnemar(won, lost)
+
+
+def test_no_changed_image_shows_no_change():
+    assert mcnemar(0, 0) == 1.0

@@ -14,7 +14,12 @@ from edgeclip import disk
 from edgeclip.boards.waterfall import Stage, summary
 from edgeclip.device import rules
 from edgeclip.device.load import summary as latency
-from edgeclip.device.records import Rule
+from edgeclip.device.per_class import Answered
+from edgeclip.device.per_class import shown as name_shown
+from edgeclip.device.records import Earlier, Rule
+from edgeclip.device.slices import Slices, per_slice
+from edgeclip.reports import answers
+from edgeclip.reports.earlier import sentence
 from edgeclip.reports.html import report, side_by_side
 from edgeclip.reports.tables import ANSWERS
 from tests.support.finished_run import make_run
@@ -65,6 +70,23 @@ def browse(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
+def slices_and_earlier(rng) -> tuple[Slices, Earlier]:
+    """Slices of 400 images, one with a name that is no word, and the report before."""
+    names = [[f"camera: {i % 3}", "short side below 224 px"][: 1 + i % 2] for i in range(380)]
+    names += [["camera: <img src=x onerror=alert(1)>\x1b[31m" + "x" * 300]] * 12 + [[]] * 8
+    after = (rng.random(400) < 0.1).astype(int)
+    digests = [f"{i:016x}" for i in range(400)]
+    none = np.zeros(400, int)
+    score = np.full(400, 0.5)
+    now = Answered(np.arange(400), none, none, after, score, score, digests, names)
+    later = answers.of(parity(bundle="1" * 64), now, ["cat", "dog"], "2026-02-01T00:00:00+00:00")
+    was = now._replace(
+        after=(rng.random(400) < 0.15).astype(int), digests=[*digests[:390], *map(str, range(10))]
+    )
+    then = answers.of(parity(bundle="0" * 64), was, ["cat", "dog"], "2026-01-01T00:00:00+00:00")
+    return per_slice(now), answers.paired(then, later)
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """A run with everything that a page can show."""
@@ -76,8 +98,13 @@ def page(tmp_path_factory):
     stages = [Stage(name, rng.random(400) < 0.7, None) for name in ("teacher", "student", "int8")]
     held = Rule(rule=rules.LOST, unit="pp", allowed=1.0, found=0.25, low=-0.5, high=0.75, images=400, answer="holds")  # fmt: skip
     open_rule = Rule(rule=rules.CHANGED, unit="%", allowed=2.0, found=1.5, low=1.25, high=2.5, images=400, answer="cannot tell", needed=900)  # fmt: skip
+    slices, earlier = slices_and_earlier(rng)
     of_parity = parity(
         bundle=digest,
+        slices=list(slices.rows),
+        slices_judged=slices.judged,
+        slices_left_out=slices.left_out,
+        earlier=earlier,
         waterfall=summary(stages, None),
         rules=[held, open_rule],
         verdict="cannot tell",
@@ -105,10 +132,40 @@ def test_the_browser_shows_what_the_json_says(page):
             str(step.won),
             f"{step.drop_pp:.2f}",
         ]
+    for s in of_parity.slices:
+        (row,) = [r for r in rows if r and r[0] == name_shown(s.name)]
+        if s.drop_pp is None:
+            assert row == [row[0], str(s.images), *[""] * 6, "unknown"]
+            continue
+        tops = [f"{s.reference_top1:.3f}", f"{s.bundle_top1:.3f}"]
+        limits = f"{s.lower_pp:.2f} to {s.upper_pp:.2f}"
+        assert row[1:8] == [str(s.images), *tops, str(s.lost), str(s.won), f"{s.drop_pp:.2f}", limits]  # fmt: skip
+    found = of_parity.earlier
+    (row,) = [r for r in rows if r and r[0] == found.when]
+    assert row[1:4] == [found.bundle[:8], found.runtime, found.system]
+    tops = [str(found.images), f"{found.top1_then:.4f}", f"{found.top1_now:.4f}"]
+    limits = f"{found.lower_pp:.2f} to {found.upper_pp:.2f}"
+    change = [str(found.lost), str(found.won), f"{found.drop_pp:.2f}", limits, f"{found.p:.4f}"]
+    assert row[4:] == [*tops, *change]
+    assert f"Paired {sentence(found)}." in html.unescape(done.stdout)
     figures = done.stdout.partition("Every figure above, as JSON</summary><pre>")[2]
     figures = html.unescape(figures.partition("</pre>")[0])
     shown = json.loads(figures)["t on host-cpu"]["parity"]
     assert shown == disk.read_json(path.parent / "reports" / "t.host-cpu.parity.json")
+
+
+def test_slices_come_before_the_sets_and_the_report_before_comes_after(page):
+    path, of_parity = page
+    text = path.read_text(encoding="utf-8").partition("<body>")[2]
+    titles = (
+        "Slices of the unseen images",
+        "Each evaluation set",
+        "Against what was measured before",
+    )
+    places = [text.index(title) for title in (*titles, "Where it comes from")]
+    assert places == sorted(places)
+    assert f"Limits of {of_parity.slices_judged} slices at once" in text
+    assert "<img src=x" not in text and "\x1b" not in text and "onerror=alert(1)&gt;" in text
 
 
 def test_word_reason_and_next_step_come_first(page):

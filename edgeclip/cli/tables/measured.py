@@ -9,8 +9,9 @@ from edgeclip.device import rules
 from edgeclip.device.bench_report import BenchReport, Beside, Energy, Latency, Sustained
 from edgeclip.device.load import P99_QUERIES
 from edgeclip.device.machine import processor
+from edgeclip.device.per_class import shown
 from edgeclip.device.records import ParityReport
-from edgeclip.reports import worth
+from edgeclip.reports import earlier, worth
 from edgeclip.reports.comparison import Row
 
 PARITY = (
@@ -99,11 +100,30 @@ def _parity_lines(report: ParityReport) -> list[str]:
     lines += [failure for failure in report.failures if failure not in lines]
     if report.waterfall is not None:
         lines.append(f"steps: {report.waterfall.most}")
+    if report.slices:
+        lines.append(f"slices: {_slices(report)}")
+    if report.earlier is not None:
+        lines.append(earlier.sentence(report.earlier))
     if report.not_compared is not None:
         cosine = number(report.golden.cosine_min, 4) or "not finite"
         why = f"only its golden images were compared (cosine {cosine})"
         lines.append(f"{report.not_compared}: {why}")
     return lines
+
+
+def _slices(report: ParityReport) -> str:
+    """Return the slice that lost most, and how many are unknown."""
+    known = [s for s in report.slices if s.drop_pp is not None]
+    few = len(report.slices) - len(known) + report.slices_left_out
+    words = []
+    if known:
+        worst = max(known, key=lambda s: s.drop_pp or 0.0)
+        limits = f"{worst.lower_pp:.2f} to {worst.upper_pp:.2f}, of {worst.images:,}"
+        lost = f"{worst.drop_pp:.2f} pp lost on {shown(worst.name)} ({limits})"
+        words.append(f"{lost}, the most of {report.slices_judged} slices")
+    if few:
+        words.append(f"{few} unknown or not listed")
+    return ", ".join(words)
 
 
 # --- bench

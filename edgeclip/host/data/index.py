@@ -213,7 +213,7 @@ def _key_hashes(images: list[ImageRef]) -> np.ndarray:
 
 
 def _record_batch(images: list[ImageRef], numbers: list[int], hashes: np.ndarray) -> pa.RecordBatch:
-    keys, _, offsets, sizes, labels, captions = zip(*images, strict=True)
+    keys, _, offsets, sizes, labels, captions, _ = zip(*images, strict=True)
     columns = [keys, numbers, offsets, sizes, labels, captions, hashes]
 
     arrays = []

@@ -8,6 +8,7 @@ from pathlib import Path
 from edgeclip import text_file
 from edgeclip.device.images import ImageRef, Skipped, index_classes, index_tar, say_skipped
 from edgeclip.errors import EdgeclipError
+from edgeclip.host.data import slices
 from edgeclip.host.data.dataset import Dataset, EvaluationSet
 from edgeclip.host.data.files import data_root
 from edgeclip.host.data.index import index
@@ -41,6 +42,7 @@ def load_webdataset(spec: WebDataset, cache: Path) -> Dataset:
         test_shards = find(root, spec.test, spec.pipe, cache)
     train = _read_shards(root / (spec.train or ""), train_shards, cache)
     test = list(_read_shards(root / (spec.test or ""), test_shards, cache))
+    test = slices.of_shards(test, test_shards, spec.slices)
     data = _dataset(spec, classes, templates, train, test)
     if set(train_shards) & set(test_shards):
         return data._replace(evaluation=[_of_training(s) for s in data.evaluation])
@@ -91,11 +93,18 @@ def load_folders(spec: Folders, cache: Path) -> Dataset:
 
     photos = []
     for label, (folder, images) in enumerate(folders.items()):
-        photos.append([p._replace(key=f"{folder}/{p.key}", label=label) for p in images])
+        photos.append([_photo(p, folder, label) for p in images])
     train, test = split(photos, spec.test_fraction, spec.split)
 
     classes = [folder.replace("_", " ") for folder in folders]
     return _dataset(spec, classes, spec.templates, train, test)
+
+
+def _photo(image: ImageRef, folder: str, label: int) -> ImageRef:
+    """Return a class's image as one of the data set; its key is still relative to the class."""
+    return image._replace(
+        key=f"{folder}/{image.key}", label=label, slices=slices.of_path(Path(image.key))
+    )
 
 
 def _dataset(

@@ -12,6 +12,8 @@ from edgeclip.progress import say
 
 FIRST = ("roots.json", "recipe.yaml", "recipe.json")
 """what `claim` writes, in that order"""
+PAST = (".history.json", ".answers.json")
+"""endings of reports that outlive their run: the next student is compared with the last one"""
 
 
 def place(out: Path) -> Path:
@@ -42,7 +44,15 @@ def check_claim(run: Path, asked: Recipe, fresh: bool) -> None:
 
 def _is_beginning(run: Path) -> bool:
     """Return whether a folder is empty, or what a process that was killed in `claim` left."""
-    return all(path.name in FIRST or path.name.startswith(".") for path in run.iterdir())
+    for path in run.iterdir():
+        past = path.name == "reports" and path.is_dir() and all(map(_is_past, path.iterdir()))
+        if not (path.name in FIRST or path.name.startswith(".") or past):
+            return False
+    return True
+
+
+def _is_past(path: Path) -> bool:
+    return path.name.endswith(PAST) and path.is_file()
 
 
 def _refuse_other_recipe(run: Path, asked: Recipe) -> None:
@@ -75,14 +85,25 @@ def claim(run: Path, path: Path, asked: Recipe, fresh: bool) -> None:
 def _empty(run: Path) -> None:
     """Remove what lies in a run's folder; the folder stays, since it may be a mount point.
 
+    What was measured before stays too, in short (`PAST`).
+
     The manifest goes first and the recipe last: half of it is neither finished nor somebody's.
     """
     order = {disk.MANIFEST: 0, "recipe.json": 2}
     for path in sorted(run.iterdir(), key=lambda path: order.get(path.name, 1)):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+        if path.name == "reports" and path.is_dir() and not path.is_symlink():
+            for report in path.iterdir():
+                if not _is_past(report):
+                    _remove(report)
         else:
-            path.unlink()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def move_data(run: Path, asked: Recipe) -> None:

@@ -5,8 +5,8 @@ evaluation/images.tar          the images' own bytes, in order (pictures.tar in 
            teacher_features.npy  [n, D] float32, the teacher's; not a number where it was not asked;
                                no file where it never was
            evaluation.json     the student's preprocess and what its pixels are known by, labels,
-                               the teacher's answers, each set's name, note, classes and rows,
-                               sha256 of every image that was held out
+                               the teacher's answers, slices, each set's name, note, classes and
+                               rows, sha256 of every image that was held out
 """
 
 import io
@@ -100,6 +100,7 @@ def write_parity_set(
         "preprocess": msgspec.to_builtins(preprocess),
         "pixels": [p.pixels for p in images],
         "teacher": [p.teacher.answer if p.teacher else None for p in images],
+        "slices": [list(p.image.slices) for p in images],
         "sets": _sets(data, images),
         "held_out": sorted(held_out),
     }

@@ -52,11 +52,15 @@ class WebDataset(Config, tag="webdataset", tag_field="kind"):
     protocol: Literal["zero_shot", "base_to_novel"] = "zero_shot"
     """base_to_novel: labels of the first half of the classes only (ceil(N/2)); both halves are
     scored apart"""
+    slices: tuple[str, ...] = ()
+    """fields of a test sample's .json member, such as camera or site: `validate` tells the images
+    of each value apart"""
     license: str = "unknown"
 
 
 class Folders(Config, tag="folders", tag_field="kind"):
-    """Photos in one sub-folder a class; a part of them is kept for evaluation."""
+    """Photos in one sub-folder a class; a part of them is kept for evaluation. A folder below a
+    class's own, such as cat/night, is a slice that `validate` tells apart."""
 
     name: str
     root: str

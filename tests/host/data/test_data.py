@@ -1,6 +1,8 @@
 """Data sets: nothing that is held out is ever seen, and every mistake in a folder is named."""
 
 import io
+import json
+import tarfile
 
 import pytest
 from PIL import Image
@@ -12,7 +14,7 @@ from edgeclip.host import data
 from edgeclip.host import recipe as R
 from edgeclip.host.data import openmoji as openmoji_set
 from tests.support.files import REPO
-from tests.support.images import encoded, toy_image
+from tests.support.images import add_member, encoded, toy_image
 from tests.support.optional import require
 from tests.support.webdataset import shard, webdataset
 
@@ -273,3 +275,81 @@ def test_the_shared_photos_load_base_to_novel(name):
     assert {p.label for p in found.train} == set(range(len(found.classes)))
     base, novel = found.evaluation
     assert not {p.path for p in found.train} & {p.path for p in base.images + novel.images}
+
+
+def with_metadata(tmp_path, *values):
+    """A WebDataset whose test samples have these .json members, None: none."""
+    webdataset(tmp_path)
+    with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:
+        for i, value in enumerate(values):
+            add_member(tar, f"{i}.png", encoded(toy_image(i, 8, 8)))
+            add_member(tar, f"{i}.cls", b"0")
+            if value is not None:
+                add_member(tar, f"{i}.json", value.encode())
+    return str(tmp_path)
+
+
+def slices_of(tmp_path, root, *fields):
+    found = data.load(R.WebDataset(name="w", root=root, slices=fields), tmp_path / "cache")
+    return [image.slices for image in found.evaluation[0].images]
+
+
+def test_a_field_of_a_samples_json_names_its_slice(tmp_path):
+    root = with_metadata(
+        tmp_path,
+        '{"camera": "front", "site": 3}',
+        '{"camera": " rear ", "site": null, "night": true}',
+        None,
+        json.dumps({"site": "3", "camera": "<b>\x1b[31m" + "x" * 300}),
+    )
+    found = slices_of(tmp_path, root, "camera", "site", "night")
+    assert found[:3] == [("camera: front", "site: 3"), ("camera: rear", "night: true"), ()]
+    assert found[3] == ("camera: <b>\x1b[31m" + "x" * 300, "site: 3")
+    assert slices_of(tmp_path, root) == [()] * 4
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ('{"camera": ["a"]}', "camera: is no text"),
+        ('{"camera": 0.5}', "camera: is no text"),
+        ('{"camera": NaN}', "NaN is no number of JSON"),
+        ('{"camera": "%s"}' % ("x" * 1001), "at most 1,000 characters"),
+        ("[1]", "is no JSON object"),
+        ("{", "not valid JSON"),
+        ('{"camra": "a"}', "data.slices: camera: no test image has this field; did you mean"),
+        ('{"camera": null}', "no test image has this field"),
+        (None, "no test image has this field; give test samples a .json member with it"),
+    ],
+)
+def test_a_slice_that_cannot_be_named_is_one_line(tmp_path, value, says):
+    root = with_metadata(tmp_path, value)
+    with pytest.raises(EdgeclipError) as e:
+        slices_of(tmp_path, root, "camera")
+    assert says in str(e.value) and "\n" not in str(e.value)
+    assert slices_of(tmp_path, root) == [()]  # nobody asked
+
+
+def test_images_without_the_field_are_counted(tmp_path, capsys):
+    root = with_metadata(tmp_path, '{"camera": "a"}', None, "{}")
+    assert slices_of(tmp_path, root, "camera") == [("camera: a",), (), ()]
+    assert "data.slices: camera: 2 of 3 test images have none" in capsys.readouterr().err
+
+
+def test_a_folder_below_a_classs_own_is_a_slice(tmp_path):
+    folders(tmp_path, ("a", "b"), count=10)
+    (tmp_path / "a" / "night" / "rain").mkdir(parents=True)
+    for i in range(10):
+        toy_image(i, 8, 8).save(tmp_path / "a" / "night" / "rain" / f"{i}.png")
+    found = data.load(R.Folders(name="f", root=str(tmp_path), test_fraction=1.0), tmp_path)
+    for image in found.evaluation[0].images:
+        expected = ("folder: night",) if "/night/" in image.key else ()
+        assert image.slices == expected
+
+
+def test_a_shift_keeps_its_slices(tmp_path):
+    root = with_metadata(tmp_path / "w", '{"camera": "a"}')
+    spec = R.WebDataset(name="w", root=root, slices=("camera",))
+    own = data.load(spec, tmp_path / "cache")
+    (moved,) = data.shift_sets(own, own)
+    assert [image.slices for image in moved.images] == [("camera: a",)]

@@ -85,6 +85,41 @@ def test_fresh_by_the_runs_own_recipe(place):
     assert (place / "runs/r/recipe.yaml").read_text() == (place / "r.yaml").read_text()
 
 
+def test_what_was_measured_before_outlives_a_fresh_start(place):
+    reports = place / "runs/r/reports"
+    for name in ("t.host-cpu.history.json", "t.host-cpu.answers.json", "t.host-cpu.parity.json"):
+        disk.write_sealed(reports / name, {"entries": []})
+    result = run("distill", "r.yaml", "--fresh")
+    assert result.exit_code == 0, result.output
+    left = sorted(path.name for path in reports.iterdir() if path.name.startswith("t."))
+    assert left == ["t.host-cpu.answers.json", "t.host-cpu.history.json"]
+    # A process that was killed after it had removed the recipe left that alone.
+    for path in (place / "runs/r").iterdir():
+        if path != reports:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert run("distill", "r.yaml").exit_code == 0
+    shutil.rmtree(place / "runs/r")
+    (reports).mkdir(parents=True)
+    (reports / "mine.txt").write_text("not edgeclip's")
+    mistake("distill", "r.yaml", says="is not empty and not a run")
+
+
+def test_a_runs_evaluation_images_keep_their_slices(place):
+    for label in ("apple", "pear"):
+        (place / "photos" / label / "night").mkdir()
+        for i in range(0, 15, 2):
+            moved = place / "photos" / label / "night" / f"{i}.png"
+            (place / "photos" / label / f"{i}.png").rename(moved)
+    text = (place / "r.yaml").read_text().replace("max_images: 2", "max_images: 100")
+    write(place, text, "more.yaml")
+    result = run("distill", "more.yaml", "--out", "runs/more")
+    assert result.exit_code == 0, result.output
+    (test,) = data.load(recipe.load(place / "more.yaml").data, place / "cache").evaluation
+    kept = disk.read_json(place / "runs/more/evaluation/evaluation.json")["slices"]
+    assert kept == [list(image.slices) for image in test.images]
+    assert ["folder: night"] in kept
+
+
 def test_every_held_out_image_is_known_however_few_are_kept(place):
     (test,) = data.load(recipe.load(place / "r.yaml").data, place / "cache").evaluation
     assert (
