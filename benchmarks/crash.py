@@ -9,7 +9,8 @@ killed (SIGKILL, before the step). Then the same command runs to its end. Requir
     wrong     what it leaves has the bytes of a run that was never killed, times aside
     left      and nothing lies there besides
 
-are all 0, for every stage of crash_stages.py.
+are all 0, for every stage of crash_stages.py. Of two processes one is killed, and the other is ended
+as torchrun does, or both are, turn by turn.
 
     python benchmarks/crash.py --check
     python benchmarks/crash.py --only distill --points 40
@@ -17,10 +18,12 @@ are all 0, for every stage of crash_stages.py.
 
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import common
 import compare
+import crash_board
 import crash_points
 import crash_stages
 from crash_stages import Stage
@@ -33,12 +36,25 @@ SMALL = ("embed", "labels --in-place")
 
 
 def of_stage(stage: Stage, home: Path, points: int) -> dict[str, Any]:
+    """Return the counts of one stage, or what is missing for it."""
+    if stage.board is None:
+        return killed_in(stage, home, points)
+    if missing := crash_board.missing():
+        return {"stage": stage.name, "missing": missing}
+    with crash_board.started(home, home / stage.start):
+        return killed_in(stage, home, points)
+
+
+def killed_in(stage: Stage, home: Path, points: int) -> dict[str, Any]:
     """Return the counts of one stage; `faults` names each kill that lost, stuck, was wrong or left."""
+    side: ModuleType = crash_points
+    if stage.board == "board":
+        side = crash_board
     work = home / "work"
     start = home / stage.start
     crash_points.copy(start, work)
     before = crash_stages.tree(start, stage)
-    done, steps = crash_points.steps(stage.command, work)
+    done, steps = side.steps(stage.command, work, stage.processes)
     if done.code not in (0, 3, 4):
         raise RuntimeError(f"{stage.name}: exit code {done.code}: {done.said[-2000:]}")
     whole = crash_stages.tree(work, stage)
@@ -47,9 +63,12 @@ def of_stage(stage: Stage, home: Path, points: int) -> dict[str, Any]:
     counts = dict.fromkeys(FAULTS, 0)
     faults = []
     killed = 0
-    for number in chosen:
+    of_first = sum(step.rank == "0" for step in steps)
+    for i, number in enumerate(chosen):
         crash_points.copy(start, work)
-        first = crash_points.run(stage.command, work, number)
+        rank = int(steps[number].rank)
+        kill = crash_points.Kill(number - rank * of_first, rank, all=i % 2 == 1)
+        first = side.run(stage.command, work, kill, stage.processes)
         killed += first.code == -9
         for fault, why in _after(stage, work, before, whole, done.code).items():
             counts[fault] += 1
@@ -74,7 +93,7 @@ def _after(
         stage.whole(work)
     except Exception as e:
         found["lost"] = str(e)
-    again = crash_points.run(stage.command, work)
+    again = crash_points.run(stage.command, work, processes=stage.processes)
     after = crash_stages.tree(work, stage)
     if again.code != code and after != whole:  # a command may say that it is done already
         found["stuck"] = f"exit code {again.code}: {again.said[-300:]}"
@@ -106,9 +125,11 @@ def main() -> None:
                 rows.append(of_stage(stage, home, points))
                 print(*rows[-1].values(), flush=True)
     columns = ("stage", "sites", "points", "killed", *FAULTS)
-    common.table([[row[c] for c in columns] for row in rows], list(columns))
+    common.table([[row.get(c, "not installed") for c in columns] for row in rows], list(columns))
     required = []
     for row in rows:
+        if "missing" in row:
+            continue
         for fault in FAULTS:
             what = f"{row['stage']}: {fault}"
             required.append(compare.exact(what, row[fault], n=row["killed"], at_most=0))

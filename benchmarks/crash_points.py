@@ -10,7 +10,9 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate")
 TIMEOUT_S = 180
+GRACE_S = 30
+"""that torchrun leaves to the others when one of its processes has failed"""
 
 
 class Step(NamedTuple):
@@ -27,6 +31,17 @@ class Step(NamedTuple):
     kind: str
     site: str
     """file:line of the innermost of edgeclip's own frames"""
+    rank: str = "0"
+    """of the process that changes it"""
+
+
+class Kill(NamedTuple):
+    """Which process is killed, before its step of that number, from 0."""
+
+    number: int
+    rank: int = 0
+    all: bool = False
+    """the others with it; else they are asked to end, as torchrun does"""
 
 
 class Done(NamedTuple):
@@ -47,21 +62,83 @@ def prepare() -> None:
         __import__(f"edgeclip.{name}")
 
 
-def run(arguments: list[str], folder: Path, kill_at: int | None = None) -> Done:
-    """Run a command line in `folder`, killed before its step number `kill_at`, from 0."""
-    return _forked(arguments, folder, lambda step, n: _kill() if n == kill_at else None)
+class Running(NamedTuple):
+    """A command line at work."""
+
+    process: int
+    printed: tuple[Path, Path]
+    """files of its stdout and its stderr"""
 
 
-def steps(arguments: list[str], folder: Path) -> tuple[Done, list[Step]]:
-    """Run a command line to its end; return every step in its order."""
+def run(arguments: list[str], folder: Path, kill: Kill | None = None, processes: int = 1) -> Done:
+    """Run a command line in `folder`, killed where `kill` says."""
+
+    def at_step(step: Step, number: int) -> None:
+        if kill is not None and (number, step.rank) == (kill.number, str(kill.rank)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return _launch(arguments, folder, at_step, processes, kill is not None and kill.all)
+
+
+def steps(arguments: list[str], folder: Path, processes: int = 1) -> tuple[Done, list[Step]]:
+    """Run a command line to its end; return every step of each process, in its order."""
     noted = folder.parent / "steps"
-    with noted.open("w") as file:
-        done = _forked(
-            arguments, folder, lambda step, _: print(*step, sep="\t", file=file, flush=True)
-        )
+    with noted.open("a") as file:
+
+        def at_step(step: Step, _: int) -> None:
+            print(*step, sep="\t", file=file, flush=True)
+
+        done = _launch(arguments, folder, at_step, processes)
     found = [Step(*line.split("\t")) for line in noted.read_text().splitlines()]
     noted.unlink()
-    return done, found
+    return done, sorted(found, key=lambda step: step.rank)
+
+
+def _launch(
+    arguments: list[str],
+    folder: Path,
+    at_step: Callable[[Step, int], Any],
+    processes: int,
+    kill_all: bool = False,
+) -> Done:
+    """Run a command line in so many processes, which find each other as torchrun lets them.
+
+    When one fails the others are ended. kill_all: by SIGKILL at once.
+    """
+    if processes == 1:
+        return end(begin(arguments, folder, at_step))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"WORLD_SIZE": str(processes), "TORCHELASTIC_RUN_ID": "crash"}
+    running = []
+    for rank in range(processes):
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        running.append(begin(arguments, folder, at_step, f"rank{rank}", environment))
+    codes = [_ended_in(one, wait=False) for one in running]
+    while not any(codes) and None in codes:
+        time.sleep(0.01)
+        for i, one in enumerate(running):
+            if codes[i] is None:
+                codes[i] = _ended_in(one, wait=False)
+    first = min([code for code in codes if code], default=0)
+    for i, one in enumerate(running):
+        if codes[i] is None:
+            _stop(one, kill_all)
+    said = [_printed(one) for one in running]
+    return Done(first, "".join(s for s, _ in said), said[0][1])
+
+
+def _stop(running: Running, at_once: bool) -> None:
+    if not at_once:
+        os.kill(running.process, signal.SIGTERM)
+        for _ in range(GRACE_S * 100):
+            if _ended_in(running, wait=False) is not None:
+                return
+            time.sleep(0.01)
+    os.kill(running.process, signal.SIGKILL)
+    _ended_in(running)
 
 
 def choose(found: list[Step]) -> list[int]:
@@ -75,27 +152,51 @@ def choose(found: list[Step]) -> list[int]:
     return sorted(chosen)
 
 
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def begin(
+    arguments: list[str],
+    folder: Path,
+    at_step: Callable[[Step, int], Any] = lambda step, n: None,
+    name: str = "one",
+    environment: dict[str, str] | None = None,
+) -> Running:
+    """Start a command line in `folder`; name: another one for each that runs at the same time.
 
-
-def _forked(arguments: list[str], folder: Path, at_step: Callable[[Step, int], Any]) -> Done:
-    said = folder.parent / "stderr"
-    answered = folder.parent / "stdout"
+    at_step: called in it before each of its steps, with the step's number. environment: more of it.
+    """
+    printed = (folder.parent / f"{name}.stdout", folder.parent / f"{name}.stderr")
     child = os.fork()
     if child == 0:
         code = 99
+        os.environ.update(environment or {})
         with contextlib.suppress(BaseException):
-            code = _child(arguments, folder, (answered, said), at_step)
+            code = _child(arguments, folder, printed, at_step)
         os._exit(code)
-    _, status = os.waitpid(child, 0)
+    return Running(child, printed)
+
+
+def end(running: Running) -> Done:
+    """Wait for a command line that was started."""
+    code = _ended_in(running)
+    assert code is not None
+    return Done(code, *_printed(running))
+
+
+def _ended_in(running: Running, wait: bool = True) -> int | None:
+    """Return the exit code, or the negative number of the signal; None: it still runs."""
+    process, status = os.waitpid(running.process, 0 if wait else os.WNOHANG)
+    if process == 0:
+        return None
+    return os.waitstatus_to_exitcode(status)
+
+
+def _printed(running: Running) -> tuple[str, str]:
+    """Return its stderr and its stdout, and remove their files."""
     texts = []
-    for path in (said, answered):
+    for path in running.printed:
         texts.append(path.read_text(errors="replace"))
         path.unlink()
-    if os.WIFSIGNALED(status):
-        return Done(-os.WTERMSIG(status), *texts)
-    return Done(os.WEXITSTATUS(status), *texts)
+    answer, said = texts
+    return said, answer
 
 
 def _child(
@@ -131,7 +232,7 @@ def _watch(folder: str, at_step: Callable[[Step, int], Any]) -> None:
         nonlocal count
         site = _site()
         if site:
-            at_step(Step(kind, site), count)
+            at_step(Step(kind, site, os.environ.get("RANK", "0")), count)
             count += 1
 
     def heard(event: str, arguments: tuple[Any, ...]) -> None:

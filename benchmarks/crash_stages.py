@@ -45,6 +45,9 @@ class Stage(NamedTuple):
     """whether what was finished before is still whole, old or new"""
     names_alone: bool = False
     """what it writes holds times, so only the files' names are compared"""
+    processes: int = 1
+    board: str | None = None
+    """whose side is killed where it needs a board: host, board"""
 
 
 def _bundle_is_whole(folder: Path) -> bool:
@@ -55,10 +58,12 @@ def _bundle_is_whole(folder: Path) -> bool:
 
 EXPORT = ["export", "--run", RUN, "--target", "onnx-fp32"]
 OF_BUNDLE = ["--bundle", f"{RUN}/bundles/onnx-fp32", "--device", "host-cpu"]
+ON_BOARD = ["validate", "--bundle", f"{RUN}/bundles/onnx-fp32", "--device", "board.yaml"]
 STAGES = (
     Stage("init", ["init", "photos", "--out", "mine.yaml"], "data"),
     Stage("cache build", ["cache", "build", "toy.yaml"], "data"),
     Stage("distill", ["distill", "toy.yaml"], "data"),
+    Stage("distill, 2 processes", ["distill", "toy.yaml"], "data", processes=2),
     Stage("distill --fresh", ["distill", "toy.yaml", "--fresh"], "run"),
     Stage("export", EXPORT, "run"),
     Stage(
@@ -74,6 +79,8 @@ STAGES = (
     Stage(
         "bench", ["bench", *OF_BUNDLE, "--scenario", "single_stream"], "bundles", names_alone=True
     ),
+    Stage("validate on a board", ON_BOARD, "report", names_alone=True, board="host"),
+    Stage("validate on a board, there", ON_BOARD, "report", names_alone=True, board="board"),
     Stage("evaluate", ["evaluate", RUN, "--protocol", "zero_shot"], "run"),
     Stage("report", ["report", RUN], "report", names_alone=True),
 )

@@ -1,4 +1,4 @@
-"""Render the tables of docs/reliability.md: kills, damage, fuzzing."""
+"""Render the tables of docs/reliability.md: kills, two at once, damage, fuzzing."""
 
 from typing import Any
 
@@ -10,12 +10,34 @@ FAULTS = ("lost", "stuck", "wrong", "left")
 def crash(found: dict[str, Any]) -> str:
     """Render benchmarks/crash.py: a row for each command that writes."""
     rows = []
+    absent = []
     for row in found["stages"]:
+        if "missing" in row:
+            absent.append([f"`{row['stage']}`", row["missing"], *[""] * 6])
+            continue
         counts = [row[name] for name in ("sites", "points", "killed", *FAULTS)]
         rows.append([f"`{row['stage']}`", *counts])
     total = [sum(row[i] for row in rows) for i in range(1, 8)]
     head = ["command", "places that write", "kills asked", "killed"]
-    return markdown([*head, "lost", "stuck", "wrong", "left behind"], [*rows, ["all", *total]])
+    return markdown(
+        [*head, "lost", "stuck", "wrong", "left behind"], [*rows, *absent, ["all", *total]]
+    )
+
+
+def pairs(found: dict[str, Any]) -> str:
+    """Render benchmarks/pairs.py: a row for each command, beside every other one that shares."""
+    names = ("runs", "refused", "wrong", "left", "traceback", "stuck")
+    rows: dict[tuple[str, str], list[Any]] = {}
+    for row in found["pairs"]:
+        sums = rows.setdefault((row["shared"], row["first"]), [0] * (1 + len(names)))
+        for i, count in enumerate([1, *(row[name] for name in names)]):
+            sums[i] += count
+    total = [sum(row[i] for row in rows.values()) for i in range(1 + len(names))]
+    shown = [[shared, f"`{first}`", *row] for (shared, first), row in rows.items()]
+    head = ["one", "the first command", "second ones", "times at once", "refused by name"]
+    return markdown(
+        [*head, "wrong", "left behind", "traceback", "stuck"], [*shown, ["", "all", *total]]
+    )
 
 
 def damage(found: dict[str, Any]) -> str:
@@ -38,4 +60,4 @@ def fuzz(found: dict[str, Any]) -> str:
     return markdown(["file", "executions", "findings", "seconds"], rows)
 
 
-OF_RELIABILITY = {"crash": crash, "damage": damage, "fuzz": fuzz}
+OF_RELIABILITY = {"crash": crash, "pairs": pairs, "damage": damage, "fuzz": fuzz}

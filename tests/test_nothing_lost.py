@@ -1,10 +1,12 @@
 """A process may be killed at any moment, beside others: old or new is whole, and nothing stays."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -215,3 +217,91 @@ def test_a_link_and_the_folder_itself_have_one_lock(tmp_path):
         disk.locked(tmp_path / "box"),
     ):
         pass
+
+
+READER = """
+import sys, time
+from pathlib import Path
+from edgeclip import disk
+sys.argv = ["edgeclip", "evaluate"]
+with disk.shared(Path("box")):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def reader(folder):
+    process = subprocess.Popen(
+        [sys.executable, "-c", READER],
+        cwd=folder,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    process.stdout.close()
+    return process
+
+
+def test_readers_share_and_a_writer_is_told_of_one_that_still_reads(tmp_path):
+    first, second = reader(tmp_path), reader(tmp_path)
+    for gone, left in ((first, second), (second, None)):
+        gone.kill()
+        gone.wait()
+        gone.stdin.close()
+        with contextlib.ExitStack() as stack:
+            if left is not None:
+                says = f"in use by edgeclip evaluate, process {left.pid} on "
+                stack.enter_context(pytest.raises(EdgeclipError, match=says))
+            stack.enter_context(disk.locked(tmp_path / "box"))
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_reader_is_told_of_the_writer_and_the_last_reader_removes_the_lock(tmp_path):
+    with (
+        disk.locked(tmp_path / "box"),
+        pytest.raises(EdgeclipError, match=f"box: is in use by .*, process {os.getpid()} on "),
+        disk.shared(tmp_path / "box"),
+    ):
+        pass
+    with disk.shared(tmp_path / "box"):
+        with disk.shared(tmp_path / "box"):
+            pass
+        with pytest.raises(EdgeclipError, match="in use by"), disk.locked(tmp_path / "box"):
+            pass
+        assert [*snapshot(tmp_path)] == [".box.lock"]
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize("how", ["exchange", "without exchange"])
+def test_a_folder_that_is_read_is_replaced_afterwards(tmp_path, monkeypatch, how):
+    if how == "without exchange":
+        monkeypatch.setattr(exchange, "_exchange", lambda a, b: False)
+    box(tmp_path, "old")
+    thread = threading.Thread(target=box, args=(tmp_path, "new"))
+    with disk.reading(tmp_path / "box"), disk.reading(tmp_path / "box"):
+        manifest = disk.read_manifest(tmp_path / "box", "parcel")
+        thread.start()
+        time.sleep(0.5)
+        assert manifest["age"] == "old"
+        disk.verify(tmp_path / "box", manifest)
+    thread.join()
+    assert disk.read_manifest(tmp_path / "box", "parcel")["age"] == "new"
+    assert {name.split("/")[0] for name in snapshot(tmp_path)} == {"box"}
+
+
+def test_what_is_not_there_is_read_by_nobody(tmp_path):
+    with disk.reading(tmp_path / "nothing"):
+        box(tmp_path, "new")
+    assert not (tmp_path / "nothing").exists()
+    assert (tmp_path / "box" / "a").read_text() == "new"
+
+
+def test_two_that_make_the_same_folder_both_end_and_it_is_one_of_theirs(tmp_path):
+    """Neither found one when it began."""
+    with disk.new_folder(tmp_path / "box") as slow:
+        (slow / "a").write_text("slow")
+        disk.write_manifest(slow, "parcel", {"age": "slow"})
+        box(tmp_path, "fast")
+    assert disk.read_manifest(tmp_path / "box", "parcel")["age"] == "slow"
+    assert {name.split("/")[0] for name in snapshot(tmp_path)} == {"box"}

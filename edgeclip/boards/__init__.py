@@ -1,6 +1,7 @@
 """A board, reached from the host: look at it, send what is missing, run there, bring back a report.
 
     measure.py    the verbs validate, bench, selftest and preflight, here and on a board
+    selection.py  which bundles it measures
     board.py      one board: what is missing is copied, what is asked is run
     preflight.py  is it fit to be measured?
     doctor.py     what this machine can do

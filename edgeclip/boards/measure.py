@@ -20,6 +20,7 @@ from edgeclip import disk
 from edgeclip.boards import preflight as P
 from edgeclip.boards.board import Board, Load
 from edgeclip.boards.judging import Judge
+from edgeclip.boards.selection import Chosen, Selection, choose
 from edgeclip.device import machine, power
 from edgeclip.device import profile as D
 from edgeclip.device.bench import REFUSED, SCENARIOS, Plan, incomplete
@@ -42,7 +43,6 @@ from edgeclip.device.selftest import selftest as selftest_here
 from edgeclip.device.validate import Observed
 from edgeclip.device.validate import observe as observe_here
 from edgeclip.errors import EdgeclipError, LinkLost
-from edgeclip.progress import say
 from edgeclip.reports import store
 from edgeclip.reports.engines import validated
 
@@ -166,73 +166,6 @@ def open_measurer(name: str, device: Device, clean: bool = False) -> Iterator[Me
 # --- what is measured
 
 
-class Selection(NamedTuple):
-    """What the user chose to measure, and where."""
-
-    device: str
-    """a name among the device profiles, or a YAML file"""
-    run: Path | None = None
-    """every bundle of this run; None: of the latest run"""
-    bundle: Path | None = None
-    """this bundle alone"""
-    clean: bool = False
-    """remove afterwards what edgeclip left on the board"""
-
-
-class Chosen(NamedTuple):
-    """A selection, loaded."""
-
-    name: str
-    """the device's name"""
-    device: Device
-    bundles: list[Bundle]
-    """those that the device can run"""
-    run: Path | None
-    """the run that they belong to; None: a bundle without a run"""
-
-
-def choose(selection: Selection) -> Chosen:
-    """Load a selection, and name the bundles that the device cannot run.
-
-    Raises `EdgeclipError` when there is no bundle, or none that the device can run.
-    """
-    name, device = D.load(selection.device)
-    folders, run = _folders(selection)
-    bundles = []
-    for folder in folders:
-        loaded = Bundle.load(folder, threads=device.threads, check=True, providers=device.providers)
-        runtime = loaded.manifest.runtime
-        if runtime in device.runtimes:
-            bundles.append(loaded)
-        else:
-            say(f"{folder.name}: skipped, {name} has no {runtime}")
-    if not bundles:
-        what = f"can run none of these bundles (it has {', '.join(device.runtimes)})"
-        raise EdgeclipError(name, what, "choose another --device or --bundle")
-    return Chosen(name, device, bundles, run)
-
-
-def _folders(selection: Selection) -> tuple[list[Path], Path | None]:
-    """Return (the folders of the selected bundles, their run)."""
-    if selection.bundle is not None:
-        return [selection.bundle], run_of(selection.bundle)
-
-    run = store.latest_run(selection.run)
-    found = disk.finished_in(run / "bundles")
-    if not found:
-        do = "make one with: edgeclip export --target onnx-int8"
-        raise EdgeclipError(run, "has no bundle", do)
-    return found, run
-
-
-def run_of(bundle: Path) -> Path | None:
-    """Return the run that a bundle's folder lies in; None where it lies in none."""
-    for parent in bundle.resolve().parents:
-        if (parent / "evaluation" / disk.MANIFEST).exists():
-            return parent
-    return None
-
-
 def _evaluation(run: Path | None, images: int | None = None) -> Evaluation | None:
     if run is None:
         return None
@@ -257,11 +190,15 @@ def validate(selection: Selection, images: int | None = None) -> list[ParityRepo
 
     images: validate on a fixed random subset of so many; None: on all.
     """
-    chosen = choose(selection)
+    with choose(selection) as chosen:
+        return _validate(chosen, selection.clean, images)
+
+
+def _validate(chosen: Chosen, clean: bool, images: int | None) -> list[ParityReport]:
     store.refuse_unwritable(chosen.run)
     evaluation = _evaluation(chosen.run, images)
     reports = []
-    with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
+    with open_measurer(chosen.name, chosen.device, clean) as measurer:
         measurer.prepare(chosen.bundles, evaluation, "validate")
         judge = Judge(chosen.run, chosen.device, evaluation)
         for bundle in chosen.bundles:
@@ -292,12 +229,16 @@ def bench(
     """
     if meter_csv is not None:
         power.meter(meter_csv)  # is it readable? before hours of measurement
-    chosen = choose(selection)
+    with choose(selection) as chosen:
+        load = Load(_minimum(chosen), scenarios, minutes, meter_csv)
+        return _bench(chosen, selection.clean, load)
+
+
+def _bench(chosen: Chosen, clean: bool, load: Load) -> Benched:
     store.refuse_unwritable(chosen.run)
     evaluation = _evaluation(chosen.run)
-    load = Load(_minimum(chosen), scenarios, minutes, meter_csv)
     out = Benched([], [], [])
-    with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
+    with open_measurer(chosen.name, chosen.device, clean) as measurer:
         rows = measurer.prepare(chosen.bundles, evaluation, "bench")
         for bundle in chosen.bundles:
             report = _bench_one(measurer, chosen, bundle, load)
@@ -311,7 +252,7 @@ def bench(
             out.parities.append(parity)
         together = of_one_student(chosen.bundles)
         timed = all(REFUSED not in report.failures for report in out.reports)
-        if len(together) > 1 and timed and "whole_image" in scenarios:
+        if len(together) > 1 and timed and "whole_image" in load.scenarios:
             found = measurer.beside(together)
             out.beside.append(store.write_beside(found, chosen.name, chosen.run))
     return out
@@ -358,8 +299,10 @@ def _parity(
 
 def selftest(selection: Selection) -> list[SelftestReport]:
     """Return the self-test's report of each bundle."""
-    chosen = choose(selection)
-    with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
+    with (
+        choose(selection) as chosen,
+        open_measurer(chosen.name, chosen.device, selection.clean) as measurer,
+    ):
         measurer.prepare(chosen.bundles, None, "selftest")
         return [measurer.selftest(bundle) for bundle in chosen.bundles]
 
@@ -375,9 +318,11 @@ class Answered(NamedTuple):
 
 def answer(selection: Selection, pack: Pack) -> Answered:
     """Return what the selected bundle's preprocess and tokenizer make of a pack on a device."""
-    chosen = choose(selection)
-    (bundle,) = chosen.bundles
-    with open_measurer(chosen.name, chosen.device, selection.clean) as measurer:
+    with (
+        choose(selection) as chosen,
+        open_measurer(chosen.name, chosen.device, selection.clean) as measurer,
+    ):
+        (bundle,) = chosen.bundles
         measurer.prepare(chosen.bundles, None, "conformance")
         return Answered(chosen.name, measurer.facts, measurer.answer(bundle, pack))
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from edgeclip import disk
 from edgeclip.boards import measure
+from edgeclip.boards.selection import Selection, run_of
 from edgeclip.device import profile
 from edgeclip.device.bundle import Bundle
 from edgeclip.device.conformance import ANSWERS, Answers, Pack, read_answers, write_answers
@@ -38,11 +39,16 @@ def run(request: Request) -> ConformanceReport:
     if request.pack is not None:
         disk.refuse_unwritable(request.pack.parent)
     profile.load(request.device)
+    with disk.reading(request.bundle):
+        return _run(request)
+
+
+def _run(request: Request) -> ConformanceReport:
     bundle = Bundle.load(request.bundle, check=True)
     pack = pack_for(bundle, request.pack)
     answers, by = _answers(request, pack)
     report = judge(bundle, pack, answers, by)
-    beside = measure.run_of(request.bundle)
+    beside = run_of(request.bundle)
     if beside is not None:
         say(f"report: {write(report, beside, bundle)}")
     return report
@@ -51,7 +57,7 @@ def run(request: Request) -> ConformanceReport:
 def _answers(request: Request, pack: Pack) -> tuple[Answers, By]:
     if request.answers is not None:
         return read_answers(request.answers, pack), By(answers=str(request.answers))
-    selection = measure.Selection(request.device, bundle=request.bundle, clean=request.clean)
+    selection = Selection(request.device, bundle=request.bundle, clean=request.clean)
     answered = measure.answer(selection, pack)
     if request.keep is not None:
         write_answers(request.keep, answered.answers)

@@ -52,10 +52,11 @@ def validate(images_limit: int | None, as_json: bool, **selection: Any) -> None:
         edgeclip validate --run runs/quickstart --device host-cpu
     """
     from edgeclip.boards import measure
+    from edgeclip.boards.selection import Selection
     from edgeclip.cli.tables import measured
     from edgeclip.reports.store import exit_code
 
-    reports = measure.validate(measure.Selection(**selection), images_limit)
+    reports = measure.validate(Selection(**selection), images_limit)
     if as_json:
         print_json(reports)
     else:
@@ -113,6 +114,7 @@ def bench(
     if meter_csv and scenario not in (None, "single_stream"):
         raise click.UsageError("--meter measures single_stream: leave --scenario out")
     from edgeclip.boards import measure
+    from edgeclip.boards.selection import Selection
     from edgeclip.cli.tables import measured
     from edgeclip.reports.store import exit_code
 
@@ -121,7 +123,7 @@ def bench(
         scenarios = (scenario,)
     benched = []
     for device in devices or ("host-cpu",):
-        chosen = measure.Selection(device, **selection)
+        chosen = Selection(device, **selection)
         benched.append(measure.bench(chosen, scenarios, minutes, meter_csv))
         if not as_json:
             measured.bench(benched[-1].reports, benched[-1].beside)
@@ -171,13 +173,14 @@ def selftest(out: Path, as_json: bool, **selection: Any) -> None:
     """
     from edgeclip import disk
     from edgeclip.boards import measure
+    from edgeclip.boards.selection import Selection
     from edgeclip.cli.tables import devices
     from edgeclip.device.profile import load
     from edgeclip.device.selftest import write
     from edgeclip.reports.store import exit_code
 
     disk.refuse_unwritable(out)
-    chosen = measure.Selection(**selection)
+    chosen = Selection(**selection)
     reports = measure.selftest(chosen)
     name, _ = load(chosen.device)
     paths = [str(write(report, name, out)) for report in reports]

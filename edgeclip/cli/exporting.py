@@ -40,15 +40,23 @@ def write_open_clip(request: Request) -> Path:
     run = latest_run(request.run)
     folder = request.out or run / "open_clip"
     disk.refuse_foreign(folder / run.name, "open_clip")  # before the work, not after it
-    source = from_run(run)
-    _say_options(source, request.layout)
-    return open_clip.write(run, source, folder / run.name)
+    with disk.shared(run):
+        source = from_run(run)
+        _say_options(source, request.layout)
+        return open_clip.write(run, source, folder / run.name)
 
 
 def write(request: Request) -> list[Exported]:
     """Export to every target. Raises `EdgeclipError` and `Refused` as `host.export` does."""
     targets = [load_target(name) for name in request.targets]
     _check_places(request, targets)
+    if request.model is not None:
+        return _write(request, targets)
+    with disk.shared(latest_run(request.run)):
+        return _write(request, targets)
+
+
+def _write(request: Request, targets: list[tuple[str, Target]]) -> list[Exported]:
     source, home = _source(request)
     if request.layout == "optimum":
         _check_optimum(request, source, targets)

@@ -1,6 +1,7 @@
 """The work of `classify` and `embed` over many images: one that cannot be read ends nothing."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -44,8 +45,8 @@ def classify_all(
 
     Raises `EdgeclipError` where none can, and as `Bundle.classify`.
     """
-    loaded = _load(images, bundle)
-    answers, _ = _over(images, lambda image: loaded.classify(image, labels, top, offset))
+    with _loaded(images, bundle) as loaded:
+        answers, _ = _over(images, lambda image: loaded.classify(image, labels, top, offset))
     return Answers([disk.shown(image) for image in images], answers)
 
 
@@ -54,23 +55,27 @@ def embed_all(images: Sequence[Path], bundle: Path | None) -> Features:
 
     Raises `EdgeclipError` where none can.
     """
-    loaded = _load(images, bundle)
-    rows, skipped = _over(images, lambda image: loaded.encode_image([image])[0])
+    with _loaded(images, bundle) as loaded:
+        rows, skipped = _over(images, lambda image: loaded.encode_image([image])[0])
     named = [disk.shown(image) for image in images]
     kept = [image for image in named if image in rows]
     return Features(kept, np.stack([rows[image] for image in kept]), skipped)
 
 
-def _load(images: Sequence[Path], bundle: Path | None) -> Bundle:
+@contextlib.contextmanager
+def _loaded(images: Sequence[Path], bundle: Path | None) -> Iterator[Bundle]:
+    """Yield the bundle, which nobody replaces meanwhile."""
     for image in images:
         if not image.exists():
             raise EdgeclipError(disk.shown(image), "there is no such file", "check the path")
         if image.is_dir():
             raise EdgeclipError(disk.shown(image), "is a folder", "give the images in it")
-    loaded = Bundle.load(one_bundle(bundle))
-    refs = [ImageRef(disk.shown(path), str(path)) for path in images]
-    say_turned([refs], loaded.preprocess.exif)
-    return loaded
+    folder = one_bundle(bundle)
+    with disk.reading(folder):
+        loaded = Bundle.load(folder)
+        refs = [ImageRef(disk.shown(path), str(path)) for path in images]
+        say_turned([refs], loaded.preprocess.exif)
+        yield loaded
 
 
 def _over(

@@ -7,6 +7,7 @@ docs/bundle.md lists its files and the fields of its manifest.
 """
 
 import collections
+import contextlib
 import platform
 import shutil
 from collections.abc import Sequence
@@ -376,25 +377,24 @@ def bake_labels(bundle_folder: Path, labels: list[str], out: Path, offset: bool 
     empty or repeats a label, or nothing can be put at `out`.
     """
     disk.refuse_foreign(out, "bundle")  # before the work, not after it
-    with disk.locked(out, wait=True):
-        return _bake_labels(bundle_folder, labels, out, offset)
-
-
-def _bake_labels(bundle_folder: Path, labels: list[str], out: Path, offset: bool) -> Path:
-    bundle = Bundle.load(bundle_folder, check=True)
-    same_place = out.resolve() == bundle_folder.resolve()
-    if same_place and bundle.labels == labels and (offset or not bundle.manifest.class_offset):
-        return out  # as when the command that made it was killed at its end, and runs again
-    features = bundle.bake(labels)
-    parents = {**bundle.manifest.parents, "bundle": disk.sha256(bundle_folder / disk.MANIFEST)}
-    with disk.new_folder(out) as folder:
-        for name in bundle.manifest.files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle_folder / name, folder / name)
-        disk.write_json(folder / "labels.json", labels)
-        disk.write_array(folder / "class_features.npy", features)
-        manifest = msgspec.structs.replace(bundle.manifest, parents=parents)
-        if not offset:
-            manifest = msgspec.structs.replace(manifest, class_offset=None)
-        write_manifest(folder, manifest)
-    return out
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(disk.locked(out, wait=True))
+        same_place = out.resolve() == bundle_folder.resolve()
+        if not same_place:
+            stack.enter_context(disk.reading(bundle_folder))
+        bundle = Bundle.load(bundle_folder, check=True)
+        if same_place and bundle.labels == labels and (offset or not bundle.manifest.class_offset):
+            return out  # as when the command that made it was killed at its end, and runs again
+        features = bundle.bake(labels)
+        parents = {**bundle.manifest.parents, "bundle": disk.sha256(bundle_folder / disk.MANIFEST)}
+        with disk.new_folder(out) as folder:
+            for name in bundle.manifest.files:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(bundle_folder / name, folder / name)
+            disk.write_json(folder / "labels.json", labels)
+            disk.write_array(folder / "class_features.npy", features)
+            manifest = msgspec.structs.replace(bundle.manifest, parents=parents)
+            if not offset:
+                manifest = msgspec.structs.replace(manifest, class_offset=None)
+            write_manifest(folder, manifest)
+        return out

@@ -8,8 +8,9 @@ whoever distrusts it can check the hashes.
 """
 
 from edgeclip.disk.arrays import Declared, read_declared, read_declared_arrays
+from edgeclip.disk.exchange import reading, unread
 from edgeclip.disk.leftovers import MANIFEST, sweep
-from edgeclip.disk.locks import locked
+from edgeclip.disk.locks import locked, shared
 from edgeclip.disk.places import (
     cache_folder,
     finished_in,
@@ -81,13 +82,16 @@ __all__ = [
     "read_json",
     "read_manifest",
     "read_record",
+    "reading",
     "refuse_foreign",
     "refuse_not_utf8",
     "refuse_unwritable",
     "sha256",
+    "shared",
     "shown",
     "sweep",
     "to_json",
+    "unread",
     "verify",
     "verify_files",
     "write_array",

@@ -5,6 +5,7 @@ measured is printed as "not measured". The page needs no network and runs no scr
 inline SVG, images data URIs.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +80,14 @@ class Detail(NamedTuple):
 
 def report(run: Path) -> tuple[Path, dict[str, str]]:
     """Write RUN/report.html; return its path, and the verdict on each target that has a bundle."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(disk.shared(run))
+        for bundle in disk.finished_in(run / "bundles"):
+            stack.enter_context(disk.reading(bundle))
+        return _report(run)
+
+
+def _report(run: Path) -> tuple[Path, dict[str, str]]:
     from edgeclip.reports.plots import plots
 
     manifest = disk.read_manifest(run, "run")

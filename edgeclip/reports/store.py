@@ -167,6 +167,11 @@ def write_beside(found: Beside, device: str, run: Path | None) -> Beside:
     found = msgspec.structs.replace(found, device=device)
     if run is None:
         return found
+    with disk.locked(run / "reports", wait=True):
+        return _write_beside(found, device, run)
+
+
+def _write_beside(found: Beside, device: str, run: Path) -> Beside:
     place = run / "reports" / f"{device}.beside.json"
     earlier = disk.read_record(place, Beside) if place.exists() else None
     same = earlier is not None and [r.bundle for r in earlier.rows] == [

@@ -49,15 +49,17 @@ def distill(
     """
     recipe = recipes.load(path, roots)
     run = place(out or Path("runs") / path.stem)
-    check_claim(run, recipe, fresh)
     for folder in (run, CACHE):
         disk.refuse_unwritable(folder)
     if (run / disk.MANIFEST).exists() and not fresh:
-        return _finished(run, recipe, moved=bool(roots))
+        with disk.shared(run):
+            check_claim(run, recipe, fresh)
+            return _finished(run, recipe, moved=bool(roots))
     lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if is_rank_zero():
         lock = disk.locked(run)
     with lock:
+        check_claim(run, recipe, fresh)
         return _train(path, recipe, run, fresh)
 
 

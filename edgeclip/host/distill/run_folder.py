@@ -1,5 +1,6 @@
 """A run's folder: whose it is, where its data lie, and `runs/latest` beside it."""
 
+import contextlib
 import secrets
 import shutil
 from pathlib import Path
@@ -88,7 +89,16 @@ def _empty(run: Path) -> None:
     What was measured before stays too, in short (`PAST`).
 
     The manifest goes first and the recipe last: half of it is neither finished nor somebody's.
+    Raises `EdgeclipError` for a bundle that another command writes; one that is read is waited for.
     """
+    with contextlib.ExitStack() as stack:
+        for bundle in disk.finished_in(run / "bundles"):
+            stack.enter_context(disk.locked(bundle))
+            stack.enter_context(disk.unread(bundle))
+        _remove_all(run)
+
+
+def _remove_all(run: Path) -> None:
     order = {disk.MANIFEST: 0, "recipe.json": 2}
     for path in sorted(run.iterdir(), key=lambda path: order.get(path.name, 1)):
         if path.name == "reports" and path.is_dir() and not path.is_symlink():
@@ -136,6 +146,9 @@ def mark_latest(run: Path) -> None:
         say(f"{latest}: not made ({e.strerror}); name this run with --run {run}")
         return
     if latest.is_symlink() or not latest.exists():
-        temporary.replace(latest)
+        try:
+            temporary.replace(latest)
+        except FileNotFoundError:  # another process took it for left behind
+            mark_latest(run)
     else:
         temporary.unlink()

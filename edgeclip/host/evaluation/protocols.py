@@ -119,8 +119,13 @@ def evaluate(folder: Path, protocol: str, given: tuple[str, ...] = ()) -> Protoc
         raise EdgeclipError(
             f"protocol '{protocol}'", "is not known", did_you_mean(protocol, PROTOCOLS)
         )
-    disk.read_manifest(folder, "run")
     disk.refuse_unwritable(folder / "reports")
+    with disk.shared(folder):
+        return _evaluate(folder, protocol, given)
+
+
+def _evaluate(folder: Path, protocol: str, given: tuple[str, ...]) -> ProtocolRecord:
+    disk.read_manifest(folder, "run")
     asked = recipe.of_run(folder)
     loaded = load_sets(asked, protocol, given)
     images = [s.images for _, dataset in loaded for s in dataset.evaluation]

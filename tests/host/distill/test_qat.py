@@ -1,6 +1,10 @@
 """What is rounded in training is what is deployed: same layers, same scales, same answers."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import onnxruntime as ort
@@ -19,7 +23,7 @@ from edgeclip.host.graph.qdq import quantize
 from edgeclip.host.towers.fold import fold
 from tests.support.command import mistake
 from tests.support.command import run as cli
-from tests.support.files import write
+from tests.support.files import REPO, write
 from tests.support.images import toy_image, truncated_jpeg
 from tests.support.tiny_recipe import RECIPE
 from tests.support.toy_bundle import torch_student, toy_input, toy_target
@@ -234,6 +238,65 @@ def test_a_stop_while_it_learns_costs_nothing_of_stage_2(here, monkeypatch):
     )
     assert whole == again and len(json.loads(result.stdout)["skipped"]) == 1
     assert len(steps) == 2 * (READABLE // 16)
+
+
+KILLED = """
+import os, signal, sys
+from edgeclip.cli import main
+from edgeclip.host.distill import qat
+from edgeclip.host.distill.step import Step
+left, step, fine_tune = int(sys.argv.pop(1)), Step.__call__, qat.fine_tune
+def killed(self, *arguments):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return step(self, *arguments)
+def watched(*arguments):
+    Step.__call__ = killed
+    return fine_tune(*arguments)
+qat.fine_tune = watched
+main()
+"""
+
+
+def killed(here, steps):
+    """Run `distill q.yaml`, killed after so many steps with rounding; return what it said."""
+    command = [sys.executable, "-c", KILLED, str(steps), "distill", "q.yaml"]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_killed_while_it_learns_and_gone_on_it_ends_with_the_same_bits(here):
+    """Its checkpoints are a step older than the kill, in the first epoch and in the second."""
+    ask(here, 40)
+    asked = (here / "q.yaml").read_text()
+    write(
+        here,
+        asked.replace("batch_size: 4", "batch_size: 16, threads: 1, checkpoint_every: 2"),
+        "q.yaml",
+    )
+    assert killed(here, 3).count("going on after step") == 0
+    assert killed(here, 3).count("checkpoint_quantized: going on after step 2") == 1
+    assert killed(here, 3).count("checkpoint_quantized: going on after step 4") == 1
+    result = cli("distill", "q.yaml")
+    assert result.exit_code == 0, result.output
+    assert "checkpoint_quantized: going on after step 6" in result.stderr
+    assert cli("distill", "q.yaml", "--out", "runs/whole").exit_code == 0
+    for part, kind in (("quantized", "quantized student"), ("student", "student")):
+        files = [
+            disk.read_manifest(here / "runs" / name / part, kind)["files"]
+            for name in ("q", "whole")
+        ]
+        assert files[0] == files[1]
+    log = disk.read_json(here / "runs/q/quantized" / learned.RECORD)["log"]
+    assert len(log) == 2
+    assert {p.name for p in (here / "runs/q").iterdir()} == {
+        p.name for p in (here / "runs/whole").iterdir()
+    }
 
 
 def test_a_student_that_cannot_round_is_refused_before_it_is_trained(here):

@@ -14,7 +14,7 @@ from edgeclip.device.images import digest
 from edgeclip.host import data, recipe
 from edgeclip.host.export.source import from_run
 from tests.support.command import mistake, run
-from tests.support.files import write
+from tests.support.files import snapshot, write
 from tests.support.images import toy_image
 from tests.support.tiny_recipe import RECIPE
 
@@ -128,3 +128,33 @@ def test_every_held_out_image_is_known_however_few_are_kept(place):
         < len(test.images)
     )
     assert from_run(place / "runs/r").evaluation_hashes() == {digest(p) for p in test.images}
+
+
+READS = {
+    "distill": ["distill", "r.yaml"],
+    "export": ["export", "--run", "runs/r", "--target", "onnx-fp32"],
+    "evaluate": ["evaluate", "runs/r", "--protocol", "zero_shot"],
+    "validate": ["validate", "--run", "runs/r"],
+    "bench": ["bench", "--run", "runs/r"],
+    "report": ["report", "runs/r"],
+}
+
+
+@pytest.mark.parametrize("command", list(READS))
+def test_a_run_that_is_written_is_read_by_nobody(place, command):
+    with disk.locked(place / "runs/r"):
+        mistake(*READS[command], says="runs/r: is in use by ", only_line=False)
+    assert not (place / "runs/.r.lock").exists()
+
+
+def test_a_run_that_is_read_or_has_a_bundle_that_is_written_is_not_started_over(place):
+    before = snapshot(place / "runs/r")
+    with disk.shared(place / "runs/r"):
+        mistake("distill", "r.yaml", "--fresh", says="is in use by ", only_line=False)
+    bundle = place / "runs/r/bundles/b"
+    with disk.new_folder(bundle) as folder:
+        disk.write_manifest(folder, "bundle", {})
+    with disk.locked(bundle):
+        mistake("distill", "r.yaml", "--fresh", says="bundles/b: is in use by ", only_line=False)
+    shutil.rmtree(place / "runs/r/bundles")
+    assert snapshot(place / "runs/r") == before
