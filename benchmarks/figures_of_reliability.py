@@ -1,7 +1,8 @@
-"""Render the tables of docs/reliability.md: kills, damage, fuzzing."""
+"""Render the tables of docs/reliability.md: kills, damage, fuzzing, long runs."""
 
 from typing import Any
 
+from compare import Interval
 from figure_cells import markdown
 
 FAULTS = ("lost", "stuck", "wrong", "left")
@@ -38,4 +39,18 @@ def fuzz(found: dict[str, Any]) -> str:
     return markdown(["file", "executions", "findings", "seconds"], rows)
 
 
-OF_RELIABILITY = {"crash": crash, "damage": damage, "fuzz": fuzz}
+def leaks(found: dict[str, Any]) -> str:
+    """Render benchmarks/leaks.py: a row for each loop, and for each runtime that was missing."""
+    rows = []
+    for name, row in found["loops"].items():
+        memory = [f"{row['mib']:.0f}", f"{row['growth_mib']:.2f}"]
+        slope = str(Interval(**row["bytes_a_round"]))
+        counts = [row["more_files"], row["more_threads"]]
+        rows.append([name, f"{row['rounds']:,}", *memory, slope, *counts])
+    for runtime in found["not_installed"]:
+        rows.append([f"{runtime}: not installed", *[""] * 6])
+    head = ["loop", "rounds", "MiB", "grown by, MiB", "bytes a round (95 %)"]
+    return markdown([*head, "more open files", "more threads"], rows)
+
+
+OF_RELIABILITY = {"crash": crash, "damage": damage, "fuzz": fuzz, "leaks": leaks}
