@@ -50,7 +50,7 @@ check: .venv/installed
 
 # hours: every figure of the pages that needs no photos and no board, measured anew on the demo's run
 CAMPAIGN = quickstart quickstart_seeds latency parity cold_start harness cache data scale trainer \
-    export_matrix footprint emulated install crash pairs damage fuzz
+    export_matrix footprint emulated install crash pairs damage fuzz leaks
 
 campaign: .venv/installed
 	for name in $(CAMPAIGN); do \

@@ -147,10 +147,24 @@ def anonymous_mib() -> float:
     return _status_mib("RssAnon")
 
 
+def threads() -> int:
+    """Return how many threads this process has, those of libraries included."""
+    return _status("Threads")
+
+
+def open_files() -> int:
+    """Return how many file descriptors this process has open, the one that counts left out."""
+    return len(os.listdir("/proc/self/fd")) - 1
+
+
 def _status_mib(field: str) -> float:
+    return _status(field) / 1024
+
+
+def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
+            return int(line.split()[1])
     raise RuntimeError(f"/proc/self/status has no {field}; this needs Linux")
 
 

@@ -164,7 +164,13 @@ def judge(
     what: str, values: list[float], *, at_least: float | None = None, at_most: float | None = None
 ) -> dict[str, Any]:
     """A required figure, from repeated or paired measurements."""
-    found = interval(values)
+    return within(what, interval(values), at_least=at_least, at_most=at_most)
+
+
+def within(
+    what: str, found: Interval, *, at_least: float | None = None, at_most: float | None = None
+) -> dict[str, Any]:
+    """A required figure whose interval is known: of a median, or of a slope."""
     verdict = "not resolved"
     if found.n >= MIN_PAIRS and found.low is not None and found.high is not None:
         right, wrong = (

@@ -1,7 +1,8 @@
-"""Render the tables of docs/reliability.md: kills, two at once, damage, fuzzing."""
+"""Render the tables of docs/reliability.md: kills, two at once, damage, fuzzing, long runs."""
 
 from typing import Any
 
+from compare import Interval
 from figure_cells import markdown
 
 FAULTS = ("lost", "stuck", "wrong", "left")
@@ -60,4 +61,42 @@ def fuzz(found: dict[str, Any]) -> str:
     return markdown(["file", "executions", "findings", "seconds"], rows)
 
 
-OF_RELIABILITY = {"crash": crash, "pairs": pairs, "damage": damage, "fuzz": fuzz}
+def leaks(found: dict[str, Any]) -> str:
+    """Render benchmarks/leaks.py: a row for each loop, and for each runtime that was missing."""
+    rows = []
+    for name, row in found["loops"].items():
+        memory = [f"{row['mib']:.0f}", f"{row['growth_mib']:.2f}"]
+        slope = str(Interval(**row["bytes_a_round"]))
+        counts = [row["more_files"], row["more_threads"]]
+        rows.append([name, f"{row['rounds']:,}", *memory, slope, *counts])
+    for runtime in found["not_installed"]:
+        rows.append([f"{runtime}: not installed", *[""] * 6])
+    head = ["loop", "rounds", "MiB", "grown by, MiB", "bytes a round (95 %)"]
+    return markdown([*head, "more open files", "more threads"], rows)
+
+
+def covered(found: dict[str, Any]) -> str:
+    """Render benchmarks/covered.py: a row for each layer."""
+    rows = []
+    for name, row in found["layers"].items():
+        lines = f"{row['lines_reached']:,} of {row['lines']:,}"
+        branches = f"{row['branches_reached']:,} of {row['branches']:,}"
+        rows.append([name, row["files"], lines, branches, f"{row['percent']:.1f}"])
+    return markdown(["", "files", "lines reached", "branches reached", "%"], rows)
+
+
+def hardware(found: dict[str, Any]) -> str:
+    """Render benchmarks/covered.py: what was left out, for the hardware it needs."""
+    rows = [[f"`{r['file']}:{r['line']}`", f"`{r['what']}`", r["needs"]] for r in found["hardware"]]
+    return markdown(["where", "what it begins", "needs"], rows)
+
+
+OF_RELIABILITY = {
+    "crash": crash,
+    "pairs": pairs,
+    "damage": damage,
+    "fuzz": fuzz,
+    "leaks": leaks,
+    "covered": covered,
+    "hardware": hardware,
+}

@@ -52,7 +52,7 @@ BATCHES = 20
 COLUMNS = ("open_s", "first_batch_ms", "batch_ms", "epoch_s", "anonymous_mib")
 
 
-def sparse(folder: Path, n: int, views: int = VIEWS) -> None:
+def sparse(folder: Path, n: int, views: int = VIEWS, width: int = WIDTH) -> None:
     """A cache folder as `build` would have left it, without content."""
     import numpy as np
 
@@ -69,8 +69,8 @@ def sparse(folder: Path, n: int, views: int = VIEWS) -> None:
     for i, rows in enumerate(counts):
         sizes = {}
         digests = []
-        kinds = {"img_emb": ("<f2", (rows, WIDTH)), "records": (record(views, 5), (rows,))} | (
-            {"more_views": ("<f2", (rows, views - 1, WIDTH))} if views > 1 else {}
+        kinds = {"img_emb": ("<f2", (rows, width)), "records": (record(views, 5), (rows,))} | (
+            {"more_views": ("<f2", (rows, views - 1, width))} if views > 1 else {}
         )
         for what, (dtype, shape) in kinds.items():
             path = folder / name(what, i, len(counts))
@@ -99,7 +99,7 @@ def sparse(folder: Path, n: int, views: int = VIEWS) -> None:
         sizes[own] = (folder / own).stat().st_size
         hashes |= {file: "0" * 64 for file in sizes} | {own: disk.sha256(folder / own)}
         shards.append({"rows": rows, "bytes": sizes})
-    disk.write_array(folder / CLASS_FEATURES, np.zeros((0, WIDTH), np.float32))
+    disk.write_array(folder / CLASS_FEATURES, np.zeros((0, width), np.float32))
     hashes[CLASS_FEATURES] = disk.sha256(folder / CLASS_FEATURES)
     checked.write_manifest(
         folder,

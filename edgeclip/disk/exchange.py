@@ -4,10 +4,11 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgeclip.disk import leftovers
@@ -132,11 +133,21 @@ def _renamed(new: Path, path: Path) -> bool:
 
 def _exchange(a: Path, b: Path) -> bool:
     """Let two paths change places; False where this system or disk cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    rename = _renameat2()
     if rename is None:
         return False
     done = rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE)
     return bool(done == 0)
+
+
+@functools.cache
+def _renameat2() -> Callable[..., int] | None:
+    """Return the C library's function; None where it has none.
+
+    Once a process: each `CDLL` is a class of its own, 3 KiB that only the garbage collector frees.
+    """
+    found: Callable[..., int] | None = getattr(ctypes.CDLL(None), "renameat2", None)
+    return found
 
 
 def sync(path: Path) -> None:

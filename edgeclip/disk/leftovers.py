@@ -17,9 +17,8 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 """a folder that has it is whole"""
-TOKEN = "[0-9a-f]{16}"
-OF_0_2 = "[0-9]{1,10}"
-"""a process's number, which stood there until edgeclip 0.2"""
+TOKEN = re.compile("[0-9a-f]{16}|[0-9]{1,10}")
+"""what makes a temporary name; digits: a process's number, which stood there until edgeclip 0.2"""
 
 
 def temporary_folder(path: Path) -> Path:
@@ -77,15 +76,13 @@ def sweep(path: Path) -> None:
     A whole folder that was put aside when nothing had taken its place yet is put back.
     """
     restore(path)
-    folders = re.compile(rf"\.{re.escape(path.name)}\.({TOKEN}|{OF_0_2})\.(tmp|old)")
-    files = rf"\.{re.escape(path.stem)}\.({TOKEN}|{OF_0_2}){re.escape(path.suffix)}"
-    of_files = re.compile(files)
     for left in _beside(path):
-        if folders.fullmatch(left.name) and left.is_dir():
+        of_folder = any(_is_temporary(left, path.name, end) for end in (".tmp", ".old"))
+        if of_folder and left.is_dir():
             with _free(left) as free:
                 if free:
                     shutil.rmtree(left, ignore_errors=True)
-        elif of_files.fullmatch(left.name) and left.is_file():
+        elif _is_temporary(left, path.stem, path.suffix) and left.is_file():
             with _free(left) as free:
                 if free:
                     left.unlink(missing_ok=True)
@@ -95,13 +92,23 @@ def restore(path: Path) -> None:
     """Put back a whole folder that a killed process put aside, where nothing lies at `path`."""
     if path.exists() or not path.parent.is_dir():
         return
-    name = re.compile(rf"\.{re.escape(path.name)}\.({TOKEN}|{OF_0_2})\.old")
     for left in _beside(path):
-        if name.fullmatch(left.name) and (left / MANIFEST).is_file():
+        if _is_temporary(left, path.name, ".old") and (left / MANIFEST).is_file():
             with _free(left) as free:
                 if free:
                     left.rename(path)
                     return
+
+
+def _is_temporary(left: Path, stem: str, end: str) -> bool:
+    """Return whether a name is `.STEM.TOKENEND`.
+
+    No pattern is made of the path: Python keeps 512 of them, and each checkpoint has a new path.
+    """
+    start = f".{stem}."
+    if not (left.name.startswith(start) and left.name.endswith(end)):
+        return False
+    return TOKEN.fullmatch(left.name[len(start) : len(left.name) - len(end)]) is not None
 
 
 def _beside(path: Path) -> list[Path]:
