@@ -31,7 +31,7 @@ from edgeclip.host.distill.prepare import compare_images, first_teacher, load_in
 from edgeclip.host.distill.results import score
 from edgeclip.host.distill.run_folder import check_claim, mark_latest, move_data, place
 from edgeclip.host.distill.stage1 import stage1
-from edgeclip.host.distill.stage2 import new_student, stage2
+from edgeclip.host.distill.stage2 import new_student, remove_interim, stage2
 from edgeclip.host.recipe import Recipe
 from edgeclip.progress import Clock, is_rank_zero, say
 from edgeclip.reports.results import EvaluationResults, read_results
@@ -83,6 +83,8 @@ def _train(path: Path, recipe: Recipe, run: Path, fresh: bool) -> EvaluationResu
         lesson = lesson.without_towers()  # from here on the memory is the student's
         give_back_freed_memory()
         stage2(inputs, lesson, new, run, clock)
+    if is_rank_zero():  # also where a kill came between the student and this
+        remove_interim(run)
 
     processes = distributed.world_size()
     distributed.barrier()

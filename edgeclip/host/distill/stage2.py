@@ -98,8 +98,12 @@ def stage2(inputs: Inputs, lesson: Lesson, new: NewStudent, run: Path, clock: Cl
         qat.after_stage_2(asked, lesson.cache, new.learner, run / "quantized", parents, again)
     if not distributed.rank():
         _save(run / "student", inputs, lesson, new, log, calibrate=True)
-        for temporary in ("student.partial", "checkpoint", "checkpoint_quantized"):
-            shutil.rmtree(run / temporary, ignore_errors=True)
+
+
+def remove_interim(run: Path) -> None:
+    """Remove what only a run needs that has no student yet."""
+    for name in ("student.partial", "checkpoint", "checkpoint_quantized"):
+        shutil.rmtree(run / name, ignore_errors=True)
 
 
 def _save(

@@ -85,6 +85,17 @@ def test_fresh_by_the_runs_own_recipe(place):
     assert (place / "runs/r/recipe.yaml").read_text() == (place / "r.yaml").read_text()
 
 
+def test_what_a_kill_after_the_student_left_is_removed(place):
+    here = place / "runs/r"
+    whole = snapshot(here)
+    (here / disk.MANIFEST).unlink()
+    for name in ("student.partial", "checkpoint/000000003", "checkpoint_quantized"):
+        (here / name).mkdir(parents=True)
+        (here / name / "state.json").write_text("{}")
+    assert run("distill", "r.yaml").exit_code == 0
+    assert snapshot(here).keys() == whole.keys()
+
+
 def test_what_was_measured_before_outlives_a_fresh_start(place):
     reports = place / "runs/r/reports"
     for name in ("t.host-cpu.history.json", "t.host-cpu.answers.json", "t.host-cpu.parity.json"):
