@@ -10,7 +10,7 @@ are arguments, else images are generated and weights are random.
 
     training      the smoke and clothing recipes and a ViT-L/14 teacher's, by `distill`: fp32, bf16 and fp16 on the device,
                   fp32 on the CPU. Required: the largest relative difference of a step's loss to the CPU's, over the first
-                  20 steps, is at most .02 (fp32), .2 (bf16), .1 (fp16)
+                  20 steps, is at most .02 (fp32), .2 (bf16, fp16)
     live teacher  the same teacher's images a second in each precision, and its features against the cache's
     trainer       open_clip's own with a live teacher beside edgeclip's with its cache, one epoch each
     processes     NCCL (on a CPU gloo): one process, and as many as there are GPUs; the loss curve must be that of none
@@ -51,7 +51,7 @@ COMPARED = 20
 """first steps whose losses are compared: rounding grows with every step"""
 TINY = 1e-9
 """a loss below it counts as this"""
-CURVES = {"fp32": 0.02, "bf16": 0.2, "fp16": 0.1}
+CURVES = {"fp32": 0.02, "bf16": 0.2, "fp16": 0.2}
 COSINES = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.9}
 SMOKE_TRAINS = {"clothing": ("fp32", "bf16"), "vit-l-14": ("fp32", "fp16")}
 """precisions of a recipe in the smoke form, whose smoke recipe has all"""
@@ -188,7 +188,9 @@ def card_of(results: list[Result]) -> str | None:
     return None
 
 
-def noting(job: Job, planned: list[Step], options: Any, here: Any) -> Callable[[list[Result]], None]:
+def noting(
+    job: Job, planned: list[Step], options: Any, here: Any
+) -> Callable[[list[Result]], None]:
     """Return what is called after every step: it prints a line and writes the file anew."""
 
     def note(results: list[Result]) -> None:
@@ -208,7 +210,9 @@ def shown(result: Result) -> list[Any]:
     found = result.get("figures", {})
     said = [result.get("reason")]
     if found.get("seconds_a_step"):
-        said = [f"{1e3 * found['seconds_a_step']:.1f} ms a step of {found['batch']}, {found['images']}"]
+        said = [
+            f"{1e3 * found['seconds_a_step']:.1f} ms a step of {found['batch']}, {found['images']}"
+        ]
     if "latency_ms" in found:
         said = [f"{found['latency_ms']['p50']:.2f} ms", f"layers {found['layers']}"]
     if isinstance(found.get("times_as_fast"), float):
@@ -262,7 +266,7 @@ def job_of(options: Any) -> Job:
     roots = {}
     for given in options.data:
         name, _, folder = given.partition("=")
-        if name not in ("clothing", "vit-l-14") or not Path(folder).is_dir():
+        if name not in ("clothing", "vit-l-14") or not folder or not Path(folder).is_dir():
             sys.exit(f"--data {given}: needs clothing=DIR or vit-l-14=DIR, and DIR a folder")
         roots[name] = str(common.absolute(folder))
     teacher = options.teacher

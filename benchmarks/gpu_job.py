@@ -4,6 +4,7 @@ with.
 
 import importlib.metadata
 import importlib.util
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -106,7 +107,7 @@ def latency_ms(run: Callable[[], Any], seconds: float) -> dict[str, float]:
 def seconds_a_step(ends: list[float]) -> float | None:
     """Return the median time between the ends of a training's steps; None: there are too few."""
     counted = ends[FIRST_STEPS:]
-    pairs = list(zip(counted[:-1], counted[1:], strict=True))
+    pairs = list(itertools.pairwise(counted))
     if not pairs:
         return None
     return statistics.median(later - before for before, later in pairs)
