@@ -62,6 +62,8 @@ class Job(NamedTuple):
     batch: int
     images: int
     """of an epoch"""
+    device: str = "cpu"
+    """cpu or cuda"""
 
 
 def write_shards(folder: Path, images: int) -> None:
@@ -145,7 +147,7 @@ def with_open_clip(job: Job) -> dict[str, Any]:
     shards = f"{job.folder}/shards/{{0..{SHARDS - 1}}}.tar"
     train(
         f"--model {job.student} --distill-model {job.teacher} --distill-pretrained {job.folder}/teacher.safetensors --dataset-type webdataset --train-data {shards} "
-        f"--train-num-samples {job.images} --batch-size {job.batch} --workers 2 --epochs 1 --precision fp32 --device cpu --warmup 2 "
+        f"--train-num-samples {job.images} --batch-size {job.batch} --workers 2 --epochs 1 --precision fp32 --device {job.device} --warmup 2 "
         f"--log-every-n-steps 1 --logs {tempfile.mkdtemp(dir=job.folder)}".split()
     )
     return {"ends": ends}
@@ -199,17 +201,17 @@ def with_edgeclip(job: Job, only_cache: bool = False) -> dict[str, Any]:
             },
             "losses": {"contrastive": {}, "affinity": {}},
             "views": {"count": 1},
-            "train": {"epochs": 1, "batch_size": job.batch, "device": "cpu", "threads": 2},
+            "train": {"epochs": 1, "batch_size": job.batch, "device": job.device, "threads": 2},
         },
         R.Recipe,
         "benchmarks/trainer.py",
     )
-    cpu = torch.device("cpu")
+    device = torch.device(job.device)
     dataset = data.load(asked.data, folder)
     teacher = teachers.load(asked.teacher)
     start = time.perf_counter()
     tower = teachers.folded(teacher)
-    ingredients = cache.Ingredients(teacher, tower, dataset, asked.views, 0, True, cpu, 2)
+    ingredients = cache.Ingredients(teacher, tower, dataset, asked.views, 0, True, device, 2)
     cached = cache.build(folder / "cache", ingredients)
     building = time.perf_counter() - start
     if only_cache:
@@ -231,7 +233,7 @@ def with_edgeclip(job: Job, only_cache: bool = False) -> dict[str, Any]:
 
     Step.__call__ = timed  # type: ignore[method-assign]  # the loop has no hook to time steps by
     learner = Learner(student, None, preprocess, learned)
-    train(learner, Lesson(dataset, [Taught(teacher, cached)]), asked, cpu)
+    train(learner, Lesson(dataset, [Taught(teacher, cached)]), asked, device)
     return {"ends": ends}
 
 

@@ -9,6 +9,7 @@ GPU yet: docs/devices.md says what of it was tested, and with what.
 import ctypes
 import ctypes.util
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,16 @@ MINOR = 76
 """cudaDevAttrComputeCapabilityMinor"""
 
 
+def _of_pip() -> list[Path]:
+    """Return where pip's own packages of CUDA, which torch brings, have the runtime library."""
+    found = importlib.util.find_spec("nvidia")
+    libraries: list[Path] = []
+    if found is not None:
+        for folder in found.submodule_search_locations or []:
+            libraries += sorted(Path(folder).glob("*/lib/libcudart.so.*"))
+    return libraries
+
+
 class Cuda:  # hardware: NVIDIA GPU
     """Raises `EdgeclipError` with CUDA's own reason for every call that fails."""
 
@@ -162,6 +173,7 @@ class Cuda:  # hardware: NVIDIA GPU
         places = [
             *sorted(Path("/usr/local/cuda/lib64").glob("libcudart.so.*")),
             ctypes.util.find_library("cudart"),
+            *_of_pip(),
         ]
         for place in (p for p in places if p):
             try:

@@ -71,6 +71,15 @@ def test_what_is_no_graph_is_one_line_and_leaves_no_engine(tmp_path):
     assert not list((tmp_path / "engines").rglob("*.plan"))
 
 
+def test_cudas_library_is_found_where_pip_puts_it(tmp_path, monkeypatch):
+    library = tmp_path / "nvidia" / "cu99" / "lib" / "libcudart.so.99"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    before = tensorrt._of_pip()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert set(tensorrt._of_pip()) == {library, *before}
+
+
 def test_where_there_is_no_tensorrt_there_is_an_install_line_and_no_other_runtime(
     model, monkeypatch
 ):
