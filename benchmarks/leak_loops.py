@@ -355,6 +355,7 @@ LOOPS: dict[str, Loop] = {}
 for _name in RUNTIMES:
     LOOPS |= _of_runtime(_name)
 LOOPS |= {
+    # A row of the log, and its text in the checkpoint.
     "epoch, checkpoint": Loop(epochs, "epoch", 500, kept=1024),
     # Three losses and their sum: an epoch's mean is of all of its steps, 4 bytes each.
     "training step": Loop(steps, "step", 100_000, kept=16),

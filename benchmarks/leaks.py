@@ -16,10 +16,10 @@ needs. Of the rest the slope is Theil and Sen's, the median over all pairs of po
 interval; memory moves in steps and points beside each other are alike, so that the interval is too
 narrow rather than too wide.
 
-Required: the slope at most what makes `BOUND_MIB` of all rounds together, which no machine that runs
-an edgeclip for a year would notice, and what is meant to be kept (an epoch's losses, 4 bytes each);
-no more open files and threads at the end than after the warm-up. A runtime that is not installed is
-left out, and said so.
+Required: the slope, less that of the runtime alone, at most what makes `BOUND_MIB` of all rounds
+together, which no machine that runs an edgeclip for a year would notice, and what is meant to be
+kept (an epoch's losses, 4 bytes each; a row of the log); no more open files and threads at the end
+than after the warm-up. A runtime that is not installed is left out, and said so.
 
     python benchmarks/leaks.py --check                # half an hour; --quick is a tenth of it
     python benchmarks/leaks.py --only "opening, openvino" "opening, openvino alone"
