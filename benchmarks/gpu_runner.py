@@ -42,8 +42,6 @@ class Step(NamedTuple):
     """module:function, called with the job and `given`; returns figures that JSON can hold"""
     limit_s: float
     given: dict[str, Any] = {}
-    smoke: bool = True
-    """whether the smoke form has it too"""
 
 
 def allowed_s(step: Step, rest: list[Step], left: float) -> float:

@@ -234,23 +234,3 @@ def test_wrong_arguments_are_one_line(tmp_path):
 
 
 # --- all of it
-
-
-@pytest.mark.slow
-def test_the_smoke_form_does_on_a_cpu_all_that_a_cpu_can(tmp_path):
-    path = tmp_path / "figures.json"
-    command = [sys.executable, str(REPO / "benchmarks" / "gpu.py"), "--smoke", "--json", str(path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    found = json.loads(path.read_text())
-    statuses = {s["name"]: s["status"] for s in found["steps"]}
-    assert found["finished"] and list(statuses) == found["planned"]
-    broken = [s for s in found["steps"] if s["status"] not in ("done", "not installed")]
-    assert broken == []
-    for name in ("smoke: bf16", "live teacher", "trainer", "processes: all", "bundles"):
-        assert statuses[name] == "done"
-    for one in found["required"]:
-        if one["at_most"] is not None:
-            assert one["found"] <= one["at_most"], one["what"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json"]
