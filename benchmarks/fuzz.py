@@ -107,6 +107,7 @@ def one(name: str, seconds: float, folder: Path) -> None:
     options = [
         f"-max_total_time={max(1, int(seconds))}",
         f"-timeout={TIMEOUT_S}",
+        f"-report_slow_units={TIMEOUT_S}",
         f"-rss_limit_mb={MEMORY_MIB}",
         f"-max_len={target.longest}",
         f"-artifact_prefix={findings}/{name}-native-",
