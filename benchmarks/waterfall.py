@@ -58,7 +58,8 @@ def steps(run: Path, name: str, observe: Callable[..., V.Observed] = V.observe) 
     evaluation = load_evaluation(run / "evaluation")
     bundle = Bundle.load(run / "bundles" / name)
     judge = Judge(run, profile.load("host-cpu")[1], evaluation)
-    found = judge.report(bundle, observe(bundle, evaluation), machine.facts()).waterfall
+    judged = judge.judged(bundle, observe(bundle, evaluation), machine.facts())
+    found = judged.report.waterfall
     if found is None:
         sys.exit(f"{run}: was distilled by an older edgeclip; distill it again")
     return found
