@@ -6,6 +6,7 @@ file, by a `sitecustomize` that sshd puts before it; the host's side is killed b
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -56,9 +57,7 @@ def missing() -> str | None:
     """Return what is not installed that a board needs; None: nothing."""
     if loopback.SSHD is None:
         return "sshd is not installed"
-    try:
-        import asyncssh  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("asyncssh") is None:
         return "asyncssh is not installed"
     return None
 

@@ -14,7 +14,7 @@ import toy
 from edgeclip import disk
 
 RECIPE = toy.RECIPE.replace("epochs: 1", "epochs: 1, checkpoint_every: 2")
-CLIP = {
+CLIP: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},

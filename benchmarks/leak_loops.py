@@ -251,7 +251,7 @@ def _graph(home: Path, runtime: str) -> Path:
 def _input() -> "np.ndarray":
     import numpy as np
 
-    size = crash_stages.CLIP["vision_cfg"]["image_size"]  # type: ignore[index]
+    size = crash_stages.CLIP["vision_cfg"]["image_size"]
     return np.zeros((1, 3, size, size), np.float32)
 
 
