@@ -44,6 +44,7 @@ class EdgeclipError(Exception):
     type."""
 
     def __init__(self, where: object, what: str, do: str):
+        self.where, self.what, self.do = where, what, do
         told = f"{printable(str(where))}: {printable(what, MOST)}; {printable(do, MOST)}"
         super().__init__(told)
 

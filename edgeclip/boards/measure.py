@@ -195,7 +195,7 @@ def validate(selection: Selection, images: int | None = None) -> list[ParityRepo
 
 
 def _validate(chosen: Chosen, clean: bool, images: int | None) -> list[ParityReport]:
-    store.refuse_unwritable(chosen.run)
+    store.refuse_unfit(chosen.run, chosen.bundles, chosen.name, "validate")
     evaluation = _evaluation(chosen.run, images)
     reports = []
     with open_measurer(chosen.name, chosen.device, clean) as measurer:
@@ -235,7 +235,7 @@ def bench(
 
 
 def _bench(chosen: Chosen, clean: bool, load: Load) -> Benched:
-    store.refuse_unwritable(chosen.run)
+    store.refuse_unfit(chosen.run, chosen.bundles, chosen.name, "bench")
     evaluation = _evaluation(chosen.run)
     out = Benched([], [], [])
     with open_measurer(chosen.name, chosen.device, clean) as measurer:

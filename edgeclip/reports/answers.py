@@ -18,7 +18,6 @@ from edgeclip.device.intervals import drop_limits, mcnemar
 from edgeclip.device.per_class import Answered
 from edgeclip.device.records import Earlier, ParityReport, Record, from_json, to_json
 from edgeclip.errors import EdgeclipError
-from edgeclip.progress import say
 from edgeclip.reports.history import Entry
 
 KEPT = 4
@@ -76,13 +75,9 @@ def of(report: ParityReport, unseen: Answered, labels: Sequence[str], when: str)
 
 def remember(path: Path, new: Answers | None) -> None:
     """Add a report's answers to those at `path`; a repetition of fewer images adds nothing."""
-    try:
-        kept = read(path)
-    except EdgeclipError as e:
-        say(f"answers are not kept: {e}")
-        return
     if new is None:
         return
+    kept = read(path)
     same = [entry for entry in kept if _conditions(entry) == _conditions(new)]
     if any(entry.judged > new.judged for entry in same):
         return
@@ -113,10 +108,7 @@ def earlier(
 
     own: its answers; known: the history, the oldest first.
     """
-    try:
-        kept = read(path)
-    except EdgeclipError as e:
-        return _without_answers(known, str(e))
+    kept = read(path)
     if not kept:
         return _without_answers(known, NOT_KEPT)
     if own is not None:

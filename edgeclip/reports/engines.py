@@ -44,10 +44,7 @@ def remember(path: Path, parity: ParityReport, when: str) -> str | None:
     if ran.engine is None or ran.conditions is None:
         return None
 
-    history: list[EngineEntry] = []
-    if path.exists():
-        for entry in disk.read_entries(path):
-            history.append(from_json(entry, EngineEntry, path))
+    history = read(path)
     entry = EngineEntry(
         when=when,
         engine=ran.engine,
@@ -62,6 +59,13 @@ def remember(path: Path, parity: ParityReport, when: str) -> str | None:
     if not history or history[-1].engine == entry.engine:
         return None
     return f"{parity.target}: {_difference(history[-1], entry)}"
+
+
+def read(path: Path) -> list[EngineEntry]:
+    """Return the entries at `path`, the oldest first; [] where there are none."""
+    if not path.exists():
+        return []
+    return [from_json(entry, EngineEntry, path) for entry in disk.read_entries(path)]
 
 
 def _difference(last: EngineEntry, new: EngineEntry) -> str:

@@ -111,10 +111,32 @@ def read(run: Path | None, bundle: Bundle, device: str, kind: type[Report]) -> R
     return report
 
 
-def refuse_unwritable(run: Path | None) -> None:
-    """Raise `EdgeclipError` unless reports can be written beside the run: before hours of work."""
-    if run is not None:
-        disk.refuse_unwritable(run / "reports")
+def refuse_unfit(run: Path | None, bundles: Iterable[Bundle], device: str, verb: str) -> None:
+    """Raise `EdgeclipError` unless `verb` can write its reports beside the run: before it measures.
+
+    What they are compared with and added to is read: a damaged file is refused by name. verb:
+    "validate" or "bench".
+    """
+    if run is None:
+        return
+    disk.refuse_unwritable(run / "reports")
+    try:
+        _read_past(run, bundles, device, verb)
+    except EdgeclipError as e:  # the command itself would stop here again
+        do = "put a copy in its place, or remove it: what it tells of earlier reports is lost then"
+        raise EdgeclipError(e.where, e.what, do) from None
+
+
+def _read_past(run: Path, bundles: Iterable[Bundle], device: str, verb: str) -> None:
+    for bundle in bundles:
+        history.read(path(run, bundle, device, "history"))
+        answers.read(path(run, bundle, device, "answers"))
+        engines.read(path(run, bundle, device, "engines"))
+        read(run, bundle, device, ParityReport)
+        if verb == "bench":
+            read(run, bundle, device, BenchReport)
+    if verb == "bench":
+        _read_beside(_beside(run, device))
 
 
 def write(
@@ -172,8 +194,8 @@ def write_beside(found: Beside, device: str, run: Path | None) -> Beside:
 
 
 def _write_beside(found: Beside, device: str, run: Path) -> Beside:
-    place = run / "reports" / f"{device}.beside.json"
-    earlier = disk.read_record(place, Beside) if place.exists() else None
+    place = _beside(run, device)
+    earlier = _read_beside(place)
     same = earlier is not None and [r.bundle for r in earlier.rows] == [
         r.bundle for r in found.rows
     ]
@@ -181,6 +203,14 @@ def _write_beside(found: Beside, device: str, run: Path) -> Beside:
         place = place.with_name(f"{device}.beside-under-load.json")
     disk.write_record(place, found)
     return found
+
+
+def _beside(run: Path, device: str) -> Path:
+    return run / "reports" / f"{device}.beside.json"
+
+
+def _read_beside(place: Path) -> Beside | None:
+    return disk.read_record(place, Beside) if place.exists() else None
 
 
 def _lesser(report: Report, earlier: Report) -> str | None:

@@ -12,7 +12,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.reports import answers, history
 from edgeclip.reports.answers import KEPT, MOST, NONE_NOW, NOT_KEPT
 from edgeclip.reports.earlier import sentence
-from edgeclip.reports.store import path, write
+from edgeclip.reports.store import path, refuse_unfit, write
 from tests.support.finished_run import make_run
 from tests.support.reports import parity_report
 
@@ -127,17 +127,28 @@ def test_a_repetition_is_compared_with_the_report_of_another_bundle(tmp_path):
     assert answers.earlier(file, parity_report(), updated, []).bundle == "b"
 
 
-def test_a_damaged_file_costs_no_report(own_bundle, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("kind", "verb"),
+    [
+        ("history", "validate"),
+        ("answers", "validate"),
+        ("engines", "validate"),
+        ("parity", "validate"),
+        ("parity", "bench"),
+        ("bench", "bench"),
+    ],
+)
+@pytest.mark.parametrize("damage", [lambda s: s[: len(s) // 2], lambda s: s.replace("1", "2")])
+def test_a_damaged_past_is_refused_before_anything_is_measured(
+    own_bundle, tmp_path, kind, verb, damage
+):
     bundle = Bundle.load(own_bundle("onnx-fp32"))
-    digest = disk.sha256(bundle.folder / disk.MANIFEST)
-    report = parity_report(bundle=digest)
-    write(report, "host-cpu", tmp_path, bundle, unseen(range(9)))
-    file = path(tmp_path, bundle, "host-cpu", "answers")
-    file.write_text(file.read_text().replace('"judged": 9', '"judged": 8'))
-    found = write(report, "host-cpu", tmp_path, bundle, unseen(range(9))).earlier
-    assert "was changed since it was written" in found.why and found.p is None
-    assert "answers are not kept" in capsys.readouterr().err
-    assert path(tmp_path, bundle, "host-cpu", "parity").exists()
+    file = path(tmp_path, bundle, "host-cpu", kind)
+    disk.write_sealed(file, {"entries": [1, 11]})
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(EdgeclipError, match="remove it: what it tells") as e:
+        refuse_unfit(tmp_path, [bundle], "host-cpu", verb)
+    assert e.value.where == file
 
 
 @pytest.mark.parametrize(
