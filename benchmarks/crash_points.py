@@ -164,6 +164,8 @@ def begin(
     at_step: called in it before each of its steps, with the step's number. environment: more of it.
     """
     printed = (folder.parent / f"{name}.stdout", folder.parent / f"{name}.stderr")
+    for path in printed:  # before it starts: it may be killed before it opens one
+        path.touch()
     child = os.fork()
     if child == 0:
         code = 99
