@@ -127,7 +127,7 @@ def evaluate(folder: Path, protocol: str, given: tuple[str, ...] = ()) -> Protoc
 def _evaluate(folder: Path, protocol: str, given: tuple[str, ...]) -> ProtocolRecord:
     disk.read_manifest(folder, "run")
     asked = recipe.of_run(folder)
-    loaded = load_sets(asked, protocol, given)
+    loaded = load_sets(folder, asked, protocol, given)
     images = [s.images for _, dataset in loaded for s in dataset.evaluation]
     say_turned(images, asked.preprocess.exif)
     if isinstance(asked.adapt, recipe.Prompts):

@@ -16,14 +16,18 @@ Loaded = tuple[Data, Dataset]
 """a data set as the recipe or `--data` describes it, and its images"""
 
 
-def load_sets(asked: Recipe, protocol: str, given: tuple[str, ...]) -> list[Loaded]:
-    """Return the data sets that `--data` names, or the run's own.
+def load_sets(folder: Path, asked: Recipe, protocol: str, given: tuple[str, ...]) -> list[Loaded]:
+    """Return the data sets that `--data` names, or those of the run in `folder`.
 
-    Raises `EdgeclipError` where a set lacks what the protocol needs.
+    Raises `EdgeclipError` where a set lacks what the protocol needs, and where the run's own has
+    other words than it was trained with.
     """
     loaded: list[Loaded] = []
     for spec in choose_sets(asked, protocol, given):
-        loaded.append((spec, data.load(_for_protocol(spec, protocol), CACHE)))
+        dataset = data.load(_for_protocol(spec, protocol), CACHE)
+        if spec.name == (asked.evaluation_data or asked.data).name:
+            _refuse_other_words(folder, asked, dataset)
+        loaded.append((spec, dataset))
     if protocol == "domain_generalization":
         loaded = [_with_shifts(asked, loaded)]
     for spec, dataset in loaded:
@@ -120,6 +124,27 @@ def _with_shifts(asked: Recipe, loaded: list[Loaded]) -> Loaded:
             dataset.name, "has no shift", "name one with --data, or in the recipe's shifts"
         )
     return spec, dataset
+
+
+def _refuse_other_words(folder: Path, asked: Recipe, dataset: Dataset) -> None:
+    """Raise for classes or prompts that are not those of the run: it would be another question."""
+    student = disk.read_json(folder / "student" / "student.json")
+    words = {"labels": dataset.classes, "templates": list(dataset.templates)}
+    if isinstance(asked.adapt, recipe.Prompts):
+        del words["templates"]  # a learned context took their place
+    for what, now in words.items():
+        then = student[what]
+        if now == then:
+            continue
+        change = f"{len(now)} {what} now, {len(then)} then"
+        if len(now) == len(then):
+            i = next(i for i in range(len(now)) if now[i] != then[i])
+            change = f"'{now[i]}' was '{then[i]}'"
+        raise EdgeclipError(
+            f"data '{dataset.name}'",
+            f"its {what} are not those that the run was trained with ({change})",
+            "put the file back, or call it another set with --data NAME=DIR",
+        )
 
 
 def _check(spec: Data, dataset: Dataset, protocol: str) -> None:
