@@ -62,7 +62,8 @@ READERS = (
     Reader("export", ["export", "--run", RUN, "--target", "onnx-fp32", "--out", "other"], (RUN,)),
     Reader("report", ["report", RUN, "--json"], (RUN,)),
     Reader("distill, finished", ["distill", "toy.yaml", "--json"], (RUN,)),
-    Reader("distill, cached", ["distill", "toy.yaml", "--out", "runs/again", "--json"], ("cache", "shapes")),
+    # Not the class list and the prompts: of a new run they are the question itself.
+    Reader("distill, cached", ["distill", "toy.yaml", "--out", "runs/again", "--json"], ("cache", "shapes/train", "shapes/test")),
 )  # fmt: skip
 
 
