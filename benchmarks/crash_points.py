@@ -6,7 +6,6 @@ libraries write natively (safetensors, parquet) lies between two steps. A fork e
 is imported once for hundreds of kills.
 """
 
-import contextlib
 import os
 import shutil
 import signal
@@ -169,10 +168,11 @@ def begin(
     child = os.fork()
     if child == 0:
         code = 99
-        os.environ.update(environment or {})
-        with contextlib.suppress(BaseException):
+        try:
+            os.environ.update(environment or {})
             code = _child(arguments, folder, printed, at_step)
-        os._exit(code)
+        finally:  # a signal may come at the very end: nothing of the parent's may be run here
+            os._exit(code)
     return Running(child, printed)
 
 

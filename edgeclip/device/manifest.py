@@ -121,6 +121,8 @@ class CandidateRow(Record):
     """0..1; null: no labels"""
     bytes: Bytes
     """of its files"""
+    rounding: Literal["nearest", "learned"] = "nearest"
+    """of the weights; learned: block by block against the float student's features"""
     latency_ms: Positive | None = None
     """median of one image; null: not measured on this machine"""
     times_as_fast: Interval | None = None
