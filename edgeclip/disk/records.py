@@ -65,6 +65,7 @@ def write_record(path: Path, record: Record) -> None:
 def _from_format_1(value: Json) -> Json:
     """Return a report of edgeclip 0.1 in the words of format 2."""
     new: Json = {**renamed(value), "format": FORMAT}
-    if new.get("verdict") in VERDICTS:
-        new["verdict"] = VERDICTS[new["verdict"]]
+    verdict = new.get("verdict")
+    if isinstance(verdict, str):  # it may be anything yet
+        new["verdict"] = VERDICTS.get(verdict, verdict)
     return new

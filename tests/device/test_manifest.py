@@ -117,6 +117,13 @@ def test_verdicts_of_0_1_are_read(tmp_path, old, new):
     assert disk.read_record(tmp_path / "r.json", ParityReport).verdict == new
 
 
+@pytest.mark.parametrize("verdict", [["pass"], {"pass": 1}, 1, None])
+def test_a_verdict_of_0_1_that_is_no_word_is_one_line(verdict):
+    fields = to_json(parity_report()) | {"verdict": verdict, "format": 1}
+    with pytest.raises(EdgeclipError, match="is not what it should be"):
+        disk.from_json(fields, ParityReport, "r.json")
+
+
 def test_a_report_that_is_none_is_one_line(tmp_path):
     disk.write_json(tmp_path / "r.json", {"format": 2, "kind": "parity"})
     with pytest.raises(EdgeclipError, match=r"r\.json: .*missing required field"):

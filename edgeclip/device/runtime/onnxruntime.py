@@ -116,10 +116,11 @@ def open_session(
             "install a runtime that has them",
         )
     i, o = _ports(session, model)
+    taken, given = _port(i, model), _port(o, model)
 
     def run(x: np.ndarray) -> np.ndarray:
         try:
-            out: np.ndarray = session.run([o.name], {i.name: x})[0]
+            out: np.ndarray = session.run([given.name], {taken.name: x})[0]
         except Exception as e:  # as above
             what = f"ONNX Runtime {ort.__version__} cannot run it ({str(e)[:300]})"
             raise EdgeclipError(model, what, "export it again") from None
@@ -133,7 +134,7 @@ def open_session(
         providers=found,
         optimization=optimization,
     )
-    return Session(run, _port(i), _port(o), facts)
+    return Session(run, taken, given, facts)
 
 
 def _ports(session: ort.InferenceSession, model: Path) -> tuple[ort.NodeArg, ort.NodeArg]:
@@ -146,9 +147,11 @@ def _ports(session: ort.InferenceSession, model: Path) -> tuple[ort.NodeArg, ort
     return inputs[0], outputs[0]
 
 
-def _port(node: ort.NodeArg) -> Port:
-    return Port(
-        node.name,
-        [d if isinstance(d, int) else None for d in node.shape],
-        DTYPES.get(node.type, node.type),
-    )
+def _port(node: ort.NodeArg, model: Path) -> Port:
+    """Raises `EdgeclipError` for a name that is no text."""
+    try:
+        shape = [d if isinstance(d, int) else None for d in node.shape]
+        return Port(node.name, shape, DTYPES.get(node.type, node.type))
+    except UnicodeDecodeError:
+        what = "has an input or output whose name is not UTF-8"
+        raise EdgeclipError(model, what, "export it again") from None

@@ -126,6 +126,8 @@ def index(
     """
     path = cache / "index" / f"{_fingerprint(shards)}.arrow"
     if path.with_suffix(".json").exists():
+        for part in (path, path.with_suffix(".json")):
+            disk.sweep(part)  # of another process that was killed while this one was written
         try:
             return ImageIndex(path, shards)
         except EdgeclipError as e:

@@ -33,6 +33,14 @@ def x(batch=2):
     return np.random.default_rng(0).normal(size=(batch, 3, 32, 32)).astype(np.float32)
 
 
+@pytest.mark.parametrize("name", [b"batch", b"pixels", b"image_features"])
+def test_a_name_that_is_no_utf8_is_one_line(model, tmp_path, name):
+    broken = tmp_path / "m.onnx"
+    broken.write_bytes(model.read_bytes().replace(name, b"\xee" + name[1:]))
+    with pytest.raises(EdgeclipError, match="UTF-8|utf-8|cannot load it"):
+        open_session("onnxruntime", broken, 1)
+
+
 @pytest.mark.parametrize("optimization", ["all", "basic"])
 def test_onnxruntime_answers_as_torch_and_says_what_it_is(model, student, optimization):
     import onnxruntime as ort

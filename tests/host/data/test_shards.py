@@ -119,6 +119,19 @@ def test_an_index_gives_what_the_shards_hold_and_is_made_once(tmp_path):
         found[15]
 
 
+def test_what_a_killed_process_left_of_an_index_that_another_wrote_is_removed(tmp_path):
+    path = tmp_path / "0.tar"
+    shard(path, [(0, "a cat")])
+    index([path], tmp_path / "cache", index_tar)
+    (whole,) = (tmp_path / "cache" / "index").glob("*.json")
+    before = snapshot(tmp_path)
+    for suffix in (".json", ".arrow"):
+        left = whole.with_name(f".{whole.stem}.0123456789abcdef{suffix}")
+        left.write_bytes(b"half")
+    assert len(index([path], tmp_path / "cache", index_tar)) == 1
+    assert snapshot(tmp_path) == before
+
+
 def test_an_index_of_0_1_is_made_again_and_gives_the_digests_that_caches_know(tmp_path):
     """It has not what shards are read for today; its facts, as 0.1 wrote them for this shard."""
     shard_path = tmp_path / "0.tar"
