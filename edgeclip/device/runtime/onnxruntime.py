@@ -148,7 +148,7 @@ def _ports(session: ort.InferenceSession, model: Path) -> tuple[ort.NodeArg, ort
 
 
 def _port(node: ort.NodeArg, model: Path) -> Port:
-    """Raises `EdgeclipError` for a name that is no text."""
+    """Return an end of the graph. Raises `EdgeclipError` for a name that is no text."""
     try:
         shape = [d if isinstance(d, int) else None for d in node.shape]
         return Port(node.name, shape, DTYPES.get(node.type, node.type))

@@ -37,7 +37,7 @@ def x(batch=2):
 def test_a_name_that_is_no_utf8_is_one_line(model, tmp_path, name):
     broken = tmp_path / "m.onnx"
     broken.write_bytes(model.read_bytes().replace(name, b"\xee" + name[1:]))
-    with pytest.raises(EdgeclipError, match="UTF-8|utf-8|cannot load it"):
+    with pytest.raises(EdgeclipError, match=r"UTF-8|utf-8|cannot load it"):
         open_session("onnxruntime", broken, 1)
 
 
