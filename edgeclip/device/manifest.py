@@ -163,6 +163,10 @@ class SearchRecord(Record):
     """true: the scales come from training with the rounding (`qat:`)"""
     frontier: Annotated[list[CandidateRow], Meta(max_length=10_000)]
     """every candidate that was tried"""
+    rounding: Literal["nearest", "learned"] = "nearest"
+    """of the weights; learned: block by block against the float student's features"""
+    not_reconstructed: Line | None = None
+    """why no rounding was learned though the target asks for it; null: it was, or is not asked"""
 
 
 class LintRecord(Record):

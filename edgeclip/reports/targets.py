@@ -191,5 +191,7 @@ def form(candidate: CandidateRow) -> str:
         words.append(f"smoothing {candidate.smoothing:g}")
     if candidate.model_type:
         words.append(candidate.model_type)
+    if candidate.rounding == "learned":
+        words.append("rounding learned")
     words.append(f"{candidate.float_layers} in float")
     return ", ".join(words)

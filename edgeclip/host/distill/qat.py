@@ -33,60 +33,17 @@ from edgeclip.host.distill.log import Log
 from edgeclip.host.distill.training import Learner
 from edgeclip.host.graph import learned, policy
 from edgeclip.host.graph import trace as graph
+from edgeclip.host.graph.fake_quantize import SMALLEST, FakeQuantize
 from edgeclip.host.graph.policy import Candidate, Quantization
 from edgeclip.host.graph.qdq import calibrate, rounded_outputs
 from edgeclip.host.recipe import Recipe
 from edgeclip.host.towers import weights
 from edgeclip.host.towers.fold import fold
 
-SMALLEST = 1e-6
-"""the least scale: a channel of zeros has none"""
 TOP = 127
 """largest integer of a weight"""
 TOP_7_BITS = 64
 """the same where the target's processor needs weights of 7 bits"""
-
-
-class FakeQuantize(nn.Module):
-    """Round a tensor as int8 does, with a learned scale.
-
-    The zero point is calibration's. The gradient passes through the rounding.
-    """
-
-    def __init__(self, low: float, high: float, symmetric: bool) -> None:
-        """low, high: the range that calibration found."""
-        super().__init__()
-        low = min(low, 0.0)
-        high = max(high, 0.0)
-        if symmetric:
-            self.bottom = -128
-            self.top = 127
-            scale = max(-low, high) / 127
-        else:
-            self.bottom = 0
-            self.top = 255
-            scale = (high - low) / 255
-        scale = max(scale, SMALLEST)
-        self.log_scale = nn.Parameter(torch.tensor(scale).log())
-        self.zero_point = 0
-        if not symmetric:
-            self.zero_point = round(-low / scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.log_scale.exp()
-        q = x / scale
-        q = (q + (q.round() - q).detach() + self.zero_point).clamp(self.bottom, self.top)
-        return (q - self.zero_point) * scale
-
-    def range(self) -> tuple[float, float]:
-        """Return the range of which ONNX Runtime's quantizer makes this scale and zero point.
-
-        It spreads a symmetric range over 254 steps.
-        """
-        scale = self.log_scale.exp().item()
-        if self.bottom:
-            return -127 * scale, 127 * scale
-        return -self.zero_point * scale, (255 - self.zero_point) * scale
 
 
 class FakeQuantizeWeight(nn.Module):

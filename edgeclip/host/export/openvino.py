@@ -48,7 +48,7 @@ def _quantize(ov_model: Any, quantization: Quantization) -> Any:
         preset = None
     images: list[np.ndarray] = [row[None] for row in quantization.calibration]
     # NNCF's own choice gives 7 bits to the weights of the first layer alone.
-    overflow_fix = None
+    overflow_fix = OverflowFix.DISABLE
     if quantization.reduce_range:
         overflow_fix = OverflowFix.ENABLE
     advanced = nncf.AdvancedQuantizationParameters(

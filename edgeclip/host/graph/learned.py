@@ -6,12 +6,10 @@ run/quantized/quantized.safetensors   the folded student's weights
 """
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,7 +19,7 @@ from edgeclip.disk import Json
 from edgeclip.host.graph import policy
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.policy import Candidate, Quantization
-from edgeclip.host.graph.qdq import Calibrated, calibrate
+from edgeclip.host.graph.qdq import Calibrated, calibrate, with_ranges
 from edgeclip.host.towers.fold import fold
 
 WEIGHTS = "quantized.safetensors"
@@ -84,17 +82,3 @@ def load(
     calibrated = calibrate(model, images, candidate.method)
     ready = Calibrated(calibrated.model, with_ranges(calibrated.ranges, record.ranges))
     return policy.of_layers(candidate, images, ready, record.float_layers, record.reduce_range)
-
-
-def with_ranges(ranges: Any, learned: dict[str, tuple[float, float]]) -> Any:
-    """Return ONNX Runtime's TensorsData with the learned ranges in place of the measured ones."""
-    names = ranges.keys()  # it has no __iter__
-    pairs = {}
-    for name in names:
-        pairs[name] = ranges[name].range_value
-    pairs.update(learned)
-
-    values = {}
-    for name, (low, high) in pairs.items():
-        values[name] = (np.asarray(low, np.float32), np.asarray(high, np.float32))
-    return TensorsData(CalibrationMethod.MinMax, values)

@@ -8,8 +8,9 @@ channels, flat images, and every later layer amplifies the error. The measure is
 after the reference's mean feature is taken away, since the raw one hides damage.
 
 Depthwise networks get their biases corrected: rounding a filter of nine weights shifts its output's
-mean, and nothing after it averages that out (Nagel et al. 2019, section 4.2). A `Candidate` is
-everything else that may differ; `export.search` tries them.
+mean, and nothing after it averages that out (Nagel et al. 2019, section 4.2). Where the rounding is
+learned (`reconstruct`), the biases are learned with it. A `Candidate` is everything else that may
+differ; `export.search` tries them.
 """
 
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from edgeclip.device.target import Calibration, Target
 from edgeclip.errors import EdgeclipError
 from edgeclip.host.graph import trace as graph
 from edgeclip.host.graph.qdq import Calibrated, calibrate, quantize
+from edgeclip.host.graph.reconstruct import Form, reconstruct
 from edgeclip.host.graph.smooth import smooth
 from edgeclip.host.graph.view import GraphView, run_batches
 from edgeclip.progress import track
@@ -39,6 +41,8 @@ class Candidate(NamedTuple):
     smoothing: float | None
     layers: str
     model_type: str | None
+    rounding: str = "nearest"
+    """of the weights: nearest or learned"""
 
 
 class Quantization(NamedTuple):
@@ -128,6 +132,7 @@ def choose(
     spec: Calibration,
     reduce_range: bool = False,
     own_bias: bool = True,
+    form: Form | None = None,
 ) -> Quantization | None:
     """Return the map of one candidate; None where the candidate is another one's double.
 
@@ -135,7 +140,8 @@ def choose(
     residual additions with NNCF's transformer patterns, which leave them in float.
 
     calibration: float32 [n, 3, H, W]. float_layers: those of `outer_layers`; None: look for them
-    here. own_bias: correct biases here; NNCF does it by itself.
+    here. own_bias: correct biases here; NNCF does it by itself. form: how the target rounds, which
+    a candidate whose rounding is learned needs.
     """
     if candidate.layers == "residual" and candidate.model_type == "transformer":
         return None
@@ -153,9 +159,12 @@ def choose(
             return None
         in_float = {**dict.fromkeys(apart), **in_float}
 
-    if apart and own_bias:
-        products = graph.matrix_products(calibrated.model)
-        nodes = [name for name in products if name not in in_float]
+    products = graph.matrix_products(calibrated.model)
+    nodes = [name for name in products if name not in in_float]
+    if candidate.rounding == "learned":
+        assert form is not None
+        calibrated = reconstruct(calibrated, nodes, calibration, form, spec.reconstruction)
+    elif apart and own_bias:
         calibrated = correct_bias(calibrated, nodes, calibration, reduce_range)
     return of_layers(candidate, calibration, calibrated, in_float, reduce_range)
 

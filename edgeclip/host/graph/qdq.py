@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
-from onnxruntime.quantization.calibrate import TensorData, create_calibrator
+from onnxruntime.quantization.calibrate import TensorData, TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -87,6 +87,20 @@ def calibrate(model: onnx.ModelProto, calibration: np.ndarray, method: str) -> C
         ranges = calibrator.compute_data()
     _cut_off(ready, ranges)
     return Calibrated(ready, ranges)
+
+
+def with_ranges(ranges: Any, learned: dict[str, tuple[float, float]]) -> Any:
+    """Return ONNX Runtime's TensorsData with the learned ranges in place of the measured ones."""
+    names = ranges.keys()  # it has no __iter__
+    pairs = {}
+    for name in names:
+        pairs[name] = ranges[name].range_value
+    pairs.update(learned)
+
+    values = {}
+    for name, (low, high) in pairs.items():
+        values[name] = (np.asarray(low, np.float32), np.asarray(high, np.float32))
+    return TensorsData(CalibrationMethod.MinMax, values)
 
 
 def _cut_off(model: onnx.ModelProto, ranges: Any) -> None:

@@ -18,7 +18,7 @@ from edgeclip.device.compared import short_of_agreement
 from edgeclip.device.metrics import cosine
 from edgeclip.device.target import Calibration, Tolerance
 from edgeclip.errors import EdgeclipError, Refused
-from edgeclip.host.export import EXPORTERS, speed
+from edgeclip.host.export import EXPORTERS, speed, trials
 from edgeclip.host.export.calibration import CalibrationImages
 from edgeclip.host.export.search import search
 from edgeclip.host.export.speed import measured_here
@@ -318,8 +318,34 @@ def test_the_more_exact_form_is_chosen_unless_it_is_resolved_as_slower(plain, im
     assert among(0.54, noise=0.3)[0] == exact  # 8 %, and times that cannot tell
 
 
+def test_the_most_exact_form_is_tried_once_more_with_its_rounding_learned(vit, images):
+    model = to_graph(vit, opset=18)
+    many = np.concatenate([images, images[:, ::-1].copy()])
+    for wanted in (asked(p1=0.0, images=64, reconstruction=20), asked(p1=0.0, reconstruction=0)):
+        ranges = many[: wanted.calibration.images]
+        drawn = CalibrationImages(ranges, many[96:], [], np.full(32, -1))
+        exporter = importlib.import_module(EXPORTERS["onnxruntime"])
+        found, record = search(model, drawn, wanted, exporter, None)
+        roundings = [r.rounding for r in record.frontier]
+        assert record.not_reconstructed is None
+        if not wanted.calibration.reconstruction:
+            assert roundings == ["nearest"]
+            continue
+        assert roundings == ["nearest", "learned"]
+        near, learned = (r.centered_cosine_mean for r in record.frontier)
+        assert learned > near
+        assert found.candidate.rounding == record.rounding == "learned"
+
+
+def test_with_too_few_images_biases_are_corrected_and_that_is_recorded(plain, images, capsys):
+    found, record = look(plain, images, asked(p1=0.0, reconstruction=20))
+    assert record.not_reconstructed == "32 calibration images, 64 are needed"
+    assert "rounding is not learned, biases are corrected instead" in capsys.readouterr().err
+    assert found.candidate.rounding == "nearest"
+
+
 def test_equal_forms_are_decided_by_the_targets_order(plain, images, monkeypatch):
-    monkeypatch.setattr(S, "cosine", lambda features, reference: cosine(reference, reference))
+    monkeypatch.setattr(trials, "cosine", lambda features, reference: cosine(reference, reference))
     for ratios in ((0.5, 0.49), (0.49, 0.5)):
         timed(monkeypatch, *ratios)
         _, record = look(plain, images, asked(p1=0.0, methods=("minmax", "mean")))
