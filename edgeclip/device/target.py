@@ -59,8 +59,8 @@ class Calibration(Config):
     model_types: tuple[Literal["transformer"] | None, ...] = (None,)
     """openvino only: NNCF's pattern sets; transformer suits ViT towers, null convolutional ones"""
     reconstruction: Annotated[int, Meta(ge=0, le=10**6)] = 100
-    """steps in which each block of the most exact candidate of each layer set learns its rounding,
-    scales and biases, half a minute to some minutes; 0: none"""
+    """steps in which each block of the most exact candidate learns its rounding, scales and biases,
+    half a minute to some minutes; 0: none"""
     probe_layers: Annotated[int, Meta(ge=0, le=10**6)] = 12
     """so many first and last layers are quantized alone to see what each costs"""
     layer_cosine: Fraction = 0.998

@@ -2,9 +2,9 @@
 
 Every candidate that the target lists (range method, smoothing, layer set, model type) is written as
 it would ship, opened in its own runtime and compared with the float student on training images that
-gave no ranges; the most exact of each layer set once more, with its rounding learned. Of those
-inside the tolerance the fastest is chosen; within 5 % the more exact one. Times are noise, so they
-are compared in pairs, and what lies within the interval of a comparison decides nothing: equal
+gave no ranges; the most exact of those with the most in int8 once more, its rounding learned. Of
+those inside the tolerance the fastest is chosen; within 5 % the more exact one. Times are noise, so
+they are compared in pairs, and what lies within the interval of a comparison decides nothing: equal
 inputs make equal bundles. Times under load are unknown: after three attempts the most exact
 candidate is taken. Where none holds, the layers of the best candidate are ranked by their
 sensitivity, and the worst fall back to float, by bisection, until the tolerance holds.
@@ -75,7 +75,7 @@ def search(
         if task.spec.reconstruction and not learned:
             nearest = not_learned(task)
             if nearest is None:
-                trials += learn_rounding(task, trials)
+                trials.append(learn_rounding(task, trials))
             else:
                 say(f"rounding is not learned, biases are corrected instead: {nearest}")
         holding = [trial for trial in trials if not trial.short]

@@ -114,20 +114,15 @@ def _outer(quantization: Quantization) -> dict[str, float]:
     return found
 
 
-def learn_rounding(task: Task, trials: list[Trial]) -> list[Trial]:
-    """Return a trial more for each set of layers: the most exact one, its rounding learned."""
-    best: dict[str, Trial] = {}
-    for trial in trials:
-        layers = trial.quantization.candidate.layers
-        if layers not in best or mean_cosine(trial) > mean_cosine(best[layers]):
-            best[layers] = trial
-    more: list[Trial] = []
-    for trial in best.values():
-        candidate = trial.quantization.candidate._replace(rounding="learned")
-        quantization = _choose(task, candidate, _outer(trial.quantization))
-        assert quantization is not None
-        more.append(try_one(task, quantization, len(trials) + len(more)))
-    return more
+def learn_rounding(task: Task, trials: list[Trial]) -> Trial:
+    """Return the most exact of the trials with the most in int8 once more, its rounding learned."""
+    most = max(trial.quantization.int8_share for trial in trials)
+    fast = [trial for trial in trials if trial.quantization.int8_share == most]
+    best = max(fast, key=mean_cosine).quantization
+    candidate = best.candidate._replace(rounding="learned")
+    quantization = _choose(task, candidate, _outer(best))
+    assert quantization is not None
+    return try_one(task, quantization, len(trials))
 
 
 def not_learned(task: Task) -> str | None:
