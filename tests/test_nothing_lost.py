@@ -201,6 +201,19 @@ def test_the_second_is_told_who_has_it_and_a_killed_holder_lets_go(tmp_path):
     assert snapshot(tmp_path) == {}
 
 
+def test_who_takes_the_lock_removes_what_a_killed_holder_left_beside_the_folder(tmp_path):
+    box = tmp_path / "box"
+    box.mkdir()
+    (box / disk.MANIFEST).write_text("{}")
+    for left in (".box.0123456789abcdef.tmp", ".box.0123456789abcdef.old"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / disk.MANIFEST).write_text("{}")
+    other = tmp_path / ".boxes.0123456789abcdef.tmp"  # of another folder
+    other.mkdir()
+    with disk.locked(box):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".box.lock", other.name, "box"]
+
+
 def test_the_second_waits_where_the_command_takes_seconds(tmp_path):
     process = holder(tmp_path)
     threading.Timer(0.5, process.kill).start()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from edgeclip.disk import leftovers
 from edgeclip.disk.places import real, refuse_unwritable
 from edgeclip.errors import EdgeclipError
 
@@ -26,7 +27,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
     wait: for whoever has it, and not longer than `WAIT_S`; otherwise, and after that, raises
     `EdgeclipError` that names the holder. On a disk without locks the file itself is one. A killed
-    holder's lock is free: the kernel lets it go.
+    holder's lock is free: the kernel lets it go. What it left beside the folder is removed.
     """
     from filelock import FileLock, Timeout
 
@@ -42,6 +43,8 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         raise _busy(folder, path) from None
     try:
         path.write_text(_self(), encoding="utf-8")
+        # Here and not when it is written: it may be found to be done already.
+        leftovers.sweep(folder)
         yield
     finally:
         # Before it is let go: a file that was removed is no lock to those who wait for it.
