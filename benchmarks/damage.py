@@ -90,6 +90,8 @@ def judge(found: Outcome, said: str, whole: Outcome, name: str) -> str:
     """Return 'refused', 'without effect', or what is wrong."""
     if found.code == 1 and "Error: " in said and "Traceback" not in said:
         return "refused"
+    if Path(name).name in str(found.answer) and Path(name).name not in str(whole.answer):
+        return "refused"  # a report goes on, and tells of that bundle why it may not ship
     if "Traceback" in said or found.code not in (0, 3, 4):
         return "traceback"
     left = {k: v for k, v in found.left.items() if k != name}

@@ -30,7 +30,7 @@ class Provenance(NamedTuple):
 
 def provenance(run: Path, name: str, targets: Sequence[Target]) -> Provenance:
     """Return where a run's page comes from. name: the run, as commands call it."""
-    recipe = text_file.read(run / "recipe.yaml")
+    recipe = _recipe(run)
     shipped = _shipped(run.name)
     difference = ""
     if shipped is not None:
@@ -49,6 +49,16 @@ def provenance(run: Path, name: str, targets: Sequence[Target]) -> Provenance:
             {t.row: {"parity": _record(t.parity), "bench": _record(t.bench)} for t in targets}
         ),
     )
+
+
+def _recipe(run: Path) -> str:
+    """Return the recipe as it was written. Raises `EdgeclipError` where it was changed since."""
+    file = run / "recipe.yaml"
+    known = disk.read_manifest(run, "run").get("recipe_file")  # None: of 0.1
+    if known is not None and disk.sha256(file) != known:
+        do = "put a copy in its place; recipe.json says what was understood"
+        raise EdgeclipError(file, "was changed since the run was made", do)
+    return text_file.read(file)
 
 
 def _commands(name: str, targets: Sequence[Target]) -> list[str]:

@@ -60,6 +60,17 @@ def test_what_was_not_measured_says_so_and_texts_are_escaped(tmp_path):
     assert re.search("<td[^>]*>2.25</td>", page) and not re.search("<td[^>]*>None</td>", page)
 
 
+def test_a_recipe_that_was_changed_since_is_not_shown_as_the_runs(tmp_path):
+    run = make_run(tmp_path / "run")
+    digest = disk.sha256(run / "recipe.yaml")
+    disk.write_json(run / disk.MANIFEST, {"kind": "run", "recipe_file": digest})
+    report(run)
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    with pytest.raises(EdgeclipError, match=r"recipe.yaml: was changed since the run was made"):
+        report(run)
+
+
 def test_every_reading_and_every_protocol_of_this_student_is_on_the_page(tmp_path):
     require("matplotlib", "pip install 'edgeclip[train]'")
     run = make_run(tmp_path / "run")

@@ -89,6 +89,7 @@ def _write_manifest(run: Path, recipe: str) -> None:
         "edgeclip": __version__,
         "student": disk.sha256(run / "student" / disk.MANIFEST),
         "recipe": recipe,
+        "recipe_file": disk.sha256(run / "recipe.yaml"),
     }
     disk.write_sealed(run / disk.MANIFEST, manifest)
 
