@@ -86,7 +86,7 @@ def reconstruct(
     Adam, for each block. Equal inputs give equal weights. Raises `KeyError` for an operator that
     has no gradient here (`blocks.unsupported`).
     """
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     view = GraphView(calibrated.model)
     parts = _parts(calibrated, view, nodes, form)
     constants = static(view, flowing(view), images[:BATCH])
@@ -101,7 +101,7 @@ def reconstruct(
             target = runner.all(in_float, rounded=False)
             learned = _learned(runner, parts, form)
             if learned:
-                _learn(runner, learned, in_int8, target, steps)
+                _learn(runner, learned, in_int8, target, steps, generator)
         whole = _Runner(block, constants, parts)
         in_int8 = whole.all(in_int8, rounded=True)
         in_float = whole.all(in_float, rounded=False)
@@ -171,7 +171,12 @@ def _learned(runner: _Runner, parts: Parts, form: Form) -> list[dict[str, Any]]:
 
 
 def _learn(
-    runner: _Runner, learned: list[dict[str, Any]], x: Tensor, target: Tensor, steps: int
+    runner: _Runner,
+    learned: list[dict[str, Any]],
+    x: Tensor,
+    target: Tensor,
+    steps: int,
+    generator: torch.Generator,
 ) -> None:
     """Fit a block to `target`; one that found nothing better keeps its nearest rounding."""
     parameters = [parameter for group in learned for parameter in group["params"]]
@@ -180,7 +185,7 @@ def _learn(
     optimizer = torch.optim.Adam(learned)
     roundings = [layer.weight for layer in runner.layers.values()]
     for step in range(steps):
-        at = torch.randint(len(x), (BATCH,))
+        at = torch.randint(len(x), (BATCH,), generator=generator)
         loss = ((runner(x[at], rounded=True) - target[at]) ** 2).mean() / nearest
         done = (step / steps - FREE) / (1 - FREE)
         if done > 0:
